@@ -88,7 +88,10 @@ def test_a_function_without_kernels():
     assert aot.compile_sm90a(lambda a, b: a @ b, *operands()) == ()
 
 
-def test_a_missing_plugin_is_named(monkeypatch):
+def test_what_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(aot, "_cuda_roots", lambda: iter(()))
+    with pytest.raises(RuntimeError, match="nvidia-nvvm"):
+        aot.compile_sm90a(lambda a, b: a @ b, *operands())
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="jax-cuda13-plugin"):
         aot.compile_sm90a(lambda a, b: a @ b, *operands())

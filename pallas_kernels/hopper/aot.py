@@ -1,9 +1,9 @@
 """The second gate: compile Mosaic GPU kernels for sm_90a on a machine that has no GPU.
 
 XLA compiles for a described chip (`h200.txtpb`) as well as for an attached one; Mosaic GPU then
-writes down what ptxas said of every kernel. It needs the CUDA plugin of JAX and ptxas, and neither
-a driver nor a GPU; `unavailable` says which packages bring them. With nvidia-cuda-nvdisasm beside
-them the report holds the machine code too.
+writes down what ptxas said of every kernel. It needs JAX's CUDA plugin and the CUDA
+toolkit's ptxas and libdevice, and neither a driver nor a GPU; `unavailable` says which packages
+bring them. With nvidia-cuda-nvdisasm beside them the report holds the machine code too.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import jax
 from jax.experimental import topologies
 
 TARGET_CONFIG = pathlib.Path(__file__).with_name("h200.txtpb")
-PTXAS_VERSION = "13.0.88"  # the version whose numbers the tests know; any ptxas on PATH goes first
+TOOLKIT_VERSION = "13.0.88"  # whose registers and spills our bounds are; a ptxas on PATH goes first
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,20 @@ class CompileReport:
 
 
 def unavailable() -> str | None:
-    """Returns why this gate can't run here, or None where it can (ptxas is looked for later)."""
+    """Returns why this gate can't run here and what to install, or None where it can."""
+    version = jax.__version__
     for module in "jax_plugins", "jax_plugins.xla_cuda13", "jax_cuda13_plugin":
         if importlib.util.find_spec(module) is None:
-            version = jax.__version__
             return (
-                f"no module {module}: pip install --no-deps jax-cuda13-plugin=={version} "
-                f"jax-cuda13-pjrt=={version} nvidia-cuda-nvcc=={PTXAS_VERSION}"
+                f"no module {module}: pip install --no-deps "
+                f"jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}"
             )
+    # Without libdevice XLA ends the process; without ptxas it raises and says where it looked.
+    if not any((root / "nvvm/libdevice/libdevice.10.bc").exists() for root in _cuda_roots()):
+        return (
+            "no CUDA toolkit: pip install --no-deps "
+            f"nvidia-cuda-nvcc=={TOOLKIT_VERSION} nvidia-nvvm=={TOOLKIT_VERSION}"
+        )
     return None
 
 
@@ -77,7 +83,7 @@ def compile_sm90a(function: Callable[..., Any], *args: Any) -> tuple[CompileRepo
         One report a kernel, in the order of compilation; none for a function without kernels.
 
     Raises:
-        RuntimeError: JAX's CUDA plugin is missing; XLA's own error says so where ptxas is.
+        RuntimeError: JAX's CUDA plugin or the CUDA toolkit is missing.
     """
     if reason := unavailable():
         raise RuntimeError(f"can't compile for sm_90a: {reason}")
@@ -111,6 +117,16 @@ def parse_ptxas(log: str) -> dict[str, Any]:
             if re.search(r"\(C\d+\)", line) or "warning" in line
         ),
     }
+
+
+def _cuda_roots() -> Iterator[pathlib.Path]:
+    """Where XLA looks for the CUDA toolkit: named, from NVIDIA's wheels, installed."""
+    if root := os.environ.get("CUDA_ROOT"):
+        yield pathlib.Path(root)
+    with contextlib.suppress(ModuleNotFoundError):
+        wheels = importlib.util.find_spec("nvidia.cu13")
+        yield from map(pathlib.Path, (wheels and wheels.submodule_search_locations) or ())
+    yield from map(pathlib.Path, ("/usr/local/cuda", "/opt/cuda"))
 
 
 @functools.cache
