@@ -1,0 +1,206 @@
+"""One attention layer's weights: `MLAParams`, seeded, read from or written to a checkpoint.
+
+The published format is Hugging Face's: a folder with config.json and safetensors files, whose
+tensors are called `model.layers.{layer}.self_attn.q_a_proj.weight` and so on; matrices [out, in].
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from safetensors.numpy import save_file
+
+from mla_jax.checkpoint import Checkpoint
+from mla_jax.config import MLAConfig
+
+Shape = tuple[int, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MLAParams:
+    """The weights of one layer, named as in the DeepSeek-V2 paper; the heads are an axis.
+
+    `kv_b_proj` is held only as its two halves, in the orientation in which absorption uses them.
+    None: the config has no such weight (`w_dq` and `norm_q` without a low-rank query; the biases
+    without `attention_bias`).
+    """
+
+    w_dq: jax.Array | None  # [hidden, q_lora]
+    norm_q: jax.Array | None  # [q_lora]
+    w_uq: jax.Array  # [q_lora or hidden, H, nope + rope]
+    w_dkv: jax.Array  # [hidden, kv_lora + rope]
+    norm_kv: jax.Array  # [kv_lora]
+    w_uk: jax.Array  # [H, nope, kv_lora]
+    w_uv: jax.Array  # [H, kv_lora, v]
+    w_o: jax.Array  # [H, v, hidden]
+    b_dq: jax.Array | None = None  # [q_lora]
+    b_dkv: jax.Array | None = None  # [kv_lora + rope]
+    b_o: jax.Array | None = None  # [hidden]
+
+
+def param_shapes(config: MLAConfig) -> dict[str, Shape | None]:
+    """The shape of each field of `MLAParams`; None for a field that this config leaves out."""
+    c, heads, q_lora = config, config.num_heads, config.q_lora_rank
+    bias = config.attention_bias
+    return {
+        "w_dq": None if q_lora is None else (c.hidden_size, q_lora),
+        "norm_q": None if q_lora is None else (q_lora,),
+        "w_uq": (q_lora or c.hidden_size, heads, c.qk_head_dim),
+        "w_dkv": (c.hidden_size, c.latent_dim),
+        "norm_kv": (c.kv_lora_rank,),
+        "w_uk": (heads, c.qk_nope_head_dim, c.kv_lora_rank),
+        "w_uv": (heads, c.kv_lora_rank, c.v_head_dim),
+        "w_o": (heads, c.v_head_dim, c.hidden_size),
+        "b_dq": (q_lora,) if bias and q_lora is not None else None,
+        "b_dkv": (c.latent_dim,) if bias else None,
+        "b_o": (c.hidden_size,) if bias else None,
+    }
+
+
+def check_params(params: MLAParams, config: MLAConfig) -> None:
+    """Raises ValueError naming the first field of `params` that is not of `config`'s shape."""
+    for name, wanted in param_shapes(config).items():
+        value = getattr(params, name)
+        got = None if value is None else value.shape
+        if got != wanted:
+            raise ValueError(f"params.{name} must be {wanted} for this config, got {got}")
+
+
+def init_params(key: jax.Array, config: MLAConfig, dtype: DTypeLike = jnp.float32) -> MLAParams:
+    """Seeded weights that keep unit variance: normal, fan-in scaled; norms 1, biases 0."""
+    fan_in = {"w_uk": config.kv_lora_rank, "w_uv": config.kv_lora_rank}
+    fan_in["w_o"] = config.num_heads * config.v_head_dim
+
+    def init(key: jax.Array, name: str, shape: Shape | None) -> jax.Array | None:
+        if shape is None:
+            return None
+        if len(shape) == 1:
+            return jnp.full(shape, 1.0 if name.startswith("norm") else 0.0, dtype)
+        value = jax.random.normal(key, shape, jnp.float32) * fan_in.get(name, shape[0]) ** -0.5
+        return value.astype(dtype)
+
+    shapes = param_shapes(config)
+    keys = jax.random.split(key, len(shapes))
+    drawn = {
+        name: init(k, name, shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    return MLAParams(**drawn)  # type: ignore[arg-type]
+
+
+def hf_shapes(config: MLAConfig) -> dict[str, Shape]:
+    """Tensor names below `model.layers.N.self_attn.` and their shapes, as published."""
+    c, heads = config, config.num_heads
+    shapes: dict[str, Shape] = {}
+    if c.q_lora_rank is None:
+        shapes["q_proj.weight"] = (heads * c.qk_head_dim, c.hidden_size)
+    else:
+        shapes["q_a_proj.weight"] = (c.q_lora_rank, c.hidden_size)
+        shapes["q_a_layernorm.weight"] = (c.q_lora_rank,)
+        shapes["q_b_proj.weight"] = (heads * c.qk_head_dim, c.q_lora_rank)
+        if c.attention_bias:
+            shapes["q_a_proj.bias"] = (c.q_lora_rank,)
+    shapes["kv_a_proj_with_mqa.weight"] = (c.latent_dim, c.hidden_size)
+    shapes["kv_a_layernorm.weight"] = (c.kv_lora_rank,)
+    shapes["kv_b_proj.weight"] = (heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
+    shapes["o_proj.weight"] = (c.hidden_size, heads * c.v_head_dim)
+    if c.attention_bias:
+        shapes["kv_a_proj_with_mqa.bias"] = (c.latent_dim,)
+        shapes["o_proj.bias"] = (c.hidden_size,)
+    return shapes
+
+
+def params_from_hf(tensors: Mapping[str, Any], config: MLAConfig) -> MLAParams:
+    """`MLAParams` from tensors named and shaped as `hf_shapes(config)` says."""
+    heads, nope = config.num_heads, config.qk_nope_head_dim
+    w_uq = tensors["q_proj.weight" if config.q_lora_rank is None else "q_b_proj.weight"].T
+    kv_up = tensors["kv_b_proj.weight"].reshape(heads, -1, config.kv_lora_rank)
+    w_dq = tensors.get("q_a_proj.weight")
+    return MLAParams(
+        w_dq=None if w_dq is None else w_dq.T,
+        norm_q=tensors.get("q_a_layernorm.weight"),
+        w_uq=w_uq.reshape(-1, heads, config.qk_head_dim),
+        w_dkv=tensors["kv_a_proj_with_mqa.weight"].T,
+        norm_kv=tensors["kv_a_layernorm.weight"],
+        w_uk=kv_up[:, :nope],
+        w_uv=kv_up[:, nope:].swapaxes(1, 2),
+        w_o=tensors["o_proj.weight"].T.reshape(heads, config.v_head_dim, -1),
+        b_dq=tensors.get("q_a_proj.bias"),
+        b_dkv=tensors.get("kv_a_proj_with_mqa.bias"),
+        b_o=tensors.get("o_proj.bias"),
+    )
+
+
+def params_to_hf(params: MLAParams, config: MLAConfig) -> dict[str, np.ndarray]:
+    """The inverse of `params_from_hf`, as contiguous numpy arrays of the dtypes of `params`.
+
+    Raises ValueError naming the field of `params` that is not of `config`'s shape.
+    """
+    check_params(params, config)
+    p = jax.tree.map(np.asarray, params)
+    kv_up = np.concatenate([p.w_uk, p.w_uv.swapaxes(1, 2)], axis=1)
+    q_up = "q_proj.weight" if config.q_lora_rank is None else "q_b_proj.weight"
+    tensors = {
+        "q_a_proj.weight": None if p.w_dq is None else p.w_dq.T,
+        "q_a_layernorm.weight": p.norm_q,
+        q_up: p.w_uq.reshape(p.w_uq.shape[0], -1).T,
+        "kv_a_proj_with_mqa.weight": p.w_dkv.T,
+        "kv_a_layernorm.weight": p.norm_kv,
+        "kv_b_proj.weight": kv_up.reshape(-1, config.kv_lora_rank),
+        "o_proj.weight": p.w_o.reshape(-1, config.hidden_size).T,
+        "q_a_proj.bias": p.b_dq,
+        "kv_a_proj_with_mqa.bias": p.b_dkv,
+        "o_proj.bias": p.b_o,
+    }
+    return {k: np.ascontiguousarray(v) for k, v in tensors.items() if v is not None}
+
+
+def load_hf(
+    folder: str | Path, layer: int = 0, dtype: DTypeLike = jnp.float32
+) -> tuple[MLAConfig, MLAParams]:
+    """Reads one attention layer of a published checkpoint; only its own bytes leave the disk.
+
+    Args:
+        folder: holds config.json and the safetensors file or shards.
+        layer: which layer, from 0; layers past num_hidden_layers (MTP modules) are fine.
+        dtype: of the returned weights, whatever the file stores (float32/16, bfloat16, fp8).
+
+    Raises:
+        FileNotFoundError: no such folder, or no config.json in it.
+        CheckpointError: a file or tensor is missing, corrupt, of a wrong shape or dtype; the
+            message names it.
+        ValueError: `layer` is negative, or config.json asks for what `MLAConfig` can't be.
+    """
+    if layer < 0:
+        raise ValueError(f"layer must be 0 or more, got {layer}")
+    checkpoint = Checkpoint(folder)
+    config = MLAConfig.from_hf(checkpoint.config)
+    prefix = checkpoint.layer_prefix(layer)
+    tensors = {
+        name: jnp.asarray(checkpoint.read(prefix + name, shape), dtype)
+        for name, shape in hf_shapes(config).items()
+    }
+    return config, params_from_hf(tensors, config)
+
+
+def save_hf(folder: str | Path, config: MLAConfig, params: MLAParams, *, layer: int = 0) -> None:
+    """Writes config.json and model.safetensors: a checkpoint of one attention layer, as published.
+
+    Creates the folder; replaces those two files. Raises ValueError, before it writes anything,
+    where `params` aren't of `config`'s shapes or the format can't express `config`.
+    """
+    if layer < 0:
+        raise ValueError(f"layer must be 0 or more, got {layer}")
+    text = json.dumps(config.to_hf(), indent=2) + "\n"
+    prefix = f"model.layers.{layer}.self_attn."
+    tensors = {prefix + name: value for name, value in params_to_hf(params, config).items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "np"})
+    (folder / "config.json").write_text(text, encoding="utf-8")
