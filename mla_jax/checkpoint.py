@@ -58,6 +58,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: {name} must be {shape}, got {value.shape}")
         if value.dtype != ml_dtypes.float8_e4m3fn:
             return value
+        if value.ndim != 2:
+            raise CheckpointError(f"{self.folder}: {name} is fp8 but no matrix: {value.shape}")
         scale = self._read_raw(f"{name}_scale_inv")
         blocks = tuple(-(-size // edge) for size, edge in zip(shape, self._block, strict=True))
         if scale.shape != blocks:

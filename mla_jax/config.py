@@ -117,7 +117,8 @@ class MLAConfig:
             _require_positive_int("q_lora_rank", self.q_lora_rank)
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even, got {self.qk_rope_head_dim}")
-        _require_positive_number("rope_theta", self.rope_theta)
+        if not _is_number(self.rope_theta) or self.rope_theta <= 1:
+            raise ValueError(f"rope_theta must be a number above 1, got {self.rope_theta!r}")
         _require_positive_number("rms_norm_eps", self.rms_norm_eps)
 
     @property

@@ -1,0 +1,324 @@
+"""Checkpoints as published: one file or shards, any layer, fp8 blocks; each way to be broken."""
+
+import dataclasses
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mla_jax.checkpoint import CheckpointError, dequantize_blocks
+from mla_jax.config import MLAConfig
+from mla_jax.weights import (
+    check_params,
+    hf_shapes,
+    init_params,
+    load_hf,
+    param_shapes,
+    params_from_hf,
+    params_to_hf,
+    save_hf,
+)
+
+CONFIG = MLAConfig(
+    hidden_size=24,
+    num_heads=3,
+    q_lora_rank=10,
+    kv_lora_rank=14,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=4,
+    v_head_dim=5,
+)
+CONFIGS = {
+    "low_rank_q": CONFIG,
+    "direct_q": dataclasses.replace(CONFIG, q_lora_rank=None),
+    "bias": dataclasses.replace(CONFIG, attention_bias=True),
+    "direct_q_bias": dataclasses.replace(CONFIG, q_lora_rank=None, attention_bias=True),
+}
+PREFIX = "model.layers.0.self_attn."
+
+
+def seeded(config=CONFIG, dtype=jnp.float32):
+    """init_params with norms and biases that aren't the neutral 1 and 0."""
+    params = init_params(jax.random.key(0), config, dtype)
+    return jax.tree.map(lambda x: x + jnp.arange(x.size, dtype=dtype).reshape(x.shape) / 64, params)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    save_hf(tmp_path, CONFIG, seeded())
+    return tmp_path
+
+
+def rewrite(folder, change):
+    """Applies `change` to the dict of tensors in the folder's model.safetensors."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_init_has_the_shapes_of_the_config(config):
+    params = init_params(jax.random.key(0), config, jnp.bfloat16)
+    check_params(params, config)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    assert len(jax.tree.leaves(params)) == sum(s is not None for s in param_shapes(config).values())
+
+
+def test_init_is_seeded_and_keeps_unit_variance():
+    wide = MLAConfig(hidden_size=256, num_heads=4, q_lora_rank=128, kv_lora_rank=128)
+    params = init_params(jax.random.key(1), wide)
+    chex.assert_trees_all_equal(params, init_params(jax.random.key(1), wide))
+    assert not np.array_equal(params.w_uk, init_params(jax.random.key(2), wide).w_uk)
+    for weight, fan_in in ((params.w_dq, 256), (params.w_uk, 128), (params.w_o, 4 * 128)):
+        assert float(jnp.std(weight)) == pytest.approx(fan_in**-0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("layer", [0, 11])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_save_load_round_trip(tmp_path, config, layer):
+    params = seeded(config)
+    save_hf(tmp_path / "new", config, params, layer=layer)
+    loaded_config, loaded = load_hf(tmp_path / "new", layer)
+    assert loaded_config == config
+    chex.assert_trees_all_equal(loaded, params)
+    shapes = {k: v.shape for k, v in params_to_hf(params, config).items()}
+    assert shapes == hf_shapes(config)
+    chex.assert_trees_all_equal(params_from_hf(params_to_hf(params, config), config), params)
+
+
+@pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, np.float64])
+@pytest.mark.parametrize("wanted", [jnp.float32, jnp.bfloat16])
+def test_loads_any_stored_dtype_as_any_dtype(checkpoint, stored, wanted):
+    rewrite(checkpoint, lambda t: t.update({k: v.astype(stored) for k, v in t.items()}))
+    _, params = load_hf(checkpoint, dtype=wanted)
+    expected = jax.tree.map(lambda x: jnp.asarray(np.asarray(x).astype(stored), wanted), seeded())
+    chex.assert_trees_all_equal(params, expected)
+
+
+def test_kv_b_proj_is_split_by_head(checkpoint):
+    tensors = load_file(checkpoint / "model.safetensors")
+    params = load_hf(checkpoint)[1]
+    kv_b = tensors[PREFIX + "kv_b_proj.weight"]
+    np.testing.assert_array_equal(params.w_uk[1], kv_b[11 : 11 + 6])
+    np.testing.assert_array_equal(params.w_uv[1], kv_b[11 + 6 : 22].T)
+
+
+def shard(folder, pieces=3):
+    """Turns the folder's single file into shards with an index, as large checkpoints have them."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for i in range(pieces):
+        file = f"model-{i + 1:05}-of-{pieces:05}.safetensors"
+        mine = sorted(tensors)[i::pieces]
+        save_file({name: tensors[name] for name in mine}, folder / file)
+        weight_map |= dict.fromkeys(mine, file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return index
+
+
+def test_shards_with_an_index(checkpoint):
+    shard(checkpoint)
+    chex.assert_trees_all_equal(load_hf(checkpoint)[1], seeded())
+
+
+def test_only_the_shards_of_the_layer_need_to_be_there(checkpoint):
+    index = shard(checkpoint)
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.layers.1.self_attn.o_proj.weight"] = "not-downloaded.safetensors"
+    index.write_text(json.dumps(content))
+    chex.assert_trees_all_equal(load_hf(checkpoint)[1], seeded())
+
+
+def test_one_of_many_layers_under_any_prefix(tmp_path):
+    tensors = {}
+    for layer in (1, 11, 61):  # 61: DeepSeek-V3's MTP module, past its 61 layers
+        params = init_params(jax.random.key(layer), CONFIG)
+        for name, value in params_to_hf(params, CONFIG).items():
+            tensors[f"language_model.model.layers.{layer}.self_attn.{name}"] = value
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": CONFIG.to_hf()}))
+    for layer in (1, 11, 61):
+        expected = init_params(jax.random.key(layer), CONFIG)
+        chex.assert_trees_all_equal(load_hf(tmp_path, layer)[1], expected)
+
+
+def quantize(weight, block):
+    """float8 e4m3 and the factor of each block, one block at a time."""
+    rows, columns = (-(-n // b) for n, b in zip(weight.shape, block, strict=True))
+    scale = np.empty((rows, columns), np.float32)
+    quantized = np.empty(weight.shape, ml_dtypes.float8_e4m3fn)
+    expected = np.empty(weight.shape, np.float32)
+    for i in range(rows):
+        for j in range(columns):
+            at = np.s_[i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]]
+            scale[i, j] = np.abs(weight[at]).max() / 448
+            quantized[at] = (weight[at] / scale[i, j]).astype(ml_dtypes.float8_e4m3fn)
+            expected[at] = quantized[at].astype(np.float32) * scale[i, j]
+    return quantized, scale, expected
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (256, 128), (576, 300), (130, 1), (5, 129)])
+def test_dequantize_blocks_of_128_with_ragged_edges(shape):
+    weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    weight *= np.linspace(0.1, 10, shape[1], dtype=np.float32)
+    quantized, scale, expected = quantize(weight, (128, 128))
+    np.testing.assert_array_equal(dequantize_blocks(quantized, scale), expected)
+    np.testing.assert_allclose(expected, weight, atol=0.04 * np.abs(weight).max())
+
+
+def to_fp8(folder, block):
+    """Stores the matrices of the folder's checkpoint as fp8 and returns what they then mean."""
+    expected = {}
+
+    def change(tensors):
+        for name, value in list(tensors.items()):
+            if value.ndim == 2:
+                tensors[name], tensors[name + "_scale_inv"], value = quantize(value, block)
+            expected[name.removeprefix(PREFIX)] = jnp.asarray(value)
+
+    rewrite(folder, change)
+    return params_from_hf(expected, CONFIG)
+
+
+@pytest.mark.parametrize("block", [(128, 128), (7, 9), (16, 4)])
+def test_fp8_weights_with_block_scales(checkpoint, block):
+    expected = to_fp8(checkpoint, block)
+    quantization = {"quant_method": "fp8", "weight_block_size": list(block)}
+    edit_config(checkpoint, quantization_config=quantization)
+    chex.assert_trees_all_equal(load_hf(checkpoint)[1], expected)
+
+
+def test_fp8_blocks_are_128_by_default(checkpoint):
+    expected = to_fp8(checkpoint, (128, 128))
+    chex.assert_trees_all_equal(load_hf(checkpoint)[1], expected)
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", hf_shapes(CONFIG))
+def test_missing_tensor_is_named(checkpoint, name):
+    rewrite(checkpoint, lambda t: t.pop(PREFIX + name))
+    with pytest.raises(CheckpointError, match=rf"tensor {PREFIX}{name} is missing"):
+        load_hf(checkpoint)
+
+
+@pytest.mark.parametrize("name", hf_shapes(CONFIG))
+def test_wrong_shape_is_named(checkpoint, name):
+    rewrite(checkpoint, lambda t: t.update({PREFIX + name: t[PREFIX + name][:-1].copy()}))
+    with pytest.raises(CheckpointError, match=rf"{PREFIX}{name} must be \(.*\), got \("):
+        load_hf(checkpoint)
+
+
+def test_missing_and_wrong_fp8_scales_are_named(checkpoint):
+    to_fp8(checkpoint, (16, 4))
+    with pytest.raises(CheckpointError, match=r"weight_scale_inv must be .* blocks of \(128, 128"):
+        load_hf(checkpoint)
+    fp8 = ml_dtypes.float8_e4m3fn
+    for name in (
+        "q_a_proj.weight_scale_inv is missing",
+        "q_a_layernorm.weight is fp8 but no matrix",
+    ):
+        tensors = {PREFIX + k: np.ones(s, fp8) for k, s in hf_shapes(CONFIG).items()}
+        if "layernorm" in name:
+            tensors[PREFIX + "q_a_proj.weight"] = np.ones((10, 24), np.float32)
+        save_file(tensors, checkpoint / "model.safetensors")
+        with pytest.raises(CheckpointError, match=name):
+            load_hf(checkpoint)
+
+
+def test_layer_that_is_not_there(checkpoint):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.7\.self_attn\.\S+ is missing"):
+        load_hf(checkpoint, 7)
+    with pytest.raises(ValueError, match="layer must be 0 or more, got -1"):
+        load_hf(checkpoint, -1)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated_file(checkpoint, keep):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model.safetensors is not a sound safetensors file"):
+        load_hf(checkpoint)
+
+
+def test_garbage_file(checkpoint):
+    (checkpoint / "model.safetensors").write_bytes(b"\xff" * 4096)
+    with pytest.raises(CheckpointError, match=r"model.safetensors is not a sound safetensors file"):
+        load_hf(checkpoint)
+
+
+def test_shard_that_is_not_there(checkpoint):
+    shard(checkpoint)
+    (checkpoint / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003.safetensors is missing"):
+        load_hf(checkpoint)
+
+
+def test_index_that_lies(checkpoint):
+    index = shard(checkpoint)
+    content = json.loads(index.read_text())
+    name = PREFIX + "o_proj.weight"
+    content["weight_map"][name] = next(
+        file for file in content["weight_map"].values() if file != content["weight_map"][name]
+    )
+    index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=f"tensor {name} is missing, though the index has it"):
+        load_hf(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
+def test_broken_index(checkpoint, text):
+    (checkpoint / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"index.json has no sound weight_map"):
+        load_hf(checkpoint)
+
+
+def test_dtype_that_is_not_a_weights(checkpoint):
+    name = PREFIX + "o_proj.weight"
+    rewrite(checkpoint, lambda t: t.update({name: t[name].astype(np.int8)}))
+    with pytest.raises(CheckpointError, match=f"{name} must be one of F64, .*, got I8"):
+        load_hf(checkpoint)
+
+
+def test_folder_without_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config.json"):
+        load_hf(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_hf()))
+    with pytest.raises(CheckpointError, match=r"has no model.safetensors and no index"):
+        load_hf(tmp_path)
+
+
+@pytest.mark.parametrize("block", [None, 128, [128], [128, 0], ["a", 1]])
+def test_broken_block_size(checkpoint, block):
+    edit_config(checkpoint, quantization_config={"weight_block_size": block})
+    with pytest.raises(CheckpointError, match="weight_block_size must be two positive integers"):
+        load_hf(checkpoint)
+
+
+def test_save_writes_nothing_on_error(tmp_path):
+    wrong = dataclasses.replace(seeded(), w_uk=jnp.zeros((4, 6, 14)))
+    with pytest.raises(ValueError, match=r"params.w_uk must be \(3, 6, 14\) .* got \(4, 6, 14\)"):
+        save_hf(tmp_path / "new", CONFIG, wrong)
+    with pytest.raises(ValueError, match="rms_norm_eps"):
+        save_hf(tmp_path / "new", dataclasses.replace(CONFIG, rms_norm_eps=1e-5), seeded())
+    assert not (tmp_path / "new").exists()
+
+
+def test_check_params_names_what_is_missing():
+    with pytest.raises(ValueError, match=r"params.w_dq must be \(24, 10\) .* got None"):
+        check_params(dataclasses.replace(seeded(), w_dq=None), CONFIG)
+    with pytest.raises(ValueError, match=r"params.w_dq must be None for this config"):
+        check_params(seeded(), CONFIGS["direct_q"])
