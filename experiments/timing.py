@@ -1,0 +1,239 @@
+"""Time on a GPU: short bursts of launches, variants interleaved, cost per launch as a slope.
+
+A `Burst` is a few launches of one workload behind one asynchronous call: a jitted function that
+XLA turns into a CUDA graph, or a graph that torch captured. `measure` runs every burst once and
+then some more times and divides the difference, which cancels what the host and the first launch
+cost. Bursts are short and pauses follow, since a card at its power limit slows down as it works;
+variants take turns (A B A B), and only their ratios within one `measure` mean much.
+
+Two ways to put the launches of a burst in a row:
+  back to back   nothing between them: launches that can overlap do
+  separated      a small kernel between them that needs the last one's output, as in a model
+"""
+
+import math
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+L2_BYTES = 60 << 20  # of an H200
+# Independent launches of a graph must not run side by side.
+ONE_AFTER_THE_OTHER = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
+NO_GRAPH = {"xla_gpu_enable_command_buffer": ""}
+
+
+@dataclass(frozen=True)
+class Burst:
+    """`enqueue` starts `launches` launches and returns at once, `wait` waits for them."""
+
+    launches: int
+    enqueue: Callable[[], Any]
+    wait: Callable[[], Any]
+
+    def run(self, repeats: int) -> tuple[float, float]:
+        """Seconds until `repeats` bursts were enqueued, and until they were done."""
+        start = time.perf_counter()
+        for _ in range(repeats):
+            self.enqueue()
+        enqueued = time.perf_counter()
+        self.wait()
+        return enqueued - start, time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a launch: median and quartiles over the rounds.
+
+    `host_bound` says that enqueueing took nearly as long as the work: the figure is the host's.
+    """
+
+    us: float
+    low: float
+    high: float
+    host_bound: bool
+
+
+def measure(
+    bursts: Mapping[str, Burst], *, rounds: int = 15, repeats: int = 2, pause: float = 0.03
+) -> dict[str, Timing]:
+    """Times every burst in turn, `rounds` times, `pause` seconds apart."""
+    for burst in bursts.values():
+        for _ in range(3):
+            burst.run(1)
+    samples: dict[str, list[float]] = defaultdict(list)
+    enqueueing: dict[str, list[float]] = defaultdict(list)
+    for _ in range(rounds):
+        for name, burst in bursts.items():
+            time.sleep(pause)
+            _, once = burst.run(1)
+            enqueued, more = burst.run(1 + repeats)
+            samples[name].append((more - once) / (repeats * burst.launches) * 1e6)
+            enqueueing[name].append(enqueued / more)
+    return {
+        name: Timing(
+            us=statistics.median(values),
+            low=float(np.quantile(values, 0.25)),
+            high=float(np.quantile(values, 0.75)),
+            host_bound=statistics.median(enqueueing[name]) > 0.9,
+        )
+        for name, values in samples.items()
+    }
+
+
+def jax_burst(
+    function: Callable[..., Any],
+    calls: Sequence[tuple],
+    *,
+    separated: bool = False,
+    compiler_options: Mapping[str, str] = ONE_AFTER_THE_OTHER,
+) -> Burst:
+    """One program that calls `function(*call)` for every call in order.
+
+    Args:
+        function: anything that `jax.jit` takes; its first output must be floating point. Large
+            arrays belong into `calls`: what it closes over becomes a constant of the program.
+        calls: arguments, pytrees of JAX arrays of one structure; no two may hold the same arrays
+            throughout, or XLA would compute them once (rotate block tables, for instance).
+        separated: put a small kernel between calls that makes each wait for the one before.
+        compiler_options: NO_GRAPH launches kernel after kernel instead of a CUDA graph.
+    """
+    structure = jax.tree.structure(calls[0])
+    distinct: dict[int, jax.Array] = {id(x): x for x in jax.tree.leaves(calls)}
+    rows = [tuple(map(id, jax.tree.leaves(call))) for call in calls]
+    if len(set(rows)) < len(rows):
+        raise ValueError(f"{len(rows)} calls, but only {len(set(rows))} of them are different")
+    smallest = min(range(len(rows[0])), key=lambda i: distinct[rows[0][i]].size)
+    step = jax.jit(function)
+
+    def program(arrays: dict[int, jax.Array]) -> list[Any]:
+        outputs: list[Any] = []
+        for row in rows:
+            leaves = [arrays[i] for i in row]
+            if separated and outputs:
+                previous = jax.tree.leaves(outputs[-1])[0]
+                first = previous[(0,) * previous.ndim]
+                leaves[smallest] += (first != first).astype(leaves[smallest].dtype)
+            outputs.append(step(*jax.tree.unflatten(structure, leaves)))
+        return outputs
+
+    compiled = jax.jit(program).lower(distinct).compile(compiler_options=dict(compiler_options))
+    running: list[Any] = []
+
+    def enqueue() -> None:
+        running.clear()  # first, so that the new outputs lie where the old ones did
+        running.append(compiled(distinct))
+
+    return Burst(len(rows), enqueue, lambda: jax.block_until_ready(running))
+
+
+def torch_burst(
+    call: Callable[[int], Any], launches: int, *, separated: Callable[[], Any] | None = None
+) -> Burst:
+    """One CUDA graph of `call(0)`, ..., `call(launches - 1)`, with `separated()` in between."""
+    import torch
+
+    graph = torch.cuda.CUDAGraph()
+    call(0)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        for i in range(launches):
+            if separated and i:
+                separated()
+            call(i)
+    return Burst(launches, graph.replay, torch.cuda.synchronize)
+
+
+def rotating_block_tables(
+    seq_lens: Sequence[int],
+    *,
+    page_size: int,
+    token_bytes: int,
+    min_launches: int = 12,
+    max_launches: int = 128,
+    seed: int = 0,
+) -> tuple[list[np.ndarray], int]:
+    """Block tables for a burst that finds none of its KV in L2.
+
+    Returns:
+        Tables [B, max_pages] int32, one a launch, in random page order over as many copies of the
+        KV as make 4 times L2 (or as many as `max_launches` allows), and the pages that they need.
+    """
+    pages = [-(-length // page_size) for length in seq_lens]
+    copies = max(2, math.ceil(4 * L2_BYTES / max(1, sum(pages) * page_size * token_bytes)))
+    launches = min(max(copies, min_launches), max_launches)
+    copies = min(copies, launches)
+    order = np.random.default_rng(seed).permutation(copies * sum(pages)).astype(np.int32)
+    tables = []
+    for launch in range(launches):
+        table = np.zeros((len(pages), max(1, *pages)), np.int32)
+        copy = order[launch % copies :: copies]
+        for row, stop, count in zip(table, np.cumsum(pages), pages, strict=True):
+            row[:count] = copy[stop - count : stop]
+        tables.append(table)
+    return tables, copies * sum(pages)
+
+
+def decode_rates(
+    us: float, seq_lens: Sequence[int], *, heads: int, seq_q: int = 1, token_bytes: int = 1152
+) -> tuple[float, float]:
+    """TFLOPS and GB/s of an absorbed MLA decode with 576 latent and rope columns, 512 of them V.
+
+    Bytes: the KV once, q and the output once (both 16 bit). Operations: every query token against
+    every key, masked or not. (The definitions of benchmarks/published.)
+    """
+    rows = len(seq_lens) * seq_q * heads
+    flops = 2 * sum(seq_lens) * seq_q * heads * (576 + 512)
+    return flops / us / 1e6, (sum(seq_lens) * token_bytes + 2 * rows * (576 + 512)) / us / 1e3
+
+
+def ceilings(gib: float = 1.0, size: int = 8192) -> dict[str, float]:
+    """What XLA reaches here: copy and read (GB/s, read plus written), bf16 matmul (TFLOPS)."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    columns = 8192
+    shape = int(gib * 2**30) // (2 * columns), columns
+    big = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys]
+    square = [jax.random.normal(key, (size, size), jnp.bfloat16) for key in keys]
+    timings = measure(
+        {
+            "copy": jax_burst(jnp.negative, [(x,) for x in big]),
+            "read": jax_burst(lambda x: jnp.max(x, axis=1), [(x,) for x in big]),
+            "matmul": jax_burst(jnp.matmul, [(a, square[0]) for a in square]),
+        },
+        rounds=7,
+    )
+    return {
+        "copy": 2 * big[0].nbytes / timings["copy"].us / 1e3,
+        "read": big[0].nbytes / timings["read"].us / 1e3,
+        "matmul": 2 * size**3 / timings["matmul"].us / 1e6,
+    }
+
+
+def kernel_times(burst: Burst, repeats: int = 3) -> dict[str, list[float]]:
+    """Microseconds that each kernel of a burst ran, by name, from the profiler's trace.
+
+    Tracing costs time between kernels: use it to see where a launch's time goes, not how long
+    launches take. Empty where the profiler saw no GPU.
+    """
+    burst.run(1)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            burst.run(repeats)
+        (trace,) = Path(folder).rglob("*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(trace))
+    times: dict[str, list[float]] = defaultdict(list)
+    for plane in profile.planes:
+        if plane.name.startswith("/device:GPU"):
+            for line in plane.lines:
+                if line.name.startswith("Stream"):
+                    for event in line.events:
+                        times[event.name].append(event.duration_ns / 1e3)
+    return dict(times)

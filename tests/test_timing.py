@@ -1,0 +1,113 @@
+"""The timing driver on the CPU: what it runs, what it refuses, what its units mean."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import timing
+
+
+def test_the_slope_cancels_what_the_first_launch_costs(monkeypatch):
+    """A machine that needs 1 ms to wake, 0.1 ms to enqueue and 1 ms for each launch of four."""
+    clock, pending = 0.0, 0
+
+    def enqueue():
+        nonlocal clock, pending
+        clock += 1e-4
+        pending += 1
+
+    def wait():
+        nonlocal clock, pending
+        clock += 1e-3 + 4e-3 * pending - 1e-4 * pending
+        pending = 0
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock)
+    burst = timing.Burst(4, enqueue, wait)
+    result = timing.measure({"a": burst, "b": burst}, rounds=3, pause=0.0)
+    for name in "ab":
+        assert result[name].us == pytest.approx(1000)
+        assert result[name].low == pytest.approx(result[name].high)
+        assert not result[name].host_bound
+
+
+@pytest.mark.parametrize("separated", [False, True])
+def test_a_jax_burst_runs_every_call(separated):
+    seen = []
+
+    def function(x, tables):
+        jax.debug.callback(lambda table: seen.append(int(table[0])), tables["table"])
+        return x[tables["table"]] * 2.0
+
+    x = jnp.arange(8.0)
+    calls = [(x, {"table": jnp.full(3, i)}) for i in range(4)]
+    burst = timing.jax_burst(function, calls, separated=separated)
+    assert burst.launches == 4
+    burst.run(2)
+    jax.effects_barrier()
+    assert sorted(seen) == sorted([0, 1, 2, 3] * 2)
+
+
+@pytest.mark.parametrize(("separated", "steps"), [(False, [0, 1, 2]), (True, [0, 2, 2])])
+def test_a_separated_burst_is_a_chain(separated, steps):
+    """The link adds (output is NaN) to the next call's smallest array: here it shows."""
+
+    def function(x, i):
+        return jnp.where(i == 0, jnp.nan, x), i
+
+    x = jnp.ones(4)
+    calls = [(x, jnp.full((), i)) for i in range(3)]
+    burst = timing.jax_burst(function, calls, separated=separated)
+    burst.enqueue()
+    (outputs,) = burst.wait()
+    assert [int(i) for _, i in outputs] == steps
+
+
+def test_equal_calls_are_refused():
+    x = jnp.ones(4)
+    with pytest.raises(ValueError, match="3 calls, but only 1"):
+        timing.jax_burst(jnp.sin, [(x,)] * 3)
+
+
+def test_rotating_block_tables():
+    seq_lens, page_size, token_bytes = [1, 0, 65, 640], 64, 1152
+    tables, num_pages = timing.rotating_block_tables(
+        seq_lens, page_size=page_size, token_bytes=token_bytes
+    )
+    assert len(tables) == 128
+    used = [
+        page
+        for table in tables
+        for row, length in zip(table, seq_lens, strict=True)
+        for page in row[: -(-length // page_size)]
+    ]
+    assert sorted(used) == list(range(num_pages))
+    tables, num_pages = timing.rotating_block_tables([65536] * 8, page_size=64, token_bytes=1152)
+    assert (len(tables), num_pages) == (12, 2 * 8 * 1024)
+    assert all(np.array_equal(tables[i], tables[i + 2]) for i in range(10))
+
+
+@pytest.mark.parametrize(
+    ("batch", "kv_len", "heads", "seq_q", "us", "tflops", "gb_per_s"),
+    [
+        (1, 16384, 128, 1, 38.6, 118.3, 496.0),
+        (128, 4096, 128, 2, 491.9, 593.7, 1373.0),
+        (64, 1024, 16, 1, 32.0, 71.3, 2430.0),
+        (128, 4096, 64, 1, 151.7, 481.3, 4099.0),
+    ],
+)
+def test_rates_are_those_of_the_published_rows(batch, kv_len, heads, seq_q, us, tflops, gb_per_s):
+    """Rows of FlashMLA's dense decode on an H200, with the rates published beside the times."""
+    rates = timing.decode_rates(us, [kv_len] * batch, heads=heads, seq_q=seq_q)
+    assert rates == pytest.approx((tflops, gb_per_s), rel=0.01)
+
+
+def test_ceilings_are_rates():
+    rates = timing.ceilings(gib=2**-6, size=512)
+    assert set(rates) == {"copy", "read", "matmul"}
+    assert all(np.isfinite(rate) for rate in rates.values())
+
+
+def test_the_profiler_sees_no_gpu_here():
+    burst = timing.jax_burst(jnp.sin, [(jnp.full(4, i, jnp.float32),) for i in range(2)])
+    assert timing.kernel_times(burst) == {}
