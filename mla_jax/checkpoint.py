@@ -6,6 +6,7 @@ beside it (`weight_scale_inv`; value = fp8 * factor, the last blocks ragged).
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import numpy as np
 import safetensors
 
 from mla_jax.config import read_config_json, text_config
+
+_LAYER_PREFIX = re.compile(r"(.*\.)?layers\.(?P<layer>\d+)\.self_attn\.")
 
 _DTYPES: dict[str, Any] = {
     "F64": np.float64,
@@ -43,13 +46,21 @@ class Checkpoint:
         self._headers: dict[Path, dict[str, Any]] = {}
         self._files = self._find_files()
 
+    @property
+    def layers(self) -> list[int]:
+        """The numbers of the layers that have attention tensors here."""
+        return sorted({layer for _, layer in self._layer_prefixes()})
+
     def layer_prefix(self, layer: int) -> str:
-        """`model.layers.{layer}.self_attn.`, or what stands before it in this checkpoint."""
-        below = f"layers.{layer}.self_attn."
-        prefixes = {name[: name.index(below)] for name in self._files if f".{below}" in f".{name}"}
-        if len(prefixes) > 1:
-            raise CheckpointError(f"{self.folder}: layer {layer} is there as {sorted(prefixes)}")
-        return (prefixes.pop() if prefixes else "model.") + below
+        """`model.layers.{layer}.self_attn.`, or whatever stands before `layers` here."""
+        prefixes = [prefix for prefix, number in self._layer_prefixes() if number == layer]
+        if len(prefixes) != 1:
+            raise CheckpointError(
+                f"{self.folder}: layer {layer} must be there once, as "
+                f"model.layers.{layer}.self_attn.*; "
+                f"found {prefixes or f'only layers {self.layers}'}"
+            )
+        return prefixes[0]
 
     def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """The tensor of that name and shape, of the file's dtype; fp8 comes as float32, scaled."""
@@ -83,6 +94,10 @@ class Checkpoint:
         if not paths:
             raise CheckpointError(f"{self.folder} has no model.safetensors and no index of shards")
         return {name: path for path in paths for name in self._header(path)}
+
+    def _layer_prefixes(self) -> set[tuple[str, int]]:
+        matches = (_LAYER_PREFIX.match(name) for name in self._files)
+        return {(match[0], int(match["layer"])) for match in matches if match}
 
     def _header(self, path: Path) -> dict[str, Any]:
         if path not in self._headers:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mla_jax.checkpoint import CheckpointError, dequantize_blocks
+from mla_jax.checkpoint import Checkpoint, CheckpointError, dequantize_blocks
 from mla_jax.config import MLAConfig
 from mla_jax.weights import (
     check_params,
@@ -149,6 +149,7 @@ def test_one_of_many_layers_under_any_prefix(tmp_path):
             tensors[f"language_model.model.layers.{layer}.self_attn.{name}"] = value
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"text_config": CONFIG.to_hf()}))
+    assert Checkpoint(tmp_path).layers == [1, 11, 61]
     for layer in (1, 11, 61):
         expected = init_params(jax.random.key(layer), CONFIG)
         chex.assert_trees_all_equal(load_hf(tmp_path, layer)[1], expected)
@@ -240,7 +241,7 @@ def test_missing_and_wrong_fp8_scales_are_named(checkpoint):
 
 
 def test_layer_that_is_not_there(checkpoint):
-    with pytest.raises(CheckpointError, match=r"model\.layers\.7\.self_attn\.\S+ is missing"):
+    with pytest.raises(CheckpointError, match=r"layer 7 must be there once.* only layers \[0\]"):
         load_hf(checkpoint, 7)
     with pytest.raises(ValueError, match="layer must be 0 or more, got -1"):
         load_hf(checkpoint, -1)
@@ -290,6 +291,12 @@ def test_dtype_that_is_not_a_weights(checkpoint):
     name = PREFIX + "o_proj.weight"
     rewrite(checkpoint, lambda t: t.update({name: t[name].astype(np.int8)}))
     with pytest.raises(CheckpointError, match=f"{name} must be one of F64, .*, got I8"):
+        load_hf(checkpoint)
+
+
+def test_layer_that_is_there_twice(checkpoint):
+    rewrite(checkpoint, lambda t: t.update({f"draft.{k}": v for k, v in t.items()}))
+    with pytest.raises(CheckpointError, match=r"layer 0 must be there once.* found \['"):
         load_hf(checkpoint)
 
 
