@@ -1,0 +1,70 @@
+"""What the experiments print: progress and tables, plain lines where the output is no terminal."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import rich.box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+_PLAIN_WIDTH = 120  # of a table in a file or a pipe
+_PLAIN_INTERVAL = 5.0  # seconds between two lines of progress there
+
+
+def say(message: str, *, style: str | None = None, stderr: bool = False) -> None:
+    """Prints a line, as it is."""
+    _console(stderr).print(message, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def track[T](items: Iterable[T], label: str, *, total: int | None = None) -> Iterator[T]:
+    """The items, with the progress through them shown; `total` if they have no length."""
+    count = len(items) if isinstance(items, Sequence) else total
+    if _console().is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeElapsedColumn(), console=_console()) as progress:
+            yield from progress.track(items, total=count, description=label)
+        return
+    start = shown = time.monotonic()
+    for done, item in enumerate(items):
+        if time.monotonic() - shown > _PLAIN_INTERVAL:
+            shown = time.monotonic()
+            say(f"{label}: {done} of {count}, {shown - start:.0f} s")
+        yield item
+
+
+def show_table(
+    title: str, rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str] | None = None
+) -> None:
+    """Prints rows as a table.
+
+    `columns` gives the keys to show, in order, with their headers; None: those of the first row.
+    """
+    rows = list(rows)
+    if columns is None:
+        columns = {key: key.replace("_", " ") for key in (rows[0] if rows else ())}
+    table = Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for key, header in columns.items():
+        numeric = any(isinstance(row.get(key), int | float) for row in rows)
+        table.add_column(header, justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(_cell(row.get(key)) for key in columns))
+    _console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)
+
+
+def _console(stderr: bool = False) -> Console:
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=_PLAIN_WIDTH)
