@@ -1,0 +1,68 @@
+"""Name -> implementation of the attention op: what each can run here, and the choice for None.
+
+This is the one file that imports `pallas_kernels`, and only inside functions, so that neither
+package needs the other to be imported.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+from mla_jax.problem import AttentionProblem
+from mla_jax.pure_jax import attend_reference, attend_split_kv, attend_xla
+
+
+def _runs_anywhere(problem: AttentionProblem | None) -> str | None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to compute the op.
+
+    `run(problem)` gives o [B, S, H, kv_lora_rank] of q's dtype and lse [B, S, H] float32.
+    `unavailable(problem)` says why it can't run that problem here, or None if it can; without a
+    problem, only whether this machine could.
+    """
+
+    name: str
+    run: Callable[[AttentionProblem], tuple[jax.Array, jax.Array]]
+    unavailable: Callable[[AttentionProblem | None], str | None] = _runs_anywhere
+
+
+IMPLEMENTATIONS = {
+    implementation.name: implementation
+    for implementation in (
+        Implementation("reference", attend_reference),
+        Implementation("xla", attend_xla),
+        Implementation("split_kv", attend_split_kv),
+    )
+}
+_PREFERRED = ("xla",)  # for None: the first of these that can run the problem
+
+
+def available_implementations(problem: AttentionProblem | None = None) -> dict[str, str | None]:
+    """Every implementation's name, and why it can't run here (None: it can)."""
+    return {name: one.unavailable(problem) for name, one in IMPLEMENTATIONS.items()}
+
+
+def choose(name: str | None, problem: AttentionProblem) -> Implementation:
+    """The implementation of that name, or for None the best that can run the problem here.
+
+    Raises ValueError for an unknown name, or one that can't run, and says why.
+    """
+    if name is None:
+        return next(
+            IMPLEMENTATIONS[best]
+            for best in _PREFERRED
+            if IMPLEMENTATIONS[best].unavailable(problem) is None
+        )
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}, got {name!r}"
+        )
+    reason = IMPLEMENTATIONS[name].unavailable(problem)
+    if reason is not None:
+        raise ValueError(f"implementation {name!r} can't run this: {reason}")
+    return IMPLEMENTATIONS[name]

@@ -1,0 +1,60 @@
+"""One call of the attention op, checked and in one piece: what every implementation is given."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mla_jax.cache import PagedKVCache
+from mla_jax.split_kv import SplitPlan
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["q", "cache", "block_tables", "seq_lens", "query_lens", "plan"],
+    meta_fields=["softmax_scale", "causal", "rescale", "partial_dtype"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class AttentionProblem:
+    """The arguments of `paged_mla_attention`; a pytree, its options static.
+
+    A request that can't be computed has seq_lens = -1: its rows are to be NaN.
+    """
+
+    q: jax.Array  # [B, S, H, D]
+    cache: PagedKVCache
+    block_tables: jax.Array  # [B, max_pages] int32
+    seq_lens: jax.Array  # [B] int32
+    query_lens: jax.Array  # [B] int32
+    plan: SplitPlan | None
+    softmax_scale: float
+    causal: bool
+    rescale: str
+    partial_dtype: Any  # np.dtype
+
+    @property
+    def num_rows(self) -> int:
+        """R = S * H, the query rows of a request; row r is token r // H, head r % H."""
+        return self.q.shape[1] * self.q.shape[2]
+
+    def query_rows(self) -> jax.Array:
+        """q as [B, R, D]: all heads of all tokens share one K and V."""
+        return self.q.reshape(self.q.shape[0], self.num_rows, self.q.shape[3])
+
+    def visible_keys(self) -> jax.Array:
+        """[B, R] int32: a row sees keys 0 .. visible - 1; 0 or less: none."""
+        token = jnp.arange(self.q.shape[1], dtype=jnp.int32)
+        seq_lens, query_lens = self.seq_lens[:, None], self.query_lens[:, None]
+        visible = seq_lens - query_lens + token + 1 if self.causal else seq_lens
+        visible = jnp.where(token < query_lens, visible, 0)
+        return jnp.repeat(visible, self.q.shape[2], axis=1)
+
+    def outputs(self, o: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the op returns, from rows o [B, R, kv_lora_rank] and lse [B, R] in float32."""
+        bad = (self.seq_lens < 0)[:, None]
+        o = jnp.where(bad[..., None], jnp.nan, o).astype(self.q.dtype)
+        lse = jnp.where(bad, jnp.nan, lse)
+        heads = self.q.shape[:3]
+        return o.reshape(*heads, self.cache.kv_lora_rank), lse.reshape(heads)

@@ -1,0 +1,176 @@
+"""The implementations of the op in plain JAX, for any backend: `reference`, `xla`, `split_kv`."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mla_jax.online_softmax import SoftmaxState, finalize, init_state, update
+from mla_jax.problem import AttentionProblem
+from mla_jax.split_kv import SplitPlan, covered_requests, merge_partials, plan_splits
+
+BLOCK_TOKENS = 256  # that `xla` reads at a time, at least a page
+SPLIT_WORKERS = 16  # that `split_kv` plans for if it is given no plan
+SPLIT_ROWS = 64
+SPLIT_BLOCK = 64
+
+
+@jax.jit
+def attend_reference(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
+    """The definition: gathers all keys, one softmax, float32 throughout. Has nothing to rescale."""
+    cache = problem.cache
+    capacity = problem.block_tables.shape[1] * cache.page_size
+    kv = cache.gather(problem.block_tables, max_len=capacity, seq_lens=problem.seq_lens)
+    kv = kv.astype(jnp.float32)
+    scores = _scores(problem.query_rows(), kv, problem.softmax_scale)
+    unseen = jnp.arange(capacity) >= problem.visible_keys()[..., None]
+    scores = jnp.where(unseen, -jnp.inf, scores)
+    lse = jax.nn.logsumexp(scores, axis=-1)
+    weights = jnp.exp(scores - jnp.where(lse == -jnp.inf, 0.0, lse)[..., None])
+    o = jnp.matmul(weights, kv[..., : cache.kv_lora_rank], precision=lax.Precision.HIGHEST)
+    return problem.outputs(o, lse)
+
+
+@jax.jit
+def attend_xla(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
+    """Online softmax over KV blocks, as many as the longest request has: memory of one block."""
+    cache, seq_lens = problem.cache, problem.seq_lens
+    q, visible = problem.query_rows(), problem.visible_keys()
+    pages = max(1, BLOCK_TOKENS // cache.page_size)
+    block = min(pages, problem.block_tables.shape[1]) * cache.page_size
+
+    def step(i: jax.Array, state: SoftmaxState) -> SoftmaxState:
+        positions = i * block + jnp.arange(block, dtype=jnp.int32)[None]
+        kv = cache.rows(problem.block_tables, positions)  # [B, block, D]
+        return _attend_block(problem, state, q, kv, positions, seq_lens, visible)
+
+    state = init_state(q.shape[:2], cache.kv_lora_rank)
+    state = lax.fori_loop(0, -(-seq_lens.max() // block), step, state)
+    return problem.outputs(*finalize(state))
+
+
+@jax.jit
+def attend_split_kv(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
+    """Runs a SplitPlan to the letter: all workers step together, each block by block through its
+    pieces; partial results wait in their slots in partial_dtype, and are merged at the end.
+
+    The shapes of a step depend on the plan's workers and tiles, not on the batch, so that with
+    `plan_fixed` a row's bits don't either. A request that the plan doesn't cover comes out NaN.
+    """
+    plan = problem.plan
+    if plan is None:
+        plan = plan_splits(
+            problem.seq_lens,
+            num_workers=SPLIT_WORKERS,
+            rows=problem.num_rows,
+            rows_per_tile=min(SPLIT_ROWS, problem.num_rows),
+            block_size=SPLIT_BLOCK,
+        )
+    covered = covered_requests(plan, problem.seq_lens)
+    cache, seq_lens = problem.cache, jnp.where(covered, problem.seq_lens, -1)
+    q = _row_tiles(problem.query_rows(), plan)  # [T, rows, D]
+    visible = _row_tiles(problem.visible_keys(), plan)  # [T, rows]
+    rows, width = (plan.num_workers, plan.rows_per_tile), cache.kv_lora_rank
+    outputs = (
+        jnp.zeros((plan.num_tiles, rows[1], width), jnp.float32),
+        jnp.full((plan.num_tiles, rows[1]), -jnp.inf),
+        jnp.zeros((max(1, plan.num_slots), rows[1], width), problem.partial_dtype),
+        jnp.full((max(1, plan.num_slots), rows[1]), -jnp.inf),
+    )
+
+    def begin(piece: jax.Array) -> tuple[jax.Array, jax.Array]:
+        piece = jnp.minimum(piece, plan.num_pieces - 1)
+        return piece, plan.block_start[piece]
+
+    def step(_: jax.Array, carry: tuple) -> tuple:
+        piece, block, state, (o, lse, partial_o, partial_lse) = carry
+        working = piece < plan.worker_start[1:]
+        here, _ = begin(piece)
+        request, end = jnp.maximum(plan.request[here], 0), plan.block_end[here]
+        tile = request * plan.num_row_tiles + plan.row_tile[here]
+        positions = block[:, None] * plan.block_size + jnp.arange(plan.block_size)
+        kv = cache.rows(problem.block_tables, positions, request)
+        length = jnp.minimum(seq_lens[request], end * plan.block_size)
+        limit = jnp.minimum(visible[tile], length[:, None])
+        state = _attend_block(problem, state, q[tile], kv, positions, length, limit)
+
+        done = working & (block + 1 >= end)
+        to_slot, to_tile = done & (plan.slot[here] >= 0), done & (plan.slot[here] < 0)
+        slot = jnp.where(to_slot, plan.slot[here], partial_o.shape[0])  # past the end: dropped
+        tile = jnp.where(to_tile, tile, plan.num_tiles)
+        piece_o, piece_lse = finalize(state)
+        written = (
+            o.at[tile].set(piece_o, mode="drop"),
+            lse.at[tile].set(piece_lse, mode="drop"),
+            partial_o.at[slot].set(piece_o.astype(partial_o.dtype), mode="drop"),
+            partial_lse.at[slot].set(piece_lse, mode="drop"),
+        )
+        state = jax.tree.map(
+            lambda new, old: jnp.where(done.reshape(-1, *[1] * (old.ndim - 1)), new, old),
+            init_state(rows, width),
+            state,
+        )
+        piece = piece + done
+        return piece, jnp.where(done, begin(piece)[1], block + 1), state, written
+
+    steps = jnp.maximum(plan.block_end - plan.block_start, 1)
+    steps = jnp.append(jnp.zeros(1, jnp.int32), jnp.cumsum(steps))[plan.worker_start]
+    piece = plan.worker_start[:-1]
+    carry = (piece, begin(piece)[1], init_state(rows, width), outputs)
+    *_, (o, lse, partial_o, partial_lse) = lax.fori_loop(0, jnp.diff(steps).max(), step, carry)
+    o, lse = merge_partials(plan, o, partial_o, lse, partial_lse)
+    return dataclasses.replace(problem, seq_lens=seq_lens).outputs(
+        _without_tiles(o, problem), _without_tiles(lse, problem)
+    )
+
+
+def _attend_block(
+    problem: AttentionProblem,
+    state: SoftmaxState,
+    q: jax.Array,
+    kv: jax.Array,
+    positions: jax.Array,
+    lengths: jax.Array,
+    visible: jax.Array,
+) -> SoftmaxState:
+    """Takes one block of keys into the recurrence.
+
+    Args:
+        q: [N, R, D].
+        kv: [N, T, D]; at and past `lengths` anything, NaN too.
+        positions: [N, T] or [1, T] of the keys.
+        lengths: [N].
+        visible: [N, R], the keys that each row sees; at most lengths.
+    """
+    kv = jnp.where((positions < lengths[:, None])[..., None], kv, 0)
+    scores = _scores(q, kv, problem.softmax_scale)
+    scores = jnp.where(positions[:, None] < visible[..., None], scores, -jnp.inf)
+    values = kv[..., : problem.cache.kv_lora_rank]
+    return update(state, scores, values, rescale=problem.rescale)
+
+
+def _scores(q: jax.Array, kv: jax.Array, softmax_scale: float) -> jax.Array:
+    """q [N, R, D] . kv [N, T, D] * scale: [N, R, T] float32."""
+    dtype = jnp.promote_types(q.dtype, kv.dtype)
+    scores = jnp.einsum(
+        "nrd,ntd->nrt",
+        q.astype(dtype),
+        kv.astype(dtype),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return scores * softmax_scale
+
+
+def _row_tiles(rows: jax.Array, plan: SplitPlan) -> jax.Array:
+    """[B, R, ...] to tiles [T, rows_per_tile, ...], the last of a request filled up with 0."""
+    missing = plan.num_row_tiles * plan.rows_per_tile - rows.shape[1]
+    padded = jnp.pad(rows, [(0, 0), (0, missing)] + [(0, 0)] * (rows.ndim - 2))
+    return padded.reshape(plan.num_tiles, plan.rows_per_tile, *rows.shape[2:])
+
+
+def _without_tiles(tiles: jax.Array, problem: AttentionProblem) -> jax.Array:
+    """[T, rows_per_tile, ...] back to [B, R, ...]."""
+    rows = tiles.reshape(problem.q.shape[0], -1, *tiles.shape[2:])
+    return rows[:, : problem.num_rows]

@@ -1,0 +1,87 @@
+"""Float64 oracles in numpy, one request and one token at a time; they share no code with the rest.
+
+What every test and experiment compares with.
+"""
+
+from typing import Any
+
+import numpy as np
+
+
+def attention_float64(
+    q: np.ndarray,
+    kv: np.ndarray,
+    *,
+    softmax_scale: float,
+    kv_lora_rank: int,
+    causal: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Absorbed MLA attention of one request, by the definition.
+
+    Args:
+        q: [S, H, D], the last S tokens' queries: token i stands at position T - S + i.
+        kv: [T, D]; V is its first kv_lora_rank columns.
+
+    Returns:
+        o [S, H, kv_lora_rank] and lse [S, H] (natural log), float64; without a key 0 and -inf.
+    """
+    q, kv = np.asarray(q, np.float64), np.asarray(kv, np.float64)
+    o = np.zeros((*q.shape[:2], kv_lora_rank))
+    lse = np.full(q.shape[:2], -np.inf)
+    for token in range(len(q)):
+        visible = kv[: max(0, len(kv) - len(q) + token + 1)] if causal else kv
+        if len(visible) == 0:
+            continue
+        scores = softmax_scale * (q[token] @ visible.T)  # [H, keys]
+        top = scores.max(axis=1, keepdims=True)
+        weights = np.exp(scores - top)
+        total = weights.sum(axis=1, keepdims=True)
+        o[token] = (weights / total) @ visible[:, :kv_lora_rank]
+        lse[token] = (top + np.log(total))[:, 0]
+    return o, lse
+
+
+def read_pages_float64(cache: Any, block_table: np.ndarray, length: int) -> np.ndarray:
+    """The first `length` rows of one request in a PagedKVCache: [length, D] float64.
+
+    Finds each element of layout NZ by its address ((d / C0) * page_size + t) * C0 + d % C0.
+    """
+    pages = np.asarray(cache.pages)
+    size, width = cache.page_size, cache.latent_dim
+    rows = np.zeros((length, width))
+    columns = np.arange(width)
+    for position in range(length):
+        page, t = pages[block_table[position // size]], position % size
+        address = t * width + columns
+        if cache.layout == "NZ":
+            c0 = 32 // pages.dtype.itemsize
+            address = ((columns // c0) * size + t) * c0 + columns % c0
+        rows[position] = page.reshape(-1)[address].astype(np.float64)
+    return rows
+
+
+def paged_attention_float64(
+    q: np.ndarray,
+    cache: Any,
+    block_tables: np.ndarray,
+    seq_lens: np.ndarray,
+    *,
+    softmax_scale: float,
+    query_lens: np.ndarray | None = None,
+    causal: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`paged_mla_attention` in float64: o [B, S, H, kv_lora_rank] and lse [B, S, H]."""
+    q = np.asarray(q).astype(np.float64)
+    o = np.zeros((*q.shape[:3], cache.kv_lora_rank))
+    lse = np.full(q.shape[:3], -np.inf)
+    for request, length in enumerate(np.asarray(seq_lens)):
+        queries = q.shape[1] if query_lens is None else int(np.asarray(query_lens)[request])
+        kv = read_pages_float64(cache, np.asarray(block_tables)[request], int(length))
+        o[request, :queries], lse[request, :queries] = attention_float64(
+            q[request, :queries],
+            kv,
+            softmax_scale=softmax_scale,
+            kv_lora_rank=cache.kv_lora_rank,
+            causal=causal,
+        )
+    return o, lse

@@ -1,0 +1,399 @@
+"""Split-KV planning: ragged work cut into equal shares, as int32 arrays of static shape.
+
+The work is a line: tile after tile, tile t = request * num_row_tiles + row_tile, each as many KV
+blocks long as its request. Every worker takes a stretch of the line; a tile that two workers
+share is cut into pieces, whose partial results are merged (flash-decoding). Everything here runs
+under jit on traced lengths, without a loop over pieces, so that a decode loop plans on the device
+once a step and traces once.
+
+Cost models, and where they come from:
+- "blocks": FlashMLA's tile scheduler (get_mla_metadata): a piece costs its blocks + `overhead`,
+  5 for blocks of 64 tokens on Hopper.
+- "fia": Ascend's fused-infer-attention tiling: a block costs 6 * ceil(rows / 16) +
+  10 * ceil(tokens / 64) and a piece nothing more. Worker counts from about sqrt(blocks) to all are
+  tried, and the plan with the smallest maximum is kept, with the fewest workers among equals.
+Both cut at the block edge that is nearest to an equal share. A worker cut that would leave a piece
+of less than a third of its own overhead (with 5: a single block) moves to the tile's edge: that
+saves a piece and its merge, and costs the neighbour a block.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mla_jax import checks
+from mla_jax.online_softmax import merge_states
+
+COST_MODELS = ("blocks", "fia")
+_BEYOND = np.int32(2**31 - 1)  # sorts behind every place on the line
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "request",
+        "row_tile",
+        "block_start",
+        "block_end",
+        "slot",
+        "worker_start",
+        "tile_slot_start",
+    ],
+    meta_fields=["block_size", "rows_per_tile", "num_row_tiles", "num_slots"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class SplitPlan:
+    """Who computes what: P pieces, in the order of the line; all arrays int32.
+
+    Worker w walks pieces worker_start[w] .. worker_start[w + 1]. A piece without a slot is a whole
+    tile and gives the tile's output; the pieces of a cut tile leave (o, lse) in their slots, and
+    tile t's output is the merge of slots tile_slot_start[t] .. tile_slot_start[t + 1], which are
+    in KV order. A request of length 0 has a piece of 0 blocks. Unused pieces, at the end, have
+    request = -1.
+    """
+
+    request: jax.Array  # [P]
+    row_tile: jax.Array  # [P] rows row_tile * rows_per_tile ... of the request
+    block_start: jax.Array  # [P]
+    block_end: jax.Array  # [P]
+    slot: jax.Array  # [P] -1: none
+    worker_start: jax.Array  # [W + 1]
+    tile_slot_start: jax.Array  # [num_tiles + 1]
+    block_size: int  # KV tokens a block
+    rows_per_tile: int
+    num_row_tiles: int  # a request
+    num_slots: int  # upper bound of the slots in use
+
+    @property
+    def num_workers(self) -> int:
+        """W."""
+        return self.worker_start.shape[0] - 1
+
+    @property
+    def num_pieces(self) -> int:
+        """P, unused ones included."""
+        return self.request.shape[0]
+
+    @property
+    def num_tiles(self) -> int:
+        """Requests times num_row_tiles."""
+        return self.tile_slot_start.shape[0] - 1
+
+
+def plan_splits(
+    seq_lens: jax.Array,
+    *,
+    num_workers: int,
+    rows: int,
+    rows_per_tile: int = 64,
+    block_size: int = 64,
+    cost_model: str = "blocks",
+    overhead: int = 5,
+) -> SplitPlan:
+    """A balanced plan: shares that are equal within about one overhead and one block.
+
+    Args:
+        seq_lens: [B] int32, may be traced; below 0 counts as 0.
+        num_workers: what runs at a time (CTAs, clusters, cores).
+        rows: query rows of a request, S_q * H.
+        rows_per_tile: rows that one worker holds at a time.
+        block_size: KV tokens a block.
+        cost_model: "blocks" or "fia", see above.
+        overhead: of a piece, in blocks; "fia" has none and ignores it.
+
+    Returns:
+        A plan of num_tiles + num_workers pieces and 2 * (num_workers - 1) slots.
+
+    Raises TypeError or ValueError naming the argument that can't be.
+    """
+    line = _lay_line(seq_lens, num_workers, rows, rows_per_tile, block_size, cost_model, overhead)
+    counts = jnp.arange(1, num_workers + 1, dtype=jnp.int32)
+    if cost_model == "blocks":
+        cuts, _ = line.cuts(num_workers, jnp.int32(num_workers))
+    else:
+        all_cuts, maxima = jax.vmap(lambda count: line.cuts(num_workers, count))(counts)
+        fewest = jnp.sqrt(line.blocks.sum().astype(jnp.float32)).astype(jnp.int32)
+        tried = counts >= jnp.minimum(fewest, num_workers)
+        cuts = all_cuts[jnp.argmin(jnp.where(tried, maxima, _BEYOND))]
+    repeated = jnp.concatenate([jnp.zeros(1, bool), cuts[1:] == cuts[:-1]])
+    at_edge = line.edge[line.tile_at(cuts)] == cuts
+    inner = jnp.where(repeated | at_edge | (cuts == line.length), _BEYOND, cuts)
+    starts = jnp.sort(jnp.concatenate([line.edge, inner[1:]]))
+    return _assemble(line, starts, _find(starts, cuts), max(0, 2 * (num_workers - 1)))
+
+
+def plan_fixed(
+    seq_lens: jax.Array,
+    *,
+    split_size: int,
+    max_seq_len: int,
+    num_workers: int,
+    rows: int,
+    rows_per_tile: int = 64,
+    block_size: int = 64,
+    overhead: int = 5,
+) -> SplitPlan:
+    """The batch-invariant plan: a request is cut at multiples of split_size tokens, always.
+
+    What a request is cut into depends on its own length alone, and pieces are merged in KV order,
+    so its rows have the same bits whatever else is in the batch. Workers get whole pieces, balanced
+    as well as that allows.
+
+    Args:
+        split_size: tokens, a multiple of block_size.
+        max_seq_len: the longest length there may be; it fixes the plan's shape.
+        Others as in `plan_splits`.
+
+    Raises TypeError or ValueError naming the argument that can't be; a traced length past
+    max_seq_len leaves its request uncovered (see `covered_requests`).
+    """
+    checks.require_positive("split_size", split_size)
+    checks.require_positive("max_seq_len", max_seq_len)
+    line = _lay_line(seq_lens, num_workers, rows, rows_per_tile, block_size, "blocks", overhead)
+    if split_size % block_size:
+        raise ValueError(
+            f"split_size must be a multiple of block_size = {block_size}, got {split_size}"
+        )
+    if checks.is_concrete(seq_lens) and np.max(seq_lens, initial=0) > max_seq_len:
+        raise ValueError(f"seq_lens must be at most max_seq_len = {max_seq_len}, got {seq_lens}")
+    most = math.ceil(max_seq_len / split_size)
+    offset = jnp.arange(most, dtype=jnp.int32) * (split_size // block_size)
+    inside = (offset < line.blocks[:, None]) | (offset == 0)
+    starts = jnp.sort(jnp.where(inside, line.edge[:, None] + offset, _BEYOND).ravel())
+    # Equal shares of whole pieces: worker w starts at the piece whose middle is past w shares.
+    used = starts < line.length
+    blocks = jnp.where(used, jnp.append(starts[1:], _BEYOND).clip(max=line.length) - starts, 0)
+    cost = jnp.where(used, blocks + line.overhead, 0)
+    total = jnp.cumsum(cost)
+    share = _shares(total[-1], num_workers, jnp.int32(num_workers))
+    worker_start = _find(2 * total - cost, 2 * share).at[-1].set(used.sum(dtype=jnp.int32))
+    return _assemble(line, starts, worker_start, line.blocks.shape[0] * most if most > 1 else 0)
+
+
+def covered_requests(plan: SplitPlan, seq_lens: jax.Array) -> jax.Array:
+    """[B] bool: whether the plan's pieces cover each request's blocks, no more and no less.
+
+    False for a plan made for other lengths.
+    """
+    batch = plan.num_tiles // plan.num_row_tiles
+    taken = jnp.where(plan.request >= 0, plan.block_end - plan.block_start, 0)
+    taken = jax.ops.segment_sum(taken, plan.request, batch)  # drops request = -1
+    return taken == _num_blocks(seq_lens, plan.block_size) * plan.num_row_tiles
+
+
+def plan_loads(
+    plan: SplitPlan,
+    seq_lens: jax.Array,
+    *,
+    rows: int,
+    cost_model: str = "blocks",
+    overhead: int = 5,
+) -> jax.Array:
+    """[W] float32: what each worker's pieces cost under a model; arguments as in `plan_splits`."""
+    model = _Costs.of(cost_model, rows, plan.rows_per_tile, plan.block_size, overhead)
+    request = jnp.maximum(plan.request, 0)
+    full, last = model.block_costs(jnp.asarray(seq_lens))
+    has_last = plan.block_end * plan.block_size >= jnp.asarray(seq_lens)[request]
+    has_last &= plan.block_end > plan.block_start
+    full, last = full[plan.row_tile], last[request, plan.row_tile]
+    cost = (plan.block_end - plan.block_start) * full + jnp.where(has_last, last - full, 0)
+    cost = jnp.where(plan.request >= 0, cost + model.overhead, 0)
+    before = jnp.append(jnp.zeros(1, jnp.int32), jnp.cumsum(cost))
+    return jnp.diff(before[plan.worker_start]).astype(jnp.float32)
+
+
+def merge_partials(
+    plan: SplitPlan, o: jax.Array, partial_o: jax.Array, lse: jax.Array, partial_lse: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Outputs of all tiles: as they are, or for cut tiles the merge of their slots in KV order.
+
+    Args:
+        o: [num_tiles, rows_per_tile, D_v]; of cut tiles anything.
+        partial_o: [slots, rows_per_tile, D_v].
+        lse: [num_tiles, rows_per_tile] float32; of cut tiles anything.
+        partial_lse: [slots, rows_per_tile] float32.
+
+    Returns o (o's dtype, merged in float32) and lse.
+    """
+    first, end = plan.tile_slot_start[:-1], plan.tile_slot_start[1:]
+
+    def take(k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        slot = jnp.minimum(first + k, partial_lse.shape[0] - 1)
+        part = jnp.where((first + k < end)[:, None], partial_lse[slot], -jnp.inf)
+        return partial_o[slot].astype(jnp.float32), part
+
+    def add(k: jax.Array, merged: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        part_o, part_lse = take(k)
+        return merge_states(jnp.stack([merged[0], part_o]), jnp.stack([merged[1], part_lse]))
+
+    merged_o, merged_lse = jax.lax.fori_loop(1, (end - first).max(), add, take(jnp.int32(0)))
+    cut = (end > first)[:, None]
+    o = jnp.where(cut[..., None], merged_o.astype(o.dtype), o)
+    return o, jnp.where(cut, merged_lse, lse)
+
+
+class _Costs(NamedTuple):
+    """A cost model for a block of a given size and the row tiles of a request."""
+
+    overhead: int  # of a piece
+    by_rows: np.ndarray  # [num_row_tiles] of a block, for the tile's rows
+    by_tokens: int  # of a block, for each 64 of its tokens
+    block_size: int
+
+    @staticmethod
+    def of(
+        cost_model: str, rows: int, rows_per_tile: int, block_size: int, overhead: int
+    ) -> "_Costs":
+        checks.require_one_of("cost_model", cost_model, COST_MODELS)
+        num_row_tiles = math.ceil(rows / rows_per_tile)
+        tile_rows = np.full(num_row_tiles, rows_per_tile, np.int32)
+        tile_rows[-1] = rows - (num_row_tiles - 1) * rows_per_tile
+        if cost_model == "blocks":
+            return _Costs(overhead, np.ones_like(tile_rows), 0, block_size)
+        return _Costs(0, 6 * -(-tile_rows // 16), 10, block_size)
+
+    def block_costs(self, seq_lens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of a full block [num_row_tiles], and of each request's last [B, num_row_tiles]."""
+        by_rows = jnp.asarray(self.by_rows, jnp.int32)
+        rest = (seq_lens - 1) % self.block_size + 1
+        last = by_rows + self.by_tokens * ((rest + 63) // 64)[:, None]
+        return by_rows + self.by_tokens * math.ceil(self.block_size / 64), last
+
+
+class _Line(NamedTuple):
+    """All tiles in a row, measured in cost and in places.
+
+    A place counts blocks, and 1 for a tile without any, so that each tile's edge is its own.
+    """
+
+    blocks: jax.Array  # [T]
+    edge: jax.Array  # [T] the place where the tile starts
+    length: jax.Array  # places in all
+    cost_start: jax.Array  # [T] what stands before the tile
+    cost_total: jax.Array
+    full: jax.Array  # [T] cost of a full block
+    last: jax.Array  # [T] cost of the tile's last block
+    overhead: int
+    block_size: int
+    rows_per_tile: int
+    num_row_tiles: int
+
+    def tile_at(self, places: jax.Array) -> jax.Array:
+        return _find(self.edge, places, side="right") - 1
+
+    def cuts(self, num_workers: int, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Places [W + 1] that cut the line in `count` equal shares (the other workers get none),
+        and the largest cost of a share."""
+        share = _shares(self.cost_total, num_workers, count)
+        tile = _find(self.cost_start, share, side="right") - 1
+        blocks, full, last = self.blocks[tile], self.full[tile], self.last[tile]
+        inside = share - self.cost_start[tile] - self.overhead
+        before_last = (blocks - 1) * full
+        taken = jnp.clip((2 * inside + full) // (2 * full), 0, jnp.maximum(blocks - 1, 0))
+        taken = jnp.where((2 * (inside - before_last) >= last) & (blocks > 0), blocks, taken)
+        shortest = max(1, -(-self.overhead // 3))
+        taken = jnp.where(taken < shortest, 0, taken)
+        taken = jnp.where(blocks - taken < shortest, blocks, taken)
+        place = self.edge[tile] + taken
+        place = jnp.where(jnp.arange(num_workers + 1) >= count, self.length, place).at[0].set(0)
+
+        # The cost before a cut; what follows one inside a tile has an overhead of its own.
+        tile = jnp.where(place == self.length, len(self.blocks) - 1, self.tile_at(place))
+        taken = jnp.minimum(place - self.edge[tile], self.blocks[tile])
+        cost = taken * self.full[tile] + jnp.where(
+            (taken == self.blocks[tile]) & (taken > 0), self.last[tile] - self.full[tile], 0
+        )
+        cost = self.cost_start[tile] + cost + jnp.where(taken > 0, self.overhead, 0)
+        cost = jnp.where(place == self.length, self.cost_total, cost)
+        again = jnp.where((taken > 0) & (place < self.length), self.overhead, 0)
+        load = jnp.where(place[1:] > place[:-1], cost[1:] - cost[:-1] + again[:-1], 0)
+        return place, load.max()
+
+
+def _lay_line(
+    seq_lens: jax.Array,
+    num_workers: int,
+    rows: int,
+    rows_per_tile: int,
+    block_size: int,
+    cost_model: str,
+    overhead: int,
+) -> _Line:
+    checks.require_shape("seq_lens", seq_lens, "[B]", None)
+    checks.require_int32("seq_lens", seq_lens)
+    for name, value in (
+        ("num_workers", num_workers),
+        ("rows", rows),
+        ("rows_per_tile", rows_per_tile),
+        ("block_size", block_size),
+    ):
+        checks.require_positive(name, value)
+    if overhead < 0:
+        raise ValueError(f"overhead must be at least 0, got {overhead}")
+    costs = _Costs.of(cost_model, rows, rows_per_tile, block_size, overhead)
+    num_row_tiles = len(costs.by_rows)
+    seq_lens = jnp.asarray(seq_lens)
+    full, last = costs.block_costs(seq_lens)
+    blocks = jnp.repeat(_num_blocks(seq_lens, block_size), num_row_tiles)
+    full, last = jnp.tile(full, len(seq_lens)), last.ravel()
+    cost = jnp.where(blocks > 0, (blocks - 1) * full + last, 0) + costs.overhead
+    places = jnp.maximum(blocks, 1)
+    end, cost_end = jnp.cumsum(places), jnp.cumsum(cost)
+    return _Line(
+        blocks=blocks,
+        edge=end - places,
+        length=end[-1],
+        cost_start=cost_end - cost,
+        cost_total=cost_end[-1],
+        full=full,
+        last=last,
+        overhead=costs.overhead,
+        block_size=block_size,
+        rows_per_tile=rows_per_tile,
+        num_row_tiles=num_row_tiles,
+    )
+
+
+def _assemble(line: _Line, starts: jax.Array, worker_start: jax.Array, num_slots: int) -> SplitPlan:
+    """The plan whose pieces start at the sorted places `starts` (unused ones: _BEYOND)."""
+    used = starts < line.length
+    tile = jnp.where(used, line.tile_at(starts), 0)
+    begin = jnp.where(used, starts - line.edge[tile], 0)
+    until = jnp.minimum(jnp.append(starts[1:], _BEYOND), line.length)
+    end = jnp.where(used, jnp.minimum(until - line.edge[tile], line.blocks[tile]), 0)
+    partial = used & ((begin > 0) | (end < line.blocks[tile]))
+    slots = jnp.cumsum(partial.astype(jnp.int32))
+    before = jnp.append(jnp.zeros(1, jnp.int32), slots)
+    return SplitPlan(
+        request=jnp.where(used, tile // line.num_row_tiles, -1),
+        row_tile=jnp.where(used, tile % line.num_row_tiles, 0),
+        block_start=begin,
+        block_end=end,
+        slot=jnp.where(partial, slots - 1, -1),
+        worker_start=worker_start,
+        tile_slot_start=before[_find(starts, jnp.append(line.edge, line.length))],
+        block_size=line.block_size,
+        rows_per_tile=line.rows_per_tile,
+        num_row_tiles=line.num_row_tiles,
+        num_slots=num_slots,
+    )
+
+
+def _num_blocks(seq_lens: jax.Array, block_size: int) -> jax.Array:
+    return jnp.maximum(seq_lens + (block_size - 1), 0) // block_size
+
+
+def _shares(total: jax.Array, num_workers: int, count: jax.Array) -> jax.Array:
+    """[W + 1] int32: w * total / count, without the overflow of that product."""
+    w = jnp.arange(num_workers + 1, dtype=jnp.int32)
+    return w * (total // count) + w * (total % count) // count
+
+
+def _find(values: jax.Array, queries: jax.Array, side: str = "left") -> jax.Array:
+    """searchsorted as one fused kernel: by default it would be a loop of kernels."""
+    return jnp.searchsorted(values, queries, side=side, method="scan_unrolled").astype(jnp.int32)
