@@ -7,6 +7,7 @@ from typing import Any
 
 # Distinguishable with any colour vision (Okabe and Ito, 2008), in order of use.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#555555")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 GREY = "#8a8f98"
 
 _STYLE: dict[Any, Any] = {
