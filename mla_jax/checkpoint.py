@@ -139,11 +139,10 @@ def dequantize_blocks(
 
 def _weight_block_size(config: Mapping[str, Any]) -> tuple[int, int]:
     """quantization_config.weight_block_size, by default DeepSeek's 128 x 128."""
-    where = [config, text_config(config)]
-    quantization = next(
-        (c["quantization_config"] for c in where if c.get("quantization_config")), {}
+    quantization = config.get("quantization_config") or text_config(config).get(
+        "quantization_config"
     )
-    block = quantization.get("weight_block_size", [128, 128])
+    block = (quantization or {}).get("weight_block_size", [128, 128])
     if not (
         isinstance(block, list)
         and len(block) == 2

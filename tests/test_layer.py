@@ -1,0 +1,304 @@
+"""The layer against transformers' golden vectors and float64, over every way of feeding tokens."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import chex
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+from hypothesis import given, settings
+from layer_oracle import layer_float64
+
+from mla_jax.cache import PagedKVCache
+from mla_jax.checkpoint import Checkpoint
+from mla_jax.config import MLAConfig, YarnScaling
+from mla_jax.layer import mla_layer, naive_mla_layer, preprocess, project_output
+from mla_jax.weights import init_params, load_hf
+
+GOLDEN = sorted((Path(__file__).parent / "data" / "golden").iterdir())
+TOLERANCE = 2e-5  # relative Frobenius error, float32
+
+SMALL = MLAConfig(
+    hidden_size=20,
+    num_heads=3,
+    q_lora_rank=12,
+    kv_lora_rank=18,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=4,
+    v_head_dim=5,
+    rope_scaling=YarnScaling(4.0, 8, mscale=1.0, mscale_all_dim=0.7),
+)
+
+naive = jax.jit(naive_mla_layer, static_argnames="config")
+step = jax.jit(mla_layer, static_argnames=("config", "implementation"), donate_argnames="cache")
+
+
+def relative_error(got, wanted):
+    wanted = np.asarray(wanted, np.float64)
+    return np.linalg.norm(np.asarray(got, np.float64) - wanted) / np.linalg.norm(wanted)
+
+
+def new_cache(config, batch, length, page_size=16, dtype=jnp.float32):
+    """An empty cache and a block table of shuffled pages for `batch` requests."""
+    width = -(-length // page_size)
+    pages = np.random.default_rng(0).permutation(batch * width).astype(np.int32)
+    cache = PagedKVCache.create(
+        batch * width,
+        page_size=page_size,
+        kv_lora_rank=config.kv_lora_rank,
+        rope_dim=config.qk_rope_head_dim,
+        dtype=dtype,
+    )
+    return cache, jnp.asarray(pages.reshape(batch, width))
+
+
+def feed(params, config, x, pieces, **options):
+    """Runs x [B, S, hidden] through the paged layer in pieces of so many tokens."""
+    cache, tables = new_cache(config, x.shape[0], x.shape[1], dtype=x.dtype)
+    outs, done = [], 0
+    for piece in pieces:
+        seq_lens = jnp.full(x.shape[:1], done + piece, jnp.int32)
+        new = x[:, done : done + piece]
+        out, cache = step(params, config, new, cache, tables, seq_lens, **options)
+        outs.append(out)
+        done += piece
+    assert done == x.shape[1]
+    return jnp.concatenate(outs, 1)
+
+
+def golden(folder):
+    """(config, params, x, out) of a shipped case, which has just one layer."""
+    [layer] = Checkpoint(folder).layers
+    vectors = np.load(folder / "golden.npz")
+    return *load_hf(folder, layer), jnp.asarray(vectors["x"]), vectors["out"]
+
+
+@pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
+class TestGolden:
+    def test_naive(self, folder):
+        config, params, x, out = golden(folder)
+        assert relative_error(naive(params, config, x), out) < TOLERANCE
+
+    def test_prefill(self, folder):
+        config, params, x, out = golden(folder)
+        assert relative_error(feed(params, config, x, [40]), out) < TOLERANCE
+
+    def test_chunked_prefill(self, folder):
+        config, params, x, out = golden(folder)
+        assert relative_error(feed(params, config, x, [10] * 4), out) < TOLERANCE
+
+    def test_token_by_token(self, folder):
+        config, params, x, out = golden(folder)
+        assert relative_error(feed(params, config, x, [1] * 40), out) < TOLERANCE
+
+    def test_two_at_a_time(self, folder):
+        config, params, x, out = golden(folder)
+        assert relative_error(feed(params, config, x, [10, *[2] * 15]), out) < TOLERANCE
+
+    def test_oracle(self, folder):
+        """The float64 oracle of the other tests is itself what transformers computes."""
+        config, params, x, out = golden(folder)
+        assert relative_error(layer_float64(config, params, x), out) < 2e-6
+
+
+def test_golden_covers_the_published_dialects():
+    raw = [json.loads((folder / "config.json").read_text()) for folder in GOLDEN]
+    assert {c["model_type"] for c in raw} == {"deepseek_v2", "deepseek_v3", "kimi_k2"}
+    assert any("rope_parameters" in c for c in raw)
+    assert any("rope_scaling" in c for c in raw)
+    assert {c.get("rope_interleave") for c in raw} == {None, True, False}
+    assert any(c["q_lora_rank"] is None for c in raw)
+    assert any("quantization_config" in c for c in raw)
+    assert sum(f.stat().st_size for folder in GOLDEN for f in folder.iterdir()) < 2e6
+
+
+CONFIGS = {
+    "small": SMALL,
+    "direct_q": dataclasses.replace(SMALL, q_lora_rank=None),
+    "half": dataclasses.replace(SMALL, rope_interleave=False),
+    "plain": dataclasses.replace(SMALL, rope_scaling=None),
+    "bias": dataclasses.replace(SMALL, attention_bias=True),
+    "one_head": dataclasses.replace(SMALL, num_heads=1, v_head_dim=9, qk_rope_head_dim=2),
+}
+
+
+def random_layer(config, batch=2, length=9, dtype=jnp.float32, seed=0):
+    """Params whose norms and biases aren't neutral, and x [batch, length, hidden]."""
+    key = jax.random.key(seed)
+    params = init_params(key, config, jnp.float32)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    moved = [
+        leaf + 0.2 * jax.random.normal(k, leaf.shape) * (leaf.ndim == 1)
+        for k, leaf in zip(keys, leaves, strict=True)
+    ]
+    x = jax.random.normal(jax.random.fold_in(key, 1), (batch, length, config.hidden_size))
+    params, x = jax.tree.map(lambda leaf: leaf.astype(dtype), (tree.unflatten(moved), x))
+    return params, x
+
+
+class Variants(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.named_parameters(CONFIGS.items())
+    def test_naive(self, config):
+        params, x = random_layer(config)
+        got = self.variant(lambda p, x: naive_mla_layer(p, config, x))(params, x)
+        chex.assert_shape(got, x.shape)
+        assert relative_error(got, layer_float64(config, params, x)) < 2e-6
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.named_parameters(CONFIGS.items())
+    def test_paged(self, config):
+        params, x = random_layer(config)
+        cache, tables = new_cache(config, 2, 9)
+        layer = self.variant(lambda *args: mla_layer(args[0], config, *args[1:])[0])
+        got = layer(params, x, cache, tables, jnp.array([9, 9], jnp.int32))
+        chex.assert_shape(got, x.shape)
+        assert relative_error(got, layer_float64(config, params, x)) < 2e-6
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    config=st.sampled_from(list(CONFIGS.values())),
+    seed=st.integers(0, 2**31 - 1),
+    pieces=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    scale=st.sampled_from([1e-3, 1.0, 30.0]),
+)
+def test_absorbed_is_naive(config, seed, pieces, scale):
+    """Whatever the layer and its values, and wherever the tokens are cut."""
+    params, x = random_layer(config, seed=seed)
+    x = x * scale
+    wanted = naive(params, config, x)
+    cache, tables = new_cache(config, 2, 9)
+    done = 0
+    for piece in [*pieces, 9]:
+        piece = min(piece, 9 - done)
+        new = jnp.roll(x, -done, axis=1)  # the next tokens, then others that are not to count
+        seq_lens, query_lens = (jnp.full(2, n, jnp.int32) for n in (done + piece, piece))
+        out, cache = step(params, config, new, cache, tables, seq_lens, query_lens=query_lens)
+        if piece:
+            got = out[:, :piece]
+            assert relative_error(got, wanted[:, done : done + piece]) < TOLERANCE
+        done += piece
+
+
+def test_ragged_batch():
+    """Requests of their own lengths, fed in chunks of their own, end as if each were alone."""
+    params, x = random_layer(SMALL, batch=3, length=20)
+    cache, tables = new_cache(SMALL, 3, 20)
+    seq_lens = np.zeros(3, np.int32)
+    outs = [[] for _ in range(3)]
+    for query_lens in ([7, 1, 0], [0, 7, 2], [1, 1, 1], [7, 7, 5], [5, 0, 7]):
+        new = np.full((3, 7, SMALL.hidden_size), 1e3, np.float32)  # what pads is not to matter
+        for b, count in enumerate(query_lens):
+            new[b, :count] = x[b, seq_lens[b] : seq_lens[b] + count]
+        seq_lens += query_lens
+        lens = (jnp.asarray(seq_lens), jnp.asarray(query_lens, jnp.int32))
+        out, cache = step(params, SMALL, new, cache, tables, lens[0], query_lens=lens[1])
+        for b, count in enumerate(query_lens):
+            outs[b].append(out[b, :count])
+            assert not np.any(out[b, count:])
+    wanted = layer_float64(SMALL, params, x)
+    for b in range(3):
+        assert relative_error(np.concatenate(outs[b]), wanted[b, : seq_lens[b]]) < TOLERANCE
+
+
+def test_shards_add_up_to_the_whole():
+    """Tensor parallelism: each shard has its heads and the whole cache; the outputs add up."""
+    config = dataclasses.replace(SMALL, num_heads=4)
+    params, x = random_layer(config)
+    total = 0
+    for rank in range(2):
+        mine = slice(2 * rank, 2 * rank + 2)
+        shard = dataclasses.replace(
+            params,
+            w_uq=params.w_uq[:, mine],
+            w_uk=params.w_uk[mine],
+            w_uv=params.w_uv[mine],
+            w_o=params.w_o[mine],
+        )
+        total += feed(shard, config.shard(2), x, [9])
+    assert relative_error(total, layer_float64(config, params, x)) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_low_precision(dtype):
+    params, x = random_layer(SMALL, dtype=dtype)
+    wanted = layer_float64(SMALL, *jax.tree.map(lambda a: a.astype(jnp.float32), (params, x)))
+    eps = float(jnp.finfo(dtype).eps)
+    for got in (naive(params, SMALL, x), feed(params, SMALL, x, [5, *[1] * 4])):
+        assert got.dtype == dtype
+        assert relative_error(got, wanted) < 4 * eps
+
+
+def test_preprocess_makes_the_cache_rows():
+    """q . kv is the score of the expanded heads, and kv is what the cache then holds."""
+    params, x = random_layer(SMALL, length=4)
+    positions = jnp.broadcast_to(jnp.arange(4), (2, 4))
+    q, kv = preprocess(params, SMALL, x, positions)
+    chex.assert_shape(q, (2, 4, 3, SMALL.latent_dim))
+    chex.assert_shape(kv, (2, 4, SMALL.latent_dim))
+    cache, tables = new_cache(SMALL, 2, 4)
+    _, cache = mla_layer(params, SMALL, x, cache, tables, jnp.array([4, 4], jnp.int32))
+    chex.assert_trees_all_close(cache.gather(tables, max_len=4), kv, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "split_kv"])
+def test_any_implementation(implementation):
+    params, x = random_layer(SMALL)
+    got = feed(params, SMALL, x, [5, 2, 2], implementation=implementation)
+    assert relative_error(got, layer_float64(SMALL, params, x)) < TOLERANCE
+
+
+def test_a_growing_decode_traces_once():
+    params, x = random_layer(SMALL, length=40)
+    traced = jax.jit(chex.assert_max_traces(mla_layer, n=1), static_argnames="config")
+    cache, tables = new_cache(SMALL, 2, 40)
+    outs = []
+    for i in range(40):
+        seq_lens = jnp.full(2, i + 1, jnp.int32)
+        out, cache = traced(params, SMALL, x[:, i : i + 1], cache, tables, seq_lens)
+        outs.append(out)
+    wanted = layer_float64(SMALL, params, x)
+    assert relative_error(jnp.concatenate(outs, 1), wanted) < TOLERANCE
+
+
+def test_refuses_what_does_not_fit():
+    params, x = random_layer(SMALL)
+    cache, tables = new_cache(SMALL, 2, 9)
+    lens = jnp.array([9, 9], jnp.int32)
+    with pytest.raises(
+        ValueError, match=r"x must be \[B, S, hidden_size\] = .*, 20\], got shape \[2, 9, 19\]"
+    ):
+        mla_layer(params, SMALL, x[..., :19], cache, tables, lens)
+    with pytest.raises(
+        ValueError, match=r"x must be \[B, S, hidden_size\] = .*, got shape \[9, 20\]"
+    ):
+        naive_mla_layer(params, SMALL, x[0])
+    with pytest.raises(ValueError, match=r"positions must be \[B, S\] = \[2, 9\], got shape \[9\]"):
+        preprocess(params, SMALL, x, jnp.arange(9))
+    with pytest.raises(ValueError, match=r"params.w_uq must be \(12, 3, 10\) .* got \(12, 2, 10\)"):
+        naive_mla_layer(dataclasses.replace(params, w_uq=params.w_uq[:, :2]), SMALL, x)
+    with pytest.raises(ValueError, match=r"params.w_dq must be None for this config"):
+        preprocess(params, CONFIGS["direct_q"], x, jnp.zeros((2, 9), int))
+    with pytest.raises(
+        ValueError, match=r"o_latent must be .*, 3, 18\], got shape \[2, 9, 2, 18\]"
+    ):
+        project_output(params, jnp.zeros((2, 9, 2, 18)))
+    with pytest.raises(ValueError, match=r"seq_lens must be \[B\] = \[2\], got shape \[1\]"):
+        mla_layer(params, SMALL, x, cache, tables, lens[:1])
+    query_lens = jnp.ones(3, jnp.int32)
+    with pytest.raises(ValueError, match=r"query_lens must be \[B\] = \[2\], got shape \[3\]"):
+        mla_layer(params, SMALL, x, cache, tables, lens, query_lens=query_lens)
+    with pytest.raises(ValueError, match=r"implementation must be .*, got 'abacus'"):
+        mla_layer(params, SMALL, x, cache, tables, lens, implementation="abacus")
+    with pytest.raises(ValueError, match=r"seq_lens\[1\] must be in 0 .. 16"):
+        mla_layer(params, SMALL, x, cache, tables, jnp.array([9, 17], jnp.int32))
+    with pytest.raises(ValueError, match=r"query_lens\[0\] must be in 0 .. 8"):
+        mla_layer(params, SMALL, x, cache, tables, jnp.array([8, 9], jnp.int32))
+    assert not np.any(cache.pages)  # nothing was written, and the cache is still there
