@@ -1,5 +1,6 @@
 """The one op: absorbed MLA over a paged latent cache, whatever computes it, and its checks."""
 
+import functools
 from typing import Any, Literal, overload
 
 import jax
@@ -181,18 +182,18 @@ def _check_values(
                 f"tokens, seq_lens[{request}] = {lengths[request]}), got {queries[request]}"
             )
     if plan is not None and checks.is_concrete(*jax.tree.leaves(plan)):
-        for request in np.flatnonzero(~np.asarray(covered_requests(plan, jnp.asarray(seq_lens)))):
+        for request in np.flatnonzero(~np.asarray(covered_requests(plan, seq_lens))):
             raise ValueError(
                 f"plan must be made for these seq_lens, got one that does not cover request "
                 f"{request} of {np.asarray(seq_lens)[request]} keys"
             )
 
 
+@functools.partial(jax.jit, static_argnums=4)
 def _valid_or_minus_one(
     cache: PagedKVCache, block_tables: Any, seq_lens: Any, query_lens: Any, count: int
 ) -> jax.Array:
     """seq_lens, with -1 for a request whose lengths or pages can't be."""
-    block_tables, seq_lens = jnp.asarray(block_tables), jnp.asarray(seq_lens)
     max_pages = block_tables.shape[1]
     used = jnp.arange(max_pages) * cache.page_size < seq_lens[:, None]
     exists = (block_tables >= 0) & (block_tables < cache.num_pages)

@@ -159,12 +159,13 @@ class PagedKVCache:
         if requests is None:
             requests = jnp.arange(block_tables.shape[0], dtype=jnp.int32)
         slot = jnp.clip(positions // self.page_size, 0, block_tables.shape[1] - 1)
-        page = jnp.clip(block_tables[requests[:, None], slot], 0, self.num_pages - 1)
+        page = block_tables.at[requests[:, None], slot].get(mode="promise_in_bounds")
+        page = jnp.clip(page, 0, self.num_pages - 1)
         offset = positions % self.page_size
         if self.layout == "ND":
-            return self.pages[page, offset]
-        fractals = self.pages[page, :, offset, :]  # [N, T, D / C0, C0]
-        return fractals.reshape(*page.shape, self.latent_dim)
+            return self.pages.at[page, offset].get(mode="promise_in_bounds")
+        fractals = self.pages.at[page, :, offset, :].get(mode="promise_in_bounds")
+        return fractals.reshape(*page.shape, self.latent_dim)  # from [N, T, D / C0, C0]
 
     def _check_tables(self, block_tables: Any) -> None:
         checks.require_shape("block_tables", block_tables, "[B, max_pages]", None, None)

@@ -6,15 +6,9 @@ share is cut into pieces, whose partial results are merged (flash-decoding). Eve
 under jit on traced lengths, without a loop over pieces, so that a decode loop plans on the device
 once a step and traces once.
 
-Cost models, and where they come from:
-- "blocks": FlashMLA's tile scheduler (get_mla_metadata): a piece costs its blocks + `overhead`,
-  5 for blocks of 64 tokens on Hopper.
-- "fia": Ascend's fused-infer-attention tiling: a block costs 6 * ceil(rows / 16) +
-  10 * ceil(tokens / 64) and a piece nothing more. Worker counts from about sqrt(blocks) to all are
-  tried, and the plan with the smallest maximum is kept, with the fewest workers among equals.
-Both cut at the block edge that is nearest to an equal share. A worker cut that would leave a piece
-of less than a third of its own overhead (with 5: a single block) moves to the tile's edge: that
-saves a piece and its merge, and costs the neighbour a block.
+Cuts lie at the block edge nearest to an equal share of the cost (`split_costs` has the models).
+One that would leave a piece of less than a third of its own overhead (with 5: a single block)
+moves to the tile's edge: that saves a piece and its merge, and costs the neighbour a block.
 """
 
 import dataclasses
@@ -28,8 +22,8 @@ import numpy as np
 
 from mla_jax import checks
 from mla_jax.online_softmax import merge_states
+from mla_jax.split_costs import SplitCosts, split_costs
 
-COST_MODELS = ("blocks", "fia")
 _BEYOND = np.int32(2**31 - 1)  # sorts behind every place on the line
 
 
@@ -103,28 +97,24 @@ def plan_splits(
         rows: query rows of a request, S_q * H.
         rows_per_tile: rows that one worker holds at a time.
         block_size: KV tokens a block.
-        cost_model: "blocks" or "fia", see above.
-        overhead: of a piece, in blocks; "fia" has none and ignores it.
+        cost_model: "blocks" or "fia"; the latter keeps, of the worker counts it tries, the plan
+            with the smallest maximum, and the fewest workers among equals.
+        overhead: of a piece, in blocks; "fia" has none and takes no notice.
 
     Returns:
         A plan of num_tiles + num_workers pieces and 2 * (num_workers - 1) slots.
 
     Raises TypeError or ValueError naming the argument that can't be.
     """
-    line = _lay_line(seq_lens, num_workers, rows, rows_per_tile, block_size, cost_model, overhead)
-    counts = jnp.arange(1, num_workers + 1, dtype=jnp.int32)
-    if cost_model == "blocks":
-        cuts, _ = line.cuts(num_workers, jnp.int32(num_workers))
-    else:
-        all_cuts, maxima = jax.vmap(lambda count: line.cuts(num_workers, count))(counts)
-        fewest = jnp.sqrt(line.blocks.sum().astype(jnp.float32)).astype(jnp.int32)
-        tried = counts >= jnp.minimum(fewest, num_workers)
-        cuts = all_cuts[jnp.argmin(jnp.where(tried, maxima, _BEYOND))]
-    repeated = jnp.concatenate([jnp.zeros(1, bool), cuts[1:] == cuts[:-1]])
-    at_edge = line.edge[line.tile_at(cuts)] == cuts
-    inner = jnp.where(repeated | at_edge | (cuts == line.length), _BEYOND, cuts)
-    starts = jnp.sort(jnp.concatenate([line.edge, inner[1:]]))
-    return _assemble(line, starts, _find(starts, cuts), max(0, 2 * (num_workers - 1)))
+    _check(seq_lens, num_workers)
+    costs = split_costs(
+        cost_model,
+        rows=rows,
+        rows_per_tile=rows_per_tile,
+        block_size=block_size,
+        overhead=overhead,
+    )
+    return _plan_splits(seq_lens, num_workers, costs)
 
 
 def plan_fixed(
@@ -149,32 +139,28 @@ def plan_fixed(
         max_seq_len: the longest length there may be; it fixes the plan's shape.
         Others as in `plan_splits`.
 
-    Raises TypeError or ValueError naming the argument that can't be; a traced length past
+    Raises TypeError or ValueError naming the argument that can't be. A traced length past
     max_seq_len leaves its request uncovered (see `covered_requests`).
     """
+    _check(seq_lens, num_workers)
     checks.require_positive("split_size", split_size)
     checks.require_positive("max_seq_len", max_seq_len)
-    line = _lay_line(seq_lens, num_workers, rows, rows_per_tile, block_size, "blocks", overhead)
+    costs = split_costs(
+        "blocks", rows=rows, rows_per_tile=rows_per_tile, block_size=block_size, overhead=overhead
+    )
     if split_size % block_size:
         raise ValueError(
             f"split_size must be a multiple of block_size = {block_size}, got {split_size}"
         )
     if checks.is_concrete(seq_lens) and np.max(seq_lens, initial=0) > max_seq_len:
-        raise ValueError(f"seq_lens must be at most max_seq_len = {max_seq_len}, got {seq_lens}")
+        raise ValueError(
+            f"seq_lens must be at most max_seq_len = {max_seq_len}, got {np.max(seq_lens)}"
+        )
     most = math.ceil(max_seq_len / split_size)
-    offset = jnp.arange(most, dtype=jnp.int32) * (split_size // block_size)
-    inside = (offset < line.blocks[:, None]) | (offset == 0)
-    starts = jnp.sort(jnp.where(inside, line.edge[:, None] + offset, _BEYOND).ravel())
-    # Equal shares of whole pieces: worker w starts at the piece whose middle is past w shares.
-    used = starts < line.length
-    blocks = jnp.where(used, jnp.append(starts[1:], _BEYOND).clip(max=line.length) - starts, 0)
-    cost = jnp.where(used, blocks + line.overhead, 0)
-    total = jnp.cumsum(cost)
-    share = _shares(total[-1], num_workers, jnp.int32(num_workers))
-    worker_start = _find(2 * total - cost, 2 * share).at[-1].set(used.sum(dtype=jnp.int32))
-    return _assemble(line, starts, worker_start, line.blocks.shape[0] * most if most > 1 else 0)
+    return _plan_fixed(seq_lens, num_workers, costs, split_size // block_size, most)
 
 
+@jax.jit
 def covered_requests(plan: SplitPlan, seq_lens: jax.Array) -> jax.Array:
     """[B] bool: whether the plan's pieces cover each request's blocks, no more and no less.
 
@@ -195,14 +181,21 @@ def plan_loads(
     overhead: int = 5,
 ) -> jax.Array:
     """[W] float32: what each worker's pieces cost under a model; arguments as in `plan_splits`."""
-    model = _Costs.of(cost_model, rows, plan.rows_per_tile, plan.block_size, overhead)
+    costs = split_costs(
+        cost_model,
+        rows=rows,
+        rows_per_tile=plan.rows_per_tile,
+        block_size=plan.block_size,
+        overhead=overhead,
+    )
+    seq_lens = jnp.asarray(seq_lens)
     request = jnp.maximum(plan.request, 0)
-    full, last = model.block_costs(jnp.asarray(seq_lens))
-    has_last = plan.block_end * plan.block_size >= jnp.asarray(seq_lens)[request]
-    has_last &= plan.block_end > plan.block_start
+    full, last = costs.block_costs(seq_lens)
     full, last = full[plan.row_tile], last[request, plan.row_tile]
-    cost = (plan.block_end - plan.block_start) * full + jnp.where(has_last, last - full, 0)
-    cost = jnp.where(plan.request >= 0, cost + model.overhead, 0)
+    blocks = plan.block_end - plan.block_start
+    has_last = (blocks > 0) & (plan.block_end * plan.block_size >= seq_lens[request])
+    cost = costs.overhead + blocks * full + jnp.where(has_last, last - full, 0)
+    cost = jnp.where(plan.request >= 0, cost, 0)
     before = jnp.append(jnp.zeros(1, jnp.int32), jnp.cumsum(cost))
     return jnp.diff(before[plan.worker_start]).astype(jnp.float32)
 
@@ -237,34 +230,6 @@ def merge_partials(
     return o, jnp.where(cut, merged_lse, lse)
 
 
-class _Costs(NamedTuple):
-    """A cost model for a block of a given size and the row tiles of a request."""
-
-    overhead: int  # of a piece
-    by_rows: np.ndarray  # [num_row_tiles] of a block, for the tile's rows
-    by_tokens: int  # of a block, for each 64 of its tokens
-    block_size: int
-
-    @staticmethod
-    def of(
-        cost_model: str, rows: int, rows_per_tile: int, block_size: int, overhead: int
-    ) -> "_Costs":
-        checks.require_one_of("cost_model", cost_model, COST_MODELS)
-        num_row_tiles = math.ceil(rows / rows_per_tile)
-        tile_rows = np.full(num_row_tiles, rows_per_tile, np.int32)
-        tile_rows[-1] = rows - (num_row_tiles - 1) * rows_per_tile
-        if cost_model == "blocks":
-            return _Costs(overhead, np.ones_like(tile_rows), 0, block_size)
-        return _Costs(0, 6 * -(-tile_rows // 16), 10, block_size)
-
-    def block_costs(self, seq_lens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Of a full block [num_row_tiles], and of each request's last [B, num_row_tiles]."""
-        by_rows = jnp.asarray(self.by_rows, jnp.int32)
-        rest = (seq_lens - 1) % self.block_size + 1
-        last = by_rows + self.by_tokens * ((rest + 63) // 64)[:, None]
-        return by_rows + self.by_tokens * math.ceil(self.block_size / 64), last
-
-
 class _Line(NamedTuple):
     """All tiles in a row, measured in cost and in places.
 
@@ -278,85 +243,83 @@ class _Line(NamedTuple):
     cost_total: jax.Array
     full: jax.Array  # [T] cost of a full block
     last: jax.Array  # [T] cost of the tile's last block
-    overhead: int
-    block_size: int
-    rows_per_tile: int
-    num_row_tiles: int
+    costs: SplitCosts
+
+    @staticmethod
+    def lay(seq_lens: jax.Array, costs: SplitCosts) -> "_Line":
+        full, last = costs.block_costs(seq_lens)
+        full, last = jnp.tile(full, len(seq_lens)), last.ravel()
+        blocks = jnp.repeat(_num_blocks(seq_lens, costs.block_size), costs.num_row_tiles)
+        cost = jnp.where(blocks > 0, (blocks - 1) * full + last, 0) + costs.overhead
+        places = jnp.maximum(blocks, 1)
+        end, cost_end = jnp.cumsum(places), jnp.cumsum(cost)
+        return _Line(
+            blocks, end - places, end[-1], cost_end - cost, cost_end[-1], full, last, costs
+        )
 
     def tile_at(self, places: jax.Array) -> jax.Array:
+        """The tile that each place is in."""
         return _find(self.edge, places, side="right") - 1
 
-    def cuts(self, num_workers: int, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Places [W + 1] that cut the line in `count` equal shares (the other workers get none),
-        and the largest cost of a share."""
+    def cut(self, num_workers: int, count: jax.Array) -> jax.Array:
+        """Places [W + 1] that cut the line in `count` equal shares; the other workers get none."""
         share = _shares(self.cost_total, num_workers, count)
         tile = _find(self.cost_start, share, side="right") - 1
         blocks, full, last = self.blocks[tile], self.full[tile], self.last[tile]
-        inside = share - self.cost_start[tile] - self.overhead
-        before_last = (blocks - 1) * full
+        inside = share - self.cost_start[tile] - self.costs.overhead
         taken = jnp.clip((2 * inside + full) // (2 * full), 0, jnp.maximum(blocks - 1, 0))
-        taken = jnp.where((2 * (inside - before_last) >= last) & (blocks > 0), blocks, taken)
-        shortest = max(1, -(-self.overhead // 3))
+        whole = (blocks > 0) & (2 * (inside - (blocks - 1) * full) >= last)
+        shortest = max(1, -(-self.costs.overhead // 3))
         taken = jnp.where(taken < shortest, 0, taken)
-        taken = jnp.where(blocks - taken < shortest, blocks, taken)
+        taken = jnp.where(whole | ((taken > 0) & (blocks - taken < shortest)), blocks, taken)
         place = self.edge[tile] + taken
-        place = jnp.where(jnp.arange(num_workers + 1) >= count, self.length, place).at[0].set(0)
+        return jnp.where(jnp.arange(num_workers + 1) >= count, self.length, place).at[0].set(0)
 
-        # The cost before a cut; what follows one inside a tile has an overhead of its own.
-        tile = jnp.where(place == self.length, len(self.blocks) - 1, self.tile_at(place))
-        taken = jnp.minimum(place - self.edge[tile], self.blocks[tile])
-        cost = taken * self.full[tile] + jnp.where(
-            (taken == self.blocks[tile]) & (taken > 0), self.last[tile] - self.full[tile], 0
-        )
-        cost = self.cost_start[tile] + cost + jnp.where(taken > 0, self.overhead, 0)
-        cost = jnp.where(place == self.length, self.cost_total, cost)
-        again = jnp.where((taken > 0) & (place < self.length), self.overhead, 0)
-        load = jnp.where(place[1:] > place[:-1], cost[1:] - cost[:-1] + again[:-1], 0)
-        return place, load.max()
+    def largest_load(self, cuts: jax.Array) -> jax.Array:
+        """The cost of the costliest stretch between two cuts."""
+        tile = self.tile_at(cuts)  # behind the end: the last
+        taken = jnp.minimum(cuts - self.edge[tile], self.blocks[tile])
+        whole = (taken > 0) & (taken == self.blocks[tile])
+        before = taken * self.full[tile] + jnp.where(whole, self.last[tile] - self.full[tile], 0)
+        before = before + jnp.where(taken > 0, self.costs.overhead, 0) + self.cost_start[tile]
+        before = jnp.where(cuts == self.length, self.cost_total, before)
+        again = jnp.where((taken > 0) & (cuts < self.length), self.costs.overhead, 0)
+        return jnp.where(cuts[1:] > cuts[:-1], again[:-1] + jnp.diff(before), 0).max()
 
 
-def _lay_line(
-    seq_lens: jax.Array,
-    num_workers: int,
-    rows: int,
-    rows_per_tile: int,
-    block_size: int,
-    cost_model: str,
-    overhead: int,
-) -> _Line:
-    checks.require_shape("seq_lens", seq_lens, "[B]", None)
-    checks.require_int32("seq_lens", seq_lens)
-    for name, value in (
-        ("num_workers", num_workers),
-        ("rows", rows),
-        ("rows_per_tile", rows_per_tile),
-        ("block_size", block_size),
-    ):
-        checks.require_positive(name, value)
-    if overhead < 0:
-        raise ValueError(f"overhead must be at least 0, got {overhead}")
-    costs = _Costs.of(cost_model, rows, rows_per_tile, block_size, overhead)
-    num_row_tiles = len(costs.by_rows)
-    seq_lens = jnp.asarray(seq_lens)
-    full, last = costs.block_costs(seq_lens)
-    blocks = jnp.repeat(_num_blocks(seq_lens, block_size), num_row_tiles)
-    full, last = jnp.tile(full, len(seq_lens)), last.ravel()
-    cost = jnp.where(blocks > 0, (blocks - 1) * full + last, 0) + costs.overhead
-    places = jnp.maximum(blocks, 1)
-    end, cost_end = jnp.cumsum(places), jnp.cumsum(cost)
-    return _Line(
-        blocks=blocks,
-        edge=end - places,
-        length=end[-1],
-        cost_start=cost_end - cost,
-        cost_total=cost_end[-1],
-        full=full,
-        last=last,
-        overhead=costs.overhead,
-        block_size=block_size,
-        rows_per_tile=rows_per_tile,
-        num_row_tiles=num_row_tiles,
-    )
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _plan_splits(seq_lens: jax.Array, num_workers: int, costs: SplitCosts) -> SplitPlan:
+    line = _Line.lay(seq_lens, costs)
+    cuts = line.cut(num_workers, jnp.int32(num_workers))
+    if costs.tries_fewer_workers:
+        counts = jnp.arange(1, num_workers + 1, dtype=jnp.int32)
+        all_cuts = jax.vmap(functools.partial(line.cut, num_workers))(counts)
+        fewest = jnp.sqrt(line.blocks.sum().astype(jnp.float32)).astype(jnp.int32)
+        tried = counts >= jnp.minimum(fewest, num_workers)
+        largest = jax.vmap(line.largest_load)(all_cuts)
+        cuts = all_cuts[jnp.argmin(jnp.where(tried, largest, _BEYOND))]
+    inner = line.edge[line.tile_at(cuts)] < cuts
+    inner &= (cuts < line.length) & (cuts != jnp.roll(cuts, 1))
+    starts = jnp.sort(jnp.append(line.edge, jnp.where(inner, cuts, _BEYOND)[1:]))
+    return _assemble(line, starts, _find(starts, cuts), 2 * (num_workers - 1))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _plan_fixed(
+    seq_lens: jax.Array, num_workers: int, costs: SplitCosts, split_blocks: int, most: int
+) -> SplitPlan:
+    line = _Line.lay(seq_lens, costs)
+    offset = jnp.arange(most, dtype=jnp.int32) * split_blocks
+    exists = (offset < line.blocks[:, None]) | (offset == 0)
+    starts = jnp.sort(jnp.where(exists, line.edge[:, None] + offset, _BEYOND).ravel())
+    # Worker w starts at the first piece whose middle lies past w equal shares of the cost.
+    places = jnp.diff(jnp.minimum(starts, line.length), append=line.length)
+    cost = jnp.where(starts < line.length, places + costs.overhead, 0)
+    end = jnp.cumsum(cost)
+    share = _shares(end[-1], num_workers, jnp.int32(num_workers))
+    worker_start = _find(2 * end - cost, 2 * share).at[-1].set(_find(starts, line.length))
+    num_slots = line.blocks.shape[0] * most if most > 1 else 0
+    return _assemble(line, starts, worker_start, num_slots)
 
 
 def _assemble(line: _Line, starts: jax.Array, worker_start: jax.Array, num_slots: int) -> SplitPlan:
@@ -367,21 +330,28 @@ def _assemble(line: _Line, starts: jax.Array, worker_start: jax.Array, num_slots
     until = jnp.minimum(jnp.append(starts[1:], _BEYOND), line.length)
     end = jnp.where(used, jnp.minimum(until - line.edge[tile], line.blocks[tile]), 0)
     partial = used & ((begin > 0) | (end < line.blocks[tile]))
-    slots = jnp.cumsum(partial.astype(jnp.int32))
+    slots = jnp.cumsum(partial, dtype=jnp.int32)
     before = jnp.append(jnp.zeros(1, jnp.int32), slots)
     return SplitPlan(
-        request=jnp.where(used, tile // line.num_row_tiles, -1),
-        row_tile=jnp.where(used, tile % line.num_row_tiles, 0),
+        request=jnp.where(used, tile // line.costs.num_row_tiles, -1),
+        row_tile=jnp.where(used, tile % line.costs.num_row_tiles, 0),
         block_start=begin,
         block_end=end,
         slot=jnp.where(partial, slots - 1, -1),
         worker_start=worker_start,
         tile_slot_start=before[_find(starts, jnp.append(line.edge, line.length))],
-        block_size=line.block_size,
-        rows_per_tile=line.rows_per_tile,
-        num_row_tiles=line.num_row_tiles,
+        block_size=line.costs.block_size,
+        rows_per_tile=line.costs.rows_per_tile,
+        num_row_tiles=line.costs.num_row_tiles,
         num_slots=num_slots,
     )
+
+
+def _check(seq_lens: jax.Array, num_workers: int) -> None:
+    checks.require_shape("seq_lens", seq_lens, "[B]", None)
+    checks.require_int32("seq_lens", seq_lens)
+    checks.require_positive("B of seq_lens", seq_lens.shape[0])
+    checks.require_positive("num_workers", num_workers)
 
 
 def _num_blocks(seq_lens: jax.Array, block_size: int) -> jax.Array:
