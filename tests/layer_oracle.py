@@ -1,9 +1,26 @@
 """The layer in float64 numpy, head by head and token by token: slow, plain, and written from the
-papers alone. It shares no code with `mla_jax` but the shapes of `MLAConfig` and `MLAParams`."""
+papers alone. It shares no code with `mla_jax` but the shapes of `MLAConfig` and `MLAParams`.
+Beside it, random weights to try it on."""
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
+
+from mla_jax.weights import MLAParams, param_shapes
+
+
+def random_params(config, dtype=jnp.float32, seed=0):
+    """Weights of unit gain, with norms and biases that aren't the neutral 1 and 0."""
+    rng = np.random.default_rng(seed)
+
+    def draw(name, shape):
+        if shape is None:
+            return None
+        scale = 0.2 if len(shape) == 1 else shape[name in ("w_uk", "w_uv", "w_o")] ** -0.5
+        return jnp.asarray(rng.standard_normal(shape) * scale + name.startswith("norm"), dtype)
+
+    return MLAParams(**{name: draw(name, shape) for name, shape in param_shapes(config).items()})
 
 
 def layer_float64(config, params, x):

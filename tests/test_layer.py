@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 from hypothesis import given, settings
-from layer_oracle import layer_float64
+from layer_oracle import layer_float64, random_params
 
 from mla_jax.cache import PagedKVCache
 from mla_jax.checkpoint import Checkpoint
 from mla_jax.config import MLAConfig, YarnScaling
 from mla_jax.layer import mla_layer, naive_mla_layer, preprocess, project_output
-from mla_jax.weights import init_params, load_hf
+from mla_jax.weights import load_hf
 
 GOLDEN = sorted((Path(__file__).parent / "data" / "golden").iterdir())
 TOLERANCE = 2e-5  # relative Frobenius error, float32
@@ -118,28 +118,17 @@ def test_golden_covers_the_published_dialects():
 
 
 CONFIGS = {
-    "small": SMALL,
-    "direct_q": dataclasses.replace(SMALL, q_lora_rank=None),
-    "half": dataclasses.replace(SMALL, rope_interleave=False),
-    "plain": dataclasses.replace(SMALL, rope_scaling=None),
-    "bias": dataclasses.replace(SMALL, attention_bias=True),
+    "low_rank_q_yarn": SMALL,
+    "direct_q_half": dataclasses.replace(SMALL, q_lora_rank=None, rope_interleave=False),
+    "bias_plain": dataclasses.replace(SMALL, attention_bias=True, rope_scaling=None),
     "one_head": dataclasses.replace(SMALL, num_heads=1, v_head_dim=9, qk_rope_head_dim=2),
 }
 
 
 def random_layer(config, batch=2, length=9, dtype=jnp.float32, seed=0):
-    """Params whose norms and biases aren't neutral, and x [batch, length, hidden]."""
-    key = jax.random.key(seed)
-    params = init_params(key, config, jnp.float32)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    moved = [
-        leaf + 0.2 * jax.random.normal(k, leaf.shape) * (leaf.ndim == 1)
-        for k, leaf in zip(keys, leaves, strict=True)
-    ]
-    x = jax.random.normal(jax.random.fold_in(key, 1), (batch, length, config.hidden_size))
-    params, x = jax.tree.map(lambda leaf: leaf.astype(dtype), (tree.unflatten(moved), x))
-    return params, x
+    """(params, x [batch, length, hidden])."""
+    x = np.random.default_rng(~np.uint32(seed)).standard_normal((batch, length, config.hidden_size))
+    return random_params(config, dtype, seed), jnp.asarray(x, dtype)
 
 
 class Variants(chex.TestCase):
@@ -285,7 +274,7 @@ def test_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match=r"params.w_uq must be \(12, 3, 10\) .* got \(12, 2, 10\)"):
         naive_mla_layer(dataclasses.replace(params, w_uq=params.w_uq[:, :2]), SMALL, x)
     with pytest.raises(ValueError, match=r"params.w_dq must be None for this config"):
-        preprocess(params, CONFIGS["direct_q"], x, jnp.zeros((2, 9), int))
+        preprocess(params, CONFIGS["direct_q_half"], x, jnp.zeros((2, 9), int))
     with pytest.raises(
         ValueError, match=r"o_latent must be .*, 3, 18\], got shape \[2, 9, 2, 18\]"
     ):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from layer_oracle import random_params
 from safetensors.numpy import load_file, save_file
 
 from mla_jax.checkpoint import Checkpoint, CheckpointError, dequantize_blocks
@@ -42,15 +43,9 @@ CONFIGS = {
 PREFIX = "model.layers.0.self_attn."
 
 
-def seeded(config=CONFIG, dtype=jnp.float32):
-    """init_params with norms and biases that aren't the neutral 1 and 0."""
-    params = init_params(jax.random.key(0), config, dtype)
-    return jax.tree.map(lambda x: x + jnp.arange(x.size, dtype=dtype).reshape(x.shape) / 64, params)
-
-
 @pytest.fixture
 def checkpoint(tmp_path):
-    save_hf(tmp_path, CONFIG, seeded())
+    save_hf(tmp_path, CONFIG, random_params(CONFIG))
     return tmp_path
 
 
@@ -86,7 +81,7 @@ def test_init_is_seeded_and_keeps_unit_variance():
 @pytest.mark.parametrize("layer", [0, 11])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_save_load_round_trip(tmp_path, config, layer):
-    params = seeded(config)
+    params = random_params(config)
     save_hf(tmp_path / "new", config, params, layer=layer)
     loaded_config, loaded = load_hf(tmp_path / "new", layer)
     assert loaded_config == config
@@ -101,7 +96,9 @@ def test_save_load_round_trip(tmp_path, config, layer):
 def test_loads_any_stored_dtype_as_any_dtype(checkpoint, stored, wanted):
     rewrite(checkpoint, lambda t: t.update({k: v.astype(stored) for k, v in t.items()}))
     _, params = load_hf(checkpoint, dtype=wanted)
-    expected = jax.tree.map(lambda x: jnp.asarray(np.asarray(x).astype(stored), wanted), seeded())
+    expected = jax.tree.map(
+        lambda x: jnp.asarray(np.asarray(x).astype(stored), wanted), random_params(CONFIG)
+    )
     chex.assert_trees_all_equal(params, expected)
 
 
@@ -130,7 +127,7 @@ def shard(folder, pieces=3):
 
 def test_shards_with_an_index(checkpoint):
     shard(checkpoint)
-    chex.assert_trees_all_equal(load_hf(checkpoint)[1], seeded())
+    chex.assert_trees_all_equal(load_hf(checkpoint)[1], random_params(CONFIG))
 
 
 def test_only_the_shards_of_the_layer_need_to_be_there(checkpoint):
@@ -138,21 +135,20 @@ def test_only_the_shards_of_the_layer_need_to_be_there(checkpoint):
     content = json.loads(index.read_text())
     content["weight_map"]["model.layers.1.self_attn.o_proj.weight"] = "not-downloaded.safetensors"
     index.write_text(json.dumps(content))
-    chex.assert_trees_all_equal(load_hf(checkpoint)[1], seeded())
+    chex.assert_trees_all_equal(load_hf(checkpoint)[1], random_params(CONFIG))
 
 
 def test_one_of_many_layers_under_any_prefix(tmp_path):
     tensors = {}
     for layer in (1, 11, 61):  # 61: DeepSeek-V3's MTP module, past its 61 layers
-        params = init_params(jax.random.key(layer), CONFIG)
+        params = random_params(CONFIG, seed=layer)
         for name, value in params_to_hf(params, CONFIG).items():
             tensors[f"language_model.model.layers.{layer}.self_attn.{name}"] = value
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"text_config": CONFIG.to_hf()}))
     assert Checkpoint(tmp_path).layers == [1, 11, 61]
     for layer in (1, 11, 61):
-        expected = init_params(jax.random.key(layer), CONFIG)
-        chex.assert_trees_all_equal(load_hf(tmp_path, layer)[1], expected)
+        chex.assert_trees_all_equal(load_hf(tmp_path, layer)[1], random_params(CONFIG, seed=layer))
 
 
 def quantize(weight, block):
@@ -316,16 +312,18 @@ def test_broken_block_size(checkpoint, block):
 
 
 def test_save_writes_nothing_on_error(tmp_path):
-    wrong = dataclasses.replace(seeded(), w_uk=jnp.zeros((4, 6, 14)))
+    wrong = dataclasses.replace(random_params(CONFIG), w_uk=jnp.zeros((4, 6, 14)))
     with pytest.raises(ValueError, match=r"params.w_uk must be \(3, 6, 14\) .* got \(4, 6, 14\)"):
         save_hf(tmp_path / "new", CONFIG, wrong)
     with pytest.raises(ValueError, match="rms_norm_eps"):
-        save_hf(tmp_path / "new", dataclasses.replace(CONFIG, rms_norm_eps=1e-5), seeded())
+        save_hf(
+            tmp_path / "new", dataclasses.replace(CONFIG, rms_norm_eps=1e-5), random_params(CONFIG)
+        )
     assert not (tmp_path / "new").exists()
 
 
 def test_check_params_names_what_is_missing():
     with pytest.raises(ValueError, match=r"params.w_dq must be \(24, 10\) .* got None"):
-        check_params(dataclasses.replace(seeded(), w_dq=None), CONFIG)
+        check_params(dataclasses.replace(random_params(CONFIG), w_dq=None), CONFIG)
     with pytest.raises(ValueError, match=r"params.w_dq must be None for this config"):
-        check_params(seeded(), CONFIGS["direct_q"])
+        check_params(random_params(CONFIG), CONFIGS["direct_q"])
