@@ -366,4 +366,5 @@ def _shares(total: jax.Array, num_workers: int, count: jax.Array) -> jax.Array:
 
 def _find(values: jax.Array, queries: jax.Array, side: str = "left") -> jax.Array:
     """searchsorted as one fused kernel: by default it would be a loop of kernels."""
-    return jnp.searchsorted(values, queries, side=side, method="scan_unrolled").astype(jnp.int32)
+    method = "compare_all" if values.size * queries.size <= 1 << 18 else "scan_unrolled"
+    return jnp.searchsorted(values, queries, side=side, method=method).astype(jnp.int32)

@@ -1,0 +1,104 @@
+"""Random ragged batches over a poisoned paged cache, and the comparison with the float64 oracle."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mla_jax.cache import PagedKVCache
+from mla_jax.reference import paged_attention_float64
+
+RANK, ROPE = 32, 16
+SCALE = 0.2
+TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 1.5e-3}
+
+
+@dataclasses.dataclass
+class Batch:
+    """Arguments of the op. Whatever no length reaches is NaN, or garbage in the block tables."""
+
+    q: Any
+    cache: PagedKVCache
+    block_tables: np.ndarray
+    seq_lens: np.ndarray
+    query_lens: np.ndarray
+
+    @property
+    def args(self) -> tuple:
+        return self.q, self.cache, self.block_tables, self.seq_lens
+
+    def oracle(self, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+        options = {"softmax_scale": SCALE, "query_lens": self.query_lens} | options
+        return paged_attention_float64(*self.args, **options)
+
+
+def make_batch(
+    rng: np.random.Generator,
+    seq_lens: list[int],
+    query_lens: list[int],
+    *,
+    num_queries: int | None = None,
+    heads: int = 4,
+    page_size: int = 16,
+    layout: str = "ND",
+    dtype: str = "float32",
+    capacity: int = 256,
+) -> Batch:
+    """Pages in random order in a cache with more pages than are used; written element by element,
+    not by `append`."""
+    seq, queries = np.array(seq_lens, np.int32), np.array(query_lens, np.int32)
+    batch, max_pages = len(seq), capacity // page_size
+    num_pages = batch * max_pages + 3
+    cache = PagedKVCache.create(
+        num_pages,
+        page_size=page_size,
+        kv_lora_rank=RANK,
+        rope_dim=ROPE,
+        dtype=dtype,
+        layout=layout,
+    )
+    free = list(rng.permutation(num_pages))
+    garbage = np.array([-1, -(2**31), 2**31 - 1, num_pages, 0], np.int32)
+    tables = rng.choice(garbage, (batch, max_pages)).astype(np.int32)
+    pages = np.full(cache.pages.shape, np.nan, cache.dtype).reshape(num_pages, -1)
+    for request, length in enumerate(seq):
+        for slot in range(-(-length // page_size)):
+            tables[request, slot] = free.pop()
+        for position in range(length):
+            row = rng.standard_normal(RANK + ROPE).astype(cache.dtype)
+            address = np.array(
+                [element(cache, position % page_size, d) for d in range(RANK + ROPE)]
+            )
+            pages[tables[request, position // page_size], address] = row
+    cache = dataclasses.replace(cache, pages=jnp.asarray(pages.reshape(cache.pages.shape)))
+    shape = (batch, num_queries or max(1, *query_lens), heads, RANK + ROPE)
+    q = jnp.asarray(rng.standard_normal(shape), dtype)
+    return Batch(q, cache, tables, seq, queries)
+
+
+def element(cache: PagedKVCache, t: int, d: int) -> int:
+    """Where value d of token t stands in a page."""
+    if cache.layout == "ND":
+        return t * cache.latent_dim + d
+    c0 = 32 // cache.dtype.itemsize
+    return ((d // c0) * cache.page_size + t) * c0 + d % c0
+
+
+def relative_error(got: Any, wanted: np.ndarray) -> float:
+    """Frobenius norm of the difference over that of what is wanted."""
+    got = np.asarray(got).astype(np.float64)
+    return float(np.linalg.norm(got - wanted) / max(np.linalg.norm(wanted), 1e-30))
+
+
+def assert_matches(got: tuple, wanted: tuple, tolerance: float, lse_tolerance: float) -> None:
+    """o by relative error, rows without a key exactly 0; lse by absolute error, -inf exactly."""
+    (o, lse), (o_wanted, lse_wanted) = got, wanted
+    o, lse = np.asarray(o).astype(np.float64), np.asarray(lse)
+    assert o.shape == o_wanted.shape
+    assert lse.dtype == np.float32
+    empty = np.isneginf(lse_wanted)
+    np.testing.assert_array_equal(np.isneginf(lse), empty)
+    assert not o[empty].any()
+    np.testing.assert_allclose(lse[~empty], lse_wanted[~empty], rtol=0, atol=lse_tolerance)
+    assert relative_error(o, o_wanted) <= tolerance

@@ -1,0 +1,269 @@
+"""The block recurrence and the merge against float64; every hazard of AMLA that was measured."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mla_jax.online_softmax import finalize, init_state, merge_states, update
+
+RESCALES = ("multiply", "exponent_add")
+TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3, "float16": 8e-4}
+
+
+@functools.partial(jax.jit, static_argnames=("block", "rescale", "compensate"))
+def blockwise(scores, values, block, rescale, compensate=True):
+    """The recurrence over all blocks of scores [R, T] and values [T, D]."""
+
+    def step(state, keys):
+        return update(state, *keys, rescale=rescale, compensate=compensate), None
+
+    rows, keys = scores.shape
+    blocks = (
+        scores.reshape(rows, -1, block).swapaxes(0, 1),
+        values.reshape(-1, block, values.shape[1]),
+    )
+    state = init_state((rows,), values.shape[1])
+    return finalize(jax.lax.scan(step, state, blocks)[0])
+
+
+def softmax_float64(scores, values):
+    scores, values = np.asarray(scores, np.float64), np.asarray(values).astype(np.float64)
+    o, lse = np.zeros((len(scores), values.shape[1])), np.full(len(scores), -np.inf)
+    for row, score in enumerate(scores):
+        seen = np.isfinite(score)
+        if seen.any():
+            top = score[seen].max()
+            weights = np.exp(score[seen] - top)
+            o[row] = weights @ values[seen] / weights.sum()
+            lse[row] = top + np.log(weights.sum())
+    return o, lse
+
+
+def relative_error(got, wanted):
+    return np.linalg.norm(np.asarray(got, np.float64) - wanted) / np.linalg.norm(wanted)
+
+
+def draw(seed, rows=24, keys=512, dim=16, dtype="float32", spread=1.0):
+    rng = np.random.default_rng(seed)
+    scores = jnp.asarray(spread * rng.standard_normal((rows, keys)), jnp.float32)
+    return scores, jnp.asarray(rng.standard_normal((keys, dim)), dtype)
+
+
+def flash_inputs(kind, rng, rows=64, keys=4096, width=576):
+    """Rows, keys and latents of the accuracy table: scores [64, 4096], values [4096, 512], bf16."""
+    if kind == "uniform":
+        q, kv = rng.uniform(-1, 1, (rows, width)), rng.uniform(-1, 1, (keys, width))
+    else:
+        spread = 3.0 if kind == "normal 3" else 1.0
+        q, kv = spread * rng.standard_normal((2, rows, width)), rng.standard_normal((keys, width))
+        q, kv = q[0], spread * kv
+        if kind == "ramp":
+            kv = kv * np.linspace(0.2, 2.0, keys)[:, None]
+    q, kv = (x.astype(jnp.bfloat16).astype(np.float64) for x in (q, kv))
+    scores = (q @ kv.T * 192**-0.5).astype(np.float32)
+    return jnp.asarray(scores), jnp.asarray(kv[:, :512], jnp.bfloat16)
+
+
+class Variants(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_recurrence_and_merge(self):
+        scores, values = draw(0, keys=64)
+        for rescale in RESCALES:
+            take = self.variant(functools.partial(update, rescale=rescale))
+            first = take(init_state((24,), 16), scores[:, :40], values[:40])
+            second = take(init_state((24,), 16), scores[:, 40:], values[40:])
+            whole = self.variant(finalize)(take(first, scores[:, 40:], values[40:]))
+            parts = [
+                jnp.stack(pair) for pair in zip(finalize(first), finalize(second), strict=True)
+            ]
+            for o, lse in (whole, self.variant(merge_states)(*parts)):
+                o_wanted, lse_wanted = softmax_float64(scores, values)
+                self.assertLess(relative_error(o, o_wanted), 2e-6)
+                np.testing.assert_allclose(lse, lse_wanted, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("rescale", RESCALES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("spread", [0.1, 1.0, 30.0])
+def test_blocks_match_float64(rescale, dtype, spread):
+    scores, values = draw(1, dtype=dtype, spread=spread)
+    o, lse = blockwise(scores, values, 32, rescale)
+    o_wanted, lse_wanted = softmax_float64(scores, values)
+    assert relative_error(o, o_wanted) < TOLERANCE[dtype]
+    np.testing.assert_allclose(lse, lse_wanted, rtol=2e-7, atol=1e-6)
+
+
+@given(
+    st.integers(0, 2**32 - 1), st.sampled_from([16, 64]), st.floats(0.01, 50), st.floats(-300, 300)
+)
+def test_exponent_add_is_multiply_within_its_bound(seed, block, spread, offset):
+    """In float32 nothing is rounded on the way, so only rounding errors of float32 remain."""
+    scores, values = draw(seed, rows=8, keys=128, dim=8, spread=spread)
+    scores = jnp.where(
+        jax.random.bernoulli(jax.random.key(seed), 0.2, scores.shape), -jnp.inf, scores
+    )
+    multiply = blockwise(scores + offset, values, block, "multiply")
+    exponent_add = blockwise(scores + offset, values, block, "exponent_add")
+    np.testing.assert_array_equal(multiply[1], exponent_add[1])
+    assert relative_error(exponent_add[0], np.asarray(multiply[0], np.float64)) < 2e-6
+
+
+@pytest.mark.parametrize("kind", ["normal 1", "normal 3", "uniform", "ramp"])
+def test_amla_is_as_accurate_as_flash_attention_in_bfloat16(kind):
+    scores, values = flash_inputs(kind, np.random.default_rng(5))
+    wanted, _ = softmax_float64(scores, values)
+    flash = relative_error(blockwise(scores, values, 512, "multiply")[0], wanted)
+    amla = relative_error(blockwise(scores, values, 512, "exponent_add")[0], wanted)
+    assert amla < 1.25 * flash
+    assert amla < 2.5e-3
+
+
+def test_no_compensation_is_worse():
+    ratios = []
+    for seed in range(3):
+        scores, values = flash_inputs("normal 1", np.random.default_rng(seed))
+        wanted, _ = softmax_float64(scores, values)
+        errors = [
+            relative_error(blockwise(scores, values, 512, "exponent_add", on)[0], wanted)
+            for on in (True, False)
+        ]
+        ratios.append(errors[1] / errors[0])
+    assert min(ratios) > 1.2, ratios
+
+
+class TestHazards:
+    """What breaks an integer add to the bits of O: see the docstring of `_add_to_exponent`."""
+
+    def test_a_column_that_is_zero_in_the_first_block_only(self):
+        rng = np.random.default_rng(2)
+        scores = rng.standard_normal((64, 1024)) + np.arange(1024) // 256 * 3.0  # m rises
+        scores, values = jnp.asarray(scores, jnp.float32), np.ones((1024, 8), np.float32)
+        values[:256, 3] = 0.0
+        o, _ = blockwise(scores, jnp.asarray(values), 256, "exponent_add")
+        wanted, _ = softmax_float64(scores, values)
+        assert (o[:, 3] > 0.5).all()
+        np.testing.assert_allclose(o, wanted, rtol=5e-6)
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize("rise", [15.0, 20.7, 21.0, 60.0])
+    def test_a_total_rise_that_underflows_what_was_summed(self, rise, dtype):
+        """Columns whose values are 0 from some block on fall below 2^-126 and must stay there."""
+        scores = rise * np.arange(24).repeat(16) + np.random.default_rng(3).random((4, 24 * 16))
+        scores = jnp.asarray(scores, jnp.float32)
+        values = np.random.default_rng(4).standard_normal((24 * 16, 24))
+        for column in range(24):
+            values[16 * (column + 1) :, column] = 0.0
+        values = jnp.asarray(values, dtype)
+        o, _ = blockwise(scores, values, 16, "exponent_add")
+        wanted, _ = softmax_float64(scores, values)
+        assert np.isfinite(o).all()
+        np.testing.assert_allclose(o, wanted, rtol=0.02, atol=2.0**-30)
+
+    @pytest.mark.parametrize("rescale", RESCALES)
+    @pytest.mark.parametrize("masked", [1, 3, 8])
+    def test_first_blocks_that_a_row_does_not_see(self, rescale, masked):
+        scores, values = draw(6, keys=8 * 32)
+        scores = scores.at[::2, : masked * 32].set(-jnp.inf)
+        o, lse = blockwise(scores, values, 32, rescale)
+        o_wanted, lse_wanted = softmax_float64(scores, values)
+        assert np.isfinite(o).all()
+        assert relative_error(o, o_wanted) < 2e-6
+        np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(lse_wanted))
+        if masked == 8:
+            assert not o[::2].any()
+
+    @pytest.mark.parametrize("offset", [-3000.0, -1e5, 3000.0, 1e5])
+    def test_large_scores_keep_their_residual(self, offset):
+        scores, values = draw(7, dtype="bfloat16")
+        scores = scores + offset
+        errors = [
+            relative_error(
+                blockwise(scores, values, 32, how)[0], softmax_float64(scores, values)[0]
+            )
+            for how in RESCALES
+        ]
+        assert errors[1] < 1.5 * errors[0]
+
+    def test_nan_stays_loud(self):
+        scores, values = draw(8)
+        for rescale in RESCALES:
+            o, lse = blockwise(scores.at[3, 100].set(jnp.nan), values, 32, rescale)
+            assert np.isnan(o[3]).all()
+            assert np.isnan(lse[3])
+            assert np.isfinite(np.delete(o, 3, axis=0)).all()
+
+
+def draw_parts(seed, parts, rows=6, dim=8):
+    """Normalised parts, some of them empty with garbage in o."""
+    rng = np.random.default_rng(seed)
+    o = rng.standard_normal((parts, rows, dim)).astype(np.float32)
+    lse = (20 * rng.standard_normal((parts, rows))).astype(np.float32)
+    empty = rng.random((parts, rows)) < 0.4
+    lse[empty], o[empty] = -np.inf, np.nan
+    return o, lse
+
+
+def merge_float64(o, lse):
+    merged, merged_lse = np.zeros(o.shape[1:]), np.full(lse.shape[1:], -np.inf)
+    for row in range(lse.shape[1]):
+        seen = np.isfinite(lse[:, row])
+        if seen.any():
+            top = lse[seen, row].max()
+            weights = np.exp(lse[seen, row].astype(np.float64) - top)
+            merged[row] = weights @ o[seen, row] / weights.sum()
+            merged_lse[row] = top + np.log(weights.sum())
+    return merged, merged_lse
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6))
+def test_merge_matches_float64_and_ignores_empty_parts(seed, parts):
+    o, lse = draw_parts(seed, parts)
+    got, wanted = merge_states(o, lse), merge_float64(o, lse)
+    np.testing.assert_allclose(got[0], wanted[0], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(got[1], wanted[1], rtol=3e-7)
+    assert not np.asarray(got[0])[np.isneginf(wanted[1])].any()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(3, 6), st.data())
+def test_merge_is_associative_and_takes_any_order(seed, parts, data):
+    o, lse = draw_parts(seed, parts)
+    order = data.draw(st.permutations(range(parts)))
+    cut = data.draw(st.integers(1, parts - 1))
+    whole = merge_states(o, lse)
+    o, lse = o[np.array(order)], lse[np.array(order)]
+    halves = [merge_states(o[s], lse[s]) for s in (slice(None, cut), slice(cut, None))]
+    nested = merge_states(*(jnp.stack(pair) for pair in zip(*halves, strict=True)))
+    np.testing.assert_allclose(nested[0], whole[0], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(nested[1], whole[1], rtol=3e-7)
+
+
+def test_merge_of_one_part_with_empty_ones_keeps_its_bits():
+    o, lse = draw_parts(9, 1)
+    o = np.where(np.isneginf(lse)[..., None], 0, o)
+    empty = np.full_like(o, np.nan), np.full_like(lse, -np.inf)
+    for parts in ([(o, lse)], [(o, lse), empty], [empty, empty, (o, lse)]):
+        merged = merge_states(*(np.concatenate(pair) for pair in zip(*parts, strict=True)))
+        np.testing.assert_array_equal(merged[0], o[0])
+        np.testing.assert_array_equal(merged[1], lse[0])
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_merge_axis_and_dtype(axis):
+    o, lse = draw_parts(10, 3)
+    o = np.nan_to_num(o).astype(jnp.bfloat16)
+    merged, merged_lse = merge_states(np.moveaxis(o, 0, axis % 2), np.moveaxis(lse, 0, axis), axis)
+    assert merged.dtype == jnp.bfloat16
+    assert merged_lse.dtype == jnp.float32
+    wanted = merge_float64(o.astype(np.float64), lse)[0]
+    np.testing.assert_allclose(merged.astype(np.float64), wanted, rtol=1e-2, atol=1e-2)
+
+
+def test_merge_refuses_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"lse must be o's shape without the last = \(2, 3\)"):
+        merge_states(jnp.ones((2, 3, 4)), jnp.ones((2, 4)))
