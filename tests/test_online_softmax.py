@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mla_jax.online_softmax import finalize, init_state, merge_states, update
 
 RESCALES = ("multiply", "exponent_add")
+SEEDS = st.integers(0, 2**32 - 1)
 TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3, "float16": 8e-4}
 
 
@@ -23,12 +24,10 @@ def blockwise(scores, values, block, rescale, compensate=True):
     def step(state, keys):
         return update(state, *keys, rescale=rescale, compensate=compensate), None
 
-    rows, keys = scores.shape
-    blocks = (
-        scores.reshape(rows, -1, block).swapaxes(0, 1),
-        values.reshape(-1, block, values.shape[1]),
-    )
-    state = init_state((rows,), values.shape[1])
+    scores = scores.reshape(len(scores), -1, block).swapaxes(0, 1)
+    values = values.reshape(-1, block, values.shape[1])
+    state = init_state(scores.shape[1:2], values.shape[2])
+    blocks = scores, values
     return finalize(jax.lax.scan(step, state, blocks)[0])
 
 
@@ -79,12 +78,11 @@ class Variants(chex.TestCase):
             first = take(init_state((24,), 16), scores[:, :40], values[:40])
             second = take(init_state((24,), 16), scores[:, 40:], values[40:])
             whole = self.variant(finalize)(take(first, scores[:, 40:], values[40:]))
-            parts = [
-                jnp.stack(pair) for pair in zip(finalize(first), finalize(second), strict=True)
-            ]
+            parts = zip(finalize(first), finalize(second), strict=True)
+            parts = [jnp.stack(pair) for pair in parts]
             for o, lse in (whole, self.variant(merge_states)(*parts)):
                 o_wanted, lse_wanted = softmax_float64(scores, values)
-                self.assertLess(relative_error(o, o_wanted), 2e-6)
+                assert relative_error(o, o_wanted) < 2e-6
                 np.testing.assert_allclose(lse, lse_wanted, rtol=0, atol=2e-6)
 
 
@@ -99,15 +97,12 @@ def test_blocks_match_float64(rescale, dtype, spread):
     np.testing.assert_allclose(lse, lse_wanted, rtol=2e-7, atol=1e-6)
 
 
-@given(
-    st.integers(0, 2**32 - 1), st.sampled_from([16, 64]), st.floats(0.01, 50), st.floats(-300, 300)
-)
+@given(SEEDS, st.sampled_from([16, 64]), st.floats(0.01, 50), st.floats(-300, 300))
 def test_exponent_add_is_multiply_within_its_bound(seed, block, spread, offset):
     """In float32 nothing is rounded on the way, so only rounding errors of float32 remain."""
     scores, values = draw(seed, rows=8, keys=128, dim=8, spread=spread)
-    scores = jnp.where(
-        jax.random.bernoulli(jax.random.key(seed), 0.2, scores.shape), -jnp.inf, scores
-    )
+    unseen = np.random.default_rng(seed).random(scores.shape) < 0.2
+    scores = jnp.where(unseen, -jnp.inf, scores)
     multiply = blockwise(scores + offset, values, block, "multiply")
     exponent_add = blockwise(scores + offset, values, block, "exponent_add")
     np.testing.assert_array_equal(multiply[1], exponent_add[1])
@@ -182,12 +177,8 @@ class TestHazards:
     def test_large_scores_keep_their_residual(self, offset):
         scores, values = draw(7, dtype="bfloat16")
         scores = scores + offset
-        errors = [
-            relative_error(
-                blockwise(scores, values, 32, how)[0], softmax_float64(scores, values)[0]
-            )
-            for how in RESCALES
-        ]
+        wanted, _ = softmax_float64(scores, values)
+        errors = [relative_error(blockwise(scores, values, 32, how)[0], wanted) for how in RESCALES]
         assert errors[1] < 1.5 * errors[0]
 
     def test_nan_stays_loud(self):
@@ -221,16 +212,16 @@ def merge_float64(o, lse):
     return merged, merged_lse
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 6))
+@given(SEEDS, st.integers(1, 6))
 def test_merge_matches_float64_and_ignores_empty_parts(seed, parts):
     o, lse = draw_parts(seed, parts)
     got, wanted = merge_states(o, lse), merge_float64(o, lse)
     np.testing.assert_allclose(got[0], wanted[0], rtol=0, atol=2e-6)
-    np.testing.assert_allclose(got[1], wanted[1], rtol=3e-7)
+    np.testing.assert_allclose(got[1], wanted[1], rtol=3e-7, atol=2e-6)
     assert not np.asarray(got[0])[np.isneginf(wanted[1])].any()
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(3, 6), st.data())
+@given(SEEDS, st.integers(3, 6), st.data())
 def test_merge_is_associative_and_takes_any_order(seed, parts, data):
     o, lse = draw_parts(seed, parts)
     order = data.draw(st.permutations(range(parts)))
@@ -240,7 +231,7 @@ def test_merge_is_associative_and_takes_any_order(seed, parts, data):
     halves = [merge_states(o[s], lse[s]) for s in (slice(None, cut), slice(cut, None))]
     nested = merge_states(*(jnp.stack(pair) for pair in zip(*halves, strict=True)))
     np.testing.assert_allclose(nested[0], whole[0], rtol=0, atol=2e-6)
-    np.testing.assert_allclose(nested[1], whole[1], rtol=3e-7)
+    np.testing.assert_allclose(nested[1], whole[1], rtol=3e-7, atol=2e-6)
 
 
 def test_merge_of_one_part_with_empty_ones_keeps_its_bits():
@@ -261,7 +252,7 @@ def test_merge_axis_and_dtype(axis):
     assert merged.dtype == jnp.bfloat16
     assert merged_lse.dtype == jnp.float32
     wanted = merge_float64(o.astype(np.float64), lse)[0]
-    np.testing.assert_allclose(merged.astype(np.float64), wanted, rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(np.asarray(merged, np.float64), wanted, rtol=1e-2, atol=1e-2)
 
 
 def test_merge_refuses_shapes_that_do_not_fit():
