@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 from hypothesis import given, settings
-from layer_oracle import layer_float64, random_params
+from random_layer import random_params
 
 from mla_jax.cache import PagedKVCache
 from mla_jax.checkpoint import Checkpoint
 from mla_jax.config import MLAConfig, YarnScaling
 from mla_jax.layer import mla_layer, naive_mla_layer, preprocess, project_output
+from mla_jax.layer_reference import layer_float64
 from mla_jax.weights import load_hf
 
 GOLDEN = sorted((Path(__file__).parent / "data" / "golden").iterdir())

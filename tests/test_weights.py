@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from layer_oracle import random_params
+from random_layer import random_params
 from safetensors.numpy import load_file, save_file
 
 from mla_jax.checkpoint import Checkpoint, CheckpointError, dequantize_blocks
