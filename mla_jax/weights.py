@@ -16,6 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
+from mla_jax import checks
 from mla_jax.checkpoint import Checkpoint
 from mla_jax.config import MLAConfig
 
@@ -169,16 +170,17 @@ def load_hf(
     Args:
         folder: holds config.json and the safetensors file or shards.
         layer: which layer, from 0; layers past num_hidden_layers (MTP modules) are fine.
-        dtype: of the returned weights, whatever the file stores (float32/16, bfloat16, fp8).
+        dtype: of the returned weights (float32, bfloat16, float16), whatever the file stores.
 
     Raises:
         FileNotFoundError: no such folder, or no config.json in it.
         CheckpointError: a file or tensor is missing, corrupt, of a wrong shape or dtype; the
             message names it.
-        ValueError: `layer` is negative, or config.json asks for what `MLAConfig` can't be.
+        ValueError: `layer` or `dtype` can't be, or config.json asks for what `MLAConfig` can't be.
     """
     if layer < 0:
         raise ValueError(f"layer must be 0 or more, got {layer}")
+    checks.require_one_of("dtype", jnp.dtype(dtype).name, checks.FLOAT_DTYPES)
     checkpoint = Checkpoint(folder)
     config = MLAConfig.from_hf(checkpoint.config)
     prefix = checkpoint.layer_prefix(layer)
@@ -192,8 +194,9 @@ def load_hf(
 def save_hf(folder: str | Path, config: MLAConfig, params: MLAParams, *, layer: int = 0) -> None:
     """Writes config.json and model.safetensors: a checkpoint of one attention layer, as published.
 
-    Creates the folder; replaces those two files. Raises ValueError, before it writes anything,
-    where `params` aren't of `config`'s shapes or the format can't express `config`.
+    Creates the folder; replaces those two files. Before it writes anything, raises ValueError where
+    `params` aren't of `config`'s shapes or the format can't express `config`, FileExistsError
+    where a sharded checkpoint is in the folder.
     """
     if layer < 0:
         raise ValueError(f"layer must be 0 or more, got {layer}")
@@ -201,6 +204,9 @@ def save_hf(folder: str | Path, config: MLAConfig, params: MLAParams, *, layer: 
     prefix = f"model.layers.{layer}.self_attn."
     tensors = {prefix + name: value for name, value in params_to_hf(params, config).items()}
     folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        raise FileExistsError(f"{index}: a sharded checkpoint is here already")
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "np"})
     (folder / "config.json").write_text(text, encoding="utf-8")

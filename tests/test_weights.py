@@ -322,6 +322,18 @@ def test_save_writes_nothing_on_error(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_save_refuses_a_folder_with_shards(checkpoint):
+    shard(checkpoint)
+    with pytest.raises(FileExistsError, match="a sharded checkpoint is here already"):
+        save_hf(checkpoint, CONFIG, random_params(CONFIG))
+    chex.assert_trees_all_equal(load_hf(checkpoint)[1], random_params(CONFIG))
+
+
+def test_load_refuses_a_dtype_that_is_no_float(checkpoint):
+    with pytest.raises(ValueError, match="dtype must be one of float32, .*, got 'int8'"):
+        load_hf(checkpoint, dtype=jnp.int8)
+
+
 def test_check_params_names_what_is_missing():
     with pytest.raises(ValueError, match=r"params.w_dq must be \(24, 10\) .* got None"):
         check_params(dataclasses.replace(random_params(CONFIG), w_dq=None), CONFIG)
