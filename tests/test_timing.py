@@ -41,26 +41,29 @@ def test_a_jax_burst_runs_every_call(separated):
 
     x = jnp.arange(8.0)
     calls = [(x, {"table": jnp.full(3, i)}) for i in range(4)]
-    burst = timing.jax_burst(function, calls, separated=separated)
-    assert burst.launches == 4
+    burst = timing.jax_burst(function, calls, cycles=3, separated=separated)
+    assert burst.launches == 12
     burst.run(2)
     jax.effects_barrier()
-    assert sorted(seen) == sorted([0, 1, 2, 3] * 2)
+    assert sorted(seen) == sorted([0, 1, 2, 3] * 6)
 
 
-@pytest.mark.parametrize(("separated", "steps"), [(False, [0, 1, 2]), (True, [0, 2, 2])])
+@pytest.mark.parametrize(("separated", "steps"), [(False, [0, 1, 2]), (True, [0, 2, 3])])
 def test_a_separated_burst_is_a_chain(separated, steps):
     """The link adds (output is NaN) to the next call's smallest array: here it shows."""
+    seen = []
 
     def function(x, i):
-        return jnp.where(i == 0, jnp.nan, x), i
+        jax.debug.callback(lambda i: seen.append(int(i)), i)
+        return jnp.where(i != 1, jnp.nan, x)
 
     x = jnp.ones(4)
-    calls = [(x, jnp.full((), i)) for i in range(3)]
-    burst = timing.jax_burst(function, calls, separated=separated)
-    burst.enqueue()
-    (outputs,) = burst.wait()
-    assert [int(i) for _, i in outputs] == steps
+    burst = timing.jax_burst(
+        function, [(x, jnp.full((), i)) for i in range(3)], separated=separated
+    )
+    burst.run(1)
+    jax.effects_barrier()
+    assert sorted(seen) == steps
 
 
 def test_equal_calls_are_refused():
