@@ -104,12 +104,17 @@ def attend(
 
     Arguments as in `mla_layer`. Returns (o_latent [B, S, H, kv_lora], the new cache).
     """
+    widths = {"kv_lora_rank": config.kv_lora_rank, "rope_dim": config.qk_rope_head_dim}
+    for name, wanted in widths.items():
+        if getattr(cache, name) != wanted:
+            raise ValueError(f"cache.{name} must be {wanted}, got {getattr(cache, name)}")
     attention = functools.partial(
         paged_mla_attention,
         block_tables=block_tables,
         seq_lens=seq_lens,
         softmax_scale=config.softmax_scale,
         query_lens=query_lens,
+        return_lse=True,
         **options,
     )
     jax.eval_shape(attention, q, cache)  # what it refuses it refuses before anything is written

@@ -287,6 +287,9 @@ def test_refuses_what_does_not_fit():
         mla_layer(params, SMALL, x, cache, tables, lens, query_lens=query_lens)
     with pytest.raises(ValueError, match=r"implementation must be .*, got 'abacus'"):
         mla_layer(params, SMALL, x, cache, tables, lens, implementation="abacus")
+    narrow = PagedKVCache.create(2, page_size=16, kv_lora_rank=16, rope_dim=6, dtype=jnp.float32)
+    with pytest.raises(ValueError, match=r"cache.kv_lora_rank must be 18, got 16"):
+        mla_layer(params, SMALL, x, narrow, tables, lens)
     with pytest.raises(ValueError, match=r"seq_lens\[1\] must be in 0 .. 16"):
         mla_layer(params, SMALL, x, cache, tables, jnp.array([9, 17], jnp.int32))
     with pytest.raises(ValueError, match=r"query_lens\[0\] must be in 0 .. 8"):

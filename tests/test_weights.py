@@ -330,7 +330,7 @@ def test_save_refuses_a_folder_with_shards(checkpoint):
 
 
 def test_load_refuses_a_dtype_that_is_no_float(checkpoint):
-    with pytest.raises(ValueError, match="dtype must be one of float32, .*, got 'int8'"):
+    with pytest.raises(ValueError, match=r"dtype must be one of float32, .*, got 'int8'"):
         load_hf(checkpoint, dtype=jnp.int8)
 
 
