@@ -139,8 +139,8 @@ def plan_fixed(
         max_seq_len: the longest length there may be; it fixes the plan's shape.
         Others as in `plan_splits`.
 
-    Raises TypeError or ValueError naming the argument that can't be. A traced length past
-    max_seq_len leaves its request uncovered (see `covered_requests`).
+    Raises TypeError or ValueError naming the argument that can't be. If a traced length is past
+    max_seq_len, its last piece is longer than split_size: right, but not balanced.
     """
     _check(seq_lens, num_workers)
     checks.require_positive("split_size", split_size)

@@ -1,0 +1,379 @@
+"""Split plans: every block once, balanced as the schedulers they come from are, and executed."""
+
+import dataclasses
+import itertools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from paged_batch import SCALE, assert_matches, make_batch
+
+from mla_jax.attention import paged_mla_attention
+from mla_jax.split_kv import SplitPlan, covered_requests, plan_fixed, plan_loads, plan_splits
+
+WORKERS = (1, 2, 7, 40)
+ROWS, ROWS_PER_TILE = 150, 64  # three row tiles, the last of 22 rows
+lengths_strategy = st.lists(
+    st.one_of(st.just(0), st.integers(1, 400), st.integers(1, 40000)), min_size=5, max_size=5
+)
+
+
+def i32(*values):
+    return np.array(values, np.int32)
+
+
+def check_plan(plan, seq_lens, rows):
+    """The contract of SplitPlan, walked piece by piece."""
+    assert all(leaf.dtype == np.int32 for leaf in jax.tree.leaves(plan))
+    p = jax.tree.map(np.asarray, plan)
+    row_tiles = math.ceil(rows / plan.rows_per_tile)
+    assert (p.num_row_tiles, p.num_tiles) == (row_tiles, len(seq_lens) * row_tiles)
+    used = int((p.request >= 0).sum())
+    assert (p.request[used:] == -1).all()
+    for unused in (p.block_start, p.block_end):
+        assert not unused[used:].any()
+    assert (p.slot[used:] == -1).all()
+    assert p.worker_start[0] == 0
+    assert p.worker_start[-1] == used
+    assert (np.diff(p.worker_start) >= 0).all()
+
+    pieces = list(
+        zip(*(x.tolist() for x in (p.request, p.row_tile, p.block_start, p.block_end)), strict=True)
+    )
+    piece, slot = 0, 0
+    for tile in range(p.num_tiles):
+        request, row_tile = divmod(tile, row_tiles)
+        blocks = math.ceil(max(0, seq_lens[request]) / p.block_size)
+        assert p.tile_slot_start[tile] == slot
+        at, first = 0, piece
+        while piece == first or at < blocks:
+            *where, start, end = pieces[piece]
+            assert (where, start) == ([request, row_tile], at)
+            assert end > at or blocks == 0
+            at, piece = end, piece + 1
+        assert at == blocks
+        if piece - first == 1:
+            assert p.slot[first] == -1
+        else:
+            assert p.slot[first:piece].tolist() == list(range(slot, slot + piece - first))
+            slot += piece - first
+    assert piece == used
+    assert p.tile_slot_start[-1] == slot <= p.num_slots
+    assert np.asarray(covered_requests(plan, jnp.asarray(seq_lens))).all()
+
+
+def flash_mla_largest(blocks, num_workers, overhead):
+    """The largest load of FlashMLA's scheduler: each worker fills its payload, in order."""
+    payload = math.ceil((sum(blocks) + overhead * len(blocks)) / num_workers) + overhead
+    loads, tile, taken = [], 0, 0
+    for _ in range(num_workers):
+        rest = payload
+        while tile < len(blocks):
+            if rest >= blocks[tile] - taken + overhead:
+                rest -= blocks[tile] - taken + overhead
+                tile, taken = tile + 1, 0
+                continue
+            if rest > overhead:
+                taken += rest - overhead
+                rest = 0
+            break
+        loads.append(payload - rest)
+    assert tile == len(blocks)
+    return max(loads)
+
+
+def fia_largest(tiles, num_workers):
+    """The largest load of Ascend's assignment: block after block, while half of it fits."""
+    total, best = sum(map(sum, tiles)), math.inf
+    blocks = [cost for tile in tiles for cost in tile]
+    fewest = min(num_workers, max(1, math.isqrt(len(blocks))))
+    for count in range(fewest, num_workers + 1):
+        loads = [0.0]
+        for cost in blocks:
+            if loads[-1] + cost > total / count + cost / 2 and len(loads) < count:
+                loads.append(0.0)
+            loads[-1] += cost
+        best = min(best, max(loads))
+    return best
+
+
+def fia_tiles(seq_lens):
+    """Block costs of every tile, for ROWS rows and blocks of 64."""
+    tiles = []
+    for length in seq_lens:
+        for rows in (64, 64, 22):
+            by_rows = 6 * math.ceil(rows / 16)
+            tiles.append([by_rows + 10] * math.ceil(length / 64))
+    return tiles
+
+
+@given(lengths_strategy, st.sampled_from(WORKERS), st.sampled_from(["blocks", "fia"]))
+def test_balanced_plan_takes_every_block_once(seq_lens, num_workers, cost_model):
+    plan = plan_splits(i32(*seq_lens), num_workers=num_workers, rows=ROWS, cost_model=cost_model)
+    assert plan.num_pieces == 15 + num_workers
+    assert plan.num_slots == 2 * (num_workers - 1)
+    check_plan(plan, seq_lens, ROWS)
+
+
+@given(lengths_strategy, st.sampled_from(WORKERS))
+def test_blocks_model_balances_as_flash_mla(seq_lens, num_workers):
+    plan = plan_splits(i32(*seq_lens), num_workers=num_workers, rows=ROWS)
+    loads = np.asarray(plan_loads(plan, i32(*seq_lens), rows=ROWS))
+    pieces = np.diff(plan.worker_start)
+    blocks = np.asarray(plan.block_end - plan.block_start)
+    by_hand = [
+        blocks[start : start + count].sum() + 5 * count
+        for start, count in zip(np.asarray(plan.worker_start), pieces, strict=False)
+    ]
+    np.testing.assert_array_equal(loads, by_hand)
+    tiles = [math.ceil(length / 64) for length in seq_lens for _ in range(3)]
+    assert loads.max() <= flash_mla_largest(tiles, num_workers, 5) + 2
+    short = blocks[(np.asarray(plan.slot) >= 0) & (np.asarray(plan.request) >= 0)]
+    assert (short >= 2).all()  # a cut of a single block is not worth its overhead
+
+
+@given(lengths_strategy, st.sampled_from(WORKERS))
+def test_fia_model_balances_as_ascend(seq_lens, num_workers):
+    plan = plan_splits(i32(*seq_lens), num_workers=num_workers, rows=ROWS, cost_model="fia")
+    loads = plan_loads(plan, i32(*seq_lens), rows=ROWS, cost_model="fia")
+    tiles = fia_tiles(seq_lens)
+    assert float(loads.sum()) == sum(map(sum, tiles))
+    assert float(loads.max()) <= fia_largest(tiles, num_workers) + 34  # one block
+
+
+@given(
+    st.lists(st.integers(0, 4000), min_size=5, max_size=5),
+    st.sampled_from(WORKERS),
+    st.sampled_from([64, 512]),
+)
+def test_fixed_plan_cuts_at_multiples(seq_lens, num_workers, split_size):
+    plan = plan_fixed(
+        i32(*seq_lens),
+        split_size=split_size,
+        max_seq_len=4000,
+        num_workers=num_workers,
+        rows=ROWS,
+    )
+    check_plan(plan, seq_lens, ROWS)
+    used = np.asarray(plan.request) >= 0
+    step = split_size // 64
+    start, end = np.asarray(plan.block_start)[used], np.asarray(plan.block_end)[used]
+    assert not (start % step).any()
+    assert (end - start <= step).all()
+    loads = np.asarray(plan_loads(plan, i32(*seq_lens), rows=ROWS))
+    assert loads.max() <= loads.sum() / num_workers + step + 5
+
+
+class Variants(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_plans_under_jit(self):
+        seq_lens = i32(1000, 0, 70)
+        for cost_model in ("blocks", "fia"):
+            plan = self.variant(
+                lambda lens, model=cost_model: plan_splits(
+                    lens, num_workers=5, rows=64, cost_model=model
+                )
+            )(seq_lens)
+            check_plan(plan, seq_lens, 64)
+        plan = self.variant(
+            lambda lens: plan_fixed(lens, split_size=128, max_seq_len=1024, num_workers=5, rows=64)
+        )(seq_lens)
+        check_plan(plan, seq_lens, 64)
+
+
+def test_plans_trace_once_whatever_the_lengths():
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def plan(seq_lens):
+        return plan_splits(seq_lens, num_workers=6, rows=64)
+
+    for seq_lens in (i32(3, 900), i32(0, 0), i32(64, 65)):
+        check_plan(plan(seq_lens), seq_lens, 64)
+
+
+def test_sizes_of_a_large_server_do_not_overflow():
+    seq_lens = np.full(64, 1 << 21, np.int32)
+    for cost_model, overhead in (("blocks", 5), ("fia", 0)):
+        plan = plan_splits(
+            seq_lens, num_workers=132, rows=128, rows_per_tile=128, cost_model=cost_model
+        )
+        check_plan(plan, seq_lens, 128)
+        loads = plan_loads(plan, seq_lens, rows=128, cost_model=cost_model)
+        assert loads.max() - loads.min() <= 2 * (58 + overhead)
+
+
+def test_a_lone_long_request_goes_to_all_workers():
+    plan = plan_splits(i32(64 * 1000), num_workers=100, rows=16)
+    assert (np.diff(plan.worker_start) == 1).all()
+    assert np.ptp(np.asarray(plan.block_end - plan.block_start)[:100]) <= 6
+    few = plan_splits(i32(64 * 3), num_workers=100, rows=16)
+    assert int((few.request >= 0).sum()) == 1  # not worth a cut
+
+
+def test_a_plan_for_other_lengths_does_not_cover():
+    plan = plan_splits(i32(100, 200, 0), num_workers=3, rows=64)
+    assert covered_requests(plan, i32(100, 300, 1)).tolist() == [True, False, False]
+
+
+def test_fixed_plan_takes_a_traced_length_past_its_maximum_whole():
+    seq_lens = i32(128, 300, 64)
+    plan = jax.jit(
+        lambda lens: plan_fixed(lens, split_size=64, max_seq_len=128, num_workers=3, rows=64)
+    )(seq_lens)
+    check_plan(plan, seq_lens, 64)
+    assert plan.block_end[3] == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"seq_lens": i32([1])}, ValueError, r"seq_lens must be \[B\]"),
+        ({"seq_lens": np.ones(2)}, TypeError, "seq_lens must be an int32 array, got float64"),
+        ({"seq_lens": i32()}, ValueError, "B of seq_lens must be a positive integer, got 0"),
+        ({"num_workers": 0}, ValueError, "num_workers must be a positive integer, got 0"),
+        ({"rows": 0}, ValueError, "rows must be a positive integer, got 0"),
+        ({"rows_per_tile": -1}, ValueError, "rows_per_tile must be a positive integer, got -1"),
+        ({"block_size": 1.5}, ValueError, "block_size must be a positive integer, got 1.5"),
+        ({"overhead": -1}, ValueError, "overhead must be at least 0, got -1"),
+        ({"cost_model": "x"}, ValueError, "cost_model must be one of blocks, fia, got 'x'"),
+    ],
+)
+def test_plan_splits_refuses(options, error, message):
+    options = {"seq_lens": i32(1), "num_workers": 2, "rows": 4} | options
+    with pytest.raises(error, match=message):
+        plan_splits(options.pop("seq_lens"), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split_size": 100}, "split_size must be a multiple of block_size = 64, got 100"),
+        ({"split_size": 0}, "split_size must be a positive integer, got 0"),
+        ({"max_seq_len": 0}, "max_seq_len must be a positive integer, got 0"),
+        ({"max_seq_len": 9}, "seq_lens must be at most max_seq_len = 9, got 10"),
+    ],
+)
+def test_plan_fixed_refuses(options, message):
+    options = {"split_size": 64, "max_seq_len": 64, "num_workers": 2, "rows": 4} | options
+    with pytest.raises(ValueError, match=message):
+        plan_fixed(i32(10), **options)
+
+
+# ----------------------------------------------------------------------------------- execution
+
+BLOCK = 16
+RAGGED = ([150, 0, 33, 256], [3, 0, 3, 1])
+attend_plan = jax.jit(
+    lambda q, cache, tables, lens, queries, plan: paged_mla_attention(
+        q,
+        cache,
+        tables,
+        lens,
+        query_lens=queries,
+        softmax_scale=SCALE,
+        implementation="split_kv",
+        plan=plan,
+    )
+)
+
+
+def run(batch, plan):
+    return attend_plan(*batch.args, batch.query_lens, plan)
+
+
+def plan_of_cuts(seq_lens, num_row_tiles, rows_per_tile, cuts, num_workers):
+    """A plan whose workers start at any blocks of the line (sorted), built by hand."""
+    request, row_tile, start, end, slot, worker_start = [], [], [], [], [], [0]
+    tile_slot_start, line = [0], 0
+    for tile in range(len(seq_lens) * num_row_tiles):
+        blocks = math.ceil(seq_lens[tile // num_row_tiles] / BLOCK)
+        inner = sorted({c - line for c in cuts if 0 < c - line < blocks})
+        edges = [0, *inner, blocks]
+        for begin, until in itertools.pairwise(edges):
+            whole = len(edges) == 2
+            slot.append(-1 if whole else tile_slot_start[-1] + edges.index(begin))
+            request.append(tile // num_row_tiles)
+            row_tile.append(tile % num_row_tiles)
+            start.append(begin)
+            end.append(until)
+        tile_slot_start.append(tile_slot_start[-1] + (len(edges) - 1 if len(edges) > 2 else 0))
+        line += blocks
+    position = np.cumsum([0] + [b - a for a, b in zip(start, end, strict=True)])[:-1]
+    worker_start += [int(np.searchsorted(position, c)) for c in sorted(cuts)] + [len(request)]
+    unused = len(seq_lens) * num_row_tiles + num_workers - len(request)
+    return SplitPlan(
+        request=i32(*request, *[-1] * unused),
+        row_tile=i32(*row_tile, *[0] * unused),
+        block_start=i32(*start, *[0] * unused),
+        block_end=i32(*end, *[0] * unused),
+        slot=i32(*slot, *[-1] * unused),
+        worker_start=i32(*worker_start),
+        tile_slot_start=i32(*tile_slot_start),
+        block_size=BLOCK,
+        rows_per_tile=rows_per_tile,
+        num_row_tiles=num_row_tiles,
+        num_slots=2 * (num_workers - 1),
+    )
+
+
+@given(st.lists(st.integers(0, 2 * (10 + 0 + 3 + 16)), min_size=4, max_size=4))
+def test_any_split_is_the_whole(cuts):
+    batch = make_batch(np.random.default_rng(sum(cuts)), *RAGGED, heads=4)
+    plan = plan_of_cuts(RAGGED[0], 2, 8, cuts, num_workers=5)
+    check_plan(plan, RAGGED[0], 12)
+    assert_matches(run(batch, plan), batch.oracle(), 2e-5, 2e-6)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "rows_per_tile", "cost_model"),
+    [(1, 16, "blocks"), (3, 4, "blocks"), (9, 8, "fia"), (30, 12, "fia")],
+)
+def test_planned_splits_match_float64(num_workers, rows_per_tile, cost_model):
+    batch = make_batch(np.random.default_rng(0), *RAGGED, heads=4, page_size=64)
+    plan = plan_splits(
+        batch.seq_lens,
+        num_workers=num_workers,
+        rows=12,
+        rows_per_tile=rows_per_tile,
+        block_size=BLOCK,
+        cost_model=cost_model,
+    )
+    assert_matches(run(batch, plan), batch.oracle(), 2e-5, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fixed_splits_are_batch_invariant(dtype):
+    """A request's rows keep their bits alone, among others, at any place, in any paging."""
+
+    def attend(batch):
+        plan = plan_fixed(
+            batch.seq_lens,
+            split_size=2 * BLOCK,
+            max_seq_len=256,
+            num_workers=4,
+            rows=8,
+            rows_per_tile=8,
+            block_size=BLOCK,
+        )
+        return run(batch, plan)
+
+    for seed, length in enumerate((201, 32, 7)):
+        alone = make_batch(np.random.default_rng(seed), [length], [2], dtype=dtype)
+        wanted = [np.asarray(x)[0] for x in attend(alone)]
+        for others in ([9, 256, 140], [2, 2, 2], [130, 64, 255]):
+            for place in (0, 3):
+                lengths = [*others[:place], length, *others[place:]]
+                batch = make_batch(np.random.default_rng(99), lengths, [2, 2, 2, 2], dtype=dtype)
+                pages = np.asarray(batch.cache.pages).copy()
+                for slot in range(-(-length // 16)):
+                    here, there = batch.block_tables[place, slot], alone.block_tables[0, slot]
+                    pages[here] = np.asarray(alone.cache.pages)[there]
+                batch.cache = dataclasses.replace(batch.cache, pages=jnp.asarray(pages))
+                batch.q = batch.q.at[place].set(alone.q[0])
+                for got, want in zip(attend(batch), wanted, strict=True):
+                    np.testing.assert_array_equal(np.asarray(got)[place], want)
