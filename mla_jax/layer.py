@@ -195,8 +195,16 @@ def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Einsum that leaves float32 alone (by default an accelerator may round it to tf32 or bf16)."""
-    return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST)
+    """Einsum that leaves float32 alone (by default an accelerator may round it to tf32 or bf16).
+
+    It lets batch axes lead and transposes after: where they stand between others, XLA's CPU dot
+    sums bfloat16 in bfloat16 (8 times the error, measured with jaxlib 0.11.2).
+    """
+    left, right, out = spec.replace("->", ",").split(",")
+    leading = sorted(out, key=lambda axis: not (axis in left and axis in right))
+    precision = jax.lax.Precision.HIGHEST
+    result = jnp.einsum(f"{left},{right}->{''.join(leading)}", a, b, precision=precision)
+    return result.transpose([leading.index(axis) for axis in out])
 
 
 def _add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -226,6 +226,22 @@ def test_low_precision(dtype):
         assert relative_error(got, wanted) < 4 * eps
 
 
+def test_bfloat16_sums_in_float32():
+    """Each head's W_UK and W_UV: XLA's CPU dot would round every partial sum to bfloat16."""
+    config = dataclasses.replace(SMALL, kv_lora_rank=512, qk_nope_head_dim=128, q_lora_rank=None)
+    params, x = random_layer(config, dtype=jnp.bfloat16)
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    wide_params, wide_x = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
+    q, _ = preprocess(params, config, x, positions)
+    wanted, _ = preprocess(wide_params, config, wide_x, positions)
+    assert relative_error(q, wanted) < float(jnp.finfo(jnp.bfloat16).eps)
+    o_latent = jnp.sin(jnp.arange(2 * 512 * config.num_heads)).reshape(1, 2, -1, 512)
+    o_latent = o_latent.astype(jnp.bfloat16)
+    out = project_output(params, o_latent)
+    wanted = project_output(wide_params, o_latent.astype(jnp.float32))
+    assert relative_error(out, wanted) < float(jnp.finfo(jnp.bfloat16).eps)
+
+
 def test_preprocess_makes_the_cache_rows():
     """q . kv is the score of the expanded heads, and kv is what the cache then holds."""
     params, x = random_layer(SMALL, length=4)
