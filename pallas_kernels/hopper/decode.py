@@ -1,0 +1,486 @@
+"""Paged absorbed MLA decode for Hopper: one persistent Pallas Mosaic GPU kernel.
+
+A row of queries is (token, head); 64 rows share one CTA, 128 rows a cluster of two CTAs that
+read the same KV by multicast. Three warpgroups a CTA: two compute, one loads. The 512 output
+columns are halved between the computing warpgroups, and two 64-token KV blocks are in flight:
+warpgroup 0 scores the even block, warpgroup 1 the odd one, and each multiplies both P's with its
+own half of V ("seesaw", after FlashMLA). docs/hopper_decode.md draws the schedule.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper.primitives import ROWS, Backend
+
+LOG2E = math.log2(math.e)
+LN2 = math.log(2)
+BLOCK = 64  # KV tokens a block, and query rows a CTA: the height of a wgmma tile
+NO_KEY = -1e30  # a running maximum (log2 units) that no score has raised yet
+PIECE = ("request", "row_tile", "block_start", "block_end", "slot")  # a record of the plan
+LAZY_GROWTH = 8.0  # log2 units that the running maximum may lag behind the true one
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """Tile sizes and options of one compiled kernel."""
+
+    cluster: int = 1  # CTAs that share a KV block: 1 (64 rows a worker) or 2 (128 rows)
+    num_sms: int = 132
+    rescale: str = "lazy"  # "lazy" | "multiply"
+    consumer_registers: int = 240
+    producer_registers: int = 24
+    early_start: bool = True  # programmatic dependent launch: start while the last kernel drains
+
+    @property
+    def rows_per_tile(self) -> int:
+        return BLOCK * self.cluster
+
+    @property
+    def num_workers(self) -> int:
+        return self.num_sms // self.cluster
+
+
+def decode(
+    q,
+    pages,
+    block_tables,
+    seq_lens,
+    query_lens,
+    plan,
+    o_ref,
+    lse_ref,
+    *,
+    num_heads,
+    kv_lora_rank,
+    softmax_scale,
+    causal,
+    config,
+    partial_dtype=jnp.float32,
+    interpret=None,
+):
+    """Runs the plan. q [B, R, D] with R = S_q * num_heads a multiple of 8; pages [N, page, D].
+
+    Writes the rows of whole tiles to o_ref [B, R, kv_lora_rank] and lse_ref [B, R], returns the
+    partial (o, lse) of cut tiles: [slots, rows, kv_lora_rank], [slots, rows].
+    """
+    batch, rows_total, width = q.shape
+    page_size = pages.shape[1]
+    half = kv_lora_rank // 2
+    rope = width - kv_lora_rank
+    rows_box = min(BLOCK, rows_total)
+    dtype = q.dtype
+    cluster = config.cluster
+    scale = softmax_scale * LOG2E
+    last_query = (rows_total - 1) // num_heads
+    g = Backend(interpreting=interpret is not None)
+    num_slots = max(1, plan.num_slots)
+    lazy = config.rescale == "lazy"
+    accumulator_shapes = ((BLOCK, half), (BLOCK, BLOCK))
+
+    def body(
+        # fmt: off
+        q_ref, kv_ref, table_ref, len_ref, qlen_ref,
+        walk_ref, piece_ref,
+        o_ref, lse_ref,
+        po_ref, plse_ref,
+        q_l, q_r, q_t, kv_l, kv_r, kv_t, m_smem, l_smem, lse_smem,
+        q_full, q_empty, full_l, full_r, full_t, empty_l, empty_r, empty_t, p_ready, l_ready,
+        *accumulators,
+        # fmt: on
+    ):
+        if config.early_start:
+            g.wait_for_previous_kernel()
+            g.let_next_kernel_start()
+        wg = lax.axis_index("wg")
+        cta = lax.axis_index("cluster") if cluster > 1 else 0
+        worker = lax.axis_index("worker")
+        columns = (
+            (0, half, q_l, kv_l, full_l, empty_l),
+            (half, half, q_r, kv_r, full_r, empty_r),
+            (2 * half, rope, q_t, kv_t, full_t, empty_t),
+        )
+
+        def each_piece(run):
+            """run(request, row, first block, number of blocks, slot) for this worker's pieces.
+
+            Records are read a piece ahead, so that their latency hides behind the work.
+            """
+
+            def record(ref, i, offset=0):
+                return tuple(ref[i, offset + field] for field in range(len(PIECE)))
+
+            def one(p, piece):
+                following = record(piece_ref, jnp.minimum(p + 1, last))
+                request, tile, begin, end, slot = piece
+                run(request, (tile * cluster + cta) * BLOCK, begin, end - begin, slot)
+                return following
+
+            first, stop = walk_ref[worker, 0], walk_ref[worker, 1]
+            last = piece_ref.shape[0] - 1
+            lax.fori_loop(first, stop, one, record(walk_ref, worker, 2))
+
+        # ---------------------------------------------------------------- the loading warpgroup
+        def load_block(request, block, slot):
+            if page_size >= BLOCK:
+                per_page = page_size // BLOCK
+                page = table_ref[request, block // per_page]
+                parts = [(page, pl.ds((block % per_page) * BLOCK, BLOCK), None)]
+            else:
+                # Pages of the block that lie past the length hold garbage: read the last valid
+                # one in their place. Its rows are masked.
+                last = (len_ref[request] - 1) // page_size
+                parts = [
+                    (
+                        table_ref[
+                            request, jnp.minimum(block * (BLOCK // page_size) + i, last)
+                        ],
+                        pl.ds(0, page_size),
+                        pl.ds(i * page_size, page_size),
+                    )
+                    for i in range(BLOCK // page_size)
+                ]
+            for column, width_, _, kv, full, empty in columns:
+                plgpu.barrier_wait(empty.at[slot])
+                for page, source, target in parts:
+                    plgpu.copy_gmem_to_smem(
+                        kv_ref.at[page, source, pl.ds(column, width_)],
+                        kv.at[slot] if target is None else kv.at[slot].at[target],
+                        full.at[slot],
+                        collective_axes="cluster" if cluster > 1 else None,
+                    )
+
+        def load_piece(request, row, begin, num_blocks, _):
+            @pl.when(num_blocks > 0)
+            def _():
+                load_block(request, begin, 0)
+
+            plgpu.barrier_wait(q_empty)
+            for column, width_, q_smem, *_rest in columns:
+                plgpu.copy_gmem_to_smem(
+                    q_ref.at[request, pl.ds(row, rows_box), pl.ds(column, width_)],
+                    q_smem.at[0] if rows_box == BLOCK else q_smem.at[0, pl.ds(0, rows_box)],
+                    q_full,
+                )
+
+            def block(i, _):
+                load_block(request, begin + i, i % 2)
+                return ()
+
+            lax.fori_loop(1, num_blocks, block, ())
+
+        @pl.when(wg == 2)
+        def _load():
+            g.set_max_registers(config.producer_registers, "decrease")
+            each_piece(load_piece)
+            # See every release: a CTA must outlive those that its peer sends it.
+            plgpu.barrier_wait(q_empty)
+            for *_, empty in columns:
+                for slot in (0, 1):
+                    plgpu.barrier_wait(empty.at[slot])
+
+        # ------------------------------------------------------------- the computing warpgroups
+        def across(rows, shape=(BLOCK, BLOCK)):
+            return lax.broadcast_in_dim(rows, shape, [0])
+
+        def compute(me):
+            q_mine, v, empty_v = ((q_l, kv_l, empty_l), (q_r, kv_r, empty_r))[me]
+
+            def release(slot):
+                """This warpgroup has read its half of V and P of the slot for the last time."""
+                if cluster > 1:
+                    plgpu.commit_smem()  # all four warps, before one thread tells the cluster
+                plgpu.barrier_arrive(empty_v.at[slot])
+                plgpu.barrier_arrive(empty_t.at[slot])
+
+            def scores(s_acc, zero, slot):
+                g.zero(s_acc)
+                for _, _, q_smem, kv, full, _ in columns:
+                    plgpu.barrier_wait(full.at[slot])
+                    g.mma_t(s_acc, q_smem.at[zero], kv.at[slot])
+
+            def masked(s, row, block, kv_len, query_len):
+                shape = (BLOCK, BLOCK)
+                token = (g.iota(shape, 0) + row) // num_heads
+                last = kv_len - query_len + token if causal else kv_len - 1
+                position = g.iota(shape, 1) + block * BLOCK
+                visible = (position <= last) & (token < query_len) & (position < kv_len)
+                return jnp.where(visible, s, -jnp.inf)
+
+            def clear_tail(slot, valid):
+                """V rows past the last token become 0: their P is 0, but 0 * NaN is NaN."""
+
+                @pl.when(valid < BLOCK)
+                def _():
+                    for c in range(0, half, 64):
+                        tile = v.at[slot].at[:, pl.ds(c, 64)]
+                        kept = g.load_tile(tile)
+                        token = g.iota((BLOCK, 64), 0)
+                        tile[...] = jnp.where(token < valid, kept, jnp.zeros_like(kept))
+                    plgpu.commit_smem()
+
+            def raised(m, s):
+                top = jnp.maximum(m, s.max(axis=1))
+                return jnp.where(top > m + LAZY_GROWTH, top, m) if lazy else top
+
+            def rescale(o_acc, m_old, m_new):
+                """O from scale 2^-m_old to 2^-m_new; nothing may be in flight on it."""
+                alpha = jnp.exp2(m_old - m_new)
+                if lazy:
+
+                    @pl.when(g.any_less(m_old, m_new))
+                    def _():
+                        g.scale(o_acc, alpha)
+                else:
+                    g.scale(o_acc, alpha)
+                return alpha
+
+            def publish(slot, p, m):
+                kv_t.at[slot].at[:, pl.ds(0, BLOCK)][...] = p.astype(dtype)
+                m_smem.at[slot][...] = m
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(p_ready.at[slot])
+
+            def published_max(slot):
+                plgpu.barrier_wait(p_ready.at[slot])
+                return g.load_rows(m_smem.at[slot])
+
+            def multiply(o_acc, slot):
+                p = kv_t.at[slot] if rope == BLOCK else kv_t.at[slot].at[:, pl.ds(0, BLOCK)]
+                g.mma(o_acc, p, v.at[slot])
+
+            def attend(o_acc, s_acc, request, row, begin, num_blocks, out_slot):
+                kv_len, query_len = len_ref[request], qlen_ref[request]
+
+                def opaque(i):
+                    """0, but not for the compiler: else it hoists every wgmma descriptor."""
+                    return (num_blocks >> 30) & (begin + i)
+
+                def score(block, mask):
+                    s = g.read(s_acc) * scale
+                    return masked(s, row, block, kv_len, query_len) if mask else s
+
+                def own_first(carry, zero, block, mask):
+                    """Warpgroup 0 on an even block: score, publish, multiply."""
+                    m, l = carry
+                    s0 = zero
+                    scores(s_acc, zero, s0)
+                    g.wait_mma(0)
+                    if mask:
+                        clear_tail(s0, kv_len - block * BLOCK)
+                    s = score(block, mask)
+                    m0 = raised(m, s)
+                    p = jnp.exp2(s - across(m0))
+                    publish(s0, p, m0)
+                    alpha = rescale(o_acc, m, m0)
+                    multiply(o_acc, s0)
+                    l = l * alpha + p.sum(axis=1)
+                    g.wait_mma(0)
+                    release(s0)
+                    return m0, l
+
+                def others(carry, slot, block, mask):
+                    """The other warpgroup's P, at its maximum."""
+                    m, l = carry
+                    m_new = published_max(slot)
+                    if mask:
+                        clear_tail(slot, kv_len - block * BLOCK)
+                    alpha = rescale(o_acc, m, m_new)
+                    multiply(o_acc, slot)
+                    return m_new, l * alpha
+
+                def pair(i, carry, mask):
+                    block = begin + 2 * i
+                    zero = opaque(i)
+                    s0, s1 = zero, zero + 1
+                    if me == 0:
+                        carry = own_first(carry, zero, block, mask)
+                        carry = others(carry, s1, block + 1, mask)
+                        g.wait_mma(0)
+                        release(s1)
+                        return carry
+                    scores(s_acc, zero, s1)
+                    g.wait_mma(0)
+                    if mask:
+                        clear_tail(s1, kv_len - (block + 1) * BLOCK)
+                    s = score(block + 1, mask)
+                    top = s.max(axis=1)
+                    m0, l = others(carry, s0, block, mask)
+                    m1 = jnp.maximum(m0, top)
+                    if lazy:
+                        m1 = jnp.where(m1 > m0 + LAZY_GROWTH, m1, m0)
+                    p = jnp.exp2(s - across(m1))
+                    publish(s1, p, m1)
+                    g.wait_mma(0)
+                    release(s0)
+                    l = l * rescale(o_acc, m0, m1) + p.sum(axis=1)
+                    multiply(o_acc, s1)
+                    g.wait_mma(0)
+                    release(s1)
+                    return m1, l
+
+                def single(i, carry):
+                    """The last block of an odd number: warpgroup 0 scores, both multiply."""
+                    block = begin + num_blocks - 1
+                    s0 = opaque(i)
+                    if me == 0:
+                        return own_first(carry, s0, block, True)
+                    carry = others(carry, s0, block, True)
+                    g.wait_mma(0)
+                    release(s0)
+                    return carry
+
+                plgpu.barrier_wait(q_full)
+                g.zero(o_acc)
+                carry = (g.full((BLOCK,), NO_KEY, ROWS), g.full((BLOCK,), 0.0, ROWS))
+                # Pairs that every row of the tile sees whole need no mask.
+                shortest = kv_len
+                if causal:
+                    shortest = kv_len - query_len + row // num_heads + 1
+                ragged = jnp.minimum((row + BLOCK - 1) // num_heads, last_query) >= query_len
+                shortest = jnp.where(ragged, 0, shortest)
+                pairs = num_blocks // 2
+                open_pairs = jnp.clip((shortest // BLOCK - begin) // 2, 0, pairs)
+                carry = lax.fori_loop(0, open_pairs, lambda i, c: pair(i, c, False), carry)
+                carry = lax.fori_loop(open_pairs, pairs, lambda i, c: pair(i, c, True), carry)
+                m, l = lax.fori_loop(0, num_blocks % 2, single, carry)
+
+                # Each warpgroup has summed its own blocks: exchange, normalise, store.
+                l_smem.at[me][...] = l
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(l_ready)
+                plgpu.barrier_wait(l_ready)
+                total = g.load_rows(l_smem.at[0]) + g.load_rows(l_smem.at[1])
+                blank = jnp.where(kv_len < 0, jnp.nan, 0.0)
+                seen = total > 0.0
+                inverse = jnp.where(seen, 1.0 / total, blank)
+                lse = jnp.where(seen, m * LN2 + jnp.log(total), -jnp.inf + blank)
+                o = g.read(o_acc) * across(inverse, (BLOCK, half))
+
+                def store(destination, lse_destination):
+                    box = slice(None) if rows_box == BLOCK else pl.ds(0, rows_box)
+                    q_mine[0] = o.astype(dtype)
+                    if me == 0:
+                        lse_smem[...] = lse
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(q_mine.at[0, box], destination)
+                    if me == 0:
+                        plgpu.copy_smem_to_gmem(lse_smem.at[box], lse_destination)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+                mine = pl.ds(me * half, half)
+
+                @pl.when(out_slot < 0)
+                def _():
+                    rows = pl.ds(row, rows_box)
+                    store(o_ref.at[request, rows, mine], lse_ref.at[request, rows])
+
+                @pl.when(out_slot >= 0)
+                def _():
+                    rows = pl.ds(cta * BLOCK, rows_box)
+                    if partial_dtype == dtype:
+                        store(po_ref.at[out_slot, rows, mine], plse_ref.at[out_slot, rows])
+                    else:
+                        all_rows = pl.ds(cta * BLOCK, BLOCK)
+                        g.store_rows(
+                            po_ref.at[out_slot, all_rows, mine],
+                            o.astype(partial_dtype),
+                            jnp.minimum(rows_total - row, BLOCK),
+                        )
+                        if me == 0:
+                            plse_ref.at[out_slot, all_rows][...] = lse
+
+                plgpu.barrier_arrive(q_empty)
+
+            g.set_max_registers(config.consumer_registers, "increase")
+            for slot in (0, 1):
+                release(slot)  # every slot starts free
+            if rows_box < BLOCK:
+                # Rows of the tile that no query fills: finite, so that nothing traps or spreads.
+                for ref, width_ in ((q_mine, half), (q_t, rope))[: 2 - me]:
+                    for c in range(0, width_, 64):
+                        zeros = g.full((BLOCK, 64), 0.0, plgpu.Layout.WGMMA).astype(dtype)
+                        ref.at[0, :, pl.ds(c, 64)][...] = zeros
+                plgpu.commit_smem()
+            plgpu.barrier_arrive(q_empty)
+
+            def run(*piece):
+                g.with_accumulators(
+                    lambda o_acc, s_acc: attend(o_acc, s_acc, *piece),
+                    accumulators,
+                    me,
+                    *accumulator_shapes,
+                )
+
+            each_piece(run)
+            plgpu.wait_smem_to_gmem(0)
+
+        pl.when(wg == 0)(lambda: compute(0))
+        pl.when(wg == 1)(lambda: compute(1))
+
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+    def smem(*shape):
+        return plgpu.SMEM(shape, dtype, transforms=tiled)
+
+    def slot_free(arrivals):
+        if cluster > 1:
+            return plgpu.ClusterBarrier(
+                collective_axes=("cluster",), num_arrivals=arrivals, num_barriers=2
+            )
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=2)
+
+    copies = max(1, BLOCK // page_size)
+    kernel = plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct(
+                (num_slots, config.rows_per_tile, kv_lora_rank), partial_dtype
+            ),
+            jax.ShapeDtypeStruct((num_slots, config.rows_per_tile), jnp.float32),
+        ),
+        scratch_types=(
+            smem(1, BLOCK, half),
+            smem(1, BLOCK, half),
+            smem(1, BLOCK, rope),
+            smem(2, BLOCK, half),
+            smem(2, BLOCK, half),
+            smem(2, BLOCK, rope),
+            plgpu.SMEM((2, BLOCK), jnp.float32),
+            plgpu.SMEM((2, BLOCK), jnp.float32),
+            plgpu.SMEM((BLOCK,), jnp.float32),
+            plgpu.Barrier(num_arrivals=3),  # q_full
+            plgpu.Barrier(num_arrivals=2),  # q_empty
+            plgpu.Barrier(num_arrivals=copies, num_barriers=2),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=2),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=2),
+            slot_free(1),
+            slot_free(1),
+            slot_free(2),
+            plgpu.Barrier(num_arrivals=1, num_barriers=2),  # p_ready
+            plgpu.Barrier(num_arrivals=2),  # l_ready
+            *g.accumulator_scratch(2, *accumulator_shapes),
+        ),
+        grid=(config.num_workers,),
+        grid_names=("worker",),
+        **(dict(cluster=(cluster,), cluster_names=("cluster",)) if cluster > 1 else {}),
+        num_threads=3,
+        thread_name="wg",
+        interpret=interpret,
+        kernel_name="mla_decode",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+    )
+    pieces = jnp.stack([getattr(plan, field) for field in PIECE], axis=1)
+    first = plan.worker_start[:-1]
+    walk = jnp.column_stack([first, plan.worker_start[1:], pieces[first]])
+    return kernel(q, pages, block_tables, seq_lens, query_lens, walk, pieces, o_ref, lse_ref)
