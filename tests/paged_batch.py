@@ -67,9 +67,7 @@ def make_batch(
             tables[request, slot] = free.pop()
         for position in range(length):
             row = rng.standard_normal(RANK + ROPE).astype(cache.dtype)
-            address = np.array(
-                [element(cache, position % page_size, d) for d in range(RANK + ROPE)]
-            )
+            address = element(cache, position % page_size, np.arange(RANK + ROPE))
             pages[tables[request, position // page_size], address] = row
     cache = dataclasses.replace(cache, pages=jnp.asarray(pages.reshape(cache.pages.shape)))
     shape = (batch, num_queries or max(1, *query_lens), heads, RANK + ROPE)
@@ -77,8 +75,8 @@ def make_batch(
     return Batch(q, cache, tables, seq, queries)
 
 
-def element(cache: PagedKVCache, t: int, d: int) -> int:
-    """Where value d of token t stands in a page."""
+def element(cache: PagedKVCache, t: int, d: Any) -> Any:
+    """Where value d (or each of d) of token t stands in a page."""
     if cache.layout == "ND":
         return t * cache.latent_dim + d
     c0 = 32 // cache.dtype.itemsize

@@ -187,6 +187,8 @@ class Variants(chex.TestCase):
 
 
 def test_plans_trace_once_whatever_the_lengths():
+    chex.clear_trace_counter()
+
     @jax.jit
     @chex.assert_max_traces(n=1)
     def plan(seq_lens):

@@ -1,0 +1,318 @@
+"""The op, every implementation against float64: ragged batches, options, poison, bad input."""
+
+import functools
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+from hypothesis import given
+from hypothesis import strategies as st
+from paged_batch import (
+    RANK,
+    ROPE,
+    SCALE,
+    TOLERANCE,
+    assert_matches,
+    make_batch,
+    relative_error,
+)
+
+from mla_jax.attention import paged_mla_attention
+from mla_jax.cache import PAGE_SIZES, PagedKVCache
+from mla_jax.implementations import IMPLEMENTATIONS, available_implementations
+from mla_jax.split_kv import plan_splits
+
+PURE = ("reference", "xla", "split_kv")
+# Decode, MTP, a chunk behind a prefix, a whole prefill and an empty request, in one batch.
+RAGGED = ([200, 131, 64, 5, 0], [1, 2, 5, 5, 0])
+attend = functools.partial(paged_mla_attention, softmax_scale=SCALE)
+
+
+def i32(*values):
+    return np.array(values, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "page_size", "layout", "dtype"),
+    [
+        *itertools.product(["xla"], PAGE_SIZES, ("ND", "NZ"), TOLERANCE),
+        *itertools.product(["reference"], PAGE_SIZES, ("ND", "NZ"), ["float32"]),
+    ],
+)
+def test_ragged_batch_matches_float64(implementation, page_size, layout, dtype):
+    rng = np.random.default_rng([page_size, len(dtype), len(layout)])
+    batch = make_batch(rng, *RAGGED, page_size=page_size, layout=layout, dtype=dtype)
+    got = attend(*batch.args, query_lens=batch.query_lens, implementation=implementation)
+    assert got[0].dtype == jnp.dtype(dtype)
+    assert_matches(got, batch.oracle(), TOLERANCE[dtype], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("page_size", "layout", "dtype"),
+    [
+        (1, "ND", "float32"),
+        (16, "NZ", "bfloat16"),
+        (64, "ND", "float16"),
+        (128, "NZ", "float32"),
+    ],
+)
+@pytest.mark.parametrize("rescale", ["multiply", "exponent_add"])
+def test_split_kv_plans_for_itself(rescale, page_size, layout, dtype):
+    batch = make_batch(
+        np.random.default_rng(page_size), *RAGGED, page_size=page_size, layout=layout, dtype=dtype
+    )
+    got = attend(
+        *batch.args, query_lens=batch.query_lens, implementation="split_kv", rescale=rescale
+    )
+    assert_matches(got, batch.oracle(), TOLERANCE[dtype], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("page_size", "dtype"),
+    [(1, "float16"), (16, "float32"), (64, "bfloat16"), (128, "float32")],
+)
+def test_exponent_add_matches_float64(page_size, dtype):
+    batch = make_batch(np.random.default_rng(3), *RAGGED, page_size=page_size, dtype=dtype)
+    got = attend(*batch.args, query_lens=batch.query_lens, rescale="exponent_add")
+    assert_matches(got, batch.oracle(), TOLERANCE[dtype], 1e-5)
+
+
+class Variants(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.product(implementation=PURE, causal=(True, False))
+    def test_with_and_without_jit(self, implementation, causal):
+        batch = make_batch(np.random.default_rng(4), *RAGGED)
+        run = self.variant(functools.partial(attend, implementation=implementation, causal=causal))
+        got = run(*batch.args, query_lens=batch.query_lens)
+        assert_matches(got, batch.oracle(causal=causal), 2e-5, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "heads"),
+    [*itertools.product(["xla"], [1, 3, 16, 128]), ("reference", 5), ("split_kv", 70)],
+)
+def test_any_head_count_and_no_query_lens(implementation, heads):
+    """Without query_lens all tokens are real, and those before position 0 see no key."""
+    rng = np.random.default_rng(heads)
+    batch = make_batch(rng, [70, 1, 0], [2, 2, 2], heads=heads)
+    got = attend(*batch.args, implementation=implementation)
+    assert_matches(got, batch.oracle(query_lens=None), 2e-5, 1e-5)
+    assert np.isneginf(got[1][1, 0]).all()
+
+
+@pytest.mark.parametrize("implementation", PURE)
+def test_softmax_scale_and_return_lse(implementation):
+    batch = make_batch(np.random.default_rng(5), *RAGGED)
+    for scale in (0.05, 3.0):
+        options = {"softmax_scale": scale, "query_lens": batch.query_lens}
+        got = paged_mla_attention(*batch.args, **options, implementation=implementation)
+        assert_matches(got, batch.oracle(softmax_scale=scale), 2e-5, 2e-5)
+        alone = paged_mla_attention(
+            *batch.args, **options, implementation=implementation, return_lse=False
+        )
+        np.testing.assert_array_equal(alone, got[0])
+
+
+@pytest.mark.parametrize("partial_dtype", TOLERANCE)
+def test_partial_dtype_rounds_cut_tiles_only(partial_dtype):
+    batch = make_batch(np.random.default_rng(6), [256, 16], [1, 1])
+    plan = plan_splits(batch.seq_lens, num_workers=4, rows=4, rows_per_tile=4, block_size=16)
+    assert plan.tile_slot_start.tolist()[1:] == [2, 2]  # the first request is cut in two
+    got = attend(*batch.args, implementation="split_kv", plan=plan, partial_dtype=partial_dtype)
+    o, lse = batch.oracle()
+    error = relative_error(got[0][0], o[0])
+    assert error < TOLERANCE[partial_dtype]
+    assert (error > 1e-5) == (partial_dtype != "float32")  # it is really used
+    assert relative_error(got[0][1], o[1]) < 2e-6
+    np.testing.assert_allclose(got[1], lse, rtol=0, atol=1e-5)
+
+
+def test_mixed_dtypes_are_promoted():
+    batch = make_batch(np.random.default_rng(7), *RAGGED, dtype="bfloat16")
+    batch.q = batch.q.astype(jnp.float32) * 1.001
+    for implementation in PURE:
+        got = attend(*batch.args, query_lens=batch.query_lens, implementation=implementation)
+        assert got[0].dtype == jnp.float32
+        assert_matches(got, batch.oracle(), TOLERANCE["bfloat16"], 1e-5)
+
+
+@given(
+    st.lists(st.integers(0, 96), min_size=3, max_size=3),
+    st.lists(st.integers(0, 4), min_size=3, max_size=3),
+    st.sampled_from([(1, "NZ"), (16, "ND"), (64, "NZ")]),
+    st.sampled_from(["multiply", "exponent_add"]),
+    st.integers(0, 2**32 - 1),
+)
+def test_any_paging_and_layout_is_the_contiguous_result(lens, queries, paging, rescale, seed):
+    """Random lengths, page order, garbage table slots and NaN page tails never show."""
+    queries = [min(pair) for pair in zip(lens, queries, strict=True)]
+    batch = make_batch(
+        np.random.default_rng(seed),
+        lens,
+        queries,
+        num_queries=4,
+        page_size=paging[0],
+        layout=paging[1],
+        capacity=128,
+    )
+    got = attend(*batch.args, query_lens=batch.query_lens, rescale=rescale)
+    assert_matches(got, batch.oracle(), 2e-5, 1e-5)
+
+
+@pytest.mark.parametrize("implementation", PURE)
+def test_decode_loop_traces_once(implementation):
+    """Append and attend while lengths grow over page edges, a request finishes, one is empty."""
+    chex.clear_trace_counter()
+    rng = np.random.default_rng(8)
+    cache = PagedKVCache.create(24, page_size=16, kv_lora_rank=RANK, rope_dim=ROPE, dtype="float32")
+    tables = rng.permutation(24).reshape(3, 8).astype(np.int32)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    @chex.assert_max_traces(n=1)
+    def step(cache, q, kv, seq_lens, new):
+        cache = cache.append(kv, tables, seq_lens, new)
+        seq_lens = seq_lens + new
+        plan = plan_splits(seq_lens, num_workers=4, rows=4, rows_per_tile=4, block_size=16)
+        result = attend(
+            q, cache, tables, seq_lens, query_lens=new, implementation=implementation, plan=plan
+        )
+        return cache, result
+
+    rows, seq_lens = [np.zeros((0, RANK + ROPE))] * 3, i32(0, 0, 0)
+    for new in [i32(2, 0, 2)] * 12 + [i32(1, 2, 0)] * 9:
+        q, kv = (
+            jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((3, 2, 2, 48), (3, 2, 48))
+        )
+        cache, got = step(cache, q, kv, seq_lens, new)
+        seq_lens = seq_lens + new
+        rows = [np.concatenate([r, k[:n]]) for r, k, n in zip(rows, kv, new, strict=True)]
+        for request, (count, length) in enumerate(zip(new, seq_lens, strict=True)):
+            assert len(rows[request]) == length
+            for token in range(count):
+                keys = rows[request][: length - count + token + 1]
+                scores = SCALE * np.asarray(q[request, token], np.float64) @ keys.T
+                weights = np.exp(scores)
+                wanted = weights @ keys[:, :RANK] / weights.sum(1, keepdims=True)
+                assert relative_error(got[0][request, token], wanted) < 2e-5
+
+
+def test_xla_needs_memory_for_one_block_only():
+    def temporary_bytes(capacity):
+        batch = make_batch(np.random.default_rng(9), [9], [1], capacity=capacity)
+        lowered = jax.jit(functools.partial(attend, implementation="xla")).lower(*batch.args)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(64 * 1024) < 1.2 * temporary_bytes(1024) + 64 * 1024
+
+
+BAD_REQUESTS = {  # name -> what to change in request 1 of a good batch
+    "negative length": {"seq_lens": -1},
+    "length past the block table": {"seq_lens": 257},
+    "page past the cache": {"block_tables": 10**6},
+    "negative page": {"block_tables": -1},
+    "more queries than tokens": {"seq_lens": 1},
+    "more queries than there are": {"query_lens": 4},
+    "negative queries": {"query_lens": -1},
+}
+
+
+@pytest.mark.parametrize("implementation", PURE)
+def test_invalid_requests_are_nan_under_jit_and_refused_outside(implementation):
+    batch = make_batch(np.random.default_rng(10), [40, 40, 40], [3, 2, 1])
+    run = functools.partial(attend, implementation=implementation)
+    traced = jax.jit(run)
+    wanted = batch.oracle()
+    for name, change in BAD_REQUESTS.items():
+        changed = {
+            key: getattr(batch, key).copy() for key in ("block_tables", "seq_lens", "query_lens")
+        }
+        for key, value in change.items():
+            changed[key][(1, 0) if key == "block_tables" else 1] = value
+        o, lse = traced(batch.q, batch.cache, **changed)
+        assert np.isnan(o[1]).all(), name
+        assert np.isnan(lse[1]).all(), name
+        good = np.array([0, 2])
+        assert_matches((o[good], lse[good]), [x[good] for x in wanted], 2e-5, 1e-5)
+        with pytest.raises(ValueError, match=r"(seq_lens|query_lens|block_tables)\[1"):
+            run(batch.q, batch.cache, **changed)
+
+
+def test_a_plan_for_other_lengths_is_loud():
+    batch = make_batch(np.random.default_rng(11), [40, 41], [1, 1])
+    plan = plan_splits(i32(40, 100), num_workers=2, rows=4, rows_per_tile=4, block_size=16)
+    run = functools.partial(attend, implementation="split_kv")
+    with pytest.raises(ValueError, match=r"plan must be made for these seq_lens.* request 1 of 41"):
+        run(*batch.args, plan=plan)
+    o, lse = jax.jit(run)(*batch.args, plan=plan)
+    assert np.isnan(o[1]).all()
+    assert np.isnan(lse[1]).all()
+    assert np.isfinite(o[0]).all()
+
+
+def test_implementations_say_what_they_can_run():
+    available = available_implementations()
+    assert tuple(available) == tuple(IMPLEMENTATIONS)
+    assert all(available[name] is None for name in PURE)
+    batch = make_batch(np.random.default_rng(12), [40], [1])
+    for name, reason in available.items():
+        if reason is not None:
+            with pytest.raises(ValueError, match=f"implementation '{name}' can't run this: "):
+                attend(*batch.args, implementation=name)
+    if jax.default_backend() == "cpu":
+        default, xla = attend(*batch.args), attend(*batch.args, implementation="xla")
+        np.testing.assert_array_equal(default[0], xla[0])
+
+
+CACHE = PagedKVCache.create(4, page_size=16, kv_lora_rank=RANK, rope_dim=ROPE, dtype="float32")
+GOOD = {
+    "q": np.ones((2, 1, 4, 48), np.float32),
+    "cache": CACHE,
+    "block_tables": i32([0, 1], [2, 3]),
+    "seq_lens": i32(3, 20),
+    "softmax_scale": 1.0,
+}
+PLAN = plan_splits(GOOD["seq_lens"], num_workers=2, rows=8)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"q": np.ones((2, 4, 48), np.float32)}, ValueError, r"q must be \[B, S, H, .*\[2, 4, 48"),
+        ({"q": np.ones((2, 1, 4, 47), np.float32)}, ValueError, r"q must be .* any, 48\], got"),
+        ({"q": np.ones((2, 0, 4, 48), np.float32)}, ValueError, "q must have no dim of 0"),
+        ({"q": np.ones((2, 1, 4, 48), np.int8)}, TypeError, "q must be an array of .* got int8"),
+        ({"q": np.ones((2, 1, 4, 48))}, TypeError, "q must be an array of .* got float64"),
+        ({"cache": CACHE.pages}, TypeError, "cache must be a PagedKVCache, got ArrayImpl"),
+        ({"block_tables": i32(0, 1)}, ValueError, r"block_tables must be \[B, max_pages\]"),
+        ({"block_tables": i32([0, 1])}, ValueError, r"block_tables must be .* = \[2, any\]"),
+        ({"block_tables": np.ones((2, 2))}, TypeError, "block_tables must be an int32 array"),
+        ({"block_tables": i32([0, 1], [2, 4])}, ValueError, r"block_tables\[1, 1\] .* got 4"),
+        ({"block_tables": np.ones((2, 0), np.int32)}, ValueError, "max_pages of block_tables"),
+        ({"seq_lens": i32([3, 20])}, ValueError, r"seq_lens must be \[B\] = \[2\]"),
+        ({"seq_lens": np.ones(2, np.int64)}, TypeError, "seq_lens must be an int32 .* int64"),
+        ({"seq_lens": i32(3, 33)}, ValueError, r"seq_lens\[1\] must be in 0 .. 32 .* got 33"),
+        ({"seq_lens": i32(-3, 3)}, ValueError, r"seq_lens\[0\] must be in 0 .. 32 .* got -3"),
+        ({"query_lens": i32(1)}, ValueError, r"query_lens must be \[B\] = \[2\]"),
+        ({"query_lens": np.ones(2)}, TypeError, "query_lens must be an int32 array, got float64"),
+        ({"query_lens": i32(0, 2)}, ValueError, r"query_lens\[1\] must be in 0 .. 1 .* got 2"),
+        ({"softmax_scale": "1"}, TypeError, "softmax_scale must be a number, got str"),
+        ({"rescale": "add"}, ValueError, "rescale must be one of multiply, exponent_add"),
+        ({"partial_dtype": "int8"}, ValueError, "partial_dtype must be one of .* got 'int8'"),
+        ({"partial_dtype": "half-ish"}, ValueError, "partial_dtype must be one of .*'half-ish'"),
+        ({"implementation": "cuda"}, ValueError, "implementation must be None or one of .*'cuda'"),
+        ({"plan": PLAN.request}, TypeError, "plan must be a SplitPlan, got ArrayImpl"),
+        (
+            {"plan": plan_splits(i32(3), num_workers=2, rows=4)},
+            ValueError,
+            "plan must be for 2 req",
+        ),
+        ({"plan": plan_splits(i32(3, 20), num_workers=2, rows=90)}, ValueError, "plan must be for"),
+    ],
+)
+def test_refuses(options, error, message):
+    with pytest.raises(error, match=message):
+        paged_mla_attention(**(GOOD | options))
