@@ -1,6 +1,6 @@
 """Hands out the pages of a PagedKVCache to requests; plain Python on the host.
 
-It knows page numbers and lengths, never the cache itself: allocate or extend first, then write.
+It counts pages and tokens and holds no cache: allocate or extend first, then write.
 """
 
 from collections.abc import Hashable, Sequence
@@ -8,6 +8,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from mla_jax import checks
+from mla_jax.cache import PagedKVCache
 
 
 class OutOfPagesError(RuntimeError):
@@ -80,12 +81,27 @@ class PageAllocator:
         self._free.extend(reversed(self._pages.pop(request_id)))
 
     def block_tables(
-        self, request_ids: Sequence[Hashable], max_pages: int, fill: int = -1
+        self,
+        request_ids: Sequence[Hashable],
+        max_pages: int,
+        *,
+        fill: int = -1,
+        cache: PagedKVCache | None = None,
     ) -> np.ndarray:
         """[len(request_ids), max_pages] int32: each request's pages, then `fill` in unused slots.
 
-        Raises KeyError for a request that is not live, ValueError for one with more pages.
+        Raises KeyError for a request that is not live, ValueError for one with more pages, or for
+        a `cache` (if it is given, the one that the tables are for) of another page size or of
+        fewer pages than this allocator hands out.
         """
+        if cache is not None and cache.page_size != self.page_size:
+            raise ValueError(
+                f"page_size must be that of the cache = {cache.page_size}, got {self.page_size}"
+            )
+        if cache is not None and cache.num_pages < self.num_pages:
+            raise ValueError(
+                f"num_pages must be at most the cache's {cache.num_pages}, got {self.num_pages}"
+            )
         tables = np.full((len(request_ids), max_pages), fill, np.int32)
         for row, request_id in zip(tables, request_ids, strict=True):
             pages = self.pages(request_id)

@@ -125,6 +125,7 @@ def _check_arrays(
 ) -> None:
     if not isinstance(cache, PagedKVCache):
         raise TypeError(f"cache must be a PagedKVCache, got {type(cache).__name__}")
+    cache.check()
     checks.require_shape(
         "q", q, "[B, S, H, kv_lora_rank + rope_dim]", None, None, None, cache.latent_dim
     )

@@ -61,17 +61,15 @@ class PagedKVCache:
         checks.require_one_of("page_size", page_size, PAGE_SIZES)
         checks.require_one_of("layout", layout, LAYOUTS)
         checks.require_one_of("dtype", jnp.dtype(dtype).name, checks.FLOAT_DTYPES)
-        width = kv_lora_rank + rope_dim
-        shape: tuple[int, ...] = (num_pages, page_size, width)
-        if layout == "NZ":
-            fractal = _FRACTAL_BYTES // jnp.dtype(dtype).itemsize
-            if width % fractal:
-                raise ValueError(
-                    f"kv_lora_rank + rope_dim must be a multiple of {fractal} in layout NZ with "
-                    f"dtype {jnp.dtype(dtype).name}, got {width}"
-                )
-            shape = (num_pages, width // fractal, page_size, fractal)
-        return PagedKVCache(jnp.zeros(shape, dtype), kv_lora_rank, rope_dim, page_size, layout)
+        width, fractal = kv_lora_rank + rope_dim, _FRACTAL_BYTES // jnp.dtype(dtype).itemsize
+        if layout == "NZ" and width % fractal:
+            raise ValueError(
+                f"kv_lora_rank + rope_dim must be a multiple of {fractal} in layout NZ with "
+                f"dtype {jnp.dtype(dtype).name}, got {width}"
+            )
+        page = _page_shape(page_size, width, dtype, layout)
+        pages = jnp.zeros((num_pages, *page), dtype)
+        return PagedKVCache(pages, kv_lora_rank, rope_dim, page_size, layout)
 
     @property
     def num_pages(self) -> int:
@@ -92,6 +90,13 @@ class PagedKVCache:
     def bytes_per_token(self) -> int:
         """Bytes of a token's row (one layer)."""
         return self.latent_dim * self.dtype.itemsize
+
+    def check(self) -> None:
+        """Raises ValueError where `pages` is not what the other fields say, e.g. the page size."""
+        checks.require_one_of("cache.layout", self.layout, LAYOUTS)
+        page = _page_shape(self.page_size, self.latent_dim, self.dtype, self.layout)
+        words = f"pages of {self.page_size} tokens of {self.latent_dim} values in {self.layout}"
+        checks.require_shape("cache.pages", self.pages, words, None, *page)
 
     def append(
         self,
@@ -168,6 +173,7 @@ class PagedKVCache:
         return fractals.reshape(*page.shape, self.latent_dim)  # from [N, T, D / C0, C0]
 
     def _check_tables(self, block_tables: Any) -> None:
+        self.check()
         checks.require_shape("block_tables", block_tables, "[B, max_pages]", None, None)
         checks.require_int32("block_tables", block_tables)
         checks.require_positive("max_pages of block_tables", block_tables.shape[1])
@@ -213,6 +219,13 @@ class PagedKVCache:
                 f"block_tables must give every new token a place of its own, got page "
                 f"{twice // self.page_size} for requests {request[place == twice].tolist()}"
             )
+
+
+def _page_shape(page_size: int, width: int, dtype: Any, layout: str) -> tuple[int, ...]:
+    if layout == "ND":
+        return page_size, width
+    fractal = _FRACTAL_BYTES // jnp.dtype(dtype).itemsize
+    return width // fractal, page_size, fractal
 
 
 @functools.partial(jax.jit, donate_argnums=0)

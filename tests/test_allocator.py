@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mla_jax.allocator import OutOfPagesError, PageAllocator
+from mla_jax.cache import PagedKVCache
 
 
 def test_allocates_extends_and_frees():
@@ -64,6 +65,11 @@ def test_bad_input_names_the_argument():
         allocator.extend("a", 19)
     with pytest.raises(ValueError, match="max_pages must be at least the 2"):
         allocator.block_tables(["a"], 1)
+    with pytest.raises(ValueError, match="page_size must be that of the cache = 64, got 16"):
+        allocator.block_tables(["a"], 2, cache=PagedKVCache.create(3, page_size=64))
+    with pytest.raises(ValueError, match="num_pages must be at most the cache's 2, got 3"):
+        allocator.block_tables(["a"], 2, cache=PagedKVCache.create(2, page_size=16))
+    assert allocator.block_tables(["a"], 2, cache=PagedKVCache.create(3, page_size=16)).any()
     for call in (allocator.free, allocator.pages, allocator.num_tokens):
         with pytest.raises(KeyError, match="'b' is not live"):
             call("b")
