@@ -22,9 +22,7 @@ from mla_jax.cache_size import (
 )
 from mla_jax.config import PRESETS, MLAConfig
 
-SUMMARY = (
-    "bytes of the KV cache by scheme and dtype, DeepSeek-V2's 93.3 % taken apart, batch ceiling"
-)
+SUMMARY = "KV cache bytes by scheme and dtype; DeepSeek-V2's 93.3 % in parts; ceilings"
 
 QUOTED_REDUCTION = 0.933  # DeepSeek-V2, abstract
 QUOTED_SPEEDUP = 5.76  # DeepSeek-V2, section 3.2.3: generation throughput over DeepSeek 67B's

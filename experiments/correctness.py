@@ -16,15 +16,16 @@ import numpy as np
 from experiments import plotting
 from experiments.console import show_table, track
 from experiments.errors import LSE_BOUND, OUTPUT_BOUND, lse_error, relative_error
-from experiments.experiment import InputError, Outcome, Output, Row
+from experiments.experiment import Outcome, Output, Row
+from experiments.implementations import chosen, implementations_flag
 from experiments.options import flag
 from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import LAYOUTS, PAGE_SIZES, PagedKVCache
-from mla_jax.implementations import IMPLEMENTATIONS, available_implementations
+from mla_jax.implementations import available_implementations
 from mla_jax.problem import AttentionProblem
 from mla_jax.reference import attention_float64
 
-SUMMARY = "every implementation x layout x page size x dtype against float64, hard ragged batch"
+SUMMARY = "every implementation x layout x page size x dtype on a hard ragged batch"
 
 SEQ_LENS = (1, 0, 129, 64, 300, 17, 128)
 QUERY_LENS = (1, 0, 1, 4, 2, 4, 0)
@@ -34,7 +35,7 @@ GARBAGE_PAGE = -(2**31)
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    implementations: tuple[str, ...] = flag((), "which; none given: all that can run here")
+    implementations: tuple[str, ...] = implementations_flag()
     layouts: tuple[str, ...] = flag(LAYOUTS, "page layouts", choices=LAYOUTS)
     page_sizes: tuple[int, ...] = flag(PAGE_SIZES, "tokens a page", choices=PAGE_SIZES)
     dtypes: tuple[str, ...] = flag(
@@ -47,7 +48,7 @@ class Options:
 
 
 def run(options: Options, output: Output) -> Outcome:
-    names = _implementations(options.implementations)
+    names = chosen(options.implementations)
     cells = [
         (dtype, page_size, layout)
         for dtype in options.dtypes
@@ -163,15 +164,6 @@ def _oracle(options: Options, q: jax.Array, kv: jax.Array) -> tuple[np.ndarray, 
             kv_lora_rank=options.kv_lora_rank,
         )
     return o, lse
-
-
-def _implementations(wanted: tuple[str, ...]) -> list[str]:
-    for name in wanted:
-        if name not in IMPLEMENTATIONS:
-            known = ", ".join(IMPLEMENTATIONS)
-            raise InputError(f"--implementations must be of {known}, got {name!r}")
-    reasons = available_implementations()
-    return list(wanted) or [name for name, reason in reasons.items() if reason is None]
 
 
 def _by_implementation(rows: list[Row]) -> list[Row]:

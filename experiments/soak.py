@@ -25,7 +25,7 @@ from mla_jax.cache import LAYOUTS, PAGE_SIZES, PagedKVCache
 from mla_jax.implementations import IMPLEMENTATIONS
 from mla_jax.reference import attention_float64
 
-SUMMARY = "a small server on a nearly full cache: arrivals, growth, eviction, every step checked"
+SUMMARY = "a small server on a nearly full cache: growth, eviction; every step checked"
 
 
 @dataclasses.dataclass(frozen=True)

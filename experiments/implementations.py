@@ -1,0 +1,23 @@
+"""Which implementations an experiment runs: --implementations, or all that can run here."""
+
+from typing import Any
+
+from experiments.experiment import InputError
+from experiments.options import flag
+from mla_jax.implementations import available_implementations
+
+
+def implementations_flag() -> Any:
+    """The field of Options that `chosen` takes."""
+    return flag((), "which to run, as a,b; all that can run here if not given")
+
+
+def chosen(wanted: tuple[str, ...]) -> list[str]:
+    """The names to run. Raises InputError for one that isn't known or can't run here."""
+    reasons = available_implementations()
+    for name in wanted:
+        if name not in reasons:
+            raise InputError(f"--implementations must be of {', '.join(reasons)}, got {name!r}")
+        if reasons[name] is not None:
+            raise InputError(f"--implementations: {name} can't run here: {reasons[name]}")
+    return list(wanted) or [name for name, reason in reasons.items() if reason is None]

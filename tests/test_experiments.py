@@ -1,0 +1,328 @@
+"""The launcher, the schema of result.json, and every experiment in small: it passes, it fails."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import correctness, demo, launch, soak
+from experiments.errors import lse_error, relative_error
+from experiments.options import define_flags, flag, read_options
+from experiments.results import SCHEMA, environment, validate_result, write_result
+from mla_jax.allocator import PageAllocator
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+V2_LITE = GOLDEN / "v2_lite"
+
+SMALL = {
+    "demo": (
+        f"--checkpoint={V2_LITE}",
+        *("--requests=3", "--max_prompt=9", "--chunk=4", "--page_size=16"),
+        *("--decode_steps=2", "--mtp_steps=1"),
+    ),
+    "correctness": (
+        *("--page_sizes=16", "--dtypes=bfloat16", "--layouts=NZ", "--heads=2"),
+        *("--kv_lora_rank=32", "--rope_dim=16"),
+    ),
+    "parity": (f"--checkpoint={V2_LITE}",),
+    "soak": ("--steps=25", "--pages=10", "--max_tokens=90", "--kv_lora_rank=32", "--rope_dim=16"),
+    "amla_accuracy": ("--rows=16", "--keys=512", "--block=64", "--repeats=1"),
+    "cache_size": (),
+    "split_kv": ("--workers=12",),
+}
+
+
+def run(tmp_path, name, *arguments):
+    """(exit status, result.json or None) of an experiment."""
+    status = launch.main(["launch", f"--experiment={name}", f"--output_dir={tmp_path}", *arguments])
+    path = tmp_path / name / "result.json"
+    return status, json.loads(path.read_text()) if path.exists() else None
+
+
+class TestLauncher:
+    def test_lists_every_experiment_with_a_line(self, capsys):
+        assert launch.main(["launch", "--list"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines] == list(launch.EXPERIMENTS)
+        assert all(len(line.split()) > 3 and len(line) <= 100 for line in lines)
+
+    def test_help_shows_an_experiments_own_flags(self, capsys):
+        assert launch.main(["launch", "--help", "--experiment=soak"]) == 0
+        out = capsys.readouterr().out
+        assert "--steps" in out
+        assert soak.SUMMARY in out
+
+    @pytest.mark.parametrize(
+        ("arguments", "named"),
+        [
+            ((), "--experiment must be given"),
+            (("--experiment=soup",), "--experiment=soup"),
+            (("--experiment=soak", "--stps=3"), "stps"),
+            (("--experiment=soak", "--steps=many"), "--steps=many"),
+            (("--experiment=soak", "--steps=0"), "--steps=0: must be 1 or more"),
+            (("--experiment=soak", "--layout=XY"), "--layout=XY: must be one of ND, NZ"),
+            (("--experiment=soak", "steps"), "not a flag: steps"),
+            (("--experiment=soak", "--max_tokens=9999"), "--max_tokens must fit"),
+            (("--experiment=correctness", "--implementations=abacus"), "abacus"),
+            (("--experiment=correctness", "--page_sizes=16,17"), "--page_sizes=16,17"),
+            (("--experiment=split_kv", "--split_size=100"), "--split_size must be a multiple"),
+            (("--experiment=amla_accuracy", "--keys=100"), "--keys must be a multiple"),
+            (("--experiment=demo", "--checkpoint=/no/such/folder"), "/no/such/folder"),
+            (("--experiment=parity",), "--checkpoint must be given"),
+        ],
+    )
+    def test_bad_flags_are_named_and_nothing_is_written(self, tmp_path, capsys, arguments, named):
+        output = tmp_path / "out"
+        assert launch.main(["launch", f"--output_dir={output}", *arguments]) == 2
+        assert named in capsys.readouterr().err
+        assert not output.exists()
+
+    def test_as_a_command_without_matplotlib(self):
+        """Exit status of the process; and drawing is what loads matplotlib, not importing."""
+        code = (
+            "import sys, experiments.launch as launch\n"
+            "for name in launch.EXPERIMENTS: launch.load(name)\n"
+            "assert 'matplotlib' not in sys.modules\n"
+            "sys.exit(launch.main(['launch', '--experiment=soup']))\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert "soup" in done.stderr
+
+
+class TestResult:
+    @pytest.mark.parametrize("name", launch.EXPERIMENTS)
+    def test_every_experiment_in_small(self, tmp_path, name):
+        status, result = run(tmp_path, name, *SMALL[name])
+        assert status == 0, result["summary"]
+        validate_result(result)
+        assert result["experiment"] == name
+        assert result["passed"] is True
+        options = {field.name for field in dataclasses.fields(launch.load(name).Options)}
+        assert set(result["options"]) == options
+        assert {"result.json", *result["files"]} == {p.name for p in (tmp_path / name).iterdir()}
+        for file in result["files"]:
+            assert (tmp_path / name / file).read_bytes().startswith(b"\x89PNG")
+
+    @pytest.fixture
+    def result(self):
+        example = {int: 1, float: 1.0, str: "x", bool: True, list: [], dict: {}}
+        return {key: example[kind] for key, kind in SCHEMA.items()} | {"environment": environment()}
+
+    def test_schema_names_the_key(self, result):
+        validate_result(result)
+        for key in SCHEMA:
+            with pytest.raises(ValueError, match=f"^{key} is missing"):
+                validate_result({k: v for k, v in result.items() if k != key})
+            with pytest.raises(ValueError, match=f"^{key} must be"):
+                validate_result(result | {key: None})
+        with pytest.raises(ValueError, match="schema_version must be 1"):
+            validate_result(result | {"schema_version": 2})
+        with pytest.raises(ValueError, match=r"rows\[0\].a must be a scalar"):
+            validate_result(result | {"rows": [{"a": []}]})
+        partial = {k: v for k, v in result["environment"].items() if k != "backend"}
+        with pytest.raises(ValueError, match=r"environment.backend is missing"):
+            validate_result(result | {"environment": partial})
+
+    def test_numbers_that_json_does_not_have_are_null(self, tmp_path, result):
+        path = tmp_path / "new" / "result.json"
+        row = {"nan": np.float32("nan"), "inf": -np.inf, "one": np.int64(1), "pair": "(1, 2)"}
+        write_result(path, result | {"rows": [row]})
+        assert json.loads(path.read_text())["rows"] == [
+            {"nan": None, "inf": None, "one": 1, "pair": "(1, 2)"}
+        ]
+
+    def test_a_bad_result_writes_nothing(self, tmp_path, result):
+        with pytest.raises(ValueError, match="rows must be"):
+            write_result(tmp_path / "new" / "result.json", result | {"rows": "none"})
+        assert not (tmp_path / "new").exists()
+
+
+def test_options_become_flags():
+    from absl import flags
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        count: int = flag(3, "a number")
+        scale: float | None = flag(None, "one or none")
+        sizes: tuple[int, ...] = flag((1, 2), "several")
+        loud: bool = flag(False, "a switch")
+
+    def parse(*arguments):
+        values = flags.FlagValues()
+        define_flags(Options, values)
+        values(["program", *arguments])
+        return read_options(Options, values)
+
+    assert parse() == Options()
+    assert parse("--count=4", "--scale=.5", "--sizes=4, 5,6", "--loud") == Options(
+        4, 0.5, (4, 5, 6), True
+    )
+    assert parse("--sizes=").sizes == ()
+
+
+def test_errors_are_loud():
+    wanted = np.array([3.0, 4.0])
+    assert relative_error(wanted * 1.1, wanted) == pytest.approx(0.1)
+    assert np.isnan(relative_error(np.array([3.0, np.nan]), wanted))
+    empty = np.array([0.0, -np.inf])
+    assert lse_error(empty + 1e-3, empty) == pytest.approx(1e-3)
+    assert lse_error(np.zeros(2), empty) == np.inf
+    assert np.isnan(lse_error(np.array([np.nan, -np.inf]), empty))
+
+
+class TestParity:
+    def test_finds_the_layer_and_reports_four_errors(self, tmp_path):
+        status, result = run(
+            tmp_path,
+            "parity",
+            f"--checkpoint={GOLDEN / 'v3_half_resaved'}",
+            "--layer=3",
+            "--layout=NZ",
+            "--page_size=1",
+            "--chunk=100",
+        )
+        assert status == 0
+        assert set(result["errors"]) == {"naive", "absorbed", "chunked", "token_by_token"}
+        assert max(result["errors"].values()) < 2e-6
+
+    def test_fails_above_the_tolerance(self, tmp_path):
+        status, result = run(tmp_path, "parity", f"--checkpoint={V2_LITE}", "--tolerance=1e-9")
+        assert status == 1
+        assert result["passed"] is False
+        assert min(result["errors"].values()) > 1e-9
+
+    def test_fails_on_nan(self, tmp_path):
+        folder = shutil.copytree(V2_LITE, tmp_path / "checkpoint")
+        with np.load(V2_LITE / "golden.npz") as golden:
+            np.savez(folder / "golden.npz", x=golden["x"] * np.nan, out=golden["out"])
+        status, result = run(tmp_path, "parity", f"--checkpoint={folder}")
+        assert status == 1
+        assert set(result["errors"].values()) == {None}
+
+    @pytest.mark.parametrize(
+        ("golden", "named"),
+        [
+            (None, "No such file"),
+            (b"PK", "golden.npz"),
+            ({"x": np.zeros((1, 2, 64))}, "out is not a file"),
+            ({"x": np.zeros((1, 2, 65)), "out": np.zeros((1, 2, 64))}, "x in .* must be"),
+            ({"x": np.zeros((1, 2, 64)), "out": np.zeros((2, 64))}, "out in .* must be"),
+            ({"x": np.zeros((1, 2, 64)), "out": np.zeros((1, 3, 64))}, "out is"),
+        ],
+    )
+    def test_names_what_is_wrong_with_golden(self, tmp_path, capsys, golden, named):
+        folder = shutil.copytree(V2_LITE, tmp_path / "checkpoint")
+        (folder / "golden.npz").unlink()
+        if isinstance(golden, dict):
+            np.savez(folder / "golden.npz", **golden)
+        elif golden is not None:
+            (folder / "golden.npz").write_bytes(golden)
+        status, result = run(tmp_path, "parity", f"--checkpoint={folder}")
+        assert (status, result) == (2, None)
+        error = " ".join(capsys.readouterr().err.split())
+        assert error.startswith("error: --checkpoint: ")
+        assert re.search(named, error)
+
+    def test_names_a_bad_checkpoint(self, tmp_path, capsys):
+        folder = shutil.copytree(V2_LITE, tmp_path / "checkpoint")
+        (folder / "model.safetensors").write_bytes(b"nonsense")
+        assert run(tmp_path, "parity", f"--checkpoint={folder}") == (2, None)
+        assert "model.safetensors" in capsys.readouterr().err
+        assert run(tmp_path, "parity", f"--checkpoint={V2_LITE}", "--layer=7") == (2, None)
+        assert "layer 7" in capsys.readouterr().err
+
+
+class TestWrongNumbersAreCaught:
+    """An experiment that can't fail shows nothing: break what each one watches over."""
+
+    @staticmethod
+    def scaled(function, factor):
+        def broken(*arguments, **options):
+            first, second = function(*arguments, **options)
+            return first * jnp.asarray(factor, first.dtype), second
+
+        return broken
+
+    def test_correctness(self, tmp_path, monkeypatch):
+        broken = self.scaled(correctness.paged_mla_attention, 1.01)
+        monkeypatch.setattr(correctness, "paged_mla_attention", broken)
+        status, result = run(tmp_path, "correctness", *SMALL["correctness"])
+        assert status == 1
+        assert not any(row["passed"] for row in result["rows"])
+
+    def test_soak(self, tmp_path, monkeypatch):
+        broken = self.scaled(soak.paged_mla_attention, 1.001)
+        monkeypatch.setattr(soak, "paged_mla_attention", broken)
+        status, result = run(tmp_path, "soak", *SMALL["soak"])
+        assert status == 1
+        assert result["steps"] == 25
+        assert result["failures"] == len(result["rows"]) > 25
+
+    @pytest.mark.parametrize(("back", "found"), [(0, "lost at the end"), (2, "are shared")])
+    def test_soak_pages(self, tmp_path, monkeypatch, back, found):
+        """The first page that is freed comes back not at all, or twice."""
+        free, broken = PageAllocator.free, []
+
+        def free_wrong(self, request_id):
+            pages = self.pages(request_id)
+            free(self, request_id)
+            if pages and not broken:
+                broken.append(pages[0])
+                self._free.remove(pages[0])
+                self._free.extend(pages[:1] * back)
+
+        monkeypatch.setattr(PageAllocator, "free", free_wrong)
+        status, result = run(tmp_path, "soak", *SMALL["soak"])
+        assert status == 1
+        assert any(found in row["what"] for row in result["rows"])
+
+    def test_demo(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(demo, "mla_layer", self.scaled(demo.mla_layer, 1.001))
+        status, result = run(tmp_path, "demo", *SMALL["demo"], "--implementations=xla")
+        assert status == 1
+        assert not any(row["passed"] for row in result["rows"] if "passed" in row)
+
+
+def test_soak_traces_once_and_lives_a_full_life(tmp_path):
+    """Everything that can happen to a request does, in one compiled step."""
+    _, result = run(tmp_path, "soak", *SMALL["soak"], "--steps=120", "--seed=1")
+    assert (result["steps"], result["failures"], result["traces"]) == (120, 0, 1)
+    assert all(count > 0 for count in result["counts"].values())
+    assert result["mean_occupancy"] > 0.7
+    assert result["peak_occupancy"] == 1
+
+
+def test_demo_writes_and_reads_its_own_checkpoint(tmp_path, monkeypatch):
+    small = dataclasses.replace(
+        demo.small_config(),
+        hidden_size=32,
+        num_heads=2,
+        q_lora_rank=16,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=16,
+    )
+    monkeypatch.setattr(demo, "small_config", lambda: small)
+    status, result = run(
+        tmp_path,
+        "demo",
+        *SMALL["demo"][1:],
+        "--layout=NZ",
+        "--dtype=bfloat16",
+        "--implementations=xla",
+    )
+    assert status == 0
+    assert result["files"] == ["checkpoint", "demo.png"]
+    assert {p.name for p in (tmp_path / "demo" / "checkpoint").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }
