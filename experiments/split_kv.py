@@ -51,14 +51,15 @@ class Options:
 def run(options: Options, output: Output) -> Outcome:
     if options.split_size % BLOCK:
         raise InputError(f"--split_size must be a multiple of {BLOCK}, got {options.split_size}")
-    planners = {name: jax.jit(make(options)) for name, make in PLANNERS.items()}
+    planners = {name: with_loads(make(options), options) for name, make in PLANNERS.items()}
     rows: list[Row] = []
     pictured: dict[str, SplitPlan] = {}
     for batch, lengths in track(list(batches(options.seed).items()), "batches"):
         seq_lens = jnp.asarray(lengths, jnp.int32)
         plans = {name: planner(seq_lens) for name, planner in planners.items()}
-        rows += [measure(batch, seq_lens, name, plan, options) for name, plan in plans.items()]
-        pictured = plans if batch == PICTURED else pictured
+        rows += [measure(batch, seq_lens, name, *plan, options) for name, plan in plans.items()]
+        if batch == PICTURED:
+            pictured = {name: plan for name, (plan, _) in plans.items()}
     show_table(
         f"Efficiency on {options.workers} workers, {options.rows} rows a request",
         rows,
@@ -162,14 +163,38 @@ PLANNERS: dict[str, Callable[[Options], Planner]] = {
 }
 
 
-def measure(batch: str, seq_lens: jax.Array, name: str, plan: SplitPlan, options: Options) -> Row:
+def with_loads(
+    planner: Planner, options: Options
+) -> Callable[[jax.Array], tuple[SplitPlan, dict[str, jax.Array]]]:
+    """The planner, jitted; beside the plan it gives each worker's load under both cost models, and
+    what that would be without overheads."""
+
+    @jax.jit
+    def run(seq_lens: jax.Array) -> tuple[SplitPlan, dict[str, jax.Array]]:
+        plan, loads = planner(seq_lens), {}
+        for model in MODELS:
+            arguments: dict[str, Any] = {"rows": options.rows, "cost_model": model}
+            loads[model] = plan_loads(plan, seq_lens, **arguments)
+            loads[f"{model} work"] = plan_loads(plan, seq_lens, overhead=0, **arguments)
+        return plan, loads
+
+    return run
+
+
+def measure(
+    batch: str,
+    seq_lens: jax.Array,
+    name: str,
+    plan: SplitPlan,
+    loads: dict[str, jax.Array],
+    options: Options,
+) -> Row:
     """A row: the plan's largest load and efficiency under each cost model, its pieces."""
     row: Row = {"batch": batch, "requests": len(seq_lens), "planner": name}
     for model in MODELS:
-        loads = plan_loads(plan, seq_lens, rows=options.rows, cost_model=model)
-        work = plan_loads(plan, seq_lens, rows=options.rows, cost_model=model, overhead=0).sum()
-        row[f"max_load_{model}"] = float(loads.max())
-        row[f"efficiency_{model}"] = float(work / (options.workers * loads.max()))
+        largest, work = float(loads[model].max()), float(loads[f"{model} work"].sum())
+        row[f"max_load_{model}"] = largest
+        row[f"efficiency_{model}"] = work / (options.workers * largest)
     row["pieces"] = int((plan.request >= 0).sum())
     row["partial_outputs"] = int((plan.slot >= 0).sum())
     row["covers"] = covers_once(plan, np.asarray(seq_lens))
