@@ -44,12 +44,13 @@ def show_table(
     rows = list(rows)
     if columns is None:
         columns = {key: key.replace("_", " ") for key in (rows[0] if rows else ())}
-    table = Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    for key, header in columns.items():
+    table = Table(box=rich.box.SIMPLE_HEAD)
+    for i, (key, header) in enumerate(columns.items()):
         numeric = any(isinstance(row.get(key), int | float) for row in rows)
-        table.add_column(header, justify="right" if numeric else "left")
+        table.add_column(header, justify="right" if numeric else "left", no_wrap=i == 0)
     for row in rows:
         table.add_row(*(_cell(row.get(key)) for key in columns))
+    say(title, style="bold")
     _console().print(table)
 
 
