@@ -285,6 +285,7 @@ class Server:
 
     @property
     def _scale(self) -> float:
+        """That of a head a quarter as wide as the latent, and rope: 192^-0.5 at DeepSeek's widths."""
         return (self.options.kv_lora_rank // 4 + self.options.rope_dim) ** -0.5
 
 
