@@ -285,7 +285,7 @@ class Server:
 
     @property
     def _scale(self) -> float:
-        """That of a head a quarter as wide as the latent, and rope: 192^-0.5 at DeepSeek's widths."""
+        """DeepSeek's, 192^-0.5, at its widths: nope is a quarter of the latent."""
         return (self.options.kv_lora_rank // 4 + self.options.rope_dim) ** -0.5
 
 
