@@ -97,7 +97,8 @@ def plan_splits(
         rows: query rows of a request, S_q * H.
         rows_per_tile: rows that one worker holds at a time.
         block_size: KV tokens a block.
-        cost_model: "blocks" or "fia"; the latter keeps, of the worker counts it tries, the plan
+        cost_model: "blocks" or "fia"; the former cuts no tile where that gains nothing (as many
+            equal requests as workers, say), which spares the merge; the latter keeps, of the worker counts it tries, the plan
             with the smallest maximum, and the fewest workers among equals.
         overhead: of a piece, in blocks; "fia" has none and takes no notice.
 
@@ -275,6 +276,13 @@ class _Line(NamedTuple):
         place = self.edge[tile] + taken
         return jnp.where(jnp.arange(num_workers + 1) >= count, self.length, place).at[0].set(0)
 
+    def cut_at_edges(self, num_workers: int) -> jax.Array:
+        """Places [W + 1] that give every worker whole tiles: the edges nearest to equal shares."""
+        share = _shares(self.cost_total, num_workers, jnp.int32(num_workers))
+        middle = (self.cost_start + jnp.append(self.cost_start[1:], self.cost_total)) // 2
+        edges = jnp.append(self.edge, self.length)
+        return edges[_find(middle, share)].at[-1].set(self.length)
+
     def largest_load(self, cuts: jax.Array) -> jax.Array:
         """The cost of the costliest stretch between two cuts."""
         tile = self.tile_at(cuts)  # behind the end: the last
@@ -291,6 +299,9 @@ class _Line(NamedTuple):
 def _plan_splits(seq_lens: jax.Array, num_workers: int, costs: SplitCosts) -> SplitPlan:
     line = _Line.lay(seq_lens, costs)
     cuts = line.cut(num_workers, jnp.int32(num_workers))
+    if costs.overhead:
+        whole = line.cut_at_edges(num_workers)
+        cuts = jnp.where(line.largest_load(whole) <= line.largest_load(cuts), whole, cuts)
     if costs.tries_fewer_workers:
         counts = jnp.arange(1, num_workers + 1, dtype=jnp.int32)
         all_cuts = jax.vmap(functools.partial(line.cut, num_workers))(counts)
