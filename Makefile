@@ -1,12 +1,19 @@
 # Two commands do everything from a clean clone: `make demo` and `make test`.
-# `make demo PYTHON=/path/to/python` uses an interpreter that already has the packages and downloads nothing.
+# With PYTHON=/path/to/python they use an interpreter that already has the packages, and download nothing.
 
+comma := ,
 VENV := .venv
+NVIDIA_GPU := $(wildcard /dev/nvidiactl /dev/dxg)
 ifdef PYTHON
 ENVIRONMENT :=
+TEST_ENVIRONMENT :=
 else
 PYTHON := $(VENV)/bin/python
 ENVIRONMENT := $(VENV)/.ready
+TEST_ENVIRONMENT := $(VENV)/.test-ready
+SM90A := $(CURDIR)/$(VENV)/sm90a
+TEST_PATH := PYTHONPATH="$(SM90A)$${PYTHONPATH:+:$$PYTHONPATH}"
+EXTRAS := $(if $(NVIDIA_GPU),dev$(comma)cuda,dev)
 endif
 
 BASE_PYTHON ?= $(shell for p in python3.12 python3 python; do \
@@ -14,14 +21,16 @@ BASE_PYTHON ?= $(shell for p in python3.12 python3 python; do \
 OUTPUT ?= out
 ARGS ?=
 JOBS ?= 2
+JAX_PLATFORMS ?= $(if $(NVIDIA_GPU),,cpu)
+export JAX_PLATFORMS
 
 .PHONY: demo test test-gpu lint format clean
 
 demo: $(ENVIRONMENT)  ## the main job: load a layer, prefill, decode, compare with float64
 	$(PYTHON) -m experiments.launch --experiment=demo --output_dir=$(OUTPUT) $(ARGS)
 
-test: $(ENVIRONMENT) lint  ## everything that runs without a GPU
-	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n $(JOBS) -m "not gpu" $(ARGS)
+test: $(TEST_ENVIRONMENT) lint  ## everything that runs without a GPU
+	JAX_PLATFORMS=cpu $(TEST_PATH) $(PYTHON) -m pytest -n $(JOBS) -m "not gpu" $(ARGS)
 
 test-gpu:  ## the third gate, on an H200
 	$(PYTHON) -m pytest -m gpu $(ARGS)
@@ -38,7 +47,14 @@ format: $(ENVIRONMENT)
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -n "$(BASE_PYTHON)" || { echo "Python 3.12 was not found: set BASE_PYTHON=/path/to/python3.12"; exit 1; }
 	$(BASE_PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	touch $@
+
+# The compiler of the Hopper kernels for machines without a GPU (240 MB). It stands beside the
+# environment, not in it: where the rest of CUDA is missing, JAX would complain at every start.
+$(VENV)/.test-ready: $(VENV)/.ready
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+		--upgrade --target $(SM90A) jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm
 	touch $@
 
 clean:

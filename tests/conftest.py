@@ -1,6 +1,15 @@
 """Settings that all tests share."""
 
+import os
+
 import hypothesis
+
+# Mosaic GPU's interpreter runs every warpgroup of a kernel as a task of XLA's CPU thread pool and
+# waits for all of them: with fewer threads than warpgroups (a machine of 2 cores) it would never
+# end. The pool has a thread for each device or core; JAX reads this as it starts.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
 
 hypothesis.settings.register_profile(
     "here", deadline=None, max_examples=25, suppress_health_check=[hypothesis.HealthCheck.too_slow]
