@@ -3,8 +3,7 @@
 - "blocks": FlashMLA's tile scheduler (get_mla_metadata): a piece costs its blocks + `overhead`,
   5 for blocks of 64 tokens on Hopper.
 - "fia": Ascend's fused-infer-attention tiling: a block costs 6 * ceil(rows / 16) +
-  10 * ceil(tokens / 64), and a piece nothing more. It tries worker counts from about sqrt(blocks)
-  to all.
+  10 * ceil(tokens / 64), and a piece nothing more.
 """
 
 import math
@@ -26,7 +25,6 @@ class SplitCosts(NamedTuple):
     by_tokens: int  # of a block, for every 64 of its tokens begun
     block_size: int
     rows_per_tile: int
-    tries_fewer_workers: bool
 
     @property
     def num_row_tiles(self) -> int:
@@ -58,6 +56,6 @@ def split_costs(
     full_tiles, rest = divmod(rows, rows_per_tile)
     tiles = [rows_per_tile] * full_tiles + [rest] * (rest > 0)
     if cost_model == "blocks":
-        return SplitCosts(overhead, (1,) * len(tiles), 0, block_size, rows_per_tile, False)
+        return SplitCosts(overhead, (1,) * len(tiles), 0, block_size, rows_per_tile)
     by_rows = tuple(6 * math.ceil(tile / 16) for tile in tiles)
-    return SplitCosts(0, by_rows, 10, block_size, rows_per_tile, True)
+    return SplitCosts(0, by_rows, 10, block_size, rows_per_tile)

@@ -97,9 +97,9 @@ def plan_splits(
         rows: query rows of a request, S_q * H.
         rows_per_tile: rows that one worker holds at a time.
         block_size: KV tokens a block.
-        cost_model: "blocks" or "fia"; the former cuts no tile where that gains nothing (as many
-            equal requests as workers, say), which spares the merge; the latter keeps, of the worker counts it tries, the plan
-            with the smallest maximum, and the fewest workers among equals.
+        cost_model: "blocks" or "fia". Of the worker counts tried, the plan with the smallest
+            maximum is kept, and the fewest workers among equals. "blocks" cuts no tile where that
+            gains nothing (as many equal requests as workers, say), which spares the merge.
         overhead: of a piece, in blocks; "fia" has none and takes no notice.
 
     Returns:
@@ -262,12 +262,23 @@ class _Line(NamedTuple):
         """The tile that each place is in."""
         return _find(self.edge, places, side="right") - 1
 
-    def cut(self, num_workers: int, count: jax.Array) -> jax.Array:
-        """Places [W + 1] that cut the line in `count` equal shares; the other workers get none."""
+    def cut(self, num_workers: int, count: jax.Array, spread: jax.Array) -> jax.Array:
+        """Places [W + 1] that cut the line in `count` equal shares; the other workers get none.
+
+        A tile's overhead stands before its blocks, or, with `spread`, on all of them alike: the
+        one suits tiles longer than a share, the other tiles cut in two or three.
+        """
         share = _shares(self.cost_total, num_workers, count)
         tile = _find(self.cost_start, share, side="right") - 1
         blocks, full, last = self.blocks[tile], self.full[tile], self.last[tile]
-        inside = share - self.cost_start[tile] - self.costs.overhead
+        cost = (blocks - 1) * full + last
+        exact = jnp.arange(num_workers + 1) * (self.cost_total / count)
+        part = (exact - self.cost_start[tile]) / (cost + self.costs.overhead)
+        inside = jnp.where(
+            spread,
+            jnp.round(part * cost).astype(jnp.int32),
+            share - self.cost_start[tile] - self.costs.overhead,
+        )
         taken = jnp.clip((2 * inside + full) // (2 * full), 0, jnp.maximum(blocks - 1, 0))
         whole = (blocks > 0) & (2 * (inside - (blocks - 1) * full) >= last)
         shortest = max(1, -(-self.costs.overhead // 3))
@@ -298,17 +309,16 @@ class _Line(NamedTuple):
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _plan_splits(seq_lens: jax.Array, num_workers: int, costs: SplitCosts) -> SplitPlan:
     line = _Line.lay(seq_lens, costs)
-    cuts = line.cut(num_workers, jnp.int32(num_workers))
+    counts = jnp.tile(jnp.arange(1, num_workers + 1, dtype=jnp.int32), 2 if costs.overhead else 1)
+    spread = jnp.arange(len(counts)) >= num_workers
+    all_cuts = jax.vmap(functools.partial(line.cut, num_workers))(counts, spread)
+    fewest = jnp.sqrt(line.blocks.sum().astype(jnp.float32)).astype(jnp.int32)
+    tried = counts >= jnp.minimum(fewest, num_workers)
+    largest = jax.vmap(line.largest_load)(all_cuts)
+    cuts = all_cuts[jnp.argmin(jnp.where(tried, largest, _BEYOND))]
     if costs.overhead:
         whole = line.cut_at_edges(num_workers)
         cuts = jnp.where(line.largest_load(whole) <= line.largest_load(cuts), whole, cuts)
-    if costs.tries_fewer_workers:
-        counts = jnp.arange(1, num_workers + 1, dtype=jnp.int32)
-        all_cuts = jax.vmap(functools.partial(line.cut, num_workers))(counts)
-        fewest = jnp.sqrt(line.blocks.sum().astype(jnp.float32)).astype(jnp.int32)
-        tried = counts >= jnp.minimum(fewest, num_workers)
-        largest = jax.vmap(line.largest_load)(all_cuts)
-        cuts = all_cuts[jnp.argmin(jnp.where(tried, largest, _BEYOND))]
     inner = line.edge[line.tile_at(cuts)] < cuts
     inner &= (cuts < line.length) & (cuts != jnp.roll(cuts, 1))
     starts = jnp.sort(jnp.append(line.edge, jnp.where(inner, cuts, _BEYOND)[1:]))

@@ -89,7 +89,7 @@ def decode(
         walk_ref, piece_ref,
         o_ref, lse_ref,
         po_ref, plse_ref,
-        q_l, q_r, q_t, kv_l, kv_r, kv_t, m_smem, l_smem, lse_smem,
+        q_l, q_r, q_t, kv_l, kv_r, kv_t, m_smem, l_smem, lse_smem, piece_smem,
         q_full, q_empty, full_l, full_r, full_t, empty_l, empty_r, empty_t, p_ready, l_ready,
         *accumulators,
         # fmt: on
@@ -106,24 +106,7 @@ def decode(
             (2 * half, rope, q_t, kv_t, full_t, empty_t),
         )
 
-        def each_piece(run):
-            """run(request, row, first block, number of blocks, slot) for this worker's pieces.
-
-            Records are read a piece ahead, so that their latency hides behind the work.
-            """
-
-            def record(ref, i, offset=0):
-                return tuple(ref[i, offset + field] for field in range(len(PIECE)))
-
-            def one(p, piece):
-                following = record(piece_ref, jnp.minimum(p + 1, last))
-                request, tile, begin, end, slot = piece
-                run(request, (tile * cluster + cta) * BLOCK, begin, end - begin, slot)
-                return following
-
-            first, stop = walk_ref[worker, 0], walk_ref[worker, 1]
-            last = piece_ref.shape[0] - 1
-            lax.fori_loop(first, stop, one, record(walk_ref, worker, 2))
+        first, stop = walk_ref[worker, 0], walk_ref[worker, 1]
 
         # ---------------------------------------------------------------- the loading warpgroup
         def load_block(request, block, slot):
@@ -155,13 +138,20 @@ def decode(
                         collective_axes="cluster" if cluster > 1 else None,
                     )
 
-        def load_piece(request, row, begin, num_blocks, _):
+        def load_piece(p, piece):
+            request, row_tile, begin, end, _ = piece
+            num_blocks = end - begin
+            row = (row_tile * cluster + cta) * BLOCK
+            kv_len, query_len = len_ref[request], qlen_ref[request]
+
             @pl.when(num_blocks > 0)
             def _():
                 load_block(request, begin, 0)
 
             plgpu.barrier_wait(q_empty)
-            for column, width_, q_smem, *_rest in columns:
+            for i, value in enumerate((*piece, kv_len, query_len)):
+                piece_smem[i] = value
+            for column, width_, q_smem, *_ in columns:
                 plgpu.copy_gmem_to_smem(
                     q_ref.at[request, pl.ds(row, rows_box), pl.ds(column, width_)],
                     q_smem.at[0] if rows_box == BLOCK else q_smem.at[0, pl.ds(0, rows_box)],
@@ -173,11 +163,14 @@ def decode(
                 return ()
 
             lax.fori_loop(1, num_blocks, block, ())
+            following = jnp.minimum(p + 1, piece_ref.shape[0] - 1)
+            return tuple(piece_ref[following, i] for i in range(len(PIECE)))
 
         @pl.when(wg == 2)
         def _load():
             g.set_max_registers(config.producer_registers, "decrease")
-            each_piece(load_piece)
+            head = tuple(walk_ref[worker, 2 + i] for i in range(len(PIECE)))
+            lax.fori_loop(first, stop, load_piece, head)
             # See every release: a CTA must outlive those that its peer sends it.
             plgpu.barrier_wait(q_empty)
             for *_, empty in columns:
@@ -254,8 +247,13 @@ def decode(
                 p = kv_t.at[slot] if rope == BLOCK else kv_t.at[slot].at[:, pl.ds(0, BLOCK)]
                 g.mma(o_acc, p, v.at[slot])
 
-            def attend(o_acc, s_acc, request, row, begin, num_blocks, out_slot):
-                kv_len, query_len = len_ref[request], qlen_ref[request]
+            def attend(o_acc, s_acc):
+                plgpu.barrier_wait(q_full)
+                request, row_tile, begin, end, out_slot, kv_len, query_len = (
+                    piece_smem[i] for i in range(len(PIECE) + 2)
+                )
+                num_blocks = end - begin
+                row = (row_tile * cluster + cta) * BLOCK
 
                 def opaque(i):
                     """0, but not for the compiler: else it hoists every wgmma descriptor."""
@@ -335,7 +333,6 @@ def decode(
                     release(s0)
                     return carry
 
-                plgpu.barrier_wait(q_full)
                 g.zero(o_acc)
                 carry = (g.full((BLOCK,), NO_KEY, ROWS), g.full((BLOCK,), 0.0, ROWS))
                 # Pairs that every row of the tile sees whole need no mask.
@@ -364,7 +361,7 @@ def decode(
 
                 def store(destination, lse_destination):
                     box = slice(None) if rows_box == BLOCK else pl.ds(0, rows_box)
-                    q_mine[0] = o.astype(dtype)
+                    q_mine.at[opaque(0)][...] = o.astype(dtype)
                     if me == 0:
                         lse_smem[...] = lse
                     plgpu.commit_smem()
@@ -409,15 +406,11 @@ def decode(
                 plgpu.commit_smem()
             plgpu.barrier_arrive(q_empty)
 
-            def run(*piece):
-                g.with_accumulators(
-                    lambda o_acc, s_acc: attend(o_acc, s_acc, *piece),
-                    accumulators,
-                    me,
-                    *accumulator_shapes,
-                )
+            def run(p, _):
+                g.with_accumulators(attend, accumulators, me, *accumulator_shapes)
+                return ()
 
-            each_piece(run)
+            lax.fori_loop(first, stop, run, ())
             plgpu.wait_smem_to_gmem(0)
 
         pl.when(wg == 0)(lambda: compute(0))
@@ -454,6 +447,7 @@ def decode(
             plgpu.SMEM((2, BLOCK), jnp.float32),
             plgpu.SMEM((2, BLOCK), jnp.float32),
             plgpu.SMEM((BLOCK,), jnp.float32),
+            plgpu.SMEM((len(PIECE) + 2,), jnp.int32),
             plgpu.Barrier(num_arrivals=3),  # q_full
             plgpu.Barrier(num_arrivals=2),  # q_empty
             plgpu.Barrier(num_arrivals=copies, num_barriers=2),

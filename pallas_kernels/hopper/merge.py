@@ -1,12 +1,13 @@
-"""Merges the partial (o, lse) of tiles that the plan has cut; the tiles left whole cost nothing.
+"""Merges the partial (o, lse) of tiles that the plan has cut; tiles left whole cost nothing.
 
 The launch starts while the decode kernel drains (programmatic dependent launch). Two shapes of
-work: with few tiles, cut into many pieces each, the warpgroups of a CTA share the pieces of one
-row and meet in shared memory; with many tiles, cut into two or three, each warpgroup has rows of
-its own.
+work, told apart by the shape alone: a few rows, cut into many pieces each, where the warpgroups of
+a CTA share the pieces of one row and meet in shared memory; or many rows, cut into two or three,
+where a warpgroup has a few rows of its own. Both keep many wide loads in flight.
 """
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -14,24 +15,36 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.primitives import Backend
 
-WARPGROUPS = 8
 NO_KEY = -1e30
+FEW_ROWS = 144  # up to here a row has a CTA of its own, for every 128 columns
 
 
-def merge(o_ref, lse_ref, partial_o, partial_lse, tile_slot_start, *, num_row_tiles, interpret=None):
+def merge(
+    o_ref: Any,
+    lse_ref: Any,
+    partial_o: Any,
+    partial_lse: Any,
+    tile_slot_start: Any,
+    *,
+    num_row_tiles: int,
+    interpret: Any = None,
+) -> None:
     """Writes merged rows into o_ref [B, R, d_v] and lse_ref [B, R], in place.
 
-    partial_o [slots, rows, d_v] any float dtype, partial_lse [slots, rows] float32 (natural log);
-    tile_slot_start [tiles + 1] int32, tile t = request * num_row_tiles + row tile.
+    Args:
+        partial_o: [slots, rows, d_v], any float dtype.
+        partial_lse: [slots, rows] float32, natural log.
+        tile_slot_start: [tiles + 1] int32; tile t = request * num_row_tiles + row tile.
     """
     batch, rows_total, width = o_ref.shape
     rows_per_tile = partial_o.shape[1]
     tiles = batch * num_row_tiles
     rows = min(rows_per_tile, rows_total)
-    share_pieces = tiles * rows <= 2048
-    columns = 128 if share_pieces else width
-    rows_per_cta = 1 if share_pieces else WARPGROUPS
-    unroll = 16 if share_pieces else 2  # loads in flight
+    shared = tiles * rows <= FEW_ROWS
+    warpgroups = 8 if shared else 4
+    columns = 128 if shared else width
+    group = 1 if shared else 4  # rows of a warpgroup
+    unroll = 16 if shared else 2  # pieces loaded at a time
     g = Backend(interpreting=interpret is not None)
     layout = plgpu.Layout.WG_STRIDED((columns,), vec_size=columns // 128)
 
@@ -43,22 +56,29 @@ def merge(o_ref, lse_ref, partial_o, partial_lse, tile_slot_start, *, num_row_ti
         g.let_next_kernel_start()
         first = start_ref[tile]
         pieces = start_ref[tile + 1] - first
-        row = lax.axis_index("row") * rows_per_cta + (0 if share_pieces else wg)
         request = tile // num_row_tiles
-        out_row = (tile % num_row_tiles) * rows_per_tile + row
-        stride = WARPGROUPS if share_pieces else 1
-        begin = wg if share_pieces else 0
+        tile_row = (tile % num_row_tiles) * rows_per_tile
+        lane = 0 if shared else wg
+        top_row = (lax.axis_index("row") * (1 if shared else warpgroups) + lane) * group
+        begin, stride = (wg, warpgroups) if shared else (0, 1)
+        # Rows past the last one are read again and not written.
+        spare_rows = jnp.minimum(rows, rows_total - tile_row) - 1
+        mine = [jnp.minimum(top_row + i, spare_rows) for i in range(group)]
 
         def chunk(c, carry):
-            m, total, acc = carry
-            lses, values = [], []
-            for u in range(unroll):
-                i = begin + (c * unroll + u) * stride
-                slot = first + jnp.minimum(i, pieces - 1)
-                lses.append(jnp.where(i < pieces, plse_ref[slot, row], -jnp.inf))
-                values.append(
-                    g.load_strided(po_ref.at[slot, row, column], layout).astype(jnp.float32)
-                )
+            states = []
+            for (m, total, acc), row in zip(carry, mine, strict=True):
+                lses, values = [], []
+                for u in range(unroll):
+                    i = begin + (c * unroll + u) * stride
+                    slot = first + jnp.minimum(i, pieces - 1)
+                    lses.append(jnp.where(i < pieces, plse_ref[slot, row], -jnp.inf))
+                    value = g.load_strided(po_ref.at[slot, row, column], layout)
+                    values.append(value.astype(jnp.float32))
+                states.append((m, total, acc, lses, values))
+            return tuple(combine(*state) for state in states)
+
+        def combine(m, total, acc, lses, values):
             top = m
             for lse in lses:
                 top = jnp.maximum(top, lse)
@@ -69,59 +89,59 @@ def merge(o_ref, lse_ref, partial_o, partial_lse, tile_slot_start, *, num_row_ti
                 total, acc = total + weight, acc + value * weight
             return top, total, acc
 
-        @pl.when((pieces > 0) & (out_row < rows_total) & (row < rows))
+        def write(row, m, total, acc):
+            inverse = jnp.where(total == 0.0, 0.0, 1.0 / total)
+            o_ref.at[request, tile_row + row, column][...] = (acc * inverse).astype(o_ref.dtype)
+
+            @pl.when(lax.axis_index("column") == 0)
+            def _():
+                lse = jnp.where(total == 0.0, -jnp.inf, m + jnp.log(total))
+                lse_ref[request, tile_row + row] = lse
+
+        @pl.when((pieces > 0) & (top_row <= spare_rows))
         def _():
-            mine = (pieces - begin + stride - 1) // stride
-            m, total, acc = lax.fori_loop(
-                0,
-                (mine + unroll - 1) // unroll,
-                chunk,
-                (jnp.float32(NO_KEY), jnp.float32(0.0), g.full((columns,), 0.0, layout)),
-            )
-            if share_pieces:
-                acc_smem, m_smem, total_smem, meet = scratch
-                acc_smem.at[wg][...] = acc
-                m_smem[wg] = m
-                total_smem[wg] = total
-                plgpu.barrier_arrive(meet)
-                plgpu.barrier_wait(meet)
-                ms = [m_smem[w] for w in range(WARPGROUPS)]
+            empty = (jnp.float32(NO_KEY), jnp.float32(0.0), g.full((columns,), 0.0, layout))
+            chunks = ((pieces - begin + stride - 1) // stride + unroll - 1) // unroll
+            states = lax.fori_loop(0, chunks, chunk, (empty,) * group)
+            if not shared:
+                for i, (row, state) in enumerate(zip(mine, states, strict=True)):
+                    pl.when(top_row + i <= spare_rows)(lambda r=row, s=state: write(r, *s))
+                return
+            acc_smem, m_smem, total_smem, meet = scratch
+            m_smem[wg], total_smem[wg], acc_smem.at[wg][...] = states[0]
+            plgpu.barrier_arrive(meet)
+            plgpu.barrier_wait(meet)
+
+            @pl.when(wg == 0)
+            def _():
+                parts = range(warpgroups)
+                ms = [m_smem[w] for w in parts]
                 top = ms[0]
                 for other in ms[1:]:
                     top = jnp.maximum(top, other)
-                weights = [jnp.exp(other - top) for other in ms]
                 total, acc = jnp.float32(0.0), g.full((columns,), 0.0, layout)
-                for w, weight in enumerate(weights):
+                for w in parts:
+                    weight = jnp.exp(ms[w] - top)
                     total += weight * total_smem[w]
                     acc += g.load_strided(acc_smem.at[w], layout) * weight
-                m = top
+                write(mine[0], top, total, acc)
 
-            @pl.when((wg == 0) if share_pieces else True)
-            def _():
-                # An invalid request has NaN in lse, and so in its weights.
-                inverse = jnp.where(total == 0.0, 0.0, 1.0 / total)
-                o_ref.at[request, out_row, column][...] = (acc * inverse).astype(o_ref.dtype)
-
-                @pl.when(lax.axis_index("column") == 0)
-                def _():
-                    lse = jnp.where(total == 0.0, -jnp.inf, m + jnp.log(total))
-                    lse_ref[request, out_row] = lse
-
-    scratch = ()
-    if share_pieces:
+    scratch: tuple = ()
+    if shared:
         scratch = (
-            plgpu.SMEM((WARPGROUPS, columns), jnp.float32),
-            plgpu.SMEM((WARPGROUPS,), jnp.float32),
-            plgpu.SMEM((WARPGROUPS,), jnp.float32),
-            plgpu.Barrier(num_arrivals=WARPGROUPS),
+            plgpu.SMEM((warpgroups, columns), jnp.float32),
+            plgpu.SMEM((warpgroups,), jnp.float32),
+            plgpu.SMEM((warpgroups,), jnp.float32),
+            plgpu.Barrier(num_arrivals=warpgroups),
         )
+    rows_per_cta = group * (1 if shared else warpgroups)
     plgpu.kernel(
         body,
         out_type=(),
         scratch_types=scratch,
         grid=(width // columns, -(-rows // rows_per_cta), tiles),
         grid_names=("column", "row", "tile"),
-        num_threads=WARPGROUPS,
+        num_threads=warpgroups,
         thread_name="wg",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(

@@ -1,0 +1,334 @@
+"""Paged absorbed MLA decode for Hopper with few query rows: the transposed form.
+
+With 8 to 32 rows (16 heads, one token) a wgmma tile of 64 query rows is mostly padding. Here KV
+tokens are the tile's rows and queries its columns: S^T = K Q^T is 64 tokens x n queries, and
+O^T = V^T P^T is d_v x n, which one warpgroup holds alone (512 x 16: 64 registers a thread). So one
+warpgroup computes, one loads, and nothing is exchanged between warpgroups. The kernel is bound by
+memory: per block of 64 tokens the bytes take about 4000 cycles and the matrix work under 1500.
+
+The plan, arguments and partial results are those of `decode`; only rows_per_tile differs.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper.transposed import COLUMNS, WARPS, TransposedBackend
+
+LOG2E = math.log2(math.e)
+LN2 = math.log(2)
+BLOCK = 64  # KV tokens a block: the height of a wgmma tile
+NO_KEY = -1e30  # a running maximum (log2 units) that no score has raised yet
+PIECE = ("request", "row_tile", "block_start", "block_end", "slot")  # a record of the plan
+MOST_ROWS = 32  # O^T of d_v 512 takes 4 registers a thread for each row
+
+
+@dataclasses.dataclass(frozen=True)
+class FewConfig:
+    """Tile sizes and options of one compiled kernel."""
+
+    rows_per_tile: int  # query rows of a tile, a multiple of 8
+    num_sms: int = 132
+    depths: tuple[int, int, int] = (2, 2, 2)  # slots of V's left half, its right half, the rope
+    q_buffers: int = 2
+    consumer_registers: int = 232
+    producer_registers: int = 40
+    early_start: bool = True  # programmatic dependent launch: start while the last kernel drains
+
+    def __post_init__(self):
+        if self.rows_per_tile % 8 or not 0 < self.rows_per_tile <= MOST_ROWS:
+            raise ValueError(
+                f"rows_per_tile must be 8, 16, 24 or {MOST_ROWS}, got {self.rows_per_tile}"
+            )
+
+    @property
+    def num_workers(self) -> int:
+        return self.num_sms
+
+
+def decode_few(
+    q,
+    pages,
+    block_tables,
+    seq_lens,
+    query_lens,
+    plan,
+    o_ref,
+    lse_ref,
+    *,
+    num_heads,
+    kv_lora_rank,
+    softmax_scale,
+    causal,
+    config,
+    partial_dtype=jnp.float32,
+    interpret=None,
+):
+    """Runs the plan; arguments and results as in `decode`.
+
+    q [B, R, D], R a multiple of config.rows_per_tile. Writes whole tiles to o_ref [B, R, d_v] and
+    lse_ref [B, R]; returns the partial (o [slots, rows_per_tile, d_v], lse [slots, rows_per_tile])
+    of cut tiles.
+    """
+    batch, rows_total, width = q.shape
+    page_size = pages.shape[1]
+    rows = config.rows_per_tile
+    if rows_total % rows:
+        raise ValueError(f"q must have a multiple of {rows} rows (rows_per_tile), got {rows_total}")
+    half = kv_lora_rank // 2
+    rope = width - kv_lora_rank
+    dtype = q.dtype
+    scale = softmax_scale * LOG2E
+    g = TransposedBackend(interpreting=interpret is not None)
+    num_slots = max(1, plan.num_slots)
+    accumulator_shapes = ((kv_lora_rank, rows), (BLOCK, rows))
+    tile = (BLOCK, rows)
+
+    def body(
+        # fmt: off
+        q_ref, kv_ref, table_ref, len_ref, qlen_ref,
+        walk_ref, piece_ref,
+        o_ref, lse_ref,
+        po_ref, plse_ref,
+        q_t, q_l, q_r, kv_t, kv_l, kv_r, p_smem, top_smem, sum_smem,
+        q_full, q_empty, full_t, full_l, full_r, empty_t, empty_l, empty_r,
+        *accumulators,
+        # fmt: on
+    ):
+        if config.early_start:
+            g.wait_for_previous_kernel()
+            g.let_next_kernel_start()
+        wg = lax.axis_index("wg")
+        worker = lax.axis_index("worker")
+        # Rope first: what lands last decides when the last scores are ready, and V is a half each.
+        columns = (
+            (2 * half, rope, config.depths[2], q_t, kv_t, full_t, empty_t),
+            (0, half, config.depths[0], q_l, kv_l, full_l, empty_l),
+            (half, half, config.depths[1], q_r, kv_r, full_r, empty_r),
+        )
+        fields = range(len(PIECE))
+        first, stop = walk_ref[worker, 0], walk_ref[worker, 1]
+
+        def walk(run):
+            """run(k, n, piece) for the worker's k-th piece; n blocks came before it."""
+            head = tuple(walk_ref[worker, 2 + i] for i in fields)
+
+            def step(p, carry):
+                n, *piece = carry
+                following = jnp.minimum(p + 1, piece_ref.shape[0] - 1)
+                after = tuple(piece_ref[following, i] for i in fields)
+                run(p - first, n, piece)
+                return (n + piece[3] - piece[2], *after)
+
+            return lax.fori_loop(first, stop, step, (jnp.int32(0), *head))
+
+        # ---------------------------------------------------------------- the loading warpgroup
+        def sources(request, block):
+            """Where a block lies: (page, rows of the page, rows of the slot or None for all)."""
+            if page_size >= BLOCK:
+                per_page = page_size // BLOCK
+                page = table_ref[request, block // per_page]
+                return [(page, pl.ds((block % per_page) * BLOCK, BLOCK), None)]
+            # Pages of the block that lie past the length hold garbage: read the last valid one in
+            # their place. Its rows are masked.
+            last = (len_ref[request] - 1) // page_size
+            per_block = BLOCK // page_size
+            return [
+                (
+                    table_ref[request, jnp.minimum(block * per_block + i, last)],
+                    pl.ds(0, page_size),
+                    pl.ds(i * page_size, page_size),
+                )
+                for i in range(per_block)
+            ]
+
+        def load_piece(k, n, piece):
+            request, row_tile, begin, end, _ = piece
+            buffer = lax.rem(k, config.q_buffers)
+            plgpu.barrier_wait(q_empty.at[buffer])
+            for column, width_, _, q_smem, *_ in columns:
+                plgpu.copy_gmem_to_smem(
+                    q_ref.at[request, pl.ds(row_tile * rows, rows), pl.ds(column, width_)],
+                    q_smem.at[buffer],
+                    q_full.at[buffer],
+                )
+
+            def block(i, _):
+                parts = sources(request, begin + i)
+                for column, width_, depth, _, kv, full, empty in columns:
+                    slot = lax.rem(n + i, depth)
+                    plgpu.barrier_wait(empty.at[slot])
+                    for page, source, target in parts:
+                        plgpu.copy_gmem_to_smem(
+                            kv_ref.at[page, source, pl.ds(column, width_)],
+                            kv.at[slot] if target is None else kv.at[slot].at[target],
+                            full.at[slot],
+                        )
+                return ()
+
+            lax.fori_loop(0, end - begin, block, ())
+
+        @pl.when(wg == 1)
+        def _load():
+            g.set_max_registers(config.producer_registers, "decrease")
+            walk(load_piece)
+            # See every release, so that no barrier ends with a phase that nobody saw.
+            for buffer in range(config.q_buffers):
+                plgpu.barrier_wait(q_empty.at[buffer])
+            for _, _, depth, *_, empty in columns:
+                for slot in range(depth):
+                    plgpu.barrier_wait(empty.at[slot])
+
+        # -------------------------------------------------------------- the computing warpgroup
+        def release(barrier, slot):
+            plgpu.barrier_arrive(barrier.at[slot])
+
+        def clear_tail(v, valid):
+            """V rows past the last token become 0: their P is 0, but 0 * NaN is NaN."""
+            for c in range(0, half, 64):
+                part = v.at[:, pl.ds(c, 64)]
+                kept = g.load_tile(part)
+                token = g.iota((BLOCK, 64), 0)
+                part[...] = jnp.where(token < valid, kept, jnp.zeros_like(kept))
+
+        def attend(k, n, piece, o_acc, s_acc):
+            request, row_tile, begin, end, out_slot = piece
+            kv_len, query_len = len_ref[request], qlen_ref[request]
+            row = row_tile * rows
+            buffer = lax.rem(k, config.q_buffers)
+            token = (g.iota(tile, 1) + row) // num_heads
+            limit = jnp.minimum(kv_len - query_len + token + 1, kv_len) if causal else kv_len
+            limit = jnp.where(token < query_len, limit, 0)
+            position = g.iota(tile, 0)
+
+            def block(i, carry):
+                m, l = carry
+                zero = ((end - begin) >> 30) & i  # 0, but not for the compiler
+                slots = [lax.rem(n + i, depth) for _, _, depth, *_ in columns]
+                g.zero(s_acc)
+                for slot, (_, _, _, q_smem, kv, full, _) in zip(slots, columns, strict=True):
+                    plgpu.barrier_wait(full.at[slot])
+                    g.mma_t(s_acc, kv.at[slot], q_smem.at[buffer + zero])
+                g.wait_mma(0)
+                release(empty_t, slots[0])
+                start = (begin + i) * BLOCK
+                s = g.read(s_acc) * scale
+                s = jnp.where(position + start < limit, s, -jnp.inf)
+                m_new = jnp.maximum(m, g.reduce_rows(s, top_smem, "max"))
+                p = jnp.exp2(s - lax.broadcast_in_dim(m_new, tile, [1]))
+                g.store_t(p_smem, p.astype(dtype))
+                alpha = jnp.exp2(m - m_new)
+                g.scale_columns(o_acc, alpha)
+                l = l * lax.broadcast_in_dim(alpha, tile, [1]) + p
+                valid = kv_len - start
+
+                @pl.when(valid < BLOCK)
+                def _():
+                    clear_tail(kv_l.at[slots[1]], valid)
+                    clear_tail(kv_r.at[slots[2]], valid)
+
+                plgpu.commit_smem()
+                for part, slot, kv in ((0, slots[1], kv_l), (half, slots[2], kv_r)):
+                    g.mma_tt(o_acc, pl.ds(part, half), kv.at[slot], p_smem)
+                g.wait_mma(0)
+                release(empty_l, slots[1])
+                release(empty_r, slots[2])
+                return m_new, l
+
+            g.zero(o_acc)
+            none = (g.full((rows,), NO_KEY, COLUMNS), g.full(tile, 0.0, plgpu.Layout.WGMMA))
+            plgpu.barrier_wait(q_full.at[buffer])
+            m, l = lax.fori_loop(0, end - begin, block, none)
+            release(q_empty, buffer)
+
+            total = g.reduce_rows(l, sum_smem, "add")
+            plgpu.commit_smem()  # the next piece may write sum_smem
+            blank = jnp.where(kv_len < 0, jnp.nan, 0.0)
+            seen = total > 0.0
+            inverse = jnp.where(seen, 1.0 / total, blank)
+            lse = jnp.where(seen, m * LN2 + jnp.log(total), -jnp.inf + blank)
+            o = g.read(o_acc) * lax.broadcast_in_dim(inverse, (kv_lora_rank, rows), [1])
+
+            @pl.when(out_slot < 0)
+            def _():
+                mine = pl.ds(row, rows)
+                g.store_global_t(o_ref.at[request, mine], o.astype(dtype))
+                lse_ref.at[request, mine][...] = lse
+
+            @pl.when(out_slot >= 0)
+            def _():
+                g.store_global_t(po_ref.at[out_slot], o.astype(partial_dtype))
+                plse_ref.at[out_slot][...] = lse
+
+        @pl.when(wg == 0)
+        def _compute():
+            g.set_max_registers(config.consumer_registers, "increase")
+            for _, _, depth, *_, empty in columns:
+                for slot in range(depth):
+                    release(empty, slot)  # every slot starts free
+            for buffer in range(config.q_buffers):
+                release(q_empty, buffer)
+
+            def run(k, n, piece):
+                def scoped(*accs):
+                    attend(k, n, piece, *accs)
+
+                g.with_accumulators(scoped, accumulators, 0, *accumulator_shapes)
+
+            walk(run)
+
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+    def smem(*shape):
+        return plgpu.SMEM(shape, dtype, transforms=tiled)
+
+    copies = max(1, BLOCK // page_size)
+    left, right, tail = config.depths
+    kernel = plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct((num_slots, rows, kv_lora_rank), partial_dtype),
+            jax.ShapeDtypeStruct((num_slots, rows), jnp.float32),
+        ),
+        scratch_types=(
+            smem(config.q_buffers, rows, rope),
+            smem(config.q_buffers, rows, half),
+            smem(config.q_buffers, rows, half),
+            smem(tail, BLOCK, rope),
+            smem(left, BLOCK, half),
+            smem(right, BLOCK, half),
+            smem(rows, BLOCK),  # P
+            plgpu.SMEM((WARPS, rows), jnp.float32),
+            plgpu.SMEM((WARPS, rows), jnp.float32),
+            plgpu.Barrier(num_arrivals=3, num_barriers=config.q_buffers),  # q_full
+            plgpu.Barrier(num_arrivals=1, num_barriers=config.q_buffers),  # q_empty
+            plgpu.Barrier(num_arrivals=copies, num_barriers=tail),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=left),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=right),
+            plgpu.Barrier(num_arrivals=1, num_barriers=tail),
+            plgpu.Barrier(num_arrivals=1, num_barriers=left),
+            plgpu.Barrier(num_arrivals=1, num_barriers=right),
+            *g.accumulator_scratch(1, *accumulator_shapes),
+        ),
+        grid=(config.num_workers,),
+        grid_names=("worker",),
+        num_threads=2,
+        thread_name="wg",
+        interpret=interpret,
+        kernel_name="mla_decode_few",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+    )
+    pieces = jnp.stack([getattr(plan, field) for field in PIECE], axis=1)
+    first = plan.worker_start[:-1]
+    walk = jnp.column_stack([first, plan.worker_start[1:], pieces[first]])
+    return kernel(q, pages, block_tables, seq_lens, query_lens, walk, pieces, o_ref, lse_ref)

@@ -1,0 +1,113 @@
+"""Primitives of the transposed form, where queries are the columns of a wgmma tile.
+
+S^T = K Q^T has a token a row and a query a column, so softmax reduces over rows, across the four
+warps, and one value a query lies beside the tile as a row vector.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith, memref, vector
+
+from pallas_kernels.hopper.primitives import Backend
+
+COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # one value a column, above a (64, n) WGMMA tile
+WARPS = 4
+LANES_DOWN = (4, 8, 16)  # lane distances between the rows of a column, within a warp
+
+
+@dataclasses.dataclass(frozen=True)
+class TransposedBackend(Backend):
+    """`Backend` with what the transposed form needs besides."""
+
+    def mma_tt(self, acc, part, a, b) -> None:
+        """acc[part] += a.T @ b.T, left in flight; 16-bit operands, part a slice of rows."""
+        if self.interpreting:
+            acc[part, :] = acc[part, :] + jnp.dot(
+                a[...].astype(jnp.float32).T, b[...].astype(jnp.float32).T, precision="highest"
+            )
+        else:
+            self._arrive()
+            plgpu.wgmma(acc.at[part], a.transpose((1, 0)), b.transpose((1, 0)))
+
+    def scale_columns(self, acc, columns) -> None:
+        acc[...] = self.read(acc) * lax.broadcast_in_dim(columns, acc.shape, [1])
+
+    def store_t(self, ref, value) -> None:
+        """ref[...] = value.T for a (64, n) WGMMA tile and a tiled (n, 64) SMEM ref."""
+        if self.interpreting:
+            ref[...] = value.T
+        else:
+            tile = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
+            ref.transpose((1, 0))[...] = tile
+
+    def store_global_t(self, ref, value) -> None:
+        """ref[...] = value.T for an (m, n) WGMMA tile and a row-major (n, m) GMEM ref.
+
+        Eight lanes write eight neighbours: 32-byte sectors of float32, no shared memory.
+        """
+        if self.interpreting:
+            ref[...] = value.T
+            return
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+        def store(ctx, target, tile):
+            del ctx
+            tile.foreach(lambda x, index: memref.store(x, target, [index[1], index[0]]))
+
+        store(ref, value)
+
+    def reduce_rows(self, x, scratch, kind: str) -> jax.Array:
+        """max or sum over the rows of a (64, n) tile, one value a column, the same in all warps.
+
+        scratch: float32 SMEM (WARPS, n). A barrier of the warpgroup must stand between two uses.
+        """
+        if self.interpreting:
+            return x.max(axis=0) if kind == "max" else x.sum(axis=0)
+
+        columns = x.shape[1]
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
+            return_type=plgpu.ShapeDtypeStruct((columns,), jnp.float32, COLUMNS),
+        )
+        def reduce(ctx, tile, meeting):
+            del ctx
+            combine = arith.maximumf if kind == "max" else arith.addf
+            i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+            constant = mgpu.utils.c
+            pair = ir.VectorType.get((2,), ir.F32Type.get())
+            layout = tile.layout.reduce((0,))
+            thread = arith.remui(mgpu.utils.thread_idx(), constant(128, i32))
+            warp = arith.index_cast(index, arith.divui(thread, constant(32, i32)))
+            lane = arith.remui(thread, constant(4, i32))
+            first = arith.index_cast(index, arith.muli(lane, constant(2, i32)))
+            by_column = tile.registers.reshape(columns // 8, -1)
+            places = [arith.addi(first, constant(8 * j, index)) for j in range(columns // 8)]
+            for place, registers in zip(places, by_column, strict=True):
+                both = registers[0]
+                for other in registers[1:]:
+                    both = combine(both, other)
+                for distance in LANES_DOWN:
+                    both = combine(both, mgpu.utils.shfl_bfly(both, distance))
+                vector.store(both, meeting, [warp, place])
+            mgpu.utils.warpgroup_barrier()
+            results = []
+            for place in places:
+                parts = [
+                    vector.load(pair, meeting, [constant(w, index), place]) for w in range(WARPS)
+                ]
+                upper, lower = combine(parts[0], parts[1]), combine(parts[2], parts[3])
+                results.append(combine(upper, lower))
+            shape = layout.registers_shape((columns,))
+            registers = mgpu.fragmented_array.np.empty(shape, dtype=object)
+            for i, result in enumerate(results):
+                registers.flat[i] = result
+            return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+        return reduce(x, scratch)
