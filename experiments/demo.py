@@ -39,7 +39,9 @@ PHASES = ("prefill", "decode", "MTP")
 @dataclasses.dataclass(frozen=True)
 class Options:
     checkpoint: str | None = flag(None, "Hugging Face folder; a small seeded one if not given")
-    layer: int = flag(0, "which layer of the checkpoint", lower_bound=0)
+    layer: int | None = flag(
+        None, "which layer of the checkpoint; the lowest if not given", lower_bound=0
+    )
     requests: int = flag(6, "in the batch", lower_bound=1)
     max_prompt: int = flag(384, "tokens of the longest prompt", lower_bound=1)
     chunk: int = flag(64, "tokens that a request prefills a step", lower_bound=1)

@@ -25,7 +25,8 @@ _STYLE: dict[Any, Any] = {
     "grid.color": "#e4e6ea",
     "xtick.color": "#444444",
     "ytick.color": "#444444",
-    "legend.frameon": False,
+    "legend.framealpha": 1.0,
+    "legend.edgecolor": "white",
     "figure.facecolor": "white",
     "savefig.dpi": 150,
 }

@@ -1,21 +1,41 @@
-"""Multi-head latent attention (MLA) for JAX."""
+"""Multi-head latent attention (MLA) for JAX: the public names."""
 
+from mla_jax import cache_size, online_softmax
 from mla_jax.allocator import OutOfPagesError, PageAllocator
 from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import PagedKVCache
+from mla_jax.checkpoint import CheckpointError
+from mla_jax.config import PRESETS, MLAConfig, YarnScaling
 from mla_jax.implementations import available_implementations
+from mla_jax.layer import attend, mla_layer, naive_mla_layer, preprocess, project_output
 from mla_jax.online_softmax import merge_states
 from mla_jax.split_kv import SplitPlan, plan_fixed, plan_loads, plan_splits
+from mla_jax.weights import MLAParams, init_params, load_hf, save_hf
 
 __all__ = [
+    "PRESETS",
+    "CheckpointError",
+    "MLAConfig",
+    "MLAParams",
     "OutOfPagesError",
     "PageAllocator",
     "PagedKVCache",
     "SplitPlan",
+    "YarnScaling",
+    "attend",
     "available_implementations",
+    "cache_size",
+    "init_params",
+    "load_hf",
     "merge_states",
+    "mla_layer",
+    "naive_mla_layer",
+    "online_softmax",
     "paged_mla_attention",
     "plan_fixed",
     "plan_loads",
     "plan_splits",
+    "preprocess",
+    "project_output",
+    "save_hf",
 ]

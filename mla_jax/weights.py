@@ -163,13 +163,14 @@ def params_to_hf(params: MLAParams, config: MLAConfig) -> dict[str, np.ndarray]:
 
 
 def load_hf(
-    folder: str | Path, layer: int = 0, dtype: DTypeLike = jnp.float32
+    folder: str | Path, layer: int | None = None, dtype: DTypeLike = jnp.float32
 ) -> tuple[MLAConfig, MLAParams]:
     """Reads one attention layer of a published checkpoint; only its own bytes leave the disk.
 
     Args:
         folder: holds config.json and the safetensors file or shards.
-        layer: which layer, from 0; layers past num_hidden_layers (MTP modules) are fine.
+        layer: which layer, from 0; layers past num_hidden_layers (MTP modules) are fine. None:
+            the lowest that is there.
         dtype: of the returned weights (float32, bfloat16, float16), whatever the file stores.
 
     Raises:
@@ -178,12 +179,12 @@ def load_hf(
             message names it.
         ValueError: `layer` or `dtype` can't be, or config.json asks for what `MLAConfig` can't be.
     """
-    if layer < 0:
+    if layer is not None and layer < 0:
         raise ValueError(f"layer must be 0 or more, got {layer}")
     checks.require_one_of("dtype", jnp.dtype(dtype).name, checks.FLOAT_DTYPES)
     checkpoint = Checkpoint(folder)
     config = MLAConfig.from_hf(checkpoint.config)
-    prefix = checkpoint.layer_prefix(layer)
+    prefix = checkpoint.layer_prefix(min(checkpoint.layers, default=0) if layer is None else layer)
     tensors = {
         name: jnp.asarray(checkpoint.read(prefix + name, shape), dtype)
         for name, shape in hf_shapes(config).items()

@@ -183,8 +183,7 @@ class TestParity:
         status, result = run(
             tmp_path,
             "parity",
-            f"--checkpoint={GOLDEN / 'v3_half_resaved'}",
-            "--layer=3",
+            f"--checkpoint={GOLDEN / 'v3_half_resaved'}",  # holds layer 3 only
             "--layout=NZ",
             "--page_size=1",
             "--chunk=100",

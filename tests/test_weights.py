@@ -149,6 +149,7 @@ def test_one_of_many_layers_under_any_prefix(tmp_path):
     assert Checkpoint(tmp_path).layers == [1, 11, 61]
     for layer in (1, 11, 61):
         chex.assert_trees_all_equal(load_hf(tmp_path, layer)[1], random_params(CONFIG, seed=layer))
+    chex.assert_trees_all_equal(load_hf(tmp_path)[1], random_params(CONFIG, seed=1))
 
 
 def quantize(weight, block):
