@@ -36,8 +36,6 @@ class FewConfig:
     num_sms: int = 132
     depths: tuple[int, int, int] = (2, 2, 2)  # slots of V's left half, its right half, the rope
     q_buffers: int = 2
-    consumer_registers: int = 232
-    producer_registers: int = 40
     early_start: bool = True  # programmatic dependent launch: start while the last kernel drains
 
     def __post_init__(self):
@@ -175,7 +173,6 @@ def decode_few(
 
         @pl.when(wg == 1)
         def _load():
-            g.set_max_registers(config.producer_registers, "decrease")
             walk(load_piece)
             # See every release, so that no barrier ends with a phase that nobody saw.
             for buffer in range(config.q_buffers):
@@ -267,7 +264,6 @@ def decode_few(
 
         @pl.when(wg == 0)
         def _compute():
-            g.set_max_registers(config.consumer_registers, "increase")
             for _, _, depth, *_, empty in columns:
                 for slot in range(depth):
                     release(empty, slot)  # every slot starts free

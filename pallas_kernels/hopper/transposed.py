@@ -8,17 +8,28 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, memref, vector
+from jax._src.lib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.hopper.primitives import Backend
 
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # one value a column, above a (64, n) WGMMA tile
 WARPS = 4
 LANES_DOWN = (4, 8, 16)  # lane distances between the rows of a column, within a warp
+
+
+def _first_place() -> tuple[ir.Value, ir.Value]:
+    """Row and column (i32) of the first element that a thread holds of a WGMMA tile."""
+    constant, i32 = mgpu.utils.c, ir.IntegerType.get_signless(32)
+    thread = arith.remui(mgpu.utils.thread_idx(), constant(128, i32))
+    lane = arith.remui(thread, constant(32, i32))
+    warp_row = arith.muli(arith.divui(thread, constant(32, i32)), constant(16, i32))
+    row = arith.addi(warp_row, arith.divui(lane, constant(4, i32)))
+    return row, arith.muli(arith.remui(lane, constant(4, i32)), constant(2, i32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +69,22 @@ class TransposedBackend(Backend):
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
         def store(ctx, target, tile):
             del ctx
-            tile.foreach(lambda x, index: memref.store(x, target, [index[1], index[0]]))
+            # One pointer a thread and constant offsets: the compiler keeps other addresses, one
+            # for each element, in registers around the caller's loop.
+            (stride, _), _ = ir.MemRefType(target.type).get_strides_and_offset()
+            m, n = tile.shape
+            row, column = _first_place()
+            first = arith.addi(arith.muli(column, mgpu.utils.c(stride, row.type)), row)
+            start = llvm.addrspacecast(
+                ir.Type.parse("!llvm.ptr<1>"), mgpu.utils.memref_ptr(target)
+            )
+            start = mgpu.utils.getelementptr(start, [first], tile.mlir_dtype)
+            registers = tile.registers.reshape(m // 64, n // 8, 2)
+            for (i, j, lower), register in np.ndenumerate(registers):
+                for pair in range(2):
+                    offset = (8 * j + pair) * stride + 64 * i + 8 * lower
+                    place = mgpu.utils.getelementptr(start, [offset], tile.mlir_dtype)
+                    llvm.store(vector.extract(register, [], [pair]), place)
 
         store(ref, value)
 
@@ -79,14 +105,12 @@ class TransposedBackend(Backend):
         def reduce(ctx, tile, meeting):
             del ctx
             combine = arith.maximumf if kind == "max" else arith.addf
-            i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
-            constant = mgpu.utils.c
+            index, constant = ir.IndexType.get(), mgpu.utils.c
             pair = ir.VectorType.get((2,), ir.F32Type.get())
             layout = tile.layout.reduce((0,))
-            thread = arith.remui(mgpu.utils.thread_idx(), constant(128, i32))
-            warp = arith.index_cast(index, arith.divui(thread, constant(32, i32)))
-            lane = arith.remui(thread, constant(4, i32))
-            first = arith.index_cast(index, arith.muli(lane, constant(2, i32)))
+            row, column = _first_place()
+            warp = arith.index_cast(index, arith.divui(row, constant(16, row.type)))
+            first = arith.index_cast(index, column)
             by_column = tile.registers.reshape(columns // 8, -1)
             places = [arith.addi(first, constant(8 * j, index)) for j in range(columns // 8)]
             for place, registers in zip(places, by_column, strict=True):
@@ -105,9 +129,8 @@ class TransposedBackend(Backend):
                 upper, lower = combine(parts[0], parts[1]), combine(parts[2], parts[3])
                 results.append(combine(upper, lower))
             shape = layout.registers_shape((columns,))
-            registers = mgpu.fragmented_array.np.empty(shape, dtype=object)
-            for i, result in enumerate(results):
-                registers.flat[i] = result
+            registers = np.empty(shape, dtype=object)
+            registers.flat[:] = results
             return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
         return reduce(x, scratch)
