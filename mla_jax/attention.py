@@ -102,6 +102,7 @@ def paged_mla_attention(
     _check_arrays(q, cache, block_tables, seq_lens, query_lens)
     _check_options(softmax_scale, rescale, partial_dtype, plan, q)
     _check_values(q, cache, block_tables, seq_lens, query_lens, plan)
+    block_tables, seq_lens, query_lens = map(checks.snapshot, (block_tables, seq_lens, query_lens))
     problem = AttentionProblem(
         q=q,
         cache=cache,

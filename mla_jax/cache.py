@@ -124,7 +124,7 @@ class PagedKVCache:
                 request that does not fit are not written, and attending to it gives NaN.
         """
         self._check_append(kv, block_tables, seq_lens, query_lens)
-        return _append(self, kv, block_tables, seq_lens, query_lens)
+        return _append(self, *map(checks.snapshot, (kv, block_tables, seq_lens, query_lens)))
 
     def gather(
         self, block_tables: jax.Array, *, max_len: int, seq_lens: jax.Array | None = None

@@ -13,6 +13,15 @@ def is_concrete(*values: Any) -> bool:
     return not any(isinstance(value, jax.core.Tracer) for value in values)
 
 
+def snapshot(value: Any) -> Any:
+    """A numpy array's copy; anything else as it is.
+
+    JAX may read a numpy argument after the call has returned, by when a serving loop may have
+    changed it in place (`seq_lens += 1`).
+    """
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
 def require_shape(name: str, value: Any, spec: str, *wanted: int | None) -> None:
     """Raises ValueError unless value.shape is `wanted` (None: any size), in words `spec`."""
     shape = np.shape(value)

@@ -373,6 +373,10 @@ def _check(seq_lens: jax.Array, num_workers: int) -> None:
     checks.require_int32("seq_lens", seq_lens)
     checks.require_positive("B of seq_lens", seq_lens.shape[0])
     checks.require_positive("num_workers", num_workers)
+    if checks.is_concrete(seq_lens):
+        lengths = np.asarray(seq_lens)
+        for request in np.flatnonzero(lengths < 0):
+            raise ValueError(f"seq_lens[{request}] must be at least 0, got {lengths[request]}")
 
 
 def _num_blocks(seq_lens: jax.Array, block_size: int) -> jax.Array:

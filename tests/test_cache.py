@@ -43,6 +43,21 @@ def tables_for(rng, cache, lengths, max_pages):
     return tables
 
 
+def test_a_serving_loop_may_change_its_lengths_in_place():
+    """JAX reads numpy arguments late where they lie on 64 bytes; what it reads must be ours."""
+    memory = np.zeros(32, np.int32)
+    start = -memory.ctypes.data % 64 // memory.itemsize
+    lengths = memory[start : start + 1]
+    rows = np.random.default_rng(0).standard_normal((1, 64, WIDTH)).astype(np.float32)
+    slow = jax.jit(lambda x, big: x + 0 * (big @ big @ big).sum())
+    big, tables, cache = jnp.ones((800, 800)), np.arange(4, dtype=np.int32)[None], create(4)
+    for first in range(0, 64, 16):
+        kv = slow(rows[:, first : first + 16], big)  # append has to wait for it
+        cache = cache.append(kv, tables, lengths)
+        lengths += 16
+    np.testing.assert_array_equal(cache.gather(tables, max_len=64), rows)
+
+
 @pytest.mark.parametrize(
     ("page_size", "layout", "dtype"),
     list(itertools.product(PAGE_SIZES, ("ND", "NZ"), ("float32", "bfloat16", "float16"))),

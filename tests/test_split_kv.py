@@ -237,6 +237,7 @@ def test_fixed_plan_takes_a_traced_length_past_its_maximum_whole():
         ({"seq_lens": i32([1])}, ValueError, r"seq_lens must be \[B\]"),
         ({"seq_lens": np.ones(2)}, TypeError, "seq_lens must be an int32 array, got float64"),
         ({"seq_lens": i32()}, ValueError, "B of seq_lens must be a positive integer, got 0"),
+        ({"seq_lens": i32(3, -1)}, ValueError, r"seq_lens\[1\] must be at least 0, got -1"),
         ({"num_workers": 0}, ValueError, "num_workers must be a positive integer, got 0"),
         ({"rows": 0}, ValueError, "rows must be a positive integer, got 0"),
         ({"rows_per_tile": -1}, ValueError, "rows_per_tile must be a positive integer, got -1"),
