@@ -84,7 +84,6 @@ def run(options: Options, output: Output) -> Outcome:
 
     bound = LAYER_BOUND[dtype]
     rows = [runner.row(bound) for runner in runners]
-    add_ratios(rows)
     reasons = available_implementations()
     rows += [{"implementation": name, "note": why} for name, why in reasons.items() if why]
     show(rows, dtype)
@@ -268,29 +267,17 @@ class Runner:
         )
 
 
-def add_ratios(rows: list[Row]) -> None:
-    """Adds each phase's time over that of xla; times themselves mean something on a GPU only."""
-    xla = next((row for row in rows if row["implementation"] == "xla"), {})
-    reference = {phase: xla.get(f"{phase}_ms", np.nan) for phase in PHASES}
-    for row in rows:
-        for phase in PHASES:
-            row[f"{phase}_time_over_xla"] = row[f"{phase}_ms"] / reference[phase]
-            if jax.default_backend() != "gpu":
-                row[f"{phase}_ms"] = None
-
-
 def show(rows: list[Row], dtype: str) -> None:
-    """Errors and times by phase; ratios to xla where absolute times would say nothing."""
-    on_gpu = jax.default_backend() == "gpu"
-    time_key, time_header = ("ms", "ms") if on_gpu else ("time_over_xla", "/ xla")
+    """Errors and times by phase."""
     columns = {"implementation": "implementation"}
     columns |= {f"{phase}_error": f"{phase} error" for phase in PHASES}
-    columns |= {f"{phase}_{time_key}": f"{phase} {time_header}" for phase in PHASES}
+    columns |= {f"{phase}_ms": f"{phase} ms" for phase in PHASES}
     columns |= {"cache_bytes": "cache bytes", "passed": "in bound"}
     if any(row["note"] for row in rows):
         columns["note"] = "note"
-    times = "ms" if on_gpu else "time over that of xla"
-    show_table(f"{dtype}: largest error against float64, median {times} of a step", rows, columns)
+    device = jax.devices()[0].device_kind
+    title = f"{dtype} on {device}: largest error against float64, median ms of a step"
+    show_table(title, rows, columns)
 
 
 def draw(path: Path, batch: Batch, runners: list[Runner], bound: float) -> None:
