@@ -17,6 +17,47 @@ def _runs_anywhere(problem: AttentionProblem | None) -> str | None:
     return None
 
 
+def _attend_hopper(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
+    from pallas_kernels.hopper import attention
+
+    batch, tokens, heads, _ = problem.q.shape
+    rank = problem.cache.kv_lora_rank
+    o, lse = attention.attend(
+        problem.query_rows(),
+        problem.cache.pages,
+        problem.block_tables,
+        problem.seq_lens,
+        problem.query_lens,
+        problem.plan,
+        num_heads=heads,
+        kv_lora_rank=rank,
+        softmax_scale=problem.softmax_scale,
+        causal=problem.causal,
+        rescale=problem.rescale,
+        partial_dtype=problem.partial_dtype,
+    )
+    return o.reshape(batch, tokens, heads, rank), lse.reshape(batch, tokens, heads)
+
+
+def _hopper_unavailable(problem: AttentionProblem | None) -> str | None:
+    from pallas_kernels.hopper import attention
+
+    reason = attention.machine_lacks()
+    if reason is not None or problem is None:
+        return reason
+    cache = problem.cache
+    return attention.refuses(
+        problem.q.dtype,
+        cache.dtype,
+        cache.layout,
+        cache.page_size,
+        cache.kv_lora_rank,
+        cache.rope_dim,
+        problem.rescale,
+        problem.plan,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """One way to compute the op.
@@ -37,9 +78,10 @@ IMPLEMENTATIONS = {
         Implementation("reference", attend_reference),
         Implementation("xla", attend_xla),
         Implementation("split_kv", attend_split_kv),
+        Implementation("hopper", _attend_hopper, _hopper_unavailable),
     )
 }
-_PREFERRED = ("xla",)  # for None: the first of these that can run the problem
+_PREFERRED = ("hopper", "xla")  # for None: the first of these that can run the problem
 
 
 def available_implementations(problem: AttentionProblem | None = None) -> dict[str, str | None]:

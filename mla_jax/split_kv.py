@@ -38,7 +38,7 @@ _BEYOND = np.int32(2**31 - 1)  # sorts behind every place on the line
         "worker_start",
         "tile_slot_start",
     ],
-    meta_fields=["block_size", "rows_per_tile", "num_row_tiles", "num_slots"],
+    meta_fields=["block_size", "rows_per_tile", "num_row_tiles", "num_slots", "fixed"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class SplitPlan:
@@ -62,6 +62,7 @@ class SplitPlan:
     rows_per_tile: int
     num_row_tiles: int  # a request
     num_slots: int  # upper bound of the slots in use
+    fixed: bool = False  # made by plan_fixed: how a request is cut and merged is its own affair
 
     @property
     def num_workers(self) -> int:
@@ -340,10 +341,12 @@ def _plan_fixed(
     share = _shares(end[-1], num_workers, jnp.int32(num_workers))
     worker_start = _find(2 * end - cost, 2 * share).at[-1].set(_find(starts, line.length))
     num_slots = line.blocks.shape[0] * most if most > 1 else 0
-    return _assemble(line, starts, worker_start, num_slots)
+    return _assemble(line, starts, worker_start, num_slots, fixed=True)
 
 
-def _assemble(line: _Line, starts: jax.Array, worker_start: jax.Array, num_slots: int) -> SplitPlan:
+def _assemble(
+    line: _Line, starts: jax.Array, worker_start: jax.Array, num_slots: int, fixed: bool = False
+) -> SplitPlan:
     """The plan whose pieces start at the sorted places `starts` (unused ones: _BEYOND)."""
     used = starts < line.length
     tile = jnp.where(used, line.tile_at(starts), 0)
@@ -365,6 +368,7 @@ def _assemble(line: _Line, starts: jax.Array, worker_start: jax.Array, num_slots
         rows_per_tile=line.costs.rows_per_tile,
         num_row_tiles=line.costs.num_row_tiles,
         num_slots=num_slots,
+        fixed=fixed,
     )
 
 

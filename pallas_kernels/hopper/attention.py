@@ -1,14 +1,81 @@
-"""Decode and merge, one after the other: paged absorbed MLA on a Hopper GPU."""
+"""Paged absorbed MLA on a Hopper GPU: what it takes, how it is planned, decode and then merge."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.hopper.decode import DecodeConfig, decode
+from mla_jax.split_kv import SplitPlan, plan_splits
+from pallas_kernels.hopper.decode import BLOCK, DecodeConfig, decode
+from pallas_kernels.hopper.decode_few import MOST_ROWS, FewConfig, decode_few
 from pallas_kernels.hopper.merge import merge
 
-ROW_GROUP = 8  # rows come in groups of 8: the height of a swizzled tile in shared memory
+NUM_SMS = 132  # of an H100 or H200 SXM
+PAGE_SIZES = (16, 64, 128)
+RESCALES = {"multiply": "lazy", "exponent_add": "exponent_add"}  # of the op -> of the kernel
+_ROW_GROUP = 8  # rows come in groups of 8: the height of a swizzled tile in shared memory
+
+
+def machine_lacks() -> str | None:
+    """Why the kernels can't run on the default device; None where they can."""
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    if device.platform != "gpu" or capability != "9.0":
+        found = f"compute capability {capability}" if capability else device.platform
+        return f"it needs an NVIDIA GPU of compute capability 9.0 (H100, H200), here is {found}"
+    return None
+
+
+def refuses(
+    q_dtype: Any,
+    cache_dtype: Any,
+    layout: str,
+    page_size: int,
+    kv_lora_rank: int,
+    rope_dim: int,
+    rescale: str,
+    plan: SplitPlan | None,
+) -> str | None:
+    """Why the kernels can't take a problem of this kind; None where they can."""
+    if jnp.dtype(q_dtype) != jnp.dtype(cache_dtype) or jnp.dtype(q_dtype).itemsize != 2:
+        return (
+            "it takes q and cache both bfloat16 or both float16, got "
+            f"{jnp.dtype(q_dtype).name} and {jnp.dtype(cache_dtype).name}"
+        )
+    if layout != "ND":
+        return f"it takes cache layout ND, got {layout}"
+    if page_size not in PAGE_SIZES:
+        return f"it takes page sizes {', '.join(map(str, PAGE_SIZES))}, got {page_size}"
+    if kv_lora_rank % 128 or not 128 <= kv_lora_rank <= 512 or rope_dim != 64:
+        return (
+            "it takes a kv_lora_rank of 128, 256, 384 or 512 and a rope_dim of 64, got "
+            f"{kv_lora_rank} and {rope_dim}"
+        )
+    heights = (8, 16, 24, 32, 64, 128) if rescale == "multiply" else (64, 128)
+    if plan is not None and (plan.block_size != BLOCK or plan.rows_per_tile not in heights):
+        return (
+            f"with rescale {rescale!r} it takes plans of block_size {BLOCK} and rows_per_tile "
+            f"{', '.join(map(str, heights))}, got {plan.block_size} and {plan.rows_per_tile}"
+        )
+    return None
+
+
+def plan_decode(seq_lens: jax.Array, rows: int, rescale: str = "multiply") -> SplitPlan:
+    """The plan that suits the kernels, whose tile height says which of them runs.
+
+    Up to 32 rows the transposed kernel, up to 64 one CTA a tile, above that a cluster of two.
+    """
+    if rows <= MOST_ROWS and rescale == "multiply":
+        rows_per_tile, overhead = rows + -rows % _ROW_GROUP, 2
+    else:
+        rows_per_tile, overhead = (BLOCK if rows <= BLOCK else 2 * BLOCK), 5
+    return plan_splits(
+        seq_lens,
+        num_workers=NUM_SMS // max(1, rows_per_tile // BLOCK),
+        rows=rows,
+        rows_per_tile=rows_per_tile,
+        overhead=overhead,
+    )
 
 
 def attend(
@@ -17,36 +84,42 @@ def attend(
     block_tables: jax.Array,
     seq_lens: jax.Array,
     query_lens: jax.Array,
-    plan: Any,
+    plan: SplitPlan | None,
     *,
     num_heads: int,
     kv_lora_rank: int,
     softmax_scale: float,
     causal: bool,
-    config: DecodeConfig,
+    rescale: str = "multiply",
     partial_dtype: Any = jnp.float32,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs a plan of `mla_jax.split_kv`.
+    """Attention of R = S_q * num_heads rows a request; row r is token r // num_heads.
 
     Args:
-        q: [B, R, D] bfloat16 or float16, R = S_q * num_heads rows, row r is token r // num_heads.
+        q: [B, R, D] bfloat16 or float16.
         pages: [num_pages, page_size, D] of q's dtype, D = kv_lora_rank + rope_dim.
         block_tables: [B, max_pages] int32.
         seq_lens: [B] int32; -1 gives the request's rows NaN.
         query_lens: [B] int32, real tokens of each request.
-        plan: a SplitPlan for these seq_lens with config.rows_per_tile and config.num_workers.
+        plan: for these seq_lens; None: `plan_decode`.
+        rescale: "multiply" or "exponent_add" (AMLA's integer add).
+        interpret: `plgpu.InterpretGPUParams()` runs the schedule on a CPU.
 
     Returns:
         o [B, R, kv_lora_rank] of q's dtype and lse [B, R] float32, natural log.
     """
     batch, rows, _ = q.shape
-    spare = -rows % ROW_GROUP
+    plan = plan_decode(seq_lens, rows, rescale) if plan is None else plan
+    few = plan.rows_per_tile < BLOCK
+    kernel: Any = decode_few if few else decode
+    config: Any = FewConfig(plan.rows_per_tile) if few else DecodeConfig(rescale=RESCALES[rescale])
+    spare = -rows % (plan.rows_per_tile if few else _ROW_GROUP)
     if spare:
         q = jnp.pad(q, ((0, 0), (0, spare), (0, 0)))
     o = jax.empty_ref(jax.ShapeDtypeStruct((batch, rows + spare, kv_lora_rank), q.dtype))
     lse = jax.empty_ref(jax.ShapeDtypeStruct((batch, rows + spare), jnp.float32))
-    partial_o, partial_lse = decode(
+    partial_o, partial_lse = kernel(
         q,
         pages,
         block_tables,
@@ -64,13 +137,5 @@ def attend(
         interpret=interpret,
     )
     if plan.num_slots:
-        merge(
-            o,
-            lse,
-            partial_o,
-            partial_lse,
-            plan.tile_slot_start,
-            num_row_tiles=plan.num_row_tiles,
-            interpret=interpret,
-        )
+        merge(o, lse, partial_o, partial_lse, plan, interpret=interpret)
     return o[...][:, :rows], lse[...][:, :rows]

@@ -23,6 +23,7 @@ LN2 = math.log(2)
 BLOCK = 64  # KV tokens a block, and query rows a CTA: the height of a wgmma tile
 NO_KEY = -1e30  # a running maximum (log2 units) that no score has raised yet
 PIECE = ("request", "row_tile", "block_start", "block_end", "slot")  # a record of the plan
+ROUNDER = 1.5 * 2.0**23
 LAZY_GROWTH = 8.0  # log2 units that the running maximum may lag behind the true one
 
 
@@ -30,20 +31,11 @@ LAZY_GROWTH = 8.0  # log2 units that the running maximum may lag behind the true
 class DecodeConfig:
     """Tile sizes and options of one compiled kernel."""
 
-    cluster: int = 1  # CTAs that share a KV block: 1 (64 rows a worker) or 2 (128 rows)
-    num_sms: int = 132
-    rescale: str = "lazy"  # "lazy" | "multiply"
+    rescale: str = "lazy"  # of O: "multiply" at every block, "lazy" only where the maximum grew
+    # by more than LAZY_GROWTH, "exponent_add" likewise and as AMLA's integer add
     consumer_registers: int = 240
     producer_registers: int = 24
     early_start: bool = True  # programmatic dependent launch: start while the last kernel drains
-
-    @property
-    def rows_per_tile(self) -> int:
-        return BLOCK * self.cluster
-
-    @property
-    def num_workers(self) -> int:
-        return self.num_sms // self.cluster
 
 
 def decode(
@@ -69,30 +61,54 @@ def decode(
     Writes the rows of whole tiles to o_ref [B, R, kv_lora_rank] and lse_ref [B, R], returns the
     partial (o, lse) of cut tiles: [slots, rows, kv_lora_rank], [slots, rows].
     """
-    batch, rows_total, width = q.shape
+    _, rows_total, width = q.shape
     page_size = pages.shape[1]
     half = kv_lora_rank // 2
     rope = width - kv_lora_rank
     rows_box = min(BLOCK, rows_total)
     dtype = q.dtype
-    cluster = config.cluster
+    cluster = plan.rows_per_tile // BLOCK  # CTAs that share a KV block
     scale = softmax_scale * LOG2E
     last_query = (rows_total - 1) // num_heads
     g = Backend(interpreting=interpret is not None)
     num_slots = max(1, plan.num_slots)
-    lazy = config.rescale == "lazy"
+    exponent_add = config.rescale == "exponent_add"
+    lazy = config.rescale != "multiply"
     accumulator_shapes = ((BLOCK, half), (BLOCK, BLOCK))
 
     def body(
-        # fmt: off
-        q_ref, kv_ref, table_ref, len_ref, qlen_ref,
-        walk_ref, piece_ref,
-        o_ref, lse_ref,
-        po_ref, plse_ref,
-        q_l, q_r, q_t, kv_l, kv_r, kv_t, m_smem, l_smem, lse_smem, piece_smem,
-        q_full, q_empty, full_l, full_r, full_t, empty_l, empty_r, empty_t, p_ready, l_ready,
+        q_ref,
+        kv_ref,
+        table_ref,
+        len_ref,
+        qlen_ref,
+        walk_ref,
+        piece_ref,
+        o_ref,
+        lse_ref,
+        po_ref,
+        plse_ref,
+        q_l,
+        q_r,
+        q_t,
+        kv_l,
+        kv_r,
+        kv_t,
+        m_smem,
+        l_smem,
+        lse_smem,
+        piece_smem,
+        q_full,
+        q_empty,
+        full_l,
+        full_r,
+        full_t,
+        empty_l,
+        empty_r,
+        empty_t,
+        p_ready,
+        l_ready,
         *accumulators,
-        # fmt: on
     ):
         if config.early_start:
             g.wait_for_previous_kernel()
@@ -120,9 +136,7 @@ def decode(
                 last = (len_ref[request] - 1) // page_size
                 parts = [
                     (
-                        table_ref[
-                            request, jnp.minimum(block * (BLOCK // page_size) + i, last)
-                        ],
+                        table_ref[request, jnp.minimum(block * (BLOCK // page_size) + i, last)],
                         pl.ds(0, page_size),
                         pl.ds(i * page_size, page_size),
                     )
@@ -217,20 +231,29 @@ def decode(
                         tile[...] = jnp.where(token < valid, kept, jnp.zeros_like(kept))
                     plgpu.commit_smem()
 
-            def raised(m, s):
-                top = jnp.maximum(m, s.max(axis=1))
+            def raised(m, top):
+                """The running maximum after scores of row maximum `top`, in log2 units."""
+                if exponent_add:
+                    # A whole number above it: O then moves by powers of two. (Adding and taking
+                    # away 1.5 * 2^23 rounds to the nearest one.)
+                    top = (top + (0.5 + ROUNDER)) - ROUNDER
+                top = jnp.maximum(m, top)
                 return jnp.where(top > m + LAZY_GROWTH, top, m) if lazy else top
 
             def rescale(o_acc, m_old, m_new):
                 """O from scale 2^-m_old to 2^-m_new; nothing may be in flight on it."""
                 alpha = jnp.exp2(m_old - m_new)
-                if lazy:
 
-                    @pl.when(g.any_less(m_old, m_new))
-                    def _():
+                def scale_o():
+                    if exponent_add:
+                        g.add_exponent(o_acc, jnp.maximum(m_old - m_new, -300.0))
+                    else:
                         g.scale(o_acc, alpha)
+
+                if lazy:
+                    pl.when(g.any_less(m_old, m_new))(scale_o)
                 else:
-                    g.scale(o_acc, alpha)
+                    scale_o()
                 return alpha
 
             def publish(slot, p, m):
@@ -263,16 +286,15 @@ def decode(
                     s = g.read(s_acc) * scale
                     return masked(s, row, block, kv_len, query_len) if mask else s
 
-                def own_first(carry, zero, block, mask):
+                def own_first(carry, s0, block, mask):
                     """Warpgroup 0 on an even block: score, publish, multiply."""
                     m, l = carry
-                    s0 = zero
-                    scores(s_acc, zero, s0)
+                    scores(s_acc, s0, s0)
                     g.wait_mma(0)
                     if mask:
                         clear_tail(s0, kv_len - block * BLOCK)
                     s = score(block, mask)
-                    m0 = raised(m, s)
+                    m0 = raised(m, s.max(axis=1))
                     p = jnp.exp2(s - across(m0))
                     publish(s0, p, m0)
                     alpha = rescale(o_acc, m, m0)
@@ -309,9 +331,7 @@ def decode(
                     s = score(block + 1, mask)
                     top = s.max(axis=1)
                     m0, l = others(carry, s0, block, mask)
-                    m1 = jnp.maximum(m0, top)
-                    if lazy:
-                        m1 = jnp.where(m1 > m0 + LAZY_GROWTH, m1, m0)
+                    m1 = raised(m0, top)
                     p = jnp.exp2(s - across(m1))
                     publish(s1, p, m1)
                     g.wait_mma(0)
@@ -432,10 +452,8 @@ def decode(
     kernel = plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct(
-                (num_slots, config.rows_per_tile, kv_lora_rank), partial_dtype
-            ),
-            jax.ShapeDtypeStruct((num_slots, config.rows_per_tile), jnp.float32),
+            jax.ShapeDtypeStruct((num_slots, plan.rows_per_tile, kv_lora_rank), partial_dtype),
+            jax.ShapeDtypeStruct((num_slots, plan.rows_per_tile), jnp.float32),
         ),
         scratch_types=(
             smem(1, BLOCK, half),
@@ -460,7 +478,7 @@ def decode(
             plgpu.Barrier(num_arrivals=2),  # l_ready
             *g.accumulator_scratch(2, *accumulator_shapes),
         ),
-        grid=(config.num_workers,),
+        grid=(plan.num_workers,),
         grid_names=("worker",),
         **(dict(cluster=(cluster,), cluster_names=("cluster",)) if cluster > 1 else {}),
         num_threads=3,

@@ -33,7 +33,6 @@ class FewConfig:
     """Tile sizes and options of one compiled kernel."""
 
     rows_per_tile: int  # query rows of a tile, a multiple of 8
-    num_sms: int = 132
     depths: tuple[int, int, int] = (2, 2, 2)  # slots of V's left half, its right half, the rope
     q_buffers: int = 2
     early_start: bool = True  # programmatic dependent launch: start while the last kernel drains
@@ -43,10 +42,6 @@ class FewConfig:
             raise ValueError(
                 f"rows_per_tile must be 8, 16, 24 or {MOST_ROWS}, got {self.rows_per_tile}"
             )
-
-    @property
-    def num_workers(self) -> int:
-        return self.num_sms
 
 
 def decode_few(
@@ -73,7 +68,7 @@ def decode_few(
     lse_ref [B, R]; returns the partial (o [slots, rows_per_tile, d_v], lse [slots, rows_per_tile])
     of cut tiles.
     """
-    batch, rows_total, width = q.shape
+    _, rows_total, width = q.shape
     page_size = pages.shape[1]
     rows = config.rows_per_tile
     if rows_total % rows:
@@ -88,15 +83,35 @@ def decode_few(
     tile = (BLOCK, rows)
 
     def body(
-        # fmt: off
-        q_ref, kv_ref, table_ref, len_ref, qlen_ref,
-        walk_ref, piece_ref,
-        o_ref, lse_ref,
-        po_ref, plse_ref,
-        q_t, q_l, q_r, kv_t, kv_l, kv_r, p_smem, top_smem, sum_smem,
-        q_full, q_empty, full_t, full_l, full_r, empty_t, empty_l, empty_r,
+        q_ref,
+        kv_ref,
+        table_ref,
+        len_ref,
+        qlen_ref,
+        walk_ref,
+        piece_ref,
+        o_ref,
+        lse_ref,
+        po_ref,
+        plse_ref,
+        q_t,
+        q_l,
+        q_r,
+        kv_t,
+        kv_l,
+        kv_r,
+        p_smem,
+        top_smem,
+        sum_smem,
+        q_full,
+        q_empty,
+        full_t,
+        full_l,
+        full_r,
+        empty_t,
+        empty_l,
+        empty_r,
         *accumulators,
-        # fmt: on
     ):
         if config.early_start:
             g.wait_for_previous_kernel()
@@ -311,7 +326,7 @@ def decode_few(
             plgpu.Barrier(num_arrivals=1, num_barriers=right),
             *g.accumulator_scratch(1, *accumulator_shapes),
         ),
-        grid=(config.num_workers,),
+        grid=(plan.num_workers,),
         grid_names=("worker",),
         num_threads=2,
         thread_name="wg",

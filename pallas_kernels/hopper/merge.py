@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from mla_jax.split_kv import SplitPlan
 from pallas_kernels.hopper.primitives import Backend
 
 NO_KEY = -1e30
@@ -24,9 +25,8 @@ def merge(
     lse_ref: Any,
     partial_o: Any,
     partial_lse: Any,
-    tile_slot_start: Any,
+    plan: SplitPlan,
     *,
-    num_row_tiles: int,
     interpret: Any = None,
 ) -> None:
     """Writes merged rows into o_ref [B, R, d_v] and lse_ref [B, R], in place.
@@ -34,13 +34,13 @@ def merge(
     Args:
         partial_o: [slots, rows, d_v], any float dtype.
         partial_lse: [slots, rows] float32, natural log.
-        tile_slot_start: [tiles + 1] int32; tile t = request * num_row_tiles + row tile.
+        plan: whose slots these are. A fixed plan's rows are merged in one way whatever the batch.
     """
-    batch, rows_total, width = o_ref.shape
+    _, rows_total, width = o_ref.shape
     rows_per_tile = partial_o.shape[1]
-    tiles = batch * num_row_tiles
+    tiles, num_row_tiles = plan.num_tiles, plan.num_row_tiles
     rows = min(rows_per_tile, rows_total)
-    shared = tiles * rows <= FEW_ROWS
+    shared = tiles * rows <= FEW_ROWS and not plan.fixed
     warpgroups = 8 if shared else 4
     columns = 128 if shared else width
     group = 1 if shared else 4  # rows of a warpgroup
@@ -148,4 +148,4 @@ def merge(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         kernel_name="mla_merge",
-    )(partial_o, partial_lse, tile_slot_start, o_ref, lse_ref)
+    )(partial_o, partial_lse, plan.tile_slot_start, o_ref, lse_ref)

@@ -10,11 +10,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith, llvm, nvvm, vector
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm, nvvm, vector
 
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value a row, beside a (64, n) WGMMA tile
 
@@ -46,6 +46,18 @@ class Backend:
 
     def scale(self, acc, rows) -> None:
         acc[...] = self.read(acc) * lax.broadcast_in_dim(rows, acc.shape, [0])
+
+    def add_exponent(self, acc, shift) -> None:
+        """acc * 2^shift by an integer add to its bits (AMLA, arXiv 2509.25224).
+
+        `shift` [rows] holds whole numbers from -300 to 0. What would fall below the smallest
+        normal number becomes 0: a bare add would wrap through the sign bit.
+        """
+        bits = lax.bitcast_convert_type(self.read(acc), jnp.int32)
+        shift = lax.broadcast_in_dim(shift.astype(jnp.int32), acc.shape, [0])
+        sound = ((bits >> 23) & 255) + shift > 0
+        moved = lax.bitcast_convert_type(bits + (shift << 23), jnp.float32)
+        acc[...] = jnp.where(sound, moved, jnp.zeros_like(moved))
 
     def mma(self, acc, a, b) -> None:
         """acc += a @ b, left in flight."""

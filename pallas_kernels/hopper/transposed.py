@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, llvm, vector
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.primitives import Backend
 
@@ -75,9 +75,7 @@ class TransposedBackend(Backend):
             m, n = tile.shape
             row, column = _first_place()
             first = arith.addi(arith.muli(column, mgpu.utils.c(stride, row.type)), row)
-            start = llvm.addrspacecast(
-                ir.Type.parse("!llvm.ptr<1>"), mgpu.utils.memref_ptr(target)
-            )
+            start = llvm.addrspacecast(ir.Type.parse("!llvm.ptr<1>"), mgpu.utils.memref_ptr(target))
             start = mgpu.utils.getelementptr(start, [first], tile.mlir_dtype)
             registers = tile.registers.reshape(m // 64, n // 8, 2)
             for (i, j, lower), register in np.ndenumerate(registers):

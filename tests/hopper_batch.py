@@ -1,0 +1,90 @@
+"""Poisoned batches for the Hopper kernels, and FlashMLA's rule for passing."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mla_jax.cache import PagedKVCache
+from mla_jax.reference import paged_attention_float64
+
+SCALE = 192**-0.5
+GARBAGE_PAGE = 2147480000
+
+
+class HopperBatch:
+    """DeepSeek's widths (512 + 64) in pages of random order.
+
+    Page tails and unused pages hold NaN, unused block-table slots hold GARBAGE_PAGE. A length of
+    -1 stands for a request that the op found invalid.
+    """
+
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        seq_lens: list[int],
+        *,
+        heads: int,
+        num_queries: int = 1,
+        query_lens: list[int] | None = None,
+        page_size: int = 64,
+        dtype: Any = jnp.bfloat16,
+    ):
+        lens = np.array(seq_lens, np.int32)
+        pages_of = -(-np.maximum(lens, 0) // page_size)
+        num_pages = int(pages_of.sum()) + 3
+        order = rng.permutation(num_pages)
+        tables = np.full((len(lens), max(1, pages_of.max()) + 2), GARBAGE_PAGE, np.int32)
+        pages = np.full((num_pages, page_size, 576), np.nan, np.float32)
+        stop = np.cumsum(pages_of)
+        for row, length, count, end in zip(tables, lens, pages_of, stop, strict=True):
+            row[:count] = order[end - count : end]
+            kv = np.full((count * page_size, 576), np.nan, np.float32)
+            kv[: max(length, 0)] = rng.standard_normal((max(length, 0), 576)) * 0.1
+            pages[row[:count]] = kv.reshape(count, page_size, 576)
+        # KV as large as in FlashMLA's tests, whose absolute tolerance is made for it, and queries
+        # large enough that the softmax is not flat.
+        q = rng.standard_normal((len(lens), num_queries, heads, 576)).astype(np.float32) * 10
+        self.q = jnp.asarray(q, dtype)
+        self.cache = PagedKVCache(jnp.asarray(pages, dtype), 512, 64, page_size, "ND")
+        self.block_tables = jnp.asarray(tables)
+        self.seq_lens = jnp.asarray(lens)
+        queries = np.clip(lens, 0, num_queries) if query_lens is None else query_lens
+        self.query_lens = jnp.asarray(queries, jnp.int32)
+
+    def check(self, o: Any, lse: Any, *, causal: bool = True) -> None:
+        """FlashMLA's rule, against float64.
+
+        Infinite and NaN places exactly; o within 8e-4 absolute or 2.01/128 relative, cosine
+        difference below 5e-6; lse within 1e-6 absolute or 8.01/65536 relative.
+        """
+        seq_lens, query_lens = np.asarray(self.seq_lens), np.asarray(self.query_lens)
+        invalid = seq_lens < 0
+        expected, expected_lse = paged_attention_float64(
+            self.q,
+            self.cache,
+            np.asarray(self.block_tables),
+            np.maximum(seq_lens, 0),
+            softmax_scale=SCALE,
+            query_lens=np.where(invalid, 0, query_lens),
+            causal=causal,
+        )
+        o = np.asarray(o).astype(np.float64).reshape(expected.shape)
+        lse = np.asarray(lse).astype(np.float64).reshape(expected_lse.shape)
+        assert np.isnan(o[invalid]).all()
+        assert np.isnan(lse[invalid]).all()
+        o, expected, lse, expected_lse = (x[~invalid] for x in (o, expected, lse, expected_lse))
+        finite = np.isfinite(expected_lse)
+        np.testing.assert_array_equal(lse[~finite], -np.inf)
+        np.testing.assert_array_equal(o[~finite], 0.0)
+        assert np.isfinite(o).all()
+        assert np.isfinite(lse[finite]).all()
+        off = np.abs(o - expected)
+        passes = (off < 8e-4) | (off < 2.01 / 128 * np.abs(expected))
+        assert passes.all(), f"{(~passes).sum()} of {passes.size} values off, by {off.max():.2e}"
+        if finite.any():
+            cosine = 2 * (o * expected).sum() / (o**2 + expected**2).sum()
+            assert 1 - cosine < 5e-6, f"cosine difference {1 - cosine:.2e}"
+            off = np.abs(lse[finite] - expected_lse[finite])
+            rule = (off < 1e-6) | (off < 8.01 / 65536 * np.abs(expected_lse[finite]))
+            assert rule.all(), f"lse off by {off.max():.2e}"
