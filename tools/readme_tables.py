@@ -1,0 +1,125 @@
+"""Writes the tables of README.md from the results in benchmarks/results.
+
+    python tools/readme_tables.py          writes them
+    python tools/readme_tables.py --check  exits with 1 where the README has something else
+
+A table stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; `TABLES` says who writes it.
+To renew a result, run its experiment and copy its result.json, e.g.
+
+    python -m experiments.launch --experiment=cache_size --output_dir=out
+    cp out/cache_size/result.json benchmarks/results/cache_size.json
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def parity() -> str:
+    """The largest error of each way, by checkpoint."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("parity/*.json"))]
+    ways = list(results[0]["errors"])
+    rows = [
+        [Path(r["options"]["checkpoint"]).name, *(f"{r['errors'][way]:.1e}" for way in ways)]
+        for r in results
+    ]
+    return table(["checkpoint", *(way.replace("_", " ") for way in ways)], rows)
+
+
+def cache_size() -> str:
+    """DeepSeek-V2's bytes a token under each scheme, and the steps from DeepSeek 67B."""
+    result = load("cache_size")
+    dtypes = ("bfloat16", "int8", "6-bit")
+    found = {(row["scheme"], row["dtype"]): row for row in result["rows"]}
+    schemes = list(dict.fromkeys(scheme for scheme, _ in found))
+    sizes = [
+        [
+            scheme,
+            f"{found[scheme, dtypes[0]]['values']:,}",
+            *(f"{found[scheme, dtype]['bytes_per_token']:,.0f}" for dtype in dtypes),
+        ]
+        for scheme in schemes
+    ]
+    steps = [
+        [part["step"], f"{part['bytes_per_token']:,.0f}", f"{part['reduction']:.1%}"]
+        for part in result["parts"]
+    ]
+    header = [
+        "scheme",
+        "values a token and layer",
+        *(f"{dtype}, bytes a token" for dtype in dtypes),
+    ]
+    steps_header = ["from DeepSeek 67B to DeepSeek-V2", "bytes a token", "saved so far"]
+    return f"{table(header, sizes)}\n\n{table(steps_header, steps)}"
+
+
+def amla_accuracy() -> str:
+    """Error of each rescaling, by distribution."""
+    methods = ("multiply", "exponent_add", "no compensation")
+    rows = [
+        [row["distribution"], f"{row['rescales']}", *(f"{row[method]:.1e}" for method in methods)]
+        for row in load("amla_accuracy")["rows"]
+    ]
+    return table(["keys and queries", "rescales", *methods], rows)
+
+
+def split_kv() -> str:
+    """Efficiency of each planner by its own cost model (that of blocks for the first two)."""
+    rows: dict[str, dict[str, Any]] = {}
+    for row in load("split_kv")["rows"]:
+        model = "fia" if row["planner"] == "fia" else "blocks"
+        rows.setdefault(row["batch"], {})[row["planner"]] = f"{row[f'efficiency_{model}']:.0%}"
+    planners = list(next(iter(rows.values())))
+    return table(["batch", *planners], [[batch, *row.values()] for batch, row in rows.items()])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "parity": parity,
+    "cache_size": cache_size,
+    "amla_accuracy": amla_accuracy,
+    "split_kv": split_kv,
+}
+
+
+def load(name: str) -> dict[str, Any]:
+    """The result of that experiment."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are right aligned."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def fill(text: str) -> str:
+    """The text with every table of `TABLES` in its place. KeyError where a place is missing."""
+    for name, write in TABLES.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        if not pattern.search(text):
+            raise KeyError(f"no {begin} ... {end}")
+        block = f"{begin}\n{write()}\n{end}"
+        text = pattern.sub(lambda _, block=block: block, text)
+    return text
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit status."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    filled = fill(text)
+    if "--check" in arguments:
+        return int(filled != text)
+    readme.write_text(filled, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
