@@ -268,16 +268,17 @@ class Runner:
 
 
 def show(rows: list[Row], dtype: str) -> None:
-    """Errors and times by phase."""
+    """Errors and times by phase, then who could not run what, and why."""
     columns = {"implementation": "implementation"}
     columns |= {f"{phase}_error": f"{phase} error" for phase in PHASES}
     columns |= {f"{phase}_ms": f"{phase} ms" for phase in PHASES}
     columns |= {"cache_bytes": "cache bytes", "passed": "in bound"}
-    if any(row["note"] for row in rows):
-        columns["note"] = "note"
     device = jax.devices()[0].device_kind
     title = f"{dtype} on {device}: largest error against float64, median ms of a step"
-    show_table(title, rows, columns)
+    show_table(title, [row for row in rows if "passed" in row], columns)
+    for row in rows:
+        if row["note"]:
+            say(f"{row['implementation']} can't run here: {row['note']}")
 
 
 def draw(path: Path, batch: Batch, runners: list[Runner], bound: float) -> None:
