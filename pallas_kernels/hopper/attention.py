@@ -118,7 +118,9 @@ def attend(
     if spare:
         q = jnp.pad(q, ((0, 0), (0, spare), (0, 0)))
     o = jax.empty_ref(jax.ShapeDtypeStruct((batch, rows + spare, kv_lora_rank), q.dtype))
-    lse = jax.empty_ref(jax.ShapeDtypeStruct((batch, rows + spare), jnp.float32))
+    # A tile's lse leaves in one piece of 64 rows, the rows past R included.
+    lse_rows = rows + spare if rows <= BLOCK else rows + -rows % BLOCK
+    lse = jax.empty_ref(jax.ShapeDtypeStruct((batch, lse_rows), jnp.float32))
     partial_o, partial_lse = kernel(
         q,
         pages,
@@ -138,4 +140,7 @@ def attend(
     )
     if plan.num_slots:
         merge(o, lse, partial_o, partial_lse, plan, interpret=interpret)
-    return o[...][:, :rows], lse[...][:, :rows]
+    # The barrier keeps XLA from writing the merge's outputs straight into a slice of a larger array
+    # (those of a scan, say): its dynamic-slice fusion forgets that they alias the inputs.
+    whole_o, whole_lse = jax.lax.optimization_barrier((o[...], lse[...]))
+    return whole_o[:, :rows], whole_lse[:, :rows]
