@@ -1,0 +1,61 @@
+"""The hardware-abstraction layer: what a machine is, what fits on it, in which order work is issued
+and how long that takes.
+
+    profile = load_profile("H200_SXM")
+    problem = Problem(kv_lens=(4096,) * 128, heads=128)
+    plan = plan_tiles(profile, problem)                # legal against every buffer, or refused
+    report = simulate(profile, problem, "flashmla_dense")
+"""
+
+from pathlib import Path
+
+from mla_jax.hal.ascend import (
+    ASCEND910B1,
+    ASCEND910B2,
+    ASCEND910B3,
+    ASCEND910B4,
+    ASCEND910C,
+    ASCEND910C_DIE,
+)
+from mla_jax.hal.hopper import (
+    A100_SXM4_40GB,
+    A100_SXM4_80GB,
+    H20,
+    H100_SXM5,
+    H200_SXM,
+    H800_SXM5,
+    L40,
+)
+from mla_jax.hal.orders import ASCEND_ORDERS, GPU_ORDERS, AscendOrder, schedule_named
+from mla_jax.hal.profile import HardwareProfile, Number, read_profile, save_profile
+from mla_jax.hal.schedule import Access, IllegalScheduleError, Schedule, ScheduleBuilder, Signal, Step
+from mla_jax.hal.simulate import Report, simulate
+from mla_jax.hal.tiling import TilePlan, TilePlanError, plan_tiles
+from mla_jax.hal.work import Problem
+
+PROFILES: dict[str, HardwareProfile] = {
+    profile.name: profile
+    for profile in (
+        ASCEND910B1, ASCEND910B2, ASCEND910B3, ASCEND910B4, ASCEND910C, ASCEND910C_DIE,
+        A100_SXM4_40GB, A100_SXM4_80GB, L40, H100_SXM5, H800_SXM5, H20, H200_SXM,
+    )
+}  # fmt: skip
+
+
+def load_profile(name_or_path: str | Path) -> HardwareProfile:
+    """A profile by name, or one that a user wrote as a JSON file."""
+    if str(name_or_path) in PROFILES:
+        return PROFILES[str(name_or_path)]
+    if Path(name_or_path).is_file():
+        return read_profile(name_or_path)
+    raise ValueError(
+        f"profile = {str(name_or_path)!r}, wanted a JSON file or one of {', '.join(PROFILES)}"
+    )
+
+
+__all__ = [
+    "ASCEND_ORDERS", "GPU_ORDERS", "PROFILES", "Access", "AscendOrder", "HardwareProfile",
+    "IllegalScheduleError", "Number", "Problem", "Report", "Schedule", "ScheduleBuilder", "Signal",
+    "Step", "TilePlan", "TilePlanError", "load_profile", "plan_tiles", "read_profile",
+    "save_profile", "schedule_named", "simulate",
+]  # fmt: skip

@@ -1,0 +1,207 @@
+"""The kernels that the published tables measure, each as order + plan + what its stages cost.
+
+Nothing here is fitted: a kernel says how its work is laid out (which instruction multiplies, what
+goes through shared memory, how many barriers a block has, how parts are merged) and the profile
+says how fast the machine does each of these things.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from mla_jax.hal import orders, work
+from mla_jax.hal.profile import HardwareProfile
+from mla_jax.hal.schedule import Schedule, Step
+from mla_jax.hal.core import Costs, StageCost
+from mla_jax.hal.tiling import KEY, LATENT, ROPE
+from mla_jax.hal.work import ITEMSIZE, Problem, Work
+
+SOFTMAX_OPS = 8  # scale, mask, max, subtract, exponent's multiply, sum, convert, store
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A decode kernel.
+
+    orders: its schedule, or the ones that its warpgroups fall into by readiness (the faster
+    counts); plan: how it cuts the work; matrix: "wgmma" (operands read from shared
+    memory by the tensor core) or "mma_sync" (each warp brings its operands to registers first);
+    copy: "tma", "cp_async" (issued by the computing warps) or "gather" (one address a row looked
+    up first); block_q, block_kv: its tile; warps: that compute; qk: "whole", "sharded" or
+    "duplicated"; barriers: block-wide barriers per KV block; merge: how parts are put together;
+    partial_bytes: of one value of a partial output.
+    """
+
+    name: str
+    orders: tuple[Callable[[int], Schedule], ...]
+    plan: Callable[[Problem], Work]
+    matrix: str
+    copy: str
+    block_q: int
+    block_kv: int
+    warps: int
+    qk: str = "whole"
+    barriers: int = 1
+    merge: str = "none"
+    partial_bytes: int = 4
+    value_loads: int = 1
+
+
+def gpu_costs(
+    profile: HardwareProfile, kernel: Kernel, rows: int, split: bool, kv: str, share: float
+) -> Costs:
+    """Seconds of each stage of `kernel` for a tile with `rows` real rows.
+
+    `share`: bytes per second that the device's memory has for this core while all are at work.
+    """
+    cycle = profile.cycle
+    m, keys, item = kernel.block_q, kernel.block_kv, ITEMSIZE[kv]
+    path = 1.0 if kernel.matrix == "wgmma" else profile["engine.mma_sync_share"]
+    flop = cycle / (profile["engine.tensor_bf16"] * profile["engine.tensor_efficiency"] * path)
+    shared = cycle / (profile["engine.shared_pipe"] * profile["engine.shared_efficiency"])
+    cuda = cycle / (profile["engine.cuda"] * profile["engine.cuda_efficiency"])
+    sfu = cycle / profile["engine.sfu"]
+    copy = 1.0 / min(profile["engine.copy"], share)
+    store = 1.0 / min(profile["engine.store"], share)
+    barrier, memory = profile["latency.barrier"], profile["latency.memory"]
+    gather = kernel.copy == "gather"
+
+    def operands(qk: bool) -> float:
+        """Bytes that cross the shared-memory pipe for QK, or for half of PV."""
+        if kernel.matrix == "wgmma":
+            return (m + keys) * KEY * 2 if qk else keys * (m + LATENT // 2) * 2
+        row_warps = m // 16
+        column_warps = kernel.warps // row_warps
+        if not qk:
+            return 16 * keys * 2 * kernel.warps / 2 + row_warps * keys * (LATENT // 2) * 2
+        split_keys = column_warps if kernel.qk == "sharded" else 1
+        return kernel.warps * (16 + keys / split_keys) * KEY * 2
+
+    def load(columns: int) -> StageCost:
+        bytes_ = keys * columns * item
+        return StageCost({"copy": bytes_ * copy}, latency=memory * (2 if gather else 1))
+
+    def stage(step: Step) -> StageCost:
+        match step.stage:
+            case "LOAD_Q":
+                return StageCost({"copy": rows * KEY * 2 * copy}, latency=memory)
+            case "LOAD_L":
+                return load(LATENT // 2 + ROPE)
+            case "LOAD_R":
+                return load(LATENT // 2)
+            case "ISSUE":
+                return StageCost({"shared": keys * KEY * item * shared})
+            case "QK":
+                products = 2.0 * m * keys * KEY * (2 if kernel.qk == "duplicated" else 1)
+                return StageCost({"tensor": products * flop, "shared": operands(True) * shared})
+            case "SM":
+                elements = m * keys * (2 if kernel.qk == "duplicated" else 1)
+                return StageCost(
+                    {"cuda": (elements * SOFTMAX_OPS + m * LATENT) * cuda, "sfu": elements * sfu},
+                    hold=kernel.barriers * barrier + (kernel.value_loads - 1) * memory,
+                )
+            case "PV_L" | "PV_R":
+                products = 2.0 * m * keys * LATENT / 2
+                return StageCost({"tensor": products * flop, "shared": operands(False) * shared})
+            case "WIDEN":
+                return StageCost({"cuda": keys * KEY * cycle / profile["engine.widen"]})
+            case "STORE_L" | "STORE_R":
+                item_out = kernel.partial_bytes if split else 2
+                return StageCost({"copy": rows * LATENT / 2 * item_out * store}, hold=barrier)
+        raise ValueError(f"{kernel.name}: no cost for stage {step.stage}")
+
+    return stage
+
+
+def merge_seconds(profile: HardwareProfile, kernel: Kernel, problem: Problem, plan: Work) -> float:
+    """Seconds from the last piece's end to the last merged row's."""
+    parts = int(plan.parts.max())
+    memory = profile["memory.l2_bandwidth"]
+    rows_split = float(plan.rows[plan.split].sum()) * plan.cluster
+    traffic = rows_split * LATENT * kernel.partial_bytes / memory
+    turn = profile["latency.l2"]
+    if kernel.merge == "none":
+        return 0.0
+    if kernel.merge == "merge_first":
+        # One cluster per tile, two rows at a time.
+        if parts == 1:
+            return profile["latency.grid_sync"]
+        rows = int(plan.rows.max())
+        turns = math.ceil(rows / 2) * parts
+        return profile["latency.grid_sync"] + max(turns * turn, traffic)
+    if kernel.merge == "merge":
+        if parts == 1:
+            return profile["latency.grid_sync"]
+        chunks = max(max(problem.kv_lens) * plan.cluster // plan.limit, 1)
+        rows = math.ceil(int(plan.rows.max()) * plan.cluster / chunks)
+        turns = math.ceil(rows / 4) * parts
+        return profile["latency.grid_sync"] + max(turns * turn, traffic)
+    # A second kernel, one warp a row. FlashMLA's waits on the device (programmatic dependent
+    # launch), Triton's is launched in full.
+    warps = problem.batch * problem.rows
+    waves = math.ceil(warps / (64 * profile.cores))
+    turns = parts if parts > 1 or kernel.merge == "stage2" else 0
+    start = profile["latency.memory" if kernel.merge == "combine" else "latency.second_launch"]
+    return start + max(waves * turns * turn, traffic)
+
+
+def _flashmla(profile: HardwareProfile) -> Kernel:
+    plan = partial(work.walk_parts, tile_rows=64, block_kv=64, workers=profile.cores)
+    both = (orders.seesaw, partial(orders.seesaw, ahead=1, name="seesaw-1-ahead"))
+    return Kernel("flashmla_dense", both, plan, "wgmma", "tma", 64, 64, 8,
+                  barriers=2, merge="combine")  # fmt: skip
+
+
+def _flashinfer_tile(profile: HardwareProfile) -> tuple[int, int]:
+    """(block_kv, stages) that FlashInfer's FA2 template takes for the shared memory there is."""
+    shared = profile.bytes("buffer.shared")
+    return (64, 2) if shared >= 221696 else (32, 2) if shared >= 147968 else (16, 1)
+
+
+def _fa2(profile: HardwareProfile, name: str, qk: str, plan: str) -> Kernel:
+    keys, stages = _flashinfer_tile(profile)
+    qk = "duplicated" if keys == 16 else qk
+    plans: dict[str, Callable[[Problem], Work]] = {
+        "whole": partial(work.whole_tiles, tile_rows=64, block_kv=keys, workers=profile.cores),
+        "first": partial(work.heap_parts, tile_rows=64, block_kv=keys, workers=profile.cores,
+                         steps_of=512),
+        "later": partial(work.heap_parts, tile_rows=64, block_kv=keys, workers=profile.cores,
+                         steps_of=256),
+    }  # fmt: skip
+    merge = {"whole": "none", "first": "merge_first", "later": "merge"}[plan]
+    return Kernel(name, (partial(orders.fa2, stages=stages),), plans[plan], "mma_sync", "cp_async",
+                  64, keys, 8, qk=qk, barriers=4 if qk == "sharded" else 2, merge=merge,
+                  partial_bytes=2 if plan == "later" else 4)  # fmt: skip
+
+
+def _fa3_first(profile: HardwareProfile) -> Kernel:
+    plan = partial(work.heap_parts, tile_rows=64, block_kv=32, workers=profile.cores, steps_of=512)
+    return Kernel("fa3_warp_specialized", (orders.fa3,), plan, "wgmma", "cp_async", 64, 32, 8,
+                  barriers=3, merge="merge_first")  # fmt: skip
+
+
+def _fa3(profile: HardwareProfile, name: str, widen: bool) -> Kernel:
+    plan = partial(work.heap_parts, tile_rows=64, block_kv=64, workers=profile.cores, steps_of=256)
+    return Kernel(name, (partial(orders.fa3_two, widen=widen),), plan, "wgmma", "cp_async", 64, 64, 8,
+                  barriers=5 if widen else 2, merge="merge", partial_bytes=2)  # fmt: skip
+
+
+def _triton(profile: HardwareProfile) -> Kernel:
+    plan = partial(work.fixed_splits, tile_rows=16, block_kv=32, workers=profile.cores, splits=16)
+    return Kernel("sglang_triton", (orders.split_loop,), plan, "mma_sync", "gather", 16, 32, 4,
+                  qk="sharded", barriers=3, merge="stage2", value_loads=2)  # fmt: skip
+
+
+KERNELS: dict[str, Callable[[HardwareProfile], Kernel]] = {
+    "flashmla_dense": _flashmla,
+    "flashinfer_fa2": lambda p: _fa2(p, "flashinfer_fa2", "sharded", "later"),
+    "flashinfer_fa3": lambda p: _fa3(p, "flashinfer_fa3", False),
+    "flashinfer_fa3_fp8kv": lambda p: _fa3(p, "flashinfer_fa3_fp8kv", True),
+    "sglang_triton": _triton,
+    "fa2_qk_shard_allgather_p": lambda p: _fa2(p, "fa2_qk_shard_allgather_p", "sharded", "whole"),
+    "fa2_qk_duplicated": lambda p: _fa2(p, "fa2_qk_duplicated", "duplicated", "whole"),
+    "fa2_no_split_k": lambda p: _fa2(p, "fa2_no_split_k", "sharded", "whole"),
+    "fa2_split_k": lambda p: _fa2(p, "fa2_split_k", "sharded", "first"),
+    "fa3_warp_specialized": _fa3_first,
+}

@@ -1,0 +1,330 @@
+"""The published issue orders, each a function from a number of KV blocks to a `Schedule`.
+
+Ascend orders have the stages QK (C1), SM (V1), PV (C2), UP (V2); AMLA replaces UP by ADD, the
+integer add that rescales O in memory. GPU orders load KV into shared-memory slots (LOAD_L, LOAD_R:
+the two halves of the 512 latent columns, the rope columns ride with the first), and keep O in
+registers, halved over the output columns (PV_L, PV_R).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+from mla_jax.hal.schedule import Access, Schedule, ScheduleBuilder
+
+ScheduleFn = Callable[[int], Schedule]
+
+
+@dataclass(frozen=True)
+class AscendOrder:
+    """How C1, V1, C2 and V2 are issued. ValueError for what makes no order.
+
+    chunk: KV blocks whose QK are issued together (0: all of them).
+    preload: chunks of QK issued ahead of the first PV.
+    rescale: "multiply" (O makes a round trip through UP) or "exponent_add" (AMLA).
+    signals: 1 after QK, or 2 (int8: one for the nope part and one for the rope part).
+    update: UP once a "block" or once a "chunk".
+    update_slots: slots of Otmp beyond what the chunk needs (2: UP ping-pong).
+    """
+
+    name: str = "chunk1"
+    chunk: int = 1
+    preload: int = 1
+    rescale: str = "multiply"
+    signals: int = 1
+    update: str = "block"
+    update_slots: int = 1
+
+    def __post_init__(self) -> None:
+        for field, low, high in (("chunk", 0, 64), ("preload", 0, 4), ("signals", 1, 2),
+                                 ("update_slots", 1, 2)):  # fmt: skip
+            value = getattr(self, field)
+            if not low <= value <= high:
+                raise ValueError(f"{self.name}: {field} = {value}, wanted {low} to {high}")
+        if self.rescale not in ("multiply", "exponent_add"):
+            raise ValueError(f"{self.name}: rescale = {self.rescale!r}, wanted multiply or exponent_add")
+        if self.update not in ("block", "chunk"):
+            raise ValueError(f"{self.name}: update = {self.update!r}, wanted block or chunk")
+        if self.update == "chunk" and self.rescale == "exponent_add":
+            raise ValueError(f"{self.name}: update = 'chunk' needs rescale = 'multiply': AMLA has no UP")
+
+    def slots(self, num_blocks: int) -> dict[str, int]:
+        """Slots of each workspace buffer."""
+        chunk = min(self.chunk or num_blocks, num_blocks)
+        ahead = min(chunk * (self.preload + 1), num_blocks)
+        slots = {"S": ahead, "P": ahead, "state": 1, "O": 1}
+        if self.signals == 2:
+            slots["S_rope"] = ahead
+        if self.rescale == "multiply":
+            slots["Otmp"] = min(chunk * self.update_slots, num_blocks)
+        return slots
+
+    def workspace_bytes(self, num_blocks: int, rows: int, block_kv: int, itemsize: int) -> int:
+        """Bytes of S, P, Otmp and O in global memory for one core."""
+        slots = self.slots(num_blocks)
+        wide = slots["S"] + slots.get("S_rope", 0)
+        values = wide * block_kv + (slots.get("Otmp", 0) + 1) * 512
+        return rows * (4 * values + itemsize * slots["P"] * block_kv)
+
+    @lru_cache(maxsize=1024)  # noqa: B019  (a frozen value: nothing is kept alive by it)
+    def __call__(self, num_blocks: int) -> Schedule:
+        chunk = min(self.chunk or num_blocks, num_blocks)
+        build = ScheduleBuilder(self.name, num_blocks, chunk, self.slots(num_blocks))
+        chunks = [range(i, min(i + chunk, num_blocks)) for i in range(0, num_blocks, chunk)]
+        for turn in range(len(chunks) + self.preload):
+            issued = chunks[turn] if turn < len(chunks) else range(0)
+            drained = chunks[turn - self.preload] if turn >= self.preload else range(0)
+            if self.rescale == "exponent_add" and self.preload:
+                for block in issued:
+                    self._keys(build, block)
+                self._accumulate(build, drained)
+                for block in issued:
+                    self._softmax(build, block)
+                continue
+            for block in issued:
+                self._keys(build, block)
+                self._softmax(build, block)
+            if self.rescale == "exponent_add":
+                self._accumulate(build, drained)
+            elif drained:
+                self._round_trip(build, drained)
+        return build.build()
+
+    def _keys(self, build: ScheduleBuilder, block: int) -> None:
+        s = build.slot("S", block)
+        if self.signals == 1:
+            build.add("cube", "QK", block, writes=(s,))
+            return
+        build.add("cube", "QK_NOPE", block, writes=(s,))
+        build.add("cube", "QK_ROPE", block, writes=(build.slot("S_rope", block),))
+
+    def _softmax(self, build: ScheduleBuilder, block: int) -> None:
+        s = build.slot("S", block)
+        inputs: tuple[Access, ...] = (s,)
+        if self.signals == 2:
+            build.add("vector", "DEQUANT", block, reads=(s,), writes=(s,))
+            inputs = (s, build.slot("S_rope", block))
+        state = (Access("state", 0, block - 1),) if block else ()
+        outputs = (build.slot("P", block), Access("state", 0, block))
+        build.add("vector", "SM", block, reads=inputs + state, writes=outputs)
+
+    def _accumulate(self, build: ScheduleBuilder, blocks: range) -> None:
+        """AMLA: the vector unit adds to O's exponents, the cube adds P.V to O, both in memory."""
+        for block in blocks:
+            p, before = build.slot("P", block), (Access("O", 0, block - 1),) if block else ()
+            if block:
+                build.add("vector", "ADD", block, reads=(p, *before), writes=before)
+            build.add("cube", "PV", block, reads=(p, *before), writes=(Access("O", 0, block),))
+
+    def _round_trip(self, build: ScheduleBuilder, blocks: range) -> None:
+        """P.V goes to Otmp; the vector unit brings O in, rescales it, adds and writes it back."""
+        for block in blocks:
+            p, otmp = build.slot("P", block), build.slot("Otmp", block)
+            build.add("cube", "PV", block, reads=(p,), writes=(otmp,))
+            if self.update == "block":
+                self._update(build, range(block, block + 1))
+        if self.update == "chunk":
+            self._update(build, blocks)
+
+    def _update(self, build: ScheduleBuilder, blocks: range) -> None:
+        parts = tuple(build.slot(name, b) for b in blocks for name in ("Otmp", "P"))
+        before = (Access("O", 0, blocks[0] - 1),) if blocks[0] else ()
+        build.add("vector", "UP", blocks[-1], reads=parts + before,
+                  writes=(Access("O", 0, blocks[-1]),))  # fmt: skip
+
+
+ASCEND_ORDERS = {
+    order.name: order
+    for order in (
+        AscendOrder("serial", preload=0),
+        AscendOrder("chunk1"),
+        AscendOrder("chunk1-no-preload", preload=0),
+        AscendOrder("chunk2", chunk=2, preload=0),
+        AscendOrder("chunk2-preload", chunk=2),
+        AscendOrder("chunk4", chunk=4, preload=0),
+        AscendOrder("chunk4-preload", chunk=4),
+        AscendOrder("chunk4-up-chunk", chunk=4, preload=0, update="chunk"),
+        AscendOrder("chunk-n", chunk=0, preload=0),
+        AscendOrder("amla", preload=1, rescale="exponent_add"),
+        AscendOrder("int8-1-signal", preload=1, signals=1),
+        AscendOrder("int8-2-signals", preload=1, signals=2),
+        AscendOrder("v11", chunk=4, preload=0, signals=2, update_slots=2),
+    )
+}
+
+
+def _load(build: ScheduleBuilder, block: int, unit: str = "load") -> None:
+    build.add(unit, "LOAD_L", block, writes=(build.slot("kv_l", block),))
+    build.add(unit, "LOAD_R", block, writes=(build.slot("kv_r", block),))
+
+
+def _keys(build: ScheduleBuilder, block: int) -> tuple[Access, ...]:
+    return (Access("q", 0, -1), build.slot("kv_l", block), build.slot("kv_r", block))
+
+
+def _softmax(build: ScheduleBuilder, unit: str, block: int) -> None:
+    state = (Access("state", 0, block - 1),) if block else ()
+    build.add(unit, "SM", block, reads=(build.slot("S", block), *state),
+              writes=(build.slot("P", block), Access("state", 0, block)))  # fmt: skip
+
+
+def _pv(build: ScheduleBuilder, unit: str, half: str, block: int) -> None:
+    kept = f"O_{half}"
+    before = (Access(kept, 0, block - 1),) if block else ()
+    kv = build.slot(f"kv_{half.lower()}", block)
+    build.add(unit, f"PV_{half}", block, reads=(build.slot("P", block), kv, *before),
+              writes=(Access(kept, 0, block),))  # fmt: skip
+
+
+def _store(build: ScheduleBuilder, last: int, units: tuple[str, str]) -> None:
+    for half, unit in zip("LR", units, strict=True):
+        reads = (Access(f"O_{half}", 0, last), Access("state", 0, last))
+        build.add(unit, f"STORE_{half}", last, reads=reads)
+
+
+def _gpu_builder(name: str, n: int, period: int, stages: int, pairs: int) -> ScheduleBuilder:
+    slots = {"q": 1, "kv_l": stages, "kv_r": stages, "S": pairs, "P": pairs, "state": 1,
+             "O_L": 1, "O_R": 1}  # fmt: skip
+    build = ScheduleBuilder(name, n, period, slots)
+    build.add("load", "LOAD_Q", -1, writes=(Access("q", 0, -1),))
+    return build
+
+
+@lru_cache(maxsize=1024)
+def fa2(num_blocks: int, *, stages: int = 2, name: str = "fa2") -> Schedule:
+    """One pipeline: every warp does QK, softmax and PV of a block in turn; only loads overlap."""
+    build = _gpu_builder(name, num_blocks, stages, stages, 1)
+    for block in range(min(stages, num_blocks)):
+        _load(build, block)
+    for block in range(num_blocks):
+        build.add("warps", "QK", block, reads=_keys(build, block), writes=(build.slot("S", block),))
+        _softmax(build, "warps", block)
+        _pv(build, "warps", "L", block)
+        _pv(build, "warps", "R", block)
+        if block + stages < num_blocks:
+            build.add("warps", "ISSUE", block + stages)
+            _load(build, block + stages)
+    _store(build, num_blocks - 1, ("warps", "warps"))
+    return build.build()
+
+
+@lru_cache(maxsize=1024)
+def fa3(num_blocks: int, *, stages: int = 4, name: str = "fa3") -> Schedule:
+    """FlashInfer's first FA3 template: a producer and two consumers that issue QK of the next
+    block before PV of this one, so that softmax runs under PV (3 warpgroups)."""
+    build = _gpu_builder(name, num_blocks, stages, stages, 2)
+    for block in range(min(stages, num_blocks)):
+        _load(build, block)
+    for block in range(num_blocks + 1):
+        if block < num_blocks:
+            build.add("mma", "QK", block, reads=_keys(build, block), writes=(build.slot("S", block),))
+        if block:
+            for half in "LR":
+                _pv(build, "mma", half, block - 1)
+            if block - 1 + stages < num_blocks:
+                _load(build, block - 1 + stages)
+        if block < num_blocks:
+            _softmax(build, "warps", block)
+    _store(build, num_blocks - 1, ("warps", "warps"))
+    return build.build()
+
+
+@lru_cache(maxsize=1024)
+def fa3_two(num_blocks: int, *, stages: int = 2, widen: bool = False, name: str = "fa3-2wg") -> Schedule:
+    """FlashInfer's later template: warpgroup 0 loads and does PV of the left half, warpgroup 1
+    does QK, softmax and PV of the right half. `widen`: fp8 KV is turned to bf16 by warpgroup 1."""
+    build = _gpu_builder(name, num_blocks, stages, stages, 1)
+    for block in range(min(stages, num_blocks)):
+        _load(build, block)
+    for block in range(num_blocks):
+        if widen:
+            kv = _keys(build, block)[1:]
+            build.add("wg1", "WIDEN", block, reads=kv, writes=kv)
+        build.add("wg1", "QK", block, reads=_keys(build, block), writes=(build.slot("S", block),))
+        _softmax(build, "wg1", block)
+        _pv(build, "wg0", "L", block)
+        _pv(build, "wg1", "R", block)
+        if block + stages < num_blocks:
+            build.add("wg0", "ISSUE", block + stages)
+            _load(build, block + stages)
+    _store(build, num_blocks - 1, ("wg0", "wg1"))
+    return build.build()
+
+
+@lru_cache(maxsize=1024)
+def four_warpgroups(num_blocks: int, *, stages: int = 2, name: str = "four-wg") -> Schedule:
+    """Load, QK, PV of the left half and PV of the right half each have a warpgroup."""
+    build = _gpu_builder(name, num_blocks, stages, stages, 2)
+    for block in range(min(stages, num_blocks)):
+        _load(build, block)
+    for block in range(num_blocks + 1):
+        if block < num_blocks:
+            build.add("mma1", "QK", block, reads=_keys(build, block), writes=(build.slot("S", block),))
+            _softmax(build, "wg1", block)
+        if block:
+            _pv(build, "mma2", "L", block - 1)
+            _pv(build, "mma3", "R", block - 1)
+            if block - 1 + stages < num_blocks:
+                _load(build, block - 1 + stages)
+    _store(build, num_blocks - 1, ("wg2", "wg3"))
+    return build.build()
+
+
+@lru_cache(maxsize=1024)
+def seesaw(num_blocks: int, *, stages: int = 2, ahead: int = 2, name: str = "seesaw") -> Schedule:
+    """FlashMLA's order: two warpgroups, each owns half of the output columns, two KV blocks in
+    flight; each does QK and softmax of its own block, then PV with both P's.
+
+    ahead: blocks whose QK are issued before the first of their PV. The two warpgroups' queues run
+    by readiness: with keys waiting that is 2 (one softmax under the other's matrix work), while
+    keys arrive one block at a time it is 1.
+    """
+    build = _gpu_builder(name, num_blocks, 2, stages, 2)
+    for block in range(min(stages, num_blocks)):
+        _load(build, block)
+    for first in range(0, num_blocks, ahead):
+        group = range(first, min(first + ahead, num_blocks))
+        for block in group:
+            build.add(f"mma{block % 2}", "QK", block, reads=_keys(build, block),
+                      writes=(build.slot("S", block),))  # fmt: skip
+        for block in group:
+            _softmax(build, f"wg{block % 2}", block)
+            _pv(build, "mma0", "L", block)
+            _pv(build, "mma1", "R", block)
+            if block + stages < num_blocks:
+                _load(build, block + stages)
+    _store(build, num_blocks - 1, ("wg0", "wg1"))
+    return build.build()
+
+
+@lru_cache(maxsize=1024)
+def split_loop(num_blocks: int, *, stages: int = 1, name: str = "triton-split") -> Schedule:
+    """A Triton-style loop: one stream that loads K, waits, QK, softmax, loads V, waits, PV."""
+    build = _gpu_builder(name, num_blocks, 1, stages, 1)
+    for block in range(num_blocks):
+        _load(build, block)
+        build.add("warps", "QK", block, reads=_keys(build, block), writes=(build.slot("S", block),))
+        _softmax(build, "warps", block)
+        _pv(build, "warps", "L", block)
+        _pv(build, "warps", "R", block)
+    _store(build, num_blocks - 1, ("warps", "warps"))
+    return build.build()
+
+
+GPU_ORDERS: dict[str, ScheduleFn] = {
+    "fa2": fa2,
+    "fa3": fa3,
+    "fa3-2wg": fa3_two,
+    "four-wg": four_warpgroups,
+    "seesaw": seesaw,
+    "seesaw-1-ahead": partial(seesaw, ahead=1, name="seesaw-1-ahead"),
+    "triton-split": split_loop,
+}
+
+
+def schedule_named(name: str) -> ScheduleFn:
+    """An order by name. ValueError lists the names there are."""
+    orders: dict[str, ScheduleFn] = {**ASCEND_ORDERS, **GPU_ORDERS}
+    if name not in orders:
+        raise ValueError(f"schedule = {name!r}, wanted one of {', '.join(sorted(orders))}")
+    return orders[name]

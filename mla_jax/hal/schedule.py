@@ -1,0 +1,260 @@
+"""An issue order as data, and the proof that it is legal.
+
+A `Schedule` is one ordered list of `Step`s. Steps of one unit (an instruction stream: the cube
+core, a vector core, a warpgroup, its queue of matrix instructions, the copy engine) run in list
+order, one after the other; steps of different units are ordered only by signals. A step names the
+block of KV it works on, the buffer slots it reads and writes with the block whose data it expects
+or leaves there, and the signals that it waits for and gives.
+
+The simulator times this object, the blockwise kernel executes it and the Gantt picture draws it.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Access(NamedTuple):
+    """Slot `slot` of `buffer`, holding the data of KV block `block`."""
+
+    buffer: str
+    slot: int
+    block: int
+
+
+class Signal(NamedTuple):
+    """Given once, by the step (stage, block)."""
+
+    stage: str
+    block: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage issue. `block` is the KV block, or -1 for what comes before the first."""
+
+    unit: str
+    stage: str
+    block: int
+    reads: tuple[Access, ...] = ()
+    writes: tuple[Access, ...] = ()
+    waits: tuple[Signal, ...] = ()
+    gives: tuple[Signal, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.stage}({self.block}) on {self.unit}"
+
+
+class IllegalScheduleError(ValueError):
+    """Says which step of a schedule breaks which rule."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps in issue order for `num_blocks` KV blocks; `period` blocks repeat in steady state.
+
+    `buffers` gives the slots of each buffer. `name` says which order it is.
+    """
+
+    name: str
+    num_blocks: int
+    period: int
+    steps: tuple[Step, ...]
+    buffers: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(step.unit for step in self.steps))
+
+    def unit_steps(self, unit: str) -> tuple[Step, ...]:
+        return tuple(step for step in self.steps if step.unit == unit)
+
+    @property
+    def num_signals(self) -> int:
+        """Waits in the whole schedule: what synchronisation is paid for."""
+        return sum(len(step.waits) for step in self.steps)
+
+    def check(self) -> None:
+        """Proves the schedule legal or raises IllegalScheduleError naming the first bad step.
+
+        Each unit walks its own steps; a step runs when its signals were given. Vector clocks then
+        say what certainly happened before what: each read must find the data it expects, written
+        before it, and each write must come after everything that still needs the slot.
+        """
+        for index, step in _replay(self.steps):
+            for access in (*step.reads, *step.writes):
+                slots = self.buffers.get(access.buffer, 0)
+                if not 0 <= access.slot < slots:
+                    raise IllegalScheduleError(
+                        f"step {index}, {step}: {access.buffer}[{access.slot}] does not exist, "
+                        f"{access.buffer} has {slots} slots"
+                    )
+        _check_accesses(self.steps)
+
+
+def _replay(steps: tuple[Step, ...]) -> list[tuple[int, Step]]:
+    """An order that the units' streams can really run in, with each step's index in the list."""
+    given: Counter[Signal] = Counter(signal for step in steps for signal in step.gives)
+    for signal, times in given.items():
+        if times > 1:
+            raise IllegalScheduleError(f"signal {signal.stage}({signal.block}) is given {times}x")
+    streams: dict[str, list[tuple[int, Step]]] = {}
+    for index, step in enumerate(steps):
+        streams.setdefault(step.unit, []).append((index, step))
+    position = dict.fromkeys(streams, 0)
+    seen: set[Signal] = set()
+    order: list[tuple[int, Step]] = []
+    while len(order) < len(steps):
+        ran = False
+        for unit, stream in streams.items():
+            while position[unit] < len(stream):
+                index, step = stream[position[unit]]
+                if not all(signal in seen for signal in step.waits):
+                    break
+                seen.update(step.gives)
+                order.append((index, step))
+                position[unit] += 1
+                ran = True
+        if not ran:
+            stuck = min(stream[position[u]] for u, stream in streams.items() if position[u] < len(stream))
+            missing = next(signal for signal in stuck[1].waits if signal not in seen)
+            why = "comes too late" if missing in given else "is never given"
+            raise IllegalScheduleError(
+                f"step {stuck[0]}, {stuck[1]}: deadlock, it waits for "
+                f"{missing.stage}({missing.block}), which {why}"
+            )
+    return order
+
+
+def _check_accesses(steps: tuple[Step, ...]) -> None:
+    clocks = _Clocks()
+    last_write: dict[tuple[str, int], tuple[int, Step, int]] = {}
+    readers: dict[tuple[str, int], list[tuple[int, Step]]] = {}
+    order = _replay(steps)
+    for index, step in order:
+        clocks.run(index, step)
+    for index, step in sorted(order):
+        for access in step.reads:
+            slot = access[:2]
+            if slot not in last_write:
+                raise IllegalScheduleError(
+                    f"step {index}, {step}: reads {_name(access)} before anything is written there"
+                )
+            writer, by, block = last_write[slot]
+            if block != access.block:
+                raise IllegalScheduleError(
+                    f"step {index}, {step}: expects block {access.block} in {_name(access)}, "
+                    f"finds block {block} of step {writer}, {by}"
+                )
+            if not clocks.before(writer, index):
+                raise IllegalScheduleError(
+                    f"step {index}, {step}: reads {_name(access)} without waiting for its "
+                    f"write, step {writer}, {by}"
+                )
+            readers.setdefault(slot, []).append((index, step))
+        for access in step.writes:
+            slot = access[:2]
+            pending = list(readers.get(slot, ()))
+            if slot in last_write:
+                pending.append(last_write[slot][:2])
+            for earlier, by in pending:
+                if earlier != index and not clocks.before(earlier, index):
+                    raise IllegalScheduleError(
+                        f"step {index}, {step}: overwrites {_name(access)} while step {earlier}, "
+                        f"{by} may still need it"
+                    )
+            last_write[slot] = (index, step, access.block)
+            readers[slot] = []
+
+
+def _name(access: Access) -> str:
+    return f"{access.buffer}[{access.slot}]"
+
+
+class _Clocks:
+    """Vector clocks: per step, how many steps of each unit certainly ended before it ends."""
+
+    def __init__(self) -> None:
+        self._unit: dict[str, dict[str, int]] = {}
+        self._signal: dict[Signal, dict[str, int]] = {}
+        self._end: dict[int, dict[str, int]] = {}
+        self._place: dict[int, tuple[str, int]] = {}
+
+    def run(self, index: int, step: Step) -> None:
+        clock = dict(self._unit.get(step.unit, {}))
+        for signal in step.waits:
+            for unit, count in self._signal[signal].items():
+                clock[unit] = max(clock.get(unit, 0), count)
+        clock[step.unit] = clock.get(step.unit, 0) + 1
+        self._unit[step.unit] = clock
+        self._end[index] = clock
+        self._place[index] = (step.unit, clock[step.unit])
+        for signal in step.gives:
+            self._signal[signal] = clock
+
+    def before(self, first: int, second: int) -> bool:
+        """Did step `first` certainly end before step `second` started?"""
+        unit, count = self._place[first]
+        return first != second and self._end[second].get(unit, 0) >= count
+
+    def known(self, unit: str, waits: list[Signal], first: int) -> bool:
+        """Would a step issued now on `unit` with `waits` come after step `first`?"""
+        other, count = self._place[first]
+        clocks = [self._unit.get(unit, {}), *(self._signal[signal] for signal in waits)]
+        return any(clock.get(other, 0) >= count for clock in clocks)
+
+
+class ScheduleBuilder:
+    """Collects steps in issue order and puts in the fewest signals that make them legal."""
+
+    def __init__(self, name: str, num_blocks: int, period: int, buffers: dict[str, int]) -> None:
+        self._name, self._num_blocks, self._period = name, num_blocks, period
+        self._buffers = buffers
+        self._steps: list[Step] = []
+        self._clocks = _Clocks()
+        self._writer: dict[tuple[str, int], int] = {}
+        self._readers: dict[tuple[str, int], list[int]] = {}
+
+    def slot(self, buffer: str, block: int) -> Access:
+        """Where `buffer` keeps block `block`: its slots are used in turn."""
+        return Access(buffer, block % self._buffers[buffer], block)
+
+    def add(
+        self,
+        unit: str,
+        stage: str,
+        block: int,
+        reads: tuple[Access, ...] = (),
+        writes: tuple[Access, ...] = (),
+    ) -> None:
+        """Appends a step; the waits follow from what it reads and overwrites."""
+        needed = [self._writer[a[:2]] for a in reads]
+        for access in writes:
+            slot = access[:2]
+            needed += self._readers.get(slot, [])
+            needed += [self._writer[slot]] if slot in self._writer else []
+        waits: list[Signal] = []
+        for index in sorted(set(needed), reverse=True):
+            if not self._clocks.known(unit, waits, index):
+                waits.append(Signal(self._steps[index].stage, self._steps[index].block))
+        index = len(self._steps)
+        step = Step(
+            unit, stage, block, reads, writes, tuple(reversed(waits)), (Signal(stage, block),)
+        )
+        self._clocks.run(index, step)
+        self._steps.append(step)
+        for access in reads:
+            self._readers.setdefault(access[:2], []).append(index)
+        for access in writes:
+            self._writer[access[:2]] = index
+            self._readers[access[:2]] = []
+
+    def build(self) -> Schedule:
+        """The schedule, with the signals nobody waits for dropped."""
+        wanted = {signal for step in self._steps for signal in step.waits}
+        steps = tuple(
+            Step(s.unit, s.stage, s.block, s.reads, s.writes, s.waits,
+                 tuple(g for g in s.gives if g in wanted))
+            for s in self._steps
+        )  # fmt: skip
+        return Schedule(self._name, self._num_blocks, self._period, steps, dict(self._buffers))

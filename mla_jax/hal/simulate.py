@@ -1,0 +1,226 @@
+"""One attention call on a whole device: cut into pieces, each timed on a core, all run together.
+
+`simulate` answers with the total time, what bounds it, where the matrix unit idles and the
+timeline of the longest piece, which is what the Gantt picture draws.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from mla_jax.hal import machine
+from mla_jax.hal.ascend_kernels import ASCEND_KERNELS, AscendKernel, ascend_costs, job_rows
+from mla_jax.hal.core import BlockTimes, Costs, Timeline, run_schedule
+from mla_jax.hal.gpu_kernels import KERNELS, Kernel, gpu_costs, merge_seconds
+from mla_jax.hal.profile import HardwareProfile
+from mla_jax.hal.schedule import Schedule
+from mla_jax.hal.tiling import LATENT, plan_tiles
+from mla_jax.hal.work import ITEMSIZE, Problem, Work
+
+ENGINE_KIND = {
+    "tensor": "matrix", "cube": "matrix", "mte1": "matrix",
+    "cuda": "vector", "sfu": "vector", "vector": "vector",
+    "copy": "memory", "shared": "memory", "mte2": "memory", "mte2v": "memory", "mte3": "memory",
+    "fixpipe": "memory",
+}  # fmt: skip
+SHOWN_BLOCKS = 64  # a picture of more says nothing new; shares are taken over as many
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a call costs. Seconds; shares are of the core's time.
+
+    bound_by: "matrix", "vector", "memory" or "sync", and `engine` the busiest one.
+    bubbles: the matrix unit's idle share before its first step ("head"), between ("steady") and
+    after its last ("tail"), in the longest piece.
+    """
+
+    name: str
+    seconds: float
+    launch: float
+    cores: float
+    merge: float
+    flops: float
+    bytes: float
+    utilisation: float
+    bound_by: str
+    engine: str
+    engine_share: dict[str, float]
+    bubbles: dict[str, float]
+    timeline: Timeline
+
+    @property
+    def tflops(self) -> float:
+        return self.flops / self.seconds / 1e12
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.bytes / self.seconds / 1e9
+
+
+def simulate(
+    profile: HardwareProfile, problem: Problem, kernel: str | Kernel | AscendKernel
+) -> Report:
+    """Times one call. `kernel`: a name of KERNELS (nvidia) or ASCEND_KERNELS, or one of your own."""
+    if isinstance(kernel, str):
+        table = KERNELS if profile.family == "nvidia" else ASCEND_KERNELS
+        if kernel not in table:
+            raise ValueError(
+                f"kernel = {kernel!r}, wanted one of {', '.join(sorted(table))} on {profile.name}"
+            )
+        found = table[kernel]
+        kernel = found if isinstance(found, AscendKernel) else found(profile)
+    if isinstance(kernel, Kernel):
+        if profile.family != "nvidia":
+            raise ValueError(f"kernel {kernel.name} does not run on family {profile.family!r}")
+        return _simulate_gpu(profile, problem, kernel)
+    if profile.family != "ascend":
+        raise ValueError(f"kernel {kernel.name} does not run on family {profile.family!r}")
+    return _simulate_ascend(profile, problem, kernel)
+
+
+def _fair_share(profile: HardwareProfile, plan: Work) -> float:
+    """Bytes per second for each core while all are at work. Row tiles that read the same KV get
+    it from the L2 cache: HBM serves it once."""
+    active = min(plan.num_workers, len(plan.blocks)) * plan.cluster
+    memory = profile["memory.hbm_bandwidth"] * profile["memory.hbm_efficiency"]
+    return min(memory * min(plan.sharers, active), profile["memory.l2_bandwidth"]) / active
+
+
+def _loaded(
+    orders: tuple, costs_at: partial, share: float, bytes_per_block: float, signal: float
+) -> tuple[list[BlockTimes], float]:
+    """Block times with the memory as busy as this kernel itself makes it.
+
+    A core that asks for a fraction of its share all the time finds the memory that idle: it loads
+    at share / fraction. The fraction is that of the kernel with nobody else around.
+    """
+    alone = [BlockTimes(order, costs_at(share=math.inf), signal) for order in orders]
+    step = min((times(24) - times(12)) / 12 for times in alone)
+    fraction = min(bytes_per_block / share / step, 1.0)
+    return [BlockTimes(o, costs_at(share=share / fraction), signal) for o in orders], fraction
+
+
+def _simulate_gpu(profile: HardwareProfile, problem: Problem, kernel: Kernel) -> Report:
+    plan = kernel.plan(problem)
+    share = _fair_share(profile, plan)
+    block_bytes = kernel.block_kv * 576 * ITEMSIZE[problem.kv_dtype]
+    signal = profile["latency.barrier"]
+    kinds, which = np.unique(
+        np.stack([plan.blocks, plan.rows, plan.split.astype(int)]), axis=1, return_inverse=True
+    )
+    times: dict[tuple[int, int], list[BlockTimes]] = {}
+    seconds = np.zeros(kinds.shape[1])
+    fraction = 1.0
+    for i, (blocks, rows, split) in enumerate(kinds.T.tolist()):
+        if (rows, split) not in times:
+            costs_at = partial(gpu_costs, profile, kernel, rows, bool(split), problem.kv_dtype)
+            times[rows, split], fraction = _loaded(
+                kernel.orders, costs_at, share, block_bytes, signal
+            )
+        seconds[i] = min(t(blocks) for t in times[rows, split])
+    item = np.where(plan.split, kernel.partial_bytes, 2)
+    moved = plan.blocks * block_bytes + plan.rows * (2 * 576 + LATENT * item)
+    alone = seconds[which.reshape(-1)]
+    demand = moved / share / (min(plan.num_workers, len(plan.blocks)) * plan.cluster) / alone
+    cores, _ = machine.makespan(alone, demand * plan.cluster, plan.worker, plan.num_workers)
+    merge = merge_seconds(profile, kernel, problem, plan)
+
+    longest = int(np.argmax(plan.blocks))
+    blocks = min(int(plan.blocks[longest]), SHOWN_BLOCKS)
+    costs = gpu_costs(profile, kernel, int(plan.rows[longest]), bool(plan.split[longest]),
+                      problem.kv_dtype, share / fraction)  # fmt: skip
+    timeline = min((run_schedule(order(blocks), costs, signal) for order in kernel.orders),
+                   key=lambda line: line.total)  # fmt: skip
+    return _report(profile, problem, kernel.name, timeline, cores, merge)
+
+
+def _simulate_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendKernel) -> Report:
+    """Jobs (request, row tile) are handed to free cores; none is cut over the keys."""
+    rows = job_rows(kernel, problem.rows)
+    plan_problem = Problem((512,), heads=max(rows), kv_dtype=kernel.kv_dtype)
+    tile = plan_tiles(profile, plan_problem)
+    blocks = np.array([max(math.ceil(n / tile.block_kv), 1) for n in problem.kv_lens])
+    work = Work(
+        blocks=np.repeat(blocks, len(rows)),
+        rows=np.tile(rows, problem.batch),
+        worker=np.full(len(blocks) * len(rows), -1),
+        tile=np.arange(len(blocks) * len(rows)),
+        num_workers=profile.cores,
+        sharers=len(rows),
+    )
+    share = _fair_share(profile, work)
+    signal = profile["latency.cross_core"]
+    times = {r: BlockTimes(kernel.order, ascend_costs(profile, kernel, tile, r, share), signal)
+             for r in set(rows)}  # fmt: skip
+    pairs = zip(work.rows.tolist(), work.blocks.tolist(), strict=True)
+    alone = np.array([times[r](b) for r, b in pairs])
+    cores, _ = machine.makespan(alone, np.zeros(len(alone)), work.worker, work.num_workers)
+    shown = min(int(blocks.max()), SHOWN_BLOCKS)
+    costs: Costs = ascend_costs(profile, kernel, tile, max(rows), share)
+    timeline = run_schedule(kernel.order(shown), costs, signal)
+    return _report(profile, problem, kernel.name, timeline, cores, 0.0)
+
+
+def _report(
+    profile: HardwareProfile,
+    problem: Problem,
+    name: str,
+    timeline: Timeline,
+    cores: float,
+    merge: float,
+) -> Report:
+    launch = profile["latency.launch"]
+    total = launch + cores + merge
+    share = {e: s / timeline.total for e, s in sorted(timeline.engine_busy().items())}
+    bound_by, engine = verdict(share, cores / total)
+    return Report(
+        name=name,
+        seconds=total,
+        launch=launch,
+        cores=cores,
+        merge=merge,
+        flops=problem.flops,
+        bytes=problem.bytes,
+        utilisation=problem.flops / total / profile.matrix_peak,
+        bound_by=bound_by,
+        engine=engine,
+        engine_share=share,
+        bubbles=matrix_bubbles(timeline),
+        timeline=timeline,
+    )
+
+
+def verdict(share: dict[str, float], running: float) -> tuple[str, str]:
+    """(what bounds the call, the busiest engine): "sync" when the busiest engine works for less
+    than half of the call, so that waiting, launching and merging take the rest."""
+    engine = max(share, key=lambda e: share[e])
+    return ("sync" if share[engine] * running < 0.5 else ENGINE_KIND[engine]), engine
+
+
+def matrix_bubbles(timeline: Timeline) -> dict[str, float]:
+    """The matrix unit's idle share of a timeline: head, steady, tail."""
+    spans = sorted(
+        (start, end)
+        for step, start, end in zip(timeline.schedule.steps, timeline.start, timeline.end, strict=True)
+        if step.stage.startswith(("QK", "PV"))
+    )
+    busy = reach = 0.0
+    for start, end in spans:
+        busy += max(end - max(start, reach), 0.0)
+        reach = max(reach, end)
+    total, first = timeline.total, spans[0][0]
+    return {
+        "head": first / total,
+        "steady": max(reach - first - busy, 0.0) / total,
+        "tail": (total - reach) / total,
+    }
+
+
+def schedule_of(profile: HardwareProfile, kernel: str, num_blocks: int) -> Schedule:
+    """The (first) schedule of a named kernel."""
+    if profile.family == "ascend":
+        return ASCEND_KERNELS[kernel].order(num_blocks)
+    return KERNELS[kernel](profile).orders[0](num_blocks)

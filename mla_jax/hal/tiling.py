@@ -1,0 +1,242 @@
+"""Tile sizes that fit: profile + problem -> TilePlan, legal against every buffer.
+
+A `TilePlan` is plain data with what a kernel is built with and what each buffer holds. It checks
+itself when made: a plan that does not fit is refused with the buffer and the excess named.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from mla_jax.hal.profile import HardwareProfile
+from mla_jax.hal.work import ITEMSIZE, Problem
+
+LATENT, ROPE, KEY = 512, 64, 576
+FRACTAL = 16  # rows of the cube unit's fractal and of an mma.sync tile
+WGMMA_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Tile:
+    """An m x k . k x n product (n keys or output columns) at one memory level."""
+
+    level: str
+    stage: str
+    m: int
+    k: int
+    n: int
+
+
+@dataclass(frozen=True)
+class BufferUse:
+    """`count` buffers of `bytes_each` for `what`, in the memory `buffer`."""
+
+    buffer: str
+    what: str
+    bytes_each: int
+    count: int = 1
+
+    @property
+    def bytes(self) -> int:
+        return self.bytes_each * self.count
+
+
+class TilePlanError(ValueError):
+    """Names the buffer that a plan overfills, and by how much."""
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """What a kernel is built with.
+
+    block_q: query rows of a tile; block_kv: keys of a block; kv_stages: KV blocks in flight;
+    qk: "sharded" (each warpgroup a part of the keys, P gathered), "duplicated" (each computes all
+    of QK) or "whole"; num_workers: persistent cores; registers: per thread, by warpgroup;
+    tiles: products at every level; uses: what each buffer holds; capacity: bytes (registers: their
+    number) of each buffer. Raises TilePlanError when a use is above its capacity.
+    """
+
+    profile: str
+    block_q: int
+    block_kv: int
+    kv_stages: int
+    qk: str = "whole"
+    num_workers: int = 0
+    registers: tuple[int, ...] = ()
+    tiles: tuple[Tile, ...] = ()
+    uses: tuple[BufferUse, ...] = ()
+    capacity: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("block_q", "block_kv", "kv_stages"):
+            if getattr(self, name) < 1:
+                raise TilePlanError(f"{self.profile}: {name} = {getattr(self, name)}, wanted >= 1")
+        if self.qk not in ("sharded", "duplicated", "whole"):
+            raise TilePlanError(f"{self.profile}: qk = {self.qk!r}, wanted sharded, duplicated or whole")
+        for buffer, used in self.used().items():
+            if buffer not in self.capacity:
+                raise TilePlanError(f"{self.profile}: {buffer} is no buffer of this profile")
+            if used > self.capacity[buffer]:
+                parts = ", ".join(
+                    f"{u.what} {u.count} x {u.bytes_each}" for u in self.uses if u.buffer == buffer
+                )
+                raise TilePlanError(
+                    f"{self.profile}: {buffer} holds {self.capacity[buffer]} bytes, the plan needs "
+                    f"{used}, {used - self.capacity[buffer]} too many ({parts})"
+                )
+        threads = 128 * sum(self.registers)
+        if self.registers and threads > self.capacity.get("registers", threads):
+            excess = threads - self.capacity["registers"]
+            raise TilePlanError(
+                f"{self.profile}: registers holds {self.capacity['registers']}, warpgroups with "
+                f"{self.registers} a thread need {threads}, {excess} too many"
+            )
+
+    def used(self) -> dict[str, int]:
+        """Bytes used of each buffer."""
+        totals: dict[str, int] = {}
+        for use in self.uses:
+            totals[use.buffer] = totals.get(use.buffer, 0) + use.bytes
+        return totals
+
+
+def plan_tiles(
+    profile: HardwareProfile,
+    problem: Problem,
+    *,
+    block_q: int | None = None,
+    block_kv: int | None = None,
+    kv_stages: int | None = None,
+) -> TilePlan:
+    """The best plan that fits, or exactly the one asked for (TilePlanError when it does not fit)."""
+    if profile.family == "ascend":
+        return ascend_tiles(profile, problem, block_q=block_q, block_kv=block_kv)
+    return gpu_tiles(profile, problem, block_q=block_q, block_kv=block_kv, kv_stages=kv_stages)
+
+
+def gpu_tiles(
+    profile: HardwareProfile,
+    problem: Problem,
+    *,
+    block_q: int | None = None,
+    block_kv: int | None = None,
+    kv_stages: int | None = None,
+) -> TilePlan:
+    """Two KV stages if any block size allows them, then the largest block.
+
+    QK is sharded over the keys of two warpgroups where each still gets a 16-key tile.
+    """
+    block_q = block_q or WGMMA_ROWS
+    errors: list[TilePlanError] = []
+    for stages in (kv_stages,) if kv_stages else (2, 1):
+        for keys in (block_kv,) if block_kv else (64, 32, 16):
+            try:
+                return _gpu_plan(profile, problem, block_q, keys, stages)
+            except TilePlanError as error:
+                errors.append(error)
+    raise errors[0] if block_kv and kv_stages else errors[-1]
+
+
+def _gpu_plan(
+    profile: HardwareProfile, problem: Problem, block_q: int, keys: int, stages: int
+) -> TilePlan:
+    if keys % FRACTAL:
+        raise TilePlanError(f"{profile.name}: block_kv = {keys}, wanted a multiple of {FRACTAL}")
+    if block_q % FRACTAL:
+        raise TilePlanError(f"{profile.name}: block_q = {block_q}, wanted a multiple of {FRACTAL}")
+    item = ITEMSIZE[problem.kv_dtype]
+    # P of a block takes the place of its rope keys, dead after QK, where it fits there.
+    rope_or_p = keys * max(ROPE * item, block_q * 2)
+    uses = [
+        BufferUse("shared", "q", block_q * KEY * 2),
+        BufferUse("shared", "kv latent", keys * LATENT * item, stages),
+        BufferUse("shared", "kv rope / P", rope_or_p, stages),
+        BufferUse("shared", "row max and sum", 2 * block_q * 4),
+    ]
+    return TilePlan(
+        profile=profile.name,
+        block_q=block_q,
+        block_kv=keys,
+        kv_stages=stages,
+        qk="sharded" if keys >= 2 * FRACTAL else "duplicated",
+        num_workers=profile.cores,
+        registers=(240, 240, 24),
+        tiles=(
+            Tile("shared", "QK", block_q, KEY, keys),
+            Tile("shared", "PV", block_q, keys, LATENT),
+            Tile("registers", "PV", block_q, keys, LATENT // 2),
+        ),
+        uses=tuple(uses),
+        capacity={
+            "shared": profile.bytes("buffer.shared"),
+            "registers": profile.bytes("buffer.registers"),
+        },
+    )
+
+
+def _largest(candidates: Iterable[int], fits_below: float) -> int:
+    """The largest candidate of at most `fits_below`; 0 when there is none."""
+    return max((c for c in candidates if c <= fits_below), default=0)
+
+
+def _divisors(size: int) -> list[int]:
+    return [d for d in range(FRACTAL, size + 1, FRACTAL) if size % d == 0]
+
+
+def ascend_tiles(
+    profile: HardwareProfile,
+    problem: Problem,
+    *,
+    block_q: int | None = None,
+    block_kv: int | None = None,
+) -> TilePlan:
+    """FIA's tiling from the buffer sizes.
+
+    L0C holds two fp32 tiles, as square as can be: 128 x 128. L1 keeps Q resident and turns three
+    buffers of keys over: the widest key slice that leaves room is 288 of 576. L0A and L0B hold two
+    slices each of what L1 feeds them. A block has as many keys as let a vector core hold 16 rows of
+    S, P and their double buffers in UB.
+    """
+    item = ITEMSIZE[problem.kv_dtype]
+    side = 2 ** int(math.log2(math.sqrt(profile["buffer.l0c"] / (4 * 2))))
+    rows_max = side if problem.kv_dtype == "int8" else 2 * side
+    if block_q is None:
+        tiles = math.ceil(problem.rows / rows_max)
+        block_q = math.ceil(math.ceil(problem.rows / tiles) / FRACTAL) * FRACTAL
+    rows_bytes = FRACTAL * (2 * 4 + 2 * 2 + 4)  # S and P twice, the exponentials once
+    powers = [2**i for i in range(4, 14)]
+    if block_kv is None:
+        block_kv = _largest(powers, profile["buffer.ub"] / rows_bytes) or FRACTAL
+    l1 = profile["buffer.l1"]
+    q_bytes = block_q * KEY * item
+    k1 = _largest(_divisors(KEY), (l1 - q_bytes) / (3 * side * item)) or FRACTAL
+    buffer_bytes = side * k1 * item
+    v1 = _largest(_divisors(block_kv), k1)
+    k0 = _largest(_divisors(k1), profile["buffer.l0a"] / (2 * side * item))
+    v0 = _largest(_divisors(v1), profile["buffer.l0a"] / (2 * side * item))
+    m1 = min(side, block_q)
+    halves = math.ceil(block_q / side) * (KEY // k1)
+    return TilePlan(
+        profile=profile.name,
+        block_q=block_q,
+        block_kv=block_kv,
+        kv_stages=3,
+        num_workers=profile.cores,
+        tiles=(
+            Tile("task", "QK", block_q, KEY, block_kv),
+            Tile("task", "PV", block_q, block_kv, LATENT),
+            Tile("l1", "QK", m1, k1, side),
+            Tile("l1", "PV", m1, v1, side),
+            Tile("l0", "QK", m1, k0, side),
+            Tile("l0", "PV", m1, v0, side),
+        ),
+        uses=(
+            BufferUse("l1", "q, resident", m1 * k1 * item, halves),
+            BufferUse("l1", "keys, values and P in turn", buffer_bytes, 3),
+            BufferUse("l0a", "left", m1 * max(k0, v0) * item, 2),
+            BufferUse("l0b", "right", side * max(k0, v0) * item, 2),
+            BufferUse("l0c", "product, fp32", side * m1 * 4, 2),
+            BufferUse("ub", "16 rows of S and P", rows_bytes * block_kv),
+        ),
+        capacity={n: profile.bytes(f"buffer.{n}") for n in ("l1", "l0a", "l0b", "l0c", "ub")},
+    )
