@@ -12,7 +12,7 @@ _DMA = "S: flat DMA table of a performance model in the CANN sources"
 
 _COMMON: dict[str, Entry] = {
     "core.vector_cores": (2, _CORE, "official"),
-    "core.packages_dies": (1, _CORE, "official"),
+    "core.dies": (1, _CORE, "official"),
     "buffer.l1": (512 * 1024, _CORE, "official"),
     "buffer.l0a": (64 * 1024, _CORE, "official"),
     "buffer.l0b": (64 * 1024, _CORE, "official"),
@@ -42,7 +42,14 @@ _COMMON: dict[str, Entry] = {
 
 
 def _die(
-    name: str, cores: int, clock: float, hbm: float, bandwidth: float, clock_sure: str, note: str = ""
+    name: str,
+    cores: int,
+    clock: float,
+    hbm: float,
+    bandwidth: float,
+    clock_sure: str,
+    note: str = "",
+    **extra: Entry,
 ) -> HardwareProfile:
     certainty = "official" if clock_sure == "S" else "document"
     entries: dict[str, Entry] = _COMMON | {
@@ -51,6 +58,7 @@ def _die(
         "memory.hbm_bytes": (hbm, "C: board data", "community"),
         "memory.hbm_bandwidth": (bandwidth, "C: board data", "community"),
     }
+    entries |= {field.replace("__", "."): entry for field, entry in extra.items()}
     return build(name, "ascend", entries, "Ascend910B1", note)
 
 
@@ -59,4 +67,9 @@ ASCEND910B2 = _die("Ascend910B2", 24, 1.80e9, 64e9, 1.6e12, "D")
 ASCEND910B3 = _die("Ascend910B3", 20, 1.80e9, 64e9, 1.6e12, "D")
 ASCEND910B4 = _die("Ascend910B4", 20, 1.50e9, 32e9, 0.8e12, "S")
 ASCEND910C_DIE = _die("Ascend910C_die", 24, 1.80e9, 64e9, 1.6e12, "D", "one of a package's two dies")
-ASCEND910C = _die("Ascend910C", 48, 1.80e9, 128e9, 3.2e12, "D", "the package: two dies")
+ASCEND910C = _die(
+    "Ascend910C", 48, 1.80e9, 128e9, 3.2e12, "D", "the package: two dies",
+    core__dies=(2, "D: product document", "document"),
+    buffer__l2=(2 * 192 * 2**20, "two dies", "derived"),
+    memory__l2_bandwidth=(14e12, "two dies", "derived"),
+)  # fmt: skip

@@ -80,8 +80,8 @@ INGREDIENTS: dict[str, dict[str, object]] = {
     "larger head groups in SM": {"head_group": 16},
     "UP ping-pong": {"update_ping_pong": True},
     "two signals after QK": {"order.signals": 2},
-    "one UP a chunk": {"order.update": "chunk", "order.update_slots": 2},
     "chunk 4": {"order.chunk": 4, "order.preload": 0},
+    "one UP a chunk": {"order.update": "chunk", "order.update_slots": 2},
 }
 
 
@@ -162,6 +162,7 @@ def ascend_costs(
     head, cycle, scale = profile["engine.cube_head"], profile.cycle, profile["engine.dma_scale"]
     vectors = profile["core.vector_cores"]
     flag = profile["latency.flag"]
+    from_l2 = profile["memory.l2_bandwidth"] / profile.cores  # QK has just brought the values there
 
     def passes(wide: float, narrow: float, columns: int) -> float:
         """Cycles of a vector core for so many passes over rows x columns, by element rate."""
@@ -173,12 +174,12 @@ def ascend_costs(
             + narrow * (elements / profile["engine.vector_narrow"] + per_pass)
         )
 
-    def matrix(work: _Work) -> StageCost:
-        load = profile["engine.gm_to_l1"] * scale
+    def matrix(work: _Work, source: float) -> StageCost:
+        load = min(profile["engine.gm_to_l1"] * scale, source)
         busy = {
             "cube": work.cube * cycle,
             "mte1": work.l0a / profile["engine.l1_to_l0a"] + work.l0b / profile["engine.l1_to_l0b"],
-            "mte2": work.gm_to_l1 / min(load, share),
+            "mte2": work.gm_to_l1 / load,
             "fixpipe": work.fixpipe / (profile["engine.fixpipe"] * scale),
         }
         waits = 0.0 if kernel.unit_flags else work.tiles * flag
@@ -197,14 +198,15 @@ def ascend_costs(
         work = _product(plan, rows, depth, keys, itemsize, head)
         convert = 2.0 if kernel.convert_load else 1.0
         return matrix(dataclasses.replace(
-            work, gm_to_l1=keys * depth * itemsize * convert, fixpipe=4.0 * rows * keys))  # fmt: skip
+            work, gm_to_l1=keys * depth * itemsize * convert, fixpipe=4.0 * rows * keys), share)  # fmt: skip
 
     def outputs() -> StageCost:
         work = _product(plan, rows, keys, LATENT, item, head)
         convert = 1.0 if kernel.fractal_layout else 2.0
         values = keys * LATENT * item * (2.0 if kernel.convert_load else 1.0)
         return matrix(dataclasses.replace(
-            work, gm_to_l1=values + rows * keys * item * convert, fixpipe=4.0 * rows * LATENT))  # fmt: skip
+            work, gm_to_l1=values + rows * keys * item * convert, fixpipe=4.0 * rows * LATENT),
+            from_l2)  # fmt: skip
 
     def softmax(inputs: float) -> StageCost:
         # scale, subtract, exponential, max, cast; the sum once more where it is reduced by slices
@@ -220,12 +222,13 @@ def ascend_costs(
         return vector(_Work(vector=passes(wide, narrow, keys), gm_to_ub=inputs * rows * keys,
                             ub_to_gm=item * rows * keys))  # fmt: skip
 
-    def update() -> StageCost:
-        blocks = min(kernel.order.chunk or 1, 64) if kernel.order.update == "chunk" else 1
+    def update(step: Step) -> StageCost:
+        blocks = sum(read.buffer == "Otmp" for read in step.reads)
         narrow = 1.0 * blocks + (1.0 * blocks if int8 else 0.0)
         state = 4.0 * rows * LATENT
+        before = state if any(read.buffer == "O" for read in step.reads) else 0.0
         return vector(_Work(vector=passes(1.0 * blocks, narrow, LATENT),
-                            gm_to_ub=blocks * state + state, ub_to_gm=state,
+                            gm_to_ub=blocks * state + before, ub_to_gm=state,
                             overlapped=kernel.update_ping_pong))  # fmt: skip
 
     def stage(step: Step) -> StageCost:
@@ -248,7 +251,7 @@ def ascend_costs(
             case "PV":
                 return outputs()
             case "UP":
-                return update()
+                return update(step)
             case "ADD":
                 return vector(_Work(ub_to_gm=4.0 * rows * LATENT))
         raise ValueError(f"{kernel.name}: no cost for stage {step.stage}")

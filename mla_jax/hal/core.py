@@ -57,10 +57,10 @@ def run_schedule(schedule: Schedule, costs: Costs, signal: float = 0.0) -> Timel
     unit_free: dict[str, float] = {}
     engine_free: dict[str, float] = {}
     arrived: dict[tuple[str, int], float] = {}
-    cost_of: dict[tuple[str, str], StageCost] = {}
+    cost_of: dict[tuple[str, str, int], StageCost] = {}
     starts, ends, used = [], [], []
     for step in schedule.steps:
-        key = (step.unit, step.stage)
+        key = (step.unit, step.stage, len(step.reads))  # a first update reads no O
         cost = cost_of.get(key)
         if cost is None:
             cost = cost_of[key] = costs(step)

@@ -148,7 +148,6 @@ ASCEND_ORDERS = {
         AscendOrder("amla", preload=1, rescale="exponent_add"),
         AscendOrder("int8-1-signal", preload=1, signals=1),
         AscendOrder("int8-2-signals", preload=1, signals=2),
-        AscendOrder("v11", chunk=4, preload=0, signals=2, update_slots=2),
     )
 }
 

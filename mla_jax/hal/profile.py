@@ -33,7 +33,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "ascend": _COMMON
     | {
         "core.vector_cores": "1",
-        "core.packages_dies": "1",
+        "core.dies": "1",
         "buffer.l1": "B",
         "buffer.l0a": "B",
         "buffer.l0b": "B",

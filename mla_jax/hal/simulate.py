@@ -153,13 +153,17 @@ def _simulate_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendK
     )
     share = _fair_share(profile, work)
     signal = profile["latency.cross_core"]
-    times = {r: BlockTimes(kernel.order, ascend_costs(profile, kernel, tile, r, share), signal)
-             for r in set(rows)}  # fmt: skip
+    block_bytes = tile.block_kv * problem.token_bytes
+    fraction = 1.0
+    times = {}
+    for r in sorted(set(rows)):
+        costs_at = partial(ascend_costs, profile, kernel, tile, r)
+        (times[r],), fraction = _loaded((kernel.order,), costs_at, share, block_bytes, signal)
     pairs = zip(work.rows.tolist(), work.blocks.tolist(), strict=True)
     alone = np.array([times[r](b) for r, b in pairs])
     cores, _ = machine.makespan(alone, np.zeros(len(alone)), work.worker, work.num_workers)
     shown = min(int(blocks.max()), SHOWN_BLOCKS)
-    costs: Costs = ascend_costs(profile, kernel, tile, max(rows), share)
+    costs: Costs = ascend_costs(profile, kernel, tile, max(rows), share / fraction)
     timeline = run_schedule(kernel.order(shown), costs, signal)
     return _report(profile, problem, kernel.name, timeline, cores, 0.0)
 
