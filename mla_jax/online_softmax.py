@@ -15,6 +15,7 @@ Scores are natural-log logits; log-sum-exp (lse) values are natural logs in floa
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,24 +73,45 @@ def update(
         rescale: "multiply" or "exponent_add", the same in every block.
         compensate: in "exponent_add", make up for what rounding the residual lost.
     """
+    new, p, factor = weigh(state, scores, values.dtype, rescale=rescale, compensate=compensate)
+    return dataclasses.replace(new, o=rescale_output(state.o, factor) + weighted_sum(p, values))
+
+
+def weigh(
+    state: SoftmaxState,
+    scores: jax.Array,
+    dtype: Any,
+    *,
+    rescale: str = "multiply",
+    compensate: bool = True,
+) -> tuple[SoftmaxState, jax.Array, jax.Array]:
+    """The first half of `update`, without the values: (state with its o as it was, P [..., R, T]
+    rounded to `dtype`, what `rescale_output` wants for o [..., R])."""
     m = jnp.maximum(state.m, scores.max(-1))
     shift = jnp.where(m == -jnp.inf, 0.0, m)  # a row without a key keeps p = 0, not NaN
     p = jnp.exp(scores - shift[..., None])
     decay = jnp.exp(state.m - shift)
     total = state.l * decay + p.sum(-1)
     if rescale == "multiply":
-        o = state.o * decay[..., None] + _matmul(p.astype(values.dtype), values)
-        return dataclasses.replace(state, m=m, l=total, o=o)
+        return dataclasses.replace(state, m=m, l=total), p.astype(dtype), decay
 
     exact = _residual(shift)
-    residual = exact.astype(values.dtype).astype(jnp.float32)
+    residual = exact.astype(dtype).astype(jnp.float32)
     lost = exact / residual
     drop = _exponent(shift) - _exponent(state.m)
     drop = jnp.where(state.m == -jnp.inf, 0.0, jnp.maximum(drop, -_MAX_EXPONENT_DROP))
     correction = _MEAN_MANTISSA * (state.lost / lost - 1.0) if compensate else jnp.zeros_like(lost)
-    o = _add_to_exponent(state.o, drop[..., None], correction[..., None])
-    o = o + _matmul((p * residual[..., None]).astype(values.dtype), values)
-    return SoftmaxState(m, total, o, residual, lost)
+    step = drop.astype(jnp.int32) * _SMALLEST_NORMAL_BITS
+    step = step + jnp.rint(correction * float(_SMALLEST_NORMAL_BITS)).astype(jnp.int32)
+    p = (p * residual[..., None]).astype(dtype)
+    return SoftmaxState(m, total, state.o, residual, lost), p, step
+
+
+def rescale_output(o: jax.Array, factor: jax.Array) -> jax.Array:
+    """o [..., R, D_v] times a float32 factor [..., R], or with an int32 one added to its bits."""
+    if factor.dtype == jnp.int32:
+        return _add_to_bits(o, factor[..., None])
+    return o * factor[..., None]
 
 
 def finalize(state: SoftmaxState) -> tuple[jax.Array, jax.Array]:
@@ -147,17 +169,14 @@ def _residual(m: jax.Array) -> jax.Array:
     return jnp.exp((m + n * _LN2_HIGH) + n * _LN2_LOW)
 
 
-def _add_to_exponent(x: jax.Array, exponent: jax.Array, correction: jax.Array) -> jax.Array:
-    """x * 2^exponent * (1 + about correction / 1.5), by an integer add to the bits of x.
+def _add_to_bits(x: jax.Array, step: jax.Array) -> jax.Array:
+    """x * 2^(step / 2^23), to first order in what is no whole power, by an integer add to its bits.
 
     Where the result would lie below the smallest normal number it is 0. A guard for x == 0 alone
     would not do: an exponent that falls past 0 runs into the sign bit. (The shipped kernel also
     adds 1e-6, against a conversion that truncates; the integer here is exact.)
     """
     bits = lax.bitcast_convert_type(x, jnp.int32)
-    scale = float(_SMALLEST_NORMAL_BITS)
-    step = exponent.astype(jnp.int32) * _SMALLEST_NORMAL_BITS
-    step = step + jnp.rint(correction * scale).astype(jnp.int32)
     magnitude = bits & 0x7FFFFFFF
     return jnp.where(
         magnitude + step < _SMALLEST_NORMAL_BITS,
@@ -166,8 +185,8 @@ def _add_to_exponent(x: jax.Array, exponent: jax.Array, correction: jax.Array) -
     )
 
 
-def _matmul(p: jax.Array, values: jax.Array) -> jax.Array:
-    """[..., R, T] @ [..., T, D_v], accumulated in float32; float32 inputs stay float32."""
+def weighted_sum(p: jax.Array, values: jax.Array) -> jax.Array:
+    """P V: [..., R, T] @ [..., T, D_v], accumulated in float32; float32 inputs stay float32."""
     return jnp.matmul(
         p, values, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
