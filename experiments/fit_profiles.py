@@ -100,7 +100,7 @@ def fit(device: str, rows: Sequence[Row], bounds: Bounds) -> dict[str, float]:
         return errors
 
     low, first, high = (np.log(column) for column in zip(*bounds.values(), strict=True))
-    found = least_squares(residuals, first, bounds=(low, high), loss="cauchy", f_scale=0.06,
+    found = least_squares(residuals, first, bounds=(low, high), loss="soft_l1", f_scale=0.08,
                           diff_step=1e-2 / np.maximum(np.abs(first), 1), max_nfev=25,
                           x_scale=0.3)  # fmt: skip
     return {field: float(f"{math.exp(v):.4g}") for field, v in zip(bounds, found.x, strict=True)}

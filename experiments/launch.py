@@ -28,6 +28,11 @@ EXPERIMENTS = (
     "amla_accuracy",
     "cache_size",
     "split_kv",
+    "published",
+    "pipeline",
+    "compare",
+    "sweep",
+    "best",
 )
 
 

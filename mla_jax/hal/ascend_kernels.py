@@ -30,6 +30,7 @@ class AscendKernel:
     head_group: query rows that one vector instruction covers.
     update_ping_pong: UP brings the next rows in while it works on these.
     q_tokens: query tokens a job takes ("Q2": 2).
+    block_kv: keys of a block; None: as many as fit (512 on all 910s).
     """
 
     name: str
@@ -42,6 +43,7 @@ class AscendKernel:
     head_group: int = 16
     update_ping_pong: bool = True
     q_tokens: int = 1
+    block_kv: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.head_group <= 64:
@@ -50,6 +52,8 @@ class AscendKernel:
             raise ValueError(f"{self.name}: q_tokens = {self.q_tokens}, wanted 1 or 2")
         if self.kv_dtype not in ITEMSIZE:
             raise ValueError(f"{self.name}: kv_dtype = {self.kv_dtype!r}, wanted {set(ITEMSIZE)}")
+        if self.order.rescale == "exponent_add" and self.kv_dtype == "int8":
+            raise ValueError(f"{self.name}: AMLA adds P.V to O in memory, which int32 products can't")
         if self.order.signals == 2 and self.kv_dtype != "int8":
             raise ValueError(f"{self.name}: signals = 2 needs kv_dtype = 'int8', got {self.kv_dtype!r}")
 
@@ -106,7 +110,7 @@ ASCEND_KERNELS = {
     f"{dtype}-{name}": AscendKernel(f"{dtype}-{name}", order, kv_dtype=dtype)
     for dtype in ("bf16", "int8")
     for name, order in ASCEND_ORDERS.items()
-    if dtype == "int8" or order.signals == 1
+    if (order.signals == 1 if dtype == "bf16" else order.rescale == "multiply")
 }
 
 

@@ -5,6 +5,7 @@ goes through shared memory, how many barriers a block has, how parts are merged)
 says how fast the machine does each of these things.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ class Kernel:
     copy: "tma", "cp_async" (issued by the computing warps) or "gather" (one address a row looked
     up first); block_q, block_kv: its tile; warps: that compute; qk: "whole", "sharded" or
     "duplicated"; barriers: block-wide barriers per KV block; merge: how parts are put together;
-    partial_bytes: of one value of a partial output.
+    partial_bytes: of one value of a partial output; multicast: cores of a cluster that a KV block
+    is sent to at once; value_loads: 2 where the values are loaded again after softmax.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Kernel:
     merge: str = "none"
     partial_bytes: int = 4
     value_loads: int = 1
+    multicast: int = 1
 
 
 def gpu_costs(
@@ -193,6 +196,25 @@ def _triton(profile: HardwareProfile) -> Kernel:
                   qk="sharded", barriers=3, merge="stage2", value_loads=2)  # fmt: skip
 
 
+def _cluster(profile: HardwareProfile) -> Kernel:
+    """FlashMLA's order with two row tiles in a cluster, each KV block multicast to both."""
+    return dataclasses.replace(_flashmla(profile), name="seesaw_cluster2", multicast=2)
+
+
+def _four(profile: HardwareProfile) -> Kernel:
+    """An idea to try: load, QK, and the two halves of PV each have a warpgroup."""
+    return dataclasses.replace(
+        _flashmla(profile), name="four_warpgroups", orders=(orders.four_warpgroups,), warps=12
+    )
+
+
+def _fa3_duplicated(profile: HardwareProfile) -> Kernel:
+    """The first FA3 template with QK in both consumers: no gathering of P."""
+    return dataclasses.replace(
+        _fa3_first(profile), name="fa3_qk_duplicated", qk="duplicated", barriers=1
+    )
+
+
 KERNELS: dict[str, Callable[[HardwareProfile], Kernel]] = {
     "flashmla_dense": _flashmla,
     "flashinfer_fa2": lambda p: _fa2(p, "flashinfer_fa2", "sharded", "later"),
@@ -204,4 +226,23 @@ KERNELS: dict[str, Callable[[HardwareProfile], Kernel]] = {
     "fa2_no_split_k": lambda p: _fa2(p, "fa2_no_split_k", "sharded", "whole"),
     "fa2_split_k": lambda p: _fa2(p, "fa2_split_k", "sharded", "first"),
     "fa3_warp_specialized": _fa3_first,
+    "fa3_qk_duplicated": _fa3_duplicated,
+    "four_warpgroups": _four,
+    "seesaw_cluster2": _cluster,
 }
+KERNEL_OF_ORDER = {
+    "fa2": "flashinfer_fa2",
+    "fa3": "fa3_warp_specialized",
+    "fa3-2wg": "flashinfer_fa3",
+    "four-wg": "four_warpgroups",
+    "seesaw": "flashmla_dense",
+    "seesaw-1-ahead": "flashmla_dense",
+    "triton-split": "sglang_triton",
+}
+
+
+def with_block(kernel: Kernel, block_kv: int) -> Kernel:
+    """The kernel with another KV tile, its plan cut to match."""
+    return dataclasses.replace(
+        kernel, block_kv=block_kv, plan=partial(kernel.plan, block_kv=block_kv)
+    )

@@ -13,9 +13,15 @@ import numpy as np
 from mla_jax.hal import machine
 from mla_jax.hal.ascend_kernels import ASCEND_KERNELS, AscendKernel, ascend_costs, job_rows
 from mla_jax.hal.core import BlockTimes, Costs, Timeline, run_schedule
-from mla_jax.hal.gpu_kernels import KERNELS, Kernel, gpu_costs, merge_seconds
+from mla_jax.hal.gpu_kernels import (
+    KERNEL_OF_ORDER,
+    KERNELS,
+    Kernel,
+    gpu_costs,
+    merge_seconds,
+)
+from mla_jax.hal.orders import ASCEND_ORDERS
 from mla_jax.hal.profile import HardwareProfile
-from mla_jax.hal.schedule import Schedule
 from mla_jax.hal.tiling import LATENT, plan_tiles
 from mla_jax.hal.work import ITEMSIZE, Problem, Work
 
@@ -65,13 +71,7 @@ def simulate(
 ) -> Report:
     """Times one call. `kernel`: a name of KERNELS (nvidia) or ASCEND_KERNELS, or one of your own."""
     if isinstance(kernel, str):
-        table = KERNELS if profile.family == "nvidia" else ASCEND_KERNELS
-        if kernel not in table:
-            raise ValueError(
-                f"kernel = {kernel!r}, wanted one of {', '.join(sorted(table))} on {profile.name}"
-            )
-        found = table[kernel]
-        kernel = found if isinstance(found, AscendKernel) else found(profile)
+        kernel = named_kernel(profile, kernel, problem.kv_dtype)
     if isinstance(kernel, Kernel):
         if profile.family != "nvidia":
             raise ValueError(f"kernel {kernel.name} does not run on family {profile.family!r}")
@@ -81,12 +81,34 @@ def simulate(
     return _simulate_ascend(profile, problem, kernel)
 
 
-def _fair_share(profile: HardwareProfile, plan: Work) -> float:
+def named_kernel(
+    profile: HardwareProfile, name: str, kv_dtype: str = "bf16"
+) -> Kernel | AscendKernel:
+    """A kernel by its own name or its order's. ValueError lists the names on this profile."""
+    if profile.family == "nvidia":
+        name = KERNEL_OF_ORDER.get(name, name)
+        if name in KERNELS:
+            return KERNELS[name](profile)
+        raise _unknown(profile, name, [*KERNELS, *KERNEL_OF_ORDER])
+    if name not in ASCEND_KERNELS and f"{kv_dtype}-{name}" in ASCEND_KERNELS:
+        name = f"{kv_dtype}-{name}"
+    if name in ASCEND_KERNELS:
+        return ASCEND_KERNELS[name]
+    raise _unknown(profile, name, [*ASCEND_KERNELS, *ASCEND_ORDERS])
+
+
+def _unknown(profile: HardwareProfile, name: str, known: list[str]) -> ValueError:
+    return ValueError(f"kernel = {name!r}, wanted one of {', '.join(known)} on {profile.name}")
+
+
+def _fair_share(profile: HardwareProfile, plan: Work, multicast: int = 1) -> float:
     """Bytes per second for each core while all are at work. Row tiles that read the same KV get
-    it from the L2 cache: HBM serves it once."""
+    it from the L2 cache: HBM serves it once, L2 once for each cluster it is multicast to."""
     active = min(plan.num_workers, len(plan.blocks)) * plan.cluster
     memory = profile["memory.hbm_bandwidth"] * profile["memory.hbm_efficiency"]
-    return min(memory * min(plan.sharers, active), profile["memory.l2_bandwidth"]) / active
+    multicast = min(multicast, plan.sharers)
+    l2 = profile["memory.l2_bandwidth"] * multicast
+    return min(memory * min(plan.sharers, active), l2) / active
 
 
 def _loaded(
@@ -105,7 +127,7 @@ def _loaded(
 
 def _simulate_gpu(profile: HardwareProfile, problem: Problem, kernel: Kernel) -> Report:
     plan = kernel.plan(problem)
-    share = _fair_share(profile, plan)
+    share = _fair_share(profile, plan, kernel.multicast)
     block_bytes = kernel.block_kv * 576 * ITEMSIZE[problem.kv_dtype]
     signal = profile["latency.barrier"]
     kinds, which = np.unique(
@@ -141,7 +163,7 @@ def _simulate_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendK
     """Jobs (request, row tile) are handed to free cores; none is cut over the keys."""
     rows = job_rows(kernel, problem.rows)
     plan_problem = Problem((512,), heads=max(rows), kv_dtype=kernel.kv_dtype)
-    tile = plan_tiles(profile, plan_problem)
+    tile = plan_tiles(profile, plan_problem, block_kv=kernel.block_kv)
     blocks = np.array([max(math.ceil(n / tile.block_kv), 1) for n in problem.kv_lens])
     work = Work(
         blocks=np.repeat(blocks, len(rows)),
@@ -221,10 +243,3 @@ def matrix_bubbles(timeline: Timeline) -> dict[str, float]:
         "steady": max(reach - first - busy, 0.0) / total,
         "tail": (total - reach) / total,
     }
-
-
-def schedule_of(profile: HardwareProfile, kernel: str, num_blocks: int) -> Schedule:
-    """The (first) schedule of a named kernel."""
-    if profile.family == "ascend":
-        return ASCEND_KERNELS[kernel].order(num_blocks)
-    return KERNELS[kernel](profile).orders[0](num_blocks)

@@ -1,0 +1,111 @@
+"""What the time is sensitive to: bandwidth, synchronisation, chunk and tile, one at a time."""
+
+import dataclasses
+from collections.abc import Callable
+
+from experiments import plotting
+from experiments.console import show_table
+from experiments.experiment import Outcome, Output, Row, reading
+from experiments.machine_options import MachineOptions, machine_and_problem
+from experiments.options import flag
+from mla_jax.hal import HardwareProfile, Problem, TilePlanError, plan_tiles, simulate
+from mla_jax.hal.ascend_kernels import AscendKernel
+from mla_jax.hal.gpu_kernels import Kernel, with_block
+from mla_jax.hal.simulate import named_kernel
+
+SUMMARY = "time against memory bandwidth, synchronisation cost, chunk and KV tile"
+
+FACTORS = (0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0)
+Machine = tuple[HardwareProfile, Kernel | AscendKernel]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(MachineOptions):
+    schedule: str = flag("seesaw", "an order or a kernel")
+
+
+def run(options: Options, output: Output) -> Outcome:
+    profile, problem = machine_and_problem(options)
+    with reading("schedule"):
+        kernel = named_kernel(profile, options.schedule, options.dtype)
+    start = simulate(profile, problem, kernel).seconds
+    rows: list[Row] = []
+    for knob, values in knobs(profile, problem, kernel).items():
+        for value, make in values:
+            try:
+                report = simulate(*_apply(make, problem))
+            except TilePlanError as error:
+                rows.append({"knob": knob, "value": value, "us": None, "refused": str(error)})
+                continue
+            rows.append({"knob": knob, "value": value, "us": report.seconds * 1e6,
+                         "of_default": report.seconds / start, "bound_by": report.bound_by})  # fmt: skip
+    show_table(f"{options.schedule} on {profile.name}", rows,
+               {c: c.replace("_", " ") for c in ("knob", "value", "us", "of_default", "bound_by")})  # fmt: skip
+    spread = spreads(rows)
+    _draw(output, f"{options.schedule} on {profile.name}: what the time is sensitive to", rows)
+    most = max(spread, key=lambda knob: spread[knob])
+    return Outcome(True, f"most sensitive to {most}: {spread[most]:.2f} times from best to worst",
+                   rows, {"spread": spread, "default_us": start * 1e6})  # fmt: skip
+
+
+def _apply(make: Callable[[], Machine], problem: Problem) -> tuple:
+    profile, kernel = make()
+    return profile, problem, kernel
+
+
+def knobs(
+    profile: HardwareProfile, problem: Problem, kernel: Kernel | AscendKernel
+) -> dict[str, list[tuple[float, Callable[[], Machine]]]]:
+    """Knob -> (value, how to make the machine and kernel with it)."""
+    sync = "latency.cross_core" if profile.family == "ascend" else "latency.barrier"
+
+    def scaled(field: str, factor: float) -> Callable[[], Machine]:
+        return lambda: (profile.with_values(**{field: profile[field] * factor}), kernel)
+
+    found: dict[str, list[tuple[float, Callable[[], Machine]]]] = {
+        field: [(profile[field] * f, scaled(field, f)) for f in FACTORS]
+        for field in ("memory.hbm_bandwidth", sync)
+    }
+    if isinstance(kernel, AscendKernel):
+        def with_chunk(chunk: int) -> Callable[[], Machine]:
+            order = dataclasses.replace(kernel.order, chunk=chunk)
+            return lambda: (profile, dataclasses.replace(kernel, order=order))
+
+        def with_keys(keys: int) -> Callable[[], Machine]:
+            return lambda: (profile, dataclasses.replace(kernel, block_kv=keys))
+
+        found["chunk"] = [(c, with_chunk(c)) for c in (1, 2, 4, 8)]
+        found["KV tile"] = [(k, with_keys(k)) for k in (128, 256, 512, 1024)]
+        return found
+
+    def with_tile(keys: int) -> Callable[[], Machine]:
+        def make() -> Machine:
+            plan_tiles(profile, problem, block_q=kernel.block_q, block_kv=keys, kv_stages=2)
+            return profile, with_block(kernel, keys)
+
+        return make
+
+    found["KV tile"] = [(k, with_tile(k)) for k in (16, 32, 64, 128)]
+    return found
+
+
+def spreads(rows: list[Row]) -> dict[str, float]:
+    """Worst over best time of each knob."""
+    times: dict[str, list[float]] = {}
+    for row in rows:
+        if row["us"] is not None:
+            times.setdefault(row["knob"], []).append(row["us"])
+    return {knob: max(found) / min(found) for knob, found in times.items()}
+
+
+def _draw(output: Output, title: str, rows: list[Row]) -> None:
+    names = list(dict.fromkeys(row["knob"] for row in rows))
+    with plotting.figure(output.path("sweep.png"), title, columns=len(names), size=(4 * len(names), 4)) as axes:
+        for i, (ax, knob) in enumerate(zip(axes, names, strict=True)):
+            mine = [row for row in rows if row["knob"] == knob and row["us"] is not None]
+            ax.plot([r["value"] for r in mine], [r["us"] for r in mine], marker="o",
+                    color=plotting.COLOURS[i])  # fmt: skip
+            ax.set_xscale("log")
+            ax.set_ylim(0, max(r["us"] for r in rows if r["us"] is not None) * 1.05)
+            ax.set_xlabel(knob)
+            ax.set_ylabel("µs")

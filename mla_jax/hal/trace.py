@@ -1,0 +1,88 @@
+"""A timeline for people: a Gantt chart, a Chrome or Perfetto trace, a report in words."""
+
+from typing import Any
+
+from mla_jax.hal.core import Timeline
+from mla_jax.hal.simulate import Report
+
+# Stage -> colour group; the same stage has the same colour on every device.
+STAGE_COLOURS = {
+    "LOAD": "#8C6D31", "ISSUE": "#8C6D31", "WIDEN": "#CC79A7", "QK": "#0072B2", "DEQUANT": "#56B4E9",
+    "SM": "#E69F00", "PV": "#009E73", "ADD": "#CC79A7", "UP": "#D55E00", "STORE": "#555555",
+}  # fmt: skip
+
+
+def stage_group(stage: str) -> str:
+    """LOAD_L -> LOAD, QK_ROPE -> QK: the part of a stage's name that its colour follows."""
+    return stage.split("_")[0]
+
+
+def chrome_trace(timeline: Timeline) -> dict[str, Any]:
+    """The timeline in Chrome's trace event format (open it in Perfetto): one thread a unit."""
+    units = timeline.schedule.units
+    events: list[dict[str, Any]] = [
+        {"ph": "M", "name": "process_name", "pid": 0, "args": {"name": timeline.schedule.name}}
+    ]
+    for thread, unit in enumerate(units):
+        events.append({"ph": "M", "name": "thread_name", "pid": 0, "tid": thread, "args": {"name": unit}})
+    steps = zip(timeline.schedule.steps, timeline.start, timeline.end, timeline.costs, strict=True)
+    for step, start, end, cost in steps:
+        events.append({
+            "ph": "X", "name": f"{step.stage} {step.block}", "cat": stage_group(step.stage), "pid": 0,
+            "tid": units.index(step.unit), "ts": start * 1e6, "dur": (end - start) * 1e6,
+            "args": {
+                "block": step.block,
+                "waits": [f"{s.stage}({s.block})" for s in step.waits],
+                "busy_us": {engine: seconds * 1e6 for engine, seconds in cost.busy.items()},
+            },
+        })  # fmt: skip
+    return {"traceEvents": events, "displayTimeUnit": "ns"}
+
+
+def draw_gantt(axes: Any, timeline: Timeline, *, until: float | None = None) -> None:
+    """Draws on matplotlib axes: a lane a unit, stages coloured, block numbers in them; where a
+    matrix unit stands idle between its steps the lane is hatched. `until`: seconds the axis shows.
+    """
+    units = timeline.schedule.units
+    total = until or timeline.total
+    seen: dict[str, str] = {}
+    idle_from: dict[str, float] = {}
+    for step, start, end in zip(timeline.schedule.steps, timeline.start, timeline.end, strict=True):
+        lane = len(units) - 1 - units.index(step.unit)
+        group = stage_group(step.stage)
+        colour = STAGE_COLOURS[group]
+        if group in ("QK", "PV"):
+            gap = start - idle_from.get(step.unit, 0.0)
+            if gap > total * 1e-4:
+                axes.barh(lane, gap * 1e6, left=(start - gap) * 1e6, height=0.72, color="white",
+                          edgecolor="#c44", hatch="////", linewidth=0)  # fmt: skip
+            idle_from[step.unit] = end
+        axes.barh(lane, (end - start) * 1e6, left=start * 1e6, height=0.72, color=colour,
+                  edgecolor="white", linewidth=0.6, label=None if group in seen else group)  # fmt: skip
+        seen[group] = colour
+        if (end - start) > total * 0.012 and step.block >= 0:
+            axes.text((start + end) / 2 * 1e6, lane, str(step.block), ha="center", va="center",
+                      color="white", fontsize=7)  # fmt: skip
+    axes.set_yticks(range(len(units)), list(reversed(units)))
+    axes.set_xlim(0, total * 1e6)
+    axes.grid(False)
+    axes.set_xlabel("µs")
+    axes.set_title(f"{timeline.schedule.name}: {timeline.total * 1e6:.1f} µs", fontsize=10)
+
+
+def describe(report: Report) -> list[str]:
+    """What a report says, the verdict first."""
+    idle = ", ".join(f"{where} {share:.1%}" for where, share in report.bubbles.items())
+    busy = ", ".join(
+        f"{engine} {share:.0%}"
+        for engine, share in sorted(report.engine_share.items(), key=lambda item: -item[1])
+    )
+    return [
+        f"bound by {report.bound_by} (busiest engine: {report.engine})",
+        f"{report.seconds * 1e6:.1f} us: launch {report.launch * 1e6:.1f}, cores "
+        f"{report.cores * 1e6:.1f}, merge {report.merge * 1e6:.1f}",
+        f"{report.tflops:.0f} TFLOPS, {report.gb_per_s:.0f} GB/s, {report.utilisation:.1%} of the "
+        "matrix-only peak",
+        f"matrix unit idle: {idle}",
+        f"engines busy: {busy}",
+    ]

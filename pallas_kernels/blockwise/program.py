@@ -1,0 +1,46 @@
+"""A hal Schedule as the kernel reads it: one row of int32 a step."""
+
+import numpy as np
+
+from mla_jax.hal.schedule import Schedule, Step
+
+# What a step does. NOP: stages that move nothing here (an issue, a widening, a final store).
+OPS = (
+    "NOP", "LOAD_L", "LOAD_R", "QK", "QK_LOADED", "QK_NOPE", "QK_ROPE", "DEQUANT", "SM",
+    "PV", "ACCUMULATE", "ADD", "UP", "PV_L", "PV_R",
+)  # fmt: skip
+COLUMNS = ("op", "block", "kv", "s", "p", "otmp")
+_SKIPPED = {"LOAD_Q", "ISSUE", "WIDEN", "STORE_L", "STORE_R"}
+
+
+def compile_schedule(schedule: Schedule) -> np.ndarray:
+    """[steps, len(COLUMNS)] int32, in issue order. Raises IllegalScheduleError if it is not legal.
+
+    Slots that a step does not use are 0. An UP of several blocks becomes one row a block.
+    """
+    schedule.check()
+    rows = [row for step in schedule.steps for row in _rows(step)]
+    return np.array(rows, dtype=np.int32)
+
+
+def _rows(step: Step) -> list[list[int]]:
+    slots = {access.buffer: access.slot for access in (*step.writes, *step.reads)}
+    kv = slots.get("kv_l", slots.get("kv_r", 0))
+    if step.stage == "UP":
+        parts = [access for access in step.reads if access.buffer == "Otmp"]
+        factors = [access for access in step.reads if access.buffer == "P"]
+        return [
+            [OPS.index("UP"), part.block, kv, 0, factor.slot, part.slot]
+            for part, factor in zip(parts, factors, strict=True)
+        ]
+    op = "NOP" if step.stage in _SKIPPED else step.stage
+    if op == "QK" and "kv_l" in slots:
+        op = "QK_LOADED"
+    if op == "PV" and "Otmp" not in slots:
+        op = "ACCUMULATE"
+    if op not in OPS:
+        raise ValueError(f"the blockwise kernel has no stage {step.stage}")
+    return [
+        [OPS.index(op), step.block, kv, slots.get("S", slots.get("S_rope", 0)),
+         slots.get("P", 0), slots.get("Otmp", 0)]
+    ]  # fmt: skip
