@@ -45,7 +45,12 @@ ASCEND: Bounds = {
 DEVICES: dict[str, tuple[str, Bounds]] = {
     "H200_SXM": (
         "h200_mla_decode.csv",
-        GPU | {"latency.second_launch": (1e-6, 3e-6, 1e-5), "engine.widen": (1.0, 3.4, 16.0)},
+        GPU
+        | {
+            "memory.l2_bandwidth": (5e12, 6e12, 9e12),
+            "latency.second_launch": (1e-6, 3e-6, 1e-5),
+            "engine.widen": (1.0, 3.4, 16.0),
+        },
     ),
     "H100_SXM5": ("flashinfer_mla_decode.csv", GPU),
     ASCEND_DEVICE: ("ascend_int8_v11_over_v0.csv", ASCEND),

@@ -65,7 +65,7 @@ class AscendKernel:
 
 _V0 = AscendKernel(
     "int8-v0",
-    dataclasses.replace(ASCEND_ORDERS["chunk1"], name="int8-v0"),
+    dataclasses.replace(ASCEND_ORDERS["chunk1"], name="int8-v0", update_slots=1),
     kv_dtype="int8",
     tail_row_sum=False,
     unit_flags=False,
@@ -74,7 +74,7 @@ _V0 = AscendKernel(
     head_group=8,
     update_ping_pong=False,
 )
-_V11_ORDER = AscendOrder("int8-v11", chunk=4, preload=0, signals=2, update="chunk", update_slots=2)
+_V11_ORDER = AscendOrder("int8-v11", chunk=4, preload=0, signals=2, update="chunk")
 
 # Each of V11's ingredients by itself, in the order in which the ablation switches them on.
 INGREDIENTS: dict[str, dict[str, object]] = {
@@ -82,10 +82,10 @@ INGREDIENTS: dict[str, dict[str, object]] = {
     "cube and L0C unit flags": {"unit_flags": True},
     "S and P layout": {"fractal_layout": True},
     "larger head groups in SM": {"head_group": 16},
-    "UP ping-pong": {"update_ping_pong": True},
+    "UP ping-pong": {"update_ping_pong": True, "order.update_slots": 2},
     "two signals after QK": {"order.signals": 2},
     "chunk 4": {"order.chunk": 4, "order.preload": 0},
-    "one UP a chunk": {"order.update": "chunk", "order.update_slots": 2},
+    "one UP a chunk": {"order.update": "chunk"},
 }
 
 

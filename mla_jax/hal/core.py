@@ -84,46 +84,59 @@ def run_schedule(schedule: Schedule, costs: Costs, signal: float = 0.0) -> Timel
 class BlockTimes:
     """Seconds of a core for n KV blocks, for any n: exact, but simulated only until it repeats.
 
-    In steady state each further `period` of blocks adds the same time; once `turns` periods in a
-    row have added the same, the rest is a multiplication.
+    Where every step of a stretch of blocks starts the same time after its like one period before,
+    all that follows does too (each time is a maximum of sums of the times before it), so the rest
+    is a multiplication. The stretch is a period and `_REACH` blocks, further than any order looks
+    ahead.
     """
 
+    _REACH = 8
+    _LENGTHS = (32, 64, 128, 256)
+
     def __init__(
-        self, order: Callable[[int], Schedule], costs: Costs, signal: float = 0.0, turns: int = 3
+        self, order: Callable[[int], Schedule], costs: Costs, signal: float = 0.0
     ) -> None:
-        self._order, self._costs, self._signal, self._turns = order, costs, signal, turns
+        self._order, self._costs, self._signal = order, costs, signal
         self._known: dict[int, float] = {}
-        self._warm: dict[int, tuple[int, float]] = {}
+        self._steady: tuple[int, int, float] | None = None
+        self._tried = 0
 
     def plain(self, num_blocks: int) -> float:
         """The whole event loop."""
         if num_blocks not in self._known:
-            schedule = self._order(num_blocks)
-            self._known[num_blocks] = run_schedule(schedule, self._costs, self._signal).total
+            line = run_schedule(self._order(num_blocks), self._costs, self._signal)
+            self._known[num_blocks] = line.total
         return self._known[num_blocks]
 
     def __call__(self, num_blocks: int) -> float:
-        period = self._order(max(min(num_blocks, 8), 1)).period
-        phase = num_blocks % period
-        if phase not in self._warm:
-            found = self._find(phase, period, num_blocks)
-            if found is None:
-                return self.plain(num_blocks)
-            self._warm[phase] = found
-        base, step = self._warm[phase]
-        if num_blocks <= base:
+        for length in self._LENGTHS:
+            if self._steady or length <= self._tried or length >= num_blocks:
+                continue
+            self._tried = length
+            self._steady = self._find_steady(length)
+        if not self._steady:
             return self.plain(num_blocks)
-        return self.plain(base) + (num_blocks - base) // period * step
+        start, period, step = self._steady
+        if num_blocks <= start + period:
+            return self.plain(num_blocks)
+        turns = (num_blocks - start) // period
+        return self.plain(num_blocks - turns * period) + turns * step
 
-    def _find(self, phase: int, period: int, limit: int) -> tuple[int, float] | None:
-        """The first length from which `turns` periods add the same time."""
-        length = phase or period
-        same, last = 0, -1.0
-        while length + period <= limit:
-            step = self.plain(length + period) - self.plain(length)
-            same = same + 1 if abs(step - last) <= 1e-9 * max(step, 1e-12) else 0
-            last = step
-            if same >= self._turns:
-                return length + period, step
-            length += period
-        return None
+    def _find_steady(self, length: int) -> tuple[int, int, float] | None:
+        """(length from which it repeats, period, seconds a period), if `length` blocks show it."""
+        schedule = self._order(length)
+        period, margin = schedule.period, schedule.period + self._REACH
+        line = run_schedule(schedule, self._costs, self._signal)
+        starts = {(s.stage, s.block): t for s, t in zip(schedule.steps, line.start, strict=True)}
+        shifts: dict[int, list[float]] = {}
+        for (stage, block), start in starts.items():
+            if (stage, block + period) in starts:
+                shifts.setdefault(block, []).append(starts[stage, block + period] - start)
+        last = length - margin - period
+        if last < margin:
+            return None
+        step = shifts[last][0]
+        first = last + 1
+        while first > 0 and all(abs(x - step) <= 1e-9 * step for x in shifts[first - 1]):
+            first -= 1
+        return (first + 2 * margin, period, step) if last - first >= margin else None

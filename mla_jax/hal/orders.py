@@ -24,7 +24,8 @@ class AscendOrder:
     rescale: "multiply" (O makes a round trip through UP) or "exponent_add" (AMLA).
     signals: 1 after QK, or 2 (int8: one for the nope part and one for the rope part).
     update: UP once a "block" or once a "chunk".
-    update_slots: slots of Otmp beyond what the chunk needs (2: UP ping-pong).
+    update_slots: 1, or 2: one slot of Otmp more than the chunk needs (UP ping-pong).
+    overlap: False lets no block start before the one before it is done.
     """
 
     name: str = "chunk1"
@@ -33,7 +34,8 @@ class AscendOrder:
     rescale: str = "multiply"
     signals: int = 1
     update: str = "block"
-    update_slots: int = 1
+    update_slots: int = 2
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         for field, low, high in (("chunk", 0, 64), ("preload", 0, 4), ("signals", 1, 2),
@@ -45,6 +47,8 @@ class AscendOrder:
             raise ValueError(f"{self.name}: rescale = {self.rescale!r}, wanted multiply or exponent_add")
         if self.update not in ("block", "chunk"):
             raise ValueError(f"{self.name}: update = {self.update!r}, wanted block or chunk")
+        if not self.overlap and (self.chunk != 1 or self.preload):
+            raise ValueError(f"{self.name}: overlap = False needs chunk = 1 and preload = 0")
         if self.update == "chunk" and self.rescale == "exponent_add":
             raise ValueError(f"{self.name}: update = 'chunk' needs rescale = 'multiply': AMLA has no UP")
 
@@ -56,7 +60,7 @@ class AscendOrder:
         if self.signals == 2:
             slots["S_rope"] = ahead
         if self.rescale == "multiply":
-            slots["Otmp"] = min(chunk * self.update_slots, num_blocks)
+            slots["Otmp"] = min(chunk + self.update_slots - 1, num_blocks)
         return slots
 
     def workspace_bytes(self, num_blocks: int, rows: int, block_kv: int, itemsize: int) -> int:
@@ -92,10 +96,11 @@ class AscendOrder:
 
     def _keys(self, build: ScheduleBuilder, block: int) -> None:
         s = build.slot("S", block)
+        done = () if self.overlap or not block else (Access("O", 0, block - 1),)
         if self.signals == 1:
-            build.add("cube", "QK", block, writes=(s,))
+            build.add("cube", "QK", block, reads=done, writes=(s,))
             return
-        build.add("cube", "QK_NOPE", block, writes=(s,))
+        build.add("cube", "QK_NOPE", block, reads=done, writes=(s,))
         build.add("cube", "QK_ROPE", block, writes=(build.slot("S_rope", block),))
 
     def _softmax(self, build: ScheduleBuilder, block: int) -> None:
@@ -136,7 +141,7 @@ class AscendOrder:
 ASCEND_ORDERS = {
     order.name: order
     for order in (
-        AscendOrder("serial", preload=0),
+        AscendOrder("serial", preload=0, overlap=False),
         AscendOrder("chunk1"),
         AscendOrder("chunk1-no-preload", preload=0),
         AscendOrder("chunk2", chunk=2, preload=0),

@@ -5,6 +5,7 @@ timeline of the longest piece, which is what the Gantt picture draws.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +23,7 @@ from mla_jax.hal.gpu_kernels import (
 )
 from mla_jax.hal.orders import ASCEND_ORDERS
 from mla_jax.hal.profile import HardwareProfile
+from mla_jax.hal.schedule import Schedule
 from mla_jax.hal.tiling import LATENT, plan_tiles
 from mla_jax.hal.work import ITEMSIZE, Problem, Work
 
@@ -111,18 +113,54 @@ def _fair_share(profile: HardwareProfile, plan: Work, multicast: int = 1) -> flo
     return min(memory * min(plan.sharers, active), l2) / active
 
 
-def _loaded(
-    orders: tuple, costs_at: partial, share: float, bytes_per_block: float, signal: float
-) -> tuple[list[BlockTimes], float]:
-    """Block times with the memory as busy as this kernel itself makes it.
+class _LoadedTimes:
+    """Block times on a memory that this kernel keeps busy for a fraction of the time.
 
-    A core that asks for a fraction of its share all the time finds the memory that idle: it loads
-    at share / fraction. The fraction is that of the kernel with nobody else around.
+    With all cores at work the memory gives each its share; busy for only a fraction f of the time,
+    it serves a load at share / f. The times are those of the f at which both agree: n blocks take
+    max(time with loads at share / f, bytes / (share * f)), and the smallest over f counts. Each
+    term falls when an engine speeds up, so the result does too.
     """
-    alone = [BlockTimes(order, costs_at(share=math.inf), signal) for order in orders]
-    step = min((times(24) - times(12)) / 12 for times in alone)
-    fraction = min(bytes_per_block / share / step, 1.0)
-    return [BlockTimes(o, costs_at(share=share / fraction), signal) for o in orders], fraction
+
+    FRACTIONS = (1.0, 0.9, 0.8, 0.71, 0.63, 0.56, 0.5, 0.42, 0.35, 0.28, 0.2, 0.1)
+
+    def __init__(
+        self,
+        orders: tuple[Callable[[int], Schedule], ...],
+        costs_at: Callable[[float], Costs],
+        share: float,
+        bytes_per_block: float,
+        signal: float,
+    ) -> None:
+        self._orders, self._costs_at, self._signal = orders, costs_at, signal
+        self._share, self._bytes = share, bytes_per_block
+        self._times: dict[float, list[BlockTimes]] = {}
+
+    def _at(self, fraction: float, num_blocks: int) -> float:
+        if fraction not in self._times:
+            costs = self._costs_at(self._share / fraction)
+            self._times[fraction] = [BlockTimes(o, costs, self._signal) for o in self._orders]
+        return min(times(num_blocks) for times in self._times[fraction])
+
+    def __call__(self, num_blocks: int) -> tuple[float, float]:
+        """(seconds for so many blocks, the fraction)."""
+        loads = num_blocks * self._bytes / self._share
+        low, high = 0, len(self.FRACTIONS) - 1  # the fraction falls with the index
+        while low < high:
+            middle = (low + high) // 2
+            fraction = self.FRACTIONS[middle]
+            if self._at(fraction, num_blocks) <= loads / fraction:
+                high = middle
+            else:
+                low = middle + 1
+        near = {self.FRACTIONS[max(low - 1, 0)], self.FRACTIONS[low]}
+        return min((max(self._at(f, num_blocks), loads / f), f) for f in near)
+
+    def timeline(self, num_blocks: int) -> Timeline:
+        """The faster order's timeline at the fraction that so many blocks run at."""
+        costs = self._costs_at(self._share / self(num_blocks)[1])
+        lines = [run_schedule(order(num_blocks), costs, self._signal) for order in self._orders]
+        return min(lines, key=lambda line: line.total)
 
 
 def _simulate_gpu(profile: HardwareProfile, problem: Problem, kernel: Kernel) -> Report:
@@ -133,16 +171,13 @@ def _simulate_gpu(profile: HardwareProfile, problem: Problem, kernel: Kernel) ->
     kinds, which = np.unique(
         np.stack([plan.blocks, plan.rows, plan.split.astype(int)]), axis=1, return_inverse=True
     )
-    times: dict[tuple[int, int], list[BlockTimes]] = {}
+    times: dict[tuple[int, int], _LoadedTimes] = {}
     seconds = np.zeros(kinds.shape[1])
-    fraction = 1.0
     for i, (blocks, rows, split) in enumerate(kinds.T.tolist()):
         if (rows, split) not in times:
             costs_at = partial(gpu_costs, profile, kernel, rows, bool(split), problem.kv_dtype)
-            times[rows, split], fraction = _loaded(
-                kernel.orders, costs_at, share, block_bytes, signal
-            )
-        seconds[i] = min(t(blocks) for t in times[rows, split])
+            times[rows, split] = _LoadedTimes(kernel.orders, costs_at, share, block_bytes, signal)
+        seconds[i], _ = times[rows, split](blocks)
     item = np.where(plan.split, kernel.partial_bytes, 2)
     moved = plan.blocks * block_bytes + plan.rows * (2 * 576 + LATENT * item)
     alone = seconds[which.reshape(-1)]
@@ -151,11 +186,8 @@ def _simulate_gpu(profile: HardwareProfile, problem: Problem, kernel: Kernel) ->
     merge = merge_seconds(profile, kernel, problem, plan)
 
     longest = int(np.argmax(plan.blocks))
-    blocks = min(int(plan.blocks[longest]), SHOWN_BLOCKS)
-    costs = gpu_costs(profile, kernel, int(plan.rows[longest]), bool(plan.split[longest]),
-                      problem.kv_dtype, share / fraction)  # fmt: skip
-    timeline = min((run_schedule(order(blocks), costs, signal) for order in kernel.orders),
-                   key=lambda line: line.total)  # fmt: skip
+    shown = times[int(plan.rows[longest]), int(plan.split[longest])]
+    timeline = shown.timeline(min(int(plan.blocks[longest]), SHOWN_BLOCKS))
     return _report(profile, problem, kernel.name, timeline, cores, merge)
 
 
@@ -176,17 +208,14 @@ def _simulate_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendK
     share = _fair_share(profile, work)
     signal = profile["latency.cross_core"]
     block_bytes = tile.block_kv * problem.token_bytes
-    fraction = 1.0
     times = {}
     for r in sorted(set(rows)):
         costs_at = partial(ascend_costs, profile, kernel, tile, r)
-        (times[r],), fraction = _loaded((kernel.order,), costs_at, share, block_bytes, signal)
+        times[r] = _LoadedTimes((kernel.order,), costs_at, share, block_bytes, signal)
     pairs = zip(work.rows.tolist(), work.blocks.tolist(), strict=True)
-    alone = np.array([times[r](b) for r, b in pairs])
+    alone = np.array([times[r](b)[0] for r, b in pairs])
     cores, _ = machine.makespan(alone, np.zeros(len(alone)), work.worker, work.num_workers)
-    shown = min(int(blocks.max()), SHOWN_BLOCKS)
-    costs: Costs = ascend_costs(profile, kernel, tile, max(rows), share / fraction)
-    timeline = run_schedule(kernel.order(shown), costs, signal)
+    timeline = times[max(rows)].timeline(min(int(blocks.max()), SHOWN_BLOCKS))
     return _report(profile, problem, kernel.name, timeline, cores, 0.0)
 
 

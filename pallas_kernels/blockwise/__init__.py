@@ -1,5 +1,6 @@
-"""The portable Pallas kernel that executes hal schedules."""
+"""The portable Pallas kernels that execute hal schedules."""
 
+from pallas_kernels.blockwise.int8 import blockwise_mla_int8
 from pallas_kernels.blockwise.kernel import blockwise_mla
 
-__all__ = ["blockwise_mla"]
+__all__ = ["blockwise_mla", "blockwise_mla_int8"]

@@ -1,6 +1,12 @@
 """A hal Schedule as the kernel reads it: one row of int32 a step."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
 import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
 
 from mla_jax.hal.schedule import Schedule, Step
 
@@ -44,3 +50,28 @@ def _rows(step: Step) -> list[list[int]]:
         [OPS.index(op), step.block, kv, slots.get("S", slots.get("S_rope", 0)),
          slots.get("P", 0), slots.get("Otmp", 0)]
     ]  # fmt: skip
+
+
+def column(program_ref: Any, name: str, index: jax.Array) -> jax.Array:
+    """The named entry of step `index`."""
+    return program_ref[index, COLUMNS.index(name)]
+
+
+def run_program(
+    program_ref: Any,
+    ops: Mapping[str, Callable[[jax.Array], None]],
+    is_live: Callable[[jax.Array], jax.Array],
+) -> None:
+    """Walks all steps: ops[name](index) for each whose block is live (names without op: nothing)."""
+    branches = [ops.get(name, _nothing) for name in OPS]
+
+    def step(index: jax.Array, carry: None) -> None:
+        @pl.when(is_live(column(program_ref, "block", index)))
+        def _() -> None:
+            lax.switch(column(program_ref, "op", index), branches, index)
+
+    lax.fori_loop(0, program_ref.shape[0], step, None)
+
+
+def _nothing(_: jax.Array) -> None:
+    pass

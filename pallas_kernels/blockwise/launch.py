@@ -1,0 +1,115 @@
+"""What the bf16 and the int8 kernel share around the walk: tiles of rows, workspace, the call."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from mla_jax.cache import PagedKVCache
+from mla_jax.hal.schedule import Schedule
+from mla_jax.online_softmax import SoftmaxState
+from pallas_kernels.blockwise.program import compile_schedule
+
+Workspace = dict[str, tuple[tuple[int, ...], Any]]  # name -> shape, dtype
+STATE = ("m", "l", "residual", "lost")
+
+
+def launch(
+    walk: Callable[..., None],
+    order: Callable[[int], Schedule],
+    *,
+    rows: Sequence[jax.Array],
+    pages: Sequence[PagedKVCache],
+    block_tables: jax.Array,
+    seq_lens: jax.Array,
+    visible: jax.Array,
+    width: int,
+    block_kv: int,
+    block_q: int,
+    workspace: Callable[[Schedule, int], Workspace],
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs `walk` for every (request, row tile).
+
+    rows: arrays [B, R, ...] cut in tiles; pages: whole caches. `walk` gets refs in the order
+    program, rows, pages, table, length, visible, o, lse, workspace, state.
+    Returns o [B, R, width] and lse [B, R].
+    """
+    if block_kv < 1 or block_q < 1:
+        raise ValueError(f"block_kv = {block_kv} and block_q = {block_q}, wanted at least 1")
+    capacity = block_tables.shape[1] * pages[0].page_size
+    schedule = order(max(math.ceil(capacity / block_kv), 1))
+    program = jnp.asarray(compile_schedule(schedule))
+    batch, count = visible.shape
+    tile = min(block_q, count)
+    tiles = math.ceil(count / tile)
+
+    def padded(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, tiles * tile - count)) + ((0, 0),) * (x.ndim - 2))
+
+    def of_rows(x: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
+        tail = x.shape[2:]
+        return pl.BlockSpec((1, tile, *tail), lambda b, t: (b, t, *(0,) * len(tail)))
+
+    def whole(shape: tuple[int, ...]) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda b, t: (0,) * len(shape))
+
+    row_inputs = [padded(x) for x in rows]
+    seen = padded(jnp.minimum(visible, seq_lens[:, None]))
+    scratch = workspace(schedule, tile) | {name: ((tile,), jnp.float32) for name in STATE}
+    outputs = [
+        jax.ShapeDtypeStruct((batch, tiles * tile, width), jnp.float32),
+        jax.ShapeDtypeStruct((batch, tiles * tile), jnp.float32),
+    ]
+    o, lse, *_ = pl.pallas_call(
+        walk,
+        grid=(batch, tiles),
+        in_specs=[
+            whole(program.shape),
+            *(of_rows(x) for x in row_inputs),
+            *(whole(cache.pages.shape) for cache in pages),
+            pl.BlockSpec((1, block_tables.shape[1]), lambda b, t: (b, 0)),
+            pl.BlockSpec((1,), lambda b, t: (b,)),
+            of_rows(seen),
+        ],
+        out_specs=[*(of_rows(x) for x in outputs), *(whole(s) for s, _ in scratch.values())],
+        out_shape=[*outputs, *(jax.ShapeDtypeStruct(s, d) for s, d in scratch.values())],
+        interpret=interpret,
+    )(program, *row_inputs, *(cache.pages for cache in pages), block_tables, seq_lens, seen)
+    return o[:, :count], lse[:, :count]
+
+
+def key_rows(
+    pages_ref: Any, meta: PagedKVCache, table_ref: Any, positions: jax.Array, length: jax.Array
+) -> jax.Array:
+    """[T, D] rows of the cache at `positions`; 0 at and past `length`, whatever stands there."""
+    cache = PagedKVCache(
+        pages_ref[...], meta.kv_lora_rank, meta.rope_dim, meta.page_size, meta.layout
+    )
+    found = cache.rows(table_ref[...], positions[None])[0]
+    return jnp.where((positions < length)[:, None], found, jnp.zeros_like(found))
+
+
+def begin_state(state_refs: Sequence[Any], o_ref: Any) -> None:
+    """No key seen yet."""
+    m_ref, l_ref, residual_ref, lost_ref = state_refs
+    m_ref[...] = jnp.full(m_ref.shape, -jnp.inf)
+    l_ref[...] = jnp.zeros(l_ref.shape)
+    residual_ref[...] = jnp.ones(residual_ref.shape)
+    lost_ref[...] = jnp.ones(lost_ref.shape)
+    o_ref[...] = jnp.zeros(o_ref.shape)
+
+
+def read_state(state_refs: Sequence[Any], o_ref: Any) -> SoftmaxState:
+    m_ref, l_ref, residual_ref, lost_ref = state_refs
+    return SoftmaxState(m_ref[...], l_ref[...], o_ref[...], residual_ref[...], lost_ref[...])
+
+
+def write_state(state_refs: Sequence[Any], state: SoftmaxState) -> None:
+    """All of the state but o."""
+    values = (state.m, state.l, state.residual, state.lost)
+    for ref, value in zip(state_refs, values, strict=True):
+        ref[...] = value

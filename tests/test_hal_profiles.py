@@ -1,0 +1,112 @@
+"""Profiles: what is shipped, what a user may write, and what is refused with the field named."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from mla_jax.hal import PROFILES, HardwareProfile, Number, load_profile, read_profile, save_profile
+
+IDS = {
+    "Ascend910B1", "Ascend910B2", "Ascend910B3", "Ascend910B4", "Ascend910C", "Ascend910C_die",
+    "A100_SXM4_40GB", "A100_SXM4_80GB", "L40", "H100_SXM5", "H800_SXM5", "H20", "H200_SXM",
+}  # fmt: skip
+
+
+def test_every_device_is_there() -> None:
+    assert set(PROFILES) == IDS
+    assert PROFILES["A100_SXM4_40GB"]["memory.hbm_bandwidth"] == 1555e9
+    assert PROFILES["Ascend910C"].cores == 2 * PROFILES["Ascend910C_die"].cores
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [("Ascend910B1", 363.7), ("Ascend910B2", 353.9), ("Ascend910B3", 294.9), ("Ascend910B4", 245.8),
+     ("Ascend910C", 707.8), ("A100_SXM4_80GB", 312), ("H20", 148)],
+)  # fmt: skip
+def test_matrix_peaks(name: str, tflops: float) -> None:
+    assert PROFILES[name].matrix_peak / 1e12 == pytest.approx(tflops, rel=2e-3)
+
+
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
+def test_every_number_says_where_it_comes_from(profile: HardwareProfile) -> None:
+    for field, value, unit, certainty, source in profile.table():
+        assert value > 0, field
+        assert source, field
+        assert unit, field
+        if certainty == "fitted":
+            assert profile.fitted_on == profile.name
+
+
+@pytest.mark.parametrize("name", ["A100_SXM4_40GB", "L40", "H20", "H800_SXM5"])
+def test_a_device_without_rows_says_whose_efficiencies_it_has(name: str) -> None:
+    profile = PROFILES[name]
+    assert profile.fitted_on in profile.note
+    assert "nearest relative" in profile.numbers["engine.shared_efficiency"].source
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    mine = dataclasses.replace(PROFILES["H200_SXM"], name="mine")
+    save_profile(mine, path)
+    assert load_profile(path) == mine
+    assert read_profile(path).numbers["core.clock"] == mine.numbers["core.clock"]
+
+
+def _changed(name: str, field: str, value: float, unit: str | None = None) -> HardwareProfile:
+    profile = PROFILES[name]
+    number = Number(value, unit or profile.numbers[field].unit, "test", "assumed")
+    return dataclasses.replace(profile, numbers={**profile.numbers, field: number})
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "message"),
+    [
+        ("H200_SXM", "memory.hbm_bandwidth", 0.0, r"memory\.hbm_bandwidth = 0"),
+        ("H200_SXM", "core.clock", float("nan"), r"core\.clock = nan"),
+        ("Ascend910B1", "buffer.l0a", 1e6, r"buffer\.l0a = 1000000 B is larger than buffer\.l1"),
+        ("Ascend910B1", "buffer.l1", 1e9, r"buffer\.l1 .* is larger than buffer\.l2"),
+        ("H200_SXM", "engine.tensor_efficiency", 1.2, r"engine\.tensor_efficiency = 1\.2, .*at most 1"),
+    ],
+)
+def test_impossible_machines_are_refused(name: str, field: str, value: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _changed(name, field, value)
+
+
+def test_a_wrong_or_missing_unit_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"core\.clock has unit 'GHz', wanted 'Hz'"):
+        _changed("H200_SXM", "core.clock", 1.98, "GHz")
+    path = tmp_path / "mine.json"
+    save_profile(PROFILES["H200_SXM"], path)
+    data = json.loads(path.read_text())
+    del data["numbers"]["core.clock"]["unit"]
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"core\.clock has no unit"):
+        read_profile(path)
+
+
+@pytest.mark.parametrize("field", ["engine.cube_fp16", "latency.cross_core", "buffer.ub"])
+def test_a_missing_field_is_named(field: str) -> None:
+    profile = PROFILES["Ascend910B1"]
+    numbers = {k: v for k, v in profile.numbers.items() if k != field}
+    with pytest.raises(ValueError, match=rf"{field} is missing"):
+        dataclasses.replace(profile, numbers=numbers)
+
+
+def test_unknown_fields_families_and_names(tmp_path: Path) -> None:
+    profile = PROFILES["Ascend910B1"]
+    with pytest.raises(ValueError, match=r"engine\.warp is no field"):
+        profile.with_values(engine__warp=1.0)
+    with pytest.raises(ValueError, match="family is 'tpu'"):
+        dataclasses.replace(profile, family="tpu")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"profile = 'H300'.*H200_SXM"):
+        load_profile("H300")
+    path = tmp_path / "broken.json"
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"broken\.json: not JSON"):
+        load_profile(path)
+    path.write_text('{"name": "x", "family": "nvidia"}')
+    with pytest.raises(ValueError, match="numbers is missing"):
+        load_profile(path)
