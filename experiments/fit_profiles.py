@@ -17,7 +17,14 @@ import numpy as np
 from scipy.optimize import least_squares
 
 import mla_jax.hal
-from experiments.predictions import ASCEND_DEVICE, FOLDER, Row, predict, published_quantity, read_table
+from experiments.predictions import (
+    ASCEND_DEVICE,
+    FOLDER,
+    Row,
+    predict,
+    published_quantity,
+    read_table,
+)
 from mla_jax.hal import HardwareProfile, Number, Problem, load_profile, simulate
 
 Bounds = dict[str, tuple[float, float, float]]  # field -> lowest, start, highest

@@ -16,7 +16,9 @@ SUMMARY = "a schedule on a device: Gantt chart, Perfetto trace, what bounds it a
 
 @dataclasses.dataclass(frozen=True)
 class Options(MachineOptions):
-    schedule: str = flag("seesaw", "an order (seesaw, chunk4, ...) or a kernel (flashmla_dense, ...)")
+    schedule: str = flag(
+        "seesaw", "an order (seesaw, chunk4, ...) or a kernel (flashmla_dense, ...)"
+    )
 
 
 def run(options: Options, output: Output) -> Outcome:

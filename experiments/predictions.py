@@ -36,7 +36,9 @@ def read_table(path: Path) -> list[dict[str, str]]:
     quantity = published_quantity(rows[0])
     missing = [column for column in _NEEDED[quantity] if column not in rows[0]]
     if missing:
-        raise ValueError(f"{path.name} has no column {missing[0]}, which a table of {quantity} needs")
+        raise ValueError(
+            f"{path.name} has no column {missing[0]}, which a table of {quantity} needs"
+        )
     return rows
 
 

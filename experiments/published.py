@@ -46,7 +46,9 @@ def run(options: Options, output: Output) -> Outcome:
     for path in paths:
         with reading("table"):
             table = read_table(path)
-        predicted = [predicted_row(path.name, i, row) for i, row in enumerate(track(table, path.name))]
+        predicted = [
+            predicted_row(path.name, i, row) for i, row in enumerate(track(table, path.name))
+        ]
         rows += predicted
         summaries.append(summarise(path.name, predicted, own=options.table is None))
     show_table("Model against published", summaries)

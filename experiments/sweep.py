@@ -67,6 +67,7 @@ def knobs(
         for field in ("memory.hbm_bandwidth", sync)
     }
     if isinstance(kernel, AscendKernel):
+
         def with_chunk(chunk: int) -> Callable[[], Machine]:
             order = dataclasses.replace(kernel.order, chunk=chunk)
             return lambda: (profile, dataclasses.replace(kernel, order=order))
@@ -100,7 +101,9 @@ def spreads(rows: list[Row]) -> dict[str, float]:
 
 def _draw(output: Output, title: str, rows: list[Row]) -> None:
     names = list(dict.fromkeys(row["knob"] for row in rows))
-    with plotting.figure(output.path("sweep.png"), title, columns=len(names), size=(4 * len(names), 4)) as axes:
+    with plotting.figure(
+        output.path("sweep.png"), title, columns=len(names), size=(4 * len(names), 4)
+    ) as axes:
         for i, (ax, knob) in enumerate(zip(axes, names, strict=True)):
             mine = [row for row in rows if row["knob"] == knob and row["us"] is not None]
             ax.plot([r["value"] for r in mine], [r["us"] for r in mine], marker="o",

@@ -67,7 +67,12 @@ def _changed(name: str, field: str, value: float, unit: str | None = None) -> Ha
         ("H200_SXM", "core.clock", float("nan"), r"core\.clock = nan"),
         ("Ascend910B1", "buffer.l0a", 1e6, r"buffer\.l0a = 1000000 B is larger than buffer\.l1"),
         ("Ascend910B1", "buffer.l1", 1e9, r"buffer\.l1 .* is larger than buffer\.l2"),
-        ("H200_SXM", "engine.tensor_efficiency", 1.2, r"engine\.tensor_efficiency = 1\.2, .*at most 1"),
+        (
+            "H200_SXM",
+            "engine.tensor_efficiency",
+            1.2,
+            r"engine\.tensor_efficiency = 1\.2, .*at most 1",
+        ),
     ],
 )
 def test_impossible_machines_are_refused(name: str, field: str, value: float, message: str) -> None:

@@ -58,7 +58,9 @@ def test_a_lost_signal_is_a_deadlock_that_names_the_step() -> None:
     schedule = schedule_named("chunk1")(3)
     index = next(i for i, s in enumerate(schedule.steps) if s.stage == "PV" and s.block == 1)
     step = dataclasses.replace(schedule.steps[index], waits=(Signal("SM", 9),))
-    with pytest.raises(IllegalScheduleError, match=rf"step {index}, PV\(1\) on cube: deadlock.*SM\(9\)"):
+    with pytest.raises(
+        IllegalScheduleError, match=rf"step {index}, PV\(1\) on cube: deadlock.*SM\(9\)"
+    ):
         _with_step(schedule, index, step).check()
 
 
@@ -76,7 +78,9 @@ def test_pv_before_its_softmax_is_named() -> None:
     steps = list(schedule.steps)
     steps[1], steps[2] = steps[2], dataclasses.replace(steps[1])
     steps[1] = dataclasses.replace(steps[1], waits=())
-    with pytest.raises(IllegalScheduleError, match=r"PV\(0\) on cube: reads P\[0\] before anything"):
+    with pytest.raises(
+        IllegalScheduleError, match=r"PV\(0\) on cube: reads P\[0\] before anything"
+    ):
         dataclasses.replace(schedule, steps=tuple(steps)).check()
 
 

@@ -19,7 +19,8 @@ from mla_jax.hal.schedule import Step
 
 ORDERS = sorted({**ASCEND_ORDERS, **GPU_ORDERS})
 CASES = [("H200_SXM", kernel) for kernel in KERNELS] + [
-    ("Ascend910B2", kernel) for kernel in ("bf16-serial", "bf16-chunk4", "amla", "int8-v0", "int8-v11")
+    ("Ascend910B2", kernel)
+    for kernel in ("bf16-serial", "bf16-chunk4", "amla", "int8-v0", "int8-v11")
 ]
 
 
@@ -62,7 +63,12 @@ def test_steady_state_shortcut_equals_the_plain_loop(name: str, blocks: int, see
     assert BlockTimes(order, costs, 0.1)(blocks) == pytest.approx(plain, rel=1e-9)
 
 
-@given(name=st.sampled_from(ORDERS), seed=st.integers(0, 99), factor=st.floats(1.0, 3.0), data=st.data())
+@given(
+    name=st.sampled_from(ORDERS),
+    seed=st.integers(0, 99),
+    factor=st.floats(1.0, 3.0),
+    data=st.data(),
+)
 @settings(max_examples=60, deadline=None)
 def test_a_faster_stage_never_costs_time(
     name: str, seed: int, factor: float, data: st.DataObject
@@ -96,7 +102,9 @@ def test_unit_times_leave_the_idle_shares_that_the_field_quotes() -> None:
 @pytest.mark.parametrize("blocks", [1, 2, 5])
 def test_serial_is_the_sum_of_its_stages(blocks: int) -> None:
     line = run_schedule(schedule_named("serial")(blocks), random_costs(3), 0.0)
-    latency = sum(c.latency for s, c in zip(line.schedule.steps, line.costs, strict=True) if s.gives)
+    latency = sum(
+        c.latency for s, c in zip(line.schedule.steps, line.costs, strict=True) if s.gives
+    )
     last = line.costs[-1].latency
     assert line.total == pytest.approx(sum(c.work for c in line.costs) + latency + last)
 
@@ -127,7 +135,9 @@ def test_time_falls_as_each_part_of_the_machine_speeds_up(device: str, kernel: s
         problem = problem_for(kernel, kv_len, batch)
         start = simulate(profile, problem, kernel).seconds
         for field in profile.numbers:
-            if field.startswith(("engine.", "latency.", "memory.l2", "memory.hbm_band", "core.clock")):
+            if field.startswith(
+                ("engine.", "latency.", "memory.l2", "memory.hbm_band", "core.clock")
+            ):
                 slower_when_more = field.startswith("latency.") or field.endswith("_head")
                 factor = 0.7 if slower_when_more else 1.4
                 value = profile[field] * factor
@@ -180,7 +190,9 @@ def test_chunk_4_leaves_the_cube_no_steady_bubble_where_it_is_the_bound() -> Non
     report = simulate(PROFILES["Ascend910B2"], Problem((16384,) * 24, 128, 2), kernel)
     assert (report.bound_by, report.engine) == ("matrix", "cube")
     assert report.bubbles["steady"] < 1e-6
-    int8 = simulate(PROFILES["Ascend910B2"], Problem((16384,) * 24, 128, kv_dtype="int8"), "int8-chunk4")
+    int8 = simulate(
+        PROFILES["Ascend910B2"], Problem((16384,) * 24, 128, kv_dtype="int8"), "int8-chunk4"
+    )
     assert int8.bound_by != "matrix"
 
 
@@ -239,6 +251,8 @@ def test_bad_input_is_named(make, message: str) -> None:  # type: ignore[no-unty
 
 def test_empty_and_odd_lengths() -> None:
     for device, kernel in CASES:
-        report = simulate(PROFILES[device], dataclasses.replace(problem_for(kernel), kv_lens=(0, 1, 65)), kernel)
+        report = simulate(
+            PROFILES[device], dataclasses.replace(problem_for(kernel), kv_lens=(0, 1, 65)), kernel
+        )
         assert math.isfinite(report.seconds)
         assert report.seconds > 0

@@ -45,7 +45,9 @@ def test_gpus_arrive_at_flashinfers(name: str, block_kv: int, stages: int, qk: s
     assert plan.num_workers == PROFILES[name].cores
 
 
-@pytest.mark.parametrize(("rows", "block_q"), [(16, 16), (100, 112), (256, 256), (300, 160), (320, 160)])
+@pytest.mark.parametrize(
+    ("rows", "block_q"), [(16, 16), (100, 112), (256, 256), (300, 160), (320, 160)]
+)
 def test_ascend_splits_rows_evenly(rows: int, block_q: int) -> None:
     assert plan_tiles(PROFILES["Ascend910B2"], Problem((512,), rows)).block_q == block_q
 
@@ -69,14 +71,18 @@ def test_every_plan_fits(name: str, heads: int, s_q: int, dtype: str) -> None:
 
 
 def test_what_does_not_fit_is_refused_with_buffer_and_excess() -> None:
-    with pytest.raises(TilePlanError, match=r"H200_SXM: shared holds 232448 bytes.*\d+ too many.*kv latent"):
+    with pytest.raises(
+        TilePlanError, match=r"H200_SXM: shared holds 232448 bytes.*\d+ too many.*kv latent"
+    ):
         plan_tiles(PROFILES["H200_SXM"], CALL, block_kv=128, kv_stages=2)
     with pytest.raises(TilePlanError, match=r"Ascend910B1: ub holds 196608 bytes.*65536 too many"):
         plan_tiles(PROFILES["Ascend910B1"], CALL, block_kv=1024)
     with pytest.raises(TilePlanError, match=r"Ascend910B1: l1 holds"):
         plan_tiles(PROFILES["Ascend910B1"], CALL, block_q=512)
     plan = plan_tiles(PROFILES["H200_SXM"], CALL)
-    with pytest.raises(TilePlanError, match=r"registers holds 65536.*\(255, 255, 24\).*2816 too many"):
+    with pytest.raises(
+        TilePlanError, match=r"registers holds 65536.*\(255, 255, 24\).*2816 too many"
+    ):
         dataclasses.replace(plan, registers=(255, 255, 24))
     with pytest.raises(TilePlanError, match="texture is no buffer"):
         dataclasses.replace(plan, uses=(BufferUse("texture", "q", 1),))

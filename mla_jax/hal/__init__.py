@@ -28,7 +28,14 @@ from mla_jax.hal.hopper import (
 )
 from mla_jax.hal.orders import ASCEND_ORDERS, GPU_ORDERS, AscendOrder, schedule_named
 from mla_jax.hal.profile import HardwareProfile, Number, read_profile, save_profile
-from mla_jax.hal.schedule import Access, IllegalScheduleError, Schedule, ScheduleBuilder, Signal, Step
+from mla_jax.hal.schedule import (
+    Access,
+    IllegalScheduleError,
+    Schedule,
+    ScheduleBuilder,
+    Signal,
+    Step,
+)
 from mla_jax.hal.simulate import Report, simulate
 from mla_jax.hal.tiling import TilePlan, TilePlanError, plan_tiles
 from mla_jax.hal.work import Problem

@@ -21,10 +21,14 @@ def build(
 ) -> HardwareProfile:
     """A profile from (value, source, certainty) entries, with the constants fitted on a device."""
     units = FIELDS[family]
-    numbers = {f: Number(v, units.get(f, ""), source, sure) for f, (v, source, sure) in entries.items()}
+    numbers = {
+        f: Number(v, units.get(f, ""), source, sure) for f, (v, source, sure) in entries.items()
+    }
     fit = fitted_constants().get(fitted_on, {})
     own = name == fitted_on
     for field, value in fit.get("constants", {}).items():
-        source = f"fitted on {fit['rows']}" + ("" if own else f" of {fitted_on}, the nearest relative")
+        source = f"fitted on {fit['rows']}" + (
+            "" if own else f" of {fitted_on}, the nearest relative"
+        )
         numbers[field] = Number(value, units[field], source, "fitted" if own else "assumed")
     return HardwareProfile(name, family, numbers, fitted_on if fit else "", note)  # type: ignore[arg-type]

@@ -34,7 +34,11 @@ _COMMON: dict[str, Entry] = {
     "engine.l1_to_l0b": (220 * _GIB, _DMA, "official"),
     "engine.dma_scale": (1.0, "knob: a fit on a 910B3 differs by up to 7 times", "assumed"),
     "memory.hbm_efficiency": (0.9, "as other HBM devices reach", "assumed"),
-    "latency.cross_core": (1000 / 1.8e9, "C: about 1000 cycles a logical tile, fitted", "community"),
+    "latency.cross_core": (
+        1000 / 1.8e9,
+        "C: about 1000 cycles a logical tile, fitted",
+        "community",
+    ),
     "latency.flag": (50 / 1.8e9, "a set/wait pair between two pipes", "assumed"),
     "latency.job": (1000 / 1.8e9, "filling L1 and L0 before a stage's first multiply", "assumed"),
     "latency.launch": (10.9e3 / 1.8e9, "C: about 10.9k cycles, fitted", "community"),
@@ -66,7 +70,9 @@ ASCEND910B1 = _die("Ascend910B1", 24, 1.85e9, 64e9, 1.6e12, "D")
 ASCEND910B2 = _die("Ascend910B2", 24, 1.80e9, 64e9, 1.6e12, "D")
 ASCEND910B3 = _die("Ascend910B3", 20, 1.80e9, 64e9, 1.6e12, "D")
 ASCEND910B4 = _die("Ascend910B4", 20, 1.50e9, 32e9, 0.8e12, "S")
-ASCEND910C_DIE = _die("Ascend910C_die", 24, 1.80e9, 64e9, 1.6e12, "D", "one of a package's two dies")
+ASCEND910C_DIE = _die(
+    "Ascend910C_die", 24, 1.80e9, 64e9, 1.6e12, "D", "one of a package's two dies"
+)
 ASCEND910C = _die(
     "Ascend910C", 48, 1.80e9, 128e9, 3.2e12, "D", "the package: two dies",
     core__dies=(2, "D: product document", "document"),

@@ -53,9 +53,13 @@ class AscendKernel:
         if self.kv_dtype not in ITEMSIZE:
             raise ValueError(f"{self.name}: kv_dtype = {self.kv_dtype!r}, wanted {set(ITEMSIZE)}")
         if self.order.rescale == "exponent_add" and self.kv_dtype == "int8":
-            raise ValueError(f"{self.name}: AMLA adds P.V to O in memory, which int32 products can't")
+            raise ValueError(
+                f"{self.name}: AMLA adds P.V to O in memory, which int32 products can't"
+            )
         if self.order.signals == 2 and self.kv_dtype != "int8":
-            raise ValueError(f"{self.name}: signals = 2 needs kv_dtype = 'int8', got {self.kv_dtype!r}")
+            raise ValueError(
+                f"{self.name}: signals = 2 needs kv_dtype = 'int8', got {self.kv_dtype!r}"
+            )
 
     @property
     def job_rows(self) -> int:
@@ -173,9 +177,8 @@ def ascend_costs(
         elements = rows * columns / vectors
         instructions = math.ceil(rows / vectors / kernel.head_group) * math.ceil(columns / LATENT)
         per_pass = instructions * profile["engine.vector_head"]
-        return (
-            wide * (elements / profile["engine.vector_wide"] + per_pass)
-            + narrow * (elements / profile["engine.vector_narrow"] + per_pass)
+        return wide * (elements / profile["engine.vector_wide"] + per_pass) + narrow * (
+            elements / profile["engine.vector_narrow"] + per_pass
         )
 
     def matrix(work: _Work, source: float) -> StageCost:

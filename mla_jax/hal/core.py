@@ -93,9 +93,7 @@ class BlockTimes:
     _REACH = 8
     _LENGTHS = (32, 64, 128, 256)
 
-    def __init__(
-        self, order: Callable[[int], Schedule], costs: Costs, signal: float = 0.0
-    ) -> None:
+    def __init__(self, order: Callable[[int], Schedule], costs: Costs, signal: float = 0.0) -> None:
         self._order, self._costs, self._signal = order, costs, signal
         self._known: dict[int, float] = {}
         self._steady: tuple[int, int, float] | None = None

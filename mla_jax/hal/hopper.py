@@ -48,7 +48,11 @@ def _hopper(
         "buffer.shared": (227 * 1024, _GUIDE, "official"),
         "engine.tensor_bf16": tensor,
         "engine.tensor_int8": (2 * tensor[0], "twice the bf16 rate", "derived"),
-        "engine.mma_sync_share": (0.62, "mma.sync against wgmma on Hopper, microbenchmarks", "community"),
+        "engine.mma_sync_share": (
+            0.62,
+            "mma.sync against wgmma on Hopper, microbenchmarks",
+            "community",
+        ),
     }
     return build(name, "nvidia", entries, fitted_on, note)
 

@@ -44,13 +44,17 @@ class AscendOrder:
             if not low <= value <= high:
                 raise ValueError(f"{self.name}: {field} = {value}, wanted {low} to {high}")
         if self.rescale not in ("multiply", "exponent_add"):
-            raise ValueError(f"{self.name}: rescale = {self.rescale!r}, wanted multiply or exponent_add")
+            raise ValueError(
+                f"{self.name}: rescale = {self.rescale!r}, wanted multiply or exponent_add"
+            )
         if self.update not in ("block", "chunk"):
             raise ValueError(f"{self.name}: update = {self.update!r}, wanted block or chunk")
         if not self.overlap and (self.chunk != 1 or self.preload):
             raise ValueError(f"{self.name}: overlap = False needs chunk = 1 and preload = 0")
         if self.update == "chunk" and self.rescale == "exponent_add":
-            raise ValueError(f"{self.name}: update = 'chunk' needs rescale = 'multiply': AMLA has no UP")
+            raise ValueError(
+                f"{self.name}: update = 'chunk' needs rescale = 'multiply': AMLA has no UP"
+            )
 
     def slots(self, num_blocks: int) -> dict[str, int]:
         """Slots of each workspace buffer."""
@@ -221,7 +225,9 @@ def fa3(num_blocks: int, *, stages: int = 4, name: str = "fa3") -> Schedule:
         _load(build, block)
     for block in range(num_blocks + 1):
         if block < num_blocks:
-            build.add("mma", "QK", block, reads=_keys(build, block), writes=(build.slot("S", block),))
+            build.add(
+                "mma", "QK", block, reads=_keys(build, block), writes=(build.slot("S", block),)
+            )
         if block:
             for half in "LR":
                 _pv(build, "mma", half, block - 1)
@@ -234,7 +240,9 @@ def fa3(num_blocks: int, *, stages: int = 4, name: str = "fa3") -> Schedule:
 
 
 @lru_cache(maxsize=1024)
-def fa3_two(num_blocks: int, *, stages: int = 2, widen: bool = False, name: str = "fa3-2wg") -> Schedule:
+def fa3_two(
+    num_blocks: int, *, stages: int = 2, widen: bool = False, name: str = "fa3-2wg"
+) -> Schedule:
     """FlashInfer's later template: warpgroup 0 loads and does PV of the left half, warpgroup 1
     does QK, softmax and PV of the right half. `widen`: fp8 KV is turned to bf16 by warpgroup 1."""
     build = _gpu_builder(name, num_blocks, stages, stages, 1)
@@ -263,7 +271,9 @@ def four_warpgroups(num_blocks: int, *, stages: int = 2, name: str = "four-wg") 
         _load(build, block)
     for block in range(num_blocks + 1):
         if block < num_blocks:
-            build.add("mma1", "QK", block, reads=_keys(build, block), writes=(build.slot("S", block),))
+            build.add(
+                "mma1", "QK", block, reads=_keys(build, block), writes=(build.slot("S", block),)
+            )
             _softmax(build, "wg1", block)
         if block:
             _pv(build, "mma2", "L", block - 1)

@@ -175,7 +175,9 @@ class HardwareProfile:
         engine = "engine.cube_fp16" if self.family == "ascend" else "engine.tensor_bf16"
         return self[engine] * self["core.clock"] * self.cores
 
-    def with_values(self, source: str = "changed by the user", **values: float) -> "HardwareProfile":
+    def with_values(
+        self, source: str = "changed by the user", **values: float
+    ) -> "HardwareProfile":
         """A copy with some fields changed; write dots as double underscores (core__clock=...)."""
         numbers = dict(self.numbers)
         for name, value in values.items():

@@ -116,7 +116,9 @@ def _replay(steps: tuple[Step, ...]) -> list[tuple[int, Step]]:
                 position[unit] += 1
                 ran = True
         if not ran:
-            stuck = min(stream[position[u]] for u, stream in streams.items() if position[u] < len(stream))
+            stuck = min(
+                stream[position[u]] for u, stream in streams.items() if position[u] < len(stream)
+            )
             missing = next(signal for signal in stuck[1].waits if signal not in seen)
             why = "comes too late" if missing in given else "is never given"
             raise IllegalScheduleError(

@@ -259,7 +259,9 @@ def matrix_bubbles(timeline: Timeline) -> dict[str, float]:
     """The matrix unit's idle share of a timeline: head, steady, tail."""
     spans = sorted(
         (start, end)
-        for step, start, end in zip(timeline.schedule.steps, timeline.start, timeline.end, strict=True)
+        for step, start, end in zip(
+            timeline.schedule.steps, timeline.start, timeline.end, strict=True
+        )
         if step.stage.startswith(("QK", "PV"))
     )
     busy = reach = 0.0

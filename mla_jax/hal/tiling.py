@@ -72,7 +72,9 @@ class TilePlan:
             if getattr(self, name) < 1:
                 raise TilePlanError(f"{self.profile}: {name} = {getattr(self, name)}, wanted >= 1")
         if self.qk not in ("sharded", "duplicated", "whole"):
-            raise TilePlanError(f"{self.profile}: qk = {self.qk!r}, wanted sharded, duplicated or whole")
+            raise TilePlanError(
+                f"{self.profile}: qk = {self.qk!r}, wanted sharded, duplicated or whole"
+            )
         for buffer, used in self.used().items():
             if buffer not in self.capacity:
                 raise TilePlanError(f"{self.profile}: {buffer} is no buffer of this profile")

@@ -24,7 +24,9 @@ def chrome_trace(timeline: Timeline) -> dict[str, Any]:
         {"ph": "M", "name": "process_name", "pid": 0, "args": {"name": timeline.schedule.name}}
     ]
     for thread, unit in enumerate(units):
-        events.append({"ph": "M", "name": "thread_name", "pid": 0, "tid": thread, "args": {"name": unit}})
+        events.append(
+            {"ph": "M", "name": "thread_name", "pid": 0, "tid": thread, "args": {"name": unit}}
+        )
     steps = zip(timeline.schedule.steps, timeline.start, timeline.end, timeline.costs, strict=True)
     for step, start, end, cost in steps:
         events.append({

@@ -28,7 +28,9 @@ class Problem:
         if not self.kv_lens or min(self.kv_lens) < 0:
             raise ValueError(f"Problem: kv_lens = {self.kv_lens}, wanted lengths of 0 and more")
         if self.kv_dtype not in ITEMSIZE:
-            raise ValueError(f"Problem: kv_dtype = {self.kv_dtype!r}, wanted one of {set(ITEMSIZE)}")
+            raise ValueError(
+                f"Problem: kv_dtype = {self.kv_dtype!r}, wanted one of {set(ITEMSIZE)}"
+            )
 
     @property
     def rows(self) -> int:

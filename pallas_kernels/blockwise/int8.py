@@ -68,9 +68,7 @@ def blockwise_mla_int8(
     if order.rescale != "multiply":
         raise ValueError(f"order {order.name} rescales by {order.rescale}, int8 needs multiply")
     if nope.page_size != rope.page_size:
-        raise ValueError(
-            f"rope must have nope's page size {nope.page_size}, got {rope.page_size}"
-        )
+        raise ValueError(f"rope must have nope's page size {nope.page_size}, got {rope.page_size}")
     width = nope.kv_lora_rank
 
     def workspace(schedule: Schedule, tile: int) -> Workspace:
@@ -121,6 +119,7 @@ def _walk(
     otmp_ref: Any,
     work_ref: Any,
     *state_refs: Any,
+    names: tuple[str, ...],
     nope: PagedKVCache,
     rope: PagedKVCache,
     block_kv: int,
@@ -160,7 +159,7 @@ def _walk(
             dequantise(i)
         slot = get("s", i)
         hidden = positions(get("block", i)) >= visible_ref[0][:, None]
-        scores = (s_ref[slot] + s_rope_ref[slot]) * softmax_scale
+        scores = (lax.optimization_barrier(s_ref[slot]) + s_rope_ref[slot]) * softmax_scale
         state = read_state(state_refs, work_ref)
         new, p, factor = weigh(state, jnp.where(hidden, -jnp.inf, scores), jnp.float32)
         write_state(state_refs, new)
@@ -180,7 +179,9 @@ def _walk(
         slot = get("p", i)
         descale = kv_scale * p_scale_ref[slot]
         came = otmp_ref[get("otmp", i)].astype(jnp.float32) * descale[:, None]
-        work_ref[...] = work_ref[...] * factor_ref[slot][:, None] + came
+        kept = work_ref[...] * factor_ref[slot][:, None]
+        kept, came = lax.optimization_barrier((kept, came))
+        work_ref[...] = kept + came
 
     ops: dict[str, Callable[[jax.Array], None]] = {
         "QK": qk,
@@ -191,7 +192,7 @@ def _walk(
         "PV": pv,
         "UP": up,
     }
-    run_program(program_ref, ops, lambda block: block * block_kv < jnp.maximum(length, 1))
+    run_program(program_ref, names, ops, lambda block: block * block_kv < jnp.maximum(length, 1))
     o_ref[0], lse_ref[0] = finalize(read_state(state_refs, work_ref))
 
 

@@ -4,7 +4,8 @@ The dataflow is Ascend's: S, P, what P.V gives (Otmp) and O stand in workspace, 
 (QK, PV) and the vector stages (SM, UP, or AMLA's ADD) meet only there, and each stage touches just
 the slots that the schedule names. GPU orders run too: they load keys into slots and keep O in two
 halves. What a stage computes does not depend on when it is issued, so every legal schedule of one
-kind gives the same bits.
+kind gives the same bits. (Barriers keep the compiler from contracting a product and a sum in one
+program and not in another.)
 
 One grid cell is one request and one tile of query rows.
 """
@@ -106,6 +107,7 @@ def _walk(
     kv_ref: Any,
     work_ref: Any,
     *state_refs: Any,
+    names: tuple[str, ...],
     meta: PagedKVCache,
     block_kv: int,
     softmax_scale: float,
@@ -164,13 +166,14 @@ def _walk(
 
     def up(i: jax.Array) -> None:
         kept = rescale_output(work_ref[...], factor_ref[get("p", i)])
-        work_ref[...] = kept + otmp_ref[get("otmp", i)]
+        work_ref[...] = lax.optimization_barrier(kept) + otmp_ref[get("otmp", i)]
 
     def pv_half(columns: slice) -> Callable[[jax.Array], None]:
         def run(i: jax.Array) -> None:
             kept = rescale_output(work_ref[:, columns], factor_ref[get("p", i)])
             values = kv_ref[get("kv", i), :, columns]
-            work_ref[:, columns] = kept + weighted_sum(p_ref[get("p", i)], values)
+            came = weighted_sum(p_ref[get("p", i)], values)
+            work_ref[:, columns] = lax.optimization_barrier(kept) + came
 
         return run
 
@@ -187,5 +190,5 @@ def _walk(
         "PV_L": pv_half(left),
         "PV_R": pv_half(right),
     }
-    run_program(program_ref, ops, lambda block: block * block_kv < jnp.maximum(length, 1))
+    run_program(program_ref, names, ops, lambda block: block * block_kv < jnp.maximum(length, 1))
     o_ref[0], lse_ref[0] = finalize(read_state(state_refs, work_ref))

@@ -1,5 +1,6 @@
 """What the bf16 and the int8 kernel share around the walk: tiles of rows, workspace, the call."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,14 +36,15 @@ def launch(
     """Runs `walk` for every (request, row tile).
 
     rows: arrays [B, R, ...] cut in tiles; pages: whole caches. `walk` gets refs in the order
-    program, rows, pages, table, length, visible, o, lse, workspace, state.
+    program, rows, pages, table, length, visible, o, lse, workspace, state, and `names`, the program's ops.
     Returns o [B, R, width] and lse [B, R].
     """
     if block_kv < 1 or block_q < 1:
         raise ValueError(f"block_kv = {block_kv} and block_q = {block_q}, wanted at least 1")
     capacity = block_tables.shape[1] * pages[0].page_size
     schedule = order(max(math.ceil(capacity / block_kv), 1))
-    program = jnp.asarray(compile_schedule(schedule))
+    names, table = compile_schedule(schedule)
+    program = jnp.asarray(table)
     batch, count = visible.shape
     tile = min(block_q, count)
     tiles = math.ceil(count / tile)
@@ -65,7 +67,7 @@ def launch(
         jax.ShapeDtypeStruct((batch, tiles * tile), jnp.float32),
     ]
     o, lse, *_ = pl.pallas_call(
-        walk,
+        functools.partial(walk, names=names),
         grid=(batch, tiles),
         in_specs=[
             whole(program.shape),

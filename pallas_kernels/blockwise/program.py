@@ -10,46 +10,48 @@ from jax.experimental import pallas as pl
 
 from mla_jax.hal.schedule import Schedule, Step
 
-# What a step does. NOP: stages that move nothing here (an issue, a widening, a final store).
+# What a step does: a stage of the schedule, but for QK on keys in slots (QK_LOADED) and PV into O.
 OPS = (
-    "NOP", "LOAD_L", "LOAD_R", "QK", "QK_LOADED", "QK_NOPE", "QK_ROPE", "DEQUANT", "SM",
+    "LOAD_L", "LOAD_R", "QK", "QK_LOADED", "QK_NOPE", "QK_ROPE", "DEQUANT", "SM",
     "PV", "ACCUMULATE", "ADD", "UP", "PV_L", "PV_R",
 )  # fmt: skip
 COLUMNS = ("op", "block", "kv", "s", "p", "otmp")
-_SKIPPED = {"LOAD_Q", "ISSUE", "WIDEN", "STORE_L", "STORE_R"}
+_SKIPPED = {"LOAD_Q", "ISSUE", "WIDEN", "STORE_L", "STORE_R"}  # they move nothing here
 
 
-def compile_schedule(schedule: Schedule) -> np.ndarray:
-    """[steps, len(COLUMNS)] int32, in issue order. Raises IllegalScheduleError if it is not legal.
+def compile_schedule(schedule: Schedule) -> tuple[tuple[str, ...], np.ndarray]:
+    """(names of the ops it has, [steps, len(COLUMNS)] int32 in issue order).
 
-    Slots that a step does not use are 0. An UP of several blocks becomes one row a block.
+    Slots that a step does not use are 0. An UP of several blocks becomes one row a block. Raises
+    IllegalScheduleError if the schedule is not legal.
     """
     schedule.check()
     rows = [row for step in schedule.steps for row in _rows(step)]
-    return np.array(rows, dtype=np.int32)
+    ops = tuple(sorted({name for name, *_ in rows}))
+    return ops, np.array([[ops.index(name), *rest] for name, *rest in rows], dtype=np.int32)
 
 
-def _rows(step: Step) -> list[list[int]]:
+def _rows(step: Step) -> list[tuple[str, int, int, int, int, int]]:
+    if step.stage in _SKIPPED:
+        return []
     slots = {access.buffer: access.slot for access in (*step.writes, *step.reads)}
     kv = slots.get("kv_l", slots.get("kv_r", 0))
     if step.stage == "UP":
         parts = [access for access in step.reads if access.buffer == "Otmp"]
         factors = [access for access in step.reads if access.buffer == "P"]
         return [
-            [OPS.index("UP"), part.block, kv, 0, factor.slot, part.slot]
+            ("UP", part.block, kv, 0, factor.slot, part.slot)
             for part, factor in zip(parts, factors, strict=True)
         ]
-    op = "NOP" if step.stage in _SKIPPED else step.stage
+    op = step.stage
     if op == "QK" and "kv_l" in slots:
         op = "QK_LOADED"
     if op == "PV" and "Otmp" not in slots:
         op = "ACCUMULATE"
     if op not in OPS:
         raise ValueError(f"the blockwise kernel has no stage {step.stage}")
-    return [
-        [OPS.index(op), step.block, kv, slots.get("S", slots.get("S_rope", 0)),
-         slots.get("P", 0), slots.get("Otmp", 0)]
-    ]  # fmt: skip
+    s = slots.get("S", slots.get("S_rope", 0))
+    return [(op, step.block, kv, s, slots.get("P", 0), slots.get("Otmp", 0))]
 
 
 def column(program_ref: Any, name: str, index: jax.Array) -> jax.Array:
@@ -59,11 +61,12 @@ def column(program_ref: Any, name: str, index: jax.Array) -> jax.Array:
 
 def run_program(
     program_ref: Any,
+    names: tuple[str, ...],
     ops: Mapping[str, Callable[[jax.Array], None]],
     is_live: Callable[[jax.Array], jax.Array],
 ) -> None:
-    """Walks all steps: ops[name](index) for each whose block is live (names without op: nothing)."""
-    branches = [ops.get(name, _nothing) for name in OPS]
+    """Walks all steps, ops[name](index) for each whose block is live; names as compiled."""
+    branches = [ops[name] for name in names]
 
     def step(index: jax.Array, carry: None) -> None:
         @pl.when(is_live(column(program_ref, "block", index)))
@@ -71,7 +74,3 @@ def run_program(
             lax.switch(column(program_ref, "op", index), branches, index)
 
     lax.fori_loop(0, program_ref.shape[0], step, None)
-
-
-def _nothing(_: jax.Array) -> None:
-    pass
