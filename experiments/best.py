@@ -39,7 +39,8 @@ def run(options: Options, output: Output) -> Outcome:
     return Outcome(
         passed=True,
         summary=f"{best['name']} with {best['block_kv']} keys a block: {best['us']:.1f} us, "
-        f"{(best['gain'] - 1) * 100:.1f} % faster than {default.name} ({default.seconds * 1e6:.1f} us)",
+        f"{(best['gain'] - 1) * 100:.1f} % faster than {default.name} "
+        f"({default.seconds * 1e6:.1f} us)",
         rows=rows,
         headline={"best": best["name"], "gain": best["gain"], "default": default.name},
     )

@@ -43,8 +43,8 @@ def run(options: Options, output: Output) -> Outcome:
         for ax, name, report in zip(axes, names, reports, strict=True):
             draw_gantt(ax, report.timeline, until=until)
             ax.set_title(
-                f"{name}: {report.timeline.total * 1e6:.1f} µs a core, {report.seconds * 1e6:.1f} µs "
-                f"in all, bound by {report.bound_by}",
+                f"{name}: {report.timeline.total * 1e6:.1f} µs a core, "
+                f"{report.seconds * 1e6:.1f} µs in all, bound by {report.bound_by}",
                 fontsize=10,
             )
         axes[0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)

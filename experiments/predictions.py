@@ -84,7 +84,7 @@ def predict(row: Row, profile: HardwareProfile | None = None) -> float:
     if quantity == "gb_per_s":
         return report_of(row, profile).gb_per_s
     profile = profile or load_profile(ASCEND_DEVICE)
-    profile = profile.with_values(core__count=float(row["cores"]))
+    profile = profile.with_values({"core.count": float(row["cores"])})
     problem = Problem(lengths_of(row), ASCEND_HEADS, kv_dtype="int8")
     first, last = (simulate(profile, problem, kernel) for kernel in ("int8-v0", "int8-v11"))
     return first.seconds / last.seconds

@@ -179,8 +179,14 @@ def _draw_table(axes: Any, rows: list[Row]) -> None:
     variants = list(dict.fromkeys(row.get("variant", "V11 over V0") for row in rows))
     for i, variant in enumerate(variants):
         mine = [row for row in rows if row.get("variant", "V11 over V0") == variant]
-        axes.scatter([r["published"] for r in mine], [r["predicted"] for r in mine], s=16,
-                     color=plotting.COLOURS[i % 8], marker=plotting.MARKERS[i % 8], label=variant)  # fmt: skip
+        axes.scatter(
+            [r["published"] for r in mine],
+            [r["predicted"] for r in mine],
+            s=16,
+            color=plotting.COLOURS[i % 8],
+            marker=plotting.MARKERS[i % 8],
+            label=variant,
+        )
     values = [row[key] for row in rows for key in ("published", "predicted")]
     ends = [min(values) * 0.9, max(values) * 1.1]
     axes.plot(ends, ends, color=plotting.GREY, linewidth=0.8)

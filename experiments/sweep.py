@@ -37,10 +37,20 @@ def run(options: Options, output: Output) -> Outcome:
             except TilePlanError as error:
                 rows.append({"knob": knob, "value": value, "us": None, "refused": str(error)})
                 continue
-            rows.append({"knob": knob, "value": value, "us": report.seconds * 1e6,
-                         "of_default": report.seconds / start, "bound_by": report.bound_by})  # fmt: skip
-    show_table(f"{options.schedule} on {profile.name}", rows,
-               {c: c.replace("_", " ") for c in ("knob", "value", "us", "of_default", "bound_by")})  # fmt: skip
+            rows.append(
+                {
+                    "knob": knob,
+                    "value": value,
+                    "us": report.seconds * 1e6,
+                    "of_default": report.seconds / start,
+                    "bound_by": report.bound_by,
+                }
+            )
+    show_table(
+        f"{options.schedule} on {profile.name}",
+        rows,
+        {c: c.replace("_", " ") for c in ("knob", "value", "us", "of_default", "bound_by")},
+    )
     spread = spreads(rows)
     _draw(output, f"{options.schedule} on {profile.name}: what the time is sensitive to", rows)
     most = max(spread, key=lambda knob: spread[knob])
@@ -60,7 +70,7 @@ def knobs(
     sync = "latency.cross_core" if profile.family == "ascend" else "latency.barrier"
 
     def scaled(field: str, factor: float) -> Callable[[], Machine]:
-        return lambda: (profile.with_values(**{field: profile[field] * factor}), kernel)
+        return lambda: (profile.with_values({field: profile[field] * factor}), kernel)
 
     found: dict[str, list[tuple[float, Callable[[], Machine]]]] = {
         field: [(profile[field] * f, scaled(field, f)) for f in FACTORS]

@@ -1,4 +1,4 @@
-"""The blockwise kernel: every legal schedule gives the same result, whatever the pages look like."""
+"""The blockwise kernel: every legal schedule gives the same result, whatever the pages are."""
 
 import dataclasses
 import functools
@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paged_batch import SCALE, TOLERANCE, Batch, assert_matches, make_batch, relative_error
 
 from mla_jax.cache import PagedKVCache
 from mla_jax.hal import ASCEND_ORDERS, AscendOrder, IllegalScheduleError, schedule_named
 from mla_jax.hal.orders import ScheduleFn
 from pallas_kernels.blockwise import blockwise_mla, blockwise_mla_int8
-from paged_batch import SCALE, TOLERANCE, Batch, assert_matches, make_batch, relative_error
 
 BLOCK_KV, BLOCK_Q = 32, 8
 PUBLISHED = ("chunk1", "chunk2", "chunk4-up-chunk", "chunk-n", "fa2", "fa3", "fa3-2wg", "seesaw")

@@ -103,7 +103,7 @@ def test_a_missing_field_is_named(field: str) -> None:
 def test_unknown_fields_families_and_names(tmp_path: Path) -> None:
     profile = PROFILES["Ascend910B1"]
     with pytest.raises(ValueError, match=r"engine\.warp is no field"):
-        profile.with_values(engine__warp=1.0)
+        profile.with_values({"engine.warp": 1.0})
     with pytest.raises(ValueError, match="family is 'tpu'"):
         dataclasses.replace(profile, family="tpu")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"profile = 'H300'.*H200_SXM"):

@@ -17,6 +17,7 @@ from mla_jax.hal.machine import makespan
 from mla_jax.hal.orders import ASCEND_ORDERS, GPU_ORDERS, AscendOrder
 from mla_jax.hal.schedule import Step
 
+H200, TINY = PROFILES["H200_SXM"], Problem((1,), 1)
 ORDERS = sorted({**ASCEND_ORDERS, **GPU_ORDERS})
 CASES = [("H200_SXM", kernel) for kernel in KERNELS] + [
     ("Ascend910B2", kernel)
@@ -49,8 +50,8 @@ def test_no_engine_and_no_unit_is_outrun(name: str, blocks: int, seed: int) -> N
     for step, cost in zip(line.schedule.steps, line.costs, strict=True):
         work[step.unit] = work.get(step.unit, 0.0) + cost.work
     assert line.total >= max(work.values()) * (1 - 1e-12)
-    ended = {g: e + c.latency for s, e, c in zip(line.schedule.steps, line.end, line.costs, strict=True)
-             for g in s.gives}  # fmt: skip
+    ends = zip(line.schedule.steps, line.end, line.costs, strict=True)
+    ended = {given: end + cost.latency for step, end, cost in ends for given in step.gives}
     for step, start in zip(line.schedule.steps, line.start, strict=True):
         assert all(start >= ended[signal] + 0.1 - 1e-12 for signal in step.waits)
 
@@ -143,7 +144,7 @@ def test_time_falls_as_each_part_of_the_machine_speeds_up(device: str, kernel: s
                 value = profile[field] * factor
                 if field.endswith(("efficiency", "share")):
                     value = min(value, 1.0)
-                faster = simulate(profile.with_values(**{field: value}), problem, kernel)
+                faster = simulate(profile.with_values({field: value}), problem, kernel)
                 assert faster.seconds <= start * (1 + 1e-9), field
 
 
@@ -163,7 +164,7 @@ def test_an_idle_memory_changes_nothing(seed: int, workers: int, pieces: int) ->
     seconds = draw.uniform(0.1, 2, pieces)
     for worker in (np.full(pieces, -1), draw.integers(0, workers, pieces)):
         quiet, full = makespan(seconds, np.zeros(pieces), worker, workers)
-        loaded, busy = makespan(seconds, np.full(pieces, 1.01 / workers), worker, workers)
+        loaded, _ = makespan(seconds, np.full(pieces, 1.01 / workers), worker, workers)
         assert full == 0
         assert quiet <= loaded * (1 + 1e-9)
         assert loaded <= quiet * 1.02
@@ -239,9 +240,9 @@ def test_q2_jobs_pay_under_mtp() -> None:
         (lambda: Problem((1, -1), 16), "kv_lens"),
         (lambda: Problem((1,), 0), "heads = 0"),
         (lambda: Problem((1,), 1, kv_dtype="int3"), "kv_dtype = 'int3'"),
-        (lambda: simulate(PROFILES["H200_SXM"], Problem((1,), 1), "amla"), "kernel = 'amla'.*seesaw"),
-        (lambda: simulate(PROFILES["Ascend910B1"], Problem((1,), 1), "fa2"), "kernel = 'fa2'.*chunk4"),
-        (lambda: simulate(PROFILES["H200_SXM"], Problem((1,), 1), ASCEND_KERNELS["amla"]), "does not run"),
+        (lambda: simulate(H200, TINY, "amla"), "kernel = 'amla'.*seesaw"),
+        (lambda: simulate(PROFILES["Ascend910B1"], TINY, "fa2"), "kernel = 'fa2'.*chunk4"),
+        (lambda: simulate(H200, TINY, ASCEND_KERNELS["amla"]), "does not run"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(make, message: str) -> None:  # type: ignore[no-untyped-def]

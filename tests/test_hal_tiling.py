@@ -1,4 +1,4 @@
-"""Tile plans: the published tilings come out by themselves; what does not fit is refused by name."""
+"""Tile plans: the published tilings come out by themselves; what does not fit is refused."""
 
 import dataclasses
 

@@ -12,7 +12,7 @@ Entry = tuple[float, str, Certainty]
 
 @functools.cache
 def fitted_constants() -> dict[str, dict]:
-    """What `python -m experiments.fit_profiles` wrote: device -> constants and how they were fitted."""
+    """What experiments/fit_profiles.py wrote: device -> constants and how they were fitted."""
     return json.loads(files("mla_jax.hal").joinpath("fitted.json").read_text())
 
 

@@ -4,7 +4,7 @@ Letters in sources: S official source code, D official document, P paper, C comm
 """
 
 from mla_jax.hal._sources import Entry, build
-from mla_jax.hal.profile import HardwareProfile
+from mla_jax.hal.profile import Certainty, HardwareProfile
 
 _GIB = 2.0**30
 _CORE = "S: CANN operator sources, one AI core"
@@ -55,10 +55,10 @@ def _die(
     note: str = "",
     **extra: Entry,
 ) -> HardwareProfile:
-    certainty = "official" if clock_sure == "S" else "document"
+    certainty: Certainty = "official" if clock_sure == "S" else "document"
     entries: dict[str, Entry] = _COMMON | {
         "core.count": (cores, "D: product document (cube cores)", "document"),
-        "core.clock": (clock, f"{clock_sure}: product data", certainty),  # type: ignore[dict-item]
+        "core.clock": (clock, f"{clock_sure}: product data", certainty),
         "memory.hbm_bytes": (hbm, "C: board data", "community"),
         "memory.hbm_bandwidth": (bandwidth, "C: board data", "community"),
     }

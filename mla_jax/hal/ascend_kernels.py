@@ -204,8 +204,12 @@ def ascend_costs(
     def scores(depth: int, itemsize: int) -> StageCost:
         work = _product(plan, rows, depth, keys, itemsize, head)
         convert = 2.0 if kernel.convert_load else 1.0
-        return matrix(dataclasses.replace(
-            work, gm_to_l1=keys * depth * itemsize * convert, fixpipe=4.0 * rows * keys), share)  # fmt: skip
+        return matrix(
+            dataclasses.replace(
+                work, gm_to_l1=keys * depth * itemsize * convert, fixpipe=4.0 * rows * keys
+            ),
+            share,
+        )
 
     def outputs() -> StageCost:
         work = _product(plan, rows, keys, LATENT, item, head)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from mla_jax.hal import orders, work
+from mla_jax.hal.core import Costs, StageCost
 from mla_jax.hal.profile import HardwareProfile
 from mla_jax.hal.schedule import Schedule, Step
-from mla_jax.hal.core import Costs, StageCost
 from mla_jax.hal.tiling import KEY, LATENT, ROPE
 from mla_jax.hal.work import ITEMSIZE, Problem, Work
 
@@ -37,7 +37,7 @@ class Kernel:
 
     name: str
     orders: tuple[Callable[[int], Schedule], ...]
-    plan: Callable[[Problem], Work]
+    plan: Callable[..., Work]
     matrix: str
     copy: str
     block_q: int
@@ -186,7 +186,8 @@ def _fa3_first(profile: HardwareProfile) -> Kernel:
 
 def _fa3(profile: HardwareProfile, name: str, widen: bool) -> Kernel:
     plan = partial(work.heap_parts, tile_rows=64, block_kv=64, workers=profile.cores, steps_of=256)
-    return Kernel(name, (partial(orders.fa3_two, widen=widen),), plan, "wgmma", "cp_async", 64, 64, 8,
+    order = partial(orders.fa3_two, widen=widen)
+    return Kernel(name, (order,), plan, "wgmma", "cp_async", 64, 64, 8,
                   barriers=5 if widen else 2, merge="merge", partial_bytes=2)  # fmt: skip
 
 

@@ -12,7 +12,7 @@ _SM: dict[str, Entry] = {
     "engine.cuda": (128, _GUIDE, "official"),
     "engine.sfu": (16, _GUIDE, "official"),
     "engine.shared_pipe": (128, _GUIDE, "official"),
-    # What a device without any fit would run on; a fit of the device or of a relative replaces them.
+    # What a device without any fit would run on; a fit of it or of a relative replaces them.
     "memory.hbm_efficiency": (0.9, "as measured reads on H200 reach", "assumed"),
     "engine.tensor_efficiency": (0.75, "as large bf16 products on H200 reach", "assumed"),
     "engine.cuda_efficiency": (0.8, "issue slots of straight code", "assumed"),

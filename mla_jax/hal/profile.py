@@ -176,12 +176,11 @@ class HardwareProfile:
         return self[engine] * self["core.clock"] * self.cores
 
     def with_values(
-        self, source: str = "changed by the user", **values: float
+        self, values: Mapping[str, float], source: str = "changed by the user"
     ) -> "HardwareProfile":
-        """A copy with some fields changed; write dots as double underscores (core__clock=...)."""
+        """A copy with some fields changed."""
         numbers = dict(self.numbers)
-        for name, value in values.items():
-            field = name.replace("__", ".")
+        for field, value in values.items():
             if field not in numbers:
                 raise ValueError(f"{self.name}: {field} is no field of family {self.family!r}")
             numbers[field] = Number(value, numbers[field].unit, source, "assumed")

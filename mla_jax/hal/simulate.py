@@ -71,7 +71,7 @@ class Report:
 def simulate(
     profile: HardwareProfile, problem: Problem, kernel: str | Kernel | AscendKernel
 ) -> Report:
-    """Times one call. `kernel`: a name of KERNELS (nvidia) or ASCEND_KERNELS, or one of your own."""
+    """Times one call. `kernel`: a kernel of this family or its name, or an order's name."""
     if isinstance(kernel, str):
         kernel = named_kernel(profile, kernel, problem.kv_dtype)
     if isinstance(kernel, Kernel):

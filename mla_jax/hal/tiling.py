@@ -110,7 +110,7 @@ def plan_tiles(
     block_kv: int | None = None,
     kv_stages: int | None = None,
 ) -> TilePlan:
-    """The best plan that fits, or exactly the one asked for (TilePlanError when it does not fit)."""
+    """The best plan that fits, or exactly the one asked for (TilePlanError if it does not fit)."""
     if profile.family == "ascend":
         return ascend_tiles(profile, problem, block_q=block_q, block_kv=block_kv)
     return gpu_tiles(profile, problem, block_q=block_q, block_kv=block_kv, kv_stages=kv_stages)

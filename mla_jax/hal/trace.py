@@ -7,9 +7,17 @@ from mla_jax.hal.simulate import Report
 
 # Stage -> colour group; the same stage has the same colour on every device.
 STAGE_COLOURS = {
-    "LOAD": "#8C6D31", "ISSUE": "#8C6D31", "WIDEN": "#CC79A7", "QK": "#0072B2", "DEQUANT": "#56B4E9",
-    "SM": "#E69F00", "PV": "#009E73", "ADD": "#CC79A7", "UP": "#D55E00", "STORE": "#555555",
-}  # fmt: skip
+    "LOAD": "#8C6D31",
+    "ISSUE": "#8C6D31",
+    "WIDEN": "#CC79A7",
+    "QK": "#0072B2",
+    "DEQUANT": "#56B4E9",
+    "SM": "#E69F00",
+    "PV": "#009E73",
+    "ADD": "#CC79A7",
+    "UP": "#D55E00",
+    "STORE": "#555555",
+}
 
 
 def stage_group(stage: str) -> str:
@@ -29,15 +37,22 @@ def chrome_trace(timeline: Timeline) -> dict[str, Any]:
         )
     steps = zip(timeline.schedule.steps, timeline.start, timeline.end, timeline.costs, strict=True)
     for step, start, end, cost in steps:
-        events.append({
-            "ph": "X", "name": f"{step.stage} {step.block}", "cat": stage_group(step.stage), "pid": 0,
-            "tid": units.index(step.unit), "ts": start * 1e6, "dur": (end - start) * 1e6,
-            "args": {
-                "block": step.block,
-                "waits": [f"{s.stage}({s.block})" for s in step.waits],
-                "busy_us": {engine: seconds * 1e6 for engine, seconds in cost.busy.items()},
-            },
-        })  # fmt: skip
+        events.append(
+            {
+                "ph": "X",
+                "pid": 0,
+                "tid": units.index(step.unit),
+                "name": f"{step.stage} {step.block}",
+                "cat": stage_group(step.stage),
+                "ts": start * 1e6,
+                "dur": (end - start) * 1e6,
+                "args": {
+                    "block": step.block,
+                    "waits": [f"{signal.stage}({signal.block})" for signal in step.waits],
+                    "busy_us": {engine: busy * 1e6 for engine, busy in cost.busy.items()},
+                },
+            }
+        )
     return {"traceEvents": events, "displayTimeUnit": "ns"}
 
 
@@ -47,7 +62,7 @@ def draw_gantt(axes: Any, timeline: Timeline, *, until: float | None = None) -> 
     """
     units = timeline.schedule.units
     total = until or timeline.total
-    seen: dict[str, str] = {}
+    seen: set[str] = set()
     idle_from: dict[str, float] = {}
     for step, start, end in zip(timeline.schedule.steps, timeline.start, timeline.end, strict=True):
         lane = len(units) - 1 - units.index(step.unit)
@@ -59,9 +74,17 @@ def draw_gantt(axes: Any, timeline: Timeline, *, until: float | None = None) -> 
                 axes.barh(lane, gap * 1e6, left=(start - gap) * 1e6, height=0.72, color="white",
                           edgecolor="#c44", hatch="////", linewidth=0)  # fmt: skip
             idle_from[step.unit] = end
-        axes.barh(lane, (end - start) * 1e6, left=start * 1e6, height=0.72, color=colour,
-                  edgecolor="white", linewidth=0.6, label=None if group in seen else group)  # fmt: skip
-        seen[group] = colour
+        axes.barh(
+            lane,
+            (end - start) * 1e6,
+            left=start * 1e6,
+            height=0.72,
+            color=colour,
+            edgecolor="white",
+            linewidth=0.6,
+            label=None if group in seen else group,
+        )
+        seen.add(group)
         if (end - start) > total * 0.012 and step.block >= 0:
             axes.text((start + end) / 2 * 1e6, lane, str(step.block), ha="center", va="center",
                       color="white", fontsize=7)  # fmt: skip

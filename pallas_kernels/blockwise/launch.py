@@ -36,8 +36,8 @@ def launch(
     """Runs `walk` for every (request, row tile).
 
     rows: arrays [B, R, ...] cut in tiles; pages: whole caches. `walk` gets refs in the order
-    program, rows, pages, table, length, visible, o, lse, workspace, state, and `names`, the program's ops.
-    Returns o [B, R, width] and lse [B, R].
+    program, rows, pages, table, length, visible, o, lse, workspace, state, and `names`, the
+    program's ops. Returns o [B, R, width] and lse [B, R].
     """
     if block_kv < 1 or block_q < 1:
         raise ValueError(f"block_kv = {block_kv} and block_q = {block_q}, wanted at least 1")
