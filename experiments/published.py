@@ -31,7 +31,7 @@ BARS = {  # MAPE in percent, of all rows of a table
     "ascend_int8_v11_over_v0.csv": 4.0,
 }
 CLOSE = 1.05  # two variants nearer than this need not be told apart
-SAME_CASE = ("device", "lengths", "page_size", "batch", "kv_len", "heads", "s_q")
+SAME_CASE = ("device", "lengths", "batch", "kv_len", "heads", "s_q")
 
 
 @dataclasses.dataclass(frozen=True)

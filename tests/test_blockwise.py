@@ -14,22 +14,26 @@ from paged_batch import SCALE, TOLERANCE, Batch, assert_matches, make_batch, rel
 from mla_jax.cache import PagedKVCache
 from mla_jax.hal import ASCEND_ORDERS, AscendOrder, IllegalScheduleError, schedule_named
 from mla_jax.hal.orders import ScheduleFn
+from mla_jax.hal.tiling import TilePlan
 from pallas_kernels.blockwise import blockwise_mla, blockwise_mla_int8
 
-BLOCK_KV, BLOCK_Q = 32, 8
+
+def small(block_q: int = 8, block_kv: int = 32) -> TilePlan:
+    return TilePlan("test", block_q, block_kv, kv_stages=2)
+
+
 PUBLISHED = ("chunk1", "chunk2", "chunk4-up-chunk", "chunk-n", "fa2", "fa3", "fa3-2wg", "seesaw")
 
 
-def attend(batch: Batch, order: ScheduleFn, **options: int) -> tuple[jax.Array, jax.Array]:
+def attend(
+    batch: Batch, order: ScheduleFn, tiles: TilePlan | None = None
+) -> tuple[jax.Array, jax.Array]:
     """The kernel on a batch, as o [B, S, H, rank] and lse [B, S, H]."""
     b, s, h, d = batch.q.shape
     token = np.arange(s)
     visible = batch.seq_lens[:, None] - batch.query_lens[:, None] + token + 1
     visible = np.where(token < batch.query_lens[:, None], np.maximum(visible, 0), 0)
-    run = functools.partial(
-        blockwise_mla, softmax_scale=SCALE, order=order,
-        **{"block_kv": BLOCK_KV, "block_q": BLOCK_Q} | options,
-    )  # fmt: skip
+    run = functools.partial(blockwise_mla, softmax_scale=SCALE, order=order, tiles=tiles or small())
     o, lse = jax.jit(run)(
         batch.q.reshape(b, s * h, d), batch.cache, jnp.asarray(batch.block_tables),
         jnp.asarray(batch.seq_lens), jnp.asarray(np.repeat(visible, h, axis=1), jnp.int32),
@@ -84,7 +88,7 @@ def test_amla_adds_to_exponents_that_fall_far() -> None:
     batch = make_batch(np.random.default_rng(1), [128], [1], dtype="float32", capacity=128)
     ramp = batch.cache.pages * jnp.linspace(0.1, 40, 16)[None, :, None]
     batch = dataclasses.replace(batch, cache=dataclasses.replace(batch.cache, pages=ramp))
-    o, lse = attend(batch, ASCEND_ORDERS["amla"], block_kv=16)
+    o, lse = attend(batch, ASCEND_ORDERS["amla"], tiles=small(block_kv=16))
     assert np.isfinite(o).all()
     assert_matches((o, lse), batch.oracle(), 1e-4, 1e-3)
 
@@ -106,9 +110,17 @@ def test_dtypes(dtype: str) -> None:
     assert_matches(attend(batch, schedule_named("chunk2")), batch.oracle(), TOLERANCE[dtype], 1e-3)
 
 
+def test_tiles_come_from_the_profile_when_none_are_given() -> None:
+    batch = make_batch(np.random.default_rng(6), [600], [1], capacity=1024, page_size=64)
+    visible = jnp.full((1, 4), 600, jnp.int32)
+    o, _ = blockwise_mla(batch.q[:, 0], batch.cache, jnp.asarray(batch.block_tables),
+                         jnp.asarray(batch.seq_lens), visible, softmax_scale=SCALE)  # fmt: skip
+    assert relative_error(o[:, None], batch.oracle()[0]) < TOLERANCE["float32"]
+
+
 def test_blocks_that_do_not_divide_the_capacity() -> None:
     batch = make_batch(np.random.default_rng(4), [100, 3], [1, 1], capacity=112)
-    got = attend(batch, schedule_named("chunk1"), block_kv=48, block_q=3)
+    got = attend(batch, schedule_named("chunk1"), tiles=small(3, 48))
     assert_matches(got, batch.oracle(), TOLERANCE["float32"], 1e-4)
 
 
@@ -122,8 +134,6 @@ def test_an_illegal_order_does_not_run() -> None:
         IllegalScheduleError, match=r"SM\(0\) on vector: reads S\[0\] without waiting"
     ):
         attend(ragged(), broken)
-    with pytest.raises(ValueError, match="block_kv = 0"):
-        attend(ragged(), schedule_named("chunk1"), block_kv=0)
 
 
 @dataclasses.dataclass
@@ -177,8 +187,9 @@ def int8_case(layout: str = "ND") -> Int8Case:
 @functools.cache
 def int8_attend(order: AscendOrder, layout: str = "ND") -> np.ndarray:
     q_nope, q_scale, q_rope, nope, rope, kv_scale, tables, lengths, visible = int8_case(layout).args
-    run = functools.partial(blockwise_mla_int8, softmax_scale=SCALE, order=order,
-                            block_kv=BLOCK_KV, block_q=4)  # fmt: skip
+    run = functools.partial(
+        blockwise_mla_int8, softmax_scale=SCALE, order=order, tiles=small(block_q=4)
+    )
     return np.asarray(jax.jit(run)(jnp.asarray(q_nope), jnp.asarray(q_scale), jnp.asarray(q_rope),
                                    nope, rope, kv_scale, tables, lengths, visible)[0])  # fmt: skip
 

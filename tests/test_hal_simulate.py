@@ -1,9 +1,11 @@
 """The simulator: what must hold for any machine, and that its shortcuts change nothing."""
 
 import dataclasses
+import functools
 import math
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,6 +18,8 @@ from mla_jax.hal.gpu_kernels import KERNELS
 from mla_jax.hal.machine import makespan
 from mla_jax.hal.orders import ASCEND_ORDERS, GPU_ORDERS, AscendOrder
 from mla_jax.hal.schedule import Step
+from mla_jax.hal.work import split_plan_work, whole_tiles
+from mla_jax.split_kv import plan_splits
 
 H200, TINY = PROFILES["H200_SXM"], Problem((1,), 1)
 ORDERS = sorted({**ASCEND_ORDERS, **GPU_ORDERS})
@@ -176,6 +180,25 @@ def test_a_full_memory_serves_all_at_its_own_rate() -> None:
     total, full = makespan(seconds, demand, np.arange(8), 8)
     assert total == pytest.approx(4.0)  # 8 pieces that ask for half of it each
     assert full == pytest.approx(4.0)
+
+
+def test_our_own_split_plan_can_be_timed() -> None:
+    """A kernel that walks a SplitPlan: a ragged batch, balanced, beats whole tiles."""
+    lengths = (9000, 100, 4000, 64, 2000)
+    problem = Problem(lengths, 64)
+    plan = plan_splits(jnp.asarray(lengths), num_workers=132, rows=64)
+    ours = split_plan_work(plan, problem)
+    assert ours.blocks.sum() == sum(-(-n // 64) for n in lengths)
+    assert ours.worker.max() < 132
+    seesaw = KERNELS["flashmla_dense"](H200)
+    split = dataclasses.replace(seesaw, plan=lambda _: ours)
+    whole = dataclasses.replace(
+        seesaw, plan=functools.partial(whole_tiles, tile_rows=64, block_kv=64, workers=132)
+    )
+    assert simulate(H200, problem, split).seconds < simulate(H200, problem, whole).seconds / 3
+    assert simulate(H200, problem, split).seconds == pytest.approx(
+        simulate(H200, problem, seesaw).seconds, rel=0.25
+    )
 
 
 def test_verdicts() -> None:

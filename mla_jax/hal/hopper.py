@@ -36,6 +36,7 @@ def _hopper(
     bandwidth: float,
     fitted_on: str,
     tensor: Entry = (4096, "4 tensor cores x 512 bf16 multiply-adds a cycle (wgmma)", "official"),
+    mma_sync: Entry = (0.62, "mma.sync against wgmma on Hopper, microbenchmarks", "community"),
     note: str = "",
 ) -> HardwareProfile:
     entries: dict[str, Entry] = _SM | {
@@ -48,11 +49,7 @@ def _hopper(
         "buffer.shared": (227 * 1024, _GUIDE, "official"),
         "engine.tensor_bf16": tensor,
         "engine.tensor_int8": (2 * tensor[0], "twice the bf16 rate", "derived"),
-        "engine.mma_sync_share": (
-            0.62,
-            "mma.sync against wgmma on Hopper, microbenchmarks",
-            "community",
-        ),
+        "engine.mma_sync_share": mma_sync,
     }
     return build(name, "nvidia", entries, fitted_on, note)
 
@@ -91,7 +88,8 @@ _H20_TENSOR: Entry = (958, "148 TFLOPS / 78 SMs / 1.98 GHz", "derived")
 H100_SXM5 = _hopper("H100_SXM5", 132, 80e9, 3.352e12, "H100_SXM5")
 H200_SXM = _hopper("H200_SXM", 132, 141e9, 4.8e12, "H200_SXM")
 H800_SXM5 = _hopper("H800_SXM5", 132, 80e9, 3.352e12, "H200_SXM", note=_NO_ROWS + "H200_SXM")
-H20 = _hopper("H20", 78, 96e9, 4.0e12, "H200_SXM", _H20_TENSOR, _NO_ROWS + "H200_SXM")
+_H20_MMA: Entry = (1.0, "below what mma.sync alone could reach", "assumed")
+H20 = _hopper("H20", 78, 96e9, 4.0e12, "H200_SXM", _H20_TENSOR, _H20_MMA, _NO_ROWS + "H200_SXM")
 A100_SXM4_40GB = _older("A100_SXM4_40GB", 108, 1.41e9, 163 * 1024, 40e6, 3.0e12, 40e9, 1.555e12,
                         2048, _NO_ROWS + "H100_SXM5")  # fmt: skip
 A100_SXM4_80GB = _older("A100_SXM4_80GB", 108, 1.41e9, 163 * 1024, 40e6, 3.0e12, 80e9, 2.039e12,

@@ -7,6 +7,7 @@ same plan, since it says how many parts each tile came in.
 import heapq
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -151,6 +152,22 @@ def _per_row_tile(pieces: list[tuple[int, int, int]], tiles: list[int], parts: i
         tile=np.concatenate([request * count + t for t in range(count)]),
         num_workers=parts * count,
         sharers=count,
+    )
+
+
+def split_plan_work(plan: Any, problem: Problem) -> Work:
+    """The pieces of a `mla_jax.SplitPlan` (concrete arrays), for a kernel that executes it."""
+    request, start = np.asarray(plan.request), np.asarray(plan.worker_start)
+    used = request >= 0
+    row_tile = np.asarray(plan.row_tile)[used]
+    worker = np.searchsorted(start, np.arange(len(request)), side="right") - 1
+    return Work(
+        blocks=np.maximum(np.asarray(plan.block_end) - np.asarray(plan.block_start), 1)[used],
+        rows=np.minimum(plan.rows_per_tile, problem.rows - row_tile * plan.rows_per_tile),
+        worker=worker[used],
+        tile=request[used] * plan.num_row_tiles + row_tile,
+        num_workers=plan.num_workers,
+        sharers=plan.num_row_tiles,
     )
 
 

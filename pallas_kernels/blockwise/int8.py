@@ -17,6 +17,7 @@ from jax import lax
 from mla_jax.cache import PagedKVCache
 from mla_jax.hal.orders import ASCEND_ORDERS, AscendOrder
 from mla_jax.hal.schedule import Schedule
+from mla_jax.hal.tiling import TilePlan
 from mla_jax.online_softmax import finalize, weigh
 from pallas_kernels.blockwise.launch import (
     Workspace,
@@ -44,8 +45,7 @@ def blockwise_mla_int8(
     *,
     softmax_scale: float,
     order: AscendOrder = ASCEND_ORDERS["int8-2-signals"],
-    block_kv: int = 512,
-    block_q: int = 128,
+    tiles: TilePlan | None = None,
     interpret: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over an int8 latent cache with rope parts beside it.
@@ -54,7 +54,7 @@ def blockwise_mla_int8(
         q_nope: [B, R, kv_lora_rank] int8; q_scale: [B, R] float32, what one step of it is worth.
         q_rope: [B, R, rope_dim]. nope: pages of int8 values, rope_dim 0; rope: pages of rope
             values, kv_lora_rank 0 (both ND or NZ, of one page size). kv_scale: one step of nope.
-        block_tables, seq_lens, visible, order, block_kv, block_q: as `blockwise_mla` has them.
+        block_tables, seq_lens, visible, order, tiles: as `blockwise_mla` has them.
 
     Returns:
         o [B, R, kv_lora_rank] and lse [B, R], float32.
@@ -71,7 +71,7 @@ def blockwise_mla_int8(
         raise ValueError(f"rope must have nope's page size {nope.page_size}, got {rope.page_size}")
     width = nope.kv_lora_rank
 
-    def workspace(schedule: Schedule, tile: int) -> Workspace:
+    def workspace(schedule: Schedule, tile: int, block_kv: int) -> Workspace:
         slots = schedule.buffers
         wide = (tile, block_kv)
         return {
@@ -86,14 +86,14 @@ def blockwise_mla_int8(
         }
 
     walk = functools.partial(
-        _walk, nope=nope, rope=rope, block_kv=block_kv, softmax_scale=softmax_scale,
+        _walk, nope=nope, rope=rope, softmax_scale=softmax_scale,
         two_signals=order.signals == 2,
     )  # fmt: skip
     scale = jnp.broadcast_to(jnp.asarray(kv_scale, jnp.float32), q_scale.shape)
     return launch(
         walk, order, rows=[q_nope, q_scale, q_rope, scale], pages=[nope, rope],
         block_tables=block_tables, seq_lens=seq_lens, visible=visible, width=width,
-        block_kv=block_kv, block_q=block_q, workspace=workspace, interpret=interpret,
+        tiles=tiles, kv_dtype="int8", workspace=workspace, interpret=interpret,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from jax import lax
 from mla_jax.cache import PagedKVCache
 from mla_jax.hal.orders import ASCEND_ORDERS
 from mla_jax.hal.schedule import Schedule
+from mla_jax.hal.tiling import TilePlan
 from mla_jax.online_softmax import finalize, rescale_output, weigh, weighted_sum
 from pallas_kernels.blockwise.launch import (
     Workspace,
@@ -42,8 +43,7 @@ def blockwise_mla(
     *,
     softmax_scale: float,
     order: Callable[[int], Schedule] = ASCEND_ORDERS["chunk4"],
-    block_kv: int = 512,
-    block_q: int = 256,
+    tiles: TilePlan | None = None,
     compensate: bool = True,
     interpret: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
@@ -56,16 +56,16 @@ def blockwise_mla(
         seq_lens: [B] int32; pages past them may hold anything.
         visible: [B, R] int32: a row sees keys 0 .. visible - 1.
         order: the schedule for a number of blocks; an order that has ADD steps is AMLA.
-        block_kv: keys of a block. block_q: most rows of a tile.
+        tiles: block sizes (block_q rows, block_kv keys); None: what fits an Ascend 910B.
         compensate: in AMLA, make up for what rounding the residual lost.
 
     Returns:
         o [B, R, kv_lora_rank] and lse [B, R], float32.
 
-    Raises IllegalScheduleError for an order that is not legal, ValueError for block sizes below 1.
+    Raises IllegalScheduleError for an order that is not legal.
     """
 
-    def workspace(schedule: Schedule, tile: int) -> Workspace:
+    def workspace(schedule: Schedule, tile: int, block_kv: int) -> Workspace:
         slots = schedule.buffers
         factor = jnp.int32 if _is_amla(schedule) else jnp.float32
         return {
@@ -77,12 +77,10 @@ def blockwise_mla(
             "o": ((tile, cache.kv_lora_rank), jnp.float32),
         }
 
-    walk = functools.partial(
-        _walk, meta=cache, block_kv=block_kv, softmax_scale=softmax_scale, compensate=compensate
-    )
+    walk = functools.partial(_walk, meta=cache, softmax_scale=softmax_scale, compensate=compensate)
     return launch(
         walk, order, rows=[q], pages=[cache], block_tables=block_tables, seq_lens=seq_lens,
-        visible=visible, width=cache.kv_lora_rank, block_kv=block_kv, block_q=block_q,
+        visible=visible, width=cache.kv_lora_rank, tiles=tiles, kv_dtype="bf16",
         workspace=workspace, interpret=interpret,
     )  # fmt: skip
 

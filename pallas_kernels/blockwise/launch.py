@@ -10,7 +10,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from mla_jax.cache import PagedKVCache
+from mla_jax.hal.ascend import ASCEND910B1
 from mla_jax.hal.schedule import Schedule
+from mla_jax.hal.tiling import TilePlan, plan_tiles
+from mla_jax.hal.work import Problem
 from mla_jax.online_softmax import SoftmaxState
 from pallas_kernels.blockwise.program import compile_schedule
 
@@ -28,29 +31,31 @@ def launch(
     seq_lens: jax.Array,
     visible: jax.Array,
     width: int,
-    block_kv: int,
-    block_q: int,
-    workspace: Callable[[Schedule, int], Workspace],
+    tiles: TilePlan | None,
+    kv_dtype: str,
+    workspace: Callable[[Schedule, int, int], Workspace],
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs `walk` for every (request, row tile).
 
     rows: arrays [B, R, ...] cut in tiles; pages: whole caches. `walk` gets refs in the order
-    program, rows, pages, table, length, visible, o, lse, workspace, state, and `names`, the
-    program's ops. Returns o [B, R, width] and lse [B, R].
+    program, rows, pages, table, length, visible, o, lse, workspace, state, and by name `names`
+    (the program's ops) and `block_kv`. workspace: from schedule, rows and keys of a tile.
+    Returns o [B, R, width] and lse [B, R].
     """
-    if block_kv < 1 or block_q < 1:
-        raise ValueError(f"block_kv = {block_kv} and block_q = {block_q}, wanted at least 1")
     capacity = block_tables.shape[1] * pages[0].page_size
-    schedule = order(max(math.ceil(capacity / block_kv), 1))
+    if tiles is None:
+        problem = Problem((capacity,), heads=visible.shape[1], kv_dtype=kv_dtype)
+        tiles = plan_tiles(ASCEND910B1, problem)
+    schedule = order(max(math.ceil(capacity / tiles.block_kv), 1))
     names, table = compile_schedule(schedule)
     program = jnp.asarray(table)
     batch, count = visible.shape
-    tile = min(block_q, count)
-    tiles = math.ceil(count / tile)
+    tile = min(tiles.block_q, count)
+    num_tiles = math.ceil(count / tile)
 
     def padded(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, 0), (0, tiles * tile - count)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.pad(x, ((0, 0), (0, num_tiles * tile - count)) + ((0, 0),) * (x.ndim - 2))
 
     def of_rows(x: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
         tail = x.shape[2:]
@@ -61,14 +66,16 @@ def launch(
 
     row_inputs = [padded(x) for x in rows]
     seen = padded(jnp.minimum(visible, seq_lens[:, None]))
-    scratch = workspace(schedule, tile) | {name: ((tile,), jnp.float32) for name in STATE}
+    scratch = workspace(schedule, tile, tiles.block_kv) | {
+        name: ((tile,), jnp.float32) for name in STATE
+    }
     outputs = [
-        jax.ShapeDtypeStruct((batch, tiles * tile, width), jnp.float32),
-        jax.ShapeDtypeStruct((batch, tiles * tile), jnp.float32),
+        jax.ShapeDtypeStruct((batch, num_tiles * tile, width), jnp.float32),
+        jax.ShapeDtypeStruct((batch, num_tiles * tile), jnp.float32),
     ]
     o, lse, *_ = pl.pallas_call(
-        functools.partial(walk, names=names),
-        grid=(batch, tiles),
+        functools.partial(walk, names=names, block_kv=tiles.block_kv),
+        grid=(batch, num_tiles),
         in_specs=[
             whole(program.shape),
             *(of_rows(x) for x in row_inputs),
