@@ -27,7 +27,7 @@ def run(options: Options, output: Output) -> Outcome:
     for kernel in track(candidates(profile, problem), "search"):
         try:
             report = simulate(profile, problem, kernel)
-        except TilePlanError:
+        except ValueError:  # it does not fit, or needs more row tiles
             continue
         rows.append({"name": kernel.name, "block_kv": kernel.block_kv} | report_row(report)
                     | {"gain": default.seconds / report.seconds})  # fmt: skip

@@ -22,7 +22,10 @@ def small(block_q: int = 8, block_kv: int = 32) -> TilePlan:
     return TilePlan("test", block_q, block_kv, kv_stages=2)
 
 
-PUBLISHED = ("chunk1", "chunk2", "chunk4-up-chunk", "chunk-n", "fa2", "fa3", "fa3-2wg", "seesaw")
+PUBLISHED = (
+    "chunk1", "chunk2", "chunk4-up-chunk", "chunk-n", "fa2", "fa3", "fp8-widen", "seesaw",
+    "seesaw-cluster2",
+)  # fmt: skip
 
 
 def attend(

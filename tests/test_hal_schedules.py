@@ -50,7 +50,7 @@ def test_every_signal_is_needed(name: str, num_blocks: int, data: st.DataObject)
     step = schedule.steps[index]
     dropped = data.draw(st.integers(0, len(step.waits) - 1))
     waits = step.waits[:dropped] + step.waits[dropped + 1 :]
-    with pytest.raises(IllegalScheduleError, match=r"step \d+, \w+\(-?\d+\) on \w+"):
+    with pytest.raises(IllegalScheduleError, match=r"step \d+, [\w@]+\(-?\d+\) on [\w@]+"):
         _with_step(schedule, index, dataclasses.replace(step, waits=waits)).check()
 
 

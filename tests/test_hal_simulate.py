@@ -31,6 +31,7 @@ CASES = [("H200_SXM", kernel) for kernel in KERNELS] + [
 
 def problem_for(kernel: str, kv_len: int = 3000, batch: int = 7, heads: int = 64) -> Problem:
     dtype = "int8" if kernel.startswith("int8") else "fp8" if kernel.endswith("fp8kv") else "bf16"
+    heads = max(heads, 128) if "cluster" in kernel else heads  # two row tiles
     return Problem((kv_len,) * batch, heads, kv_dtype=dtype)
 
 

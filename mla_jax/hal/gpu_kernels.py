@@ -31,8 +31,8 @@ class Kernel:
     copy: "tma", "cp_async" (issued by the computing warps) or "gather" (one address a row looked
     up first); block_q, block_kv: its tile; warps: that compute; qk: "whole", "sharded" or
     "duplicated"; barriers: block-wide barriers per KV block; merge: how parts are put together;
-    partial_bytes: of one value of a partial output; multicast: cores of a cluster that a KV block
-    is sent to at once; value_loads: 2 where the values are loaded again after softmax.
+    partial_bytes: of one value of a partial output; multicast: CTAs of a cluster that share
+    the loading of every KV block; value_loads: 2 where the values are loaded again after softmax.
     """
 
     name: str
@@ -114,7 +114,17 @@ def gpu_costs(
                 return StageCost({"copy": rows * LATENT / 2 * item_out * store}, hold=barrier)
         raise ValueError(f"{kernel.name}: no cost for stage {step.stage}")
 
-    return stage
+    def of_cta(step: Step) -> StageCost:
+        """The second CTA of a cluster has engines of its own."""
+        name, _, cta = step.stage.partition("@")
+        cost = stage(dataclasses.replace(step, stage=name))
+        cta = cta or step.unit.partition("@")[2]
+        if not cta:
+            return cost
+        busy = {f"{engine}@{cta}": seconds for engine, seconds in cost.busy.items()}
+        return dataclasses.replace(cost, busy=busy)
+
+    return of_cta
 
 
 def merge_seconds(profile: HardwareProfile, kernel: Kernel, problem: Problem, plan: Work) -> float:
@@ -199,7 +209,9 @@ def _triton(profile: HardwareProfile) -> Kernel:
 
 def _cluster(profile: HardwareProfile) -> Kernel:
     """FlashMLA's order with two row tiles in a cluster, each KV block multicast to both."""
-    return dataclasses.replace(_flashmla(profile), name="seesaw_cluster2", multicast=2)
+    order = orders.seesaw_cluster
+    both = (order, partial(order, ahead=1, name="seesaw-cluster2-1-ahead"))
+    return dataclasses.replace(_flashmla(profile), name="seesaw_cluster2", orders=both, multicast=2)
 
 
 def _four(profile: HardwareProfile) -> Kernel:
@@ -238,6 +250,8 @@ KERNEL_OF_ORDER = {
     "four-wg": "four_warpgroups",
     "seesaw": "flashmla_dense",
     "seesaw-1-ahead": "flashmla_dense",
+    "seesaw-cluster2": "seesaw_cluster2",
+    "fp8-widen": "flashinfer_fa3_fp8kv",
     "triton-split": "sglang_triton",
 }
 

@@ -161,40 +161,53 @@ ASCEND_ORDERS = {
 }
 
 
-def _load(build: ScheduleBuilder, block: int, unit: str = "load") -> None:
-    build.add(unit, "LOAD_L", block, writes=(build.slot("kv_l", block),))
-    build.add(unit, "LOAD_R", block, writes=(build.slot("kv_r", block),))
+def _load(build: ScheduleBuilder, block: int, ctas: tuple[str, ...] = ("",)) -> None:
+    """Both halves of a block; with two CTAs each loads one half and sends it to both."""
+    for half, cta in zip("LR", (ctas[0], ctas[-1]), strict=True):
+        slots = tuple(build.slot(f"kv_{half.lower()}{c}", block) for c in ctas)
+        build.add(f"load{cta}", f"LOAD_{half}", block, writes=slots)
 
 
-def _keys(build: ScheduleBuilder, block: int) -> tuple[Access, ...]:
-    return (Access("q", 0, -1), build.slot("kv_l", block), build.slot("kv_r", block))
+def _scores(build: ScheduleBuilder, unit: str, block: int, cta: str = "") -> None:
+    keys = tuple(build.slot(f"{name}{cta}", block) for name in ("kv_l", "kv_r"))
+    build.add(f"{unit}{cta}", f"QK{cta}", block, reads=(Access(f"q{cta}", 0, -1), *keys),
+              writes=(build.slot(f"S{cta}", block),))  # fmt: skip
 
 
-def _softmax(build: ScheduleBuilder, unit: str, block: int) -> None:
-    state = (Access("state", 0, block - 1),) if block else ()
-    build.add(unit, "SM", block, reads=(build.slot("S", block), *state),
-              writes=(build.slot("P", block), Access("state", 0, block)))  # fmt: skip
+def _softmax(build: ScheduleBuilder, unit: str, block: int, cta: str = "") -> None:
+    state = (Access(f"state{cta}", 0, block - 1),) if block else ()
+    build.add(f"{unit}{cta}", f"SM{cta}", block, reads=(build.slot(f"S{cta}", block), *state),
+              writes=(build.slot(f"P{cta}", block), Access(f"state{cta}", 0, block)))  # fmt: skip
 
 
-def _pv(build: ScheduleBuilder, unit: str, half: str, block: int) -> None:
-    kept = f"O_{half}"
+def _pv(build: ScheduleBuilder, unit: str, half: str, block: int, cta: str = "") -> None:
+    kept = f"O_{half}{cta}"
     before = (Access(kept, 0, block - 1),) if block else ()
-    kv = build.slot(f"kv_{half.lower()}", block)
-    build.add(unit, f"PV_{half}", block, reads=(build.slot("P", block), kv, *before),
+    kv = build.slot(f"kv_{half.lower()}{cta}", block)
+    build.add(f"{unit}{cta}", f"PV_{half}{cta}", block,
+              reads=(build.slot(f"P{cta}", block), kv, *before),
               writes=(Access(kept, 0, block),))  # fmt: skip
 
 
-def _store(build: ScheduleBuilder, last: int, units: tuple[str, str]) -> None:
+def _store(
+    build: ScheduleBuilder, last: int, units: tuple[str, str], cta: str = "", staged: bool = False
+) -> None:
+    """O out; `staged` through the KV slots after the last block's, which must be free by then."""
     for half, unit in zip("LR", units, strict=True):
-        reads = (Access(f"O_{half}", 0, last), Access("state", 0, last))
-        build.add(unit, f"STORE_{half}", last, reads=reads)
+        reads = (Access(f"O_{half}{cta}", 0, last), Access(f"state{cta}", 0, last))
+        slot = (build.slot(f"kv_{half.lower()}{cta}", last + 1),) if staged else ()
+        build.add(f"{unit}{cta}", f"STORE_{half}{cta}", last, reads=reads, writes=slot)
 
 
-def _gpu_builder(name: str, n: int, period: int, stages: int, pairs: int) -> ScheduleBuilder:
+def _gpu_builder(
+    name: str, n: int, period: int, stages: int, pairs: int, ctas: tuple[str, ...] = ("",)
+) -> ScheduleBuilder:
     slots = {"q": 1, "kv_l": stages, "kv_r": stages, "S": pairs, "P": pairs, "state": 1,
              "O_L": 1, "O_R": 1}  # fmt: skip
-    build = ScheduleBuilder(name, n, period, slots)
-    build.add("load", "LOAD_Q", -1, writes=(Access("q", 0, -1),))
+    each = {f"{buffer}{cta}": count for cta in ctas for buffer, count in slots.items()}
+    build = ScheduleBuilder(name, n, period, each)
+    for cta in ctas:
+        build.add(f"load{cta}", f"LOAD_Q{cta}", -1, writes=(Access(f"q{cta}", 0, -1),))
     return build
 
 
@@ -205,7 +218,7 @@ def fa2(num_blocks: int, *, stages: int = 2, name: str = "fa2") -> Schedule:
     for block in range(min(stages, num_blocks)):
         _load(build, block)
     for block in range(num_blocks):
-        build.add("warps", "QK", block, reads=_keys(build, block), writes=(build.slot("S", block),))
+        _scores(build, "warps", block)
         _softmax(build, "warps", block)
         _pv(build, "warps", "L", block)
         _pv(build, "warps", "R", block)
@@ -219,15 +232,14 @@ def fa2(num_blocks: int, *, stages: int = 2, name: str = "fa2") -> Schedule:
 @lru_cache(maxsize=1024)
 def fa3(num_blocks: int, *, stages: int = 4, name: str = "fa3") -> Schedule:
     """FlashInfer's first FA3 template: a producer and two consumers that issue QK of the next
-    block before PV of this one, so that softmax runs under PV (3 warpgroups)."""
+    block before PV of this one, so that softmax runs under PV (3 warpgroups). The output leaves
+    through the KV slots."""
     build = _gpu_builder(name, num_blocks, stages, stages, 2)
     for block in range(min(stages, num_blocks)):
         _load(build, block)
     for block in range(num_blocks + 1):
         if block < num_blocks:
-            build.add(
-                "mma", "QK", block, reads=_keys(build, block), writes=(build.slot("S", block),)
-            )
+            _scores(build, "mma", block)
         if block:
             for half in "LR":
                 _pv(build, "mma", half, block - 1)
@@ -235,7 +247,7 @@ def fa3(num_blocks: int, *, stages: int = 4, name: str = "fa3") -> Schedule:
                 _load(build, block - 1 + stages)
         if block < num_blocks:
             _softmax(build, "warps", block)
-    _store(build, num_blocks - 1, ("warps", "warps"))
+    _store(build, num_blocks - 1, ("warps", "warps"), staged=True)
     return build.build()
 
 
@@ -250,9 +262,9 @@ def fa3_two(
         _load(build, block)
     for block in range(num_blocks):
         if widen:
-            kv = _keys(build, block)[1:]
+            kv = (build.slot("kv_l", block), build.slot("kv_r", block))
             build.add("wg1", "WIDEN", block, reads=kv, writes=kv)
-        build.add("wg1", "QK", block, reads=_keys(build, block), writes=(build.slot("S", block),))
+        _scores(build, "wg1", block)
         _softmax(build, "wg1", block)
         _pv(build, "wg0", "L", block)
         _pv(build, "wg1", "R", block)
@@ -271,9 +283,7 @@ def four_warpgroups(num_blocks: int, *, stages: int = 2, name: str = "four-wg") 
         _load(build, block)
     for block in range(num_blocks + 1):
         if block < num_blocks:
-            build.add(
-                "mma1", "QK", block, reads=_keys(build, block), writes=(build.slot("S", block),)
-            )
+            _scores(build, "mma1", block)
             _softmax(build, "wg1", block)
         if block:
             _pv(build, "mma2", "L", block - 1)
@@ -299,8 +309,7 @@ def seesaw(num_blocks: int, *, stages: int = 2, ahead: int = 2, name: str = "see
     for first in range(0, num_blocks, ahead):
         group = range(first, min(first + ahead, num_blocks))
         for block in group:
-            build.add(f"mma{block % 2}", "QK", block, reads=_keys(build, block),
-                      writes=(build.slot("S", block),))  # fmt: skip
+            _scores(build, f"mma{block % 2}", block)
         for block in group:
             _softmax(build, f"wg{block % 2}", block)
             _pv(build, "mma0", "L", block)
@@ -312,12 +321,39 @@ def seesaw(num_blocks: int, *, stages: int = 2, ahead: int = 2, name: str = "see
 
 
 @lru_cache(maxsize=1024)
+def seesaw_cluster(
+    num_blocks: int, *, stages: int = 2, ahead: int = 2, name: str = "seesaw-cluster2"
+) -> Schedule:
+    """The seesaw order in a cluster of two CTAs that hold two row tiles of one request: each loads
+    half of every KV block and multicasts it to both. The second CTA's names end in "@1"."""
+    ctas = ("", "@1")
+    build = _gpu_builder(name, num_blocks, 2, stages, 2, ctas)
+    for block in range(min(stages, num_blocks)):
+        _load(build, block, ctas)
+    for first in range(0, num_blocks, ahead):
+        group = range(first, min(first + ahead, num_blocks))
+        for block in group:
+            for cta in ctas:
+                _scores(build, f"mma{block % 2}", block, cta)
+        for block in group:
+            for cta in ctas:
+                _softmax(build, f"wg{block % 2}", block, cta)
+                _pv(build, "mma0", "L", block, cta)
+                _pv(build, "mma1", "R", block, cta)
+            if block + stages < num_blocks:
+                _load(build, block + stages, ctas)
+    for cta in ctas:
+        _store(build, num_blocks - 1, ("wg0", "wg1"), cta)
+    return build.build()
+
+
+@lru_cache(maxsize=1024)
 def split_loop(num_blocks: int, *, stages: int = 1, name: str = "triton-split") -> Schedule:
     """A Triton-style loop: one stream that loads K, waits, QK, softmax, loads V, waits, PV."""
     build = _gpu_builder(name, num_blocks, 1, stages, 1)
     for block in range(num_blocks):
         _load(build, block)
-        build.add("warps", "QK", block, reads=_keys(build, block), writes=(build.slot("S", block),))
+        _scores(build, "warps", block)
         _softmax(build, "warps", block)
         _pv(build, "warps", "L", block)
         _pv(build, "warps", "R", block)
@@ -332,6 +368,8 @@ GPU_ORDERS: dict[str, ScheduleFn] = {
     "four-wg": four_warpgroups,
     "seesaw": seesaw,
     "seesaw-1-ahead": partial(seesaw, ahead=1, name="seesaw-1-ahead"),
+    "seesaw-cluster2": seesaw_cluster,
+    "fp8-widen": partial(fa3_two, widen=True, name="fp8-widen"),
     "triton-split": split_loop,
 }
 

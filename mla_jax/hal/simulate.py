@@ -105,12 +105,12 @@ def _unknown(profile: HardwareProfile, name: str, known: list[str]) -> ValueErro
 
 def _fair_share(profile: HardwareProfile, plan: Work, multicast: int = 1) -> float:
     """Bytes per second for each core while all are at work. Row tiles that read the same KV get
-    it from the L2 cache: HBM serves it once, L2 once for each cluster it is multicast to."""
+    it from the L2 cache: HBM serves it once, L2 once for each cluster that shares the loading."""
     active = min(plan.num_workers, len(plan.blocks)) * plan.cluster
     memory = profile["memory.hbm_bandwidth"] * profile["memory.hbm_efficiency"]
-    multicast = min(multicast, plan.sharers)
-    l2 = profile["memory.l2_bandwidth"] * multicast
-    return min(memory * min(plan.sharers, active), l2) / active
+    return (
+        min(memory * min(plan.sharers, active) / multicast, profile["memory.l2_bandwidth"]) / active
+    )
 
 
 class _LoadedTimes:
@@ -165,8 +165,13 @@ class _LoadedTimes:
 
 def _simulate_gpu(profile: HardwareProfile, problem: Problem, kernel: Kernel) -> Report:
     plan = kernel.plan(problem)
+    if plan.sharers < kernel.multicast:
+        raise ValueError(
+            f"kernel {kernel.name} needs {kernel.multicast} row tiles of a request, "
+            f"{problem.rows} rows make {plan.sharers}"
+        )
     share = _fair_share(profile, plan, kernel.multicast)
-    block_bytes = kernel.block_kv * 576 * ITEMSIZE[problem.kv_dtype]
+    block_bytes = kernel.block_kv * 576 * ITEMSIZE[problem.kv_dtype] / kernel.multicast
     signal = profile["latency.barrier"]
     kinds, which = np.unique(
         np.stack([plan.blocks, plan.rows, plan.split.astype(int)]), axis=1, return_inverse=True
@@ -229,7 +234,8 @@ def _report(
 ) -> Report:
     launch = profile["latency.launch"]
     total = launch + cores + merge
-    share = {e: s / timeline.total for e, s in sorted(timeline.engine_busy().items())}
+    busy = sorted(timeline.engine_busy().items())
+    share = {engine: s / timeline.total for engine, s in busy if "@" not in engine}
     bound_by, engine = verdict(share, cores / total)
     return Report(
         name=name,
@@ -256,13 +262,13 @@ def verdict(share: dict[str, float], running: float) -> tuple[str, str]:
 
 
 def matrix_bubbles(timeline: Timeline) -> dict[str, float]:
-    """The matrix unit's idle share of a timeline: head, steady, tail."""
+    """The (first CTA's) matrix unit's idle share of a timeline: head, steady, tail."""
     spans = sorted(
         (start, end)
         for step, start, end in zip(
             timeline.schedule.steps, timeline.start, timeline.end, strict=True
         )
-        if step.stage.startswith(("QK", "PV"))
+        if step.stage.startswith(("QK", "PV")) and "@" not in step.stage
     )
     busy = reach = 0.0
     for start, end in spans:

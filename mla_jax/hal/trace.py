@@ -22,7 +22,7 @@ STAGE_COLOURS = {
 
 def stage_group(stage: str) -> str:
     """LOAD_L -> LOAD, QK_ROPE -> QK: the part of a stage's name that its colour follows."""
-    return stage.split("_")[0]
+    return stage.split("@")[0].split("_")[0]
 
 
 def chrome_trace(timeline: Timeline) -> dict[str, Any]:
