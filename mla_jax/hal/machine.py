@@ -1,9 +1,9 @@
 """Many cores at once: pieces on workers that share the memory.
 
-A piece alone takes the time of its schedule on a core. While the pieces that run together ask for
-more than the memory gives, all of them are served at the same fraction of their speed (the fluid
-limit of a fair memory). Where the memory could never be asked for too much the pieces are
-independent and only the hand-out is simulated; both ways give the same answer there.
+A piece has two times: with all cores at work, and with the memory to itself. While fewer cores are
+at work (in the last wave, or after a ragged batch's short workers are done) it goes at a speed in
+between: loads take time in proportion to the cores that load, so its time is interpolated over
+their number. Where both times are the same only the hand-out is simulated.
 """
 
 import heapq
@@ -11,17 +11,15 @@ import heapq
 import numpy as np
 
 
-def makespan(
-    seconds: np.ndarray, demand: np.ndarray, worker: np.ndarray, num_workers: int
-) -> tuple[float, float]:
-    """(end of the last piece, seconds during which the memory was full).
+def makespan(crowded: np.ndarray, alone: np.ndarray, worker: np.ndarray, num_workers: int) -> float:
+    """Seconds till the last piece is done.
 
-    seconds [P]: each piece alone; demand [P]: the share of the whole memory it asks for while it
-    runs alone; worker [P]: whose queue it is in, or -1 where free workers take the next one.
+    crowded [P], alone [P]: seconds of each piece with all workers busy, and by itself (at most
+    crowded). worker [P]: whose queue a piece is in, or -1 where free workers take the next one.
     """
-    if demand.max() * min(num_workers, len(demand)) <= 1.0:
-        return _independent(seconds, worker, num_workers), 0.0
-    return _shared(seconds, demand, worker, num_workers)
+    if np.array_equal(crowded, alone):
+        return _independent(crowded, worker, num_workers)
+    return _shared(crowded, alone, worker, num_workers)
 
 
 def _independent(seconds: np.ndarray, worker: np.ndarray, num_workers: int) -> float:
@@ -34,50 +32,39 @@ def _independent(seconds: np.ndarray, worker: np.ndarray, num_workers: int) -> f
     return max(free)
 
 
-def _shared(
-    seconds: np.ndarray, demand: np.ndarray, worker: np.ndarray, num_workers: int
-) -> tuple[float, float]:
-    queues = _queues(worker, num_workers)
-    taken = 0
+def _shared(crowded: np.ndarray, alone: np.ndarray, worker: np.ndarray, num_workers: int) -> float:
+    queue, last = _queues(worker, num_workers)
+    following = iter(range(len(crowded)))
+    position = np.array(last[:-1])
+    piece = np.full(num_workers, -1)
     left = np.zeros(num_workers)
-    wants = np.zeros(num_workers)
-    active = np.zeros(num_workers, dtype=bool)
-    position = np.zeros(num_workers, dtype=int)
-
-    def next_piece(w: int) -> int:
-        nonlocal taken
-        if queues is None:
-            if taken >= len(seconds):
-                return -1
-            taken += 1
-            return taken - 1
-        if position[w] >= len(queues[w]):
-            return -1
-        position[w] += 1
-        return int(queues[w][position[w] - 1])
 
     def hand_out(workers: np.ndarray) -> None:
-        for w in workers:
-            piece = next_piece(w)
-            active[w] = piece >= 0
-            left[w], wants[w] = (seconds[piece], demand[piece]) if piece >= 0 else (0.0, 0.0)
+        if worker[0] < 0:
+            for w in workers:
+                piece[w] = next(following, -1)
+        else:
+            more = position[workers] < last[workers + 1]
+            places = np.minimum(position[workers], len(queue) - 1)
+            piece[workers] = np.where(more, queue[places], -1)
+            position[workers] += 1
+        left[workers] = 1.0
 
     hand_out(np.arange(num_workers))
-    now = full = 0.0
-    while active.any():
-        asked = float(wants[active].sum())
-        speed = 1.0 / max(asked, 1.0)
-        step = float(left[active].min()) / speed
+    busy = np.flatnonzero(piece >= 0)
+    most, now = len(busy), 0.0
+    while len(busy):
+        mine = piece[busy]
+        seconds = alone[mine] + (crowded[mine] - alone[mine]) * (len(busy) / most)
+        step = float((left[busy] * seconds).min())
         now += step
-        full += step if asked >= 1.0 else 0.0
-        left[active] -= step * speed
-        hand_out(np.flatnonzero(active & (left <= 1e-12)))
-    return now, full
+        left[busy] -= step / seconds
+        hand_out(busy[left[busy] <= 1e-9])
+        busy = np.flatnonzero(piece >= 0)
+    return now
 
 
-def _queues(worker: np.ndarray, num_workers: int) -> list[np.ndarray] | None:
-    if worker[0] < 0:
-        return None
+def _queues(worker: np.ndarray, num_workers: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pieces by worker, and where each worker's begin and end among them."""
     order = np.argsort(worker, kind="stable")
-    bounds = np.searchsorted(worker[order], np.arange(num_workers + 1))
-    return [order[bounds[w] : bounds[w + 1]] for w in range(num_workers)]
+    return order, np.searchsorted(worker[order], np.arange(num_workers + 1))

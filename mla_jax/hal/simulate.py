@@ -24,7 +24,7 @@ from mla_jax.hal.gpu_kernels import (
 from mla_jax.hal.orders import ASCEND_ORDERS
 from mla_jax.hal.profile import HardwareProfile
 from mla_jax.hal.schedule import Schedule
-from mla_jax.hal.tiling import LATENT, plan_tiles
+from mla_jax.hal.tiling import plan_tiles
 from mla_jax.hal.work import ITEMSIZE, Problem, Work
 
 ENGINE_KIND = {
@@ -138,7 +138,7 @@ class _LoadedTimes:
 
     def _at(self, fraction: float, num_blocks: int) -> float:
         if fraction not in self._times:
-            costs = self._costs_at(self._share / fraction)
+            costs = self._costs_at(self._share / fraction if fraction else math.inf)
             self._times[fraction] = [BlockTimes(o, costs, self._signal) for o in self._orders]
         return min(times(num_blocks) for times in self._times[fraction])
 
@@ -155,6 +155,10 @@ class _LoadedTimes:
                 low = middle + 1
         near = {self.FRACTIONS[max(low - 1, 0)], self.FRACTIONS[low]}
         return min((max(self._at(f, num_blocks), loads / f), f) for f in near)
+
+    def alone(self, num_blocks: int) -> float:
+        """Seconds with the memory to itself: at most those of all at work."""
+        return min(self._at(0.0, num_blocks), self(num_blocks)[0])
 
     def timeline(self, num_blocks: int) -> Timeline:
         """The faster order's timeline at the fraction that so many blocks run at."""
@@ -177,17 +181,15 @@ def _simulate_gpu(profile: HardwareProfile, problem: Problem, kernel: Kernel) ->
         np.stack([plan.blocks, plan.rows, plan.split.astype(int)]), axis=1, return_inverse=True
     )
     times: dict[tuple[int, int], _LoadedTimes] = {}
-    seconds = np.zeros(kinds.shape[1])
+    seconds = np.zeros((2, kinds.shape[1]))
     for i, (blocks, rows, split) in enumerate(kinds.T.tolist()):
         if (rows, split) not in times:
             costs_at = partial(gpu_costs, profile, kernel, rows, bool(split), problem.kv_dtype)
             times[rows, split] = _LoadedTimes(kernel.orders, costs_at, share, block_bytes, signal)
-        seconds[i], _ = times[rows, split](blocks)
-    item = np.where(plan.split, kernel.partial_bytes, 2)
-    moved = plan.blocks * block_bytes + plan.rows * (2 * 576 + LATENT * item)
-    alone = seconds[which.reshape(-1)]
-    demand = moved / share / (min(plan.num_workers, len(plan.blocks)) * plan.cluster) / alone
-    cores, _ = machine.makespan(alone, demand * plan.cluster, plan.worker, plan.num_workers)
+        found = times[rows, split]
+        seconds[:, i] = found(blocks)[0], found.alone(blocks)
+    crowded, alone = seconds[:, which.reshape(-1)]
+    cores = machine.makespan(crowded, alone, plan.worker, plan.num_workers)
     merge = merge_seconds(profile, kernel, problem, plan)
 
     longest = int(np.argmax(plan.blocks))
@@ -217,9 +219,10 @@ def _simulate_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendK
     for r in sorted(set(rows)):
         costs_at = partial(ascend_costs, profile, kernel, tile, r)
         times[r] = _LoadedTimes((kernel.order,), costs_at, share, block_bytes, signal)
-    pairs = zip(work.rows.tolist(), work.blocks.tolist(), strict=True)
-    alone = np.array([times[r](b)[0] for r, b in pairs])
-    cores, _ = machine.makespan(alone, np.zeros(len(alone)), work.worker, work.num_workers)
+    pieces = list(zip(work.rows.tolist(), work.blocks.tolist(), strict=True))
+    crowded = np.array([times[r](b)[0] for r, b in pieces])
+    alone = np.array([times[r].alone(b) for r, b in pieces])
+    cores = machine.makespan(crowded, alone, work.worker, work.num_workers)
     timeline = times[max(rows)].timeline(min(int(blocks.max()), SHOWN_BLOCKS))
     return _report(profile, problem, kernel.name, timeline, cores, 0.0)
 
