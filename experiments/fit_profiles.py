@@ -54,7 +54,6 @@ DEVICES: dict[str, tuple[str, Bounds]] = {
         "h200_mla_decode.csv",
         GPU
         | {
-            "memory.l2_bandwidth": (5e12, 6e12, 9e12),
             "latency.second_launch": (1e-6, 3e-6, 1e-5),
             "engine.widen": (1.0, 3.4, 16.0),
         },

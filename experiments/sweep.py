@@ -40,6 +40,7 @@ def run(options: Options, output: Output) -> Outcome:
             rows.append(
                 {
                     "knob": knob,
+                    "default": profile[knob] if knob in profile.numbers else 1,
                     "value": value,
                     "us": report.seconds * 1e6,
                     "of_default": report.seconds / start,
@@ -116,9 +117,11 @@ def _draw(output: Output, title: str, rows: list[Row]) -> None:
     ) as axes:
         for i, (ax, knob) in enumerate(zip(axes, names, strict=True)):
             mine = [row for row in rows if row["knob"] == knob and row["us"] is not None]
-            ax.plot([r["value"] for r in mine], [r["us"] for r in mine], marker="o",
-                    color=plotting.COLOURS[i])  # fmt: skip
-            ax.set_xscale("log")
+            values = [r["value"] / r["default"] for r in mine]
+            ax.plot(values, [r["us"] for r in mine], marker="o", color=plotting.COLOURS[i])
+            ax.set_xscale("log", base=2)
+            ax.minorticks_off()
+            ax.set_xticks(values, [f"{value:.3g}" for value in values], fontsize=8)
             ax.set_ylim(0, max(r["us"] for r in rows if r["us"] is not None) * 1.05)
-            ax.set_xlabel(knob)
+            ax.set_xlabel(knob if mine[0]["default"] == 1 else f"{knob}, of the profile's")
             ax.set_ylabel("µs")

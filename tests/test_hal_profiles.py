@@ -39,11 +39,11 @@ def test_every_number_says_where_it_comes_from(profile: HardwareProfile) -> None
             assert profile.fitted_on == profile.name
 
 
-@pytest.mark.parametrize("name", ["A100_SXM4_40GB", "L40", "H20", "H800_SXM5"])
+@pytest.mark.parametrize("name", ["A100_SXM4_40GB", "L40", "H20", "H800_SXM5", "Ascend910C"])
 def test_a_device_without_rows_says_whose_efficiencies_it_has(name: str) -> None:
     profile = PROFILES[name]
     assert profile.fitted_on in profile.note
-    assert "nearest relative" in profile.numbers["engine.shared_efficiency"].source
+    assert "nearest relative" in profile.numbers["latency.launch"].source
 
 
 def test_save_and_load(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from mla_jax.hal._sources import Entry, build
 from mla_jax.hal.profile import Certainty, HardwareProfile
 
 _GIB = 2.0**30
+_FITTED = "Ascend910B1"  # the published rows name 24 cores and no device: this one is assumed
 _CORE = "S: CANN operator sources, one AI core"
 _DMA = "S: flat DMA table of a performance model in the CANN sources"
 
@@ -63,7 +64,9 @@ def _die(
         "memory.hbm_bandwidth": (bandwidth, "C: board data", "community"),
     }
     entries |= {field.replace("__", "."): entry for field, entry in extra.items()}
-    return build(name, "ascend", entries, "Ascend910B1", note)
+    if name != _FITTED:
+        note = f"{note}; " * bool(note) + f"no rows of its own: the constants fitted on {_FITTED}"
+    return build(name, "ascend", entries, _FITTED, note)
 
 
 ASCEND910B1 = _die("Ascend910B1", 24, 1.85e9, 64e9, 1.6e12, "D")

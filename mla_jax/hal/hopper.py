@@ -44,7 +44,7 @@ def _hopper(
         "core.clock": (1.98e9, "boost clock, nvidia-smi", "official"),
         "memory.hbm_bytes": (memory, _SHEET, "document"),
         "memory.hbm_bandwidth": (bandwidth, _SHEET, "document"),
-        "memory.l2_bandwidth": (5.5e12, "microbenchmarks of H100", "community"),
+        "memory.l2_bandwidth": (7e12, "microbenchmarks of H100: 5.5e12 to 7e12", "community"),
         "buffer.l2": (50e6, _SHEET, "document"),
         "buffer.shared": (227 * 1024, _GUIDE, "official"),
         "engine.tensor_bf16": tensor,

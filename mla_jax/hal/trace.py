@@ -62,37 +62,33 @@ def draw_gantt(axes: Any, timeline: Timeline, *, until: float | None = None) -> 
     """
     units = timeline.schedule.units
     total = until or timeline.total
+    matrix = {s.unit for s in timeline.schedule.steps if stage_group(s.stage) in ("QK", "PV")}
     seen: set[str] = set()
-    idle_from: dict[str, float] = {}
+    free: dict[str, float] = {}
     for step, start, end in zip(timeline.schedule.steps, timeline.start, timeline.end, strict=True):
         lane = len(units) - 1 - units.index(step.unit)
         group = stage_group(step.stage)
-        colour = STAGE_COLOURS[group]
-        if group in ("QK", "PV"):
-            gap = start - idle_from.get(step.unit, 0.0)
-            if gap > total * 1e-4:
-                axes.barh(lane, gap * 1e6, left=(start - gap) * 1e6, height=0.72, color="white",
-                          edgecolor="#c44", hatch="////", linewidth=0)  # fmt: skip
-            idle_from[step.unit] = end
-        axes.barh(
-            lane,
-            (end - start) * 1e6,
-            left=start * 1e6,
-            height=0.72,
-            color=colour,
-            edgecolor="white",
-            linewidth=0.6,
-            label=None if group in seen else group,
-        )
+        gap = start - free.get(step.unit, 0.0)
+        if step.unit in matrix and gap > total * 1e-4:
+            _bar(axes, lane, start - gap, start, color="white", edgecolor="#c44", hatch="////")
+        free[step.unit] = end
+        _bar(axes, lane, start, end, color=STAGE_COLOURS[group], edgecolor="white",
+             label=None if group in seen else group)  # fmt: skip
         seen.add(group)
-        if (end - start) > total * 0.012 and step.block >= 0:
-            axes.text((start + end) / 2 * 1e6, lane, str(step.block), ha="center", va="center",
+        if (end - start) > total * 0.012:
+            text = str(step.block) if step.block >= 0 else "Q"
+            axes.text((start + end) / 2 * 1e6, lane, text, ha="center", va="center",
                       color="white", fontsize=7)  # fmt: skip
     axes.set_yticks(range(len(units)), list(reversed(units)))
     axes.set_xlim(0, total * 1e6)
     axes.grid(False)
     axes.set_xlabel("µs")
     axes.set_title(f"{timeline.schedule.name}: {timeline.total * 1e6:.1f} µs", fontsize=10)
+
+
+def _bar(axes: Any, lane: int, start: float, end: float, **style: Any) -> None:
+    width = 0.0 if "hatch" in style else 0.6
+    axes.barh(lane, (end - start) * 1e6, left=start * 1e6, height=0.72, linewidth=width, **style)
 
 
 def describe(report: Report) -> list[str]:
