@@ -10,7 +10,7 @@ from experiments.options import flag
 from mla_jax.hal import simulate
 from mla_jax.hal.trace import draw_gantt
 
-SUMMARY = "schedules side by side on one device: Gantt charts on one time axis, and a table"
+SUMMARY = "schedules side by side on one device: Gantt charts and a table"
 
 _DEFAULTS = {
     "ascend": ("serial", "chunk1", "chunk2", "chunk4", "amla"),

@@ -11,7 +11,7 @@ from experiments.options import flag
 from mla_jax.hal import simulate
 from mla_jax.hal.trace import chrome_trace, describe, draw_gantt
 
-SUMMARY = "a schedule on a device: Gantt chart, Perfetto trace, what bounds it and where it idles"
+SUMMARY = "a schedule on a device: Gantt chart, Perfetto trace, what bounds it"
 
 
 @dataclasses.dataclass(frozen=True)

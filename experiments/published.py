@@ -23,7 +23,7 @@ from mla_jax.hal import Problem, load_profile, simulate
 from mla_jax.hal._sources import fitted_constants
 from mla_jax.hal.ascend_kernels import ASCEND_KERNELS, INGREDIENTS, with_ingredients
 
-SUMMARY = "the simulator against published and measured rows, or against any table like them"
+SUMMARY = "the simulator against published and measured rows, or a table like them"
 
 BARS = {  # MAPE in percent, of all rows of a table
     "h200_mla_decode.csv": 12.0,

@@ -20,6 +20,7 @@ from mla_jax.allocator import PageAllocator
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 V2_LITE = GOLDEN / "v2_lite"
+PUBLISHED = Path(__file__).parent.parent / "benchmarks" / "published"
 
 SMALL = {
     "demo": (
@@ -36,6 +37,11 @@ SMALL = {
     "amla_accuracy": ("--rows=16", "--keys=512", "--block=64", "--repeats=1"),
     "cache_size": (),
     "split_kv": ("--workers=12",),
+    "published": (f"--table={PUBLISHED / 'ascend_int8_v11_over_v0.csv'}",),
+    "pipeline": ("--schedule=seesaw",),
+    "compare": ("--profile=Ascend910B1",),
+    "sweep": ("--profile=Ascend910B1", "--schedule=chunk4"),
+    "best": ("--profile=L40",),
 }
 
 
@@ -109,7 +115,8 @@ class TestResult:
         assert set(result["options"]) == options
         assert {"result.json", *result["files"]} == {p.name for p in (tmp_path / name).iterdir()}
         for file in result["files"]:
-            assert (tmp_path / name / file).read_bytes().startswith(b"\x89PNG")
+            start = {".png": b"\x89PNG", ".json": b"{"}[Path(file).suffix]
+            assert (tmp_path / name / file).read_bytes().startswith(start)
 
     @pytest.fixture
     def result(self):
