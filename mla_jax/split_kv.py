@@ -93,7 +93,7 @@ def plan_splits(
     """A balanced plan: shares that are equal within about one overhead and one block.
 
     Args:
-        seq_lens: [B] int32, may be traced; below 0 counts as 0.
+        seq_lens: [B] int32, may be traced, and then below 0 counts as 0.
         num_workers: what runs at a time (CTAs, clusters, cores).
         rows: query rows of a request, S_q * H.
         rows_per_tile: rows that one worker holds at a time.
