@@ -79,7 +79,33 @@ def split_kv() -> str:
     return table(["batch", *planners], [[batch, *row.values()] for batch, row in rows.items()])
 
 
+def h200_decode() -> str:
+    """Our kernels beside the CUDA peers and XLA, as measured in one process on one H200."""
+    shapes: dict[tuple, dict[str, Any]] = {}
+    for row in load("h200_decode")["rows"]:
+        shape = tuple(row[key] for key in ("lengths", "batch", "kv_len", "heads", "s_q"))
+        if row["page_size"] == 64:
+            shapes.setdefault(shape, {})[row["variant"]] = row
+    rows = []
+    for (lengths, batch, kv_len, heads, s_q), found in sorted(
+        shapes.items(), key=lambda item: (item[0][3] * item[0][4], item[0][1], item[0][2])
+    ):
+        ours = found["hopper"]
+        peers = [found[name] for name in ("flashmla", "flashinfer")]
+        cells = [f"{x['us']:.1f} / {x['us_separated']:.1f}" for x in (ours, *peers)]
+        ratio = [
+            f"{min(peer[key] for peer in peers) / ours[key]:.2f}" for key in ("us", "us_separated")
+        ]
+        xla = f"{found['xla']['us']:.0f}" if "xla" in found else ""
+        ragged = "ragged " if lengths == "varlen" else ""
+        shape = f"{heads} heads, {s_q} token{'s' * (s_q > 1)}, {batch} x {ragged}{kv_len}"
+        rows.append([shape, *cells, xla, " / ".join(ratio), f"{ours['gb_per_s']:,.0f}"])
+    header = ["bf16, page size 64", "ours, us", "FlashMLA", "FlashInfer fa3", "XLA"]
+    return table([*header, "speed against the better peer", "our GB/s"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "h200_decode": h200_decode,
     "parity": parity,
     "cache_size": cache_size,
     "amla_accuracy": amla_accuracy,
