@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.primitives import ROWS, Backend
+from pallas_kernels.hopper.primitives import ROWS, WGMMA_OPERAND, Backend
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
@@ -159,7 +159,7 @@ def decode(
             kv_len, query_len = len_ref[request], qlen_ref[request]
 
             @pl.when(num_blocks > 0)
-            def _():
+            def _first_block():
                 load_block(request, begin, 0)
 
             plgpu.barrier_wait(q_empty)
@@ -288,7 +288,7 @@ def decode(
 
                 def own_first(carry, s0, block, mask):
                     """Warpgroup 0 on an even block: score, publish, multiply."""
-                    m, l = carry
+                    m, norm = carry
                     scores(s_acc, s0, s0)
                     g.wait_mma(0)
                     if mask:
@@ -299,20 +299,20 @@ def decode(
                     publish(s0, p, m0)
                     alpha = rescale(o_acc, m, m0)
                     multiply(o_acc, s0)
-                    l = l * alpha + p.sum(axis=1)
+                    norm = norm * alpha + p.sum(axis=1)
                     g.wait_mma(0)
                     release(s0)
-                    return m0, l
+                    return m0, norm
 
                 def others(carry, slot, block, mask):
                     """The other warpgroup's P, at its maximum."""
-                    m, l = carry
+                    m, norm = carry
                     m_new = published_max(slot)
                     if mask:
                         clear_tail(slot, kv_len - block * BLOCK)
                     alpha = rescale(o_acc, m, m_new)
                     multiply(o_acc, slot)
-                    return m_new, l * alpha
+                    return m_new, norm * alpha
 
                 def pair(i, carry, mask):
                     block = begin + 2 * i
@@ -330,17 +330,17 @@ def decode(
                         clear_tail(s1, kv_len - (block + 1) * BLOCK)
                     s = score(block + 1, mask)
                     top = s.max(axis=1)
-                    m0, l = others(carry, s0, block, mask)
+                    m0, norm = others(carry, s0, block, mask)
                     m1 = raised(m0, top)
                     p = jnp.exp2(s - across(m1))
                     publish(s1, p, m1)
                     g.wait_mma(0)
                     release(s0)
-                    l = l * rescale(o_acc, m0, m1) + p.sum(axis=1)
+                    norm = norm * rescale(o_acc, m0, m1) + p.sum(axis=1)
                     multiply(o_acc, s1)
                     g.wait_mma(0)
                     release(s1)
-                    return m1, l
+                    return m1, norm
 
                 def single(i, carry):
                     """The last block of an odd number: warpgroup 0 scores, both multiply."""
@@ -365,10 +365,10 @@ def decode(
                 open_pairs = jnp.clip((shortest // BLOCK - begin) // 2, 0, pairs)
                 carry = lax.fori_loop(0, open_pairs, lambda i, c: pair(i, c, False), carry)
                 carry = lax.fori_loop(open_pairs, pairs, lambda i, c: pair(i, c, True), carry)
-                m, l = lax.fori_loop(0, num_blocks % 2, single, carry)
+                m, norm = lax.fori_loop(0, num_blocks % 2, single, carry)
 
                 # Each warpgroup has summed its own blocks: exchange, normalise, store.
-                l_smem.at[me][...] = l
+                l_smem.at[me][...] = norm
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(l_ready)
                 plgpu.barrier_wait(l_ready)
@@ -436,10 +436,8 @@ def decode(
         pl.when(wg == 0)(lambda: compute(0))
         pl.when(wg == 1)(lambda: compute(1))
 
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-
     def smem(*shape):
-        return plgpu.SMEM(shape, dtype, transforms=tiled)
+        return plgpu.SMEM(shape, dtype, transforms=WGMMA_OPERAND)
 
     def slot_free(arrivals):
         if cluster > 1:
@@ -480,7 +478,8 @@ def decode(
         ),
         grid=(plan.num_workers,),
         grid_names=("worker",),
-        **(dict(cluster=(cluster,), cluster_names=("cluster",)) if cluster > 1 else {}),
+        cluster=(cluster,) if cluster > 1 else (),
+        cluster_names=("cluster",) if cluster > 1 else (),
         num_threads=3,
         thread_name="wg",
         interpret=interpret,

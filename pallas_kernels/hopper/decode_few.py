@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.primitives import WGMMA_OPERAND
 from pallas_kernels.hopper.transposed import COLUMNS, WARPS, TransposedBackend
 
 LOG2E = math.log2(math.e)
@@ -219,7 +220,7 @@ def decode_few(
             position = g.iota(tile, 0)
 
             def block(i, carry):
-                m, l = carry
+                m, norm = carry
                 zero = ((end - begin) >> 30) & i  # 0, but not for the compiler
                 slots = [lax.rem(n + i, depth) for _, _, depth, *_ in columns]
                 g.zero(s_acc)
@@ -236,11 +237,11 @@ def decode_few(
                 g.store_t(p_smem, p.astype(dtype))
                 alpha = jnp.exp2(m - m_new)
                 g.scale_columns(o_acc, alpha)
-                l = l * lax.broadcast_in_dim(alpha, tile, [1]) + p
+                norm = norm * lax.broadcast_in_dim(alpha, tile, [1]) + p
                 valid = kv_len - start
 
                 @pl.when(valid < BLOCK)
-                def _():
+                def _clear():
                     clear_tail(kv_l.at[slots[1]], valid)
                     clear_tail(kv_r.at[slots[2]], valid)
 
@@ -250,15 +251,15 @@ def decode_few(
                 g.wait_mma(0)
                 release(empty_l, slots[1])
                 release(empty_r, slots[2])
-                return m_new, l
+                return m_new, norm
 
             g.zero(o_acc)
             none = (g.full((rows,), NO_KEY, COLUMNS), g.full(tile, 0.0, plgpu.Layout.WGMMA))
             plgpu.barrier_wait(q_full.at[buffer])
-            m, l = lax.fori_loop(0, end - begin, block, none)
+            m, norm = lax.fori_loop(0, end - begin, block, none)
             release(q_empty, buffer)
 
-            total = g.reduce_rows(l, sum_smem, "add")
+            total = g.reduce_rows(norm, sum_smem, "add")
             plgpu.commit_smem()  # the next piece may write sum_smem
             blank = jnp.where(kv_len < 0, jnp.nan, 0.0)
             seen = total > 0.0
@@ -293,10 +294,8 @@ def decode_few(
 
             walk(run)
 
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-
     def smem(*shape):
-        return plgpu.SMEM(shape, dtype, transforms=tiled)
+        return plgpu.SMEM(shape, dtype, transforms=WGMMA_OPERAND)
 
     copies = max(1, BLOCK // page_size)
     left, right, tail = config.depths

@@ -6,6 +6,7 @@ a CTA share the pieces of one row and meet in shared memory; or many rows, cut i
 where a warpgroup has a few rows of its own. Both keep many wide loads in flight.
 """
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -105,7 +106,7 @@ def merge(
             states = lax.fori_loop(0, chunks, chunk, (empty,) * group)
             if not shared:
                 for i, (row, state) in enumerate(zip(mine, states, strict=True)):
-                    pl.when(top_row + i <= spare_rows)(lambda r=row, s=state: write(r, *s))
+                    pl.when(top_row + i <= spare_rows)(functools.partial(write, row, *state))
                 return
             acc_smem, m_smem, total_smem, meet = scratch
             m_smem[wg], total_smem[wg], acc_smem.at[wg][...] = states[0]

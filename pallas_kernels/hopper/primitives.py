@@ -6,6 +6,7 @@ a plain product into it, the warpgroup vote becomes a reduction, register hints 
 """
 
 import dataclasses
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+# How shared memory holds what wgmma reads. (mypy takes the protocol's empty method for abstract.)
+WGMMA_OPERAND: Any = (
+    plgpu.TilingTransform((8, 64)),  # type: ignore[abstract]
+    plgpu.SwizzleTransform(128),  # type: ignore[abstract]
+)
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value a row, beside a (64, n) WGMMA tile
 
 
@@ -171,7 +177,7 @@ class Backend:
         return vote(a, b) > 0
 
     # -- control ------------------------------------------------------------------------------
-    def set_max_registers(self, count: int, action: str) -> None:
+    def set_max_registers(self, count: int, action: Literal["increase", "decrease"]) -> None:
         if not self.interpreting:
             plgpu.set_max_registers(count, action=action)
 
