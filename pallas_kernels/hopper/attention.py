@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from mla_jax.split_kv import SplitPlan, plan_splits
-from pallas_kernels.hopper.decode import BLOCK, DecodeConfig, decode
+from pallas_kernels.hopper.decode import DecodeConfig, decode
 from pallas_kernels.hopper.decode_few import MOST_ROWS, FewConfig, decode_few
 from pallas_kernels.hopper.merge import merge
+from pallas_kernels.hopper.walk import BLOCK
 
 NUM_SMS = 132  # of an H100 or H200 SXM
 PAGE_SIZES = (16, 64, 128)

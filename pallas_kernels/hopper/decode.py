@@ -8,7 +8,6 @@ own half of V ("seesaw", after FlashMLA). docs/hopper_decode.md draws the schedu
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +16,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.primitives import ROWS, WGMMA_OPERAND, Backend
+from pallas_kernels.hopper.walk import (
+    BLOCK,
+    LN2,
+    LOG2E,
+    NO_KEY,
+    PIECE,
+    block_sources,
+    records,
+)
 
-LOG2E = math.log2(math.e)
-LN2 = math.log(2)
-BLOCK = 64  # KV tokens a block, and query rows a CTA: the height of a wgmma tile
-NO_KEY = -1e30  # a running maximum (log2 units) that no score has raised yet
-PIECE = ("request", "row_tile", "block_start", "block_end", "slot")  # a record of the plan
 ROUNDER = 1.5 * 2.0**23
 LAZY_GROWTH = 8.0  # log2 units that the running maximum may lag behind the true one
 
@@ -126,22 +129,7 @@ def decode(
 
         # ---------------------------------------------------------------- the loading warpgroup
         def load_block(request, block, slot):
-            if page_size >= BLOCK:
-                per_page = page_size // BLOCK
-                page = table_ref[request, block // per_page]
-                parts = [(page, pl.ds((block % per_page) * BLOCK, BLOCK), None)]
-            else:
-                # Pages of the block that lie past the length hold garbage: read the last valid
-                # one in their place. Its rows are masked.
-                last = (len_ref[request] - 1) // page_size
-                parts = [
-                    (
-                        table_ref[request, jnp.minimum(block * (BLOCK // page_size) + i, last)],
-                        pl.ds(0, page_size),
-                        pl.ds(i * page_size, page_size),
-                    )
-                    for i in range(BLOCK // page_size)
-                ]
+            parts = block_sources(table_ref, len_ref, request, block, page_size)
             for column, width_, _, kv, full, empty in columns:
                 plgpu.barrier_wait(empty.at[slot])
                 for page, source, target in parts:
@@ -491,7 +479,5 @@ def decode(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )
-    pieces = jnp.stack([getattr(plan, field) for field in PIECE], axis=1)
-    first = plan.worker_start[:-1]
-    walk = jnp.column_stack([first, plan.worker_start[1:], pieces[first]])
+    walk, pieces = records(plan)
     return kernel(q, pages, block_tables, seq_lens, query_lens, walk, pieces, o_ref, lse_ref)

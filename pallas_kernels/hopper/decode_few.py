@@ -10,7 +10,6 @@ The plan, arguments and partial results are those of `decode`; only rows_per_til
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +19,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.primitives import WGMMA_OPERAND
 from pallas_kernels.hopper.transposed import COLUMNS, WARPS, TransposedBackend
+from pallas_kernels.hopper.walk import (
+    BLOCK,
+    LN2,
+    LOG2E,
+    NO_KEY,
+    PIECE,
+    block_sources,
+    records,
+)
 
-LOG2E = math.log2(math.e)
-LN2 = math.log(2)
-BLOCK = 64  # KV tokens a block: the height of a wgmma tile
-NO_KEY = -1e30  # a running maximum (log2 units) that no score has raised yet
-PIECE = ("request", "row_tile", "block_start", "block_end", "slot")  # a record of the plan
 MOST_ROWS = 32  # O^T of d_v 512 takes 4 registers a thread for each row
 
 
@@ -142,25 +145,6 @@ def decode_few(
             return lax.fori_loop(first, stop, step, (jnp.int32(0), *head))
 
         # ---------------------------------------------------------------- the loading warpgroup
-        def sources(request, block):
-            """Where a block lies: (page, rows of the page, rows of the slot or None for all)."""
-            if page_size >= BLOCK:
-                per_page = page_size // BLOCK
-                page = table_ref[request, block // per_page]
-                return [(page, pl.ds((block % per_page) * BLOCK, BLOCK), None)]
-            # Pages of the block that lie past the length hold garbage: read the last valid one in
-            # their place. Its rows are masked.
-            last = (len_ref[request] - 1) // page_size
-            per_block = BLOCK // page_size
-            return [
-                (
-                    table_ref[request, jnp.minimum(block * per_block + i, last)],
-                    pl.ds(0, page_size),
-                    pl.ds(i * page_size, page_size),
-                )
-                for i in range(per_block)
-            ]
-
         def load_piece(k, n, piece):
             request, row_tile, begin, end, _ = piece
             buffer = lax.rem(k, config.q_buffers)
@@ -173,7 +157,7 @@ def decode_few(
                 )
 
             def block(i, _):
-                parts = sources(request, begin + i)
+                parts = block_sources(table_ref, len_ref, request, begin + i, page_size)
                 for column, width_, depth, _, kv, full, empty in columns:
                     slot = lax.rem(n + i, depth)
                     plgpu.barrier_wait(empty.at[slot])
@@ -338,7 +322,5 @@ def decode_few(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )
-    pieces = jnp.stack([getattr(plan, field) for field in PIECE], axis=1)
-    first = plan.worker_start[:-1]
-    walk = jnp.column_stack([first, plan.worker_start[1:], pieces[first]])
+    walk, pieces = records(plan)
     return kernel(q, pages, block_tables, seq_lens, query_lens, walk, pieces, o_ref, lse_ref)

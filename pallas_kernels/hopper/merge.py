@@ -16,8 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.split_kv import SplitPlan
 from pallas_kernels.hopper.primitives import Backend
+from pallas_kernels.hopper.walk import NO_KEY
 
-NO_KEY = -1e30
 FEW_ROWS = 144  # up to here a row has a CTA of its own, for every 128 columns
 
 
