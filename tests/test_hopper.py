@@ -159,8 +159,8 @@ def test_refusals_name_what_it_takes():
         (0, F16, "both bfloat16"),
         (2, "NZ", "layout ND"),
         (3, 1, "page sizes 16, 64, 128"),
-        (4, 96, "kv_lora_rank"),
-        (5, 32, "rope_dim of 64"),
+        (4, 256, "kv_lora_rank 512"),
+        (5, 32, "rope_dim 64"),
         (7, plan_splits(jnp.ones(2, jnp.int32), num_workers=2, rows=96, rows_per_tile=96), "96"),
     ):
         bad = (*good[:place], value, *good[place + 1 :])

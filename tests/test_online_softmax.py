@@ -15,6 +15,8 @@ from mla_jax.online_softmax import finalize, init_state, merge_states, update
 RESCALES = ("multiply", "exponent_add")
 SEEDS = st.integers(0, 2**32 - 1)
 TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3, "float16": 8e-4}
+# What rounding P to the dtype may do to one element, whose terms may partly cancel.
+PER_ELEMENT = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
 
 
 @functools.partial(jax.jit, static_argnames=("block", "rescale", "compensate"))
@@ -158,7 +160,7 @@ class TestHazards:
         o, _ = blockwise(scores, values, 16, "exponent_add")
         wanted, _ = softmax_float64(scores, values)
         assert np.isfinite(o).all()
-        np.testing.assert_allclose(o, wanted, rtol=0.02, atol=2.0**-30)
+        np.testing.assert_allclose(o, wanted, rtol=PER_ELEMENT[dtype], atol=2.0**-30)
 
     @pytest.mark.parametrize("rescale", RESCALES)
     @pytest.mark.parametrize("masked", [1, 3, 8])

@@ -173,7 +173,8 @@ def test_dequantize_blocks_of_128_with_ragged_edges(shape):
     weight *= np.linspace(0.1, 10, shape[1], dtype=np.float32)
     quantized, scale, expected = quantize(weight, (128, 128))
     np.testing.assert_array_equal(dequantize_blocks(quantized, scale), expected)
-    np.testing.assert_allclose(expected, weight, atol=0.04 * np.abs(weight).max())
+    # Half a step of e4m3 at its top, 256 .. 448, is 16 of 448.
+    np.testing.assert_allclose(expected, weight, rtol=0, atol=16.1 / 448 * np.abs(weight).max())
 
 
 def to_fp8(folder, block):

@@ -47,11 +47,8 @@ def refuses(
         return f"it takes cache layout ND, got {layout}"
     if page_size not in PAGE_SIZES:
         return f"it takes page sizes {', '.join(map(str, PAGE_SIZES))}, got {page_size}"
-    if kv_lora_rank % 128 or not 128 <= kv_lora_rank <= 512 or rope_dim != 64:
-        return (
-            "it takes a kv_lora_rank of 128, 256, 384 or 512 and a rope_dim of 64, got "
-            f"{kv_lora_rank} and {rope_dim}"
-        )
+    if (kv_lora_rank, rope_dim) != (512, 64):
+        return f"it takes kv_lora_rank 512 and rope_dim 64, got {kv_lora_rank} and {rope_dim}"
     heights = (8, 16, 24, 32, 64, 128) if rescale == "multiply" else (64, 128)
     if plan is not None and (plan.block_size != BLOCK or plan.rows_per_tile not in heights):
         return (
