@@ -1,6 +1,5 @@
 """The one op: absorbed MLA over a paged latent cache, whatever computes it, and its checks."""
 
-import functools
 from typing import Any, Literal, overload
 
 import jax
@@ -107,17 +106,16 @@ def paged_mla_attention(
         q=q,
         cache=cache,
         block_tables=block_tables,
-        seq_lens=_valid_or_minus_one(cache, block_tables, seq_lens, query_lens, q.shape[1]),
-        query_lens=jnp.full(q.shape[0], q.shape[1], jnp.int32)
-        if query_lens is None
-        else query_lens,
+        seq_lens=seq_lens,
+        query_lens=query_lens,
         plan=plan,
         softmax_scale=float(softmax_scale),
         causal=bool(causal),
         rescale=rescale,
         partial_dtype=jnp.dtype(partial_dtype),
     )
-    o, lse = choose(implementation, problem).run(problem)
+    chosen = choose(implementation, problem)
+    o, lse = chosen.run(problem if chosen.finds_invalid else problem.mark_invalid())
     return (o, lse) if return_lse else o
 
 
@@ -170,7 +168,7 @@ def _check_options(
 def _check_values(
     q: Any, cache: PagedKVCache, block_tables: Any, seq_lens: Any, query_lens: Any, plan: Any
 ) -> None:
-    """Raises ValueError for what `_valid_or_minus_one` calls invalid, if it can be known now."""
+    """Raises ValueError for what `AttentionProblem.mark_invalid` finds, if it can be known now."""
     given = [x for x in (block_tables, seq_lens, query_lens) if x is not None]
     if not checks.is_concrete(*given):
         return
@@ -189,18 +187,3 @@ def _check_values(
                 f"plan must be made for these seq_lens, got one that does not cover request "
                 f"{request} of {np.asarray(seq_lens)[request]} keys"
             )
-
-
-@functools.partial(jax.jit, static_argnums=4)
-def _valid_or_minus_one(
-    cache: PagedKVCache, block_tables: Any, seq_lens: Any, query_lens: Any, count: int
-) -> jax.Array:
-    """seq_lens, with -1 for a request whose lengths or pages can't be."""
-    max_pages = block_tables.shape[1]
-    used = jnp.arange(max_pages) * cache.page_size < seq_lens[:, None]
-    exists = (block_tables >= 0) & (block_tables < cache.num_pages)
-    valid = (seq_lens >= 0) & (seq_lens <= max_pages * cache.page_size)
-    valid &= jnp.all(exists | ~used, axis=1)
-    if query_lens is not None:
-        valid &= (query_lens >= 0) & (query_lens <= jnp.minimum(seq_lens, count))
-    return jnp.where(valid, seq_lens, -1)

@@ -64,12 +64,14 @@ class Implementation:
 
     `run(problem)` gives o [B, S, H, kv_lora_rank] of q's dtype and lse [B, S, H] float32.
     `unavailable(problem)` says why it can't run that problem here, or None if it can; without a
-    problem, only whether this machine could.
+    problem, only whether this machine could. `finds_invalid`: `run` takes lengths and pages as they
+    came and gives invalid requests NaN itself; others are given seq_lens = -1 for those.
     """
 
     name: str
     run: Callable[[AttentionProblem], tuple[jax.Array, jax.Array]]
     unavailable: Callable[[AttentionProblem | None], str | None] = _runs_anywhere
+    finds_invalid: bool = False
 
 
 IMPLEMENTATIONS = {
@@ -78,7 +80,7 @@ IMPLEMENTATIONS = {
         Implementation("reference", attend_reference),
         Implementation("xla", attend_xla),
         Implementation("split_kv", attend_split_kv),
-        Implementation("hopper", _attend_hopper, _hopper_unavailable),
+        Implementation("hopper", _attend_hopper, _hopper_unavailable, finds_invalid=True),
     )
 }
 _PREFERRED = ("hopper", "xla")  # for None: the first of these that can run the problem

@@ -20,19 +20,24 @@ from mla_jax.split_kv import SplitPlan
 class AttentionProblem:
     """The arguments of `paged_mla_attention`; a pytree, its options static.
 
-    A request that can't be computed has seq_lens = -1: its rows are to be NaN.
+    A request that can't be computed (its lengths or pages can't be) gets NaN rows. `mark_invalid`
+    finds those; an implementation may do so itself.
     """
 
     q: jax.Array  # [B, S, H, D]
     cache: PagedKVCache
     block_tables: jax.Array  # [B, max_pages] int32
     seq_lens: jax.Array  # [B] int32
-    query_lens: jax.Array  # [B] int32
+    query_lens: jax.Array | None  # [B] int32; None: all S tokens of every request
     plan: SplitPlan | None
     softmax_scale: float
     causal: bool
     rescale: str
     partial_dtype: Any  # np.dtype
+
+    def mark_invalid(self) -> "AttentionProblem":
+        """The same with seq_lens = -1 for each request whose lengths or pages can't be."""
+        return dataclasses.replace(self, seq_lens=_valid_or_minus_one(self))
 
     @property
     def num_rows(self) -> int:
@@ -46,7 +51,8 @@ class AttentionProblem:
     def visible_keys(self) -> jax.Array:
         """[B, R] int32: a row sees keys 0 .. visible - 1; 0 or less: none."""
         token = jnp.arange(self.q.shape[1], dtype=jnp.int32)
-        seq_lens, query_lens = self.seq_lens[:, None], self.query_lens[:, None]
+        seq_lens = self.seq_lens[:, None]
+        query_lens = self.q.shape[1] if self.query_lens is None else self.query_lens[:, None]
         visible = seq_lens - query_lens + token + 1 if self.causal else seq_lens
         visible = jnp.where(token < query_lens, visible, 0)
         return jnp.repeat(visible, self.q.shape[2], axis=1)
@@ -58,3 +64,18 @@ class AttentionProblem:
         lse = jnp.where(bad, jnp.nan, lse)
         heads = self.q.shape[:3]
         return o.reshape(*heads, self.cache.kv_lora_rank), lse.reshape(heads)
+
+
+@jax.jit
+def _valid_or_minus_one(problem: AttentionProblem) -> jax.Array:
+    block_tables, seq_lens = problem.block_tables, problem.seq_lens
+    page_size, num_pages = problem.cache.page_size, problem.cache.num_pages
+    max_pages = block_tables.shape[1]
+    used = jnp.arange(max_pages) * page_size < seq_lens[:, None]
+    exists = (block_tables >= 0) & (block_tables < num_pages)
+    valid = (seq_lens >= 0) & (seq_lens <= max_pages * page_size)
+    valid &= jnp.all(exists | ~used, axis=1)
+    if problem.query_lens is not None:
+        most = jnp.minimum(seq_lens, problem.q.shape[1])
+        valid &= (problem.query_lens >= 0) & (problem.query_lens <= most)
+    return jnp.where(valid, seq_lens, -1)

@@ -1,4 +1,4 @@
-"""Paged absorbed MLA on a Hopper GPU: what it takes, how it is planned, decode and then merge."""
+"""Paged absorbed MLA on a Hopper GPU: what it takes, how it is planned, decode and merge."""
 
 from typing import Any
 
@@ -11,7 +11,6 @@ from pallas_kernels.hopper.decode_few import MOST_ROWS, FewConfig, decode_few
 from pallas_kernels.hopper.merge import merge
 from pallas_kernels.hopper.walk import BLOCK
 
-NUM_SMS = 132  # of an H100 or H200 SXM
 PAGE_SIZES = (16, 64, 128)
 RESCALES = {"multiply": "lazy", "exponent_add": "exponent_add"}  # of the op -> of the kernel
 _ROW_GROUP = 8  # rows come in groups of 8: the height of a swizzled tile in shared memory
@@ -25,6 +24,11 @@ def machine_lacks() -> str | None:
         found = f"compute capability {capability}" if capability else device.platform
         return f"it needs an NVIDIA GPU of compute capability 9.0 (H100, H200), here is {found}"
     return None
+
+
+def num_sms() -> int:
+    """SMs of the default device; without a Hopper GPU those of an H100 or H200 SXM."""
+    return jax.devices()[0].core_count if machine_lacks() is None else 132
 
 
 def refuses(
@@ -69,7 +73,7 @@ def plan_decode(seq_lens: jax.Array, rows: int, rescale: str = "multiply") -> Sp
         rows_per_tile, overhead = (BLOCK if rows <= BLOCK else 2 * BLOCK), 5
     return plan_splits(
         seq_lens,
-        num_workers=NUM_SMS // max(1, rows_per_tile // BLOCK),
+        num_workers=num_sms() // max(1, rows_per_tile // BLOCK),
         rows=rows,
         rows_per_tile=rows_per_tile,
         overhead=overhead,
@@ -81,7 +85,7 @@ def attend(
     pages: jax.Array,
     block_tables: jax.Array,
     seq_lens: jax.Array,
-    query_lens: jax.Array,
+    query_lens: jax.Array | None,
     plan: SplitPlan | None,
     *,
     num_heads: int,
@@ -98,8 +102,8 @@ def attend(
         q: [B, R, D] bfloat16 or float16.
         pages: [num_pages, page_size, D] of q's dtype, D = kv_lora_rank + rope_dim.
         block_tables: [B, max_pages] int32.
-        seq_lens: [B] int32; -1 gives the request's rows NaN.
-        query_lens: [B] int32, real tokens of each request.
+        seq_lens: [B] int32. A request whose lengths or pages can't be gets NaN.
+        query_lens: [B] int32, real tokens of each request; None: all.
         plan: for these seq_lens; None: `plan_decode`.
         rescale: "multiply" or "exponent_add" (AMLA's integer add).
         interpret: `plgpu.InterpretGPUParams()` runs the schedule on a CPU.
@@ -108,7 +112,9 @@ def attend(
         o [B, R, kv_lora_rank] of q's dtype and lse [B, R] float32, natural log.
     """
     batch, rows, _ = q.shape
-    plan = plan_decode(seq_lens, rows, rescale) if plan is None else plan
+    if plan is None:
+        capacity = block_tables.shape[1] * pages.shape[1]
+        plan = plan_decode(jnp.clip(seq_lens, 0, capacity), rows, rescale)
     few = plan.rows_per_tile < BLOCK
     kernel: Any = decode_few if few else decode
     config: Any = FewConfig(plan.rows_per_tile) if few else DecodeConfig(rescale=RESCALES[rescale])
@@ -116,9 +122,15 @@ def attend(
     if spare:
         q = jnp.pad(q, ((0, 0), (0, spare), (0, 0)))
     o = jax.empty_ref(jax.ShapeDtypeStruct((batch, rows + spare, kv_lora_rank), q.dtype))
-    # A tile's lse leaves in one piece of 64 rows, the rows past R included.
-    lse_rows = rows + spare if rows <= BLOCK else rows + -rows % BLOCK
+    # A tile's lse leaves in one piece, the rows past R included.
+    lse_rows = rows + -rows % min(BLOCK, plan.rows_per_tile)
     lse = jax.empty_ref(jax.ShapeDtypeStruct((batch, lse_rows), jnp.float32))
+    ctas = max(1, plan.rows_per_tile // BLOCK)
+    # The workers of one launch wait for each other, which takes all of them to be resident.
+    resident = interpret is None and plan.num_workers * ctas <= num_sms()
+    merges = plan.num_slots > 0 and resident
+    # Zeros again at the end: XLA, which takes them for constants, may hand them to every launch.
+    counters = jnp.zeros(plan.num_tiles * ctas, jnp.int32)
     partial_o, partial_lse = kernel(
         q,
         pages,
@@ -126,17 +138,20 @@ def attend(
         seq_lens,
         query_lens,
         plan,
+        counters,
         o,
         lse,
         num_heads=num_heads,
+        num_queries=rows // num_heads,
         kv_lora_rank=kv_lora_rank,
         softmax_scale=softmax_scale,
         causal=causal,
         config=config,
+        merges=merges,
         partial_dtype=jnp.dtype(partial_dtype),
         interpret=interpret,
     )
-    if plan.num_slots:
+    if plan.num_slots and not merges:
         merge(o, lse, partial_o, partial_lse, plan, interpret=interpret)
     # The barrier keeps XLA from writing the merge's outputs straight into a slice of a larger array
     # (those of a scan, say): its dynamic-slice fusion forgets that they alias the inputs.

@@ -8,6 +8,7 @@ own half of V ("seesaw", after FlashMLA). docs/hopper_decode.md draws the schedu
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +16,29 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.merge import (
+    BLOCK_COLUMNS,
+    Meeting,
+    Place,
+    Refs,
+    block_parts,
+    merge_rest,
+    merge_shares,
+    pieces_of_a_tile,
+)
 from pallas_kernels.hopper.primitives import ROWS, WGMMA_OPERAND, Backend
 from pallas_kernels.hopper.walk import (
     BLOCK,
     LN2,
     LOG2E,
     NO_KEY,
-    PIECE,
+    RECORD,
     block_sources,
     records,
+    valid_lengths,
 )
 
+LOST = RECORD + 2  # of a record in shared memory: a page of the piece does not exist
 ROUNDER = 1.5 * 2.0**23
 LAZY_GROWTH = 8.0  # log2 units that the running maximum may lag behind the true one
 
@@ -48,24 +61,32 @@ def decode(
     seq_lens,
     query_lens,
     plan,
+    counters,
     o_ref,
     lse_ref,
     *,
     num_heads,
+    num_queries,
     kv_lora_rank,
     softmax_scale,
     causal,
     config,
+    merges,
     partial_dtype=jnp.float32,
     interpret=None,
 ):
     """Runs the plan. q [B, R, D] with R = S_q * num_heads a multiple of 8; pages [N, page, D].
 
-    Writes the rows of whole tiles to o_ref [B, R, kv_lora_rank] and lse_ref [B, R], returns the
-    partial (o, lse) of cut tiles: [slots, rows, kv_lora_rank], [slots, rows].
+    Writes whole tiles to o_ref [B, R, kv_lora_rank] and lse_ref [B, R or more]; and, if it `merges`
+    (its CTAs must be resident together then), cut tiles too. Returns what it leaves of their
+    pieces: o [slots, ctas, kv_lora_rank / 8, 512], in blocks of 64 rows x 8 columns, and
+    lse [slots, rows]. counters: int32 [num_tiles * ctas], 0 before and after the launch.
     """
     _, rows_total, width = q.shape
-    page_size = pages.shape[1]
+    num_pages, page_size = pages.shape[:2]
+    lengths = functools.partial(
+        valid_lengths, capacity=block_tables.shape[1] * page_size, num_queries=num_queries
+    )
     half = kv_lora_rank // 2
     rope = width - kv_lora_rank
     rows_box = min(BLOCK, rows_total)
@@ -79,6 +100,9 @@ def decode(
     lazy = config.rescale != "multiply"
     accumulator_shapes = ((BLOCK, half), (BLOCK, BLOCK))
 
+    # A tile in two or three pieces is merged by the worker of its first, the last of its walk.
+    first_merges = merges and not plan.fixed and pieces_of_a_tile(plan) <= 3
+
     def body(
         q_ref,
         kv_ref,
@@ -87,6 +111,7 @@ def decode(
         qlen_ref,
         walk_ref,
         piece_ref,
+        counter_ref,
         o_ref,
         lse_ref,
         po_ref,
@@ -113,6 +138,8 @@ def decode(
         l_ready,
         *accumulators,
     ):
+        if query_lens is None:
+            qlen_ref = None  # (in its place stands another operand)
         if config.early_start:
             g.wait_for_previous_kernel()
             g.let_next_kernel_start()
@@ -126,10 +153,21 @@ def decode(
         )
 
         first, stop = walk_ref[worker, 0], walk_ref[worker, 1]
+        refs = Refs(po_ref, plse_ref, o_ref, lse_ref)
+
+        def place(request, row_tile):
+            return Place(request, (row_tile * cluster + cta) * BLOCK, cta)
+
+        def meet(request, row_tile, count):
+            counter = (request * plan.num_row_tiles + row_tile) * cluster + cta
+            leaving, merging = (count - 1, 1) if first_merges else (count, count)
+            return Meeting(g, counter_ref, counter, 2 * leaving, 2 * merging)
 
         # ---------------------------------------------------------------- the loading warpgroup
-        def load_block(request, block, slot):
-            parts = block_sources(table_ref, len_ref, request, block, page_size)
+        def sources(request, block, kv_len):
+            return block_sources(table_ref, request, block, kv_len, page_size, num_pages)
+
+        def load_block(parts, slot):
             for column, width_, _, kv, full, empty in columns:
                 plgpu.barrier_wait(empty.at[slot])
                 for page, source, target in parts:
@@ -141,17 +179,21 @@ def decode(
                     )
 
         def load_piece(p, piece):
-            request, row_tile, begin, end, _ = piece
+            request, row_tile, begin, end, *_ = piece
             num_blocks = end - begin
             row = (row_tile * cluster + cta) * BLOCK
-            kv_len, query_len = len_ref[request], qlen_ref[request]
+            kv_len, query_len = lengths(len_ref, qlen_ref, request)
+            parts, all_exist = sources(request, begin, kv_len)
 
-            @pl.when(num_blocks > 0)
-            def _first_block():
-                load_block(request, begin, 0)
+            # A later piece's first block comes under the end of the piece before; of the worker's
+            # first piece, whose Q can come at once, Q is needed first.
+            @pl.when((num_blocks > 0) & (p > first))
+            def _early():
+                load_block(parts, 0)
 
             plgpu.barrier_wait(q_empty)
-            for i, value in enumerate((*piece, kv_len, query_len)):
+            lost = (num_blocks > 0) & ~all_exist
+            for i, value in enumerate((*piece, kv_len, query_len, lost.astype(jnp.int32))):
                 piece_smem[i] = value
             for column, width_, q_smem, *_ in columns:
                 plgpu.copy_gmem_to_smem(
@@ -160,18 +202,28 @@ def decode(
                     q_full,
                 )
 
+            @pl.when((num_blocks > 0) & (p == first))
+            def _after_q():
+                load_block(parts, 0)
+
             def block(i, _):
-                load_block(request, begin + i, i % 2)
+                parts, all_exist = sources(request, begin + i, kv_len)
+
+                @pl.when(~all_exist)
+                def _lost():
+                    piece_smem[LOST] = 1
+
+                load_block(parts, i % 2)
                 return ()
 
             lax.fori_loop(1, num_blocks, block, ())
             following = jnp.minimum(p + 1, piece_ref.shape[0] - 1)
-            return tuple(piece_ref[following, i] for i in range(len(PIECE)))
+            return tuple(piece_ref[following, i] for i in range(RECORD))
 
         @pl.when(wg == 2)
         def _load():
             g.set_max_registers(config.producer_registers, "decrease")
-            head = tuple(walk_ref[worker, 2 + i] for i in range(len(PIECE)))
+            head = tuple(walk_ref[worker, 2 + i] for i in range(RECORD))
             lax.fori_loop(first, stop, load_piece, head)
             # See every release: a CTA must outlive those that its peer sends it.
             plgpu.barrier_wait(q_empty)
@@ -260,8 +312,8 @@ def decode(
 
             def attend(o_acc, s_acc):
                 plgpu.barrier_wait(q_full)
-                request, row_tile, begin, end, out_slot, kv_len, query_len = (
-                    piece_smem[i] for i in range(len(PIECE) + 2)
+                request, row_tile, begin, end, out_slot, _, slots_of_tile, kv_len, query_len = (
+                    piece_smem[i] for i in range(RECORD + 2)
                 )
                 num_blocks = end - begin
                 row = (row_tile * cluster + cta) * BLOCK
@@ -355,50 +407,63 @@ def decode(
                 carry = lax.fori_loop(open_pairs, pairs, lambda i, c: pair(i, c, True), carry)
                 m, norm = lax.fori_loop(0, num_blocks % 2, single, carry)
 
+                lost = piece_smem[LOST] > 0  # written before the last block's barrier
                 # Each warpgroup has summed its own blocks: exchange, normalise, store.
                 l_smem.at[me][...] = norm
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(l_ready)
                 plgpu.barrier_wait(l_ready)
                 total = g.load_rows(l_smem.at[0]) + g.load_rows(l_smem.at[1])
-                blank = jnp.where(kv_len < 0, jnp.nan, 0.0)
+                blank = jnp.where((kv_len < 0) | lost, jnp.nan, 0.0)
                 seen = total > 0.0
-                inverse = jnp.where(seen, 1.0 / total, blank)
-                lse = jnp.where(seen, m * LN2 + jnp.log(total), -jnp.inf + blank)
+                inverse = jnp.where(seen, 1.0 / total, 0.0) + blank
+                lse = jnp.where(seen, m * LN2 + jnp.log(total), -jnp.inf) + blank
                 o = g.read(o_acc) * across(inverse, (BLOCK, half))
-
-                def store(destination, lse_destination):
-                    box = slice(None) if rows_box == BLOCK else pl.ds(0, rows_box)
-                    q_mine.at[opaque(0)][...] = o.astype(dtype)
-                    if me == 0:
-                        lse_smem[...] = lse
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(q_mine.at[0, box], destination)
-                    if me == 0:
-                        plgpu.copy_smem_to_gmem(lse_smem.at[box], lse_destination)
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
                 mine = pl.ds(me * half, half)
 
-                @pl.when(out_slot < 0)
-                def _():
-                    rows = pl.ds(row, rows_box)
-                    store(o_ref.at[request, rows, mine], lse_ref.at[request, rows])
+                def stage(column, part, merged_lse):
+                    q_mine.at[opaque(0), :, pl.ds(column, part.shape[1])][...] = part.astype(dtype)
+                    if me == 0 and column == 0:
+                        lse_smem[...] = merged_lse
 
-                @pl.when(out_slot >= 0)
-                def _():
-                    rows = pl.ds(cta * BLOCK, rows_box)
-                    if partial_dtype == dtype:
-                        store(po_ref.at[out_slot, rows, mine], plse_ref.at[out_slot, rows])
-                    else:
-                        all_rows = pl.ds(cta * BLOCK, BLOCK)
-                        g.store_rows(
-                            po_ref.at[out_slot, all_rows, mine],
-                            o.astype(partial_dtype),
-                            jnp.minimum(rows_total - row, BLOCK),
-                        )
-                        if me == 0:
-                            plse_ref.at[out_slot, all_rows][...] = lse
+                def store_staged():
+                    box = slice(None) if rows_box == BLOCK else pl.ds(0, rows_box)
+                    rows = pl.ds(row, rows_box)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(q_mine.at[0, box], o_ref.at[request, rows, mine])
+                    if me == 0:
+                        plgpu.copy_smem_to_gmem(lse_smem.at[box], lse_ref.at[request, rows])
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+                leaves = out_slot >= 0
+                if first_merges:
+                    leaves &= begin > 0
+
+                    @pl.when((out_slot >= 0) & (begin == 0))
+                    def _merge_rest():
+                        meeting = meet(request, row_tile, slots_of_tile)
+                        meeting.wait()
+                        where = place(request, row_tile)
+                        slots = out_slot, slots_of_tile
+                        merge_rest(g, refs, where, *slots, me * half, o, lse, stage)
+                        meeting.end()
+                        store_staged()
+
+                @pl.when(out_slot < 0)
+                def _store():
+                    stage(0, o, lse)
+                    store_staged()
+
+                @pl.when(leaves)
+                def _leave():
+                    blocks = pl.ds(me * half // BLOCK_COLUMNS, half // BLOCK_COLUMNS)
+                    target = po_ref.at[out_slot, cta, blocks]
+                    g.store_blocks(target, o.astype(partial_dtype), rows_total - row)
+                    if me == 0:
+                        plse_ref.at[out_slot, pl.ds(cta * BLOCK, BLOCK)][...] = lse
+                    if merges:
+                        meet(request, row_tile, slots_of_tile).leave()
 
                 plgpu.barrier_arrive(q_empty)
 
@@ -420,6 +485,17 @@ def decode(
 
             lax.fori_loop(first, stop, run, ())
             plgpu.wait_smem_to_gmem(0)
+            if merges and not first_merges:
+                merge_shares(
+                    block_parts(g, plan, kv_lora_rank, warpgroups=2),
+                    refs,
+                    piece_ref,
+                    (first, stop),
+                    meet=meet,
+                    place=place,
+                    wg=me,
+                    wgs=2,
+                )
 
         pl.when(wg == 0)(lambda: compute(0))
         pl.when(wg == 1)(lambda: compute(1))
@@ -438,7 +514,10 @@ def decode(
     kernel = plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((num_slots, plan.rows_per_tile, kv_lora_rank), partial_dtype),
+            jax.ShapeDtypeStruct(
+                (num_slots, cluster, kv_lora_rank // BLOCK_COLUMNS, BLOCK * BLOCK_COLUMNS),
+                partial_dtype,
+            ),
             jax.ShapeDtypeStruct((num_slots, plan.rows_per_tile), jnp.float32),
         ),
         scratch_types=(
@@ -451,7 +530,7 @@ def decode(
             plgpu.SMEM((2, BLOCK), jnp.float32),
             plgpu.SMEM((2, BLOCK), jnp.float32),
             plgpu.SMEM((BLOCK,), jnp.float32),
-            plgpu.SMEM((len(PIECE) + 2,), jnp.int32),
+            plgpu.SMEM((LOST + 1,), jnp.int32),
             plgpu.Barrier(num_arrivals=3),  # q_full
             plgpu.Barrier(num_arrivals=2),  # q_empty
             plgpu.Barrier(num_arrivals=copies, num_barriers=2),
@@ -479,5 +558,6 @@ def decode(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )
-    walk, pieces = records(plan)
-    return kernel(q, pages, block_tables, seq_lens, query_lens, walk, pieces, o_ref, lse_ref)
+    walk, records_ = records(plan)
+    given = seq_lens if query_lens is None else query_lens
+    return kernel(q, pages, block_tables, seq_lens, given, walk, records_, counters, o_ref, lse_ref)

@@ -10,6 +10,7 @@ The plan, arguments and partial results are those of `decode`; only rows_per_til
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.merge import Meeting, Place, Refs, merge_shares, row_parts
 from pallas_kernels.hopper.primitives import WGMMA_OPERAND
 from pallas_kernels.hopper.transposed import COLUMNS, WARPS, TransposedBackend
 from pallas_kernels.hopper.walk import (
@@ -24,9 +26,10 @@ from pallas_kernels.hopper.walk import (
     LN2,
     LOG2E,
     NO_KEY,
-    PIECE,
+    RECORD,
     block_sources,
     records,
+    valid_lengths,
 )
 
 MOST_ROWS = 32  # O^T of d_v 512 takes 4 registers a thread for each row
@@ -55,14 +58,17 @@ def decode_few(
     seq_lens,
     query_lens,
     plan,
+    counters,
     o_ref,
     lse_ref,
     *,
     num_heads,
+    num_queries,
     kv_lora_rank,
     softmax_scale,
     causal,
     config,
+    merges,
     partial_dtype=jnp.float32,
     interpret=None,
 ):
@@ -73,7 +79,10 @@ def decode_few(
     of cut tiles.
     """
     _, rows_total, width = q.shape
-    page_size = pages.shape[1]
+    num_pages, page_size = pages.shape[:2]
+    lengths = functools.partial(
+        valid_lengths, capacity=block_tables.shape[1] * page_size, num_queries=num_queries
+    )
     rows = config.rows_per_tile
     if rows_total % rows:
         raise ValueError(f"q must have a multiple of {rows} rows (rows_per_tile), got {rows_total}")
@@ -94,6 +103,7 @@ def decode_few(
         qlen_ref,
         walk_ref,
         piece_ref,
+        counter_ref,
         o_ref,
         lse_ref,
         po_ref,
@@ -107,6 +117,7 @@ def decode_few(
         p_smem,
         top_smem,
         sum_smem,
+        lost_smem,
         q_full,
         q_empty,
         full_t,
@@ -117,6 +128,8 @@ def decode_few(
         empty_r,
         *accumulators,
     ):
+        if query_lens is None:
+            qlen_ref = None  # (in its place stands another operand)
         if config.early_start:
             g.wait_for_previous_kernel()
             g.let_next_kernel_start()
@@ -128,7 +141,7 @@ def decode_few(
             (0, half, config.depths[0], q_l, kv_l, full_l, empty_l),
             (half, half, config.depths[1], q_r, kv_r, full_r, empty_r),
         )
-        fields = range(len(PIECE))
+        fields = range(RECORD)
         first, stop = walk_ref[worker, 0], walk_ref[worker, 1]
 
         def walk(run):
@@ -144,11 +157,17 @@ def decode_few(
 
             return lax.fori_loop(first, stop, step, (jnp.int32(0), *head))
 
+        def meet(request, row_tile, count):
+            tile = request * plan.num_row_tiles + row_tile
+            return Meeting(g, counter_ref, tile, leaving=count, merging=2 * count)
+
         # ---------------------------------------------------------------- the loading warpgroup
         def load_piece(k, n, piece):
-            request, row_tile, begin, end, _ = piece
+            request, row_tile, begin, end, *_ = piece
+            kv_len, _ = lengths(len_ref, qlen_ref, request)
             buffer = lax.rem(k, config.q_buffers)
             plgpu.barrier_wait(q_empty.at[buffer])
+            lost_smem[buffer] = 0
             for column, width_, _, q_smem, *_ in columns:
                 plgpu.copy_gmem_to_smem(
                     q_ref.at[request, pl.ds(row_tile * rows, rows), pl.ds(column, width_)],
@@ -157,7 +176,14 @@ def decode_few(
                 )
 
             def block(i, _):
-                parts = block_sources(table_ref, len_ref, request, begin + i, page_size)
+                parts, all_exist = block_sources(
+                    table_ref, request, begin + i, kv_len, page_size, num_pages
+                )
+
+                @pl.when(~all_exist)
+                def _lost():
+                    lost_smem[buffer] = 1
+
                 for column, width_, depth, _, kv, full, empty in columns:
                     slot = lax.rem(n + i, depth)
                     plgpu.barrier_wait(empty.at[slot])
@@ -194,8 +220,8 @@ def decode_few(
                 part[...] = jnp.where(token < valid, kept, jnp.zeros_like(kept))
 
         def attend(k, n, piece, o_acc, s_acc):
-            request, row_tile, begin, end, out_slot = piece
-            kv_len, query_len = len_ref[request], qlen_ref[request]
+            request, row_tile, begin, end, out_slot, _, slots_of_tile = piece
+            kv_len, query_len = lengths(len_ref, qlen_ref, request)
             row = row_tile * rows
             buffer = lax.rem(k, config.q_buffers)
             token = (g.iota(tile, 1) + row) // num_heads
@@ -241,26 +267,29 @@ def decode_few(
             none = (g.full((rows,), NO_KEY, COLUMNS), g.full(tile, 0.0, plgpu.Layout.WGMMA))
             plgpu.barrier_wait(q_full.at[buffer])
             m, norm = lax.fori_loop(0, end - begin, block, none)
+            lost = lost_smem[buffer] > 0  # written before the last block's barrier
             release(q_empty, buffer)
 
             total = g.reduce_rows(norm, sum_smem, "add")
             plgpu.commit_smem()  # the next piece may write sum_smem
-            blank = jnp.where(kv_len < 0, jnp.nan, 0.0)
+            blank = jnp.where((kv_len < 0) | lost, jnp.nan, 0.0)
             seen = total > 0.0
-            inverse = jnp.where(seen, 1.0 / total, blank)
-            lse = jnp.where(seen, m * LN2 + jnp.log(total), -jnp.inf + blank)
+            inverse = jnp.where(seen, 1.0 / total, 0.0) + blank
+            lse = jnp.where(seen, m * LN2 + jnp.log(total), -jnp.inf) + blank
             o = g.read(o_acc) * lax.broadcast_in_dim(inverse, (kv_lora_rank, rows), [1])
 
             @pl.when(out_slot < 0)
-            def _():
+            def _store():
                 mine = pl.ds(row, rows)
                 g.store_global_t(o_ref.at[request, mine], o.astype(dtype))
                 lse_ref.at[request, mine][...] = lse
 
             @pl.when(out_slot >= 0)
-            def _():
+            def _leave():
                 g.store_global_t(po_ref.at[out_slot], o.astype(partial_dtype))
                 plse_ref.at[out_slot][...] = lse
+                if merges:
+                    meet(request, row_tile, slots_of_tile).leave()
 
         @pl.when(wg == 0)
         def _compute():
@@ -277,6 +306,18 @@ def decode_few(
                 g.with_accumulators(scoped, accumulators, 0, *accumulator_shapes)
 
             walk(run)
+
+        if merges:
+            merge_shares(
+                row_parts(g, plan, rows, kv_lora_rank, warpgroups=2),
+                Refs(po_ref, plse_ref, o_ref, lse_ref),
+                piece_ref,
+                (first, stop),
+                meet=meet,
+                place=lambda request, row_tile: Place(request, row_tile * rows, 0),
+                wg=wg,
+                wgs=2,
+            )
 
     def smem(*shape):
         return plgpu.SMEM(shape, dtype, transforms=WGMMA_OPERAND)
@@ -299,6 +340,7 @@ def decode_few(
             smem(rows, BLOCK),  # P
             plgpu.SMEM((WARPS, rows), jnp.float32),
             plgpu.SMEM((WARPS, rows), jnp.float32),
+            plgpu.SMEM((config.q_buffers,), jnp.int32),
             plgpu.Barrier(num_arrivals=3, num_barriers=config.q_buffers),  # q_full
             plgpu.Barrier(num_arrivals=1, num_barriers=config.q_buffers),  # q_empty
             plgpu.Barrier(num_arrivals=copies, num_barriers=tail),
@@ -322,5 +364,6 @@ def decode_few(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )
-    walk, pieces = records(plan)
-    return kernel(q, pages, block_tables, seq_lens, query_lens, walk, pieces, o_ref, lse_ref)
+    walk, records_ = records(plan)
+    given = seq_lens if query_lens is None else query_lens
+    return kernel(q, pages, block_tables, seq_lens, given, walk, records_, counters, o_ref, lse_ref)

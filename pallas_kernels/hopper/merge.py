@@ -1,13 +1,22 @@
 """Merges the partial (o, lse) of tiles that the plan has cut; tiles left whole cost nothing.
 
-The launch starts while the decode kernel drains (programmatic dependent launch). Two shapes of
-work, told apart by the shape alone: a few rows, cut into many pieces each, where the warpgroups of
-a CTA share the pieces of one row and meet in shared memory; or many rows, cut into two or three,
-where a warpgroup has a few rows of its own. Both keep many wide loads in flight.
+It happens at the end of the decode launch. A worker leaves its pieces in memory, counts up the
+tile's counter, and who merges waits until all are there: either the workers of the tile share the
+merge, each for some parts of the tile (`merge_share`), or, where a tile is in two or three pieces,
+the worker of the first piece has it in registers still and adds the others (`merge_rest`). Nobody
+waits before its own pieces are done, so it is enough that the workers are resident together, as
+those of a persistent kernel are.
+
+`merge` is a launch of its own: for plans with more workers than the GPU has SMs, and for the
+interpreter, which has no atomics.
+
+What a part is depends on how the decode kernel leaves a piece: `decode_few` as rows, `decode` as
+blocks of 64 rows x 8 columns in the order of its registers.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,10 +24,284 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.split_kv import SplitPlan
-from pallas_kernels.hopper.primitives import Backend
-from pallas_kernels.hopper.walk import NO_KEY
+from pallas_kernels.hopper.primitives import ROWS, Backend
+from pallas_kernels.hopper.walk import BLOCK, FIRST_SLOT, NO_KEY, SLOTS, records
 
-FEW_ROWS = 144  # up to here a row has a CTA of its own, for every 128 columns
+LOADS_IN_FLIGHT = 64  # registers a thread
+BLOCK_COLUMNS = 8
+
+
+class Refs(NamedTuple):
+    """What a merge reads and writes."""
+
+    partial_o: Any  # rows [slots, rows, d_v], or blocks [slots, ctas, d_v / 8, 512]
+    partial_lse: Any  # [slots, rows]
+    o: Any  # [B, R, d_v]
+    lse: Any  # [B, R or more]
+
+
+class Place(NamedTuple):
+    """Where in the output the rows of a CTA's tile begin."""
+
+    request: Any
+    row: Any
+    cta: Any  # which of the CTAs that share the tile
+
+
+class Merged(NamedTuple):
+    """The merge of some pieces: the sum of their weights relative to e^m, and of o times them."""
+
+    m: Any
+    total: Any
+    o: Any
+
+
+class Lane(NamedTuple):
+    """A part of a tile with one weight, or one weight a row, for each piece."""
+
+    lse: Callable[[Any], Any]  # slot -> natural log
+    o: Callable[[Any], Any]  # slot -> float32
+    spread: Callable[[Any], Any]  # a value for each lse -> one for each o
+    nothing: Merged
+    write: Callable[[Any, Any], None]  # (lse, o)
+
+
+class Parts(NamedTuple):
+    """How a tile is parted."""
+
+    number: int
+    pieces_at_once: int
+    lanes: Callable[[Refs, Place, Any], list[Lane]]  # of the part of that index
+
+
+def pieces_of_a_tile(plan: SplitPlan) -> int:
+    """On average, as the shape of the plan has it."""
+    return max(1, round(plan.num_workers / plan.num_tiles))
+
+
+def _pieces_at_once(plan: SplitPlan, registers: int) -> int:
+    """This alone decides how sums are rounded: for a fixed plan not by the batch."""
+    most = 2 if plan.fixed else max(2, pieces_of_a_tile(plan))
+    return min(most, LOADS_IN_FLIGHT // registers)
+
+
+def row_parts(g: Backend, plan: SplitPlan, rows: int, width: int, warpgroups: int) -> Parts:
+    """A few rows, or where a tile has more pieces than rows, some columns of one."""
+    share = rows * width // (pieces_of_a_tile(plan) * warpgroups)  # values a warpgroup
+    columns = min(512 if share >= 512 else 256 if share >= 256 else 128, width)
+    group = min(max(1, share // columns), 4, rows)
+    across = width // columns
+    layout = plgpu.Layout.WG_STRIDED((columns,), vec_size=columns // 128)
+
+    def lanes(refs: Refs, place: Place, part: Any) -> list[Lane]:
+        real_rows = jnp.minimum(rows, refs.o.shape[1] - place.row)
+        top, index = (part // across) * group, part % across
+        column = pl.ds(index * columns, columns)
+
+        def lane(i: int) -> Lane:
+            row = jnp.minimum(top + i, real_rows - 1)  # the last one again, and not written
+
+            def o(slot):
+                value = g.load_strided(refs.partial_o.at[slot, row, column], layout)
+                return value.astype(jnp.float32)
+
+            def write(lse, o):
+                @pl.when(top + i < real_rows)
+                def _write_row():
+                    target = refs.o.at[place.request, place.row + row, column]
+                    target[...] = o.astype(refs.o.dtype)
+
+                    @pl.when(index == 0)
+                    def _write_lse():
+                        refs.lse[place.request, place.row + row] = lse
+
+            zeros = g.full((columns,), 0.0, layout)
+            return Lane(
+                lse=lambda slot: refs.partial_lse[slot, row],
+                o=o,
+                spread=lambda weight: weight,
+                nothing=Merged(jnp.float32(NO_KEY), jnp.float32(0), zeros),
+                write=write,
+            )
+
+        return [lane(i) for i in range(group)]
+
+    count = -(-rows // group) * across
+    return Parts(count, _pieces_at_once(plan, group * columns // 128), lanes)
+
+
+def _block_lane(
+    g: Backend, refs: Refs, place: Place, column: Any, nothing: Merged, write: Callable
+) -> Lane:
+    """All 64 rows of the columns from `column` on, as many as `nothing` has."""
+    shape = nothing.o.shape
+    rows = pl.ds(place.cta * BLOCK, BLOCK)
+    blocks = pl.ds(column // BLOCK_COLUMNS, shape[1] // BLOCK_COLUMNS)
+
+    def o(slot):
+        return g.load_blocks(refs.partial_o.at[slot, place.cta, blocks]).astype(jnp.float32)
+
+    return Lane(
+        lse=lambda slot: g.load_rows(refs.partial_lse.at[slot, rows]),
+        o=o,
+        spread=lambda weights: lax.broadcast_in_dim(weights, shape, [0]),
+        nothing=nothing,
+        write=write,
+    )
+
+
+def block_parts(g: Backend, plan: SplitPlan, width: int, warpgroups: int) -> Parts:
+    """Some columns of all 64 rows."""
+    share = width // (pieces_of_a_tile(plan) * warpgroups)  # columns a warpgroup
+    columns = 64 if share >= 64 else 32 if share >= 32 else 16 if share >= 16 else BLOCK_COLUMNS
+
+    def lanes(refs: Refs, place: Place, part: Any) -> list[Lane]:
+        column = part * columns
+        rows = pl.ds(place.row, BLOCK)
+
+        def write(lse, o):
+            target = refs.o.at[place.request, rows, pl.ds(column, columns)]
+            g.store_rows(target, o.astype(refs.o.dtype), refs.o.shape[1] - place.row)
+
+            @pl.when(part == 0)
+            def _write_lse():
+                refs.lse.at[place.request, rows][...] = lse
+
+        empty_rows = g.full((BLOCK,), NO_KEY, ROWS), g.full((BLOCK,), 0.0, ROWS)
+        nothing = Merged(*empty_rows, g.full((BLOCK, columns), 0.0, plgpu.Layout.WGMMA))
+        return [_block_lane(g, refs, place, column, nothing, write)]
+
+    return Parts(width // columns, _pieces_at_once(plan, columns // 2), lanes)
+
+
+def _merge_slots(lanes: list[Lane], first: Any, count: Any, at_once: int) -> None:
+    """Writes the merge of slots first .. first + count, taken in this order."""
+
+    def chunk(c, states):
+        loaded: list[tuple[list, list]] = [([], []) for _ in lanes]
+        for lane, (lses, values) in zip(lanes, loaded, strict=True):
+            for k in range(at_once):
+                piece = c * at_once + k
+                slot = first + jnp.minimum(piece, count - 1)
+                lses.append(lane.lse(slot) + jnp.where(piece < count, 0.0, -jnp.inf))
+                values.append(lane.o(slot))
+        return tuple(
+            add(lane, state, *pieces)
+            for lane, state, pieces in zip(lanes, states, loaded, strict=True)
+        )
+
+    def add(lane, state, lses, values):
+        top = functools.reduce(jnp.maximum, lses, state.m)
+        old = jnp.exp(state.m - top)
+        total, o = state.total * old, state.o * lane.spread(old)
+        for lse, value in zip(lses, values, strict=True):
+            weight = jnp.exp(lse - top)
+            total, o = total + weight, o + value * lane.spread(weight)
+        return Merged(top, total, o)
+
+    chunks = (count + at_once - 1) // at_once
+    states = lax.fori_loop(0, chunks, chunk, tuple(lane.nothing for lane in lanes))
+    for lane, (m, total, o) in zip(lanes, states, strict=True):
+        unseen = total == 0.0
+        inverse = jnp.where(unseen, 0.0, 1.0 / total)
+        lane.write(jnp.where(unseen, -jnp.inf, m + jnp.log(total)), o * lane.spread(inverse))
+
+
+def _merge_share(
+    parts: Parts, refs: Refs, place: Place, slots: tuple[Any, Any, Any], wg: Any, wgs: int
+) -> None:
+    """What one of `wgs` warpgroups merges for one piece of a tile.
+
+    slots: of this piece, the tile's first one, and how many there are.
+    """
+    slot, first, count = slots
+    begin, stride = wg * count + slot - first, count * wgs
+
+    def part(i, _):
+        lanes = parts.lanes(refs, place, begin + i * stride)
+        _merge_slots(lanes, first, count, parts.pieces_at_once)
+        return ()
+
+    lax.fori_loop(0, jnp.maximum(parts.number - begin + stride - 1, 0) // stride, part, ())
+
+
+class Meeting(NamedTuple):
+    """Where the workers of a cut tile find that its pieces are there.
+
+    A counter for each tile, and for each CTA of those that share it, counts the warpgroups that
+    have left a piece, then those that have merged; the last one takes it back to 0.
+    """
+
+    g: Backend
+    counters: Any  # int32 ref
+    counter: Any
+    leaving: Any  # warpgroups that leave something
+    merging: Any  # that merge
+
+    def leave(self) -> None:
+        """This warpgroup has written its part of a piece."""
+        self.g.count_up(self.counters, self.counter, self.leaving + self.merging, publishes=True)
+
+    def wait(self) -> None:
+        """Until all of them have."""
+        self.g.wait_for(self.counters, self.counter, self.leaving)
+
+    def end(self) -> None:
+        """This warpgroup has merged."""
+        self.g.count_up(self.counters, self.counter, self.leaving + self.merging, publishes=False)
+
+
+def merge_shares(
+    parts: Parts, refs: Refs, piece_ref: Any, pieces: tuple[Any, Any],
+    meet: Callable, place: Callable, wg: Any, wgs: int,
+) -> None:  # fmt: skip
+    """The end of a launch for one warpgroup of a worker, which merges its share of its tiles.
+
+    Args:
+        piece_ref: records of `walk`.
+        pieces: the worker's, from and to.
+        meet: (request, row tile, pieces of the tile) -> Meeting, or None if none is needed.
+        place: (request, row tile) -> Place.
+        wg, wgs: which warpgroup of how many.
+    """
+
+    def piece(p, _):
+        request, row_tile, slot = (piece_ref[p, i] for i in (0, 1, 4))
+        first, count = piece_ref[p, FIRST_SLOT], piece_ref[p, SLOTS]
+
+        @pl.when(slot >= 0)
+        def _cut():
+            meeting = meet(request, row_tile, count)
+            if meeting:
+                meeting.wait()
+            _merge_share(parts, refs, place(request, row_tile), (slot, first, count), wg, wgs)
+            if meeting:
+                meeting.end()
+
+        return ()
+
+    lax.fori_loop(*pieces, piece, ())
+
+
+def merge_rest(
+    g: Backend, refs: Refs, place: Place, first: Any, count: Any,
+    column: int, o: Any, lse: Any, write: Callable[[Any, Any, Any], None],
+) -> None:  # fmt: skip
+    """Adds the pieces behind a tile's first one to the first, in slices of 64 columns.
+
+    Args:
+        first, count: slots of the tile.
+        column: where `o` begins.
+        o, lse: the first piece, [64, columns] and [64], in registers.
+        write: (columns from, o, lse), the merged result.
+    """
+    unseen = lse == -jnp.inf
+    own = jnp.where(unseen, NO_KEY, lse), jnp.where(unseen, 0.0, 1.0)
+    for c in range(0, o.shape[1], BLOCK):
+        start = Merged(*own, o[:, c : c + BLOCK])
+        emit = functools.partial(lambda c, lse, o: write(c, o, lse), c)
+        lane = _block_lane(g, refs, place, column + c, start, emit)
+        _merge_slots([lane], first + 1, count - 1, at_once=1)
 
 
 def merge(
@@ -30,118 +313,43 @@ def merge(
     *,
     interpret: Any = None,
 ) -> None:
-    """Writes merged rows into o_ref [B, R, d_v] and lse_ref [B, R], in place.
+    """Writes merged rows into o_ref [B, R, d_v] and lse_ref [B, R or more], in place.
 
     Args:
-        partial_o: [slots, rows, d_v], any float dtype.
-        partial_lse: [slots, rows] float32, natural log.
-        plan: whose slots these are. A fixed plan's rows are merged in one way whatever the batch.
+        partial_o, partial_lse: as a decode kernel leaves them, any float dtype and float32.
+        plan: whose slots these are.
     """
-    _, rows_total, width = o_ref.shape
-    rows_per_tile = partial_o.shape[1]
-    tiles, num_row_tiles = plan.num_tiles, plan.num_row_tiles
-    rows = min(rows_per_tile, rows_total)
-    shared = tiles * rows <= FEW_ROWS and not plan.fixed
-    warpgroups = 8 if shared else 4
-    columns = 128 if shared else width
-    group = 1 if shared else 4  # rows of a warpgroup
-    unroll = 16 if shared else 2  # pieces loaded at a time
     g = Backend(interpreting=interpret is not None)
-    layout = plgpu.Layout.WG_STRIDED((columns,), vec_size=columns // 128)
+    width, warpgroups = o_ref.shape[2], 4
+    in_blocks = partial_o.ndim == 4
+    ctas = partial_o.shape[1] if in_blocks else 1
+    rows = partial_lse.shape[1] // ctas
+    if in_blocks:
+        parts = block_parts(g, plan, width, warpgroups)
+    else:
+        parts = row_parts(g, plan, rows, width, warpgroups)
 
-    def body(po_ref, plse_ref, start_ref, o_ref, lse_ref, *scratch):
-        wg = lax.axis_index("wg")
-        tile = lax.axis_index("tile")
-        column = pl.ds(lax.axis_index("column") * columns, columns)
+    def body(po_ref, plse_ref, walk_ref, piece_ref, o_ref, lse_ref):
         g.wait_for_previous_kernel()
         g.let_next_kernel_start()
-        first = start_ref[tile]
-        pieces = start_ref[tile + 1] - first
-        request = tile // num_row_tiles
-        tile_row = (tile % num_row_tiles) * rows_per_tile
-        lane = 0 if shared else wg
-        top_row = (lax.axis_index("row") * (1 if shared else warpgroups) + lane) * group
-        begin, stride = (wg, warpgroups) if shared else (0, 1)
-        # Rows past the last one are read again and not written.
-        spare_rows = jnp.minimum(rows, rows_total - tile_row) - 1
-        mine = [jnp.minimum(top_row + i, spare_rows) for i in range(group)]
-
-        def chunk(c, carry):
-            states = []
-            for (m, total, acc), row in zip(carry, mine, strict=True):
-                lses, values = [], []
-                for u in range(unroll):
-                    i = begin + (c * unroll + u) * stride
-                    slot = first + jnp.minimum(i, pieces - 1)
-                    lses.append(jnp.where(i < pieces, plse_ref[slot, row], -jnp.inf))
-                    value = g.load_strided(po_ref.at[slot, row, column], layout)
-                    values.append(value.astype(jnp.float32))
-                states.append((m, total, acc, lses, values))
-            return tuple(combine(*state) for state in states)
-
-        def combine(m, total, acc, lses, values):
-            top = m
-            for lse in lses:
-                top = jnp.maximum(top, lse)
-            old = jnp.exp(m - top)
-            total, acc = total * old, acc * old
-            for lse, value in zip(lses, values, strict=True):
-                weight = jnp.exp(lse - top)
-                total, acc = total + weight, acc + value * weight
-            return top, total, acc
-
-        def write(row, m, total, acc):
-            inverse = jnp.where(total == 0.0, 0.0, 1.0 / total)
-            o_ref.at[request, tile_row + row, column][...] = (acc * inverse).astype(o_ref.dtype)
-
-            @pl.when(lax.axis_index("column") == 0)
-            def _():
-                lse = jnp.where(total == 0.0, -jnp.inf, m + jnp.log(total))
-                lse_ref[request, tile_row + row] = lse
-
-        @pl.when((pieces > 0) & (top_row <= spare_rows))
-        def _():
-            empty = (jnp.float32(NO_KEY), jnp.float32(0.0), g.full((columns,), 0.0, layout))
-            chunks = ((pieces - begin + stride - 1) // stride + unroll - 1) // unroll
-            states = lax.fori_loop(0, chunks, chunk, (empty,) * group)
-            if not shared:
-                for i, (row, state) in enumerate(zip(mine, states, strict=True)):
-                    pl.when(top_row + i <= spare_rows)(functools.partial(write, row, *state))
-                return
-            acc_smem, m_smem, total_smem, meet = scratch
-            m_smem[wg], total_smem[wg], acc_smem.at[wg][...] = states[0]
-            plgpu.barrier_arrive(meet)
-            plgpu.barrier_wait(meet)
-
-            @pl.when(wg == 0)
-            def _():
-                parts = range(warpgroups)
-                ms = [m_smem[w] for w in parts]
-                top = ms[0]
-                for other in ms[1:]:
-                    top = jnp.maximum(top, other)
-                total, acc = jnp.float32(0.0), g.full((columns,), 0.0, layout)
-                for w in parts:
-                    weight = jnp.exp(ms[w] - top)
-                    total += weight * total_smem[w]
-                    acc += g.load_strided(acc_smem.at[w], layout) * weight
-                write(mine[0], top, total, acc)
-
-    scratch: tuple = ()
-    if shared:
-        scratch = (
-            plgpu.SMEM((warpgroups, columns), jnp.float32),
-            plgpu.SMEM((warpgroups,), jnp.float32),
-            plgpu.SMEM((warpgroups,), jnp.float32),
-            plgpu.Barrier(num_arrivals=warpgroups),
+        worker, cta = lax.axis_index("worker"), lax.axis_index("cta")
+        merge_shares(
+            parts,
+            Refs(po_ref, plse_ref, o_ref, lse_ref),
+            piece_ref,
+            (walk_ref[worker, 0], walk_ref[worker, 1]),
+            meet=lambda *_: None,
+            place=lambda request, row_tile: Place(request, (row_tile * ctas + cta) * rows, cta),
+            wg=lax.axis_index("wg"),
+            wgs=warpgroups,
         )
-    rows_per_cta = group * (1 if shared else warpgroups)
+
+    walk, pieces = records(plan)
     plgpu.kernel(
         body,
         out_type=(),
-        scratch_types=scratch,
-        grid=(width // columns, -(-rows // rows_per_cta), tiles),
-        grid_names=("column", "row", "tile"),
+        grid=(plan.num_workers, ctas),
+        grid_names=("worker", "cta"),
         num_threads=warpgroups,
         thread_name="wg",
         interpret=interpret,
@@ -149,4 +357,4 @@ def merge(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         kernel_name="mla_merge",
-    )(partial_o, partial_lse, plan.tile_slot_start, o_ref, lse_ref)
+    )(partial_o, partial_lse, walk, pieces, o_ref, lse_ref)

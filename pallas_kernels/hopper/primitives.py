@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, llvm, nvvm, vector
@@ -23,6 +24,46 @@ WGMMA_OPERAND: Any = (
     plgpu.SwizzleTransform(128),  # type: ignore[abstract]
 )
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value a row, beside a (64, n) WGMMA tile
+
+
+_SCALAR = plgpu.Layout.WG_SPLAT(())
+
+
+def _thread() -> ir.Value:
+    """This thread's number (i32) in its warpgroup."""
+    return arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(128, ir.IntegerType.get_signless(32)))
+
+
+def _first_row_of_warp() -> ir.Value:
+    """The first row (i32) that this warp holds of a WGMMA tile."""
+    constant, thread = mgpu.utils.c, _thread()
+    warp = arith.divui(thread, constant(32, thread.type))
+    return arith.muli(warp, constant(16, thread.type))
+
+
+def place_in_tile() -> tuple[ir.Value, ir.Value]:
+    """Row and column (i32) of the first element that a thread holds of a WGMMA tile."""
+    constant, thread = mgpu.utils.c, _thread()
+    lane = arith.remui(thread, constant(32, thread.type))
+    row = arith.addi(_first_row_of_warp(), arith.divui(lane, constant(4, thread.type)))
+    return row, arith.muli(arith.remui(lane, constant(4, thread.type)), constant(2, thread.type))
+
+
+def _own_four() -> ir.Value:
+    """Where (i32) a thread's four values stand in a block of 512."""
+    thread = _thread()
+    return arith.muli(thread, mgpu.utils.c(4, thread.type))
+
+
+def _element(ref: ir.Value, index: ir.Value) -> ir.Value:
+    """Pointer to the element (i32) of a GMEM ref, counted from its first one."""
+    start = llvm.addrspacecast(ir.Type.parse("!llvm.ptr<1>"), mgpu.utils.memref_ptr(ref))
+    return mgpu.utils.getelementptr(start, [index], ir.MemRefType(ref.type).element_type)
+
+
+def _one_thread(ptx: str, *args: ir.Value) -> None:
+    with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
+        mgpu.utils.inline_ptx(ptx, *args, has_side_effects=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,26 +166,87 @@ class Backend:
         return ref[...] if self.interpreting else plgpu.load(ref, layout=layout, optimized=False)
 
     def store_rows(self, ref, value, count) -> None:
-        """The first `count` rows of a (64, n) WGMMA tile, rounded up to 16, to a GMEM ref."""
+        """The first `count` rows, a multiple of 8, of a (64, n) WGMMA tile to a GMEM ref."""
         if self.interpreting:
-            ref[...] = value
+            for row in range(0, 64, 8):
+                rows = pl.ds(row, 8)
+
+                @pl.when(row < count)
+                def _write(rows=rows, row=row):
+                    ref.at[rows][...] = value[row : row + 8]
+
             return
 
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT(()))
-        )
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, _SCALAR))
         def store(ctx, target, tile, rows):
             del ctx
-            i32 = ir.IntegerType.get_signless(32)
+            (stride, _), _ = ir.MemRefType(target.type).get_strides_and_offset()
+            row, column = place_in_tile()
             constant = mgpu.utils.c
-            thread = arith.remui(mgpu.utils.thread_idx(), constant(128, i32))
-            first_row = arith.muli(arith.divui(thread, constant(32, i32)), constant(16, i32))
-            (limit,) = rows.registers.flat
-            mine = arith.cmpi(arith.CmpIPredicate.slt, first_row, limit)
-            with mgpu.utils.when(mine):
-                tile.store_untiled(target, optimized=False)
+            start = _element(
+                target, arith.addi(arith.muli(row, constant(stride, row.type)), column)
+            )
+            limit = rows.registers.item()
+            for lower in (0, 1):
+                upper_row = arith.addi(row, constant(8 * lower, row.type))
+                with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.slt, upper_row, limit)):
+                    for j, register in enumerate(tile.registers.reshape(-1, 2)[:, lower]):
+                        offset = 8 * lower * stride + 8 * j
+                        place = mgpu.utils.getelementptr(start, [offset], tile.mlir_dtype)
+                        llvm.store(register, place)
 
         store(ref, value, count)
+
+    # A (64, n) tile in the order of the registers that hold it: for every 8 columns 4 neighbouring
+    # values a thread. Whole sectors, no shared memory; for what only `load_blocks` reads again.
+    def store_blocks(self, ref, value, count) -> None:
+        """The first `count` rows (and up to 15 more) of a (64, n) WGMMA tile to GMEM [n/8, 512]."""
+        if self.interpreting:
+            ref[...] = value.reshape(64, -1, 8).swapaxes(0, 1).reshape(-1, 512)
+            return
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, _SCALAR))
+        def store(ctx, target, tile, rows):
+            del ctx
+            start = _element(target, _own_four())
+            used = arith.cmpi(arith.CmpIPredicate.slt, _first_row_of_warp(), rows.registers.item())
+            with mgpu.utils.when(used):
+                for j, (upper, lower) in enumerate(tile.registers.reshape(-1, 2)):
+                    place = mgpu.utils.getelementptr(start, [512 * j], tile.mlir_dtype)
+                    four = vector.shuffle(upper, lower, [0, 1, 2, 3])
+                    llvm.store(four, place, alignment=4 * mgpu.utils.bytewidth(tile.mlir_dtype))
+
+        store(ref, value, count)
+
+    def load_blocks(self, ref) -> jax.Array:
+        """What `store_blocks` left in GMEM [n/8, 512], as a (64, n) WGMMA tile."""
+        blocks = ref.shape[0]
+        if self.interpreting:
+            return ref[...].reshape(blocks, 64, 8).swapaxes(0, 1).reshape(64, -1)
+
+        shape = (64, 8 * blocks)
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(),),
+            return_type=plgpu.ShapeDtypeStruct(shape, ref.dtype, plgpu.Layout.WGMMA),
+        )
+        def load(ctx, source):
+            del ctx
+            dtype = ir.MemRefType(source.type).element_type
+            start = _element(source, _own_four())
+            registers = np.empty((blocks, 2), dtype=object)
+            four = ir.VectorType.get((4,), dtype)
+            for j in range(blocks):
+                place = mgpu.utils.getelementptr(start, [512 * j], dtype)
+                values = llvm.load(four, place, alignment=4 * mgpu.utils.bytewidth(dtype))
+                for half in (0, 1):
+                    pair = [2 * half, 2 * half + 1]
+                    registers[j, half] = vector.shuffle(values, values, pair)
+            layout = mgpu.WGMMA_LAYOUT
+            registers = registers.reshape(layout.registers_shape(shape))
+            return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+        return load(ref)
 
     def any_less(self, a, b) -> jax.Array:
         """One flag for the warpgroup: does any row have a < b?"""
@@ -175,6 +277,47 @@ class Backend:
             return mgpu.FragmentedArray.splat(voted, shape=(), is_signed=True)
 
         return vote(a, b) > 0
+
+    # -- between CTAs (the interpreter has no atomics: callers do without there) ----------------
+    # A counter goes from 0 to limit - 1 and back to 0 by as many `count_up` as its limit says.
+    def count_up(self, counters, index, limit, *, publishes: bool) -> None:
+        """counters[index] += 1 modulo limit.
+
+        publishes: only once the other CTAs can see all that this warpgroup has written.
+        """
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR))
+        def count(ctx, target, place, wrap):
+            del ctx
+            if publishes:
+                mgpu.utils.warpgroup_barrier()
+            wrap = wrap.registers.item()
+            last = arith.subi(wrap, mgpu.utils.c(1, wrap.type))
+            _one_thread(
+                ("fence.acq_rel.gpu; " if publishes else "")
+                + "red.relaxed.gpu.global.inc.u32 [$0], $1;",
+                _element(target, place.registers.item()),
+                last,
+            )
+
+        count(counters, index, limit)
+
+    def wait_for(self, counters, index, count) -> None:
+        """Until counters[index] >= count; then sees what others wrote before they counted."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR))
+        def wait(ctx, target, place, wanted):
+            del ctx
+            _one_thread(
+                "{ .reg .pred less; .reg .u32 seen;"
+                " again: ld.acquire.gpu.global.u32 seen, [$0];"
+                " setp.lt.u32 less, seen, $1; @less bra again; }",
+                _element(target, place.registers.item()),
+                wanted.registers.item(),
+            )
+            mgpu.utils.warpgroup_barrier()
+
+        wait(counters, index, count)
 
     # -- control ------------------------------------------------------------------------------
     def set_max_registers(self, count: int, action: Literal["increase", "decrease"]) -> None:

@@ -15,21 +15,11 @@ from jax._src.lib.mlir.dialects import arith, llvm, vector
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.primitives import Backend
+from pallas_kernels.hopper.primitives import Backend, place_in_tile
 
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # one value a column, above a (64, n) WGMMA tile
 WARPS = 4
 LANES_DOWN = (4, 8, 16)  # lane distances between the rows of a column, within a warp
-
-
-def _first_place() -> tuple[ir.Value, ir.Value]:
-    """Row and column (i32) of the first element that a thread holds of a WGMMA tile."""
-    constant, i32 = mgpu.utils.c, ir.IntegerType.get_signless(32)
-    thread = arith.remui(mgpu.utils.thread_idx(), constant(128, i32))
-    lane = arith.remui(thread, constant(32, i32))
-    warp_row = arith.muli(arith.divui(thread, constant(32, i32)), constant(16, i32))
-    row = arith.addi(warp_row, arith.divui(lane, constant(4, i32)))
-    return row, arith.muli(arith.remui(lane, constant(4, i32)), constant(2, i32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +63,7 @@ class TransposedBackend(Backend):
             # for each element, in registers around the caller's loop.
             (stride, _), _ = ir.MemRefType(target.type).get_strides_and_offset()
             m, n = tile.shape
-            row, column = _first_place()
+            row, column = place_in_tile()
             first = arith.addi(arith.muli(column, mgpu.utils.c(stride, row.type)), row)
             start = llvm.addrspacecast(ir.Type.parse("!llvm.ptr<1>"), mgpu.utils.memref_ptr(target))
             start = mgpu.utils.getelementptr(start, [first], tile.mlir_dtype)
@@ -106,7 +96,7 @@ class TransposedBackend(Backend):
             index, constant = ir.IndexType.get(), mgpu.utils.c
             pair = ir.VectorType.get((2,), ir.F32Type.get())
             layout = tile.layout.reduce((0,))
-            row, column = _first_place()
+            row, column = place_in_tile()
             warp = arith.index_cast(index, arith.divui(row, constant(16, row.type)))
             first = arith.index_cast(index, column)
             by_column = tile.registers.reshape(columns // 8, -1)

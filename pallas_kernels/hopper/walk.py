@@ -11,35 +11,62 @@ LOG2E = math.log2(math.e)
 LN2 = math.log(2)
 NO_KEY = -1e30  # a running maximum (log2 units) that no score has raised yet
 PIECE = ("request", "row_tile", "block_start", "block_end", "slot")  # a record of the plan
+FIRST_SLOT, SLOTS = len(PIECE), len(PIECE) + 1  # behind them: the slots of the piece's tile
+RECORD = SLOTS + 1
 
 
 def records(plan: Any) -> tuple[Any, Any]:
-    """For each worker (first piece, end, record of the first) [W, 7]; and all records [P, 5].
+    """For each worker (first piece, end, record of the first) [W, 9]; and all records [P, 7].
 
     A worker's first record stands beside its range, so that it starts with one read, not two.
     """
-    pieces = jnp.stack([getattr(plan, field) for field in PIECE], axis=1)
+    tile = jnp.maximum(plan.request, 0) * plan.num_row_tiles + plan.row_tile
+    start = plan.tile_slot_start
+    fields = [getattr(plan, field) for field in PIECE]
+    pieces = jnp.stack([*fields, start[tile], start[tile + 1] - start[tile]], axis=1)
     first = plan.worker_start[:-1]
     return jnp.column_stack([first, plan.worker_start[1:], pieces[first]]), pieces
 
 
+def valid_lengths(
+    len_ref: Any, query_len_ref: Any | None, request: Any, *, capacity: int, num_queries: int
+) -> tuple[Any, Any]:
+    """(kv length, query length) of a request; a kv length of -1 where the two can't be.
+
+    query_len_ref: None: all of the num_queries tokens. capacity: keys that a block table reaches.
+    """
+    kv_len = len_ref[request]
+    valid = (kv_len >= 0) & (kv_len <= capacity)
+    query_len = jnp.int32(num_queries)
+    if query_len_ref is not None:
+        query_len = query_len_ref[request]
+        valid &= (query_len >= 0) & (query_len <= jnp.minimum(kv_len, num_queries))
+    return jnp.where(valid, kv_len, -1), query_len
+
+
 def block_sources(
-    table_ref: Any, len_ref: Any, request: Any, block: Any, page_size: int
-) -> list[tuple[Any, Any, Any]]:
-    """Where a block lies: (page, rows of the page, rows of the slot or None for all)."""
+    table_ref: Any, request: Any, block: Any, kv_len: Any, page_size: int, num_pages: int
+) -> tuple[list[tuple[Any, Any, Any]], Any]:
+    """Where a block lies: (page, rows of the page, rows of the slot or None for all); and whether
+    the cache has all of these pages. One that it does not have is read as page 0.
+
+    Pages past the length hold garbage: the last valid one is read in their place, and masked.
+    """
+    last = jnp.maximum(kv_len - 1, 0) // page_size
+
+    def page_at(index: Any) -> tuple[Any, Any]:
+        page = table_ref[request, jnp.minimum(index, last)]
+        exists = (page >= 0) & (page < num_pages)
+        return jnp.where(exists, page, 0), exists
+
     if page_size >= BLOCK:
         per_page = page_size // BLOCK
-        page = table_ref[request, block // per_page]
-        return [(page, pl.ds((block % per_page) * BLOCK, BLOCK), None)]
-    # Pages of the block that lie past the length hold garbage: read the last valid one in their
-    # place. Its rows are masked.
-    last = (len_ref[request] - 1) // page_size
+        page, exists = page_at(block // per_page)
+        return [(page, pl.ds((block % per_page) * BLOCK, BLOCK), None)], exists
     per_block = BLOCK // page_size
-    return [
-        (
-            table_ref[request, jnp.minimum(block * per_block + i, last)],
-            pl.ds(0, page_size),
-            pl.ds(i * page_size, page_size),
-        )
-        for i in range(per_block)
-    ]
+    sources, all_exist = [], True
+    for i in range(per_block):
+        page, exists = page_at(block * per_block + i)
+        sources.append((page, pl.ds(0, page_size), pl.ds(i * page_size, page_size)))
+        all_exist &= exists
+    return sources, all_exist
