@@ -93,7 +93,7 @@ def test_blockwise_under_jit(page_size, layout, dtype, rescale):
 
 def test_blockwise_refuses_large_problems():
     batch = make_batch(np.random.default_rng(0), [40], [1], heads=128, capacity=8208)
-    with pytest.raises(ValueError, match="'blockwise' can't run this.*at most 1048576 .* 1050624"):
+    with pytest.raises(ValueError, match=r"'blockwise' can't run this.*at most 1048576 .* 1050624"):
         attend(*batch.args, implementation="blockwise")
 
 

@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax import available_implementations, paged_mla_attention, plan_fixed, plan_splits
 from pallas_kernels.hopper import aot, attention
+from pallas_kernels.hopper.tuning import choose_tile_plan
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 
@@ -137,6 +138,9 @@ def test_compiles_for_sm90a(heads, tokens, page_size, dtype, rescale):
         assert not report.serialized, report.messages
         assert not report.ignores_setmaxnreg, report.messages
         assert report.shared_memory <= 232_448
+        if "decode" in report.name:  # a tile plan's bytes are those that the compiler takes
+            plan = choose_tile_plan(tokens * heads, rescale=rescale)
+            assert report.shared_memory == plan.used()["shared"]
         assert report.registers <= 255
         bound = 300 if heads > 32 and "decode" in report.name else 0
         assert max(report.spill_stores, report.spill_loads) <= bound, report
