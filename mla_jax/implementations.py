@@ -12,6 +12,8 @@ import jax
 from mla_jax.problem import AttentionProblem
 from mla_jax.pure_jax import attend_reference, attend_split_kv, attend_xla
 
+BLOCKWISE_SCORES = 2**20  # at most, in a call: interpret mode takes a second or so for them
+
 
 def _runs_anywhere(problem: AttentionProblem | None) -> str | None:
     return None
@@ -58,6 +60,35 @@ def _hopper_unavailable(problem: AttentionProblem | None) -> str | None:
     )
 
 
+def _attend_blockwise(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
+    from mla_jax.hal.orders import ASCEND_ORDERS
+    from pallas_kernels.blockwise import blockwise_mla
+
+    o, lse = blockwise_mla(
+        problem.query_rows(),
+        problem.cache,
+        problem.block_tables,
+        problem.seq_lens,
+        problem.visible_keys(),
+        softmax_scale=problem.softmax_scale,
+        order=ASCEND_ORDERS["amla" if problem.rescale == "exponent_add" else "chunk4"],
+    )
+    return problem.outputs(o, lse)
+
+
+def _blockwise_unavailable(problem: AttentionProblem | None) -> str | None:
+    if problem is None:
+        return None
+    capacity = problem.block_tables.shape[1] * problem.cache.page_size
+    scores = problem.q.shape[0] * problem.num_rows * capacity
+    if scores > BLOCKWISE_SCORES:
+        return (
+            "it walks its schedule in interpret mode and takes at most "
+            f"{BLOCKWISE_SCORES} scores (requests * rows * tokens of a block table), got {scores}"
+        )
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """One way to compute the op.
@@ -80,6 +111,7 @@ IMPLEMENTATIONS = {
         Implementation("reference", attend_reference),
         Implementation("xla", attend_xla),
         Implementation("split_kv", attend_split_kv),
+        Implementation("blockwise", _attend_blockwise, _blockwise_unavailable),
         Implementation("hopper", _attend_hopper, _hopper_unavailable, finds_invalid=True),
     )
 }

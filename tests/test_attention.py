@@ -73,6 +73,31 @@ def test_split_kv_plans_for_itself(page_size, layout, dtype, rescale):
 
 
 @pytest.mark.parametrize(
+    ("page_size", "layout", "dtype", "rescale"),
+    [(16, "ND", "float32", "multiply"), (64, "NZ", "bfloat16", "exponent_add")],
+)
+def test_blockwise_under_jit(page_size, layout, dtype, rescale):
+    """With a request whose lengths can't be: NaN, as from every implementation."""
+    batch = make_batch(
+        np.random.default_rng(page_size), *RAGGED, page_size=page_size, layout=layout, dtype=dtype
+    )
+    run = jax.jit(functools.partial(attend, implementation="blockwise", rescale=rescale))
+    wanted = batch.oracle()
+    batch.seq_lens = np.where(np.arange(5) == 2, -3, batch.seq_lens).astype(np.int32)
+    o, lse = map(np.asarray, run(*batch.args, query_lens=batch.query_lens))
+    assert np.isnan(o[2].astype(np.float32)).all()
+    assert np.isnan(lse[2]).all()
+    good = np.array([0, 1, 3, 4])
+    assert_matches((o[good], lse[good]), [w[good] for w in wanted], TOLERANCE[dtype], 1e-5)
+
+
+def test_blockwise_refuses_large_problems():
+    batch = make_batch(np.random.default_rng(0), [40], [1], heads=128, capacity=8208)
+    with pytest.raises(ValueError, match=r"'blockwise' can't run this.*at most 1048576 .* 1050624"):
+        attend(*batch.args, implementation="blockwise")
+
+
+@pytest.mark.parametrize(
     ("page_size", "dtype"),
     [(1, "float16"), (16, "float32"), (64, "bfloat16"), (128, "float32")],
 )

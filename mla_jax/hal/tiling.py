@@ -49,9 +49,11 @@ class TilePlanError(ValueError):
 class TilePlan:
     """What a kernel is built with.
 
-    block_q: query rows of a tile; block_kv: keys of a block; kv_stages: KV blocks in flight;
+    block_q: query rows of a core's tile; block_kv: keys of a block; kv_stages: KV blocks in flight;
     qk: "sharded" (each warpgroup a part of the keys, P gathered), "duplicated" (each computes all
-    of QK) or "whole"; num_workers: persistent cores; registers: per thread, by warpgroup;
+    of QK) or "whole"; cluster: cores that share every KV block, each with rows of its own;
+    num_workers: persistent cores or clusters; split_overhead: blocks that a piece of a split costs
+    on top of its own, what `mla_jax.split_kv` balances by; registers: per thread, by warpgroup;
     tiles: products at every level; uses: what each buffer holds; capacity: bytes (registers: their
     number) of each buffer. Raises TilePlanError when a use is above its capacity.
     """
@@ -61,14 +63,16 @@ class TilePlan:
     block_kv: int
     kv_stages: int
     qk: str = "whole"
+    cluster: int = 1
     num_workers: int = 0
+    split_overhead: int = 0
     registers: tuple[int, ...] = ()
     tiles: tuple[Tile, ...] = ()
     uses: tuple[BufferUse, ...] = ()
     capacity: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("block_q", "block_kv", "kv_stages"):
+        for name in ("block_q", "block_kv", "kv_stages", "cluster"):
             if getattr(self, name) < 1:
                 raise TilePlanError(f"{self.profile}: {name} = {getattr(self, name)}, wanted >= 1")
         if self.qk not in ("sharded", "duplicated", "whole"):
@@ -93,6 +97,15 @@ class TilePlan:
                 f"{self.profile}: registers holds {self.capacity['registers']}, warpgroups with "
                 f"{self.registers} a thread need {threads}, {excess} too many"
             )
+
+    @property
+    def rows_per_tile(self) -> int:
+        """Query rows that one piece of a split plan covers."""
+        return self.block_q * self.cluster
+
+    def slots(self, what: str) -> int:
+        """How many buffers there are of `what`, a name in `uses`."""
+        return next(use.count for use in self.uses if use.what == what)
 
     def used(self) -> dict[str, int]:
         """Bytes used of each buffer."""

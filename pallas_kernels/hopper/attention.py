@@ -1,19 +1,21 @@
 """Paged absorbed MLA on a Hopper GPU: what it takes, how it is planned, decode and merge."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mla_jax.hal import TilePlan
 from mla_jax.split_kv import SplitPlan, plan_splits
-from pallas_kernels.hopper.decode import DecodeConfig, decode
-from pallas_kernels.hopper.decode_few import MOST_ROWS, FewConfig, decode_few
+from pallas_kernels.hopper.decode import decode
+from pallas_kernels.hopper.decode_few import decode_few
 from pallas_kernels.hopper.merge import merge
+from pallas_kernels.hopper.tuning import ROW_GROUP, choose_tile_plan, tile_plan_of_height
 from pallas_kernels.hopper.walk import BLOCK
 
 PAGE_SIZES = (16, 64, 128)
 RESCALES = {"multiply": "lazy", "exponent_add": "exponent_add"}  # of the op -> of the kernel
-_ROW_GROUP = 8  # rows come in groups of 8: the height of a swizzled tile in shared memory
 
 
 def machine_lacks() -> str | None:
@@ -62,21 +64,20 @@ def refuses(
     return None
 
 
-def plan_decode(seq_lens: jax.Array, rows: int, rescale: str = "multiply") -> SplitPlan:
-    """The plan that suits the kernels, whose tile height says which of them runs.
+def plan_decode(
+    seq_lens: jax.Array, rows: int, *, rescale: str = "multiply", tiles: TilePlan | None = None
+) -> SplitPlan:
+    """Equal shares of the work of `rows` query rows a request for this GPU's SMs.
 
-    Up to 32 rows the transposed kernel, up to 64 one CTA a tile, above that a cluster of two.
+    tiles: of the kernel; None: the tuned ones.
     """
-    if rows <= MOST_ROWS and rescale == "multiply":
-        rows_per_tile, overhead = rows + -rows % _ROW_GROUP, 2
-    else:
-        rows_per_tile, overhead = (BLOCK if rows <= BLOCK else 2 * BLOCK), 5
+    tiles = tiles or choose_tile_plan(rows, rescale=rescale)
     return plan_splits(
         seq_lens,
-        num_workers=num_sms() // max(1, rows_per_tile // BLOCK),
+        num_workers=num_sms() // tiles.cluster,
         rows=rows,
-        rows_per_tile=rows_per_tile,
-        overhead=overhead,
+        rows_per_tile=tiles.rows_per_tile,
+        overhead=tiles.split_overhead,
     )
 
 
@@ -94,6 +95,7 @@ def attend(
     causal: bool,
     rescale: str = "multiply",
     partial_dtype: Any = jnp.float32,
+    tiles: TilePlan | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of R = S_q * num_heads rows a request; row r is token r // num_heads.
@@ -106,6 +108,7 @@ def attend(
         query_lens: [B] int32, real tokens of each request; None: all.
         plan: for these seq_lens; None: `plan_decode`.
         rescale: "multiply" or "exponent_add" (AMLA's integer add).
+        tiles: sizes of the kernel; None: the tuned ones.
         interpret: `plgpu.InterpretGPUParams()` runs the schedule on a CPU.
 
     Returns:
@@ -114,23 +117,22 @@ def attend(
     batch, rows, _ = q.shape
     if plan is None:
         capacity = block_tables.shape[1] * pages.shape[1]
-        plan = plan_decode(jnp.clip(seq_lens, 0, capacity), rows, rescale)
+        plan = plan_decode(jnp.clip(seq_lens, 0, capacity), rows, rescale=rescale, tiles=tiles)
+    tiles = tiles or tile_plan_of_height(plan.rows_per_tile)
     few = plan.rows_per_tile < BLOCK
-    kernel: Any = decode_few if few else decode
-    config: Any = FewConfig(plan.rows_per_tile) if few else DecodeConfig(rescale=RESCALES[rescale])
-    spare = -rows % (plan.rows_per_tile if few else _ROW_GROUP)
+    kernel: Any = decode_few if few else functools.partial(decode, rescale=RESCALES[rescale])
+    spare = -rows % (plan.rows_per_tile if few else ROW_GROUP)
     if spare:
         q = jnp.pad(q, ((0, 0), (0, spare), (0, 0)))
     o = jax.empty_ref(jax.ShapeDtypeStruct((batch, rows + spare, kv_lora_rank), q.dtype))
     # A tile's lse leaves in one piece, the rows past R included.
     lse_rows = rows + -rows % min(BLOCK, plan.rows_per_tile)
     lse = jax.empty_ref(jax.ShapeDtypeStruct((batch, lse_rows), jnp.float32))
-    ctas = max(1, plan.rows_per_tile // BLOCK)
     # The workers of one launch wait for each other, which takes all of them to be resident.
-    resident = interpret is None and plan.num_workers * ctas <= num_sms()
+    resident = interpret is None and plan.num_workers * tiles.cluster <= num_sms()
     merges = plan.num_slots > 0 and resident
     # Zeros again at the end: XLA, which takes them for constants, may hand them to every launch.
-    counters = jnp.zeros(plan.num_tiles * ctas, jnp.int32)
+    counters = jnp.zeros(plan.num_tiles * tiles.cluster, jnp.int32)
     partial_o, partial_lse = kernel(
         q,
         pages,
@@ -146,7 +148,7 @@ def attend(
         kv_lora_rank=kv_lora_rank,
         softmax_scale=softmax_scale,
         causal=causal,
-        config=config,
+        tiles=tiles,
         merges=merges,
         partial_dtype=jnp.dtype(partial_dtype),
         interpret=interpret,

@@ -7,7 +7,6 @@ warpgroup 0 scores the even block, warpgroup 1 the odd one, and each multiplies 
 own half of V ("seesaw", after FlashMLA). docs/hopper_decode.md draws the schedule.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -43,17 +42,6 @@ ROUNDER = 1.5 * 2.0**23
 LAZY_GROWTH = 8.0  # log2 units that the running maximum may lag behind the true one
 
 
-@dataclasses.dataclass(frozen=True)
-class DecodeConfig:
-    """Tile sizes and options of one compiled kernel."""
-
-    rescale: str = "lazy"  # of O: "multiply" at every block, "lazy" only where the maximum grew
-    # by more than LAZY_GROWTH, "exponent_add" likewise and as AMLA's integer add
-    consumer_registers: int = 240
-    producer_registers: int = 24
-    early_start: bool = True  # programmatic dependent launch: start while the last kernel drains
-
-
 def decode(
     q,
     pages,
@@ -70,13 +58,16 @@ def decode(
     kv_lora_rank,
     softmax_scale,
     causal,
-    config,
+    rescale,
+    tiles,
     merges,
     partial_dtype=jnp.float32,
     interpret=None,
 ):
     """Runs the plan. q [B, R, D] with R = S_q * num_heads a multiple of 8; pages [N, page, D].
 
+    rescale (of O): "multiply" at every block, "lazy" only where the maximum grew by more than
+    LAZY_GROWTH, "exponent_add" likewise and as AMLA's integer add.
     Writes whole tiles to o_ref [B, R, kv_lora_rank] and lse_ref [B, R or more]; and, if it `merges`
     (its CTAs must be resident together then), cut tiles too. Returns what it leaves of their
     pieces: o [slots, ctas, kv_lora_rank / 8, 512], in blocks of 64 rows x 8 columns, and
@@ -91,13 +82,13 @@ def decode(
     rope = width - kv_lora_rank
     rows_box = min(BLOCK, rows_total)
     dtype = q.dtype
-    cluster = plan.rows_per_tile // BLOCK  # CTAs that share a KV block
+    cluster = tiles.cluster  # CTAs that share a KV block
     scale = softmax_scale * LOG2E
     last_query = (rows_total - 1) // num_heads
     g = Backend(interpreting=interpret is not None)
     num_slots = max(1, plan.num_slots)
-    exponent_add = config.rescale == "exponent_add"
-    lazy = config.rescale != "multiply"
+    exponent_add = rescale == "exponent_add"
+    lazy = rescale != "multiply"
     accumulator_shapes = ((BLOCK, half), (BLOCK, BLOCK))
 
     # A tile in two or three pieces is merged by the worker of its first, the last of its walk.
@@ -140,9 +131,8 @@ def decode(
     ):
         if query_lens is None:
             qlen_ref = None  # (in its place stands another operand)
-        if config.early_start:
-            g.wait_for_previous_kernel()
-            g.let_next_kernel_start()
+        g.wait_for_previous_kernel()
+        g.let_next_kernel_start()
         wg = lax.axis_index("wg")
         cta = lax.axis_index("cluster") if cluster > 1 else 0
         worker = lax.axis_index("worker")
@@ -222,7 +212,7 @@ def decode(
 
         @pl.when(wg == 2)
         def _load():
-            g.set_max_registers(config.producer_registers, "decrease")
+            g.set_max_registers(tiles.registers[2], "decrease")
             head = tuple(walk_ref[worker, 2 + i] for i in range(RECORD))
             lax.fori_loop(first, stop, load_piece, head)
             # See every release: a CTA must outlive those that its peer sends it.
@@ -280,7 +270,7 @@ def decode(
                 top = jnp.maximum(m, top)
                 return jnp.where(top > m + LAZY_GROWTH, top, m) if lazy else top
 
-            def rescale(o_acc, m_old, m_new):
+            def rescale_to(o_acc, m_old, m_new):
                 """O from scale 2^-m_old to 2^-m_new; nothing may be in flight on it."""
                 alpha = jnp.exp2(m_old - m_new)
 
@@ -337,7 +327,7 @@ def decode(
                     m0 = raised(m, s.max(axis=1))
                     p = jnp.exp2(s - across(m0))
                     publish(s0, p, m0)
-                    alpha = rescale(o_acc, m, m0)
+                    alpha = rescale_to(o_acc, m, m0)
                     multiply(o_acc, s0)
                     norm = norm * alpha + p.sum(axis=1)
                     g.wait_mma(0)
@@ -350,7 +340,7 @@ def decode(
                     m_new = published_max(slot)
                     if mask:
                         clear_tail(slot, kv_len - block * BLOCK)
-                    alpha = rescale(o_acc, m, m_new)
+                    alpha = rescale_to(o_acc, m, m_new)
                     multiply(o_acc, slot)
                     return m_new, norm * alpha
 
@@ -376,7 +366,7 @@ def decode(
                     publish(s1, p, m1)
                     g.wait_mma(0)
                     release(s0)
-                    norm = norm * rescale(o_acc, m0, m1) + p.sum(axis=1)
+                    norm = norm * rescale_to(o_acc, m0, m1) + p.sum(axis=1)
                     multiply(o_acc, s1)
                     g.wait_mma(0)
                     release(s1)
@@ -467,7 +457,7 @@ def decode(
 
                 plgpu.barrier_arrive(q_empty)
 
-            g.set_max_registers(config.consumer_registers, "increase")
+            g.set_max_registers(tiles.registers[0], "increase")
             for slot in (0, 1):
                 release(slot)  # every slot starts free
             if rows_box < BLOCK:

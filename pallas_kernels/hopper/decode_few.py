@@ -9,7 +9,6 @@ memory: per block of 64 tokens the bytes take about 4000 cycles and the matrix w
 The plan, arguments and partial results are those of `decode`; only rows_per_tile differs.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -32,24 +31,6 @@ from pallas_kernels.hopper.walk import (
     valid_lengths,
 )
 
-MOST_ROWS = 32  # O^T of d_v 512 takes 4 registers a thread for each row
-
-
-@dataclasses.dataclass(frozen=True)
-class FewConfig:
-    """Tile sizes and options of one compiled kernel."""
-
-    rows_per_tile: int  # query rows of a tile, a multiple of 8
-    depths: tuple[int, int, int] = (2, 2, 2)  # slots of V's left half, its right half, the rope
-    q_buffers: int = 2
-    early_start: bool = True  # programmatic dependent launch: start while the last kernel drains
-
-    def __post_init__(self):
-        if self.rows_per_tile % 8 or not 0 < self.rows_per_tile <= MOST_ROWS:
-            raise ValueError(
-                f"rows_per_tile must be 8, 16, 24 or {MOST_ROWS}, got {self.rows_per_tile}"
-            )
-
 
 def decode_few(
     q,
@@ -67,14 +48,14 @@ def decode_few(
     kv_lora_rank,
     softmax_scale,
     causal,
-    config,
+    tiles,
     merges,
     partial_dtype=jnp.float32,
     interpret=None,
 ):
     """Runs the plan; arguments and results as in `decode`.
 
-    q [B, R, D], R a multiple of config.rows_per_tile. Writes whole tiles to o_ref [B, R, d_v] and
+    q [B, R, D], R a multiple of tiles.rows_per_tile. Writes whole tiles to o_ref [B, R, d_v] and
     lse_ref [B, R]; returns the partial (o [slots, rows_per_tile, d_v], lse [slots, rows_per_tile])
     of cut tiles.
     """
@@ -83,7 +64,8 @@ def decode_few(
     lengths = functools.partial(
         valid_lengths, capacity=block_tables.shape[1] * page_size, num_queries=num_queries
     )
-    rows = config.rows_per_tile
+    rows, q_buffers = tiles.rows_per_tile, tiles.slots("q")
+    left, right, tail = (tiles.slots(f"kv {part}") for part in ("left", "right", "rope"))
     if rows_total % rows:
         raise ValueError(f"q must have a multiple of {rows} rows (rows_per_tile), got {rows_total}")
     half = kv_lora_rank // 2
@@ -130,16 +112,15 @@ def decode_few(
     ):
         if query_lens is None:
             qlen_ref = None  # (in its place stands another operand)
-        if config.early_start:
-            g.wait_for_previous_kernel()
-            g.let_next_kernel_start()
+        g.wait_for_previous_kernel()
+        g.let_next_kernel_start()
         wg = lax.axis_index("wg")
         worker = lax.axis_index("worker")
         # Rope first: what lands last decides when the last scores are ready, and V is a half each.
         columns = (
-            (2 * half, rope, config.depths[2], q_t, kv_t, full_t, empty_t),
-            (0, half, config.depths[0], q_l, kv_l, full_l, empty_l),
-            (half, half, config.depths[1], q_r, kv_r, full_r, empty_r),
+            (2 * half, rope, tail, q_t, kv_t, full_t, empty_t),
+            (0, half, left, q_l, kv_l, full_l, empty_l),
+            (half, half, right, q_r, kv_r, full_r, empty_r),
         )
         fields = range(RECORD)
         first, stop = walk_ref[worker, 0], walk_ref[worker, 1]
@@ -165,7 +146,7 @@ def decode_few(
         def load_piece(k, n, piece):
             request, row_tile, begin, end, *_ = piece
             kv_len, _ = lengths(len_ref, qlen_ref, request)
-            buffer = lax.rem(k, config.q_buffers)
+            buffer = lax.rem(k, q_buffers)
             plgpu.barrier_wait(q_empty.at[buffer])
             lost_smem[buffer] = 0
             for column, width_, _, q_smem, *_ in columns:
@@ -201,7 +182,7 @@ def decode_few(
         def _load():
             walk(load_piece)
             # See every release, so that no barrier ends with a phase that nobody saw.
-            for buffer in range(config.q_buffers):
+            for buffer in range(q_buffers):
                 plgpu.barrier_wait(q_empty.at[buffer])
             for _, _, depth, *_, empty in columns:
                 for slot in range(depth):
@@ -223,7 +204,7 @@ def decode_few(
             request, row_tile, begin, end, out_slot, _, slots_of_tile = piece
             kv_len, query_len = lengths(len_ref, qlen_ref, request)
             row = row_tile * rows
-            buffer = lax.rem(k, config.q_buffers)
+            buffer = lax.rem(k, q_buffers)
             token = (g.iota(tile, 1) + row) // num_heads
             limit = jnp.minimum(kv_len - query_len + token + 1, kv_len) if causal else kv_len
             limit = jnp.where(token < query_len, limit, 0)
@@ -296,7 +277,7 @@ def decode_few(
             for _, _, depth, *_, empty in columns:
                 for slot in range(depth):
                     release(empty, slot)  # every slot starts free
-            for buffer in range(config.q_buffers):
+            for buffer in range(q_buffers):
                 release(q_empty, buffer)
 
             def run(k, n, piece):
@@ -323,7 +304,6 @@ def decode_few(
         return plgpu.SMEM(shape, dtype, transforms=WGMMA_OPERAND)
 
     copies = max(1, BLOCK // page_size)
-    left, right, tail = config.depths
     kernel = plgpu.kernel(
         body,
         out_type=(
@@ -331,18 +311,18 @@ def decode_few(
             jax.ShapeDtypeStruct((num_slots, rows), jnp.float32),
         ),
         scratch_types=(
-            smem(config.q_buffers, rows, rope),
-            smem(config.q_buffers, rows, half),
-            smem(config.q_buffers, rows, half),
+            smem(q_buffers, rows, rope),
+            smem(q_buffers, rows, half),
+            smem(q_buffers, rows, half),
             smem(tail, BLOCK, rope),
             smem(left, BLOCK, half),
             smem(right, BLOCK, half),
             smem(rows, BLOCK),  # P
             plgpu.SMEM((WARPS, rows), jnp.float32),
             plgpu.SMEM((WARPS, rows), jnp.float32),
-            plgpu.SMEM((config.q_buffers,), jnp.int32),
-            plgpu.Barrier(num_arrivals=3, num_barriers=config.q_buffers),  # q_full
-            plgpu.Barrier(num_arrivals=1, num_barriers=config.q_buffers),  # q_empty
+            plgpu.SMEM((q_buffers,), jnp.int32),
+            plgpu.Barrier(num_arrivals=3, num_barriers=q_buffers),  # q_full
+            plgpu.Barrier(num_arrivals=1, num_barriers=q_buffers),  # q_empty
             plgpu.Barrier(num_arrivals=copies, num_barriers=tail),
             plgpu.Barrier(num_arrivals=copies, num_barriers=left),
             plgpu.Barrier(num_arrivals=copies, num_barriers=right),

@@ -1,0 +1,207 @@
+"""Tile sizes of the Hopper kernels: what each keeps in shared memory, and which suits a problem.
+
+`choose_tile_plan` looks a problem up in `tuned.json` (an entry for each class of query rows, from
+`python -m experiments.tune_hopper`) and returns a `TilePlan` that was checked against the profile:
+shared memory to the byte, registers, and the shapes that the instructions take.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from mla_jax.hal import HardwareProfile, TilePlan, TilePlanError, load_profile
+from mla_jax.hal.tiling import WGMMA_ROWS, BufferUse, Tile
+from pallas_kernels.hopper.walk import BLOCK
+
+ROW_GROUP = 8  # rows of a swizzled tile in shared memory, and the step of wgmma's n
+MOST_COLUMNS = 32  # rows of the transposed kernel: O^T takes 4 registers a thread for each
+ALIGNMENT = 1024  # bytes that Mosaic GPU rounds every array in shared memory up to
+BARRIER_BYTES = 8
+ITEMSIZE = 2  # bfloat16 or float16
+
+
+def seesaw_tiles(
+    profile: HardwareProfile,
+    *,
+    rows_per_tile: int,
+    registers: Sequence[int] = (240, 24),
+    split_overhead: int = 5,
+    kv_lora_rank: int = 512,
+    rope_dim: int = 64,
+) -> TilePlan:
+    """Of `decode`: 64 rows a CTA, 128 a cluster of two; two warpgroups compute, one loads.
+
+    Each computing warpgroup owns half of the latent columns. registers: (of the computing
+    warpgroups, of the loading one), what setmaxnreg takes. Raises TilePlanError for what does not
+    fit or what the instructions can't do.
+    """
+    _check_widths(profile, kv_lora_rank, rope_dim)
+    if rows_per_tile not in (WGMMA_ROWS, 2 * WGMMA_ROWS):
+        raise _refused(profile, "rows_per_tile", rows_per_tile, "64, or 128 (a cluster of two)")
+    for count in registers:
+        if count % 8 or not 24 <= count <= 256:
+            raise _refused(profile, "registers", count, "multiples of 8 in 24 .. 256 (setmaxnreg)")
+    rows, half = WGMMA_ROWS, kv_lora_rank // 2
+    # fp32: its half of O, and S of a block; the rest of a thread is scales, addresses, P.
+    needed = rows * (half + BLOCK) // 128 + 32
+    if registers[0] < needed:
+        raise _refused(profile, "registers", registers[0], f">= {needed} where O and S are kept")
+    cluster = rows_per_tile // rows
+    return TilePlan(
+        profile=profile.name,
+        block_q=rows,
+        block_kv=BLOCK,
+        kv_stages=2,
+        cluster=cluster,
+        num_workers=profile.cores // cluster,
+        split_overhead=split_overhead,
+        registers=(registers[0], registers[0], registers[1]),
+        tiles=(
+            Tile("shared", "QK", rows, kv_lora_rank + rope_dim, BLOCK),
+            Tile("registers", "PV", rows, BLOCK, half),
+        ),
+        uses=(
+            BufferUse("shared", "q left", rows * half * ITEMSIZE),
+            BufferUse("shared", "q right", rows * half * ITEMSIZE),
+            BufferUse("shared", "q rope", rows * rope_dim * ITEMSIZE),
+            BufferUse("shared", "kv left", BLOCK * half * ITEMSIZE, 2),
+            BufferUse("shared", "kv right", BLOCK * half * ITEMSIZE, 2),
+            BufferUse("shared", "kv rope / P", BLOCK * max(rope_dim, BLOCK) * ITEMSIZE, 2),
+            BufferUse("shared", "row max", ALIGNMENT),
+            BufferUse("shared", "row sum", ALIGNMENT),
+            BufferUse("shared", "lse", ALIGNMENT),
+            BufferUse("shared", "piece record", ALIGNMENT),
+            # q full and empty, l ready; full and empty of the three kinds of slots, P ready
+            BufferUse("shared", "barriers", BARRIER_BYTES, 3 + 2 * (3 + 3 + 1)),
+        ),
+        capacity=_capacity(profile),
+    )
+
+
+def transposed_tiles(
+    profile: HardwareProfile,
+    *,
+    rows_per_tile: int,
+    depths: Sequence[int] = (2, 2, 2),
+    q_buffers: int = 2,
+    split_overhead: int = 2,
+    kv_lora_rank: int = 512,
+    rope_dim: int = 64,
+) -> TilePlan:
+    """Of `decode_few`: up to 32 rows are columns of S^T = K Q^T; one warpgroup computes, one loads.
+
+    depths: slots of the left half of the latent, of its right half and of the rope columns.
+    """
+    _check_widths(profile, kv_lora_rank, rope_dim)
+    if rows_per_tile % ROW_GROUP or not 0 < rows_per_tile <= MOST_COLUMNS:
+        raise _refused(
+            profile, "rows_per_tile", rows_per_tile, f"a multiple of 8 up to {MOST_COLUMNS}"
+        )
+    if len(depths) != 3 or min(depths) < 1:
+        raise _refused(profile, "depths", tuple(depths), "3 counts of slots, each >= 1")
+    if q_buffers < 1:
+        raise _refused(profile, "q_buffers", q_buffers, ">= 1")
+    rows, half = rows_per_tile, kv_lora_rank // 2
+    left, right, rope = depths
+    return TilePlan(
+        profile=profile.name,
+        block_q=rows,
+        block_kv=BLOCK,
+        kv_stages=min(depths),
+        num_workers=profile.cores,
+        split_overhead=split_overhead,
+        registers=(255, 255),
+        tiles=(
+            Tile("shared", "QK", BLOCK, kv_lora_rank + rope_dim, rows),
+            Tile("registers", "PV", kv_lora_rank, BLOCK, rows),
+        ),
+        uses=(
+            BufferUse("shared", "q", rows * (kv_lora_rank + rope_dim) * ITEMSIZE, q_buffers),
+            BufferUse("shared", "kv left", BLOCK * half * ITEMSIZE, left),
+            BufferUse("shared", "kv right", BLOCK * half * ITEMSIZE, right),
+            BufferUse("shared", "kv rope", BLOCK * rope_dim * ITEMSIZE, rope),
+            BufferUse("shared", "P", rows * BLOCK * ITEMSIZE),
+            BufferUse("shared", "row max", ALIGNMENT),
+            BufferUse("shared", "row sum", ALIGNMENT),
+            BufferUse("shared", "lost pages", ALIGNMENT),
+            BufferUse("shared", "barriers", BARRIER_BYTES, 2 * (q_buffers + sum(depths))),
+        ),
+        capacity=_capacity(profile),
+    )
+
+
+KERNELS: dict[str, Callable[..., TilePlan]] = {
+    "transposed": transposed_tiles,
+    "seesaw": seesaw_tiles,
+}
+
+
+def choose_tile_plan(
+    rows: int,
+    *,
+    rescale: str = "multiply",
+    profile: HardwareProfile | None = None,
+    kv_lora_rank: int = 512,
+    rope_dim: int = 64,
+) -> TilePlan:
+    """The tuned plan for `rows` query rows a request (tokens * heads).
+
+    rescale: "exponent_add" is AMLA's, which only the seesaw kernel has. profile: None for an H200;
+    num_workers is of that profile.
+    """
+    for entry in tuned():
+        if entry["most_rows"] is not None and rows > entry["most_rows"]:
+            continue
+        if rescale == "multiply" or entry["kernel"] == "seesaw":
+            return plan_of(entry, profile, kv_lora_rank=kv_lora_rank, rope_dim=rope_dim)
+    raise ValueError(f"rescale = {rescale!r} and {rows} rows: no kernel in tuned.json")
+
+
+def tile_plan_of_height(
+    rows_per_tile: int,
+    *,
+    profile: HardwareProfile | None = None,
+    kv_lora_rank: int = 512,
+    rope_dim: int = 64,
+) -> TilePlan:
+    """The tuned plan whose tiles have so many rows: for a split plan that says them."""
+    for entry in tuned():
+        if entry["rows_per_tile"] == rows_per_tile:
+            return plan_of(entry, profile, kv_lora_rank=kv_lora_rank, rope_dim=rope_dim)
+    heights = ", ".join(str(entry["rows_per_tile"]) for entry in tuned())
+    raise ValueError(f"rows_per_tile must be one of {heights}, got {rows_per_tile}")
+
+
+def plan_of(
+    entry: Mapping[str, Any], profile: HardwareProfile | None = None, **widths: Any
+) -> TilePlan:
+    """The checked plan of one entry of the table."""
+    profile = profile or load_profile("H200_SXM")
+    if entry["kernel"] not in KERNELS:
+        raise _refused(profile, "kernel", entry["kernel"], " or ".join(KERNELS))
+    sizes = {k: v for k, v in entry.items() if k not in ("most_rows", "kernel", "timed")}
+    return KERNELS[entry["kernel"]](profile, **sizes, **widths)
+
+
+@functools.cache
+def tuned() -> tuple[dict[str, Any], ...]:
+    """The entries of tuned.json, by rising rows: each for up to `most_rows` rows (None: any)."""
+    table = json.loads(files("pallas_kernels.hopper").joinpath("tuned.json").read_text())
+    return tuple(table["classes"])
+
+
+def _check_widths(profile: HardwareProfile, kv_lora_rank: int, rope_dim: int) -> None:
+    if kv_lora_rank % 128 or not 0 < kv_lora_rank <= 512:
+        raise _refused(profile, "kv_lora_rank", kv_lora_rank, "a multiple of 128 up to 512")
+    if rope_dim % 64 or rope_dim <= 0:
+        raise _refused(profile, "rope_dim", rope_dim, "a multiple of 64")
+
+
+def _refused(profile: HardwareProfile, name: str, got: Any, wanted: str) -> TilePlanError:
+    return TilePlanError(f"{profile.name}: {name} = {got!r}, wanted {wanted}")
+
+
+def _capacity(profile: HardwareProfile) -> dict[str, int]:
+    return {name: profile.bytes(f"buffer.{name}") for name in ("shared", "registers")}

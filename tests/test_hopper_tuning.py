@@ -1,0 +1,110 @@
+"""The Hopper kernels' tile plans: what fits, what is refused, the table, and how it is made."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments import tune_hopper
+from mla_jax.hal import PROFILES, Problem, TilePlanError, plan_tiles
+from pallas_kernels.hopper.tuning import (
+    choose_tile_plan,
+    plan_of,
+    seesaw_tiles,
+    tile_plan_of_height,
+    transposed_tiles,
+    tuned,
+)
+
+H200 = PROFILES["H200_SXM"]
+
+
+@pytest.mark.parametrize("rescale", ["multiply", "exponent_add"])
+@given(rows=st.integers(1, 600))
+def test_every_problem_has_a_plan_that_fits(rescale: str, rows: int) -> None:
+    plan = choose_tile_plan(rows, rescale=rescale)
+    assert plan.used()["shared"] <= plan.capacity["shared"] == 232448
+    assert 128 * sum(plan.registers) <= plan.capacity["registers"] == 65536
+    assert plan.num_workers * plan.cluster <= H200.cores
+    if rows <= 32 and rescale == "multiply":
+        assert rows <= plan.rows_per_tile < rows + 8
+    else:
+        assert plan.rows_per_tile == (64 if rows <= 64 else 128)
+    assert tile_plan_of_height(plan.rows_per_tile) == plan
+
+
+def test_the_seesaw_plan_is_the_one_the_profile_arrives_at() -> None:
+    general = plan_tiles(H200, Problem((4096,), heads=128))
+    plan = seesaw_tiles(H200, rows_per_tile=64)
+    assert (plan.block_q, plan.block_kv, plan.kv_stages, plan.num_workers) == (
+        general.block_q, general.block_kv, general.kv_stages, general.num_workers,
+    )  # fmt: skip
+    assert seesaw_tiles(PROFILES["H20"], rows_per_tile=128).num_workers == 39
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: transposed_tiles(H200, rows_per_tile=16, depths=(3, 3, 2)),
+         r"H200_SXM: shared holds 232448 bytes.*22688 too many.*kv left 3 x 32768"),
+        (lambda: transposed_tiles(PROFILES["A100_SXM4_80GB"], rows_per_tile=8),
+         "A100_SXM4_80GB: shared holds 166912"),
+        (lambda: transposed_tiles(H200, rows_per_tile=40), "rows_per_tile = 40, wanted a multiple"),
+        (lambda: transposed_tiles(H200, rows_per_tile=8, depths=(2, 0, 2)), "depths"),
+        (lambda: transposed_tiles(H200, rows_per_tile=8, q_buffers=0), "q_buffers = 0"),
+        (lambda: transposed_tiles(H200, rows_per_tile=8, rope_dim=48), "rope_dim = 48"),
+        (lambda: seesaw_tiles(H200, rows_per_tile=96), "rows_per_tile = 96, wanted 64, or 128"),
+        (lambda: seesaw_tiles(H200, rows_per_tile=64, registers=(240, 40)),
+         r"registers holds 65536.*1024 too many"),
+        (lambda: seesaw_tiles(H200, rows_per_tile=64, registers=(236, 24)), "registers = 236"),
+        (lambda: seesaw_tiles(H200, rows_per_tile=64, registers=(160, 24)), "registers = 160"),
+        (lambda: seesaw_tiles(H200, rows_per_tile=64, kv_lora_rank=640), "kv_lora_rank = 640"),
+        (lambda: plan_of(dict(tuned()[0], kernel="both")), "kernel = 'both'"),
+        (lambda: tile_plan_of_height(40), "rows_per_tile must be one of 8, 16"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_is_refused_by_name(make, message: str) -> None:
+    with pytest.raises((TilePlanError, ValueError), match=message):
+        make()
+
+
+def test_slots_are_named() -> None:
+    plan = transposed_tiles(H200, rows_per_tile=16, depths=(3, 2, 3))
+    assert [plan.slots(f"kv {part}") for part in ("left", "right", "rope")] == [3, 2, 3]
+    assert plan.slots("q") == 2
+
+
+def test_candidates_fit_and_differ() -> None:
+    for entry in tuned():
+        found = [*tune_hopper.sizes(entry), *list(tune_hopper.overheads(entry))[1:]]
+        assert found[0] == entry
+        assert len(found) == len({json.dumps(candidate) for candidate in found}) > 2
+        for candidate in found:
+            plan_of(candidate)
+
+
+def test_tuning_takes_the_fastest_and_nothing_for_noise(tmp_path) -> None:
+    """With a stopwatch of its own: three deep slots on the left are 10 % faster."""
+
+    def stopwatch(entries, rows):
+        assert rows == 16
+        factors = [
+            1.0 - 0.1 * (entry["depths"][0] == 3) - 0.005 * (entry["split_overhead"] == 1)
+            for entry in entries
+        ]
+        return [[10.0 * f, 100.0 * f, 7.0 * f] for f in factors]
+
+    path = tmp_path / "tuned.json"
+    tune_hopper.main(["16"], stopwatch, path)
+    table = json.loads(path.read_text())
+    assert table["device"]
+    changed = table["classes"][1]
+    assert changed["depths"][0] == 3
+    assert changed["split_overhead"] == tuned()[1]["split_overhead"]
+    assert changed["timed"] == {"64 x 1024": 9.0, "128 x 4096": 90.0, "1 x 16384": 6.3}
+    assert [c for i, c in enumerate(table["classes"]) if i != 1] == [
+        c for i, c in enumerate(tuned()) if i != 1
+    ]
+    with pytest.raises(SystemExit, match="class '17', wanted 8, 16, 24, 32, 64, any"):
+        tune_hopper.main(["17"], stopwatch, path)
