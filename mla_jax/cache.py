@@ -111,7 +111,7 @@ class PagedKVCache:
 
     @property
     def row_dtype(self) -> Any:
-        """Of the rows that come out: `dtype`, or float32 where they are dequantised."""
+        """Of the rows that go in and come out: `dtype`, or float32 where they are quantised."""
         return self.dtype if self.scale_granularity is None else jnp.dtype(jnp.float32)
 
     @property
@@ -129,8 +129,13 @@ class PagedKVCache:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of a token's row (one layer); the one scale of "tensor" belongs to no token."""
-        arrays = [x for x in jax.tree.leaves(self) if x.ndim]
+        arrays = [x for x in self.arrays().values() if x.ndim]
         return sum(x.size * x.dtype.itemsize for x in arrays) // (self.num_pages * self.page_size)
+
+    def arrays(self) -> dict[str, jax.Array]:
+        """The arrays that the cache has, by name."""
+        named = {"pages": self.pages, "rope_pages": self.rope_pages, "scales": self.scales}
+        return {name: array for name, array in named.items() if array is not None}
 
     def check(self) -> None:
         """Raises ValueError or TypeError where an array is not what the other fields say."""
@@ -242,12 +247,7 @@ class PagedKVCache:
         page = block_tables.at[requests[:, None], slot].get(mode="promise_in_bounds")
         page = jnp.clip(page, 0, self.num_pages - 1)
         offset = positions % self.page_size
-        return {name: _read(x, page, offset) for name, x in self._arrays().items()}
-
-    def _arrays(self) -> dict[str, jax.Array]:
-        """The arrays that the cache has, by name."""
-        named = {"pages": self.pages, "rope_pages": self.rope_pages, "scales": self.scales}
-        return {name: array for name, array in named.items() if array is not None}
+        return {name: _read(x, page, offset) for name, x in self.arrays().items()}
 
     def _encode(self, kv: jax.Array) -> dict[str, jax.Array]:
         """Rows [..., D] as `stored_rows` would give them, but for a scale that stays as it is."""
@@ -399,7 +399,7 @@ def _append(
     page = jnp.take_along_axis(block_tables, slot, axis=1)
     page = jnp.where(written & (page >= 0), page, cache.num_pages)  # past the end: dropped
     offset = positions % cache.page_size
-    arrays: dict[str, Any] = cache._arrays()
+    arrays: dict[str, Any] = cache.arrays()
     for name, rows in cache._encode(kv).items():
         arrays[name] = _write(arrays[name], page, offset, rows)
     return dataclasses.replace(cache, **arrays)

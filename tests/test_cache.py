@@ -97,7 +97,7 @@ def test_layout_is_the_published_address(layout, dtype):
     cache = cache.append(kv, i32([1]), i32(0))
     page = np.asarray(cache.pages)[1].reshape(-1)
     for t, d in [(0, 0), (0, 47), (3, 9), (15, 16), (15, 47)]:
-        assert page[element(cache, t, d)] == kv[0, t, d]
+        assert page[element(layout, 16, cache.dtype, WIDTH, t, d)] == kv[0, t, d]
 
 
 class Variants(chex.TestCase):
