@@ -201,15 +201,18 @@ def test_decode_loop_traces_once(implementation):
                 assert relative_error(got[0][request, token], wanted) < 2e-5
 
 
-@pytest.mark.parametrize("implementation", PURE)
 @pytest.mark.parametrize(
-    ("granularity", "page_size", "layout"),
-    [("token", 64, "ND"), ("group", 16, "NZ"), ("tensor", 1, "ND"), ("token", 128, "NZ")],
+    ("granularity", "page_size", "layout", "implementation"),
+    [
+        ("token", 64, "ND", "split_kv"),
+        *itertools.product(["token"], [64, 128], ["ND", "NZ"], ["reference", "xla"]),
+        *itertools.product(["group", "tensor"], [1], ["ND", "NZ"], ["xla"]),
+    ],
 )
 def test_int8_cache_matches_float64_on_its_dequantised_rows(
     granularity, page_size, layout, implementation
 ):
-    """Garbage int8, NaN scales and NaN rope past the lengths never show; q float32 or bfloat16."""
+    """Garbage int8, NaN scales and NaN rope past the lengths never show."""
     batch = make_batch(
         np.random.default_rng([page_size, len(layout)]),
         *RAGGED,
@@ -218,15 +221,17 @@ def test_int8_cache_matches_float64_on_its_dequantised_rows(
         dtype="int8",
         granularity=granularity,
     )
-    options = {"query_lens": batch.query_lens, "implementation": implementation}
-    got = attend(*batch.args, **options)
+    batch.q = batch.q.astype(jnp.float32)
+    got = attend(*batch.args, query_lens=batch.query_lens, implementation=implementation)
+    assert_matches(got, batch.oracle(), 2e-5, 1e-5)
+
+
+@pytest.mark.parametrize("rescale", ["multiply", "exponent_add"])
+def test_int8_cache_and_bfloat16_queries(rescale):
+    batch = make_batch(np.random.default_rng(16), *RAGGED, dtype="int8")
+    got = attend(*batch.args, query_lens=batch.query_lens, implementation="xla", rescale=rescale)
     assert got[0].dtype == jnp.bfloat16
     assert_matches(got, batch.oracle(), 4e-3, 1e-5)
-    batch.q = batch.q.astype(jnp.float32)
-    assert_matches(attend(*batch.args, **options), batch.oracle(), 2e-5, 1e-5)
-    assert_matches(
-        attend(*batch.args, **options, rescale="exponent_add"), batch.oracle(), 2e-5, 1e-5
-    )
 
 
 def test_int8_cache_goes_to_an_implementation_that_has_it():

@@ -291,7 +291,7 @@ class TestWrongNumbersAreCaught:
         assert any(found in row["what"] for row in result["rows"])
 
     def test_demo(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(demo, "mla_layer", self.scaled(demo.mla_layer, 1.001))
+        monkeypatch.setattr(demo, "mla_layer", self.scaled(demo.mla_layer, 1.05))
         status, result = run(tmp_path, "demo", *SMALL["demo"], "--implementations=xla")
         assert status == 1
         assert not any(row["passed"] for row in result["rows"] if "passed" in row)

@@ -58,9 +58,9 @@ def new_cache(config, batch, length, page_size=16, dtype=jnp.float32):
     return cache, jnp.asarray(pages.reshape(batch, width))
 
 
-def feed(params, config, x, pieces, **options):
+def feed(params, config, x, pieces, cache_dtype=None, **options):
     """Runs x [B, S, hidden] through the paged layer in pieces of so many tokens."""
-    cache, tables = new_cache(config, x.shape[0], x.shape[1], dtype=x.dtype)
+    cache, tables = new_cache(config, *x.shape[:2], dtype=cache_dtype or x.dtype)
     outs, done = [], 0
     for piece in pieces:
         seq_lens = jnp.full(x.shape[:1], done + piece, jnp.int32)
@@ -259,6 +259,19 @@ def test_any_implementation(implementation):
     params, x = random_layer(SMALL)
     got = feed(params, SMALL, x, [5, 2, 2], implementation=implementation)
     assert relative_error(got, layer_float64(SMALL, params, x)) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_int8_cache(dtype):
+    """The cache costs what 8 bits cost, in whatever pieces the tokens come."""
+    params, x = random_layer(SMALL, dtype=dtype)
+    wanted = layer_float64(SMALL, *jax.tree.map(lambda a: a.astype(jnp.float32), (params, x)))
+    at_once = feed(params, SMALL, x, [9], cache_dtype="int8")
+    pieces = feed(params, SMALL, x, [5, 2, 1, 1], cache_dtype="int8")
+    assert at_once.dtype == pieces.dtype == dtype
+    assert 1e-3 < relative_error(pieces, wanted) < 1e-2 + 4 * float(jnp.finfo(dtype).eps)
+    if dtype == jnp.float32:
+        assert relative_error(pieces, np.asarray(at_once, np.float64)) < TOLERANCE
 
 
 def test_a_growing_decode_traces_once():
