@@ -70,6 +70,28 @@ def amla_accuracy() -> str:
     return table(["keys and queries", "rescales", *methods], rows)
 
 
+def int8_accuracy() -> str:
+    """Error of output and of lse of each method, by data; those over the bound in bold."""
+    result = load("int8_accuracy")
+    columns = {
+        "bfloat16": "bf16 cache",
+        "tensor": "int8, a scale for all",
+        "token": "a scale a token",
+        "group": "four a token",
+        "token, int8 q, bf16 P": "a token: int8 q, bf16 P",
+        "token, int8 q, int8 P": "a token: int8 q and P",
+        "token, rotated": "a token, rotated",
+    }
+    lines: dict[str, dict[str, str]] = {}
+    for row in result["rows"]:
+        name = row["distribution"] + (" *" if row["hard"] else "")
+        error = f"{1e3 * row['error']:.1f}"
+        error = f"**{error}**" if row["error"] > result["bound"] else error
+        lines.setdefault(name, {})[row["method"]] = f"{error} / {1e3 * row['lse_error']:.2g}"
+    rows = [[name, *(line[method] for method in columns)] for name, line in lines.items()]
+    return table(["output / lse, in 1e-3", *columns.values()], rows)
+
+
 def split_kv() -> str:
     """Efficiency of each planner by its own cost model (that of blocks for the first two)."""
     rows: dict[str, dict[str, Any]] = {}
@@ -110,6 +132,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "parity": parity,
     "cache_size": cache_size,
     "amla_accuracy": amla_accuracy,
+    "int8_accuracy": int8_accuracy,
     "split_kv": split_kv,
 }
 
