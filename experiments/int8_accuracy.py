@@ -8,8 +8,8 @@ cache pays for rounding them too. The methods:
 - "bf16 P", "int8 P", "int8 q, ...": the dataflows of `mla_jax.int8_dataflow` over that cache, which
   round P and the queries too. Int8 queries and int8 P are Ascend's, int8 queries and bf16 P take
   the int8 tensor cores of Hopper.
-- rotated: the latents and the queries turned by a Hadamard matrix first, which spreads what a few
-  channels hold over all of them (QuaRot, arXiv 2404.00456); outputs are turned back.
+- rotated: the latents and the queries turned by a Hadamard matrix first, as `rotate_latent` does it
+  in the weights; outputs are turned back.
 
 Rows marked `hard` are made to be hard: they are shown, and no bound holds for them.
 """
@@ -35,7 +35,7 @@ from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import PagedKVCache
 from mla_jax.int8_dataflow import attend_int8
 from mla_jax.layer import preprocess
-from mla_jax.quantize import GRANULARITIES, scales_of
+from mla_jax.quantize import GRANULARITIES, hadamard, scales_of
 from mla_jax.reference import attention_float64
 from mla_jax.weights import init_params
 
@@ -184,7 +184,7 @@ def measure(case: Case, granularities: tuple[str, ...] = GRANULARITIES) -> list[
         found |= over_int8(case, granularity)
     turned = turn(case)
     for name, (o, lse) in over_int8(turned, "token").items():
-        o = np.asarray(o, np.float64) @ hadamard().T
+        o = np.asarray(o, np.float64) @ hadamard(RANK).T
         found[name.replace("token", "token, rotated")] = (o, lse)
     return [
         {
@@ -248,17 +248,8 @@ def turn(case: Case) -> Case:
     """The case in a turned basis of the latent: the same scores, outputs turned alike."""
     q, kv = case.q.copy(), case.kv.copy()
     for rows in (q, kv):
-        rows[:, :RANK] = rows[:, :RANK] @ hadamard()
+        rows[:, :RANK] = rows[:, :RANK] @ hadamard(RANK)
     return dataclasses.replace(case, q=q, kv=kv)
-
-
-@functools.cache
-def hadamard() -> np.ndarray:
-    """[RANK, RANK], orthogonal, all entries of one magnitude (Sylvester)."""
-    matrix = np.ones((1, 1))
-    while len(matrix) < RANK:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix / math.sqrt(RANK)
 
 
 def by_case(rows: list[Row], key: str) -> list[Row]:

@@ -7,6 +7,9 @@ it within a token ("token"), within a token and GROUP columns ("group"), or over
 
 The same pair of functions rounds a query (a scale each token and head) and a row of softmax
 weights (a scale each row and block, as Ascend's kernel does it).
+
+`hadamard` spreads what a few columns hold over all, which is what a scale a token wants
+(QuaRot, arXiv 2404.00456).
 """
 
 import jax
@@ -63,3 +66,16 @@ def spread(scales: jax.Array, values: jax.Array) -> jax.Array:
     if scales.ndim == values.ndim:
         return jnp.repeat(scales, values.shape[-1] // scales.shape[-1], axis=-1)
     return scales[..., None]
+
+
+def hadamard(width: int) -> np.ndarray:
+    """[width, width] float64: orthogonal, symmetric, all entries of one magnitude (Sylvester).
+
+    Raises ValueError unless width is a power of 2.
+    """
+    if width < 1 or width & (width - 1):
+        raise ValueError(f"the width of a Hadamard matrix must be a power of 2, got {width}")
+    matrix = np.ones((1, 1))
+    while len(matrix) < width:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix / np.sqrt(width)
