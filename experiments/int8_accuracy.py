@@ -45,7 +45,6 @@ RANK, ROPE = 512, 64
 PAGE_SIZE = 64
 SOFTMAX_SCALE = 192**-0.5
 BOUND = 1e-2  # of the output, on rows that are not hard
-SPREADS = (0.1, 0.3, 1.0, 1.7, 3.0, 6.0)  # of the scores, for the picture
 DATAFLOWS: dict[str, dict[str, str]] = {
     "bf16 P": {"queries": "bfloat16", "weights": "bfloat16"},
     "int8 q, bf16 P": {"queries": "int8", "weights": "bfloat16"},
@@ -63,6 +62,9 @@ class Options:
     rows: int = flag(64, "query rows", lower_bound=16)
     keys: int = flag(4096, "T of most rows", lower_bound=64)
     long_keys: int = flag(65536, "T of the long context", lower_bound=64)
+    spreads: tuple[float, ...] = flag(
+        (0.1, 0.3, 1.0, 1.7, 3.0, 6.0), "standard deviations of the scores, for the picture"
+    )
     seed: int = flag(0, "of queries and keys")
 
 
@@ -74,7 +76,6 @@ class Case:
     hard: bool
     q: np.ndarray  # [R, 576]
     kv: np.ndarray  # [T, 576]
-    softmax_scale: float = SOFTMAX_SCALE
 
 
 def run(options: Options, output: Output) -> Outcome:
@@ -82,7 +83,7 @@ def run(options: Options, output: Output) -> Outcome:
     for case in track(list(cases(options)), "distributions"):
         rows += measure(case)
     spreads = []
-    for spread in track(SPREADS, "spread of the scores"):
+    for spread in track(options.spreads, "spread of the scores"):
         spreads += measure(normal(options, f"{spread:g}", spread=spread), ("token",))
     errors = by_case(rows, "error")
     columns = {"distribution": "data"} | {method: method.replace(", ", "\n") for method in SHOWN}
@@ -149,24 +150,26 @@ def normal(
 def with_spread(case: Case, spread: float) -> Case:
     """The case with its queries scaled so that the scores have that standard deviation, and
     rounded to bfloat16, as every method gets them."""
-    scores = case.softmax_scale * (case.q @ case.kv.T)
+    scores = SOFTMAX_SCALE * (case.q @ case.kv.T)
     return dataclasses.replace(case, q=in_bfloat16(case.q * (spread / scores.std(axis=1).mean())))
 
 
 def from_checkpoint(options: Options) -> Case:
     """The demo's layer on normal hidden states: the queries of the last tokens, the latents of all.
 
-    Every row sees all keys.
+    Every row sees all keys; what its softmax scale is more than ours goes into the queries.
     """
-    config = small_config()
-    params = init_params(jax.random.key(options.seed), config, jnp.float32)
-    rng = np.random.default_rng(options.seed)
+    config, rng = small_config(), np.random.default_rng(options.seed)
+
+    @jax.jit
+    def rows(key: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        params = init_params(key, config, jnp.float32)
+        return preprocess(params, config, x, jnp.arange(options.keys)[None])
+
     x = jnp.asarray(rng.normal(size=(1, options.keys, config.hidden_size)), jnp.float32)
-    q, kv = preprocess(params, config, x, jnp.arange(options.keys)[None])
-    q = q[0].reshape(-1, RANK + ROPE)[-options.rows :]
-    return Case(
-        "the demo's checkpoint", False, in_bfloat16(q), np.asarray(kv[0]), config.softmax_scale
-    )
+    q, kv = map(np.asarray, rows(jax.random.key(options.seed), x))
+    q = q.reshape(-1, RANK + ROPE)[-options.rows :] * (config.softmax_scale / SOFTMAX_SCALE)
+    return Case("the demo's checkpoint", False, in_bfloat16(q), kv[0])
 
 
 def in_bfloat16(x: Any) -> np.ndarray:
@@ -176,7 +179,7 @@ def in_bfloat16(x: Any) -> np.ndarray:
 def measure(case: Case, granularities: tuple[str, ...] = GRANULARITIES) -> list[Row]:
     """One row a method."""
     oracle = functools.partial(
-        attention_float64, softmax_scale=case.softmax_scale, kv_lora_rank=RANK, causal=False
+        attention_float64, softmax_scale=SOFTMAX_SCALE, kv_lora_rank=RANK, causal=False
     )
     wanted = [x[0] for x in oracle(case.q[None], case.kv)]
     found = {"bfloat16": attend(case, filled(case, jnp.bfloat16), jnp.bfloat16)}
@@ -202,12 +205,12 @@ def over_int8(case: Case, granularity: str) -> dict[str, tuple[Any, Any]]:
     """(o [R, RANK], lse [R]) of the cache alone, and of each dataflow over it."""
     cache = filled(case, jnp.int8, granularity)
     found = {granularity: attend(case, cache, jnp.float32)}
-    stored = cache.stored_rows(table(case), jnp.arange(len(case.kv))[None])
+    stored = jax.jit(PagedKVCache.stored_rows)(cache, table(case), jnp.arange(len(case.kv))[None])
     latent, k_rope = stored["pages"][0], stored["rope_pages"][0]
     scales = stored["scales"][0] if stored["scales"].ndim else stored["scales"]
     for name, options in DATAFLOWS.items():
         found[f"{granularity}, {name}"] = attend_int8(
-            jnp.asarray(case.q), latent, scales, k_rope, softmax_scale=case.softmax_scale, **options
+            jnp.asarray(case.q), latent, scales, k_rope, softmax_scale=SOFTMAX_SCALE, **options
         )
     return found
 
@@ -238,7 +241,7 @@ def attend(case: Case, cache: PagedKVCache, dtype: Any) -> tuple[jax.Array, jax.
         cache,
         table(case),
         jnp.full(1, len(case.kv), jnp.int32),
-        softmax_scale=case.softmax_scale,
+        softmax_scale=SOFTMAX_SCALE,
         implementation="xla",
     )
     return o[0, 0], lse[0, 0]

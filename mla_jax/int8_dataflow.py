@@ -39,14 +39,14 @@ def weights_in_int8(p: jax.Array, v_scale: jax.Array) -> tuple[jax.Array, jax.Ar
     return quantize.quantize(folded, p_scale), p_scale
 
 
-@functools.partial(jax.jit, static_argnames=("softmax_scale", "weights", "queries", "block"))
+@functools.partial(jax.jit, static_argnames=("weights", "queries", "block"))
 def attend_int8(
     q: jax.Array,
     latent: jax.Array,
     scales: jax.Array,
     k_rope: jax.Array,
     *,
-    softmax_scale: float,
+    softmax_scale: jax.Array | float,
     weights: str,
     queries: str = "int8",
     block: int = 128,
