@@ -301,11 +301,7 @@ def show(rows: list[Row], dtype: str) -> None:
     show_table(title, [row for row in rows if "passed" in row], columns)
     for row in rows:
         if row["note"]:
-            what = (
-                f"{row['implementation']} on {row['cache']}"
-                if "cache" in row
-                else row["implementation"]
-            )
+            what = " on ".join(row[key] for key in ("implementation", "cache") if key in row)
             say(f"{what} can't run here: {row['note']}")
 
 
@@ -336,15 +332,11 @@ def draw(path: Path, batch: Batch, runners: list[Runner]) -> None:
         lengths = np.stack([step.seq_lens for step in batch.steps], axis=1)
         kib = lengths * runners[0].cache.bytes_per_token / 1024
         right.stackplot(steps, kib, colors=plotting.COLOURS, edgecolor="white", linewidth=0.5)
-        for cache, bytes_per_token in {
-            runner.cache_dtype: runner.cache.bytes_per_token for runner in runners[1:]
-        }.items():
-            if cache != runners[0].cache_dtype:
-                whole = lengths.sum(0) * bytes_per_token / 1024
-                right.plot(
-                    steps, whole, color="black", linestyle="--", label=f"all of it in {cache}"
-                )
-                right.legend(loc="upper left", bbox_to_anchor=(0, 0.92))
+        for runner in [r for r in runners if r.cache_dtype != runners[0].cache_dtype][:1]:
+            whole = lengths.sum(0) * runner.cache.bytes_per_token / 1024
+            label = f"all of it in {runner.cache_dtype}"
+            right.plot(steps, whole, color="black", linestyle="--", label=label)
+            right.legend(loc="upper left", bbox_to_anchor=(0, 0.92))
         right.set_ylabel("KiB in the cache")
         right.set_title(f"The cache ({runners[0].cache_dtype}) fills, a colour a request")
         for axes in (left, right):
