@@ -137,9 +137,11 @@ def part_rows(parts: tuple[Part, ...]) -> list[Row]:
 def ceiling_rows(context: int) -> list[Row]:
     """Largest batch and throughput ceiling on the node of the paper, and against DeepSeek 67B."""
     bf16 = dataclasses.replace(DEEPSEEK_V2, bits=BITS_PER_VALUE["bfloat16"])
+    int8 = CacheSize.mla_int8(MLAConfig.preset("deepseek-v2"))
     models = (
         ("DeepSeek 67B, bf16", DEEPSEEK_67B, WEIGHTS_67B),
         ("DeepSeek-V2, fp8 weights, bf16 cache", bf16, WEIGHTS_V2),
+        ("DeepSeek-V2, fp8 weights, int8 cache with scales", int8, WEIGHTS_V2),
         ("DeepSeek-V2, fp8 weights, 6-bit cache", DEEPSEEK_V2, WEIGHTS_V2),
     )
     rows: list[Row] = []

@@ -2,8 +2,8 @@
 
 It loads a layer from a Hugging Face folder, prefills prompts of different lengths in chunks into a
 paged cache, decodes one token at a time, then two at a time as multi-token prediction (MTP) does,
-with every implementation that this machine has, each on a cache of its own, and compares every
-step's output with the whole layer in float64.
+with every implementation that this machine has, each on a cache of its own, of the layer's dtype
+and of int8, and compares every step's output with the whole layer in float64.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from experiments.errors import LAYER_BOUND, relative_error
 from experiments.experiment import Outcome, Output, Row, reading
 from experiments.implementations import chosen, implementations_flag
 from experiments.options import flag
+from mla_jax import checks
 from mla_jax.allocator import PageAllocator
 from mla_jax.cache import LAYOUTS, PAGE_SIZES, PagedKVCache
 from mla_jax.config import MLAConfig
@@ -50,9 +51,10 @@ class Options:
     page_size: int = flag(64, "tokens a page", choices=PAGE_SIZES)
     layout: str = flag("ND", "of the pages", choices=LAYOUTS)
     dtype: str | None = flag(
-        None, "bfloat16 on a GPU, else float32, if not given", choices=tuple(LAYER_BOUND)
+        None, "bfloat16 on a GPU, else float32, if not given", choices=checks.FLOAT_DTYPES
     )
     implementations: tuple[str, ...] = implementations_flag()
+    int8: bool = flag(True, "whether to serve from an int8 cache too")
     seed: int = flag(0, "of the checkpoint, the prompts' lengths and the hidden states")
 
 
@@ -77,31 +79,40 @@ def run(options: Options, output: Output) -> Outcome:
         layer_float64(config, params, np.asarray(x)[None])[0]
         for x in track(batch.hidden, "the whole layer in float64")
     ]
-    runners = [Runner(name, options, config, params, batch) for name in names]
+    caches = [dtype, "int8"] if options.int8 else [dtype]
+    runners = [
+        Runner(name, cache, options, config, params, batch) for cache in caches for name in names
+    ]
     for step in track(batch.steps, "prefill, decode, MTP"):
         for runner in runners:
             runner.step(step, wanted)
 
-    bound = LAYER_BOUND[dtype]
-    rows = [runner.row(bound) for runner in runners]
+    rows = [runner.row() for runner in runners]
     reasons = available_implementations()
     rows += [{"implementation": name, "note": why} for name, why in reasons.items() if why]
     show(rows, dtype)
-    draw(output.path("demo.png"), batch, runners, bound)
-    passed = all(row["passed"] for row in rows if "passed" in row)
-    worst = max(np.max(runner.errors) for runner in runners)
-    cached = runners[0].row(bound)["cache_bytes"]
+    draw(output.path("demo.png"), batch, runners)
+    by_cache = {runner.cache_dtype: runner for runner in runners}
+    worst = ", ".join(
+        f"{max(np.max(r.errors) for r in runners if r.cache_dtype == cache):.1e} with a cache in "
+        f"{cache} (bound {one.bound:.0e})"
+        for cache, one in by_cache.items()
+    )
+    cached = " or ".join(f"{one.cache_bytes:,} ({cache})" for cache, one in by_cache.items())
     expanded = config.num_heads * (config.qk_head_dim + config.v_head_dim) / config.latent_dim
     return Outcome(
-        passed=passed,
+        passed=all(row["passed"] for row in rows if "passed" in row),
         summary=(
-            f"{len(batch.steps)} steps with {len(runners)} implementations: the largest error "
-            f"against float64 is {worst:.1e} ({dtype}, bound {bound:.0e}). "
-            f"{sum(batch.totals)} tokens take {cached:,} bytes a layer; expanded keys and values "
-            f"would take {expanded:.1f} times as much."
+            f"{len(batch.steps)} steps with {len(names)} implementations: the largest error "
+            f"against float64 is {worst}. {sum(batch.totals)} tokens take {cached} bytes a layer; "
+            f"expanded keys and values in {dtype} would take {expanded:.1f} times the first."
         ),
         rows=rows,
-        headline={"bound": bound, "prompts": batch.prompts, "dtype": dtype},
+        headline={
+            "bounds": {cache: one.bound for cache, one in by_cache.items()},
+            "prompts": batch.prompts,
+            "dtype": dtype,
+        },
     )
 
 
@@ -189,17 +200,24 @@ class Runner:
     """Serves the batch with one implementation, on its own cache, and keeps errors and times."""
 
     def __init__(
-        self, name: str, options: Options, config: MLAConfig, params: MLAParams, batch: Batch
+        self,
+        name: str,
+        cache_dtype: str,
+        options: Options,
+        config: MLAConfig,
+        params: MLAParams,
+        batch: Batch,
     ) -> None:
-        self.name, self.config, self.params, self.batch = name, config, params, batch
-        dtype = batch.hidden[0].dtype
+        self.name, self.cache_dtype = name, cache_dtype
+        self.config, self.params, self.batch = config, params, batch
+        self.bound = LAYER_BOUND[cache_dtype]
         with reading("layout"):
             self.cache = PagedKVCache.create(
                 batch.num_pages,
                 page_size=options.page_size,
                 kv_lora_rank=config.kv_lora_rank,
                 rope_dim=config.qk_rope_head_dim,
-                dtype=dtype,
+                dtype=cache_dtype,
                 layout=options.layout,
             )
         self.errors: list[float] = []
@@ -235,9 +253,14 @@ class Runner:
         real = np.arange(step.width) < step.query_lens[:, None]
         self.errors.append(relative_error(np.asarray(out)[real], step.outputs(wanted)))
 
-    def row(self, bound: float) -> Row:
+    @property
+    def cache_bytes(self) -> int:
+        """Of all tokens at the end, one layer."""
+        return sum(self.batch.totals) * self.cache.bytes_per_token
+
+    def row(self) -> Row:
         """The largest error of each phase and the median time of a step, compilation left out."""
-        row: Row = {"implementation": self.name}
+        row: Row = {"implementation": self.name, "cache": self.cache_dtype}
         for phase in PHASES:
             errors = [
                 e for e, s in zip(self.errors, self.batch.steps, strict=True) if s.phase == phase
@@ -245,8 +268,8 @@ class Runner:
             row[f"{phase}_error"] = float(np.max(errors))
         for phase in PHASES:
             row[f"{phase}_ms"] = float(np.median(self.seconds[phase][1:] or [np.nan])) * 1e3
-        row["cache_bytes"] = sum(self.batch.totals) * self.cache.bytes_per_token
-        row["passed"] = bool(np.max(self.errors) <= bound)
+        row["cache_bytes"] = self.cache_bytes
+        row["passed"] = bool(np.max(self.errors) <= self.bound)
         row["note"] = "; ".join(f"{phase}: {reason}" for phase, reason in self.refused.items())
         return row
 
@@ -254,7 +277,7 @@ class Runner:
         """What the attention will be asked, in shapes and dtypes."""
         shape = (len(step.seq_lens), step.width, self.config.num_heads, self.config.latent_dim)
         return AttentionProblem(
-            q=jnp.zeros(shape, self.cache.dtype),
+            q=jnp.zeros(shape, self.batch.hidden[0].dtype),
             cache=self.cache,
             block_tables=jnp.asarray(step.block_tables),
             seq_lens=jnp.asarray(step.seq_lens),
@@ -269,7 +292,7 @@ class Runner:
 
 def show(rows: list[Row], dtype: str) -> None:
     """Errors and times by phase, then who could not run what, and why."""
-    columns = {"implementation": "implementation"}
+    columns = {"implementation": "implementation", "cache": "cache"}
     columns |= {f"{phase}_error": f"{phase} error" for phase in PHASES}
     columns |= {f"{phase}_ms": f"{phase} ms" for phase in PHASES}
     columns |= {"cache_bytes": "cache bytes", "passed": "in bound"}
@@ -278,10 +301,11 @@ def show(rows: list[Row], dtype: str) -> None:
     show_table(title, [row for row in rows if "passed" in row], columns)
     for row in rows:
         if row["note"]:
-            say(f"{row['implementation']} can't run here: {row['note']}")
+            what = " on ".join(row[key] for key in ("implementation", "cache") if key in row)
+            say(f"{what} can't run here: {row['note']}")
 
 
-def draw(path: Path, batch: Batch, runners: list[Runner], bound: float) -> None:
+def draw(path: Path, batch: Batch, runners: list[Runner]) -> None:
     title = "A ragged batch through one attention layer"
     with plotting.figure(path, title, columns=2, size=(13, 4.8)) as (left, right):
         steps = np.arange(len(batch.steps))
@@ -291,23 +315,30 @@ def draw(path: Path, batch: Batch, runners: list[Runner], bound: float) -> None:
                 runner.errors,
                 plotting.MARKERS[i],
                 color=plotting.COLOURS[i],
-                label=runner.name,
+                label=f"{runner.name}, {runner.cache_dtype}",
                 markersize=7,
                 markerfacecolor="none",
                 markeredgewidth=1.5,
             )
-        left.axhline(bound, color=plotting.GREY, linestyle="--", label="bound")
+        bounds = {runner.bound for runner in runners}
+        for bound in bounds:
+            left.axhline(bound, color=plotting.GREY, linestyle="--")
         left.set_yscale("log")
-        left.set_ylim(bound / 300, bound * 3)
+        left.set_ylim(min(bounds) / 300, max(bounds) * 3)
         left.set_ylabel("relative error of the layer's output")
-        left.set_title("Every step against float64")
-        left.legend(loc="lower right", ncols=len(runners) + 1)
+        left.set_title("Every step against float64 (dashed: the bounds)")
+        left.legend(loc="lower right", ncols=2)
 
         lengths = np.stack([step.seq_lens for step in batch.steps], axis=1)
         kib = lengths * runners[0].cache.bytes_per_token / 1024
         right.stackplot(steps, kib, colors=plotting.COLOURS, edgecolor="white", linewidth=0.5)
+        for runner in [r for r in runners if r.cache_dtype != runners[0].cache_dtype][:1]:
+            whole = lengths.sum(0) * runner.cache.bytes_per_token / 1024
+            label = f"all of it in {runner.cache_dtype}"
+            right.plot(steps, whole, color="black", linestyle="--", label=label)
+            right.legend(loc="upper left", bbox_to_anchor=(0, 0.92))
         right.set_ylabel("KiB in the cache")
-        right.set_title("The cache fills, a colour a request")
+        right.set_title(f"The cache ({runners[0].cache_dtype}) fills, a colour a request")
         for axes in (left, right):
             axes.set_xlabel("step")
             axes.set_xlim(-0.5, len(steps) - 0.5)

@@ -8,8 +8,8 @@ import numpy as np
 # Of an attention output, relative Frobenius, against float64 on the very same (rounded) inputs, by
 # their dtype: P and the output are rounded to it; in float32 only the order of the sums differs.
 OUTPUT_BOUND = {"float32": 1e-5, "bfloat16": 4e-3, "float16": 5e-4}
-# Of a whole layer, in which weights, activations and cache are of that dtype.
-LAYER_BOUND = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 2.5e-3}
+# Of a whole layer, in which weights, activations and cache are of that dtype; "int8": the cache.
+LAYER_BOUND = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 2.5e-3, "int8": 2e-2}
 LSE_BOUND = 1e-3  # absolute; the scores are accumulated in float32 whatever the inputs are
 
 

@@ -26,6 +26,7 @@ EXPERIMENTS = (
     "parity",
     "soak",
     "amla_accuracy",
+    "int8_accuracy",
     "cache_size",
     "split_kv",
     "published",

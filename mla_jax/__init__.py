@@ -10,7 +10,7 @@ from mla_jax.implementations import available_implementations
 from mla_jax.layer import attend, mla_layer, naive_mla_layer, preprocess, project_output
 from mla_jax.online_softmax import merge_states
 from mla_jax.split_kv import SplitPlan, plan_fixed, plan_loads, plan_splits
-from mla_jax.weights import MLAParams, init_params, load_hf, save_hf
+from mla_jax.weights import MLAParams, init_params, load_hf, rotate_latent, save_hf
 
 __all__ = [
     "PRESETS",
@@ -37,5 +37,6 @@ __all__ = [
     "plan_splits",
     "preprocess",
     "project_output",
+    "rotate_latent",
     "save_hf",
 ]

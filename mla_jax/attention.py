@@ -72,7 +72,8 @@ def paged_mla_attention(
 
     Args:
         q: [B, S, H, D] = [q_latent | q_rope], not scaled; float32, bfloat16 or float16.
-        cache: K is a row [c_kv | k_rope] of D values, V its first kv_lora_rank.
+        cache: K is a row [c_kv | k_rope] of D values, V its first kv_lora_rank. Of an int8 cache
+            the plain-JAX implementations read the rows dequantised, in float32.
         block_tables: [B, max_pages] int32; slots past a request's length may hold anything.
         seq_lens: [B] int32, keys of each request, its new tokens included; 0: none.
         softmax_scale: multiplies the scores (`MLAConfig.softmax_scale`).

@@ -5,6 +5,8 @@ PagedAttention, arXiv 2309.06180). Two layouts of a page:
 - "ND": [page_size, D], rows whole.
 - "NZ": [D / C0, page_size, C0] with C0 = 32 bytes of values, the fractal of Ascend's matrix unit
   ("PA_NZ"): element (t, d) at ((d / C0) * page_size + t) * C0 + d % C0.
+An int8 cache keeps c_kv as int8 with float32 scales (`quantize`) and k_rope beside it in bfloat16,
+in pages of the same numbers; no kernel of a peer on NVIDIA GPUs has one, Ascend's have.
 Only pages that a length reaches are ever looked at; the other slots of a block table, and the
 rows of a page past the length, may hold anything.
 """
@@ -17,27 +19,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mla_jax import checks
+from mla_jax import checks, quantize
 
 PAGE_SIZES = (1, 16, 64, 128)
 LAYOUTS = ("ND", "NZ")
+DTYPES = (*checks.FLOAT_DTYPES, "int8")
+_ROPE_DTYPE = jnp.bfloat16  # of an int8 cache
 _FRACTAL_BYTES = 32
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["pages"],
+    data_fields=["pages", "rope_pages", "scales"],
     meta_fields=["kv_lora_rank", "rope_dim", "page_size", "layout"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class PagedKVCache:
-    """The pages and how to read them; a pytree whose only leaf is `pages`."""
+    """The pages and how to read them; a pytree whose leaves are the arrays that it has.
+
+    A float cache holds rows of D = kv_lora_rank + rope_dim values in `pages`, and has no more. An
+    int8 cache holds c_kv in `pages` (D = kv_lora_rank), k_rope in `rope_pages` (D = rope_dim), and
+    `scales`: [num_pages, page_size] (granularity "token"), [num_pages, page_size, kv_lora_rank /
+    128] ("group") or [] ("tensor").
+    """
 
     pages: jax.Array  # ND [num_pages, page_size, D]; NZ [num_pages, D / C0, page_size, C0]
     kv_lora_rank: int
     rope_dim: int
     page_size: int
     layout: str
+    rope_pages: jax.Array | None = None  # bfloat16, as `pages`
+    scales: jax.Array | None = None  # float32, the same in both layouts
 
     @staticmethod
     def create(
@@ -48,28 +60,44 @@ class PagedKVCache:
         rope_dim: int = 64,
         dtype: Any = jnp.bfloat16,
         layout: str = "ND",
+        scale_granularity: str | None = None,
+        scale: jax.Array | float | None = None,
     ) -> "PagedKVCache":
         """A cache of zeros.
 
-        Raises ValueError for sizes that are not positive, a page size, dtype or layout that is not
-        one of PAGE_SIZES, float32 / bfloat16 / float16 and LAYOUTS, or, in NZ, rows that are no
-        multiple of 32 bytes.
+        Args:
+            num_pages, page_size: how many pages, of how many tokens.
+            dtype: of the values, or int8: of c_kv.
+            scale_granularity: of an int8 cache, one of `quantize.GRANULARITIES`; None: "token".
+            scale: for "tensor": what one step of int8 is worth, from calibration
+                (`quantize.scales_of`); tokens written later saturate at 127 times it.
+
+        Raises ValueError for sizes that are not positive, a page size, dtype, layout or granularity
+        that is not one of PAGE_SIZES, DTYPES, LAYOUTS and GRANULARITIES, a scale that is not
+        positive, or missing, or there without need, and in NZ rows of no multiple of 32 bytes.
         """
         checks.require_positive("num_pages", num_pages)
         checks.require_positive("kv_lora_rank", kv_lora_rank)
         checks.require_positive("rope_dim", rope_dim)
         checks.require_one_of("page_size", page_size, PAGE_SIZES)
         checks.require_one_of("layout", layout, LAYOUTS)
-        checks.require_one_of("dtype", jnp.dtype(dtype).name, checks.FLOAT_DTYPES)
-        width, fractal = kv_lora_rank + rope_dim, _FRACTAL_BYTES // jnp.dtype(dtype).itemsize
-        if layout == "NZ" and width % fractal:
-            raise ValueError(
-                f"kv_lora_rank + rope_dim must be a multiple of {fractal} in layout NZ with "
-                f"dtype {jnp.dtype(dtype).name}, got {width}"
-            )
-        page = _page_shape(page_size, width, dtype, layout)
-        pages = jnp.zeros((num_pages, *page), dtype)
-        return PagedKVCache(pages, kv_lora_rank, rope_dim, page_size, layout)
+        checks.require_one_of("dtype", jnp.dtype(dtype).name, DTYPES)
+        geometry = (kv_lora_rank, rope_dim, page_size, layout)
+        if jnp.dtype(dtype) != jnp.int8:
+            if scale_granularity is not None or scale is not None:
+                name = "scale" if scale_granularity is None else "scale_granularity"
+                raise ValueError(f"{name} is for dtype int8, got dtype {jnp.dtype(dtype).name}")
+            words = "kv_lora_rank + rope_dim"
+            page = _page_shape(words, page_size, kv_lora_rank + rope_dim, dtype, layout)
+            return PagedKVCache(jnp.zeros((num_pages, *page), dtype), *geometry)
+        page = _page_shape("kv_lora_rank", page_size, kv_lora_rank, dtype, layout)
+        rope_page = _page_shape("rope_dim", page_size, rope_dim, _ROPE_DTYPE, layout)
+        return PagedKVCache(
+            jnp.zeros((num_pages, *page), dtype),
+            *geometry,
+            rope_pages=jnp.zeros((num_pages, *rope_page), _ROPE_DTYPE),
+            scales=_new_scales((num_pages, page_size), kv_lora_rank, scale_granularity, scale),
+        )
 
     @property
     def num_pages(self) -> int:
@@ -78,8 +106,20 @@ class PagedKVCache:
 
     @property
     def dtype(self) -> Any:
-        """Of the values."""
+        """Of the values in `pages`."""
         return self.pages.dtype
+
+    @property
+    def row_dtype(self) -> Any:
+        """Of the rows that go in and come out: `dtype`, or float32 where they are quantised."""
+        return self.dtype if self.scale_granularity is None else jnp.dtype(jnp.float32)
+
+    @property
+    def scale_granularity(self) -> str | None:
+        """One of `quantize.GRANULARITIES`; None for a float cache."""
+        if self.scales is None:
+            return None
+        return {0: "tensor", 2: "token", 3: "group"}[self.scales.ndim]
 
     @property
     def latent_dim(self) -> int:
@@ -88,15 +128,46 @@ class PagedKVCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of a token's row (one layer)."""
-        return self.latent_dim * self.dtype.itemsize
+        """Bytes of a token's row (one layer); the one scale of "tensor" belongs to no token."""
+        arrays = [x for x in self.arrays().values() if x.ndim]
+        return sum(x.size * x.dtype.itemsize for x in arrays) // (self.num_pages * self.page_size)
+
+    def arrays(self) -> dict[str, jax.Array]:
+        """The arrays that the cache has, by name."""
+        named = {"pages": self.pages, "rope_pages": self.rope_pages, "scales": self.scales}
+        return {name: array for name, array in named.items() if array is not None}
 
     def check(self) -> None:
-        """Raises ValueError where `pages` is not what the other fields say, e.g. the page size."""
+        """Raises ValueError or TypeError where an array is not what the other fields say."""
         checks.require_one_of("cache.layout", self.layout, LAYOUTS)
-        page = _page_shape(self.page_size, self.latent_dim, self.dtype, self.layout)
-        words = f"pages of {self.page_size} tokens of {self.latent_dim} values in {self.layout}"
-        checks.require_shape("cache.pages", self.pages, words, None, *page)
+        checks.require_one_of("cache.dtype", self.dtype.name, DTYPES)
+        quantized = self.dtype == jnp.int8
+        for name in ("rope_pages", "scales"):
+            if (getattr(self, name) is not None) != quantized:
+                wanted = "an array" if quantized else "None"
+                raise ValueError(f"cache.{name} must be {wanted} where dtype is {self.dtype}")
+        self._check_pages("pages", self.kv_lora_rank if quantized else self.latent_dim, None)
+        if self.rope_pages is None or self.scales is None:
+            return
+        self._check_pages("rope_pages", self.rope_dim, self.num_pages)
+        for name, dtype in (("rope_pages", _ROPE_DTYPE), ("scales", jnp.float32)):
+            if getattr(self, name).dtype != dtype:
+                wanted = jnp.dtype(dtype).name
+                raise TypeError(f"cache.{name} must be {wanted}, got {getattr(self, name).dtype}")
+        shapes = {
+            name: _scale_shape((self.num_pages, self.page_size), self.kv_lora_rank, name)
+            for name in quantize.GRANULARITIES
+            if name != "group" or self.kv_lora_rank % quantize.GROUP == 0
+        }
+        if self.scales.shape not in shapes.values():
+            wanted = " or ".join(f"{list(shape)} ({name})" for name, shape in shapes.items())
+            raise ValueError(f"cache.scales must be {wanted}, got shape {list(self.scales.shape)}")
+
+    def _check_pages(self, name: str, width: int, num_pages: int | None) -> None:
+        array = getattr(self, name)
+        page = _page_shape(f"width of {name}", self.page_size, width, array.dtype, self.layout)
+        words = f"pages of {self.page_size} tokens of {width} values in {self.layout}"
+        checks.require_shape(f"cache.{name}", array, words, num_pages, *page)
 
     def append(
         self,
@@ -111,7 +182,7 @@ class PagedKVCache:
         its memory; under an outer jit, donate the cache there.
 
         Args:
-            kv: [B, S, D], of the cache's dtype.
+            kv: [B, S, D], of the cache's dtype; for an int8 cache float32, bfloat16 or float16.
             block_tables: [B, max_pages] int32, pages for the new tokens included.
             seq_lens: [B] int32, tokens of each request BEFORE this append.
             query_lens: [B] int32, how many of the S tokens are real (left aligned); None: all.
@@ -129,7 +200,7 @@ class PagedKVCache:
     def gather(
         self, block_tables: jax.Array, *, max_len: int, seq_lens: jax.Array | None = None
     ) -> jax.Array:
-        """The first max_len rows of each request, contiguous: [B, max_len, D] of the cache's dtype.
+        """The first max_len rows of each request, contiguous: [B, max_len, D] of `row_dtype`.
 
         Args:
             block_tables: [B, max_pages] int32.
@@ -154,7 +225,16 @@ class PagedKVCache:
     def rows(
         self, block_tables: jax.Array, positions: jax.Array, requests: jax.Array | None = None
     ) -> jax.Array:
-        """Token rows by position, [N, T, D]; any position or page is clipped to one that exists.
+        """Token rows by position, [N, T, D] of `row_dtype`; arguments as in `stored_rows`."""
+        return self._decode(self.stored_rows(block_tables, positions, requests))
+
+    def stored_rows(
+        self, block_tables: jax.Array, positions: jax.Array, requests: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """What each array of the cache, by its name, holds for tokens: [N, T, ...], as stored.
+
+        `pages` [N, T, D] and, of an int8 cache, `rope_pages` [N, T, rope_dim] and `scales` [N, T],
+        [N, T, kv_lora_rank / 128] or []. Any position or page is clipped to one that exists.
 
         Args:
             block_tables: [B, max_pages] int32.
@@ -167,10 +247,26 @@ class PagedKVCache:
         page = block_tables.at[requests[:, None], slot].get(mode="promise_in_bounds")
         page = jnp.clip(page, 0, self.num_pages - 1)
         offset = positions % self.page_size
-        if self.layout == "ND":
-            return self.pages.at[page, offset].get(mode="promise_in_bounds")
-        fractals = self.pages.at[page, :, offset, :].get(mode="promise_in_bounds")
-        return fractals.reshape(*page.shape, self.latent_dim)  # from [N, T, D / C0, C0]
+        return {name: _read(x, page, offset) for name, x in self.arrays().items()}
+
+    def _encode(self, kv: jax.Array) -> dict[str, jax.Array]:
+        """Rows [..., D] as `stored_rows` would give them, but for a scale that stays as it is."""
+        granularity = self.scale_granularity
+        if self.scales is None or granularity is None:
+            return {"pages": kv}
+        latent, rope = jnp.split(kv, [self.kv_lora_rank], axis=-1)
+        stored = {"rope_pages": rope.astype(_ROPE_DTYPE)}
+        scales = self.scales
+        if granularity != "tensor":
+            stored["scales"] = scales = quantize.scales_of(latent, granularity)
+        return stored | {"pages": quantize.quantize(latent, scales)}
+
+    def _decode(self, stored: dict[str, jax.Array]) -> jax.Array:
+        """Rows [..., D] of `row_dtype` from what `stored_rows` gave."""
+        if self.scale_granularity is None:
+            return stored["pages"]
+        latent = quantize.dequantize(stored["pages"], stored["scales"])
+        return jnp.concatenate([latent, stored["rope_pages"].astype(latent.dtype)], axis=-1)
 
     def _check_tables(self, block_tables: Any) -> None:
         self.check()
@@ -182,7 +278,9 @@ class PagedKVCache:
         self._check_tables(block_tables)
         batch = block_tables.shape[0]
         checks.require_shape("kv", kv, "[B, S, D]", batch, None, self.latent_dim)
-        if kv.dtype != self.dtype:
+        if self.scale_granularity is not None:
+            checks.require_float("kv", kv)
+        elif kv.dtype != self.dtype:
             raise TypeError(f"kv must be {self.dtype} as the cache is, got {kv.dtype}")
         lengths = {"seq_lens": seq_lens}
         if query_lens is not None:
@@ -221,11 +319,64 @@ class PagedKVCache:
             )
 
 
-def _page_shape(page_size: int, width: int, dtype: Any, layout: str) -> tuple[int, ...]:
+def _page_shape(words: str, page_size: int, width: int, dtype: Any, layout: str) -> tuple[int, ...]:
     if layout == "ND":
         return page_size, width
     fractal = _FRACTAL_BYTES // jnp.dtype(dtype).itemsize
+    if width % fractal:
+        raise ValueError(
+            f"{words} must be a multiple of {fractal} in layout NZ with dtype "
+            f"{jnp.dtype(dtype).name}, got {width}"
+        )
     return width // fractal, page_size, fractal
+
+
+def _scale_shape(tokens: tuple[int, int], width: int, granularity: str) -> tuple[int, ...]:
+    shapes = {"token": tokens, "group": (*tokens, width // quantize.GROUP), "tensor": ()}
+    return shapes[granularity]
+
+
+def _new_scales(
+    tokens: tuple[int, int],
+    kv_lora_rank: int,
+    granularity: str | None,
+    scale: jax.Array | float | None,
+) -> jax.Array:
+    """Those of a new int8 cache of tokens = (pages, page size)."""
+    granularity = granularity or "token"
+    checks.require_one_of("scale_granularity", granularity, quantize.GRANULARITIES)
+    if granularity == "group" and kv_lora_rank % quantize.GROUP:
+        raise ValueError(
+            f"kv_lora_rank must be a multiple of {quantize.GROUP} with scale_granularity group, "
+            f"got {kv_lora_rank}"
+        )
+    if (scale is not None) != (granularity == "tensor"):
+        wanted = "given" if scale is None else "None"
+        raise ValueError(f"scale must be {wanted} with scale_granularity {granularity}")
+    if scale is None:
+        return jnp.zeros(_scale_shape(tokens, kv_lora_rank, granularity), jnp.float32)
+    checks.require_shape("scale", scale, "a number")
+    if checks.is_concrete(scale) and not 0 < float(scale) < np.inf:
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+    return jnp.array(scale, jnp.float32)  # a copy: appending donates it
+
+
+def _read(array: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
+    """What an array of the cache holds for tokens: [N, T, ...]; page and offset [N, T]."""
+    if array.ndim == 0:
+        return array
+    if array.ndim < 4:
+        return array.at[page, offset].get(mode="promise_in_bounds")
+    fractals = array.at[page, :, offset, :].get(mode="promise_in_bounds")
+    return fractals.reshape(*page.shape, -1)  # from [N, T, D / C0, C0]
+
+
+def _write(array: jax.Array, page: jax.Array, offset: jax.Array, rows: jax.Array) -> jax.Array:
+    """The array with rows [N, T, ...] at those tokens; a page past the end is dropped."""
+    if array.ndim < 4:
+        return array.at[page, offset].set(rows, mode="drop")
+    fractals = rows.reshape(*page.shape, array.shape[1], array.shape[3])
+    return array.at[page, :, offset, :].set(fractals, mode="drop")
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -248,12 +399,10 @@ def _append(
     page = jnp.take_along_axis(block_tables, slot, axis=1)
     page = jnp.where(written & (page >= 0), page, cache.num_pages)  # past the end: dropped
     offset = positions % cache.page_size
-    if cache.layout == "ND":
-        pages = cache.pages.at[page, offset].set(kv, mode="drop")
-    else:
-        fractals = kv.reshape(batch, count, cache.pages.shape[1], cache.pages.shape[3])
-        pages = cache.pages.at[page, :, offset, :].set(fractals, mode="drop")
-    return dataclasses.replace(cache, pages=pages)
+    arrays: dict[str, Any] = cache.arrays()
+    for name, rows in cache._encode(kv).items():
+        arrays[name] = _write(arrays[name], page, offset, rows)
+    return dataclasses.replace(cache, **arrays)
 
 
 @functools.partial(jax.jit, static_argnames="max_len")

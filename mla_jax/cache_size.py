@@ -8,6 +8,7 @@ what both sides of the first number are made of; `decompose` takes it apart.
 import dataclasses
 import math
 
+from mla_jax import checks, quantize
 from mla_jax.config import MLAConfig
 
 BITS_PER_VALUE: dict[str, float] = {
@@ -54,6 +55,20 @@ class CacheSize:
     def mla(config: MLAConfig, *, bits: float = 16, layers: int | None = None) -> "CacheSize":
         """Multi-head latent attention: [c_kv | k_rope]; `layers` is the config's if not given."""
         return CacheSize("MLA", config.latent_dim, bits, layers or config.num_hidden_layers)
+
+    @staticmethod
+    def mla_int8(
+        config: MLAConfig, *, scale_granularity: str = "token", layers: int | None = None
+    ) -> "CacheSize":
+        """MLA as an int8 `PagedKVCache` keeps it: c_kv in int8, float32 scales, k_rope in bfloat16.
+
+        `bits` is the mean over the values.
+        """
+        checks.require_one_of("scale_granularity", scale_granularity, quantize.GRANULARITIES)
+        scales = {"token": 1, "group": config.kv_lora_rank / quantize.GROUP, "tensor": 0}
+        bits = 8.0 * config.kv_lora_rank + 16 * config.qk_rope_head_dim
+        bits += 32 * scales[scale_granularity]
+        return CacheSize.mla(config, bits=bits / config.latent_dim, layers=layers)
 
     @property
     def bytes_per_token_and_layer(self) -> float:

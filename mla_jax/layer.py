@@ -118,7 +118,9 @@ def attend(
         **options,
     )
     jax.eval_shape(attention, q, cache)  # what it refuses it refuses before anything is written
-    cache = cache.append(kv.astype(cache.dtype), block_tables, seq_lens - query_lens, query_lens)
+    cache = cache.append(
+        kv.astype(cache.row_dtype), block_tables, seq_lens - query_lens, query_lens
+    )
     o_latent, _ = attention(q, cache)
     return o_latent, cache
 

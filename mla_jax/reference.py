@@ -44,20 +44,30 @@ def attention_float64(
 def read_pages_float64(cache: Any, block_table: np.ndarray, length: int) -> np.ndarray:
     """The first `length` rows of one request in a PagedKVCache: [length, D] float64.
 
-    Finds each element of layout NZ by its address ((d / C0) * page_size + t) * C0 + d % C0.
+    Finds each element of layout NZ by its address ((d / C0) * page_size + t) * C0 + d % C0. An int8
+    latent counts its steps times the scale of its token, of its 128 columns or of the whole cache.
     """
-    pages = np.asarray(cache.pages)
-    size, width = cache.page_size, cache.latent_dim
-    rows = np.zeros((length, width))
-    columns = np.arange(width)
-    for position in range(length):
-        page, t = pages[block_table[position // size]], position % size
-        address = t * width + columns
-        if cache.layout == "NZ":
-            c0 = 32 // pages.dtype.itemsize
-            address = ((columns // c0) * size + t) * c0 + columns % c0
-        rows[position] = page.reshape(-1)[address].astype(np.float64)
-    return rows
+    positions = np.arange(length)
+    page = np.asarray(block_table)[positions // cache.page_size]
+    t = positions % cache.page_size
+    if cache.scales is None:
+        return _read_array(cache, cache.pages, page, t, cache.latent_dim)
+    rank, scales = cache.kv_lora_rank, np.asarray(cache.scales, np.float64)
+    groups = scales.shape[2] if scales.ndim == 3 else 1
+    scales = scales[page, t].reshape(length, groups) if scales.ndim else scales.reshape(1, 1)
+    latent = _read_array(cache, cache.pages, page, t, rank)
+    latent *= np.repeat(scales, rank // groups, axis=1)
+    return np.append(latent, _read_array(cache, cache.rope_pages, page, t, cache.rope_dim), axis=1)
+
+
+def _read_array(cache: Any, array: Any, page: np.ndarray, t: np.ndarray, width: int) -> np.ndarray:
+    """Rows t of pages `page` of one array of the cache: [length, width] float64."""
+    values, columns = np.asarray(array), np.arange(width)
+    address = t[:, None] * width + columns
+    if cache.layout == "NZ":
+        c0 = 32 // values.dtype.itemsize
+        address = ((columns // c0) * cache.page_size + t[:, None]) * c0 + columns % c0
+    return values.reshape(len(values), -1)[page[:, None], address].astype(np.float64)
 
 
 def paged_attention_float64(

@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
-from mla_jax import checks
+from mla_jax import checks, quantize
 from mla_jax.checkpoint import Checkpoint
 from mla_jax.config import MLAConfig
 
@@ -93,6 +93,37 @@ def init_params(key: jax.Array, config: MLAConfig, dtype: DTypeLike = jnp.float3
         name: init(k, name, shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
     return MLAParams(**drawn)  # type: ignore[arg-type]
+
+
+def rotate_latent(params: MLAParams) -> MLAParams:
+    """The same layer, whose latent c_kv is turned by a Hadamard matrix: better int8 caches.
+
+    The norm of the latent does not see a rotation of what it gets, so W_DKV takes the matrix R, and
+    W_UK and W_UV take its inverse and norm_kv, which becomes 1: nothing is added to a step. No
+    channel then stands out, neither by norm_kv nor by itself. Computed in float32, of the weights'
+    dtypes again.
+
+    Raises ValueError unless kv_lora_rank is a power of 2.
+    """
+    rank = params.norm_kv.shape[0]
+    turn = jnp.asarray(quantize.hadamard(rank), jnp.float32)
+    norm = params.norm_kv.astype(jnp.float32)
+
+    def product(spec: str, weight: jax.Array, turn: jax.Array) -> jax.Array:
+        wide = weight.astype(jnp.float32)
+        return jnp.einsum(spec, wide, turn, precision="highest").astype(weight.dtype)
+
+    def down(weight: jax.Array) -> jax.Array:
+        return weight.at[..., :rank].set(product("...c,cr->...r", weight[..., :rank], turn))
+
+    return dataclasses.replace(
+        params,
+        w_dkv=down(params.w_dkv),
+        b_dkv=None if params.b_dkv is None else down(params.b_dkv),
+        norm_kv=jnp.ones_like(params.norm_kv),
+        w_uk=product("hnc,cr->hnr", params.w_uk, norm[:, None] * turn),
+        w_uv=product("hcv,cr->hrv", params.w_uv, norm[:, None] * turn),
+    )
 
 
 def hf_shapes(config: MLAConfig) -> dict[str, Shape]:

@@ -10,13 +10,17 @@ from mla_jax.cache import PagedKVCache
 from mla_jax.reference import paged_attention_float64
 
 RANK, ROPE = 32, 16
+GROUPED_RANK = 256  # of an int8 cache with scales per 128 columns
 SCALE = 0.2
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 1.5e-3}
 
 
 @dataclasses.dataclass
 class Batch:
-    """Arguments of the op. Whatever no length reaches is NaN, or garbage in the block tables."""
+    """Arguments of the op.
+
+    Whatever no length reaches is NaN, any number in int8 pages, garbage in the block tables.
+    """
 
     q: Any
     cache: PagedKVCache
@@ -44,43 +48,61 @@ def make_batch(
     layout: str = "ND",
     dtype: str = "float32",
     capacity: int = 256,
+    granularity: str | None = None,
 ) -> Batch:
     """Pages in random order in a cache with more pages than are used; written element by element,
-    not by `append`."""
+    not by `append`. With dtype int8, q is bfloat16 and granularity that of the scales."""
     seq, queries = np.array(seq_lens, np.int32), np.array(query_lens, np.int32)
     batch, max_pages = len(seq), capacity // page_size
     num_pages = batch * max_pages + 3
+    rank = GROUPED_RANK if granularity == "group" else RANK
     cache = PagedKVCache.create(
         num_pages,
         page_size=page_size,
-        kv_lora_rank=RANK,
+        kv_lora_rank=rank,
         rope_dim=ROPE,
         dtype=dtype,
         layout=layout,
+        scale_granularity=granularity,
+        scale=0.02 if granularity == "tensor" else None,
     )
     free = list(rng.permutation(num_pages))
     garbage = np.array([-1, -(2**31), 2**31 - 1, num_pages, 0], np.int32)
     tables = rng.choice(garbage, (batch, max_pages)).astype(np.int32)
-    pages = np.full(cache.pages.shape, np.nan, cache.dtype).reshape(num_pages, -1)
+    arrays = {name: _poison(rng, x) for name, x in cache.arrays().items() if x.ndim}
     for request, length in enumerate(seq):
         for slot in range(-(-length // page_size)):
             tables[request, slot] = free.pop()
         for position in range(length):
-            row = rng.standard_normal(RANK + ROPE).astype(cache.dtype)
-            address = element(cache, position % page_size, np.arange(RANK + ROPE))
-            pages[tables[request, position // page_size], address] = row
-    cache = dataclasses.replace(cache, pages=jnp.asarray(pages.reshape(cache.pages.shape)))
-    shape = (batch, num_queries or max(1, *query_lens), heads, RANK + ROPE)
-    q = jnp.asarray(rng.standard_normal(shape), dtype)
+            page, t = tables[request, position // page_size], position % page_size
+            for name, array in arrays.items():
+                if name == "scales":
+                    array[page, t] = rng.uniform(0.01, 0.02, array.shape[2:])
+                    continue
+                width = array[0].size // page_size
+                row = rng.standard_normal(width)
+                if array.dtype == np.int8:
+                    row = np.clip(np.rint(row * 50), -127, 127)
+                address = element(layout, page_size, array.dtype, width, t, np.arange(width))
+                array[page].reshape(-1)[address] = row.astype(array.dtype)
+    cache = dataclasses.replace(cache, **{name: jnp.asarray(x) for name, x in arrays.items()})
+    shape = (batch, num_queries or max(1, *query_lens), heads, rank + ROPE)
+    q = jnp.asarray(rng.standard_normal(shape), "bfloat16" if dtype == "int8" else dtype)
     return Batch(q, cache, tables, seq, queries)
 
 
-def element(cache: PagedKVCache, t: int, d: Any) -> Any:
-    """Where value d (or each of d) of token t stands in a page."""
-    if cache.layout == "ND":
-        return t * cache.latent_dim + d
-    c0 = 32 // cache.dtype.itemsize
-    return ((d // c0) * cache.page_size + t) * c0 + d % c0
+def _poison(rng: np.random.Generator, array: Any) -> np.ndarray:
+    if array.dtype == np.int8:
+        return rng.integers(-128, 128, array.shape).astype(np.int8)
+    return np.full(array.shape, np.nan, array.dtype)
+
+
+def element(layout: str, page_size: int, dtype: Any, width: int, t: int, d: Any) -> Any:
+    """Where value d (or each of d) of token t stands in a page of rows of that width."""
+    if layout == "ND":
+        return t * width + d
+    c0 = 32 // dtype.itemsize
+    return ((d // c0) * page_size + t) * c0 + d % c0
 
 
 def relative_error(got: Any, wanted: np.ndarray) -> float:

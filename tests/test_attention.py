@@ -25,7 +25,9 @@ from paged_batch import (
 from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import PAGE_SIZES, PagedKVCache
 from mla_jax.implementations import IMPLEMENTATIONS, available_implementations
+from mla_jax.reference import attention_float64
 from mla_jax.split_kv import plan_splits
+from pallas_kernels.hopper import attention as hopper
 
 PURE = ("reference", "xla", "split_kv")
 # Decode, MTP, a chunk behind a prefix, a whole prefill and an empty request, in one batch.
@@ -222,6 +224,87 @@ def test_decode_loop_traces_once(implementation):
                 weights = np.exp(scores)
                 wanted = weights @ keys[:, :RANK] / weights.sum(1, keepdims=True)
                 assert relative_error(got[0][request, token], wanted) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("granularity", "page_size", "layout", "implementation"),
+    [
+        ("token", 64, "ND", "split_kv"),
+        *itertools.product(["token"], [64, 128], ["ND", "NZ"], ["reference", "xla"]),
+        *itertools.product(["group", "tensor"], [1], ["ND", "NZ"], ["xla"]),
+    ],
+)
+def test_int8_cache_matches_float64_on_its_dequantised_rows(
+    granularity, page_size, layout, implementation
+):
+    """Garbage int8, NaN scales and NaN rope past the lengths never show."""
+    batch = make_batch(
+        np.random.default_rng([page_size, len(layout)]),
+        *RAGGED,
+        page_size=page_size,
+        layout=layout,
+        dtype="int8",
+        granularity=granularity,
+    )
+    batch.q = batch.q.astype(jnp.float32)
+    got = attend(*batch.args, query_lens=batch.query_lens, implementation=implementation)
+    assert_matches(got, batch.oracle(), 2e-5, 1e-5)
+
+
+@pytest.mark.parametrize("rescale", ["multiply", "exponent_add"])
+def test_int8_cache_and_bfloat16_queries(rescale):
+    batch = make_batch(np.random.default_rng(16), *RAGGED, dtype="int8")
+    got = attend(*batch.args, query_lens=batch.query_lens, implementation="xla", rescale=rescale)
+    assert got[0].dtype == jnp.bfloat16
+    assert_matches(got, batch.oracle(), 4e-3, 1e-5)
+
+
+def test_int8_cache_goes_to_an_implementation_that_has_it():
+    batch = make_batch(np.random.default_rng(14), [40, 7], [1, 1], dtype="int8")
+    assert_matches(attend(*batch.args), batch.oracle(), 1e-2, 5e-2)
+    for name, reason in available_implementations().items():
+        if reason is not None:
+            with pytest.raises(ValueError, match=f"implementation '{name}' can't run this: "):
+                attend(*batch.args, implementation=name)
+    broken = dataclasses.replace(batch.cache, scales=batch.cache.scales[:, :8])
+    with pytest.raises(ValueError, match=r"cache.scales must be .* \(token\) or .*, got shape"):
+        attend(batch.q, broken, batch.block_tables, batch.seq_lens)
+
+
+def test_hopper_says_what_cache_it_lacks():
+    reason = hopper.refuses("bfloat16", "int8", "ND", 64, 512, 64, "multiply", None)
+    assert reason == "it takes q and cache both bfloat16 or both float16, got bfloat16 and int8"
+
+
+@pytest.mark.parametrize("implementation", PURE)
+def test_int8_decode_loop_traces_once(implementation):
+    """Append quantises and attend reads in one compiled, donated step over page edges."""
+    chex.clear_trace_counter()
+    rng = np.random.default_rng(15)
+    cache = PagedKVCache.create(6, page_size=16, kv_lora_rank=RANK, rope_dim=ROPE, dtype="int8")
+    tables = rng.permutation(6).reshape(2, 3).astype(np.int32)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    @chex.assert_max_traces(n=1)
+    def step(cache, q, kv, seq_lens):
+        cache = cache.append(kv, tables, seq_lens)
+        return cache, attend(q, cache, tables, seq_lens + 1, implementation=implementation)
+
+    rows = np.zeros((2, 0, RANK + ROPE))
+    for length in range(36):
+        q = jnp.asarray(rng.standard_normal((2, 1, 4, RANK + ROPE)), jnp.float32)
+        kv = jnp.asarray(rng.standard_normal((2, 1, RANK + ROPE)), jnp.float32)
+        before = cache.pages
+        cache, got = step(cache, q, kv, i32(length, length))
+        assert before.is_deleted()
+        rows = np.append(rows, kv, axis=1)
+    held = np.asarray(cache.gather(tables, max_len=36))
+    assert 1e-3 < relative_error(held, rows) < 1e-2
+    for request in range(2):
+        wanted = attention_float64(
+            q[request], held[request], softmax_scale=SCALE, kv_lora_rank=RANK
+        )
+        assert_matches((got[0][request], got[1][request]), wanted, 2e-5, 1e-5)
 
 
 def test_64_bit_mode_changes_nothing():

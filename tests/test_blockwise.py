@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_batch import SCALE, TOLERANCE, Batch, assert_matches, make_batch, relative_error
 
-from mla_jax.cache import PagedKVCache
 from mla_jax.hal import ASCEND_ORDERS, AscendOrder, IllegalScheduleError, schedule_named
 from mla_jax.hal.orders import ScheduleFn
 from mla_jax.hal.tiling import TilePlan
+from mla_jax.int8_dataflow import attend_int8
 from pallas_kernels.blockwise import blockwise_mla, blockwise_mla_int8
 
 
@@ -29,15 +30,15 @@ PUBLISHED = (
 
 
 def attend(
-    batch: Batch, order: ScheduleFn, tiles: TilePlan | None = None
+    batch: Batch, order: ScheduleFn | None = None, tiles: TilePlan | None = None, *, run: Any = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The kernel on a batch, as o [B, S, H, rank] and lse [B, S, H]."""
+    """A kernel (the float one in `order` and `tiles`) on a batch, as o [B, S, H, rank] and lse."""
     b, s, h, d = batch.q.shape
     token = np.arange(s)
     visible = batch.seq_lens[:, None] - batch.query_lens[:, None] + token + 1
     visible = np.where(token < batch.query_lens[:, None], np.maximum(visible, 0), 0)
-    run = functools.partial(blockwise_mla, softmax_scale=SCALE, order=order, tiles=tiles or small())
-    o, lse = jax.jit(run)(
+    run = run or functools.partial(blockwise_mla, order=order, tiles=tiles or small())
+    o, lse = jax.jit(functools.partial(run, softmax_scale=SCALE))(
         batch.q.reshape(b, s * h, d), batch.cache, jnp.asarray(batch.block_tables),
         jnp.asarray(batch.seq_lens), jnp.asarray(np.repeat(visible, h, axis=1), jnp.int32),
     )  # fmt: skip
@@ -139,84 +140,58 @@ def test_an_illegal_order_does_not_run() -> None:
         attend(ragged(), broken)
 
 
-@dataclasses.dataclass
-class Int8Case:
-    """An int8 cache beside its rope part, and the float64 answer on the very same int8 values."""
-
-    args: tuple
-    wanted: np.ndarray
+@functools.cache
+def int8_batch(granularity: str, layout: str) -> Batch:
+    return make_batch(np.random.default_rng(7), [100, 33, 0], [2, 1, 0], dtype="int8",
+                      layout=layout, capacity=128, granularity=granularity)  # fmt: skip
 
 
 @functools.cache
-def int8_case(layout: str = "ND") -> Int8Case:
-    rng = np.random.default_rng(7)
-    lengths, rank, rope_dim, rows, pages = np.array([100, 33]), 32, 16, 6, 20
-    tables = rng.permutation(pages)[:16].reshape(2, 8).astype(np.int32)
-    nope = rng.integers(-127, 128, (2, 128, rank)).astype(np.int8)
-    rope = rng.standard_normal((2, 128, rope_dim)).astype(np.float32)
-    q_nope = rng.integers(-127, 128, (2, rows, rank)).astype(np.int8)
-    q_rope = rng.standard_normal((2, rows, rope_dim)).astype(np.float32)
-    q_scale, kv_scale = rng.uniform(0.01, 0.02, (2, rows)).astype(np.float32), 0.015
-    caches = []
-    for values, width, r in ((nope, rank, 0), (rope, 0, rope_dim)):
-        flat = values.reshape(2 * 8, 16, -1)
-        paged = np.zeros((pages, *flat.shape[1:]), values.dtype)
-        paged[tables.reshape(-1)] = flat
-        if layout == "NZ":
-            c0 = 32 // values.dtype.itemsize
-            paged = paged.reshape(pages, 16, -1, c0).transpose(0, 2, 1, 3)
-        caches.append(PagedKVCache(jnp.asarray(paged), width, r, 16, layout))
-    o = np.zeros((2, rows, rank))
-    for b, length in enumerate(lengths):
-        k, kr = nope[b, :length].astype(np.float64) * kv_scale, rope[b, :length].astype(np.float64)
-        q = q_nope[b].astype(np.float64) * q_scale[b][:, None].astype(np.float64)
-        s = (q @ k.T + q_rope[b].astype(np.float64) @ kr.T) * SCALE
-        p = np.exp(s - s.max(1, keepdims=True))
-        o[b] = p / p.sum(1, keepdims=True) @ k
-    visible = jnp.asarray(np.repeat(lengths[:, None], rows, 1), jnp.int32)
-    args = (
-        q_nope,
-        q_scale,
-        q_rope,
-        *caches,
-        kv_scale,
-        tables,
-        jnp.asarray(lengths, jnp.int32),
-        visible,
-    )
-    return Int8Case(args, o)
+def int8_attend(
+    order: AscendOrder, granularity: str = "token", layout: str = "ND"
+) -> tuple[np.ndarray, np.ndarray]:
+    run = functools.partial(blockwise_mla_int8, order=order, tiles=small(block_q=4))
+    o, lse = attend(int8_batch(granularity, layout), run=run)
+    return np.asarray(o), np.asarray(lse)
 
 
-@functools.cache
-def int8_attend(order: AscendOrder, layout: str = "ND") -> np.ndarray:
-    q_nope, q_scale, q_rope, nope, rope, kv_scale, tables, lengths, visible = int8_case(layout).args
-    run = functools.partial(
-        blockwise_mla_int8, softmax_scale=SCALE, order=order, tiles=small(block_q=4)
-    )
-    return np.asarray(jax.jit(run)(jnp.asarray(q_nope), jnp.asarray(q_scale), jnp.asarray(q_rope),
-                                   nope, rope, kv_scale, tables, lengths, visible)[0])  # fmt: skip
+@pytest.mark.parametrize("granularity", ["token", "tensor"])
+def test_int8_matches_float64(granularity: str) -> None:
+    """The oracle reads the same int8 cache, so what is left is rounding q and P to 8 bits."""
+    got = int8_attend(ASCEND_ORDERS["int8-2-signals"], granularity)
+    assert_matches(got, int8_batch(granularity, "ND").oracle(), 1.5e-2, 5e-2)
 
 
 @pytest.mark.parametrize("name", ["chunk4-up-chunk", "int8-2-signals"])
 def test_int8_orders_give_the_same_bits(name: str) -> None:
-    got = int8_attend(ASCEND_ORDERS[name])
-    assert relative_error(got, int8_case().wanted) < 1e-2  # P has 7 bits
-    np.testing.assert_array_equal(got, int8_attend(ASCEND_ORDERS["int8-1-signal"]))
+    got, wanted = (int8_attend(ASCEND_ORDERS[n]) for n in (name, "int8-1-signal"))
+    np.testing.assert_array_equal(got[0], wanted[0])
+    np.testing.assert_array_equal(got[1], wanted[1])
+
+
+def test_int8_is_the_integer_dataflow_of_plain_jax() -> None:
+    """Row by row: the same integers, only float sums are in another order."""
+    batch, (o, lse) = int8_batch("token", "ND"), int8_attend(ASCEND_ORDERS["int8-2-signals"])
+    for request, token, keys in [(0, 0, 99), (0, 1, 100), (1, 0, 33)]:
+        table = jnp.asarray(batch.block_tables[request : request + 1])
+        stored = batch.cache.stored_rows(table, jnp.arange(keys)[None])
+        wanted = attend_int8(
+            batch.q[request, token], *(stored[n][0] for n in ("pages", "scales", "rope_pages")),
+            softmax_scale=SCALE, weights="int8", block=32,
+        )  # fmt: skip
+        assert relative_error(o[request, token], np.asarray(wanted[0], np.float64)) < 1e-6
+        np.testing.assert_allclose(lse[request, token], wanted[1], rtol=1e-6)
 
 
 def test_int8_fractal_layout() -> None:
     order = ASCEND_ORDERS["int8-2-signals"]
-    np.testing.assert_array_equal(int8_attend(order, "NZ"), int8_attend(order))
+    np.testing.assert_array_equal(int8_attend(order, "token", "NZ")[0], int8_attend(order)[0])
 
 
 def test_int8_refuses_what_it_can_not_do() -> None:
     with pytest.raises(ValueError, match="amla rescales by exponent_add"):
         int8_attend(ASCEND_ORDERS["amla"])
-    args = list(int8_case().args)
-    args[0] = args[0].astype(np.float32)
-    with pytest.raises(TypeError, match="q_nope must be int8, got float32"):
-        blockwise_mla_int8(*args, softmax_scale=SCALE)
-    args = list(int8_case().args)
-    args[4] = dataclasses.replace(args[4], page_size=8)
-    with pytest.raises(ValueError, match="page size 16, got 8"):
-        blockwise_mla_int8(*args, softmax_scale=SCALE)
+    with pytest.raises(ValueError, match="granularity token or tensor, got int8 with group"):
+        int8_attend(ASCEND_ORDERS["int8-2-signals"], "group")
+    with pytest.raises(ValueError, match="granularity token or tensor, got bfloat16 with None"):
+        attend(ragged(), run=blockwise_mla_int8)

@@ -97,7 +97,7 @@ def test_layout_is_the_published_address(layout, dtype):
     cache = cache.append(kv, i32([1]), i32(0))
     page = np.asarray(cache.pages)[1].reshape(-1)
     for t, d in [(0, 0), (0, 47), (3, 9), (15, 16), (15, 47)]:
-        assert page[element(cache, t, d)] == kv[0, t, d]
+        assert page[element(layout, 16, cache.dtype, WIDTH, t, d)] == kv[0, t, d]
 
 
 class Variants(chex.TestCase):
@@ -197,7 +197,7 @@ def test_describes_itself():
         ({"num_pages": 0}, "num_pages must be a positive integer, got 0"),
         ({"page_size": 32}, "page_size must be one of 1, 16, 64, 128, got 32"),
         ({"layout": "DN"}, "layout must be one of ND, NZ, got 'DN'"),
-        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        ({"dtype": "uint8"}, "dtype must be one of .*, float16, int8, got 'uint8'"),
         ({"kv_lora_rank": -1}, "kv_lora_rank must be a positive integer, got -1"),
         ({"rope_dim": 0}, "rope_dim must be a positive integer, got 0"),
         ({"rope_dim": 8, "layout": "NZ"}, "rope_dim must be a multiple of 16 in layout NZ"),

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from mla_jax.cache import PagedKVCache
 from mla_jax.cache_size import (
     BITS_PER_VALUE,
     DEEPSEEK_67B,
@@ -45,6 +46,19 @@ def test_the_quoted_reduction_is_its_parts():
     assert math.fsum(part.share for part in (attention, depth, bits)) == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+    ("granularity", "expected"), [("token", 644), ("group", 656), ("tensor", 640)]
+)
+def test_int8_is_what_the_cache_takes(granularity, expected):
+    config = MLAConfig.preset("deepseek-v3")
+    size = CacheSize.mla_int8(config, scale_granularity=granularity)
+    scale = 1.0 if granularity == "tensor" else None
+    cache = PagedKVCache.create(2, dtype="int8", scale_granularity=granularity, scale=scale)
+    assert size.bytes_per_token_and_layer == pytest.approx(expected)
+    assert cache.bytes_per_token == expected
+    assert size.bytes_per_token == pytest.approx(61 * expected)
+
+
 def test_nothing_to_decompose():
     with pytest.raises(ValueError, match="after must differ"):
         decompose(DEEPSEEK_67B, DEEPSEEK_67B)
@@ -76,6 +90,10 @@ def test_throughput_ceiling_of_a_full_memory_is_the_ratio_of_the_batches():
         (lambda: CacheSize("MHA", 0), "values"),
         (lambda: CacheSize("MHA", 1, bits=-6), "bits"),
         (lambda: CacheSize("MHA", 1, layers=0), "layers"),
+        (
+            lambda: CacheSize.mla_int8(MLAConfig.preset("deepseek-v3"), scale_granularity="row"),
+            "scale_granularity",
+        ),
         (lambda: Machine("none", memory=math.nan, bandwidth=1), "memory"),
         (lambda: largest_batch(DEEPSEEK_V2, memory=1, weights=1, tokens_per_request=1), "weights"),
         (

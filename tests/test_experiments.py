@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import correctness, demo, launch, soak
+from experiments import correctness, demo, int8_accuracy, launch, soak
 from experiments.errors import lse_error, relative_error
 from experiments.options import define_flags, flag, read_options
 from experiments.results import SCHEMA, environment, validate_result, write_result
@@ -26,7 +26,7 @@ SMALL = {
     "demo": (
         f"--checkpoint={V2_LITE}",
         *("--requests=3", "--max_prompt=9", "--chunk=4", "--page_size=16"),
-        *("--decode_steps=2", "--mtp_steps=1"),
+        *("--decode_steps=2", "--mtp_steps=1", "--implementations=reference,xla"),
     ),
     "correctness": (
         *("--page_sizes=16", "--dtypes=bfloat16", "--layouts=NZ", "--heads=2"),
@@ -35,6 +35,7 @@ SMALL = {
     "parity": (f"--checkpoint={V2_LITE}",),
     "soak": ("--steps=25", "--pages=10", "--max_tokens=90", "--kv_lora_rank=32", "--rope_dim=16"),
     "amla_accuracy": ("--rows=16", "--keys=512", "--block=64", "--repeats=1"),
+    "int8_accuracy": ("--rows=16", "--keys=2048", "--long_keys=2048", "--spreads=1"),
     "cache_size": (),
     "split_kv": ("--workers=12",),
     "published": (f"--table={PUBLISHED / 'ascend_int8_v11_over_v0.csv'}",),
@@ -290,8 +291,16 @@ class TestWrongNumbersAreCaught:
         assert status == 1
         assert any(found in row["what"] for row in result["rows"])
 
+    def test_int8_accuracy(self, tmp_path, monkeypatch):
+        broken = self.scaled(int8_accuracy.paged_mla_attention, 1.02)
+        monkeypatch.setattr(int8_accuracy, "paged_mla_attention", broken)
+        status, result = run(tmp_path, "int8_accuracy", *SMALL["int8_accuracy"])
+        assert status == 1
+        assert 1.9e-2 < result["worst"]["token"] < 4e-2
+        assert result["worst"]["token, bf16 P"] < 1e-2
+
     def test_demo(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(demo, "mla_layer", self.scaled(demo.mla_layer, 1.001))
+        monkeypatch.setattr(demo, "mla_layer", self.scaled(demo.mla_layer, 1.05))
         status, result = run(tmp_path, "demo", *SMALL["demo"], "--implementations=xla")
         assert status == 1
         assert not any(row["passed"] for row in result["rows"] if "passed" in row)

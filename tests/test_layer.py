@@ -19,7 +19,7 @@ from mla_jax.checkpoint import Checkpoint
 from mla_jax.config import MLAConfig, YarnScaling
 from mla_jax.layer import mla_layer, naive_mla_layer, preprocess, project_output
 from mla_jax.layer_reference import layer_float64
-from mla_jax.weights import load_hf
+from mla_jax.weights import load_hf, rotate_latent
 
 GOLDEN = sorted((Path(__file__).parent / "data" / "golden").iterdir())
 TOLERANCE = 2e-5  # relative Frobenius error, float32
@@ -58,9 +58,9 @@ def new_cache(config, batch, length, page_size=16, dtype=jnp.float32):
     return cache, jnp.asarray(pages.reshape(batch, width))
 
 
-def feed(params, config, x, pieces, **options):
+def feed(params, config, x, pieces, cache_dtype=None, **options):
     """Runs x [B, S, hidden] through the paged layer in pieces of so many tokens."""
-    cache, tables = new_cache(config, x.shape[0], x.shape[1], dtype=x.dtype)
+    cache, tables = new_cache(config, *x.shape[:2], dtype=cache_dtype or x.dtype)
     outs, done = [], 0
     for piece in pieces:
         seq_lens = jnp.full(x.shape[:1], done + piece, jnp.int32)
@@ -259,6 +259,59 @@ def test_any_implementation(implementation):
     params, x = random_layer(SMALL)
     got = feed(params, SMALL, x, [5, 2, 2], implementation=implementation)
     assert relative_error(got, layer_float64(SMALL, params, x)) < TOLERANCE
+
+
+def test_int8_cache():
+    """The cache costs what 8 bits cost, in whatever pieces the tokens come."""
+    params, x = random_layer(SMALL)
+    at_once = feed(params, SMALL, x, [9], cache_dtype="int8")
+    pieces = feed(params, SMALL, x, [5, *[1] * 4], cache_dtype="int8")
+    assert 1e-3 < relative_error(pieces, layer_float64(SMALL, params, x)) < 1e-2
+    assert relative_error(pieces, np.asarray(at_once, np.float64)) < TOLERANCE
+
+
+def test_int8_cache_of_a_bfloat16_layer():
+    params, x = random_layer(SMALL, dtype=jnp.bfloat16)
+    wanted = layer_float64(SMALL, *jax.tree.map(lambda a: a.astype(jnp.float32), (params, x)))
+    got = feed(params, SMALL, x, [9], cache_dtype="int8")
+    assert got.dtype == jnp.bfloat16
+    assert relative_error(got, wanted) < 1e-2 + 4 * float(jnp.finfo(jnp.bfloat16).eps)
+
+
+@pytest.mark.parametrize("name", ["direct_q_half", "bias_plain"])
+def test_a_rotated_latent_is_the_same_layer(name):
+    config = dataclasses.replace(CONFIGS[name], kv_lora_rank=32)
+    params, x = random_layer(config)
+    rotated = rotate_latent(params)
+    wanted = layer_float64(config, params, x)
+    assert relative_error(naive(rotated, config, x), wanted) < TOLERANCE
+    assert relative_error(feed(rotated, config, x, [9]), wanted) < TOLERANCE
+    assert relative_error(rotated.w_dkv[:, :32], params.w_dkv[:, :32]) > 0.5
+
+
+def test_a_rotated_latent_has_no_outlier_channels():
+    config = dataclasses.replace(SMALL, kv_lora_rank=128)
+    plain, x = random_layer(config, length=30)
+    channels = jnp.array([3, 77])  # loud in the cache, and heard as little as any other
+    loud = dataclasses.replace(
+        plain,
+        norm_kv=plain.norm_kv.at[channels].set(30.0),
+        w_uk=plain.w_uk.at[:, :, channels].divide(30.0),
+        w_uv=plain.w_uv.at[:, channels].divide(30.0),
+    )
+    plain, loud, rotated = (
+        relative_error(
+            feed(params, config, x, [30], cache_dtype="int8"), layer_float64(config, params, x)
+        )
+        for params in (plain, loud, rotate_latent(loud))
+    )
+    assert loud > 5 * plain
+    assert rotated < 1.5 * plain
+
+
+def test_rotation_refuses_other_ranks():
+    with pytest.raises(ValueError, match="Hadamard matrix must be a power of 2, got 18"):
+        rotate_latent(random_layer(SMALL)[0])
 
 
 def test_a_growing_decode_traces_once():

@@ -33,6 +33,17 @@ def parity() -> str:
     return table(["checkpoint", *(way.replace("_", " ") for way in ways)], rows)
 
 
+def demo() -> str:
+    """What `make demo` finds with `xla`: a line a cache."""
+    phases = ("prefill", "decode", "MTP")
+    rows = [
+        [row["cache"], f"{row['cache_bytes']:,}", *(f"{row[f'{p}_error']:.1e}" for p in phases)]
+        for row in load("demo")["rows"]
+        if row["implementation"] == "xla"
+    ]
+    return table(["cache", "bytes of all tokens", *(f"{p} error" for p in phases)], rows)
+
+
 def cache_size() -> str:
     """DeepSeek-V2's bytes a token under each scheme, and the steps from DeepSeek 67B."""
     result = load("cache_size")
@@ -68,6 +79,31 @@ def amla_accuracy() -> str:
         for row in load("amla_accuracy")["rows"]
     ]
     return table(["keys and queries", "rescales", *methods], rows)
+
+
+def int8_accuracy() -> str:
+    """Error of output and of lse of each method, by data; those over the bound in bold."""
+    result = load("int8_accuracy")
+    columns = {
+        "bfloat16": "bf16 cache",
+        "tensor": "int8, a scale for all",
+        "token": "a scale a token",
+        "group": "four a token",
+        "token, bf16 P": "a token: bf16 P",
+        "token, int8 q, bf16 P": "a token: int8 q, bf16 P",
+        "token, int8 q, int8 P": "a token: int8 q and P",
+        "token, rotated": "a token, rotated",
+    }
+    lines: dict[str, dict[str, str]] = {}
+    for row in result["rows"]:
+        name = row["distribution"] + (" *" if row["hard"] else "")
+        error = f"{1e3 * row['error']:.3g}"
+        error = f"**{error}**" if row["error"] > result["bound"] else error
+        lines.setdefault(name, {})[row["method"]] = (
+            f"{error} / {float(f'{1e3 * row["lse_error"]:.2g}'):g}"
+        )
+    rows = [[name, *(line[method] for method in columns)] for name, line in lines.items()]
+    return table(["output / lse, in 1e-3", *columns.values()], rows)
 
 
 def split_kv() -> str:
@@ -106,10 +142,12 @@ def h200_decode() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
     "h200_decode": h200_decode,
     "parity": parity,
     "cache_size": cache_size,
     "amla_accuracy": amla_accuracy,
+    "int8_accuracy": int8_accuracy,
     "split_kv": split_kv,
 }
 

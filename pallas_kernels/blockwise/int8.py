@@ -1,11 +1,12 @@
 """The int8 path of Ascend's kernel, walked by the same schedules.
 
-S_nope = int8 q x int8 k -> int32, S_rope -> float32, S = S_nope * descale + S_rope; P is quantised
-per row with the row's block maximum, its sum stays unquantised; P.V is int8 x int8 -> int32; UP
-brings it to scale. With two signals after QK the nope part is brought to scale (DEQUANT) while the
-rope part is still being multiplied.
+The arithmetic is that of `int8_dataflow` with weights in int8: S_nope = int8 q x int8 k -> int32,
+S_rope -> float32, P quantised per row and block, P.V int8 x int8 -> int32; UP brings it to scale.
+With two signals after QK the nope part is brought to scale (DEQUANT) while the rope part is still
+being multiplied.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mla_jax import quantize
 from mla_jax.cache import PagedKVCache
 from mla_jax.hal.orders import ASCEND_ORDERS, AscendOrder
 from mla_jax.hal.schedule import Schedule
 from mla_jax.hal.tiling import TilePlan
-from mla_jax.online_softmax import finalize, weigh
+from mla_jax.int8_dataflow import scores_to_scale, weights_in_int8
+from mla_jax.online_softmax import finalize, rescale_output, weigh
 from pallas_kernels.blockwise.launch import (
     Workspace,
     begin_state,
@@ -29,16 +32,10 @@ from pallas_kernels.blockwise.launch import (
 )
 from pallas_kernels.blockwise.program import column, run_program
 
-_INT8_MAX = 127.0
-
 
 def blockwise_mla_int8(
-    q_nope: jax.Array,
-    q_scale: jax.Array,
-    q_rope: jax.Array,
-    nope: PagedKVCache,
-    rope: PagedKVCache,
-    kv_scale: jax.Array | float,
+    q: jax.Array,
+    cache: PagedKVCache,
     block_tables: jax.Array,
     seq_lens: jax.Array,
     visible: jax.Array,
@@ -48,28 +45,30 @@ def blockwise_mla_int8(
     tiles: TilePlan | None = None,
     interpret: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over an int8 latent cache with rope parts beside it.
+    """Attention over an int8 cache with scales per token or for all of it.
 
     Args:
-        q_nope: [B, R, kv_lora_rank] int8; q_scale: [B, R] float32, what one step of it is worth.
-        q_rope: [B, R, rope_dim]. nope: pages of int8 values, rope_dim 0; rope: pages of rope
-            values, kv_lora_rank 0 (both ND or NZ, of one page size). kv_scale: one step of nope.
-        block_tables, seq_lens, visible, order, tiles: as `blockwise_mla` has them.
+        q, block_tables, seq_lens, visible, order, tiles: as `blockwise_mla` has them.
+        cache: int8, ND or NZ, any page size.
 
     Returns:
         o [B, R, kv_lora_rank] and lse [B, R], float32.
 
-    Raises TypeError where q_nope or nope is not int8, ValueError for an AMLA order (its O is added
-    to in memory, which int32 products can't be) and for page sizes that differ.
+    Raises ValueError for a cache of other scales or none, and for an AMLA order (its O is added to
+    in memory, which int32 products can't be).
     """
-    for name, dtype in (("q_nope", q_nope.dtype), ("nope", nope.dtype)):
-        if dtype != jnp.int8:
-            raise TypeError(f"{name} must be int8, got {dtype}")
+    if cache.scales is None or cache.scale_granularity == "group":
+        raise ValueError(
+            "cache must be int8 with scale_granularity token or tensor, got "
+            f"{cache.dtype} with {cache.scale_granularity}"
+        )
     if order.rescale != "multiply":
         raise ValueError(f"order {order.name} rescales by {order.rescale}, int8 needs multiply")
-    if nope.page_size != rope.page_size:
-        raise ValueError(f"rope must have nope's page size {nope.page_size}, got {rope.page_size}")
-    width = nope.kv_lora_rank
+    width = cache.kv_lora_rank
+    tokens = (cache.num_pages, cache.page_size)
+    cache = dataclasses.replace(cache, scales=jnp.broadcast_to(cache.scales, tokens))
+    q_nope, q_rope = jnp.split(q, [width], axis=-1)
+    q_scale = quantize.scales_of(q_nope, "token")
 
     def workspace(schedule: Schedule, tile: int, block_kv: int) -> Workspace:
         slots = schedule.buffers
@@ -86,12 +85,10 @@ def blockwise_mla_int8(
         }
 
     walk = functools.partial(
-        _walk, nope=nope, rope=rope, softmax_scale=softmax_scale,
-        two_signals=order.signals == 2,
-    )  # fmt: skip
-    scale = jnp.broadcast_to(jnp.asarray(kv_scale, jnp.float32), q_scale.shape)
+        _walk, meta=cache, softmax_scale=softmax_scale, two_signals=order.signals == 2
+    )
     return launch(
-        walk, order, rows=[q_nope, q_scale, q_rope, scale], pages=[nope, rope],
+        walk, order, rows=[quantize.quantize(q_nope, q_scale), q_scale, q_rope], cache=cache,
         block_tables=block_tables, seq_lens=seq_lens, visible=visible, width=width,
         tiles=tiles, kv_dtype="int8", workspace=workspace, interpret=interpret,
     )  # fmt: skip
@@ -102,9 +99,9 @@ def _walk(
     q_nope_ref: Any,
     q_scale_ref: Any,
     q_rope_ref: Any,
-    kv_scale_ref: Any,
-    nope_ref: Any,
-    rope_ref: Any,
+    pages_ref: Any,
+    rope_pages_ref: Any,
+    scales_ref: Any,
     table_ref: Any,
     length_ref: Any,
     visible_ref: Any,
@@ -120,30 +117,29 @@ def _walk(
     work_ref: Any,
     *state_refs: Any,
     names: tuple[str, ...],
-    nope: PagedKVCache,
-    rope: PagedKVCache,
+    meta: PagedKVCache,
     block_kv: int,
     softmax_scale: float,
     two_signals: bool,
 ) -> None:
     """All steps for one tile; `work_ref` is O."""
     length = length_ref[0]
-    kv_scale = kv_scale_ref[0]
     get = functools.partial(column, program_ref)
     begin_state(state_refs, work_ref)
 
     def positions(block: jax.Array) -> jax.Array:
         return block * block_kv + jnp.arange(block_kv, dtype=jnp.int32)
 
-    def values(i: jax.Array) -> jax.Array:
-        return key_rows(nope_ref, nope, table_ref, positions(get("block", i)), length)
+    def keys(i: jax.Array) -> dict[str, jax.Array]:
+        refs = (pages_ref, rope_pages_ref, scales_ref)
+        return key_rows(refs, meta, table_ref, positions(get("block", i)), length)
 
     def qk_nope(i: jax.Array) -> None:
-        s_nope_ref[get("s", i)] = _times_transposed(q_nope_ref[0], values(i), jnp.int32)
+        s_nope_ref[get("s", i)] = _times_transposed(q_nope_ref[0], keys(i)["pages"], jnp.int32)
 
     def qk_rope(i: jax.Array) -> None:
-        keys = key_rows(rope_ref, rope, table_ref, positions(get("block", i)), length)
-        s_rope_ref[get("s", i)] = _times_transposed(q_rope_ref[0], keys, jnp.float32)
+        rope = keys(i)["rope_pages"]
+        s_rope_ref[get("s", i)] = _times_transposed(q_rope_ref[0], rope, jnp.float32)
 
     def qk(i: jax.Array) -> None:
         qk_nope(i)
@@ -151,8 +147,7 @@ def _walk(
 
     def dequantise(i: jax.Array) -> None:
         slot = get("s", i)
-        descale = q_scale_ref[0] * kv_scale
-        s_ref[slot] = s_nope_ref[slot].astype(jnp.float32) * descale[:, None]
+        s_ref[slot] = scores_to_scale(s_nope_ref[slot], q_scale_ref[0], keys(i)["scales"])
 
     def softmax(i: jax.Array) -> None:
         if not two_signals:
@@ -163,23 +158,19 @@ def _walk(
         state = read_state(state_refs, work_ref)
         new, p, factor = weigh(state, jnp.where(hidden, -jnp.inf, scores), jnp.float32)
         write_state(state_refs, new)
-        largest = p.max(-1)  # e^(row's block maximum - m)
-        scale = jnp.where(largest > 0, largest, 1.0) / _INT8_MAX
-        p_ref[get("p", i)] = jnp.rint(p / scale[:, None]).astype(jnp.int8)
-        p_scale_ref[get("p", i)] = scale
+        p_ref[get("p", i)], p_scale_ref[get("p", i)] = weights_in_int8(p, keys(i)["scales"])
         factor_ref[get("p", i)] = factor
 
     def pv(i: jax.Array) -> None:
         otmp_ref[get("otmp", i)] = lax.dot_general(
-            p_ref[get("p", i)], values(i), (((1,), (0,)), ((), ())),
+            p_ref[get("p", i)], keys(i)["pages"], (((1,), (0,)), ((), ())),
             preferred_element_type=jnp.int32,
         )  # fmt: skip
 
     def up(i: jax.Array) -> None:
         slot = get("p", i)
-        descale = kv_scale * p_scale_ref[slot]
-        came = otmp_ref[get("otmp", i)].astype(jnp.float32) * descale[:, None]
-        kept = work_ref[...] * factor_ref[slot][:, None]
+        came = otmp_ref[get("otmp", i)].astype(jnp.float32) * p_scale_ref[slot][:, None]
+        kept = rescale_output(work_ref[...], factor_ref[slot])
         kept, came = lax.optimization_barrier((kept, came))
         work_ref[...] = kept + came
 

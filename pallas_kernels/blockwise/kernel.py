@@ -79,7 +79,7 @@ def blockwise_mla(
 
     walk = functools.partial(_walk, meta=cache, softmax_scale=softmax_scale, compensate=compensate)
     return launch(
-        walk, order, rows=[q], pages=[cache], block_tables=block_tables, seq_lens=seq_lens,
+        walk, order, rows=[q], cache=cache, block_tables=block_tables, seq_lens=seq_lens,
         visible=visible, width=cache.kv_lora_rank, tiles=tiles, kv_dtype="bf16",
         workspace=workspace, interpret=interpret,
     )  # fmt: skip
@@ -124,7 +124,8 @@ def _walk(
         return block * block_kv + jnp.arange(block_kv, dtype=jnp.int32)
 
     def keys(i: jax.Array) -> jax.Array:
-        return key_rows(pages_ref, meta, table_ref, positions(get("block", i)), length)
+        rows = key_rows([pages_ref], meta, table_ref, positions(get("block", i)), length)
+        return rows["pages"]
 
     def scores(i: jax.Array, kv: jax.Array) -> None:
         dtype = jnp.promote_types(q_ref.dtype, kv.dtype)

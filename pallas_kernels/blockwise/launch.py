@@ -1,5 +1,6 @@
 """What the bf16 and the int8 kernel share around the walk: tiles of rows, workspace, the call."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ def launch(
     order: Callable[[int], Schedule],
     *,
     rows: Sequence[jax.Array],
-    pages: Sequence[PagedKVCache],
+    cache: PagedKVCache,
     block_tables: jax.Array,
     seq_lens: jax.Array,
     visible: jax.Array,
@@ -38,12 +39,12 @@ def launch(
 ) -> tuple[jax.Array, jax.Array]:
     """Runs `walk` for every (request, row tile).
 
-    rows: arrays [B, R, ...] cut in tiles; pages: whole caches. `walk` gets refs in the order
-    program, rows, pages, table, length, visible, o, lse, workspace, state, and by name `names`
-    (the program's ops) and `block_kv`. workspace: from schedule, rows and keys of a tile.
+    rows: arrays [B, R, ...] cut in tiles. `walk` gets refs in the order program, rows, arrays of
+    the cache, table, length, visible, o, lse, workspace, state, and by name `names` (the program's
+    ops) and `block_kv`. workspace: from schedule, rows and keys of a tile.
     Returns o [B, R, width] and lse [B, R].
     """
-    capacity = block_tables.shape[1] * pages[0].page_size
+    capacity = block_tables.shape[1] * cache.page_size
     if tiles is None:
         problem = Problem((capacity,), heads=visible.shape[1], kv_dtype=kv_dtype)
         tiles = plan_tiles(ASCEND910B1, problem)
@@ -64,6 +65,7 @@ def launch(
     def whole(shape: tuple[int, ...]) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda b, t: (0,) * len(shape))
 
+    pages = list(cache.arrays().values())
     row_inputs = [padded(x) for x in rows]
     seen = padded(jnp.minimum(visible, seq_lens[:, None]))
     scratch = workspace(schedule, tile, tiles.block_kv) | {
@@ -79,7 +81,7 @@ def launch(
         in_specs=[
             whole(program.shape),
             *(of_rows(x) for x in row_inputs),
-            *(whole(cache.pages.shape) for cache in pages),
+            *(whole(x.shape) for x in pages),
             pl.BlockSpec((1, block_tables.shape[1]), lambda b, t: (b, 0)),
             pl.BlockSpec((1,), lambda b, t: (b,)),
             of_rows(seen),
@@ -87,19 +89,29 @@ def launch(
         out_specs=[*(of_rows(x) for x in outputs), *(whole(s) for s, _ in scratch.values())],
         out_shape=[*outputs, *(jax.ShapeDtypeStruct(s, d) for s, d in scratch.values())],
         interpret=interpret,
-    )(program, *row_inputs, *(cache.pages for cache in pages), block_tables, seq_lens, seen)
+    )(program, *row_inputs, *pages, block_tables, seq_lens, seen)
     return o[:, :count], lse[:, :count]
 
 
 def key_rows(
-    pages_ref: Any, meta: PagedKVCache, table_ref: Any, positions: jax.Array, length: jax.Array
-) -> jax.Array:
-    """[T, D] rows of the cache at `positions`; 0 at and past `length`, whatever stands there."""
-    cache = PagedKVCache(
-        pages_ref[...], meta.kv_lora_rank, meta.rope_dim, meta.page_size, meta.layout
-    )
-    found = cache.rows(table_ref[...], positions[None])[0]
-    return jnp.where((positions < length)[:, None], found, jnp.zeros_like(found))
+    refs: Sequence[Any],
+    meta: PagedKVCache,
+    table_ref: Any,
+    positions: jax.Array,
+    length: jax.Array,
+) -> dict[str, jax.Array]:
+    """What the cache, whose arrays are `refs`, stores at `positions`, by the arrays' names.
+
+    [T, ...] each; 0 at and past `length`, whatever stands there.
+    """
+    arrays: dict[str, Any] = {n: r[...] for n, r in zip(meta.arrays(), refs, strict=True)}
+    cache = dataclasses.replace(meta, **arrays)
+    there = positions < length
+    stored = cache.stored_rows(table_ref[...], positions[None])
+    return {
+        name: jnp.where(there.reshape(-1, *[1] * (rows.ndim - 2)), rows[0], jnp.zeros_like(rows[0]))
+        for name, rows in stored.items()
+    }
 
 
 def begin_state(state_refs: Sequence[Any], o_ref: Any) -> None:

@@ -1,0 +1,118 @@
+"""What the kernels compute over an int8 latent, integer for integer, in plain JAX.
+
+Scores: q_nope is rounded to int8 with a scale for each row; the nope part is an int8 x int8 ->
+int32 product brought to scale, the rope part stays float:
+    S = (q_i8 . k_i8) * q_scale * k_scale + q_rope . k_rope.
+(Where K is widened to bfloat16 anyway, q_nope may stay bfloat16: "bfloat16" queries.)
+The output takes the int8 latent as V, with V's scale folded into P. P is then rounded to
+- "int8" on Ascend: each row of a block in steps of its largest entry / 127, products in int32;
+- "bfloat16" on Hopper, whose 8-bit products can't read V as it lies: V is widened, exactly.
+The row's sum takes P before it is rounded. Blocks meet as in `online_softmax`.
+
+A latent with a scale for each 128 columns needs a P for each group of columns. That is here to
+measure what such scales are worth; no kernel does it.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mla_jax import checks, quantize
+from mla_jax.online_softmax import SoftmaxState, finalize, init_state, rescale_output, weigh
+
+QUERIES = ("int8", "bfloat16")
+WEIGHTS = ("int8", "bfloat16")
+
+
+def scores_to_scale(products: jax.Array, q_scale: jax.Array, k_scale: jax.Array) -> jax.Array:
+    """float32 of products [..., R, T] of steps, with q_scale [R] and k_scale [..., T]."""
+    return products.astype(jnp.float32) * (q_scale[:, None] * k_scale[..., None, :])
+
+
+def weights_in_int8(p: jax.Array, v_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """P [R, T] with v_scale [..., T] folded in: int8 [..., R, T], and each row's scale [..., R]."""
+    folded = p * v_scale[..., None, :]
+    p_scale = quantize.scale_for(folded.max(-1))
+    return quantize.quantize(folded, p_scale), p_scale
+
+
+@functools.partial(jax.jit, static_argnames=("weights", "queries", "block"))
+def attend_int8(
+    q: jax.Array,
+    latent: jax.Array,
+    scales: jax.Array,
+    k_rope: jax.Array,
+    *,
+    softmax_scale: jax.Array | float,
+    weights: str,
+    queries: str = "int8",
+    block: int = 128,
+) -> tuple[jax.Array, jax.Array]:
+    """R query rows over T keys, all of which they see.
+
+    Args:
+        q: [R, W + rope_dim] = [q_latent | q_rope], float.
+        latent: [T, W] int8, in steps of `scales`: [T], [T, W / 128] or [].
+        k_rope: [T, rope_dim], float.
+        weights, queries: what P and q_nope are rounded to, one of WEIGHTS and QUERIES.
+        block: keys that share a row's scale of P, and after which the output is rescaled.
+
+    Returns:
+        o [R, W] and lse [R] (natural log), float32.
+
+    Raises ValueError for other weights or queries, TypeError for a latent that is not int8.
+    """
+    checks.require_one_of("weights", weights, WEIGHTS)
+    checks.require_one_of("queries", queries, QUERIES)
+    if latent.dtype != jnp.int8:
+        raise TypeError(f"latent must be int8, got {latent.dtype}")
+    count, width = latent.shape
+    groups = scales.shape[1] if scales.ndim == 2 else 1
+    scales = jnp.broadcast_to(scales.reshape(-1, groups), (count, groups))
+    q_nope, q_rope = jnp.split(q.astype(jnp.float32), [width], axis=-1)
+    if queries == "int8":
+        q_scale = quantize.scales_of(q_nope, "token")
+        q_nope = quantize.quantize(q_nope, q_scale)
+    else:
+        q_scale, q_nope = jnp.ones(len(q)), q_nope.astype(jnp.bfloat16)
+    q_nope = _columns(q_nope, groups)
+
+    def step(state: SoftmaxState, keys: tuple[jax.Array, ...]) -> tuple[SoftmaxState, None]:
+        exists, latent, scales, k_rope = keys
+        latent, scales = _columns(latent, groups), scales.T  # [G, block, C] and [G, block]
+        products = _product("grc,gtc->grt", q_nope, latent)
+        scores = scores_to_scale(products, q_scale, scales).sum(0)
+        scores = (scores + _product("rd,td->rt", q_rope, k_rope)) * softmax_scale
+        new, p, decay = weigh(state, jnp.where(exists, scores, -jnp.inf), jnp.float32)
+        if weights == "int8":
+            p, p_scale = weights_in_int8(p, scales)
+            came = _product("grt,gtc->grc", p, latent).astype(jnp.float32) * p_scale[..., None]
+        else:
+            p = (p * scales[:, None]).astype(jnp.bfloat16)
+            came = _product("grt,gtc->grc", p, latent)
+        o = rescale_output(state.o, decay) + jnp.moveaxis(came, 0, 1).reshape(state.o.shape)
+        return dataclasses.replace(new, o=o), None
+
+    def blocks(keys: jax.Array) -> jax.Array:
+        missing = [(0, -count % block)] + [(0, 0)] * (keys.ndim - 1)
+        return jnp.pad(keys, missing).reshape(-1, block, *keys.shape[1:])
+
+    keys = tuple(map(blocks, (jnp.ones(count, bool), latent, scales, k_rope)))
+    state, _ = lax.scan(step, init_state(q.shape[:1], width), keys)
+    return finalize(state)
+
+
+def _columns(x: jax.Array, groups: int) -> jax.Array:
+    """[N, W] as [G, N, W / G]."""
+    return jnp.moveaxis(x.reshape(len(x), groups, -1), 1, 0)
+
+
+def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Einsum: int32 of two int8, else float32, which holds a product of two bfloat16 exactly."""
+    if a.dtype == b.dtype == jnp.int8:
+        return jnp.einsum(spec, a, b, preferred_element_type=jnp.int32)
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.einsum(spec, a, b, precision=lax.Precision.HIGHEST)
