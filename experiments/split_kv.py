@@ -116,10 +116,10 @@ def naive(options: Options) -> Planner:
         tile = jnp.arange(tiles, dtype=jnp.int32)
         worker = jnp.arange(options.workers + 1, dtype=jnp.int32)
         return SplitPlan(
-            request=tile // row_tiles,
-            row_tile=tile % row_tiles,
+            request=tile % len(seq_lens),
+            row_tile=tile // len(seq_lens),
             block_start=jnp.zeros_like(tile),
-            block_end=-(-seq_lens[tile // row_tiles] // BLOCK),
+            block_end=-(-seq_lens[tile % len(seq_lens)] // BLOCK),
             slot=jnp.full_like(tile, -1),
             worker_start=worker * tiles // options.workers,
             tile_slot_start=jnp.zeros(tiles + 1, jnp.int32),

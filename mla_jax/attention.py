@@ -183,7 +183,9 @@ def _check_values(
                 f"tokens, seq_lens[{request}] = {lengths[request]}), got {queries[request]}"
             )
     if plan is not None and checks.is_concrete(*jax.tree.leaves(plan)):
-        for request in np.flatnonzero(~np.asarray(covered_requests(plan, seq_lens))):
+        with jax.ensure_compile_time_eval():  # known now, under an outer jit too
+            covered = np.asarray(covered_requests(plan, seq_lens))
+        for request in np.flatnonzero(~covered):
             raise ValueError(
                 f"plan must be made for these seq_lens, got one that does not cover request "
                 f"{request} of {np.asarray(seq_lens)[request]} keys"

@@ -88,7 +88,7 @@ def attend_split_kv(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
         working = piece < plan.worker_start[1:]
         here, _ = begin(piece)
         request, end = jnp.maximum(plan.request[here], 0), plan.block_end[here]
-        tile = request * plan.num_row_tiles + plan.row_tile[here]
+        tile = plan.tile_of(request, plan.row_tile[here])
         positions = block[:, None] * plan.block_size + jnp.arange(plan.block_size)
         kv = cache.rows(problem.block_tables, positions, request)
         length = jnp.minimum(seq_lens[request], end * plan.block_size)
@@ -167,10 +167,12 @@ def _row_tiles(rows: jax.Array, plan: SplitPlan) -> jax.Array:
     """[B, R, ...] to tiles [T, rows_per_tile, ...], the last of a request filled up with 0."""
     missing = plan.num_row_tiles * plan.rows_per_tile - rows.shape[1]
     padded = jnp.pad(rows, [(0, 0), (0, missing)] + [(0, 0)] * (rows.ndim - 2))
-    return padded.reshape(plan.num_tiles, plan.rows_per_tile, *rows.shape[2:])
+    tiles = padded.reshape(len(rows), plan.num_row_tiles, plan.rows_per_tile, *rows.shape[2:])
+    return tiles.swapaxes(0, 1).reshape(plan.num_tiles, *tiles.shape[2:])
 
 
 def _without_tiles(tiles: jax.Array, problem: AttentionProblem) -> jax.Array:
     """[T, rows_per_tile, ...] back to [B, R, ...]."""
-    rows = tiles.reshape(problem.q.shape[0], -1, *tiles.shape[2:])
-    return rows[:, : problem.num_rows]
+    batch = problem.q.shape[0]
+    rows = tiles.reshape(-1, batch, *tiles.shape[1:]).swapaxes(0, 1)
+    return rows.reshape(batch, -1, *tiles.shape[2:])[:, : problem.num_rows]

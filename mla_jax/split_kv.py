@@ -1,6 +1,6 @@
 """Split-KV planning: ragged work cut into equal shares, as int32 arrays of static shape.
 
-The work is a line: tile after tile, tile t = request * num_row_tiles + row_tile, each as many KV
+The work is a line: tile after tile, tile t = row_tile * B + request, each as many KV
 blocks long as its request. Every worker takes a stretch of the line; a tile that two workers
 share is cut into pieces, whose partial results are merged (flash-decoding). Everything here runs
 under jit on traced lengths, without a loop over pieces, so that a decode loop plans on the device
@@ -63,6 +63,11 @@ class SplitPlan:
     num_row_tiles: int  # a request
     num_slots: int  # upper bound of the slots in use
     fixed: bool = False  # made by plan_fixed: how a request is cut and merged is its own affair
+
+    def tile_of(self, request: jax.Array, row_tile: jax.Array) -> jax.Array:
+        """A tile's number. Row tiles of one request lie far apart on the line, so that workers
+        read its keys at the same time and, with luck, once from memory."""
+        return row_tile * (self.num_tiles // self.num_row_tiles) + request
 
     @property
     def num_workers(self) -> int:
@@ -250,8 +255,8 @@ class _Line(NamedTuple):
     @staticmethod
     def lay(seq_lens: jax.Array, costs: SplitCosts) -> "_Line":
         full, last = costs.block_costs(seq_lens)
-        full, last = jnp.tile(full, len(seq_lens)), last.ravel()
-        blocks = jnp.repeat(_num_blocks(seq_lens, costs.block_size), costs.num_row_tiles)
+        full, last = jnp.repeat(full, len(seq_lens)), last.T.ravel()
+        blocks = jnp.tile(_num_blocks(seq_lens, costs.block_size), costs.num_row_tiles)
         cost = jnp.where(blocks > 0, (blocks - 1) * full + last, 0) + costs.overhead
         places = jnp.maximum(blocks, 1)
         end, cost_end = jnp.cumsum(places), jnp.cumsum(cost)
@@ -348,6 +353,7 @@ def _assemble(
     line: _Line, starts: jax.Array, worker_start: jax.Array, num_slots: int, fixed: bool = False
 ) -> SplitPlan:
     """The plan whose pieces start at the sorted places `starts` (unused ones: _BEYOND)."""
+    batch = len(line.blocks) // line.costs.num_row_tiles
     used = starts < line.length
     tile = jnp.where(used, line.tile_at(starts), 0)
     begin = jnp.where(used, starts - line.edge[tile], 0)
@@ -357,8 +363,8 @@ def _assemble(
     slots = jnp.cumsum(partial, dtype=jnp.int32)
     before = jnp.append(jnp.zeros(1, jnp.int32), slots)
     return SplitPlan(
-        request=jnp.where(used, tile // line.costs.num_row_tiles, -1),
-        row_tile=jnp.where(used, tile % line.costs.num_row_tiles, 0),
+        request=jnp.where(used, tile % batch, -1),
+        row_tile=jnp.where(used, tile // batch, 0),
         block_start=begin,
         block_end=end,
         slot=jnp.where(partial, slots - 1, -1),

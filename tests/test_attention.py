@@ -357,6 +357,21 @@ def test_invalid_requests_are_nan_under_jit_and_refused_outside(implementation):
             run(batch.q, batch.cache, **changed)
 
 
+def test_what_a_jitted_function_closes_over_is_checked():
+    """Lengths and a plan that are known, though q is traced."""
+    batch = make_batch(np.random.default_rng(12), [40, 41], [1, 1])
+    plans = [plan_splits(i32(40, n), num_workers=2, rows=4, rows_per_tile=4) for n in (41, 100)]
+
+    def run(q, plan):
+        rest = batch.cache, batch.block_tables, batch.seq_lens
+        return attend(q, *rest, implementation="split_kv", plan=plan)
+
+    good, bad = (jax.jit(functools.partial(run, plan=plan)) for plan in plans)
+    assert_matches(good(batch.q), batch.oracle(), 2e-5, 1e-5)
+    with pytest.raises(ValueError, match="plan must be made for these seq_lens"):
+        bad(batch.q)
+
+
 def test_a_plan_for_other_lengths_is_loud():
     batch = make_batch(np.random.default_rng(11), [40, 41], [1, 1])
     plan = plan_splits(i32(40, 100), num_workers=2, rows=4, rows_per_tile=4, block_size=16)

@@ -47,7 +47,7 @@ def check_plan(plan, seq_lens, rows):
     )
     piece, slot = 0, 0
     for tile in range(p.num_tiles):
-        request, row_tile = divmod(tile, row_tiles)
+        row_tile, request = divmod(tile, len(seq_lens))
         blocks = math.ceil(max(0, seq_lens[request]) / p.block_size)
         assert p.tile_slot_start[tile] == slot
         at, first = 0, piece
@@ -296,14 +296,14 @@ def plan_of_cuts(seq_lens, num_row_tiles, rows_per_tile, cuts, num_workers):
     request, row_tile, start, end, slot, worker_start = [], [], [], [], [], [0]
     tile_slot_start, line = [0], 0
     for tile in range(len(seq_lens) * num_row_tiles):
-        blocks = math.ceil(seq_lens[tile // num_row_tiles] / BLOCK)
+        blocks = math.ceil(seq_lens[tile % len(seq_lens)] / BLOCK)
         inner = sorted({c - line for c in cuts if 0 < c - line < blocks})
         edges = [0, *inner, blocks]
         for begin, until in itertools.pairwise(edges):
             whole = len(edges) == 2
             slot.append(-1 if whole else tile_slot_start[-1] + edges.index(begin))
-            request.append(tile // num_row_tiles)
-            row_tile.append(tile % num_row_tiles)
+            request.append(tile % len(seq_lens))
+            row_tile.append(tile // len(seq_lens))
             start.append(begin)
             end.append(until)
         tile_slot_start.append(tile_slot_start[-1] + (len(edges) - 1 if len(edges) > 2 else 0))

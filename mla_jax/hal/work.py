@@ -165,7 +165,7 @@ def split_plan_work(plan: Any, problem: Problem) -> Work:
         blocks=np.maximum(np.asarray(plan.block_end) - np.asarray(plan.block_start), 1)[used],
         rows=np.minimum(plan.rows_per_tile, problem.rows - row_tile * plan.rows_per_tile),
         worker=worker[used],
-        tile=request[used] * plan.num_row_tiles + row_tile,
+        tile=plan.tile_of(request[used], row_tile),
         num_workers=plan.num_workers,
         sharers=plan.num_row_tiles,
     )

@@ -149,7 +149,7 @@ def decode(
             return Place(request, (row_tile * cluster + cta) * BLOCK, cta)
 
         def meet(request, row_tile, count):
-            counter = (request * plan.num_row_tiles + row_tile) * cluster + cta
+            counter = plan.tile_of(request, row_tile) * cluster + cta
             leaving, merging = (count - 1, 1) if first_merges else (count, count)
             return Meeting(g, counter_ref, counter, 2 * leaving, 2 * merging)
 

@@ -139,7 +139,7 @@ def decode_few(
             return lax.fori_loop(first, stop, step, (jnp.int32(0), *head))
 
         def meet(request, row_tile, count):
-            tile = request * plan.num_row_tiles + row_tile
+            tile = plan.tile_of(request, row_tile)
             return Meeting(g, counter_ref, tile, leaving=count, merging=2 * count)
 
         # ---------------------------------------------------------------- the loading warpgroup

@@ -20,7 +20,7 @@ def records(plan: Any) -> tuple[Any, Any]:
 
     A worker's first record stands beside its range, so that it starts with one read, not two.
     """
-    tile = jnp.maximum(plan.request, 0) * plan.num_row_tiles + plan.row_tile
+    tile = plan.tile_of(jnp.maximum(plan.request, 0), plan.row_tile)
     start = plan.tile_slot_start
     fields = [getattr(plan, field) for field in PIECE]
     pieces = jnp.stack([*fields, start[tile], start[tile + 1] - start[tile]], axis=1)
