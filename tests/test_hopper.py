@@ -17,10 +17,13 @@ from pallas_kernels.hopper.tuning import choose_tile_plan
 BF16, F16 = jnp.bfloat16, jnp.float16
 
 
-def run(batch, *, workers, rows_per_tile, rescale="multiply", causal=True, partial_dtype="float32"):
+def run(
+    batch, *, workers=None, rows_per_tile=None, plan=None,
+    rescale="multiply", causal=True, partial_dtype="float32",
+):  # fmt: skip
     """The kernels under the interpreter, on a plan for a few workers so that tiles are cut."""
     requests, tokens, heads, width = batch.q.shape
-    plan = plan_splits(
+    plan = plan or plan_splits(
         jnp.maximum(batch.seq_lens, 0),
         num_workers=workers,
         rows=tokens * heads,
@@ -108,6 +111,21 @@ def check_invalid_requests(batch, o, lse):
     for name in ("q", "block_tables", "seq_lens", "query_lens"):
         setattr(part, name, getattr(batch, name)[jnp.array(good)])
     part.check(np.asarray(o, np.float32)[good], np.asarray(lse)[good])
+
+
+@pytest.mark.parametrize(("heads", "rows_per_tile"), [(16, 16), (64, 64)])
+def test_a_plan_for_other_lengths_interpreted(heads, rows_per_tile):
+    """What it does not cover, or would read past the end, is NaN; the rest is right."""
+    batch = HopperBatch(np.random.default_rng(heads), [200, 130, 64, 0], heads=heads)
+    plan = plan_splits(
+        jnp.array([200, 64, 65, 1], jnp.int32),
+        num_workers=2, rows=heads, rows_per_tile=rows_per_tile, overhead=1,
+    )  # fmt: skip
+    o, lse = run(batch, plan=plan)
+    for x in (o, lse):
+        assert np.isnan(np.asarray(x, np.float32)[1:]).all()
+    batch.seq_lens = batch.seq_lens.at[1:].set(-1)
+    batch.check(o, lse)
 
 
 @pytest.mark.parametrize(("heads", "rows_per_tile"), [(8, 16), (24, 64)])

@@ -33,11 +33,12 @@ from pallas_kernels.hopper.walk import (
     NO_KEY,
     RECORD,
     block_sources,
+    fits,
     records,
     valid_lengths,
 )
 
-LOST = RECORD + 2  # of a record in shared memory: a page of the piece does not exist
+LOST = RECORD + 2  # of a record in shared memory: its keys can't all be had, so its rows are NaN
 ROUNDER = 1.5 * 2.0**23
 LAZY_GROWTH = 8.0  # log2 units that the running maximum may lag behind the true one
 
@@ -182,7 +183,7 @@ def decode(
                 load_block(parts, 0)
 
             plgpu.barrier_wait(q_empty)
-            lost = (num_blocks > 0) & ~all_exist
+            lost = ~fits(piece, kv_len) | ((num_blocks > 0) & ~all_exist)
             for i, value in enumerate((*piece, kv_len, query_len, lost.astype(jnp.int32))):
                 piece_smem[i] = value
             for column, width_, q_smem, *_ in columns:

@@ -27,6 +27,7 @@ from pallas_kernels.hopper.walk import (
     NO_KEY,
     RECORD,
     block_sources,
+    fits,
     records,
     valid_lengths,
 )
@@ -148,7 +149,7 @@ def decode_few(
             kv_len, _ = lengths(len_ref, qlen_ref, request)
             buffer = lax.rem(k, q_buffers)
             plgpu.barrier_wait(q_empty.at[buffer])
-            lost_smem[buffer] = 0
+            lost_smem[buffer] = (~fits(piece, kv_len)).astype(jnp.int32)
             for column, width_, _, q_smem, *_ in columns:
                 plgpu.copy_gmem_to_smem(
                     q_ref.at[request, pl.ds(row_tile * rows, rows), pl.ds(column, width_)],

@@ -44,6 +44,14 @@ def valid_lengths(
     return jnp.where(valid, kv_len, -1), query_len
 
 
+def fits(record: Any, kv_len: Any) -> Any:
+    """Whether a piece is of a plan for this length: none of its tile past it, none missing."""
+    _, _, _, end, slot, first_slot, slots = record
+    blocks = (jnp.maximum(kv_len, 0) + (BLOCK - 1)) // BLOCK
+    last = (slot < 0) | (slot == first_slot + slots - 1)
+    return (end == blocks) | ((end < blocks) & ~last)
+
+
 def block_sources(
     table_ref: Any, request: Any, block: Any, kv_len: Any, page_size: int, num_pages: int
 ) -> tuple[list[tuple[Any, Any, Any]], Any]:
