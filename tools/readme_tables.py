@@ -117,7 +117,7 @@ def split_kv() -> str:
 
 
 def h200_decode() -> str:
-    """Our kernels beside the CUDA peers and XLA, as measured in one process on one H200."""
+    """Our kernels beside the CUDA peers, as measured in one process on one H200."""
     shapes: dict[tuple, dict[str, Any]] = {}
     for row in json.loads(MEASURED.read_text())["rows"]:
         shape = tuple(row[key] for key in ("lengths", "batch", "kv_len", "heads", "s_q"))
@@ -133,11 +133,10 @@ def h200_decode() -> str:
         ratio = [
             f"{min(peer[key] for peer in peers) / ours[key]:.2f}" for key in ("us", "us_separated")
         ]
-        xla = f"{found['xla']['us']:.0f}" if "xla" in found else ""
         ragged = "ragged " if lengths == "varlen" else ""
         shape = f"{heads} heads, {s_q} token{'s' * (s_q > 1)}, {batch} x {ragged}{kv_len}"
-        rows.append([shape, *cells, xla, " / ".join(ratio), f"{ours['gb_per_s']:,.0f}"])
-    header = ["bf16, page size 64", "ours, us", "FlashMLA", "FlashInfer fa3", "XLA"]
+        rows.append([shape, *cells, " / ".join(ratio), f"{ours['gb_per_s']:,.0f}"])
+    header = ["bf16, page size 64", "ours, us", "FlashMLA", "FlashInfer fa3"]
     return table([*header, "speed against the better peer", "our GB/s"], rows)
 
 
