@@ -2,7 +2,8 @@
 
 Runs on the GPU it tunes for. For each class of query rows in pallas_kernels/hopper/tuned.json (or
 those named: `tune_hopper 16 64 any`) every plan that fits is timed on three workloads, in turn with
-the plan in the table; first the sizes, then what a piece of a split is taken to cost. The table is
+the plan in the table; first the sizes, then what a piece of a split, and cutting
+at all, are taken to cost. The table is
 changed where the geometric mean of the times falls by more than GAIN.
 """
 
@@ -34,6 +35,7 @@ GAIN = 0.01  # less is noise
 DEPTHS = tuple(itertools.product((2, 3), (2, 3), (2, 3, 4)))
 REGISTERS = ((240, 24), (232, 40))
 OVERHEADS = {"transposed": (0, 1, 2, 3, 5), "seesaw": (2, 3, 5, 8)}  # blocks
+MERGE_OVERHEADS = (0, 4, 8)  # blocks
 
 
 def sizes(entry: Entry) -> Iterator[Entry]:
@@ -55,6 +57,9 @@ def overheads(entry: Entry) -> Iterator[Entry]:
     for blocks in OVERHEADS[entry["kernel"]]:
         if blocks != entry["split_overhead"]:
             yield entry | {"split_overhead": blocks}
+    for blocks in MERGE_OVERHEADS:
+        if blocks != entry["merge_overhead"]:
+            yield entry | {"merge_overhead": blocks}
 
 
 def fits(entry: Entry) -> bool:

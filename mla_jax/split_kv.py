@@ -94,6 +94,7 @@ def plan_splits(
     block_size: int = 64,
     cost_model: str = "blocks",
     overhead: int = 5,
+    merge_overhead: int = 0,
 ) -> SplitPlan:
     """A balanced plan: shares that are equal within about one overhead and one block.
 
@@ -107,6 +108,8 @@ def plan_splits(
             maximum is kept, and the fewest workers among equals. "blocks" cuts no tile where that
             gains nothing (as many equal requests as workers, say), which spares the merge.
         overhead: of a piece, in blocks; "fia" has none and takes no notice.
+        merge_overhead: what it costs, once and in blocks, that tiles are cut at all: the plan of
+            whole tiles is kept if it is no more than that behind. Not of "fia".
 
     Returns:
         A plan of num_tiles + num_workers pieces and 2 * (num_workers - 1) slots.
@@ -121,7 +124,9 @@ def plan_splits(
         block_size=block_size,
         overhead=overhead,
     )
-    return _plan_splits(seq_lens, num_workers, costs)
+    if merge_overhead < 0:
+        raise ValueError(f"merge_overhead must be at least 0, got {merge_overhead}")
+    return _plan_splits(seq_lens, num_workers, costs, merge_overhead)
 
 
 def plan_fixed(
@@ -312,8 +317,10 @@ class _Line(NamedTuple):
         return jnp.where(cuts[1:] > cuts[:-1], again[:-1] + jnp.diff(before), 0).max()
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _plan_splits(seq_lens: jax.Array, num_workers: int, costs: SplitCosts) -> SplitPlan:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _plan_splits(
+    seq_lens: jax.Array, num_workers: int, costs: SplitCosts, merge_overhead: int
+) -> SplitPlan:
     line = _Line.lay(seq_lens, costs)
     counts = jnp.tile(jnp.arange(1, num_workers + 1, dtype=jnp.int32), 2 if costs.overhead else 1)
     spread = jnp.arange(len(counts)) >= num_workers
@@ -324,7 +331,8 @@ def _plan_splits(seq_lens: jax.Array, num_workers: int, costs: SplitCosts) -> Sp
     cuts = all_cuts[jnp.argmin(jnp.where(tried, largest, _BEYOND))]
     if costs.overhead:
         whole = line.cut_at_edges(num_workers)
-        cuts = jnp.where(line.largest_load(whole) <= line.largest_load(cuts), whole, cuts)
+        least = line.largest_load(cuts) + merge_overhead
+        cuts = jnp.where(line.largest_load(whole) <= least, whole, cuts)
     inner = line.edge[line.tile_at(cuts)] < cuts
     inner &= (cuts < line.length) & (cuts != jnp.roll(cuts, 1))
     starts = jnp.sort(jnp.append(line.edge, jnp.where(inner, cuts, _BEYOND)[1:]))

@@ -219,6 +219,16 @@ def test_a_lone_long_request_goes_to_all_workers():
     assert int((few.request >= 0).sum()) == 1  # not worth a cut
 
 
+@pytest.mark.parametrize(("length", "whole"), [(1024, True), (4096, False)])
+def test_cutting_at_all_has_its_price(length, whole):
+    """64 requests and 132 workers: short ones are cheaper left whole, long ones in two."""
+    lens = i32(*[length] * 64)
+    plan = plan_splits(lens, num_workers=132, rows=64, merge_overhead=8)
+    check_plan(plan, lens, 64)
+    assert (int(plan.tile_slot_start[-1]) == 0) == whole
+    assert int(plan_splits(lens, num_workers=132, rows=64).tile_slot_start[-1]) > 0
+
+
 def test_a_plan_for_other_lengths_does_not_cover():
     plan = plan_splits(i32(100, 200, 0), num_workers=3, rows=64)
     assert covered_requests(plan, i32(100, 300, 1)).tolist() == [True, False, False]
@@ -245,6 +255,7 @@ def test_fixed_plan_takes_a_traced_length_past_its_maximum_whole():
         ({"rows_per_tile": -1}, ValueError, "rows_per_tile must be a positive integer, got -1"),
         ({"block_size": 1.5}, ValueError, "block_size must be a positive integer, got 1.5"),
         ({"overhead": -1}, ValueError, "overhead must be at least 0, got -1"),
+        ({"merge_overhead": -1}, ValueError, "merge_overhead must be at least 0, got -1"),
         ({"cost_model": "x"}, ValueError, "cost_model must be one of blocks, fia, got 'x'"),
     ],
 )

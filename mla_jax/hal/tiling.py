@@ -53,7 +53,8 @@ class TilePlan:
     qk: "sharded" (each warpgroup a part of the keys, P gathered), "duplicated" (each computes all
     of QK) or "whole"; cluster: cores that share every KV block, each with rows of its own;
     num_workers: persistent cores or clusters; split_overhead: blocks that a piece of a split costs
-    on top of its own, what `mla_jax.split_kv` balances by; registers: per thread, by warpgroup;
+    on top of its own, merge_overhead: that it costs to cut at all, what `mla_jax.split_kv` balances
+    by; registers: per thread, by warpgroup;
     tiles: products at every level; uses: what each buffer holds; capacity: bytes (registers: their
     number) of each buffer. Raises TilePlanError when a use is above its capacity.
     """
@@ -66,6 +67,7 @@ class TilePlan:
     cluster: int = 1
     num_workers: int = 0
     split_overhead: int = 0
+    merge_overhead: int = 0
     registers: tuple[int, ...] = ()
     tiles: tuple[Tile, ...] = ()
     uses: tuple[BufferUse, ...] = ()

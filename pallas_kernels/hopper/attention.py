@@ -78,6 +78,7 @@ def plan_decode(
         rows=rows,
         rows_per_tile=tiles.rows_per_tile,
         overhead=tiles.split_overhead,
+        merge_overhead=tiles.merge_overhead,
     )
 
 

@@ -28,6 +28,7 @@ def seesaw_tiles(
     rows_per_tile: int,
     registers: Sequence[int] = (240, 24),
     split_overhead: int = 5,
+    merge_overhead: int = 0,
     kv_lora_rank: int = 512,
     rope_dim: int = 64,
 ) -> TilePlan:
@@ -57,6 +58,7 @@ def seesaw_tiles(
         cluster=cluster,
         num_workers=profile.cores // cluster,
         split_overhead=split_overhead,
+        merge_overhead=merge_overhead,
         registers=(registers[0], registers[0], registers[1]),
         tiles=(
             Tile("shared", "QK", rows, kv_lora_rank + rope_dim, BLOCK),
@@ -87,6 +89,7 @@ def transposed_tiles(
     depths: Sequence[int] = (2, 2, 2),
     q_buffers: int = 2,
     split_overhead: int = 2,
+    merge_overhead: int = 0,
     kv_lora_rank: int = 512,
     rope_dim: int = 64,
 ) -> TilePlan:
@@ -112,6 +115,7 @@ def transposed_tiles(
         kv_stages=min(depths),
         num_workers=profile.cores,
         split_overhead=split_overhead,
+        merge_overhead=merge_overhead,
         registers=(255, 255),
         tiles=(
             Tile("shared", "QK", BLOCK, kv_lora_rank + rope_dim, rows),
