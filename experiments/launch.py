@@ -34,6 +34,7 @@ EXPERIMENTS = (
     "compare",
     "sweep",
     "best",
+    "benchmark",
 )
 
 

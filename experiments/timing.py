@@ -133,12 +133,83 @@ def jax_burst(
         return jax.lax.fori_loop(0, cycles, cycle, jnp.float32(0))
 
     compiled = jax.jit(program).lower(distinct).compile(compiler_options=dict(compiler_options))
+    return _asynchronous(compiled, (distinct,), len(rows) * cycles)
+
+
+def _asynchronous(compiled: Callable[..., Any], arguments: tuple, launches: int) -> Burst:
     running: list[Any] = []
 
     def enqueue() -> None:
-        running[:] = [compiled(distinct)]
+        running[:] = [compiled(*arguments)]
 
-    return Burst(len(rows) * cycles, enqueue, lambda: jax.block_until_ready(running))
+    return Burst(launches, enqueue, lambda: jax.block_until_ready(running))
+
+
+@dataclass(frozen=True)
+class ModelProgram:
+    """The attention of a model's decode steps, compiled for arrays of some shapes.
+
+    `launches` times in a row it attends to the next layer's cache; every layer has a cache of its
+    own, and all share what belongs to the step: block tables, lengths, a plan. So the checks that
+    layers share are made once, as in a model, and KV that is larger than L2 is never found in it.
+    """
+
+    launches: int
+    compiled: Callable[..., Any]
+
+    def burst(self, q: jax.Array, layers: Sequence[Any], shared: Any) -> Burst:
+        """Of the arrays, which must have the shapes that it was compiled for."""
+        return _asynchronous(self.compiled, (q, layers, shared), self.launches)
+
+    def last_output(self, q: jax.Array, layers: Sequence[Any], shared: Any) -> Any:
+        """What the last launch gave, on layer (launches - 1) % len(layers)."""
+        return self.compiled(q, layers, shared)[1]
+
+
+def compile_model(
+    step: Callable[..., Any],
+    q: Any,
+    layers: Sequence[Any],
+    shared: Any,
+    *,
+    passes: int = 1,
+    separated: bool = False,
+    compiler_options: Mapping[str, str] = ONE_AFTER_THE_OTHER,
+) -> ModelProgram:
+    """One program of `passes` times through `layers`: `step(q, layer, shared)` for each, in order.
+
+    Args:
+        step: gives a pytree of arrays.
+        q: floating point; its first element is written between launches, always the same value,
+            by a kernel that reads the output before: this ties the launches to one another.
+        layers, shared: pytrees; all of them arrays or `jax.ShapeDtypeStruct`, q too.
+        separated: write q after every launch, as a model's next layer would, and not only at the
+            end of a pass.
+    """
+    step = jax.jit(step)
+
+    def after(q: jax.Array, firsts: Sequence[jax.Array]) -> jax.Array:
+        total = jnp.stack(firsts).sum()
+        return q.at[(0,) * q.ndim].add((total != total).astype(q.dtype))
+
+    def program(q: jax.Array, layers: Sequence[Any], shared: Any) -> tuple[jax.Array, Any]:
+        output = None
+        for _ in range(passes):
+            firsts = []
+            for layer in layers:
+                # The barrier: XLA must not compute only the element that is looked at.
+                output = jax.lax.optimization_barrier(step(q, layer, shared))
+                leaf = jax.tree.leaves(output)[0]
+                firsts.append(leaf[(0,) * leaf.ndim].astype(jnp.float32))
+                if separated:
+                    q = after(q, firsts[-1:])
+            if not separated:
+                q = after(q, firsts)
+        return q[(0,) * q.ndim], output
+
+    lowered = jax.jit(program).lower(q, layers, shared)
+    compiled = lowered.compile(compiler_options=dict(compiler_options))
+    return ModelProgram(passes * len(layers), compiled)
 
 
 def torch_burst(
@@ -212,17 +283,28 @@ def decode_rates(
 
 
 def ceilings(gib: float = 1.0, size: int = 8192) -> dict[str, float]:
-    """What XLA reaches here: copy and read (GB/s, read plus written), bf16 matmul (TFLOPS)."""
+    """What XLA reaches here: copy and read (GB/s, read plus written), matmul in bf16 (TFLOPS) and
+    in int8 (matmul_int8, 1e12 operations a second)."""
     keys = jax.random.split(jax.random.key(0), 4)
     columns = 8192
     shape = int(gib * 2**30) // (2 * columns), columns
     big = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys]
     square = [jax.random.normal(key, (size, size), jnp.bfloat16) for key in keys]
+    integers = [jax.random.randint(key, (size, size), -127, 128, jnp.int8) for key in keys]
+
+    def burst(step: Callable[..., Any], layers: Sequence[jax.Array]) -> Burst:
+        arguments = (jnp.zeros(1), layers, layers[0])
+        return compile_model(step, *arguments).burst(*arguments)
+
+    def integer_product(_: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.matmul(a, b, preferred_element_type=jnp.int32)
+
     timings = measure(
         {
-            "copy": jax_burst(jnp.negative, [(x,) for x in big]),
-            "read": jax_burst(lambda x: jnp.max(x, axis=1), [(x,) for x in big]),
-            "matmul": jax_burst(jnp.matmul, [(a, square[0]) for a in square]),
+            "copy": burst(lambda _, x, __: jnp.negative(x), big),
+            "read": burst(lambda _, x, __: jnp.max(x, axis=1), big),
+            "matmul": burst(lambda _, a, b: jnp.matmul(a, b), square),
+            "matmul_int8": burst(integer_product, integers),
         },
         rounds=7,
     )
@@ -230,6 +312,7 @@ def ceilings(gib: float = 1.0, size: int = 8192) -> dict[str, float]:
         "copy": 2 * big[0].nbytes / timings["copy"].us / 1e3,
         "read": big[0].nbytes / timings["read"].us / 1e3,
         "matmul": 2 * size**3 / timings["matmul"].us / 1e6,
+        "matmul_int8": 2 * size**3 / timings["matmul_int8"].us / 1e6,
     }
 
 

@@ -66,6 +66,32 @@ def test_a_separated_burst_is_a_chain(separated, steps):
     assert sorted(seen) == steps
 
 
+@pytest.mark.parametrize(
+    ("separated", "wanted"),
+    [(False, [(0, 1), (0, 2), (1, 1), (1, 2)]), (True, [(0, 1), (0, 2), (1, 2), (1, 3)])],
+)
+def test_a_model_program_ties_its_launches_by_q(separated, wanted):
+    """It adds (output is NaN) to q's first element: at the end of a pass, or after each launch.
+    Layer 0 gives NaN, so each layer sees how often it ran before."""
+    seen = []
+
+    def step(q, layer, shared):
+        jax.debug.callback(lambda q, i: seen.append((int(i), int(q))), q[0], layer["number"])
+        return jnp.where(layer["number"] == 0, jnp.nan, 1.0) * jnp.ones(2), shared
+
+    arguments = (jnp.ones(3), [{"number": jnp.int32(i)} for i in range(2)], jnp.arange(5))
+    program = timing.compile_model(step, *arguments, passes=2, separated=separated)
+    assert program.launches == 4
+    output, shared = program.last_output(*arguments)
+    jax.effects_barrier()
+    assert sorted(seen) == wanted
+    assert output.tolist() == [1, 1]
+    assert shared.tolist() == list(range(5))
+    program.burst(*arguments).run(2)
+    jax.effects_barrier()
+    assert sorted(seen) == sorted(wanted * 3)
+
+
 def test_equal_calls_are_refused():
     x = jnp.ones(4)
     with pytest.raises(ValueError, match="3 calls, but only 1"):
@@ -107,7 +133,7 @@ def test_rates_are_those_of_the_published_rows(batch, kv_len, heads, seq_q, us, 
 
 def test_ceilings_are_rates():
     rates = timing.ceilings(gib=2**-6, size=512)
-    assert set(rates) == {"copy", "read", "matmul"}
+    assert set(rates) == {"copy", "read", "matmul", "matmul_int8"}
     assert all(np.isfinite(rate) for rate in rates.values())
 
 

@@ -1,0 +1,419 @@
+"""Times decode attention over a grid: every implementation here, XLA's own attention, and peers.
+
+    python -m experiments.launch --experiment=benchmark --preset=standard --output_dir=out
+
+Run again with the same folder it goes on where it ended; --seconds ends it in time. Peers'
+published and measured times (benchmarks/) and the simulator's prediction for the device stand
+beside each row. docs/benchmarking.md says what the columns mean.
+"""
+
+import csv
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments import peers, plotting, timing
+from experiments.console import say, show_table
+from experiments.decode_bench import Contender, Setup, contender
+from experiments.decode_runner import Journal, Runner, Task
+from experiments.experiment import InputError, Outcome, Output, Row
+from experiments.implementations import chosen
+from experiments.options import flag
+from experiments.predictions import FOLDER, read_table
+from experiments.shapes import (
+    BATCHES,
+    DTYPES,
+    HEADS,
+    KV_LENS,
+    LENGTHS,
+    PAGE_SIZES,
+    PRESETS,
+    S_Q,
+    Shape,
+    preset,
+)
+from mla_jax.hal import PROFILES, HardwareProfile, Problem, simulate
+
+SUMMARY = "times decode attention over a grid beside XLA, peers, ceilings and the simulator"
+
+MEASURED = FOLDER.parent / "measured" / "h200_decode.json"
+SIMULATED = {  # implementation -> the simulator's kernel of the same structure
+    "hopper": "flashmla_dense",
+    "flashinfer_fa2": "flashinfer_fa2",
+    "flashinfer_fa3": "flashinfer_fa3",
+}
+CPU_CEILINGS = {"gib": 2**-6, "size": 512}  # of arrays for the ceilings, on a CPU
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    preset: str | None = flag(
+        None, "of rows; none: tiny on a CPU, else quick", choices=tuple(PRESETS)
+    )
+    heads: tuple[int, ...] = flag((), "only rows with these", lower_bound=1)
+    s_q: tuple[int, ...] = flag((), "only rows with these", lower_bound=1)
+    batch: tuple[int, ...] = flag((), "only rows with these", lower_bound=1)
+    kv_len: tuple[int, ...] = flag((), "only rows with these", lower_bound=1)
+    lengths: tuple[str, ...] = flag((), "only rows with these", choices=LENGTHS)
+    page_size: tuple[int, ...] = flag((), "only rows with these", choices=PAGE_SIZES)
+    dtype: tuple[str, ...] = flag((), "only rows with these, of the cache", choices=DTYPES)
+    implementations: tuple[str, ...] = flag(
+        (), "which to run, jnp (XLA's attention over contiguous KV) among them; all if not given"
+    )
+    peers: tuple[str, ...] = flag(peers.PEERS, "which to run where installed", choices=peers.PEERS)
+    seconds: float = flag(0.0, "begin nothing new after as many; 0: no limit", lower_bound=0)
+    memory_gib: float = flag(0.0, "for caches; 0: six tenths of the device's", lower_bound=0)
+    kv_lora_rank: int = flag(512, "of the cache", lower_bound=16)
+    rope_dim: int = flag(64, "of the cache", lower_bound=16)
+    seed: int = flag(0, "of all random numbers")
+
+
+def run(options: Options, output: Output) -> Outcome:
+    name = options.preset or ("tiny" if jax.default_backend() == "cpu" else "quick")
+    rows = filtered(preset(name), options)
+    if not rows:
+        raise InputError(f"--preset={name} has no row that passes the filters")
+    tasks = tasks_of(rows, contenders_of(options.implementations), name)
+    setup = Setup.here(options.memory_gib, options.kv_lora_rank, options.rope_dim, options.seed)
+    journal = Journal.open(output.path("rows.jsonl"))
+    journal.begin(measured_ceilings())
+    runner = Runner(setup, journal, options.seconds)
+    reason = peers.unavailable() if options.peers else "none was asked for"
+    say(f"peers: {', '.join(options.peers) if reason is None else reason}")
+    left = runner.run(tasks, options.peers if reason is None else ())
+    table = finished(journal, setup)
+    show(table)
+    write_csv(output.path("benchmark.csv"), table)
+    output.path("benchmark.md").write_text(markdown(table), encoding="utf-8")
+    draw(output, table, journal)
+    counts = {s: sum(r["status"] == s for r in table) for s in ("measured", "failed", "skipped")}
+    said = ", ".join(f"{count} {status}" for status, count in counts.items())
+    return Outcome(
+        passed=counts["measured"] > 0 and not counts["failed"],
+        summary=f"{said}{f', {left} left for another run' if left else ''}: {best_words(table)}",
+        rows=table,
+        headline={
+            "preset": name, "left": left, "counts": counts, "peers_missing": reason,
+            "sessions": journal.sessions,
+        },
+    )
+
+
+def filtered(rows: Iterable[Shape], options: Options) -> list[Shape]:
+    """The rows that every filter lets pass."""
+    axes = ("heads", "s_q", "batch", "kv_len", "lengths", "page_size", "dtype")
+    wanted = {axis: getattr(options, axis) for axis in axes if getattr(options, axis)}
+    return [row for row in rows if all(getattr(row, a) in v for a, v in wanted.items())]
+
+
+def contenders_of(names: Sequence[str]) -> list[Contender]:
+    """Those named, or all that can run here and `jnp`. InputError for one that can't."""
+    ours = [name for name in names if name != "jnp"]
+    found = chosen(tuple(ours)) if ours or not names else []
+    return [contender(name) for name in [*found, *(["jnp"] if not names or "jnp" in names else [])]]
+
+
+def tasks_of(rows: Sequence[Shape], contenders: Sequence[Contender], preset: str) -> list[Task]:
+    """Who runs which row.
+
+    `jnp` has no pages and reads bf16: it runs on one page size. In `standard` a kernel runs every
+    row, and what is plain JAX the rows of one token, bf16 and pages of 64 alone.
+    """
+    has_kernel = any(who.separated for who in contenders)
+    first: dict[tuple, int] = {}
+    for row in rows:
+        key = dataclasses.replace(row, page_size=64)
+        if row.page_size == 64 or key not in rows:
+            first.setdefault(_without_pages(row), row.page_size)
+
+    def runs(row: Shape, who: Contender) -> bool:
+        if who.implementation is None and row.page_size != first.get(_without_pages(row)):
+            return False
+        usual = (row.s_q, row.page_size, row.dtype) == (1, 64, "bf16")
+        return who.separated or usual or not (preset == "standard" and has_kernel)
+
+    return [(row, who) for row in rows for who in contenders if runs(row, who)]
+
+
+def _without_pages(row: Shape) -> tuple:
+    return row.batch, row.dtype, row.heads, row.s_q, row.lengths, row.kv_len
+
+
+def measured_ceilings() -> dict[str, float]:
+    """Of this device, by XLA: copy, read (GB/s), matmul (TFLOPS), matmul_int8 (TOPS)."""
+    return timing.ceilings(**(CPU_CEILINGS if jax.default_backend() == "cpu" else {}))
+
+
+def finished(journal: Journal, setup: Setup) -> list[Row]:
+    """The journal's rows in order, with all that follows from them and stands beside them."""
+    rows = sorted(journal.rows.values(), key=lambda r: (Shape.of(r), r["implementation"]))
+    baseline = {
+        _without_pages(Shape.of(row)): row["us"]
+        for row in rows
+        if (row["implementation"], row["status"]) == ("jnp", "measured")
+    }
+    published = published_times()
+    return [_finished(dict(row), journal, setup, baseline, published) for row in rows]
+
+
+def _finished(
+    row: Row,
+    journal: Journal,
+    setup: Setup,
+    baseline: Mapping[tuple, float],
+    published: Mapping[tuple, list[Row]],
+) -> Row:
+    if row["status"] != "measured":
+        return row
+    shape, session = Shape.of(row), journal.sessions[row["session"]]
+    ceilings, lens = session["ceilings"], shape.seq_lens
+    row["device"] = session["environment"]["devices"][0]
+    queries = {"heads": shape.heads, "seq_q": shape.s_q}
+    scale = setup.width + setup.kv_lora_rank  # decode_rates counts DeepSeek's 576 + 512
+    if scale == 1088:
+        row["tflops"], row["gb_per_s"] = timing.decode_rates(
+            row["us"], lens, token_bytes=setup.token_bytes(shape.dtype), **queries
+        )
+        row["of_read"] = row["gb_per_s"] / ceilings["read"]
+        row["of_matmul"] = row["tflops"] / ceilings["matmul"]
+        row["of_ceiling"] = max(row["of_read"], row["of_matmul"])
+    same = dataclasses.replace(shape, dtype="bf16")
+    if _without_pages(same) in baseline:
+        row["speed_over_jnp"] = baseline[_without_pages(same)] / row["us"]
+    profile = profile_of(row["device"])
+    if profile is None or scale != 1088:
+        return row
+    row |= beside(shape, row, published.get((profile.name, same), []))
+    kernel = SIMULATED.get(row["implementation"])
+    if kernel is not None and shape.dtype == "bf16":
+        problem = Problem(lens, shape.heads, shape.s_q, "bf16", shape.page_size)
+        row["predicted_us"] = simulate(profile, problem, kernel).seconds * 1e6
+        row["prediction_error_percent"] = (row["predicted_us"] / row["us"] - 1) * 100
+    return row
+
+
+def profile_of(device_kind: str) -> HardwareProfile | None:
+    """The simulator's profile for what JAX calls a device ("NVIDIA H200"); None: it has none."""
+    words = set(re.split(r"[^A-Za-z0-9]+", device_kind.upper()))
+    for profile in PROFILES.values():
+        model, *rest = profile.name.upper().split("_")
+        sizes = [part for part in rest if part.endswith("GB")]
+        if profile.family == "nvidia" and model in words and set(sizes) <= words:
+            return profile
+    return None
+
+
+def published_times() -> dict[tuple[str, Shape], list[Row]]:
+    """(device, shape) -> peers' bf16 times from benchmarks/, each with its source."""
+    tables = [
+        (f"published/{path.name}", row)
+        for path in sorted(FOLDER.glob("*_mla_decode.csv"))
+        for row in read_table(path)
+        if "us" in row
+    ]
+    committed = json.loads(MEASURED.read_text())
+    tables += [
+        (f"measured/{MEASURED.name}", {"device": committed["device"], **row})
+        for row in committed["rows"]
+        if row["variant"] not in ("hopper", "xla")
+    ]
+    found: dict[tuple[str, Shape], list[Row]] = {}
+    for source, row in tables:
+        if row["variant"].endswith("fp8kv"):
+            continue
+        shape = Shape(
+            *(int(row["batch"]), "bf16", int(row["heads"]), int(row["s_q"])),
+            *(int(row["page_size"]), row["lengths"], int(row["kv_len"])),
+        )
+        times = {key: float(row[key]) for key in ("us", "us_separated")}
+        entry = {"variant": row["variant"], "source": f"benchmarks/{source}", **times}
+        found.setdefault((row["device"], shape), []).append(entry)
+    return found
+
+
+def beside(shape: Shape, row: Row, known: Sequence[Row]) -> Row:
+    """The fastest known peer, and our speed against it; a bf16 peer beside int8 rows too."""
+    columns: Row = {}
+    for key in ("us", "us_separated"):
+        if known and row.get(key):
+            best = min(known, key=lambda peer: peer[key])
+            columns[f"peer_{key}"] = best[key]
+            columns[f"speed_over_peer_{key}"] = best[key] / row[key]
+            columns[f"peer_{key}_source"] = f"{best['variant']}, {best['source']}"
+    return columns
+
+
+COLUMNS = {
+    "implementation": "implementation",
+    "us": "us",
+    "us_separated": "separated",
+    "tflops": "TFLOP/s",
+    "gb_per_s": "GB/s",
+    "of_ceiling": "of ceiling",
+    "speed_over_jnp": "x jnp",
+    "peer_us": "peer us",
+    "speed_over_peer_us": "x peer",
+    "predicted_us": "predicted us",
+    "prediction_error_percent": "error %",
+    "error": "o error",
+}
+
+
+def show(table: Sequence[Row]) -> None:
+    """The measured rows on the console, and why others failed."""
+    rows = [{"row": Shape.of(row).label, **row} for row in table]
+    measured = [row for row in rows if row["status"] == "measured"]
+    used = {k: v for k, v in COLUMNS.items() if any(row.get(k) is not None for row in measured)}
+    show_table("Decode attention", measured, {"row": "row", **used})
+    for status in ("failed", "skipped"):
+        others = [row for row in rows if row["status"] == status]
+        reasons: dict[tuple[str, str], int] = {}
+        for row in others:
+            key = row["implementation"], row["reason"]
+            reasons[key] = reasons.get(key, 0) + 1
+        if reasons:
+            show_table(
+                status.capitalize(),
+                [{"who": w, "rows": n, "reason": r} for (w, r), n in reasons.items()],
+            )
+
+
+def write_csv(path: Path, table: Sequence[Row]) -> None:
+    """All rows, all columns."""
+    columns = list(dict.fromkeys(key for row in table for key in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def markdown(table: Sequence[Row]) -> str:
+    """The measured rows as a Markdown table, the others as a list of reasons."""
+    measured = [row for row in table if row["status"] == "measured"]
+    used = {k: v for k, v in COLUMNS.items() if any(row.get(k) is not None for row in measured)}
+    lines = [
+        f"| row | {' | '.join(used.values())} |",
+        f"| --- | --- |{' ---: |' * (len(used) - 1)}",
+        *(
+            f"| {Shape.of(row).label} | {' | '.join(_cell(row.get(key)) for key in used)} |"
+            for row in measured
+        ),
+    ]
+    reasons = dict.fromkeys(
+        f"- {row['status']}: {row['implementation']}, {Shape.of(row).label}: {row['reason']}"
+        for row in table
+        if row["status"] != "measured"
+    )
+    return "\n".join([*lines, "", *reasons]).rstrip() + "\n"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.1e}" if 0 < abs(value) < 0.01 else f"{value:,.4g}"
+    return str(value)
+
+
+def best_words(table: Sequence[Row]) -> str:
+    """Who is fastest how often, among rows that more than one has run."""
+    fastest: dict[str, int] = {}
+    by_shape: dict[Shape, list[Row]] = {}
+    for row in table:
+        if row["status"] == "measured":
+            by_shape.setdefault(Shape.of(row), []).append(row)
+    for rows in by_shape.values():
+        name = min(rows, key=lambda row: row["us"])["implementation"]
+        fastest[name] = fastest.get(name, 0) + 1
+    if not fastest:
+        return "nothing was measured"
+    ordered = sorted(fastest.items(), key=lambda item: -item[1])
+    return f"fastest of {len(by_shape)} shapes: {', '.join(f'{w} {n}' for w, n in ordered)}"
+
+
+def draw(output: Output, table: Sequence[Row], journal: Journal) -> None:
+    """The roofline with every row, time by batch, speed-up over `jnp` by length."""
+    rows = [row for row in table if row["status"] == "measured"]
+    if not rows:
+        return
+    device = rows[0].get("device", "")
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    look = {
+        name: {"color": plotting.COLOURS[i % 8], "marker": plotting.MARKERS[i % 8]}
+        for i, name in enumerate(names)
+    }
+    if "tflops" in rows[0]:
+        path = output.path("roofline.png")
+        with plotting.figure(path, f"Roofline, {device}", size=(9, 6)) as axes:
+            _draw_roofline(axes, rows, journal.sessions[-1]["ceilings"], look)
+    usual = [row for row in rows if row["lengths"] == "uniform" and row["dtype"] == "bf16"]
+    _draw_lines(
+        output.path("time_by_batch.png"), f"Time by batch, {device}", usual, look,
+        x="batch", y="us", hold="kv_len", y_label="us a launch",
+    )  # fmt: skip
+    faster = [row for row in usual if row.get("speed_over_jnp")]
+    if faster:
+        _draw_lines(
+            output.path("speed_by_length.png"), f"Speed over jnp under XLA, {device}",
+            faster, look, x="kv_len", y="speed_over_jnp", hold="batch", y_label="times faster",
+        )  # fmt: skip
+
+
+def _draw_roofline(axes: Any, rows: Sequence[Row], ceilings: Mapping[str, float], look: Any) -> None:
+    intensity = {id(row): row["tflops"] * 1e3 / row["gb_per_s"] for row in rows}
+    ends = [min(intensity.values()) / 2, max(intensity.values()) * 2]
+    knee = ceilings["matmul"] * 1e3 / ceilings["read"]
+    line = sorted({*ends, min(max(knee, ends[0]), ends[1])})
+    roof = [min(ceilings["matmul"], x * ceilings["read"] / 1e3) for x in line]
+    axes.plot(line, roof, color=plotting.GREY, label="measured read and bf16 matmul")
+    for name, style in look.items():
+        mine = [row for row in rows if row["implementation"] == name]
+        axes.scatter([intensity[id(r)] for r in mine], [r["tflops"] for r in mine], s=22,
+                     label=name, **style)  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("operations a byte (KV, q and o counted once)")
+    axes.set_ylabel("TFLOP/s")
+    axes.legend(fontsize=8)
+
+
+def _draw_lines(
+    path: Path, title: str, rows: Sequence[Row], look: Any, *, x: str, y: str, hold: str,
+    y_label: str,
+) -> None:  # fmt: skip
+    """A panel for each head count: a line for each implementation and value of `hold`."""
+    page = 64 if any(row["page_size"] == 64 for row in rows) else rows[0]["page_size"]
+    rows = [row for row in rows if row["s_q"] == 1 and row["page_size"] == page]
+    heads = sorted({row["heads"] for row in rows})
+    size = (4.6 * len(heads) + 1, 4.4)
+    with plotting.figure(path, title, columns=len(heads), size=size) as panels:
+        for axes, count in zip([panels] if len(heads) == 1 else panels, heads, strict=True):
+            mine = [row for row in rows if row["heads"] == count]
+            held = sorted({row[hold] for row in mine})
+            for name, style in look.items():
+                for i, value in enumerate(held):
+                    line = sorted(
+                        (row[x], row[y])
+                        for row in mine
+                        if (row["implementation"], row[hold]) == (name, value)
+                    )
+                    axes.plot(
+                        *zip(*line, strict=True) if line else ([], []),
+                        linewidth=1.2,
+                        markersize=5,
+                        linestyle=("-", "--", "-.", ":")[i % 4],
+                        label=f"{name}, {hold.replace('_', ' ')} {value}" if line else None,
+                        **style,
+                    )
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xticks(sorted({row[x] for row in mine}), sorted({row[x] for row in mine}))
+            axes.set_xlabel(x.replace("_", " "))
+            axes.set_title(f"{count} heads")
+            axes.legend(fontsize=6.5)
+        (panels if len(heads) == 1 else panels[0]).set_ylabel(y_label)

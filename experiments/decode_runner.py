@@ -1,0 +1,316 @@
+"""Runs rows of decode benchmarks: compiles in threads, checks, times, and can go on where it ended.
+
+Every row is written to `rows.jsonl` as soon as it is known. Where that file is there already, its
+measured and failed rows are not run again; skipped ones are looked at anew.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import peers, timing
+from experiments.console import say, track
+from experiments.decode_bench import (
+    SCALE,
+    Contender,
+    Inputs,
+    Pool,
+    Programs,
+    Setup,
+    Work,
+    compile_jnp,
+    errors_of,
+    lacks_contiguous_memory,
+    lacks_memory,
+    time_bursts,
+)
+from experiments.experiment import InputError, Row
+from experiments.results import _plain, environment
+from experiments.shapes import Shape
+from mla_jax.reference import attention_float64
+
+WORKS_AT_A_TIME = 16  # whose programs are compiled before they are timed
+
+Key = tuple[Shape, str]
+Task = tuple[Shape, Contender]
+
+
+@dataclasses.dataclass
+class Journal:
+    """rows.jsonl: a line a session (machine, versions, ceilings) and a line a row."""
+
+    path: Path
+    sessions: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    rows: dict[Key, Row] = dataclasses.field(default_factory=dict)
+
+    @staticmethod
+    def open(path: Path) -> "Journal":
+        """Reads what an earlier run left; a last line that was cut off is dropped."""
+        journal = Journal(path)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        for number, line in enumerate(lines):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                if number == len(lines) - 1:
+                    break
+                raise InputError(f"{path}, line {number + 1}: {error}") from error
+            if "session" in record:
+                journal.sessions.append(record["session"])
+            elif record["row"]["status"] != "skipped":
+                journal._keep(record["row"])
+        return journal
+
+    def begin(self, ceilings: dict[str, float]) -> None:
+        """A session on this machine."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.sessions.append({"started": now, "environment": environment(), "ceilings": ceilings})
+        self._append({"session": self.sessions[-1]})
+
+    def add(self, row: Shape, name: str, status: str, **columns: Any) -> None:
+        """A row: measured, failed or skipped."""
+        record = _plain({
+            **dataclasses.asdict(row), "implementation": name, "status": status,
+            "session": len(self.sessions) - 1, **columns,
+        })  # fmt: skip
+        self._keep(record)
+        self._append({"row": record})
+
+    def _keep(self, record: Row) -> None:
+        self.rows[Shape.of(record), record["implementation"]] = record
+
+    def _append(self, record: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_bytes() if self.path.exists() else b""
+        with self.path.open("a", encoding="utf-8") as file:
+            if lines and not lines.endswith(b"\n"):
+                file.write("\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+class DeviceLostError(Exception):
+    """The device answers nothing any more."""
+
+
+@dataclasses.dataclass
+class Runner:
+    """Times tasks, pool after pool."""
+
+    setup: Setup
+    journal: Journal
+    seconds: float  # after which nothing new is begun; 0: none
+
+    def __post_init__(self) -> None:
+        self._end = time.monotonic() + self.seconds if self.seconds else float("inf")
+
+    def run(self, tasks: Sequence[Task], peer_names: Sequence[str] = ()) -> int:
+        """Runs what is not done yet; returns how many tasks were left for lack of time."""
+        left = [task for task in tasks if not self._done(task[0], task[1].name)]
+        todo = [task for task in left if not self._skips(task)]
+        pools: dict[tuple, list[Shape]] = {}
+        for row in dict.fromkeys(row for row, _ in tasks):
+            if lacks_memory(row, self.setup) is None:
+                pools.setdefault((row.batch, row.dtype), []).append(row)
+        say(f"{len(tasks)} tasks: {len(tasks) - len(left)} done before, {len(todo)} to run")
+        try:
+            for key, rows in pools.items():
+                mine = [t for t in todo if (t[0].batch, t[0].dtype) == key]
+                if mine and not self._late():
+                    self._run_pool(Pool.of(rows, self.setup), mine, peer_names)
+        except DeviceLostError as error:
+            say(f"stopped: {error}", style="red")
+        return sum((row, who.name) not in self.journal.rows for row, who in todo)
+
+    def _late(self) -> bool:
+        return time.monotonic() > self._end
+
+    def _done(self, row: Shape, name: str) -> bool:
+        return (row, name) in self.journal.rows
+
+    def _skips(self, task: Task) -> bool:
+        """Notes why a task can't be run, if it can't."""
+        row, who = task
+        reason = lacks_memory(row, self.setup)
+        if reason is None and who.implementation is None:
+            reason = lacks_contiguous_memory(row, self.setup)
+        if reason is None:
+            reason = Work(row, Pool.of([row], self.setup), self.setup).refuses(who)
+        if reason is None and who.most_tokens and sum(row.seq_lens) > who.most_tokens:
+            reason = f"it is timed up to {who.most_tokens} KV tokens: it defines, it does not race"
+        if reason is not None:
+            self.journal.add(row, who.name, "skipped", reason=reason)
+        return reason is not None
+
+    def _run_pool(self, pool: Pool, tasks: list[Task], peer_names: Sequence[str]) -> None:
+        works: dict[tuple, list[Task]] = {}
+        for row, who in tasks:
+            works.setdefault((row.heads, row.s_q, row.page_size), []).append((row, who))
+        groups = list(works.values())
+        layers: list[Any] = []
+        for start in range(0, len(groups), WORKS_AT_A_TIME):
+            chunk = groups[start : start + WORKS_AT_A_TIME]
+            programs = self._compile(pool, chunk)
+            layers = layers or pool.fill(self.setup)
+            rows = list(dict.fromkeys(row for group in chunk for row, _ in group))
+            label = f"batch {rows[0].batch}, {rows[0].dtype}"
+            for row in track(rows, label):
+                if self._late():
+                    return
+                mine = [who for group in chunk for other, who in group if other == row]
+                self._run_row(row, pool, layers, mine, programs, peer_names)
+
+    def _compile(self, pool: Pool, chunk: Sequence[Sequence[Task]]) -> dict[Any, Future]:
+        """Programs by (contender, heads, S_q, page size), of `jnp` by row; in threads."""
+        jobs: dict[Any, Callable[[], Any]] = {}
+        for group in chunk:
+            for who in dict.fromkeys(who for _, who in group):
+                rows = [row for row, other in group if other == who]
+                if who.implementation is None:
+                    for row in rows:
+                        jobs[who.name, row] = lambda row=row: compile_jnp(row, self.setup)
+                    continue
+                work = Work(rows[0], pool, self.setup)
+                jobs[_program_key(who, rows[0])] = lambda work=work, who=who, rows=rows: (
+                    work.compile(who, rows)
+                )
+        with ThreadPoolExecutor(os.cpu_count() or 1) as executor:
+            futures = {key: executor.submit(job) for key, job in jobs.items()}
+            for _ in track(as_completed(futures.values()), "compiling", total=len(futures)):
+                pass
+        return futures
+
+    def _run_row(
+        self,
+        row: Shape,
+        pool: Pool,
+        layers: list[Any],
+        contenders: Iterable[Contender],
+        programs: dict[Any, Future],
+        peer_names: Sequence[str],
+    ) -> None:
+        inputs = Inputs.make(row, self.setup, layers, pool.capacity)
+        oracles: dict[int, Any] = {}
+
+        def oracle(layer: int) -> Any:
+            if layer not in oracles:
+                oracles[layer] = inputs.oracle(layer)
+            return oracles[layer]
+
+        bursts: dict[tuple[str, str], timing.Burst] = {}
+        found: dict[str, Row] = {}
+
+        def enter(name: str, make: Callable[[], tuple[dict[str, timing.Burst], Row]]) -> None:
+            """Bursts and what is known of a contender before timing; a failure is a row too."""
+            try:
+                mine, columns = make()
+            except Exception as error:
+                self._fail(row, name, error)
+                return
+            if not columns.pop("correct"):
+                why = f"wrong: error {columns['error']:.2e}, of lse {columns['lse_error']:.2e}"
+                self.journal.add(row, name, "failed", reason=why, **columns)
+                return
+            found[name] = columns
+            bursts.update({(name, column): burst for column, burst in mine.items()})
+
+        for who in contenders:
+            if who.implementation is None:
+                program = programs[who.name, row]
+                enter(who.name, lambda p=program: self._enter_jnp(inputs, p.result()))
+            else:
+                program = programs[_program_key(who, row)]
+                enter(who.name, lambda p=program: self._enter_op(inputs, p.result(), oracle))
+        launches = max((burst.launches for burst in bursts.values()), default=0)
+        for name in peer_names if launches else ():
+            if self._done(row, name) or row.dtype != "bf16":
+                continue
+            enter(name, lambda name=name: _enter_peer(name, inputs, launches, oracle))
+        try:
+            timings = time_bursts({f"{n} {c}": b for (n, c), b in bursts.items()}, self.setup)
+        except Exception as error:
+            for name in found:
+                self._fail(row, name, error)
+            return
+        for name, columns in found.items():
+            mine = {c: timings[f"{n} {c}"] for n, c in bursts if n == name}
+            whole = mine["us"]
+            self.journal.add(
+                row,
+                name,
+                "measured",
+                **{column: t.us for column, t in mine.items()},
+                us_low=whole.low,
+                us_high=whole.high,
+                host_bound=whole.host_bound,
+                launches=bursts[name, "us"].launches,
+                **columns,
+            )
+
+    def _enter_op(
+        self, inputs: Inputs, programs: Programs, oracle: Callable[[int], Any]
+    ) -> tuple[dict[str, timing.Burst], Row]:
+        arguments = inputs.q, inputs.layers, inputs.shared(programs)
+        count, rows = len(inputs.layers), []
+        for program in programs.bursts.values():
+            layer = (program.launches - 1) % count
+            output = program.last_output(*arguments)
+            rows.append(errors_of(output, oracle(layer), inputs.row.dtype))
+        columns = max(rows, key=lambda row: (not row["correct"], row["error"]))
+        tokens = sum(inputs.row.seq_lens) * count
+        rotated = tokens * self.setup.token_bytes(inputs.row.dtype)
+        return (
+            {column: program.burst(*arguments) for column, program in programs.bursts.items()},
+            {**columns, "layers": count, "rotated_mb": rotated / 1e6},
+        )
+
+    def _enter_jnp(
+        self, inputs: Inputs, program: timing.ModelProgram
+    ) -> tuple[dict[str, timing.Burst], Row]:
+        """Checked on one request; its KV is in no pages, so the oracle is its own."""
+        kv = inputs.contiguous()
+        arguments = inputs.q, kv, inputs.seq_lens
+        o, lse = program.last_output(*arguments)
+        request = inputs.sample()[0]
+        length = inputs.row.seq_lens[request]
+        exact = attention_float64(
+            np.asarray(inputs.q[request]),
+            np.asarray(kv[(program.launches - 1) % len(kv)][request])[:length],
+            softmax_scale=SCALE,
+            kv_lora_rank=self.setup.kv_lora_rank,
+        )
+        columns = errors_of((o, lse), {request: exact}, "bf16")
+        rotated = sum(x.nbytes for x in kv)
+        columns |= {"layers": len(kv), "rotated_mb": rotated / 1e6}
+        return {"us": program.burst(*arguments)}, columns
+
+    def _fail(self, row: Shape, name: str, error: Exception) -> None:
+        """Notes a failure. DeviceLostError where the device is gone: then nothing is noted."""
+        try:
+            jax.block_until_ready(jnp.zeros(8) + 1)
+        except Exception as lost:
+            raise DeviceLostError(f"the device is lost after {row.label}, {name}: {error}") from lost
+        reason = f"{type(error).__name__}: {error}".strip()[:500]
+        say(f"failed: {row.label}, {name}: {reason}", style="red")
+        self.journal.add(row, name, "failed", reason=reason)
+
+
+def _program_key(who: Contender, row: Shape) -> tuple:
+    return who.name, row.heads, row.s_q, row.page_size
+
+
+def _enter_peer(
+    name: str, inputs: Inputs, launches: int, oracle: Callable[[int], Any]
+) -> tuple[dict[str, timing.Burst], Row]:
+    peer = peers.FlashInfer(name, inputs)
+    columns = errors_of(peer.output(0), oracle(0), inputs.row.dtype)
+    return peer.bursts(launches), {**columns, "layers": len(inputs.layers)}
