@@ -44,6 +44,7 @@ SUMMARY = "times decode attention over a grid beside XLA, peers, ceilings and th
 MEASURED = FOLDER.parent / "measured" / "h200_decode.json"
 SIMULATED = {  # implementation -> the simulator's kernel of the same structure
     "hopper": "flashmla_dense",
+    "hopper multiply": "flashmla_dense",
     "flashinfer_fa2": "flashinfer_fa2",
     "flashinfer_fa3": "flashinfer_fa3",
 }
@@ -390,7 +391,7 @@ def _draw_lines(
     page = 64 if any(row["page_size"] == 64 for row in rows) else rows[0]["page_size"]
     rows = [row for row in rows if row["s_q"] == 1 and row["page_size"] == page]
     heads = sorted({row["heads"] for row in rows})
-    size = (4.6 * len(heads) + 1, 4.4)
+    size = (4 * len(heads) + 2.5, 4.6)
     with plotting.figure(path, title, columns=len(heads), size=size) as panels:
         for axes, count in zip([panels] if len(heads) == 1 else panels, heads, strict=True):
             mine = [row for row in rows if row["heads"] == count]
@@ -415,5 +416,12 @@ def _draw_lines(
             axes.set_xticks(sorted({row[x] for row in mine}), sorted({row[x] for row in mine}))
             axes.set_xlabel(x.replace("_", " "))
             axes.set_title(f"{count} heads")
-            axes.legend(fontsize=6.5)
         (panels if len(heads) == 1 else panels[0]).set_ylabel(y_label)
+        lines = {
+            line.get_label(): line
+            for axes in ([panels] if len(heads) == 1 else panels)
+            for line in axes.get_legend_handles_labels()[0]
+        }
+        axes.legend(
+            lines.values(), lines.keys(), fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1)
+        )

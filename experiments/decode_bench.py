@@ -137,11 +137,12 @@ class Pool:
 def _random_layer(pool: Pool, setup: Setup, key: jax.Array) -> dict[str, jax.Array]:
     if pool.dtype == "bf16":
         return {"pages": jax.random.normal(key, (pool.tokens, setup.width), jnp.bfloat16)}
-    values = jax.random.normal(key, (pool.tokens, setup.kv_lora_rank), jnp.bfloat16)
+    latent_key, rope_key = jax.random.split(key)
+    values = jax.random.normal(latent_key, (pool.tokens, setup.kv_lora_rank), jnp.bfloat16)
     scales = jnp.max(jnp.abs(values), axis=1).astype(jnp.float32) / 127
     return {
         "pages": jnp.round(values / scales[:, None]).astype(jnp.int8),
-        "rope_pages": jax.random.normal(key, (pool.tokens, setup.rope_dim), jnp.bfloat16),
+        "rope_pages": jax.random.normal(rope_key, (pool.tokens, setup.rope_dim), jnp.bfloat16),
         "scales": scales,
     }
 

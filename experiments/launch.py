@@ -35,6 +35,7 @@ EXPERIMENTS = (
     "sweep",
     "best",
     "benchmark",
+    "kernel_bench",
 )
 
 
