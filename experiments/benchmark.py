@@ -26,14 +26,10 @@ from experiments.implementations import chosen
 from experiments.options import flag
 from experiments.predictions import FOLDER, read_table
 from experiments.shapes import (
-    BATCHES,
     DTYPES,
-    HEADS,
-    KV_LENS,
     LENGTHS,
     PAGE_SIZES,
     PRESETS,
-    S_Q,
     Shape,
     preset,
 )
@@ -48,7 +44,6 @@ SIMULATED = {  # implementation -> the simulator's kernel of the same structure
     "flashinfer_fa2": "flashinfer_fa2",
     "flashinfer_fa3": "flashinfer_fa3",
 }
-CPU_CEILINGS = {"gib": 2**-6, "size": 512}  # of arrays for the ceilings, on a CPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +94,10 @@ def run(options: Options, output: Output) -> Outcome:
         summary=f"{said}{f', {left} left for another run' if left else ''}: {best_words(table)}",
         rows=table,
         headline={
-            "preset": name, "left": left, "counts": counts, "peers_missing": reason,
+            "preset": name,
+            "left": left,
+            "counts": counts,
+            "peers_missing": reason,
             "sessions": journal.sessions,
         },
     )
@@ -122,8 +120,8 @@ def contenders_of(names: Sequence[str]) -> list[Contender]:
 def tasks_of(rows: Sequence[Shape], contenders: Sequence[Contender], preset: str) -> list[Task]:
     """Who runs which row.
 
-    `jnp` has no pages and reads bf16: it runs on one page size. In `standard` a kernel runs every
-    row, and what is plain JAX the rows of one token, bf16 and pages of 64 alone.
+    `jnp` has no pages and reads bf16: it runs those rows, on one page size. In `standard` a kernel
+    runs every row, and what is plain JAX the rows of one token, bf16 and pages of 64 alone.
     """
     has_kernel = any(who.separated for who in contenders)
     first: dict[tuple, int] = {}
@@ -133,7 +131,9 @@ def tasks_of(rows: Sequence[Shape], contenders: Sequence[Contender], preset: str
             first.setdefault(_without_pages(row), row.page_size)
 
     def runs(row: Shape, who: Contender) -> bool:
-        if who.implementation is None and row.page_size != first.get(_without_pages(row)):
+        if who.implementation is None and (
+            row.dtype != "bf16" or row.page_size != first.get(_without_pages(row))
+        ):
             return False
         usual = (row.s_q, row.page_size, row.dtype) == (1, 64, "bf16")
         return who.separated or usual or not (preset == "standard" and has_kernel)
@@ -147,7 +147,9 @@ def _without_pages(row: Shape) -> tuple:
 
 def measured_ceilings() -> dict[str, float]:
     """Of this device, by XLA: copy, read (GB/s), matmul (TFLOPS), matmul_int8 (TOPS)."""
-    return timing.ceilings(**(CPU_CEILINGS if jax.default_backend() == "cpu" else {}))
+    if jax.default_backend() == "cpu":
+        return timing.ceilings(gib=2**-6, size=512)
+    return timing.ceilings()
 
 
 def finished(journal: Journal, setup: Setup) -> list[Row]:
@@ -353,10 +355,11 @@ def draw(output: Output, table: Sequence[Row], journal: Journal) -> None:
         with plotting.figure(path, f"Roofline, {device}", size=(9, 6)) as axes:
             _draw_roofline(axes, rows, journal.sessions[-1]["ceilings"], look)
     usual = [row for row in rows if row["lengths"] == "uniform" and row["dtype"] == "bf16"]
-    _draw_lines(
-        output.path("time_by_batch.png"), f"Time by batch, {device}", usual, look,
-        x="batch", y="us", hold="kv_len", y_label="us a launch",
-    )  # fmt: skip
+    if usual:
+        _draw_lines(
+            output.path("time_by_batch.png"), f"Time by batch, {device}", usual, look,
+            x="batch", y="us", hold="kv_len", y_label="us a launch",
+        )  # fmt: skip
     faster = [row for row in usual if row.get("speed_over_jnp")]
     if faster:
         _draw_lines(
@@ -365,7 +368,9 @@ def draw(output: Output, table: Sequence[Row], journal: Journal) -> None:
         )  # fmt: skip
 
 
-def _draw_roofline(axes: Any, rows: Sequence[Row], ceilings: Mapping[str, float], look: Any) -> None:
+def _draw_roofline(
+    axes: Any, rows: Sequence[Row], ceilings: Mapping[str, float], look: Any
+) -> None:
     intensity = {id(row): row["tflops"] * 1e3 / row["gb_per_s"] for row in rows}
     ends = [min(intensity.values()) / 2, max(intensity.values()) * 2]
     knee = ceilings["matmul"] * 1e3 / ceilings["read"]

@@ -1,4 +1,4 @@
-"""How decode attention is timed: a model's layers over caches of their own, checked, then in bursts.
+"""How decode attention is timed: a model's layers over caches of their own, checked, in bursts.
 
 Rows that share batch and cache dtype share `Pool`s: one flat array of tokens a layer, seen as pages
 of any size. Rows that differ in their lengths alone share compiled programs too, as the steps of a
@@ -30,6 +30,7 @@ LONG_BURST = 0.03  # seconds, about; a card at its power limit slows down
 # Relative error of o against float64 on what is in the cache. With an int8 cache q is rounded to
 # int8 too, half a step of 1/127 of its largest value a column.
 BOUND = {"bf16": OUTPUT_BOUND["bfloat16"], "int8": 2e-2}
+SLOW_LAYERS = 4  # that plain JAX is timed on: it is bound by its many launches, not by memory
 ORACLE_TOKENS = 40_000  # that a check reads at most, after the longest request
 
 
@@ -78,6 +79,7 @@ class Contender:
     name: str
     options: tuple[tuple[str, Any], ...] = ()  # of the op, implementation among them
     separated: bool = False  # time it with a kernel between launches too
+    most_layers: int | None = None  # that it is timed on, where it is slow
     most_tokens: int | None = None  # KV tokens of a batch past which it is not timed
 
     @property
@@ -90,9 +92,12 @@ def contender(name: str) -> Contender:
     """An implementation by its name, with default options; or "jnp"."""
     if name == "jnp":
         return Contender("jnp")
-    slow = {"reference": 1 << 16, "split_kv": 1 << 16}
-    plain = name in (*slow, "xla")
-    return Contender(name, (("implementation", name),), not plain, slow.get(name))
+    options = (("implementation", name),)
+    if name in ("reference", "split_kv"):
+        return Contender(name, options, most_layers=SLOW_LAYERS, most_tokens=1 << 14)
+    if name == "xla":
+        return Contender(name, options, most_layers=SLOW_LAYERS)
+    return Contender(name, options, separated=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,13 +124,12 @@ class Pool:
 
     def structs(self, setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
         """A layer's arrays by the cache's field that they fill, a row a token."""
-        shape = functools.partial(jax.ShapeDtypeStruct)
         if self.dtype == "bf16":
-            return {"pages": shape((self.tokens, setup.width), jnp.bfloat16)}
+            return {"pages": _struct((self.tokens, setup.width), jnp.bfloat16)}
         return {
-            "pages": shape((self.tokens, setup.kv_lora_rank), jnp.int8),
-            "rope_pages": shape((self.tokens, setup.rope_dim), jnp.bfloat16),
-            "scales": shape((self.tokens,), jnp.float32),
+            "pages": _struct((self.tokens, setup.kv_lora_rank), jnp.int8),
+            "rope_pages": _struct((self.tokens, setup.rope_dim), jnp.bfloat16),
+            "scales": _struct((self.tokens,), jnp.float32),
         }
 
     def fill(self, setup: Setup) -> list[dict[str, jax.Array]]:
@@ -214,18 +218,21 @@ class Work:
         except (ValueError, TypeError) as error:
             return f"there is no such cache yet: {error}"
         options = dict(who.options)
+        arrays: dict[str, Any] = {
+            "q": self.q,
+            "cache": cache,
+            "block_tables": self.tables,
+            "seq_lens": self.seq_lens,
+            "query_lens": self.seq_lens,
+        }
         problem = AttentionProblem(
-            q=self.q,
-            cache=cache,
-            block_tables=self.tables,
-            seq_lens=self.seq_lens,
-            query_lens=self.seq_lens,
+            **arrays,
             plan=None,
             softmax_scale=SCALE,
             causal=True,
             rescale=options.get("rescale", "multiply"),
             partial_dtype=jnp.dtype(options.get("partial_dtype", jnp.float32)),
-        )  # type: ignore[arg-type]
+        )
         return IMPLEMENTATIONS[name].unavailable(problem)
 
     def planner(self, who: Contender) -> Callable[[jax.Array], Any]:
@@ -243,7 +250,7 @@ class Work:
 
         def step(q: jax.Array, layer: Mapping[str, jax.Array], shared: tuple) -> tuple:
             tables, seq_lens, plan = shared
-            fields = {
+            fields: dict[str, Any] = {
                 name: flat.reshape(getattr(struct, name).shape) for name, flat in layer.items()
             }
             cache = dataclasses.replace(struct, **fields)
@@ -261,12 +268,15 @@ class Work:
 
     def compile(self, who: Contender, rows: Sequence[Shape]) -> "Programs":
         """Takes seconds, most of them outside Python: run several in threads."""
-        layers = [self.pool.structs(self.setup)] * self.pool.layers
+        count = min(self.pool.layers, who.most_layers or self.pool.layers)
+        layers = [self.pool.structs(self.setup)] * count
         plan = jax.jit(self.planner(who))
         shared = self.tables, self.seq_lens, jax.eval_shape(plan, self.seq_lens)
-        step, passes = jax.jit(self.step(who)), self.passes(rows, self.pool.layers)
+        step = jax.jit(self.step(who))
+        passes = 1 if who.most_layers else self.passes(rows, count)
         modes = {"us": False, "us_separated": True} if who.separated else {"us": False}
         return Programs(
+            count,
             plan.lower(self.seq_lens).compile(),
             {
                 column: timing.compile_model(
@@ -279,8 +289,9 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """Compiled: the plan, and the bursts by the column of their time."""
+    """Compiled: the plan, and the bursts on so many layers by the column of their time."""
 
+    layers: int
     plan: Callable[[jax.Array], Any]
     bursts: dict[str, timing.ModelProgram]
 
@@ -316,6 +327,11 @@ def contiguous(row: Shape, setup: Setup) -> tuple[tuple[int, int, int], int]:
     layer_bytes = row.batch * longest * 2 * setup.width
     layers = min(max(2, math.ceil(setup.rotate / layer_bytes)), setup.max_layers)
     return (row.batch, longest, setup.width), layers
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.normal(key, shape, jnp.bfloat16)
 
 
 def lacks_contiguous_memory(row: Shape, setup: Setup) -> str | None:
@@ -355,7 +371,9 @@ class Inputs:
     seq_lens: jax.Array
 
     @staticmethod
-    def make(row: Shape, setup: Setup, layers: list[dict[str, jax.Array]], capacity: int) -> "Any":
+    def make(
+        row: Shape, setup: Setup, layers: list[dict[str, jax.Array]], capacity: int
+    ) -> "Inputs":
         """Pages in random order, q as large as k."""
         rng = np.random.default_rng(setup.seed)
         size = row.page_size
@@ -374,9 +392,9 @@ class Inputs:
 
     def contiguous(self) -> list[jax.Array]:
         """Layers [B, T, D] for `jnp`: other random numbers, in no pages."""
-        (batch, longest, width), count = contiguous(self.row, self.setup)
-        make = jax.jit(lambda key: jax.random.normal(key, (batch, longest, width), jnp.bfloat16))
-        return [make(key) for key in jax.random.split(jax.random.key(self.setup.seed), count)]
+        shape, count = contiguous(self.row, self.setup)
+        keys = jax.random.split(jax.random.key(self.setup.seed), count)
+        return [_normal(key, shape) for key in keys]
 
     def sample(self) -> list[int]:
         """Requests to check: the longest, the shortest and others, as many as are soon read."""
@@ -395,7 +413,7 @@ class Inputs:
         position = np.arange(capacity)
         place = self.tables[request, position // size] * size + position % size
         fields = {
-            name: np.asarray(flat[place]).astype(np.float64)[: self.row.seq_lens[request]]
+            name: np.asarray(flat[place])[: self.row.seq_lens[request]].astype(np.float64)
             for name, flat in self.layers[layer].items()
         }
         if self.row.dtype == "bf16":

@@ -6,6 +6,7 @@ measured and failed rows are not run again; skipped ones are looked at anew.
 
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import time
@@ -35,7 +36,7 @@ from experiments.decode_bench import (
     time_bursts,
 )
 from experiments.experiment import InputError, Row
-from experiments.results import _plain, environment
+from experiments.results import environment, plain
 from experiments.shapes import Shape
 from mla_jax.reference import attention_float64
 
@@ -79,7 +80,7 @@ class Journal:
 
     def add(self, row: Shape, name: str, status: str, **columns: Any) -> None:
         """A row: measured, failed or skipped."""
-        record = _plain({
+        record = plain({
             **dataclasses.asdict(row), "implementation": name, "status": status,
             "session": len(self.sessions) - 1, **columns,
         })  # fmt: skip
@@ -177,12 +178,10 @@ class Runner:
                 rows = [row for row, other in group if other == who]
                 if who.implementation is None:
                     for row in rows:
-                        jobs[who.name, row] = lambda row=row: compile_jnp(row, self.setup)
+                        jobs[who.name, row] = functools.partial(compile_jnp, row, self.setup)
                     continue
                 work = Work(rows[0], pool, self.setup)
-                jobs[_program_key(who, rows[0])] = lambda work=work, who=who, rows=rows: (
-                    work.compile(who, rows)
-                )
+                jobs[_program_key(who, rows[0])] = functools.partial(work.compile, who, rows)
         with ThreadPoolExecutor(os.cpu_count() or 1) as executor:
             futures = {key: executor.submit(job) for key, job in jobs.items()}
             for _ in track(as_completed(futures.values()), "compiling", total=len(futures)):
@@ -225,16 +224,16 @@ class Runner:
 
         for who in contenders:
             if who.implementation is None:
-                program = programs[who.name, row]
-                enter(who.name, lambda p=program: self._enter_jnp(inputs, p.result()))
+                make = functools.partial(self._enter_jnp, inputs, programs[who.name, row])
             else:
                 program = programs[_program_key(who, row)]
-                enter(who.name, lambda p=program: self._enter_op(inputs, p.result(), oracle))
+                make = functools.partial(self._enter_op, inputs, program, oracle)
+            enter(who.name, make)
         launches = max((burst.launches for burst in bursts.values()), default=0)
         for name in peer_names if launches else ():
             if self._done(row, name) or row.dtype != "bf16":
                 continue
-            enter(name, lambda name=name: _enter_peer(name, inputs, launches, oracle))
+            enter(name, functools.partial(_enter_peer, name, inputs, launches, oracle))
         try:
             timings = time_bursts({f"{n} {c}": b for (n, c), b in bursts.items()}, self.setup)
         except Exception as error:
@@ -257,10 +256,11 @@ class Runner:
             )
 
     def _enter_op(
-        self, inputs: Inputs, programs: Programs, oracle: Callable[[int], Any]
+        self, inputs: Inputs, compiled: "Future[Programs]", oracle: Callable[[int], Any]
     ) -> tuple[dict[str, timing.Burst], Row]:
-        arguments = inputs.q, inputs.layers, inputs.shared(programs)
-        count, rows = len(inputs.layers), []
+        programs, rows = compiled.result(), []
+        layers = inputs.layers[: programs.layers]
+        arguments, count = (inputs.q, layers, inputs.shared(programs)), len(layers)
         for program in programs.bursts.values():
             layer = (program.launches - 1) % count
             output = program.last_output(*arguments)
@@ -274,9 +274,10 @@ class Runner:
         )
 
     def _enter_jnp(
-        self, inputs: Inputs, program: timing.ModelProgram
+        self, inputs: Inputs, compiled: "Future[timing.ModelProgram]"
     ) -> tuple[dict[str, timing.Burst], Row]:
         """Checked on one request; its KV is in no pages, so the oracle is its own."""
+        program = compiled.result()
         kv = inputs.contiguous()
         arguments = inputs.q, kv, inputs.seq_lens
         o, lse = program.last_output(*arguments)
@@ -298,7 +299,9 @@ class Runner:
         try:
             jax.block_until_ready(jnp.zeros(8) + 1)
         except Exception as lost:
-            raise DeviceLostError(f"the device is lost after {row.label}, {name}: {error}") from lost
+            raise DeviceLostError(
+                f"the device is lost after {row.label}, {name}: {error}"
+            ) from lost
         reason = f"{type(error).__name__}: {error}".strip()[:500]
         say(f"failed: {row.label}, {name}: {reason}", style="red")
         self.journal.add(row, name, "failed", reason=reason)

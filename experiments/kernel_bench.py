@@ -42,7 +42,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """What is wanted of some rows, in a column of theirs; `read` gives None where it is not known."""
+    """What is wanted of some rows, in a column of theirs."""
 
     work: str
     column: str

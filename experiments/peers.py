@@ -46,7 +46,9 @@ class FlashInfer:
             torch.from_dlpack(layer["pages"]).reshape(-1, row.page_size, inputs.setup.width)
             for layer in inputs.layers
         ]
-        self._latent, self._rope = zip(*((p[..., :rank], p[..., rank:]) for p in pages), strict=True)
+        self._latent, self._rope = zip(
+            *((p[..., :rank], p[..., rank:]) for p in pages), strict=True
+        )
         self._q, self._q_rope = q[..., :rank], q[..., rank:]
         self._out = torch.empty(
             (row.batch * row.s_q, row.heads, rank), dtype=torch.bfloat16, device="cuda"

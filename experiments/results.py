@@ -66,13 +66,13 @@ def validate_result(result: dict[str, Any]) -> None:
 
 def write_result(path: Path, result: dict[str, Any]) -> dict[str, Any]:
     """Validates, writes (whole or not at all) and returns the result as a reader will find it."""
-    plain = _plain(result)
-    validate_result(plain)
+    found = plain(result)
+    validate_result(found)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".json.part")
-    draft.write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    draft.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     draft.replace(path)
-    return plain
+    return found
 
 
 def _check_keys(found: dict[str, Any], wanted: dict[str, type], where: str) -> None:
@@ -83,12 +83,12 @@ def _check_keys(found: dict[str, Any], wanted: dict[str, type], where: str) -> N
             raise ValueError(f"{where}{key} must be of type {kind.__name__}, got {found[key]!r}")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value in JSON's types."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

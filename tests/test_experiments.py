@@ -43,7 +43,14 @@ SMALL = {
     "compare": ("--profile=Ascend910B1",),
     "sweep": ("--profile=Ascend910B1", "--schedule=chunk4"),
     "best": ("--profile=L40",),
+    "benchmark": (
+        *("--preset=tiny", "--heads=4", "--s_q=1", "--batch=1", "--implementations=xla,jnp"),
+        *("--kv_lora_rank=32", "--rope_dim=16"),
+    ),
 }
+
+NEED_A_GPU = {"kernel_bench"}
+STARTS = {".png": b"\x89PNG", ".json": b"{", ".jsonl": b"{", ".csv": b"batch,", ".md": b"|"}
 
 
 def run(tmp_path, name, *arguments):
@@ -105,7 +112,10 @@ class TestLauncher:
 
 
 class TestResult:
-    @pytest.mark.parametrize("name", launch.EXPERIMENTS)
+    def test_every_experiment_is_run_below_or_needs_a_gpu(self):
+        assert set(SMALL) | NEED_A_GPU == set(launch.EXPERIMENTS)
+
+    @pytest.mark.parametrize("name", [name for name in launch.EXPERIMENTS if name in SMALL])
     def test_every_experiment_in_small(self, tmp_path, name):
         status, result = run(tmp_path, name, *SMALL[name])
         assert status == 0, result["summary"]
@@ -116,7 +126,7 @@ class TestResult:
         assert set(result["options"]) == options
         assert {"result.json", *result["files"]} == {p.name for p in (tmp_path / name).iterdir()}
         for file in result["files"]:
-            start = {".png": b"\x89PNG", ".json": b"{"}[Path(file).suffix]
+            start = STARTS[Path(file).suffix]
             assert (tmp_path / name / file).read_bytes().startswith(start)
 
     @pytest.fixture
