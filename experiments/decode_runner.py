@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -116,18 +116,19 @@ class Runner:
 
     def run(self, tasks: Sequence[Task], peer_names: Sequence[str] = ()) -> int:
         """Runs what is not done yet; returns how many tasks were left for lack of time."""
-        left = [task for task in tasks if not self._done(task[0], task[1].name)]
-        todo = [task for task in left if not self._skips(task)]
-        pools: dict[tuple, list[Shape]] = {}
+        shared: dict[tuple, list[Shape]] = {}
         for row in dict.fromkeys(row for row, _ in tasks):
             if lacks_memory(row, self.setup) is None:
-                pools.setdefault((row.batch, row.dtype), []).append(row)
+                shared.setdefault((row.batch, row.dtype), []).append(row)
+        pools = {key: Pool.of(rows, self.setup) for key, rows in shared.items()}
+        left = [task for task in tasks if not self._done(task[0], task[1].name)]
+        todo = [task for task in left if not self._skips(task, pools)]
         say(f"{len(tasks)} tasks: {len(tasks) - len(left)} done before, {len(todo)} to run")
         try:
-            for key, rows in pools.items():
+            for key, pool in pools.items():
                 mine = [t for t in todo if (t[0].batch, t[0].dtype) == key]
                 if mine and not self._late():
-                    self._run_pool(Pool.of(rows, self.setup), mine, peer_names)
+                    self._run_pool(pool, mine, peer_names)
         except DeviceLostError as error:
             say(f"stopped: {error}", style="red")
         return sum((row, who.name) not in self.journal.rows for row, who in todo)
@@ -138,14 +139,14 @@ class Runner:
     def _done(self, row: Shape, name: str) -> bool:
         return (row, name) in self.journal.rows
 
-    def _skips(self, task: Task) -> bool:
+    def _skips(self, task: Task, pools: Mapping[tuple, Pool]) -> bool:
         """Notes why a task can't be run, if it can't."""
         row, who = task
         reason = lacks_memory(row, self.setup)
         if reason is None and who.implementation is None:
             reason = lacks_contiguous_memory(row, self.setup)
         if reason is None:
-            reason = Work(row, Pool.of([row], self.setup), self.setup).refuses(who)
+            reason = Work(row, pools[row.batch, row.dtype], self.setup).refuses(who)
         if reason is None and who.most_tokens and sum(row.seq_lens) > who.most_tokens:
             reason = f"it is timed up to {who.most_tokens} KV tokens: it defines, it does not race"
         if reason is not None:
