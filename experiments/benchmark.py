@@ -2,7 +2,8 @@
 
     python -m experiments.launch --experiment=benchmark --preset=standard --output_dir=out
 
-Run again with the same folder it goes on where it ended; --seconds ends it in time. Peers'
+Run again with the same folder it goes on where it ended; --seconds ends it in time; what was killed
+has its rows in rows.jsonl, and --collect makes a result of them on any machine. Peers'
 published and measured times (benchmarks/) and the simulator's prediction for the device stand
 beside each row. docs/benchmarking.md says what the columns mean.
 """
@@ -63,6 +64,7 @@ class Options:
     )
     peers: tuple[str, ...] = flag(peers.PEERS, "which to run where installed", choices=peers.PEERS)
     seconds: float = flag(0.0, "begin nothing new after as many; 0: no limit", lower_bound=0)
+    collect: bool = flag(False, "run nothing: the result of the rows that the folder has")
     memory_gib: float = flag(0.0, "for caches; 0: six tenths of the device's", lower_bound=0)
     kv_lora_rank: int = flag(512, "of the cache", lower_bound=16)
     rope_dim: int = flag(64, "of the cache", lower_bound=16)
@@ -74,14 +76,18 @@ def run(options: Options, output: Output) -> Outcome:
     rows = filtered(preset(name), options)
     if not rows:
         raise InputError(f"--preset={name} has no row that passes the filters")
-    tasks = tasks_of(rows, contenders_of(options.implementations), name)
     setup = Setup.here(options.memory_gib, options.kv_lora_rank, options.rope_dim, options.seed)
-    journal = Journal.open(output.path("rows.jsonl"))
-    journal.begin(measured_ceilings())
-    runner = Runner(setup, journal, options.seconds)
-    reason = peers.unavailable() if options.peers else "none was asked for"
-    say(f"peers: {', '.join(options.peers) if reason is None else reason}")
-    left = runner.run(tasks, options.peers if reason is None else ())
+    reason: str | None = "nothing was run"
+    if options.collect:
+        journal, left = collected(output, rows, name)
+    else:
+        tasks = tasks_of(rows, contenders_of(options.implementations), name)
+        journal = Journal.open(output.path("rows.jsonl"))
+        runner = Runner(setup, journal, options.seconds)
+        journal.begin(measured_ceilings())
+        reason = peers.unavailable() if options.peers else "none was asked for"
+        say(f"peers: {', '.join(options.peers) if reason is None else reason}")
+        left = runner.run(tasks, options.peers if reason is None else ())
     table = finished(journal, setup)
     show(table)
     write_csv(output.path("benchmark.csv"), table)
@@ -101,6 +107,16 @@ def run(options: Options, output: Output) -> Outcome:
             "sessions": journal.sessions,
         },
     )
+
+
+def collected(output: Output, rows: Sequence[Shape], preset: str) -> tuple[Journal, int]:
+    """What the folder holds, and how many tasks of those who ran there are missing."""
+    if not (output.folder / "rows.jsonl").exists():
+        raise InputError(f"--collect: there is no rows.jsonl in {output.folder}")
+    journal = Journal.open(output.path("rows.jsonl"))
+    names = {name for _, name in journal.rows} - set(peers.PEERS)
+    tasks = tasks_of(rows, [contender(name) for name in sorted(names)], preset)
+    return journal, sum((row, who.name) not in journal.rows for row, who in tasks)
 
 
 def filtered(rows: Iterable[Shape], options: Options) -> list[Shape]:
@@ -353,7 +369,7 @@ def draw(output: Output, table: Sequence[Row], journal: Journal) -> None:
     if "tflops" in rows[0]:
         path = output.path("roofline.png")
         with plotting.figure(path, f"Roofline, {device}", size=(9, 6)) as axes:
-            _draw_roofline(axes, rows, journal.sessions[-1]["ceilings"], look)
+            _draw_roofline(axes, rows, journal.sessions[rows[-1]["session"]]["ceilings"], look)
     usual = [row for row in rows if row["lengths"] == "uniform" and row["dtype"] == "bf16"]
     if usual:
         _draw_lines(

@@ -102,8 +102,8 @@ def run(options: Options, output: Output) -> Outcome:
     ] + [(row, contender("jnp")) for row in rows if row.page_size == 64 and row.dtype == "bf16"]
     setup = Setup.here(options.memory_gib, 512, 64, options.seed)
     journal = Journal.open(output.path("rows.jsonl"))
-    journal.begin(measured_ceilings())
     runner = Runner(setup, journal, options.seconds)
+    journal.begin(measured_ceilings())
     left = runner.run(tasks, options.peers if peers.unavailable() is None else ())
     table = with_pages(finished(journal, setup))
     show(table)

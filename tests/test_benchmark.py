@@ -137,6 +137,62 @@ class TestRuns:
         status, result = run(tmp_path, *SMALL, "--batch=1,4", "--implementations=xla")
         assert (status, result["left"], len(result["rows"])) == (0, 0, 2)
 
+    def test_a_killed_run_becomes_a_result_anywhere(self, tmp_path, monkeypatch, capsys):
+        def killed(*_):
+            raise KeyboardInterrupt
+
+        arguments = (*SMALL, "--batch=1,4", "--implementations=xla")
+        add = decode_runner.Journal.add
+        monkeypatch.setattr(
+            decode_runner.Journal,
+            "add",
+            lambda self, *a, **k: killed() if self.rows else add(self, *a, **k),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, *arguments)
+        assert not (tmp_path / "benchmark" / "result.json").exists()
+        monkeypatch.setattr(benchmark, "measured_ceilings", killed)  # it would run something
+        status, result = run(tmp_path, *SMALL, "--batch=1,4", "--collect")
+        assert (status, result["left"], len(result["rows"])) == (0, 1, 1)
+        assert len(result["sessions"]) == 1
+        assert run(tmp_path / "other", *SMALL, "--collect") == (2, None)
+        assert "no rows.jsonl in" in capsys.readouterr().err
+        assert not (tmp_path / "other").exists()
+
+    def test_no_pool_is_begun_late_and_the_one_of_most_rows_is_first(self, tmp_path, monkeypatch):
+        begun = []
+        monkeypatch.setattr(Runner, "_run_pool", lambda self, pool, mine, names: begun.append(mine))
+        rows = [*shapes((2,), (1,), (1,), (32,), page_size=(16,)),
+                *shapes((2,), (1,), (2,), (32, 64), page_size=(16,))]  # fmt: skip
+        journal = Journal(tmp_path / "rows.jsonl")
+        tasks = [(row, contender("xla")) for row in rows]
+        assert Runner(SETUP, journal, 0).run(tasks) == 3
+        assert [len(tasks) for tasks in begun] == [2, 1]
+        assert Runner(SETUP, journal, 1e-9).run(tasks) == 3
+        assert len(begun) == 2
+
+    def test_what_is_compiled_is_little_and_nothing_when_late(self, tmp_path, monkeypatch):
+        counts, ends = [], []
+        compile_ = Runner._compile
+
+        def counted(self, pool, chunk):
+            counts.append(len(chunk))
+            programs = compile_(self, pool, chunk)
+            self._end = ends.pop() if ends else self._end
+            return programs
+
+        monkeypatch.setattr(Runner, "_compile", counted)
+        monkeypatch.setattr(decode_runner, "WORKS_AT_A_TIME", 1)
+        rows = list(shapes((1, 2, 4), (1,), (1,), (32,), page_size=(16,)))
+        tasks = [(row, contender("xla")) for row in rows]
+        ends.append(0.0)  # over, once the first is compiled
+        journal = Journal(tmp_path / "rows.jsonl")
+        journal.begin({"read": 1.0})
+        assert Runner(SETUP, journal, 1000).run(tasks) == 3
+        assert counts == [1]
+        assert Runner(SETUP, journal, 0).run(tasks) == 0
+        assert counts == [1] * 4
+
     def test_wrong_numbers_fail_and_are_not_timed(self, tmp_path, monkeypatch):
         right = decode_bench.paged_mla_attention
 
