@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from experiments import peers, plotting, timing
+from experiments.best_when import AXES
 from experiments.console import say, show_table
 from experiments.decode_bench import Contender, Setup, contender
 from experiments.decode_runner import Journal, Runner, Task
@@ -121,8 +123,7 @@ def collected(output: Output, rows: Sequence[Shape], preset: str) -> tuple[Journ
 
 def filtered(rows: Iterable[Shape], options: Options) -> list[Shape]:
     """The rows that every filter lets pass."""
-    axes = ("heads", "s_q", "batch", "kv_len", "lengths", "page_size", "dtype")
-    wanted = {axis: getattr(options, axis) for axis in axes if getattr(options, axis)}
+    wanted = {axis: getattr(options, axis) for axis in AXES if getattr(options, axis)}
     return [row for row in rows if all(getattr(row, a) in v for a, v in wanted.items())]
 
 
@@ -376,7 +377,7 @@ def draw(output: Output, table: Sequence[Row], journal: Journal) -> None:
             output.path("time_by_batch.png"), f"Time by batch, {device}", usual, look,
             x="batch", y="us", hold="kv_len", y_label="us a launch",
         )  # fmt: skip
-    faster = [row for row in usual if row.get("speed_over_jnp")]
+    faster = [row for row in usual if row.get("speed_over_jnp") and row["implementation"] != "jnp"]
     if faster:
         _draw_lines(
             output.path("speed_by_length.png"), f"Speed over jnp under XLA, {device}",
@@ -412,9 +413,14 @@ def _draw_lines(
     page = 64 if any(row["page_size"] == 64 for row in rows) else rows[0]["page_size"]
     rows = [row for row in rows if row["s_q"] == 1 and row["page_size"] == page]
     heads = sorted({row["heads"] for row in rows})
-    size = (4 * len(heads) + 2.5, 4.6)
-    with plotting.figure(path, title, columns=len(heads), size=size) as panels:
-        for axes, count in zip([panels] if len(heads) == 1 else panels, heads, strict=True):
+    columns = min(2, len(heads))
+    lines = -(-len(heads) // columns)
+    size = (4.2 * columns + 2.5, 3.6 * lines + 0.6)
+    with plotting.figure(path, title, columns=columns, rows=lines, size=size) as grid:
+        panels = np.atleast_1d(grid).ravel()
+        for unused in panels[len(heads) :]:
+            unused.set_axis_off()
+        for axes, count in zip(panels, heads, strict=False):
             mine = [row for row in rows if row["heads"] == count]
             held = sorted({row[hold] for row in mine})
             for name, style in look.items():
@@ -437,12 +443,14 @@ def _draw_lines(
             axes.set_xticks(sorted({row[x] for row in mine}), sorted({row[x] for row in mine}))
             axes.set_xlabel(x.replace("_", " "))
             axes.set_title(f"{count} heads")
-        (panels if len(heads) == 1 else panels[0]).set_ylabel(y_label)
-        lines = {
+        for axes in panels[::columns]:
+            axes.set_ylabel(y_label)
+        labelled = {
             line.get_label(): line
-            for axes in ([panels] if len(heads) == 1 else panels)
+            for axes in panels
             for line in axes.get_legend_handles_labels()[0]
         }
-        axes.legend(
-            lines.values(), lines.keys(), fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1)
-        )
+        panels[columns - 1].legend(
+            *(labelled.values(), labelled.keys()), fontsize=8, loc="upper left",
+            bbox_to_anchor=(1.01, 1),
+        )  # fmt: skip

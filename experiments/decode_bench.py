@@ -227,7 +227,7 @@ class Work:
             "cache": cache,
             "block_tables": self.tables,
             "seq_lens": self.seq_lens,
-            "query_lens": self.seq_lens,
+            "query_lens": None,
         }
         problem = AttentionProblem(
             **arrays,

@@ -36,6 +36,7 @@ EXPERIMENTS = (
     "best",
     "benchmark",
     "kernel_bench",
+    "report",
 )
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from experiments import timing
+from experiments.best_when import PEERS
 from experiments.decode_bench import SCALE, Inputs
 
-PEERS = ("flashinfer_fa2", "flashinfer_fa3")
 WORKSPACE_BYTES = 128 << 20  # that FlashInfer's documentation recommends
 
 

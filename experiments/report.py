@@ -1,0 +1,293 @@
+"""One HTML page of all results in a folder: nothing else is needed to read it, no network either.
+
+    python -m experiments.launch --experiment=report --results=out --output_dir=out
+
+It takes every result.json under the folder, whatever experiment wrote it, with the pictures that
+stand beside it. docs/reading_the_report.md says how to read it.
+"""
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import page
+from experiments.benchmark import COLUMNS
+from experiments.best_when import AXES, best_when
+from experiments.experiment import InputError, Outcome, Output, Row
+from experiments.options import flag
+from experiments.results import SCHEMA, validate_result
+
+SUMMARY = "one HTML page of all results in a folder: tables, pictures, what is best when"
+
+GROUPS = {  # in the order of the page; what is in none of them comes last
+    "Speed": ("benchmark", "kernel_bench"),
+    "Accuracy": ("demo", "correctness", "parity", "soak", "int8_accuracy", "amla_accuracy"),
+    "Machines": ("pipeline", "compare", "sweep", "best", "published"),
+    "Sizes and plans": ("cache_size", "split_kv"),
+}
+OTHER = "Other"
+BEST = "What is best when"
+RAN = "What ran"
+NOT_MEASURED = ("failed", "skipped")
+FEW = 6  # numbers by name that stand in a line
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    results: str = flag("out", "a folder with results")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A result.json, with the folder it stands in and its name for people and links."""
+
+    folder: Path
+    name: str
+    content: dict[str, Any]
+
+    @property
+    def anchor(self) -> str:
+        return "r-" + "".join(c if c.isalnum() else "-" for c in self.name)
+
+    @property
+    def group(self) -> str:
+        experiment = self.content["experiment"]
+        return next((g for g, members in GROUPS.items() if experiment in members), OTHER)
+
+    @property
+    def environments(self) -> list[dict[str, Any]]:
+        """Where it ran: each session of a benchmark, which may be collected elsewhere."""
+        sessions = [s["environment"] for s in self.content.get("sessions", [])]
+        return sessions or [self.content["environment"]]
+
+    @property
+    def where(self) -> str:
+        return ", ".join(dict.fromkeys(_devices(e) for e in self.environments))
+
+
+def run(options: Options, output: Output) -> Outcome:
+    folder = Path(options.results)
+    results = read_results(folder)
+    html = render(results, folder.resolve().name)
+    path = output.path("report.html")
+    path.write_text(html, encoding="utf-8")
+    rows: list[Row] = [
+        {"name": r.name, "experiment": r.content["experiment"], "passed": r.content["passed"]}
+        for r in results
+    ]
+    size = len(html.encode()) / 2**20
+    return Outcome(True, f"{len(results)} results, {size:.1f} MiB: {path}", rows)
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Every result under the folder but reports. InputError that names all files that are bad."""
+    found, wrong = [], []
+    for path in sorted(folder.rglob("result.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError("must hold an object")
+            validate_result(content)
+            missing = [name for name in pictures(content) if not (path.parent / name).is_file()]
+            if missing:
+                raise ValueError(f"names pictures that are not there: {', '.join(missing)}")
+        except (ValueError, OSError) as error:
+            wrong.append(f"{path}: {error}")
+            continue
+        if content["experiment"] != "report":
+            name = path.parent.relative_to(folder).as_posix()
+            found.append(
+                Result(path.parent, content["experiment"] if name == "." else name, content)
+            )
+    if wrong:
+        raise InputError("--results: " + "; ".join(wrong))
+    if not found:
+        raise InputError(f"--results: no result.json under {folder}")
+    return found
+
+
+def pictures(content: dict[str, Any]) -> list[str]:
+    """The names of a result's pictures."""
+    return [name for name in content["files"] if Path(name).suffix in page.PICTURES]
+
+
+def render(results: Sequence[Result], title: str) -> str:
+    """The page."""
+    sections = {RAN: ran(results), BEST: best(results), "Errors against float64": accuracy(results)}
+    for group in (*GROUPS, OTHER):
+        sections[group] = "".join(article(r) for r in results if r.group == group)
+    sections = {heading: content for heading, content in sections.items() if content}
+    ids = {heading: heading.lower().replace(" ", "-") for heading in sections}
+    links = "".join(f'<a href="#{ids[h]}">{page.text(h)}</a>' for h in sections)
+    passed = sum(r.content["passed"] for r in results)
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    body = "\n".join(
+        f'<section id="{ids[heading]}"><h2>{page.text(heading)}</h2>\n{content}</section>'
+        for heading, content in sections.items()
+    )
+    return page.document(
+        f"mla-jax: {title}",
+        f"<header><h1>mla-jax, results in {page.text(title)}</h1>\n"
+        f'<p class="soft">{len(results)} experiments, {passed} passed; on '
+        f"{page.text(', '.join(dict.fromkeys(r.where for r in results)))}.</p>\n"
+        f"<nav>{links}</nav></header>\n<main>\n{body}\n</main>\n"
+        f"<footer>Written {now} by experiments.report.</footer>",
+    )
+
+
+def ran(results: Sequence[Result]) -> str:
+    """What ran, where, with which versions."""
+    lines = [
+        {
+            "result": page.Link(r.name, r.anchor),
+            "verdict": "passed" if r.content["passed"] else "FAILED",
+            "finding": r.content["summary"],
+            "where": r.where,
+            "started, UTC": r.content["started"][:16].replace("T", " "),
+            "seconds": r.content["duration_s"],
+            "jax": ", ".join(dict.fromkeys(e["versions"].get("jax", "") for e in r.environments)),
+        }
+        for r in results
+    ]
+    machines: dict[str, Row] = {}
+    for environment in (e for r in results for e in r.environments):
+        machine = {
+            "device": _devices(environment),
+            "backend": environment["backend"],
+            "machine": environment["machine"],
+            "CPU cores": environment["cpu_count"],
+            **environment["versions"],
+        }
+        machines[json.dumps(machine)] = machine
+    return page.table(lines) + "<h4>Machines and versions</h4>\n" + page.table(machines.values())
+
+
+def best(results: Sequence[Result]) -> str:
+    """Classes of shapes with who is fastest, a table for each device that was benchmarked."""
+    devices: dict[str, list[Row]] = {}
+    for result in results:
+        if result.content["experiment"] == "benchmark":
+            for row in result.content["rows"]:
+                devices.setdefault(str(row.get("device", "")), []).append(row)
+    tables = {device: page.table(best_when(rows)) for device, rows in devices.items()}
+    about = (
+        "<p>Shapes in classes. A ratio is time over our time, so above 1 ours is faster: the "
+        "geometric mean, then least and largest. A peer's time is the best of those that ran here "
+        "and of the published and measured ones in benchmarks/. The ceiling is the larger of this "
+        "device's own read bandwidth and matmul rate that was reached.</p>\n"
+    )
+    content = "".join(f"<h4>{page.text(d)}</h4>\n{t}" for d, t in tables.items() if t)
+    return about + content if content else ""
+
+
+def accuracy(results: Sequence[Result]) -> str:
+    """The largest of each column of errors, by result."""
+    lines: list[Row] = []
+    for result in results:
+        rows = result.content["rows"]
+        columns = dict.fromkeys(c for row in rows for c in row if "error" in c.split("_"))
+        link = page.Link(result.name, result.anchor)
+        for column in columns:
+            values = [row[column] for row in rows if isinstance(row.get(column), float)]
+            if values and "percent" not in column:
+                worst = max(range(len(rows)), key=lambda i, c=column: _size(rows[i].get(c)))
+                lines.append({"result": link, "error of": column.replace("_", " "),
+                              "largest": max(values), "median": sorted(values)[len(values) // 2],
+                              "rows": len(values), "largest in": label(rows[worst])})  # fmt: skip
+    return page.table(lines)
+
+
+def _size(value: Any) -> float:
+    return value if isinstance(value, float) else -1.0
+
+
+def label(row: Row) -> str:
+    """What names a row: its words and whole numbers, as many as are soon read."""
+    values = [row[axis] for axis in AXES] if all(axis in row for axis in AXES) else []
+    if values:
+        batch, dtype, heads, s_q, size, lengths, kv_len = values
+        words = [f"{heads} heads, S_q {s_q}, {batch} x {kv_len} {lengths}, page {size}, {dtype}"]
+        return ", ".join([*words, str(row.get("implementation", ""))])
+    return ", ".join(str(value) for value in row.values() if isinstance(value, str) and value)[:80]
+
+
+def article(result: Result) -> str:
+    """All of one result: verdict, pictures, tables; flags folded away."""
+    content = result.content
+    verdict = "passed" if content["passed"] else "failed"
+    parts = [
+        f'<article id="{result.anchor}"><div class="title"><h3>{page.text(result.name)}</h3>'
+        f'<span class="{verdict}">{verdict}</span><span class="soft">{page.text(result.where)}, '
+        f"{page.text(content['started'][:10])}</span></div>\n<p>{page.text(content['summary'])}</p>\n"
+    ]
+    extra = {k: v for k, v in content.items() if k not in SCHEMA and k != "sessions"}
+    parts.append(page.pairs({k: v for k, v in extra.items() if not isinstance(v, list | dict)}))
+    parts += [_nested(name.replace("_", " "), value) for name, value in extra.items() if value]
+    for name in pictures(content):
+        parts.append(page.picture(result.folder / name, f"{content['experiment']}: {name}"))
+    parts.append(rows_of(content))
+    if "sessions" in content:
+        ceilings = [{"started": s["started"], "device": _devices(s["environment"]), **s["ceilings"]}
+                    for s in content["sessions"]]  # fmt: skip
+        heading = "<h4>Ceilings, measured in the same run (GB/s, TFLOPS)</h4>\n"
+        parts.append(heading + page.table(ceilings))
+    options = {k: v for k, v in content["options"].items() if v not in (None, [], "")}
+    parts.append(page.folded("Flags", page.pairs(options)))
+    return "".join(parts) + "</article>\n"
+
+
+def rows_of(content: dict[str, Any]) -> str:
+    """The table of a result; of benchmarks the columns that are read, and why rows are missing."""
+    rows = content["rows"]
+    if not rows:
+        return ""
+    if content["experiment"] not in GROUPS["Speed"]:
+        return f"<h4>Rows</h4>\n{page.table(rows)}"
+    columns = {axis: axis.replace("_", " ") for axis in AXES} | COLUMNS
+    parts = [
+        "<h4>Measured</h4>\n",
+        page.table([row for row in rows if row["status"] == "measured"], columns),
+    ]
+    for status in NOT_MEASURED:
+        reasons: dict[tuple[str, str], int] = {}
+        for row in rows:
+            if row["status"] == status:
+                key = row["implementation"], row["reason"]
+                reasons[key] = reasons.get(key, 0) + 1
+        lines = [{"who": w, "rows": n, "reason": r} for (w, r), n in reasons.items()]
+        parts.append(page.folded(f"{sum(reasons.values())} {status}", page.table(lines)))
+    return "".join(parts)
+
+
+def _nested(name: str, value: Any) -> str:
+    """What an experiment puts at the top level under a name: rows, lines, or numbers by name."""
+    heading = f"<h4>{page.text(name)}</h4>\n"
+    if isinstance(value, list):
+        if all(isinstance(item, dict) for item in value):
+            return heading + page.table(value)
+        if all(isinstance(item, str) for item in value):
+            return heading + page.listing(value)
+        return page.pairs({name: ", ".join(map(page.text, value))})
+    if not isinstance(value, dict):
+        return ""  # a scalar, which stands in front
+    if any(isinstance(item, dict) for item in value.values()):
+        rows = [item if isinstance(item, dict) else {"value": item} for item in value.values()]
+        return heading + page.table(
+            {"name": key, **row} for key, row in zip(value, rows, strict=True)
+        )
+    if len(value) > FEW:
+        return heading + page.table({"name": key, "value": item} for key, item in value.items())
+    words = ", ".join(f"{key.replace('_', ' ')} {page.text(item)}" for key, item in value.items())
+    return page.pairs({name: words})
+
+
+def _devices(environment: dict[str, Any]) -> str:
+    """`2 x NVIDIA H200`"""
+    kinds = environment["devices"]
+    return ", ".join(
+        f"{kinds.count(kind)} x {kind}" if kinds.count(kind) > 1 else kind
+        for kind in dict.fromkeys(kinds)
+    )
