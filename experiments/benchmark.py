@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from experiments import peers, plotting, timing
-from experiments.best_when import AXES
+from experiments.best_when import AXES, PEERS
 from experiments.console import say, show_table
 from experiments.decode_bench import Contender, Setup, contender
 from experiments.decode_runner import Journal, Runner, Task
@@ -64,7 +64,7 @@ class Options:
     implementations: tuple[str, ...] = flag(
         (), "which to run, jnp (XLA's attention over contiguous KV) among them; all if not given"
     )
-    peers: tuple[str, ...] = flag(peers.PEERS, "which to run where installed", choices=peers.PEERS)
+    peers: tuple[str, ...] = flag(PEERS, "which to run where installed", choices=PEERS)
     seconds: float = flag(0.0, "begin nothing new after as many; 0: no limit", lower_bound=0)
     collect: bool = flag(False, "run nothing: the result of the rows that the folder has")
     memory_gib: float = flag(0.0, "for caches; 0: six tenths of the device's", lower_bound=0)
@@ -116,7 +116,7 @@ def collected(output: Output, rows: Sequence[Shape], preset: str) -> tuple[Journ
     if not (output.folder / "rows.jsonl").exists():
         raise InputError(f"--collect: there is no rows.jsonl in {output.folder}")
     journal = Journal.open(output.path("rows.jsonl"))
-    names = {name for _, name in journal.rows} - set(peers.PEERS)
+    names = {name for _, name in journal.rows} - set(PEERS)
     tasks = tasks_of(rows, [contender(name) for name in sorted(names)], preset)
     return journal, sum((row, who.name) not in journal.rows for row, who in tasks)
 
@@ -282,13 +282,17 @@ COLUMNS = {
     "prediction_error_percent": "error %",
     "error": "o error",
 }
+SHOWN = (  # of COLUMNS, on a console
+    *("implementation", "us", "us_separated", "gb_per_s", "of_ceiling"),
+    *("speed_over_jnp", "speed_over_peer_us"),
+)
 
 
 def show(table: Sequence[Row]) -> None:
     """The measured rows on the console, and why others failed."""
     rows = [{"row": Shape.of(row).label, **row} for row in table]
     measured = [row for row in rows if row["status"] == "measured"]
-    used = {k: v for k, v in COLUMNS.items() if any(row.get(k) is not None for row in measured)}
+    used = {k: COLUMNS[k] for k in SHOWN if any(row.get(k) is not None for row in measured)}
     show_table("Decode attention", measured, {"row": "row", **used})
     for status in ("failed", "skipped"):
         others = [row for row in rows if row["status"] == status]

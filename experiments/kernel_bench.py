@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from experiments import peers
 from experiments.benchmark import finished, markdown, measured_ceilings, show, write_csv
+from experiments.best_when import PEERS
 from experiments.console import show_table
 from experiments.decode_bench import Contender, Setup, contender
 from experiments.decode_runner import Journal, Runner
@@ -34,7 +35,7 @@ PAGE_BARS = {128: 0.98, 16: 0.9, 1: 0.75}  # speed, against pages of 64
 class Options:
     preset: str = flag("bars", "of rows; bars: those that have one", choices=tuple(PRESETS))
     variants: tuple[str, ...] = flag((), "options to run; none: all", choices=tuple(VARIANTS))
-    peers: tuple[str, ...] = flag((), "which to run beside it", choices=peers.PEERS)
+    peers: tuple[str, ...] = flag((), "which to run beside it", choices=PEERS)
     seconds: float = flag(0.0, "begin nothing new after as many; 0: no limit", lower_bound=0)
     memory_gib: float = flag(0.0, "for caches; 0: six tenths of the device's", lower_bound=0)
     seed: int = flag(0, "of all random numbers")

@@ -57,7 +57,7 @@ def text(value: Any) -> str:
 def number(value: float) -> str:
     """Three or four digits that count."""
     size = abs(value)
-    if value == 0 or (value == int(value) and size < 1e4):
+    if value == 0 or (value.is_integer() and size < 1e4):
         return f"{value:,.0f}"
     if size < 1e-2 or size >= 1e7:
         return f"{value:.1e}"

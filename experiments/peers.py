@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from experiments import timing
-from experiments.best_when import PEERS
 from experiments.decode_bench import SCALE, Inputs
 
 WORKSPACE_BYTES = 128 << 20  # that FlashInfer's documentation recommends

@@ -32,7 +32,7 @@ OTHER = "Other"
 BEST = "What is best when"
 RAN = "What ran"
 NOT_MEASURED = ("failed", "skipped")
-FEW = 6  # numbers by name that stand in a line
+FEW = 8  # numbers by name that stand in a line
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,6 +50,7 @@ SMALL = {
 }
 
 NEED_A_GPU = {"kernel_bench"}
+NEED_RESULTS = {"report"}  # tests/test_report.py
 STARTS = {".png": b"\x89PNG", ".json": b"{", ".jsonl": b"{", ".csv": b"batch,", ".md": b"|"}
 
 
@@ -112,8 +113,8 @@ class TestLauncher:
 
 
 class TestResult:
-    def test_every_experiment_is_run_below_or_needs_a_gpu(self):
-        assert set(SMALL) | NEED_A_GPU == set(launch.EXPERIMENTS)
+    def test_every_experiment_is_run_below_or_needs_more(self):
+        assert set(SMALL) | NEED_A_GPU | NEED_RESULTS == set(launch.EXPERIMENTS)
 
     @pytest.mark.parametrize("name", [name for name in launch.EXPERIMENTS if name in SMALL])
     def test_every_experiment_in_small(self, tmp_path, name):

@@ -1,7 +1,11 @@
-"""Writes the tables of README.md from the results in benchmarks/results.
+"""Writes the tables of README.md from the results in benchmarks.
 
-    python tools/readme_tables.py          writes them
-    python tools/readme_tables.py --check  exits with 1 where the README has something else
+    python tools/readme_tables.py            writes them
+    python tools/readme_tables.py --check    exits with 1 where the README has something else
+    python tools/readme_tables.py --take=DIR takes a benchmark made on an H200 and writes them
+
+DIR is the folder of its result.json, as `experiments.launch --experiment=benchmark` leaves it; it
+goes to benchmarks/h200 with its tables and pictures, in place of an earlier one.
 
 A table stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; `TABLES` says who writes it.
 To renew a result, run its experiment and copy its result.json, e.g.
@@ -12,14 +16,23 @@ To renew a result, run its experiment and copy its result.json, e.g.
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from experiments.best_when import best_when  # noqa: E402
+
+README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 MEASURED = ROOT / "benchmarks" / "measured" / "h200_decode.json"  # on a GPU, beside peers
+H200 = ROOT / "benchmarks" / "h200"  # a folder an experiment
+DEVICE = "NVIDIA H200"  # that what stands there was measured on
+TAKEN = ("result.json", "*.csv", "*.png")
 
 
 def parity() -> str:
@@ -140,9 +153,40 @@ def h200_decode() -> str:
     return table([*header, "speed against the better peer", "our GB/s"], rows)
 
 
+def h200_benchmark() -> str:
+    """Classes of shapes of the standard grid, who is fastest and by how much; nothing where no run
+    is committed. One token, bf16, equal lengths, pages of 64; the rest is in the report."""
+    folder = H200 / "benchmark"
+    if not (folder / "result.json").exists():
+        return ""
+    result = json.loads((folder / "result.json").read_text())
+    rows = [row for row in result["rows"] if row["status"] == "measured"]
+    usual = {"s_q": 1, "dtype": "bf16", "lengths": "uniform", "page_size": 64}
+    classes = best_when(r for r in rows if all(r[key] == value for key, value in usual.items()))
+    peer, baseline = "ours against the best peer", "ours against jnp under XLA"
+    lines = [
+        [f"{c['heads']} heads, {c['requests']} x {c['context']}", str(c["shapes"]), c["fastest"],
+         c[peer], c[baseline], f"{c['of the ceiling, %']:.0f} %"]
+        for c in classes
+    ]  # fmt: skip
+    header = ["heads, requests x KV tokens", "shapes", "fastest", peer, baseline]
+    session = result["sessions"][rows[-1]["session"]]
+    left = f"; {result['left']} were left for lack of time" if result["left"] else ""
+    picture = (folder / "roofline.png").relative_to(README.parent).as_posix()
+    return (
+        f"The grid `{result['preset']}` on one {DEVICE}, jax "
+        f"{session['environment']['versions']['jax']}, {session['started'][:10]}: {len(rows)} rows "
+        f"measured{left}. Of one token, bf16, equal lengths and pages of 64, in classes; ratios of "
+        "speed are geometric means (least to largest), a ceiling is the card's own read or matmul "
+        f"rate in the same run.\n\n{table([*header, 'of the ceiling'], lines)}\n\n"
+        f"![Roofline of all rows]({picture})"
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "h200_decode": h200_decode,
+    "h200_benchmark": h200_benchmark,
     "parity": parity,
     "cache_size": cache_size,
     "amla_accuracy": amla_accuracy,
@@ -169,19 +213,44 @@ def fill(text: str) -> str:
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         if not pattern.search(text):
             raise KeyError(f"no {begin} ... {end}")
-        block = f"{begin}\n{write()}\n{end}"
+        block = "\n".join(filter(None, (begin, write(), end)))
         text = pattern.sub(lambda _, block=block: block, text)
     return text
 
 
+def take(source: Path) -> None:
+    """Copies a result to benchmarks/h200. ValueError where it is none, or not of an H200."""
+    path = source / "result.json"
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        measured = [row for row in result["rows"] if row["status"] == "measured"]
+        devices = sorted({str(row["device"]) for row in measured})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no result of a benchmark: {error!r}") from error
+    if devices != [DEVICE]:
+        raise ValueError(f"{path}: rows must be measured on {DEVICE}, got {devices or 'none'}")
+    target = H200 / result["experiment"]
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for pattern in TAKEN:
+        for file in sorted(source.glob(pattern)):
+            shutil.copyfile(file, target / file.name)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit status."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    for argument in arguments:
+        if argument.startswith("--take="):
+            try:
+                take(Path(argument.removeprefix("--take=")))
+            except ValueError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 2
+    text = README.read_text(encoding="utf-8")
     filled = fill(text)
     if "--check" in arguments:
         return int(filled != text)
-    readme.write_text(filled, encoding="utf-8")
+    README.write_text(filled, encoding="utf-8")
     return 0
 
 
