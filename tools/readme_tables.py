@@ -171,7 +171,7 @@ def h200_benchmark() -> str:
     ]  # fmt: skip
     header = ["heads, requests x KV tokens", "shapes", "fastest", peer, baseline]
     session = result["sessions"][rows[-1]["session"]]
-    left = f"; {result['left']} were left for lack of time" if result["left"] else ""
+    left = f"; {result['left']} were not run" if result["left"] else ""
     picture = (folder / "roofline.png").relative_to(README.parent).as_posix()
     return (
         f"The grid `{result['preset']}` on one {DEVICE}, jax "
