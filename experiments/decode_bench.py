@@ -246,7 +246,8 @@ class Work:
         from pallas_kernels.hopper.attention import plan_decode
 
         rescale = dict(who.options).get("rescale", "multiply")
-        return lambda seq_lens: plan_decode(seq_lens, self.row.s_q * self.row.heads, rescale)
+        rows = self.row.s_q * self.row.heads
+        return lambda seq_lens: plan_decode(seq_lens, rows, rescale=rescale)
 
     def step(self, who: Contender) -> Callable[..., tuple[jax.Array, jax.Array]]:
         """(q, layer, (block tables, seq_lens, plan)) -> (o, lse)."""

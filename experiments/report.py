@@ -193,15 +193,11 @@ def accuracy(results: Sequence[Result]) -> str:
         for column in columns:
             values = [row[column] for row in rows if isinstance(row.get(column), float)]
             if values and "percent" not in column:
-                worst = max(range(len(rows)), key=lambda i, c=column: _size(rows[i].get(c)))
+                worst = next(row for row in rows if row.get(column) == max(values))
                 lines.append({"result": link, "error of": column.replace("_", " "),
                               "largest": max(values), "median": sorted(values)[len(values) // 2],
-                              "rows": len(values), "largest in": label(rows[worst])})  # fmt: skip
+                              "rows": len(values), "largest in": label(worst)})  # fmt: skip
     return page.table(lines)
-
-
-def _size(value: Any) -> float:
-    return value if isinstance(value, float) else -1.0
 
 
 def label(row: Row) -> str:
