@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from mla_jax.problem import AttentionProblem
 from mla_jax.pure_jax import attend_reference, attend_split_kv, attend_xla
@@ -79,6 +80,8 @@ def _attend_blockwise(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
 def _blockwise_unavailable(problem: AttentionProblem | None) -> str | None:
     if problem is None:
         return None
+    if problem.cache.dtype == jnp.int8:
+        return "it takes caches of floating point, got int8"
     capacity = problem.block_tables.shape[1] * problem.cache.page_size
     scores = problem.q.shape[0] * problem.num_rows * capacity
     if scores > BLOCKWISE_SCORES:

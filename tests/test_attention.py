@@ -271,6 +271,12 @@ def test_int8_cache_goes_to_an_implementation_that_has_it():
         attend(batch.q, broken, batch.block_tables, batch.seq_lens)
 
 
+def test_blockwise_refuses_an_int8_cache():
+    batch = make_batch(np.random.default_rng(15), [40], [1], dtype="int8")
+    with pytest.raises(ValueError, match="'blockwise' can't run this.* floating point, got int8"):
+        attend(*batch.args, implementation="blockwise")
+
+
 def test_hopper_says_what_cache_it_lacks():
     reason = hopper.refuses("bfloat16", "int8", "ND", 64, 512, 64, "multiply", None)
     assert reason == "it takes q and cache both bfloat16 or both float16, got bfloat16 and int8"
