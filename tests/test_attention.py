@@ -273,7 +273,7 @@ def test_int8_cache_goes_to_an_implementation_that_has_it():
 
 def test_blockwise_refuses_an_int8_cache():
     batch = make_batch(np.random.default_rng(15), [40], [1], dtype="int8")
-    with pytest.raises(ValueError, match="'blockwise' can't run this.* floating point, got int8"):
+    with pytest.raises(ValueError, match=r"'blockwise' can't run this.* floating point, got int8"):
         attend(*batch.args, implementation="blockwise")
 
 
