@@ -1,0 +1,401 @@
+"""Paged absorbed MLA decode for Hopper over an int8 latent cache, up to 32 query rows.
+
+The transposed form of `decode_few`: S^T = K Q^T and O^T = V^T P^T, with KV tokens or dimensions as
+the rows of a wgmma tile and queries as its columns. Per block of 64 tokens (41 KB, which take about
+2100 cycles of a memory-bound SM)
+
+    S^T  int8 x int8 -> int32 for the latent part, bfloat16 for the rope part
+    s    int32 * k_scale[token] * q_scale[row] + rope
+    P    e^(s - m) * k_scale[token] in bfloat16: V's scale is K's, and is folded in before rounding
+    V^T  int8 -> bfloat16 exactly, in registers, on its way to wgmma (`widen`)
+
+Shared memory would be the limit otherwise: a widened copy there costs 64 KB written and 64 KB read a
+block, 1000 cycles of its bandwidth, where TMA, QK and the bytes of V already take 1000.
+
+One or two warpgroups compute, one loads. Two take the blocks in turns, each with an O^T of its own,
+and add them up at the end of a piece. The plan, and what becomes of its pieces, are `decode`'s.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper.primitives import WGMMA_OPERAND
+from pallas_kernels.hopper.transposed import COLUMNS, WARPS
+from pallas_kernels.hopper.walk import BLOCK, LN2, LOG2E, NO_KEY, PIECE, block_sources, records
+from pallas_kernels.hopper.widen import GROUP, INT8_OPERAND, WIDENED_UNIT, WideningBackend
+
+MOST_ROWS = 32  # O^T of d_v 512 takes 4 registers a thread for each row
+MOST_ROWS_OF_TWO = 16  # where two warpgroups hold an O^T each and hand half of it over
+
+
+@dataclasses.dataclass(frozen=True)
+class FewInt8Config:
+    """Tile sizes and options of one compiled kernel."""
+
+    rows_per_tile: int  # query rows of a tile, a multiple of 8
+    computing: int = 2  # warpgroups, 1 or 2
+    depth: int = 4  # slots of 64 tokens, a multiple of `computing`
+    q_buffers: int = 2
+    registers: tuple[int, int] | None = None  # of computing threads, of loading ones
+    early_start: bool = True  # programmatic dependent launch: start while the last kernel drains
+
+    def __post_init__(self):
+        if self.rows_per_tile % 8 or not 0 < self.rows_per_tile <= MOST_ROWS:
+            raise ValueError(
+                f"rows_per_tile must be 8, 16, 24 or {MOST_ROWS}, got {self.rows_per_tile}"
+            )
+        if self.computing not in (1, 2) or self.rows_per_tile > MOST_ROWS_OF_TWO * (
+            3 - self.computing
+        ):
+            raise ValueError(
+                f"computing must be 1, or 2 up to {MOST_ROWS_OF_TWO} rows, got {self.computing} "
+                f"and rows_per_tile {self.rows_per_tile}"
+            )
+        if self.depth % self.computing:
+            raise ValueError(f"depth must be a multiple of computing, got {self.depth}")
+
+
+def decode_few_int8(
+    q_int8,
+    q_scales,
+    q_rope,
+    pages,
+    rope_pages,
+    scales,
+    block_tables,
+    seq_lens,
+    query_lens,
+    plan,
+    o_ref,
+    lse_ref,
+    *,
+    num_heads,
+    softmax_scale,
+    causal,
+    config,
+    partial_dtype=jnp.float32,
+    interpret=None,
+):
+    """Runs the plan; the plan, results and options as in `decode`.
+
+    Args:
+        q_int8: [B, R, d_v] int8, R a multiple of config.rows_per_tile.
+        q_scales: [B, R] float32; q = q_int8 * q_scales.
+        q_rope: [B, R, rope] bfloat16.
+        pages: [N, page, d_v] int8.
+        rope_pages: [N, page, rope] bfloat16.
+        scales: [N, page] float32, one a token.
+
+    Writes whole tiles to o_ref [B, R, d_v] and lse_ref [B, R]; returns the partial
+    (o [slots, rows_per_tile, d_v], lse [slots, rows_per_tile]) of cut tiles.
+    """
+    _, rows_total, latent = q_int8.shape
+    page_size, rope = rope_pages.shape[1:]
+    rows, depth, computing = config.rows_per_tile, config.depth, config.computing
+    if rows_total % rows:
+        raise ValueError(f"q must have a multiple of {rows} rows (rows_per_tile), got {rows_total}")
+    half = latent // 2
+    groups = half // GROUP  # of wgmma rows in half of O^T
+    dtype = q_rope.dtype
+    scale = softmax_scale * LOG2E
+    g = WideningBackend(interpreting=interpret is not None)
+    num_slots = max(1, plan.num_slots)
+    tile = (BLOCK, rows)
+    accumulator_shapes = ((half, rows), (half, rows), tile, tile)
+
+    def body(
+        q_ref,
+        q_rope_ref,
+        q_scale_ref,
+        kv_ref,
+        rope_ref,
+        scale_ref,
+        table_ref,
+        len_ref,
+        qlen_ref,
+        walk_ref,
+        piece_ref,
+        o_ref,
+        lse_ref,
+        po_ref,
+        plse_ref,
+        q_smem,
+        q_rope_smem,
+        kv_smem,
+        rope_smem,
+        scale_smem,
+        p_smem,
+        top_smem,
+        sum_smem,
+        handed_smem,
+        state_smem,
+        q_full,
+        q_empty,
+        full,
+        empty,
+        handed,
+        taken,
+        *accumulators,
+    ):
+        if config.early_start:
+            g.wait_for_previous_kernel()
+            g.let_next_kernel_start()
+        wg = lax.axis_index("wg")
+        worker = lax.axis_index("worker")
+        fields = range(len(PIECE))
+        first, stop = walk_ref[worker, 0], walk_ref[worker, 1]
+
+        def walk(run):
+            """run(k, n, piece) for the worker's k-th piece; n blocks came before it."""
+            head = tuple(walk_ref[worker, 2 + i] for i in fields)
+
+            def step(p, carry):
+                n, *piece = carry
+                following = jnp.minimum(p + 1, piece_ref.shape[0] - 1)
+                after = tuple(piece_ref[following, i] for i in fields)
+                run(p - first, n, piece)
+                return (n + piece[3] - piece[2], *after)
+
+            return lax.fori_loop(first, stop, step, (jnp.int32(0), *head))
+
+        # ---------------------------------------------------------------- the loading warpgroup
+        queries = ((q_ref, q_smem), (q_rope_ref, q_rope_smem))
+        tokens = ((kv_ref, kv_smem), (rope_ref, rope_smem), (scale_ref, scale_smem))
+
+        def load_piece(k, n, piece):
+            request, row_tile, begin, end, _ = piece
+            buffer = lax.rem(k, config.q_buffers)
+            plgpu.barrier_wait(q_empty.at[buffer])
+            for source, target in queries:
+                plgpu.copy_gmem_to_smem(
+                    source.at[request, pl.ds(row_tile * rows, rows)],
+                    target.at[buffer],
+                    q_full.at[buffer],
+                )
+
+            def block(i, _):
+                ((page, mine, _),) = block_sources(
+                    table_ref, len_ref, request, begin + i, page_size
+                )
+                slot = lax.rem(n + i, depth)
+                plgpu.barrier_wait(empty.at[slot])
+                for source, target in tokens:
+                    plgpu.copy_gmem_to_smem(
+                        source.at[page, mine], target.at[slot], full.at[slot]
+                    )
+                return ()
+
+            lax.fori_loop(0, end - begin, block, ())
+
+        @pl.when(wg == computing)
+        def _load():
+            if config.registers:
+                g.set_max_registers(config.registers[1], "decrease")
+            walk(load_piece)
+            # See every release, so that no barrier ends with a phase that nobody saw.
+            for buffer in range(config.q_buffers):
+                plgpu.barrier_wait(q_empty.at[buffer])
+            for slot in range(depth):
+                plgpu.barrier_wait(empty.at[slot])
+
+        # ------------------------------------------------------------- the computing warpgroups
+        def across(columns, shape=tile):
+            return lax.broadcast_in_dim(columns, shape, [1])
+
+        def attend(me, k, n, piece, o_left, o_right, s_int, s_rope):
+            request, row_tile, begin, end, out_slot = piece
+            kv_len, query_len = len_ref[request], qlen_ref[request]
+            row = row_tile * rows
+            buffer = lax.rem(k, config.q_buffers)
+            p_mine = p_smem.at[me]
+            token = (g.iota(tile, 1) + row) // num_heads
+            limit = jnp.minimum(kv_len - query_len + token + 1, kv_len) if causal else kv_len
+            limit = jnp.where(token < query_len, limit, 0)
+            position = g.iota(tile, 0)
+            # Slots go round over all pieces, and a slot is one warpgroup's for good.
+            skip = lax.rem(me + n, 2) if computing == 2 else 0
+            mine = (end - begin - skip + computing - 1) // computing
+
+            def block(turn, carry):
+                m, norm = carry
+                i = computing * turn + skip
+                slot = lax.rem(n + i, depth)
+                zero = ((end - begin) >> 30) & i  # 0, but not for the compiler
+                g.zero_integers(s_int)
+                g.zero(s_rope)
+                plgpu.barrier_wait(full.at[slot])
+                g.mma_t(s_int, kv_smem.at[slot], q_smem.at[buffer + zero])
+                g.mma_t(s_rope, rope_smem.at[slot], q_rope_smem.at[buffer + zero])
+                token_scale = lax.broadcast_in_dim(g.load_rows(scale_smem.at[slot]), tile, [0])
+                g.wait_mma(0)
+                # What no row may see is NaN, perhaps: it is selected away, never multiplied.
+                visible = position + (begin + i) * BLOCK < limit
+                token_scale = jnp.where(visible, token_scale, 0.0)
+                s = g.read(s_int).astype(jnp.float32) * (token_scale * across(q_scale))
+                s = jnp.where(visible, s + g.read(s_rope) * scale, -jnp.inf)
+                m_new = jnp.maximum(m, g.reduce_rows(s, top_smem.at[me], "max"))
+                p = jnp.exp2(s - across(m_new))
+                g.store_t(p_mine, (p * token_scale).astype(dtype))
+                alpha = jnp.exp2(m - m_new)
+                for o_half in (o_left, o_right):
+                    g.scale_columns(o_half, alpha)
+                norm = norm * across(alpha) + p
+                plgpu.commit_smem()
+                for part in range(2 * groups):
+                    v = g.widened(kv_smem.at[slot], part)
+                    here = pl.ds(part % groups * GROUP, GROUP)
+                    g.mma_widened(o_left if part < groups else o_right, here, v, p_mine)
+                    g.wait_mma(1)  # the part before: its registers are free
+                plgpu.barrier_arrive(empty.at[slot])
+                g.wait_mma(0)
+                return m_new, norm
+
+            g.zero(o_left)
+            g.zero(o_right)
+            q_scale = g.load_columns(q_scale_ref.at[request, pl.ds(row, rows)]) * scale
+            plgpu.barrier_wait(q_full.at[buffer])
+            none = (g.full((rows,), NO_KEY, COLUMNS), g.full(tile, 0.0, plgpu.Layout.WGMMA))
+            m, norm = lax.fori_loop(0, mine, block, none)
+            plgpu.barrier_arrive(q_empty.at[buffer])
+
+            total = g.reduce_rows(norm, sum_smem.at[me], "add")
+            plgpu.commit_smem()  # the next piece may write sum_smem
+            halves = ((0, o_left), (1, o_right))
+
+            def finish(m, total, halves):
+                """halves: (which, its value) pairs. Normalises and stores them."""
+                blank = jnp.where(kv_len < 0, jnp.nan, 0.0)
+                seen = total > 0.0
+                inverse = jnp.where(seen, (1.0 / WIDENED_UNIT) / total, blank)
+                lse = jnp.where(seen, m * LN2 + jnp.log(total), -jnp.inf + blank)
+                stored = [(which, o * across(inverse, (half, rows))) for which, o in halves]
+
+                @pl.when(out_slot < 0)
+                def _():
+                    here = pl.ds(row, rows)
+                    for which, o in stored:
+                        destination = o_ref.at[request, here]
+                        g.store_dimensions(destination, o.astype(dtype), which * groups)
+                    if me == 0:
+                        lse_ref.at[request, here][...] = lse
+
+                @pl.when(out_slot >= 0)
+                def _():
+                    for which, o in stored:
+                        destination = po_ref.at[out_slot]
+                        g.store_dimensions(destination, o.astype(partial_dtype), which * groups)
+                    if me == 0:
+                        plse_ref.at[out_slot][...] = lse
+
+            if computing == 1:
+                finish(m, total, [(which, g.read(o_half)) for which, o_half in halves])
+                return
+            # Warpgroup 0 finishes the left half, 1 the right.
+            (_, kept), (_, sent) = halves if me == 0 else halves[::-1]
+            plgpu.barrier_wait(taken)
+            g.hand_over(handed_smem.at[me], g.read(sent))
+            state_smem.at[me, 0][...] = m
+            state_smem.at[me, 1][...] = total
+            plgpu.barrier_arrive(handed)
+            plgpu.barrier_wait(handed)
+            other_m, other_total = (g.load_columns(state_smem.at[1 - me, i]) for i in range(2))
+            other_o = g.take_over(handed_smem.at[1 - me])
+            plgpu.barrier_arrive(taken)
+            top = jnp.maximum(m, other_m)
+            keep, add = jnp.exp2(m - top), jnp.exp2(other_m - top)
+            wide = (half, rows)
+            o = g.read(kept) * across(keep, wide) + other_o * across(add, wide)
+            finish(top, total * keep + other_total * add, [(me, o)])
+
+        def compute(me):
+            if config.registers:
+                g.set_max_registers(config.registers[0], "increase")
+            for slot in range(me, depth, computing):
+                plgpu.barrier_arrive(empty.at[slot])  # every slot starts free
+            for buffer in range(config.q_buffers):
+                plgpu.barrier_arrive(q_empty.at[buffer])
+            if computing == 2:
+                plgpu.barrier_arrive(taken)
+
+            def run(k, n, piece):
+                def scoped(*accs):
+                    attend(me, k, n, piece, *accs)
+
+                g.with_score_accumulators(scoped, accumulators, me, *accumulator_shapes)
+
+            walk(run)
+            if computing == 2:
+                plgpu.barrier_wait(taken)
+
+        for me in range(computing):
+            pl.when(wg == me)(lambda me=me: compute(me))
+
+    def wide(*shape):
+        return plgpu.SMEM(shape, dtype, transforms=WGMMA_OPERAND)
+
+    def narrow(*shape):
+        return plgpu.SMEM(shape, jnp.int8, transforms=INT8_OPERAND)
+
+    def floats(*shape):
+        return plgpu.SMEM(shape, jnp.float32)
+
+    handed_rows = rows if computing == 2 else 1
+    kernel = plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct((num_slots, rows, latent), partial_dtype),
+            jax.ShapeDtypeStruct((num_slots, rows), jnp.float32),
+        ),
+        scratch_types=(
+            narrow(config.q_buffers, rows, latent),
+            wide(config.q_buffers, rows, rope),
+            narrow(depth, BLOCK, latent),
+            wide(depth, BLOCK, rope),
+            floats(depth, BLOCK),
+            wide(computing, rows, BLOCK),  # P
+            floats(computing, WARPS, rows),
+            floats(computing, WARPS, rows),
+            floats(computing, handed_rows, half),
+            floats(computing, 2, rows),
+            plgpu.Barrier(num_arrivals=2, num_barriers=config.q_buffers),  # q_full
+            plgpu.Barrier(num_arrivals=computing, num_barriers=config.q_buffers),  # q_empty
+            plgpu.Barrier(num_arrivals=3, num_barriers=depth),  # full
+            plgpu.Barrier(num_arrivals=1, num_barriers=depth),  # empty
+            plgpu.Barrier(num_arrivals=computing),  # handed
+            plgpu.Barrier(num_arrivals=computing),  # taken
+            *g.accumulator_scratch(computing, *accumulator_shapes),
+        ),
+        grid=(plan.num_workers,),
+        grid_names=("worker",),
+        num_threads=computing + 1,
+        thread_name="wg",
+        interpret=interpret,
+        kernel_name="mla_decode_few_int8",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+    )
+    walk, pieces = records(plan)
+    return kernel(
+        q_int8,
+        q_rope,
+        q_scales,
+        pages,
+        rope_pages,
+        scales,
+        block_tables,
+        seq_lens,
+        query_lens,
+        walk,
+        pieces,
+        o_ref,
+        lse_ref,
+    )

@@ -1,0 +1,241 @@
+"""Primitives of the int8 decode kernel: V^T widened from int8 to bfloat16 on its way to wgmma.
+
+wgmma can't read 8-bit operands transposed, so O^T = V^T P^T needs V^T in 16 bits. It goes through
+registers, as operand A, and never back to shared memory: `ldmatrix.trans` hands each thread pairs
+of neighbouring dimensions of two neighbouring tokens, four bytes, which are two of the registers
+that operand A wants (two tokens of one dimension each) once the bytes are spread.
+
+Spreading: byte ^ 0x80 is u = x + 128 in 0 .. 255, and the bfloat16 with bits 0x00uu is u * 2^-133
+(a subnormal, or one of the first binade above, which lie on one line). One fused multiply-add gives
+(u - 128) / 64 = x / 64, exactly. So V comes out in units of WIDENED_UNIT.
+
+The rows of O^T come in an order of their own, that of `dimension`; `store_dimensions` undoes it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith, llvm, vector
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper.transposed import COLUMNS, TransposedBackend
+
+# How shared memory holds int8 that wgmma reads.
+INT8_OPERAND = (
+    plgpu.TilingTransform((8, 128)),  # type: ignore[abstract]
+    plgpu.SwizzleTransform(128),  # type: ignore[abstract]
+)
+WIDENED_UNIT = 2.0**-6  # what a step of int8 is worth after widening
+GROUP = 64  # rows of O^T that one wgmma makes
+TOKENS = 64  # of a block
+_TIMES = 0x7F007F00  # bfloat16 pair: 2^127
+_MINUS = 0xC000C000  # -2
+
+
+def _thread_of_warpgroup() -> tuple[ir.Value, ir.Value]:
+    """Warp (0 .. 3) and lane, i32."""
+    constant, i32 = mgpu.utils.c, ir.IntegerType.get_signless(32)
+    thread = arith.remui(mgpu.utils.thread_idx(), constant(128, i32))
+    return arith.divui(thread, constant(32, i32)), arith.remui(thread, constant(32, i32))
+
+
+def _ldmatrix_transposed(address: ir.Value) -> list[ir.Value]:
+    """Four 8 x 8 matrices of byte pairs, transposed: i32 each; row addresses from 32 lanes."""
+    i32 = ir.IntegerType.get_signless(32)
+    result = llvm.inline_asm(
+        llvm.StructType.get_literal([i32] * 4),
+        [address],
+        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];",
+        "=r,=r,=r,=r,r",
+        has_side_effects=True,
+    )
+    return [llvm.extractvalue(i32, result, [i]) for i in range(4)]
+
+
+def _spread(four: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Bytes 0 and 2, and bytes 1 and 3, of signed x, as bfloat16 pairs of x * WIDENED_UNIT."""
+    i32 = ir.IntegerType.get_signless(32)
+
+    def constant(bits):
+        return arith.constant(i32, ir.IntegerAttr.get(i32, bits - (1 << 32 if bits >> 31 else 0)))
+
+    def widen(x):
+        biased = arith.xori(arith.andi(x, constant(0x00FF00FF)), constant(0x00800080))
+        return llvm.inline_asm(
+            i32,
+            [biased, constant(_TIMES), constant(_MINUS)],
+            "fma.rn.bf16x2 $0, $1, $2, $3;",
+            "=r,r,r,r",
+        )
+
+    return widen(four), widen(arith.shrui(four, constant(8)))
+
+
+@dataclasses.dataclass(frozen=True)
+class WideningBackend(TransposedBackend):
+    """`TransposedBackend` with int8 products and widening.
+
+    Accumulators are (columns of O^T's left half, of its right half, int8 scores, rope scores).
+    """
+
+    def with_score_accumulators(self, run, scratch, thread: int, *shapes) -> None:
+        """run(*accumulators), the last but one int32, the others float32."""
+        if self.interpreting:
+            run(*(ref.at[thread] for ref in scratch))
+            return
+        dtypes = [jnp.float32] * len(shapes)
+        dtypes[-2] = jnp.int32
+        refs = (plgpu.ACC(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+        pl.run_scoped(run, *refs)
+
+    def zero_integers(self, acc) -> None:
+        zeros = jnp.zeros(acc.shape, acc.dtype)
+        acc[...] = zeros if self.interpreting else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+
+    def load_columns(self, ref) -> jax.Array:
+        """(n,) beside the columns of a (64, n) tile."""
+        return ref[...] if self.interpreting else plgpu.load(ref, layout=COLUMNS, optimized=False)
+
+    def widened(self, ref, group: int) -> jax.Array:
+        """Rows 64 * group .. of V^T, bfloat16 in units of WIDENED_UNIT: (64, TOKENS) for operand A.
+
+        ref: int8 SMEM (TOKENS, d_v), tiled as INT8_OPERAND. A row of V^T is a dimension: all of
+        them once over the groups, in the order that `store_dimensions` knows.
+        """
+        shape = (GROUP, TOKENS)
+        if self.interpreting:
+            part = ref[:, GROUP * group : GROUP * (group + 1)]
+            return (part.astype(jnp.float32) * WIDENED_UNIT).T.astype(jnp.bfloat16)
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(INT8_OPERAND),),
+            return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, plgpu.Layout.WGMMA),
+        )
+        def load(ctx, tile):
+            del ctx
+            i32, constant = ir.IntegerType.get_signless(32), mgpu.utils.c
+            pair = ir.VectorType.get((2,), ir.BF16Type.get())
+            (tokens_down, tile_across, *_), _ = ir.MemRefType(tile.type).get_strides_and_offset()
+            warp, lane = _thread_of_warpgroup()
+            matrix, token = (f(lane, constant(8, i32)) for f in (arith.divui, arith.remui))
+            # Lane 8q + r gives the address of 16 bytes of token 8q + r, where the swizzle has
+            # them: a warp's 128 columns are one swizzled tile, and `group` counts chunks in it.
+            chunk = arith.xori(token, constant(group, i32))
+            offset = arith.addi(
+                arith.addi(arith.muli(matrix, constant(tokens_down, i32)),
+                           arith.muli(warp, constant(tile_across, i32))),
+                arith.addi(arith.muli(token, constant(128, i32)),
+                           arith.muli(chunk, constant(16, i32))),
+            )  # fmt: skip
+            start = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(tile))
+            address = arith.addi(start, offset)
+            layout = mgpu.fragmented_array.WGMMA_LAYOUT
+            registers = np.empty(layout.registers_shape(shape), dtype=object)
+            places = registers.reshape(TOKENS // 8, 2)
+            for first in range(0, TOKENS // 8, 4):
+                here = arith.addi(address, constant(first * tokens_down, i32))
+                for i, four in enumerate(_ldmatrix_transposed(here)):
+                    for h, bits in enumerate(_spread(four)):
+                        places[first + i, h] = llvm.bitcast(pair, bits)
+            return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+        return load(ref)
+
+    def mma_widened(self, acc, rows, a, b) -> None:
+        """acc[rows] += a @ b.T, left in flight; a from `widened`, in registers."""
+        if self.interpreting:
+            acc[rows, :] = acc[rows, :] + jnp.dot(
+                a.astype(jnp.float32), b[...].astype(jnp.float32).T, precision="highest"
+            )
+        else:
+            plgpu.wgmma(acc.at[rows], a, b.transpose((1, 0)))
+
+    def store_dimensions(self, ref, value, first_group: int) -> None:
+        """The rows of O^T from groups first_group .., (m, n), to row-major GMEM ref (n, d_v)."""
+        m, n = value.shape
+        if self.interpreting:
+            ref[:, GROUP * first_group : GROUP * first_group + m] = value.T
+            return
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+        def store(ctx, target, tile):
+            del ctx
+            i32, constant = ir.IntegerType.get_signless(32), mgpu.utils.c
+            (stride, _), _ = ir.MemRefType(target.type).get_strides_and_offset()
+            warp, lane = _thread_of_warpgroup()
+            query = arith.muli(arith.remui(lane, constant(4, i32)), constant(2, i32))
+            dimension = arith.addi(
+                arith.muli(warp, constant(128, i32)),
+                arith.muli(arith.divui(lane, constant(4, i32)), constant(2, i32)),
+            )
+            first = arith.addi(arith.muli(query, constant(stride, i32)), dimension)
+            start = llvm.addrspacecast(ir.Type.parse("!llvm.ptr<1>"), mgpu.utils.memref_ptr(target))
+            start = mgpu.utils.getelementptr(start, [first], tile.mlir_dtype)
+            registers = tile.registers.reshape(m // GROUP, n // 8, 2)
+            for i in range(m // GROUP):
+                for j in range(n // 8):
+                    for lane_pair in range(2):
+                        both = [
+                            vector.extract(registers[i, j, h], [], [lane_pair]) for h in range(2)
+                        ]
+                        value = vector.from_elements(
+                            ir.VectorType.get((2,), tile.mlir_dtype), both
+                        )
+                        offset = (8 * j + lane_pair) * stride + 16 * (first_group + i)
+                        place = mgpu.utils.getelementptr(start, [offset], tile.mlir_dtype)
+                        llvm.store(value, place)
+
+        store(ref, value)
+
+    # -- between two warpgroups -----------------------------------------------------------------
+    def hand_over(self, ref, value) -> None:
+        """An (m, n) WGMMA tile to float32 SMEM ref (n, m), for `take_over` alone to read."""
+        if self.interpreting:
+            ref[...] = value.T
+            return
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+        def write(ctx, target, tile):
+            del ctx
+            for place, register in zip(_own_places(target), tile.registers.flat, strict=True):
+                vector.store(register, target, place)
+
+        write(ref, value)
+
+    def take_over(self, ref) -> jax.Array:
+        """What another warpgroup's `hand_over` has put there."""
+        if self.interpreting:
+            return ref[...].T
+        n, m = ref.shape
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(),),
+            return_type=plgpu.ShapeDtypeStruct((m, n), jnp.float32, plgpu.Layout.WGMMA),
+        )
+        def read(ctx, source):
+            del ctx
+            layout = mgpu.fragmented_array.WGMMA_LAYOUT
+            registers = np.empty(layout.registers_shape((m, n)), dtype=object)
+            pair = ir.VectorType.get((2,), ir.F32Type.get())
+            registers.flat[:] = [vector.load(pair, source, place) for place in _own_places(source)]
+            return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+        return read(ref)
+
+
+def _own_places(ref: ir.Value) -> list[list[ir.Value]]:
+    """Indices of a thread's pairs in a float32 ref (n, m): one row of 256 values a register."""
+    index, constant = ir.IndexType.get(), mgpu.utils.c
+    n, m = ir.MemRefType(ref.type).shape
+    warp, lane = _thread_of_warpgroup()
+    i32 = lane.type
+    thread = arith.addi(arith.muli(warp, constant(32, i32)), lane)
+    column = arith.index_cast(index, arith.muli(thread, constant(2, i32)))
+    if m != 256:
+        raise ValueError(f"hand_over takes halves of 256 dimensions, got {m}")
+    return [[constant(k, index), column] for k in range(n)]
