@@ -246,11 +246,7 @@ def decode_few_int8(
                     g.scale_columns(o_half, alpha)
                 norm = norm * across(alpha) + p
                 plgpu.commit_smem()
-                for part in range(2 * groups):
-                    v = g.widened(kv_smem.at[slot], part)
-                    here = pl.ds(part % groups * GROUP, GROUP)
-                    g.mma_widened(o_left if part < groups else o_right, here, v, p_mine)
-                    g.wait_mma(1)  # the part before: its registers are free
+                g.mma_widened((o_left, o_right), kv_smem.at[slot], p_mine)
                 plgpu.barrier_arrive(empty.at[slot])
                 g.wait_mma(0)
                 return m_new, norm

@@ -33,8 +33,8 @@ INT8_OPERAND = (
 WIDENED_UNIT = 2.0**-6  # what a step of int8 is worth after widening
 GROUP = 64  # rows of O^T that one wgmma makes
 TOKENS = 64  # of a block
-_TIMES = 0x7F007F00  # bfloat16 pair: 2^127
-_MINUS = 0xC000C000  # -2
+_BYTES = (GROUP * TOKENS // 4,)  # int32, the shape of what `_bytes` gives
+_BYTES_LAYOUT = plgpu.Layout.WG_STRIDED(_BYTES, vec_size=1)
 
 
 def _thread_of_warpgroup() -> tuple[ir.Value, ir.Value]:
@@ -42,6 +42,12 @@ def _thread_of_warpgroup() -> tuple[ir.Value, ir.Value]:
     constant, i32 = mgpu.utils.c, ir.IntegerType.get_signless(32)
     thread = arith.remui(mgpu.utils.thread_idx(), constant(128, i32))
     return arith.divui(thread, constant(32, i32)), arith.remui(thread, constant(32, i32))
+
+
+def _array(registers, shape, layout, is_signed=None) -> mgpu.FragmentedArray:
+    array = np.empty(layout.registers_shape(shape), dtype=object)
+    array.flat[:] = registers
+    return mgpu.FragmentedArray(_registers=array, _layout=layout, _is_signed=is_signed)
 
 
 def _ldmatrix_transposed(address: ir.Value) -> list[ir.Value]:
@@ -60,20 +66,20 @@ def _ldmatrix_transposed(address: ir.Value) -> list[ir.Value]:
 def _spread(four: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Bytes 0 and 2, and bytes 1 and 3, of signed x, as bfloat16 pairs of x * WIDENED_UNIT."""
     i32 = ir.IntegerType.get_signless(32)
-
-    def constant(bits):
-        return arith.constant(i32, ir.IntegerAttr.get(i32, bits - (1 << 32 if bits >> 31 else 0)))
-
-    def widen(x):
-        biased = arith.xori(arith.andi(x, constant(0x00FF00FF)), constant(0x00800080))
-        return llvm.inline_asm(
-            i32,
-            [biased, constant(_TIMES), constant(_MINUS)],
-            "fma.rn.bf16x2 $0, $1, $2, $3;",
-            "=r,r,r,r",
-        )
-
-    return widen(four), widen(arith.shrui(four, constant(8)))
+    result = llvm.inline_asm(
+        llvm.StructType.get_literal([i32] * 2),
+        [four],
+        "{ .reg .b32 biased, even, odd, times, minus;"
+        " xor.b32 biased, $2, 0x80808080;"
+        " and.b32 even, biased, 0x00ff00ff;"
+        " prmt.b32 odd, biased, 0, 0x4341;"
+        " mov.b32 times, 0x7f007f00;"  # 2^127
+        " mov.b32 minus, 0xc000c000;"  # -2
+        " fma.rn.bf16x2 $0, even, times, minus;"
+        " fma.rn.bf16x2 $1, odd, times, minus; }",
+        "=r,=r,r",
+    )
+    return tuple(llvm.extractvalue(i32, result, [i]) for i in range(2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,25 +107,48 @@ class WideningBackend(TransposedBackend):
         """(n,) beside the columns of a (64, n) tile."""
         return ref[...] if self.interpreting else plgpu.load(ref, layout=COLUMNS, optimized=False)
 
-    def widened(self, ref, group: int) -> jax.Array:
-        """Rows 64 * group .. of V^T, bfloat16 in units of WIDENED_UNIT: (64, TOKENS) for operand A.
+    def mma_widened(self, accs, v, p) -> None:
+        """O^T += V^T P^T, the last product left in flight.
 
-        ref: int8 SMEM (TOKENS, d_v), tiled as INT8_OPERAND. A row of V^T is a dimension: all of
-        them once over the groups, in the order that `store_dimensions` knows.
+        accs: O^T in parts from the top, (m, n) each, m a multiple of GROUP, in units of
+        WIDENED_UNIT; v: int8 SMEM (TOKENS, d_v), tiled as INT8_OPERAND; p: bfloat16 SMEM
+        (n, TOKENS). A group of rows is widened while the one before is multiplied.
         """
-        shape = (GROUP, TOKENS)
         if self.interpreting:
-            part = ref[:, GROUP * group : GROUP * (group + 1)]
-            return (part.astype(jnp.float32) * WIDENED_UNIT).T.astype(jnp.bfloat16)
+            first = 0
+            for acc in accs:
+                m = acc.shape[0]
+                part = v[:, first : first + m].astype(jnp.float32).T * WIDENED_UNIT
+                p_t = p[...].astype(jnp.float32).T
+                acc[...] = acc[...] + jnp.dot(part, p_t, precision="highest")
+                first += m
+            return
+        places = [
+            acc.at[pl.ds(row, GROUP)] for acc in accs for row in range(0, acc.shape[0], GROUP)
+        ]
+        following = self._bytes(v, 0)
+        for group, place in enumerate(places):
+            mine = following
+            if group + 1 < len(places):
+                following = self._bytes(v, group + 1)
+            plgpu.wgmma(place, self._widened(mine), p.transpose((1, 0)))
+            plgpu.wgmma_wait(1)  # the group before: its registers are free
+
+    def _bytes(self, ref, group: int) -> jax.Array:
+        """The bytes of rows 64 * group .. of V^T as `_widened` takes them, 8 registers a thread.
+
+        A row of V^T is a dimension: all of them once over the groups, in the order that
+        `store_dimensions` knows.
+        """
 
         @plgpu.inline_mgpu(
             arg_types=(plgpu.RefType(INT8_OPERAND),),
-            return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, plgpu.Layout.WGMMA),
+            return_type=plgpu.ShapeDtypeStruct(_BYTES, jnp.int32, _BYTES_LAYOUT),
         )
         def load(ctx, tile):
             del ctx
             i32, constant = ir.IntegerType.get_signless(32), mgpu.utils.c
-            pair = ir.VectorType.get((2,), ir.BF16Type.get())
+            one = ir.VectorType.get((1,), i32)
             (tokens_down, tile_across, *_), _ = ir.MemRefType(tile.type).get_strides_and_offset()
             warp, lane = _thread_of_warpgroup()
             matrix, token = (f(lane, constant(8, i32)) for f in (arith.divui, arith.remui))
@@ -132,28 +161,34 @@ class WideningBackend(TransposedBackend):
                 arith.addi(arith.muli(token, constant(128, i32)),
                            arith.muli(chunk, constant(16, i32))),
             )  # fmt: skip
-            start = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(tile))
-            address = arith.addi(start, offset)
-            layout = mgpu.fragmented_array.WGMMA_LAYOUT
-            registers = np.empty(layout.registers_shape(shape), dtype=object)
-            places = registers.reshape(TOKENS // 8, 2)
+            address = arith.addi(llvm.ptrtoint(i32, mgpu.utils.memref_ptr(tile)), offset)
+            registers = []
             for first in range(0, TOKENS // 8, 4):
                 here = arith.addi(address, constant(first * tokens_down, i32))
-                for i, four in enumerate(_ldmatrix_transposed(here)):
-                    for h, bits in enumerate(_spread(four)):
-                        places[first + i, h] = llvm.bitcast(pair, bits)
-            return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+                registers += [vector.broadcast(one, x) for x in _ldmatrix_transposed(here)]
+            return _array(registers, _BYTES, _BYTES_LAYOUT.to_mgpu(), is_signed=True)
 
         return load(ref)
 
-    def mma_widened(self, acc, rows, a, b) -> None:
-        """acc[rows] += a @ b.T, left in flight; a from `widened`, in registers."""
-        if self.interpreting:
-            acc[rows, :] = acc[rows, :] + jnp.dot(
-                a.astype(jnp.float32), b[...].astype(jnp.float32).T, precision="highest"
-            )
-        else:
-            plgpu.wgmma(acc.at[rows], a, b.transpose((1, 0)))
+    def _widened(self, four_bytes) -> jax.Array:
+        """64 rows of V^T, bfloat16 in units of WIDENED_UNIT: (GROUP, TOKENS) for operand A."""
+        shape = (GROUP, TOKENS)
+
+        @plgpu.inline_mgpu(
+            arg_types=(_BYTES_LAYOUT,),
+            return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, plgpu.Layout.WGMMA),
+        )
+        def widen(ctx, packed):
+            del ctx
+            pair = ir.VectorType.get((2,), ir.BF16Type.get())
+            registers = [
+                llvm.bitcast(pair, bits)
+                for four in packed.registers.flat
+                for bits in _spread(vector.extract(four, [], [0]))
+            ]
+            return _array(registers, shape, mgpu.fragmented_array.WGMMA_LAYOUT)
+
+        return widen(four_bytes)
 
     def store_dimensions(self, ref, value, first_group: int) -> None:
         """The rows of O^T from groups first_group .., (m, n), to row-major GMEM ref (n, d_v)."""
@@ -219,11 +254,9 @@ class WideningBackend(TransposedBackend):
         )
         def read(ctx, source):
             del ctx
-            layout = mgpu.fragmented_array.WGMMA_LAYOUT
-            registers = np.empty(layout.registers_shape((m, n)), dtype=object)
             pair = ir.VectorType.get((2,), ir.F32Type.get())
-            registers.flat[:] = [vector.load(pair, source, place) for place in _own_places(source)]
-            return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+            registers = [vector.load(pair, source, place) for place in _own_places(source)]
+            return _array(registers, (m, n), mgpu.fragmented_array.WGMMA_LAYOUT)
 
         return read(ref)
 
