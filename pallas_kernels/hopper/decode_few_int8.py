@@ -9,14 +9,15 @@ the rows of a wgmma tile and queries as its columns. Per block of 64 tokens (41 
     P    e^(s - m) * k_scale[token] in bfloat16: V's scale is K's, and is folded in before rounding
     V^T  int8 -> bfloat16 exactly, in registers, on its way to wgmma (`widen`)
 
-Shared memory would be the limit otherwise: a widened copy there costs 64 KB written and 64 KB read a
-block, 1000 cycles of its bandwidth, where TMA, QK and the bytes of V already take 1000.
+Shared memory would be the limit otherwise: a widened copy there costs 64 KB written and 64 KB read
+a block, 1000 cycles of its bandwidth, where TMA, QK and the bytes of V already take 1000.
 
 One or two warpgroups compute, one loads. Two take the blocks in turns, each with an O^T of its own,
 and add them up at the end of a piece. The plan, and what becomes of its pieces, are `decode`'s.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,13 @@ class FewInt8Config:
             )
         if self.depth % self.computing:
             raise ValueError(f"depth must be a multiple of computing, got {self.depth}")
+
+    @classmethod
+    def of(cls, rows_per_tile: int) -> "FewInt8Config":
+        """What suits a tile of this height."""
+        if rows_per_tile <= MOST_ROWS_OF_TWO:
+            return cls(rows_per_tile, computing=2, registers=(232, 40))
+        return cls(rows_per_tile, computing=1)
 
 
 def decode_few_int8(
@@ -185,9 +193,7 @@ def decode_few_int8(
                 slot = lax.rem(n + i, depth)
                 plgpu.barrier_wait(empty.at[slot])
                 for source, target in tokens:
-                    plgpu.copy_gmem_to_smem(
-                        source.at[page, mine], target.at[slot], full.at[slot]
-                    )
+                    plgpu.copy_gmem_to_smem(source.at[page, mine], target.at[slot], full.at[slot])
                 return ()
 
             lax.fori_loop(0, end - begin, block, ())
@@ -329,7 +335,7 @@ def decode_few_int8(
                 plgpu.barrier_wait(taken)
 
         for me in range(computing):
-            pl.when(wg == me)(lambda me=me: compute(me))
+            pl.when(wg == me)(functools.partial(compute, me))
 
     def wide(*shape):
         return plgpu.SMEM(shape, dtype, transforms=WGMMA_OPERAND)

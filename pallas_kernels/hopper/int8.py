@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from mla_jax.split_kv import SplitPlan
 from pallas_kernels.hopper.attention import plan_decode
-from pallas_kernels.hopper.decode_few_int8 import MOST_ROWS_OF_TWO, FewInt8Config, decode_few_int8
+from pallas_kernels.hopper.decode_few_int8 import FewInt8Config, decode_few_int8
 from pallas_kernels.hopper.merge import merge
 
 
@@ -28,6 +28,41 @@ def attend_int8(
     seq_lens: jax.Array,
     query_lens: jax.Array,
     plan: SplitPlan | None,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """`attention.attend` over an int8 cache with a scale each token.
+
+    Args:
+        q: [B, R, D] bfloat16, D = kv_lora_rank + rope_dim; its latent part is quantised here, by
+            token and head.
+        Others as in `attend_quantized`.
+    """
+    latent = pages.shape[2]
+    return attend_quantized(
+        *quantize_rows(q[..., :latent]),
+        q[..., latent:],
+        pages,
+        rope_pages,
+        scales,
+        block_tables,
+        seq_lens,
+        query_lens,
+        plan,
+        **options,
+    )
+
+
+def attend_quantized(
+    q_int8: jax.Array,
+    q_scales: jax.Array,
+    q_rope: jax.Array,
+    pages: jax.Array,
+    rope_pages: jax.Array,
+    scales: jax.Array,
+    block_tables: jax.Array,
+    seq_lens: jax.Array,
+    query_lens: jax.Array,
+    plan: SplitPlan | None,
     *,
     num_heads: int,
     softmax_scale: float,
@@ -36,36 +71,34 @@ def attend_int8(
     partial_dtype: Any = jnp.float32,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`attention.attend` over an int8 cache with a scale each token.
+    """Attention of R = S_q * num_heads rows a request; row r is token r // num_heads.
 
     Args:
-        q: [B, R, D] bfloat16, D = kv_lora_rank + rope_dim; its latent part is quantised here, by
-            token and head.
+        q_int8: [B, R, kv_lora_rank] int8, the latent part of q in steps of q_scales.
+        q_scales: [B, R] float32.
+        q_rope: [B, R, rope_dim] bfloat16.
         pages: [num_pages, page_size, kv_lora_rank] int8.
         rope_pages: [num_pages, page_size, rope_dim] bfloat16.
-        scales: [num_pages, page_size] float32.
+        scales: [num_pages, page_size] float32, a token's latent is its int8 times its scale.
+        config: of the kernel; None: what suits the plan.
         Others as in `attention.attend`.
 
     Returns:
-        o [B, R, kv_lora_rank] of q's dtype and lse [B, R] float32, natural log.
+        o [B, R, kv_lora_rank] of q_rope's dtype and lse [B, R] float32, natural log.
     """
-    batch, rows, _ = q.shape
-    latent = pages.shape[2]
+    batch, rows, latent = q_int8.shape
     plan = plan_decode(seq_lens, rows) if plan is None else plan
-    if config is None:
-        config = FewInt8Config(
-            plan.rows_per_tile, computing=2 if plan.rows_per_tile <= MOST_ROWS_OF_TWO else 1
-        )
+    config = FewInt8Config.of(plan.rows_per_tile) if config is None else config
     spare = -rows % plan.rows_per_tile
     if spare:
-        q = jnp.pad(q, ((0, 0), (0, spare), (0, 0)))
-    q_int8, q_scales = quantize_rows(q[..., :latent])
-    o = jax.empty_ref(jax.ShapeDtypeStruct((batch, rows + spare, latent), q.dtype))
+        q_int8, q_rope = (jnp.pad(x, ((0, 0), (0, spare), (0, 0))) for x in (q_int8, q_rope))
+        q_scales = jnp.pad(q_scales, ((0, 0), (0, spare)))
+    o = jax.empty_ref(jax.ShapeDtypeStruct((batch, rows + spare, latent), q_rope.dtype))
     lse = jax.empty_ref(jax.ShapeDtypeStruct((batch, rows + spare), jnp.float32))
     partial_o, partial_lse = decode_few_int8(
         q_int8,
         q_scales,
-        q[..., latent:],
+        q_rope,
         pages,
         rope_pages,
         scales,
@@ -84,5 +117,6 @@ def attend_int8(
     )
     if plan.num_slots:
         merge(o, lse, partial_o, partial_lse, plan, interpret=interpret)
+    # As in `attention.attend`: XLA's dynamic-slice fusion forgets that these alias inputs.
     whole_o, whole_lse = jax.lax.optimization_barrier((o[...], lse[...]))
     return whole_o[:, :rows], whole_lse[:, :rows]

@@ -218,9 +218,7 @@ class WideningBackend(TransposedBackend):
                         both = [
                             vector.extract(registers[i, j, h], [], [lane_pair]) for h in range(2)
                         ]
-                        value = vector.from_elements(
-                            ir.VectorType.get((2,), tile.mlir_dtype), both
-                        )
+                        value = vector.from_elements(ir.VectorType.get((2,), tile.mlir_dtype), both)
                         offset = (8 * j + lane_pair) * stride + 16 * (first_group + i)
                         place = mgpu.utils.getelementptr(start, [offset], tile.mlir_dtype)
                         llvm.store(value, place)
