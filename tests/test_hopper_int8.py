@@ -124,6 +124,7 @@ def split(batch, workers, rows_per_tile):
             {"config": FewInt8Config(16)},
         ),
         ([20, 129], {"heads": 24, "page_size": 128}, 24, {"partial_dtype": "bfloat16"}),
+        ([270, -1, 0, 20], {"heads": 40, "page_size": 128}, 64, {}),
     ],
 )
 def test_interpreted(seq_lens, shape, rows_per_tile, options):
@@ -239,7 +240,7 @@ LENGTHS = [1, 63, 64, 65, 20, 140, 0, -1, 4096, 777]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [1, 5, 8, 16, 24, 32])
+@pytest.mark.parametrize("heads", [1, 5, 8, 16, 24, 32, 40, 64, 80, 128])
 @pytest.mark.parametrize("page_size", [64, 128])
 def test_heads_on_the_gpu(heads, page_size):
     batch = Int8Batch(np.random.default_rng(heads), LENGTHS, heads=heads, page_size=page_size)
@@ -247,15 +248,15 @@ def test_heads_on_the_gpu(heads, page_size):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("heads", "num_queries"), [(16, 2), (8, 2), (16, 4)])
+@pytest.mark.parametrize(("heads", "num_queries"), [(16, 2), (8, 2), (16, 4), (64, 3)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_several_tokens_on_the_gpu(heads, num_queries, causal):
     rng = np.random.default_rng(num_queries)
     lens = [length if length > 4 else 0 for length in LENGTHS]
     queries = [min(length, int(rng.integers(1, num_queries + 1))) for length in lens]
     batch = Int8Batch(rng, lens, heads=heads, num_queries=num_queries, query_lens=queries)
-    rows_per_tile = min(heads * num_queries, 32)
-    plan = split(batch, 132, rows_per_tile)
+    rows = heads * num_queries
+    plan = split(batch, 132, rows if rows <= 32 else 64)
     batch.check(*batch.attend(plan, causal=causal), causal=causal)
 
 
@@ -275,7 +276,7 @@ def test_configurations_on_the_gpu(config):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [16, 32])
+@pytest.mark.parametrize("heads", [16, 32, 128])
 def test_long_and_repeated_on_the_gpu(heads):
     """300 repeats give one set of bits: a moving result would be a race."""
     batch = Int8Batch(np.random.default_rng(heads), [65536, 4096, 3, 1000], heads=heads)

@@ -5,10 +5,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mla_jax.split_kv import SplitPlan
-from pallas_kernels.hopper.attention import plan_decode
-from pallas_kernels.hopper.decode_few_int8 import FewInt8Config, decode_few_int8
+from mla_jax.split_kv import SplitPlan, plan_splits
+from pallas_kernels.hopper.attention import NUM_SMS
+from pallas_kernels.hopper.decode_few_int8 import MOST_ROWS, FewInt8Config, decode_few_int8
+from pallas_kernels.hopper.decode_int8 import Int8Config, decode_int8
 from pallas_kernels.hopper.merge import merge
+from pallas_kernels.hopper.walk import BLOCK
+
+
+def plan_decode(seq_lens: jax.Array, rows: int) -> SplitPlan:
+    """The plan that suits the kernels: tiles of up to 32 rows, or of 64."""
+    few = rows <= MOST_ROWS
+    return plan_splits(
+        seq_lens,
+        num_workers=NUM_SMS,
+        rows=rows,
+        rows_per_tile=rows + -rows % 8 if few else BLOCK,
+        overhead=2 if few else 5,
+    )
 
 
 def quantize_rows(q: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -67,7 +81,7 @@ def attend_quantized(
     num_heads: int,
     softmax_scale: float,
     causal: bool,
-    config: FewInt8Config | None = None,
+    config: FewInt8Config | Int8Config | None = None,
     partial_dtype: Any = jnp.float32,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -88,14 +102,17 @@ def attend_quantized(
     """
     batch, rows, latent = q_int8.shape
     plan = plan_decode(seq_lens, rows) if plan is None else plan
-    config = FewInt8Config.of(plan.rows_per_tile) if config is None else config
+    few = plan.rows_per_tile < BLOCK
+    kernel: Any = decode_few_int8 if few else decode_int8
+    if config is None:
+        config = FewInt8Config.of(plan.rows_per_tile) if few else Int8Config()
     spare = -rows % plan.rows_per_tile
     if spare:
         q_int8, q_rope = (jnp.pad(x, ((0, 0), (0, spare), (0, 0))) for x in (q_int8, q_rope))
         q_scales = jnp.pad(q_scales, ((0, 0), (0, spare)))
     o = jax.empty_ref(jax.ShapeDtypeStruct((batch, rows + spare, latent), q_rope.dtype))
     lse = jax.empty_ref(jax.ShapeDtypeStruct((batch, rows + spare), jnp.float32))
-    partial_o, partial_lse = decode_few_int8(
+    partial_o, partial_lse = kernel(
         q_int8,
         q_scales,
         q_rope,

@@ -107,15 +107,15 @@ class WideningBackend(TransposedBackend):
         """(n,) beside the columns of a (64, n) tile."""
         return ref[...] if self.interpreting else plgpu.load(ref, layout=COLUMNS, optimized=False)
 
-    def mma_widened(self, accs, v, p) -> None:
+    def mma_widened(self, accs, v, p, first_group: int = 0) -> None:
         """O^T += V^T P^T, the last product left in flight.
 
-        accs: O^T in parts from the top, (m, n) each, m a multiple of GROUP, in units of
+        accs: O^T in parts from group first_group on, (m, n) each, m a multiple of GROUP, in units of
         WIDENED_UNIT; v: int8 SMEM (TOKENS, d_v), tiled as INT8_OPERAND; p: bfloat16 SMEM
         (n, TOKENS). A group of rows is widened while the one before is multiplied.
         """
         if self.interpreting:
-            first = 0
+            first = GROUP * first_group
             for acc in accs:
                 m = acc.shape[0]
                 part = v[:, first : first + m].astype(jnp.float32).T * WIDENED_UNIT
@@ -126,11 +126,11 @@ class WideningBackend(TransposedBackend):
         places = [
             acc.at[pl.ds(row, GROUP)] for acc in accs for row in range(0, acc.shape[0], GROUP)
         ]
-        following = self._bytes(v, 0)
-        for group, place in enumerate(places):
+        following = self._bytes(v, first_group)
+        for group, place in enumerate(places, first_group + 1):
             mine = following
-            if group + 1 < len(places):
-                following = self._bytes(v, group + 1)
+            if group < first_group + len(places):
+                following = self._bytes(v, group)
             plgpu.wgmma(place, self._widened(mine), p.transpose((1, 0)))
             plgpu.wgmma_wait(1)  # the group before: its registers are free
 
@@ -224,6 +224,17 @@ class WideningBackend(TransposedBackend):
                         llvm.store(value, place)
 
         store(ref, value)
+
+    def columns_of(self, rows, scratch) -> jax.Array:
+        """(n,) values beside the rows of a tile, put beside its columns.
+
+        scratch: float32 SMEM (n,). A barrier of the warpgroup must stand between two uses.
+        """
+        if self.interpreting:
+            return rows
+        scratch[...] = rows
+        plgpu.commit_smem()
+        return self.load_columns(scratch)
 
     # -- between two warpgroups -----------------------------------------------------------------
     def hand_over(self, ref, value) -> None:
