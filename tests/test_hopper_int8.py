@@ -204,9 +204,14 @@ def test_overwritten_registers_are_found():
         assert overwritten_in_flight(code.format(fine)) == []
 
 
-@pytest.mark.parametrize(("heads", "tokens", "page_size"), [(16, 1, 64), (8, 1, 128), (16, 2, 64)])
+@pytest.mark.parametrize(
+    ("heads", "tokens", "page_size"), [(16, 1, 64), (8, 1, 128), (16, 2, 64), (64, 1, 64)]
+)
 def test_compiles_for_sm90a(heads, tokens, page_size):
-    """No spills, nothing serialised or ignored, and operand A stays in its registers."""
+    """Nothing serialised or ignored, operand A stays in its registers, no spills up to 32 rows.
+
+    The 64-row kernel keeps up to 300 bytes of addresses in local memory, as `decode` does.
+    """
 
     def attend(*args):
         return int8.attend_int8(*args, None, num_heads=heads, softmax_scale=SCALE, causal=True)
@@ -228,7 +233,7 @@ def test_compiles_for_sm90a(heads, tokens, page_size):
     assert not decode.ignores_setmaxnreg, decode.messages
     assert decode.shared_memory <= 232_448
     assert decode.registers <= 255
-    assert decode.spill_stores == decode.spill_loads == 0
+    assert max(decode.spill_stores, decode.spill_loads) <= (0 if heads * tokens <= 32 else 300)
     if decode.sass is not None:
         assert "IGMMA" in decode.sass
         assert overwritten_in_flight(decode.sass) == []

@@ -195,48 +195,66 @@ def decode_int8(
                 num_blocks = end - begin
                 row = row_tile * QUERIES
 
+                # Blocks that every row of the tile sees whole need no mask.
+                shortest = kv_len
+                if causal:
+                    shortest = kv_len - query_len + row // num_heads + 1
+                last_query = (rows_total - 1) // num_heads
+                ragged = jnp.minimum((row + QUERIES - 1) // num_heads, last_query) >= query_len
+                shortest = jnp.where(ragged, 0, shortest)
+
                 def opaque(i):
                     """0, but not for the compiler: else it hoists every wgmma descriptor."""
                     return (num_blocks >> 30) & (begin + i)
 
-                def score(slot, block, mask):
+                def score(slot, block):
                     """Scores of a block in log2 units; what a query may not see is -inf."""
                     zero = opaque(block)
+                    valid = kv_len - block * BLOCK
+                    mine = scale_smem.at[slot]
                     g.zero_integers(s_int)
                     plgpu.barrier_wait(full.at[slot])
+
+                    @pl.when(valid < BLOCK)
+                    def _():  # scales past the last token may be NaN, and multiply a P of 0
+                        scales = g.load_rows(mine)
+                        mine[...] = jnp.where(g.iota_rows(BLOCK) < valid, scales, 0.0)
+                        plgpu.commit_smem()
+
                     g.mma_t(s_int, q_smem.at[zero], kv_smem.at[slot])
                     q_scale = across(g.load_rows(q_scale_smem.at[zero]))
-                    token_scale = down(g.load_columns(scale_smem.at[slot]))
+                    token_scale = down(g.load_columns(mine))
                     g.wait_mma(0)
                     s_acc[...] = g.read(s_int).astype(jnp.float32) * q_scale * token_scale
                     g.mma_t(s_acc, q_rope_smem.at[zero], rope_smem.at[slot])
                     g.wait_mma(0)
-                    s = g.read(s_acc) * scale
-                    if not mask:
-                        return s
-                    token = (g.iota(tile, 0) + row) // num_heads
-                    last = kv_len - query_len + token if causal else kv_len - 1
-                    position = g.iota(tile, 1) + block * BLOCK
-                    visible = (position <= last) & (token < query_len) & (position < kv_len)
-                    return jnp.where(visible, s, -jnp.inf)
 
-                def publish(slot, p, m, mask):
+                    @pl.when((block + 1) * BLOCK > shortest)
+                    def _():
+                        # (Adding zero keeps the compiler from holding places in registers.)
+                        token = (g.iota(tile, 0) + (row + zero)) // num_heads
+                        last = kv_len - query_len + token if causal else kv_len - 1
+                        position = g.iota(tile, 1) + zero
+                        visible = (position + block * BLOCK <= last) & (token < query_len)
+                        visible &= position < valid
+                        s_acc[...] = jnp.where(visible, g.read(s_acc), -jnp.inf)
+
+                    return g.read(s_acc) * scale
+
+                def publish(slot, p, m):
                     token_scale = down(g.load_columns(scale_smem.at[slot]))
-                    weight = p * token_scale
-                    if mask:
-                        weight = jnp.where(p > 0.0, weight, 0.0)  # 0 * NaN past the last token
-                    rope_smem.at[slot][...] = weight.astype(dtype)
+                    rope_smem.at[slot][...] = (p * token_scale).astype(dtype)
                     m_smem.at[slot][...] = m
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(p_ready.at[slot])
 
-                def own_first(carry, slot, block, mask):
+                def own_first(carry, slot, block):
                     """Warpgroup 0 on an even block: score, publish, multiply."""
                     m, norm = carry
-                    s = score(slot, block, mask)
+                    s = score(slot, block)
                     m0 = raised(m, s.max(axis=1))
                     p = jnp.exp2(s - across(m0))
-                    publish(slot, p, m0, mask)
+                    publish(slot, p, m0)
                     alpha = rescale(o_acc, m, m0)
                     multiply(o_acc, slot)
                     norm = norm * alpha + p.sum(axis=1)
@@ -256,22 +274,22 @@ def decode_int8(
                 def slot_of(i):
                     return 2 * lax.rem(pairs_before + i, 2)
 
-                def pair(i, carry, mask):
+                def pair(i, carry):
                     block = begin + 2 * i
                     s0 = slot_of(i)
                     s1 = s0 + 1
                     if me == 0:
-                        carry = own_first(carry, s0, block, mask)
+                        carry = own_first(carry, s0, block)
                         carry = others(carry, s1)
                         g.wait_mma(0)
                         release(s1)
                         return carry
-                    s = score(s1, block + 1, mask)
+                    s = score(s1, block + 1)
                     top = s.max(axis=1)
                     m0, norm = others(carry, s0)
                     m1 = raised(m0, top)
                     p = jnp.exp2(s - across(m1))
-                    publish(s1, p, m1, mask)
+                    publish(s1, p, m1)
                     g.wait_mma(0)
                     release(s0)
                     norm = norm * rescale(o_acc, m0, m1) + p.sum(axis=1)
@@ -284,7 +302,7 @@ def decode_int8(
                     """The last block of an odd number: warpgroup 0 scores, both multiply."""
                     slot = slot_of(num_blocks // 2)
                     if me == 0:
-                        return own_first(carry, slot, begin + num_blocks - 1, True)
+                        return own_first(carry, slot, begin + num_blocks - 1)
                     carry = others(carry, slot)
                     g.wait_mma(0)
                     release(slot)
@@ -292,17 +310,7 @@ def decode_int8(
 
                 g.zero(o_acc)
                 carry = (g.full((QUERIES,), NO_KEY, ROWS), g.full((QUERIES,), 0.0, ROWS))
-                # Pairs that every row of the tile sees whole need no mask.
-                shortest = kv_len
-                if causal:
-                    shortest = kv_len - query_len + row // num_heads + 1
-                last_query = (rows_total - 1) // num_heads
-                ragged = jnp.minimum((row + QUERIES - 1) // num_heads, last_query) >= query_len
-                shortest = jnp.where(ragged, 0, shortest)
-                pairs = num_blocks // 2
-                open_pairs = jnp.clip((shortest // BLOCK - begin) // 2, 0, pairs)
-                carry = lax.fori_loop(0, open_pairs, lambda i, c: pair(i, c, False), carry)
-                carry = lax.fori_loop(open_pairs, pairs, lambda i, c: pair(i, c, True), carry)
+                carry = lax.fori_loop(0, num_blocks // 2, pair, carry)
                 m, norm = lax.fori_loop(0, num_blocks % 2, single, carry)
                 plgpu.barrier_arrive(q_empty)
 

@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.primitives import ROWS
 from pallas_kernels.hopper.transposed import COLUMNS, TransposedBackend
 
 # How shared memory holds int8 that wgmma reads.
@@ -33,6 +34,7 @@ INT8_OPERAND = (
 WIDENED_UNIT = 2.0**-6  # what a step of int8 is worth after widening
 GROUP = 64  # rows of O^T that one wgmma makes
 TOKENS = 64  # of a block
+EARLY_QUERIES = 32  # of a tile, at most
 _BYTES = (GROUP * TOKENS // 4,)  # int32, the shape of what `_bytes` gives
 _BYTES_LAYOUT = plgpu.Layout.WG_STRIDED(_BYTES, vec_size=1)
 
@@ -103,6 +105,11 @@ class WideningBackend(TransposedBackend):
         zeros = jnp.zeros(acc.shape, acc.dtype)
         acc[...] = zeros if self.interpreting else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
 
+    def iota_rows(self, count: int) -> jax.Array:
+        """0, 1, ... beside the rows of a tile."""
+        layout = None if self.interpreting else ROWS
+        return plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=layout)
+
     def load_columns(self, ref) -> jax.Array:
         """(n,) beside the columns of a (64, n) tile."""
         return ref[...] if self.interpreting else plgpu.load(ref, layout=COLUMNS, optimized=False)
@@ -110,9 +117,9 @@ class WideningBackend(TransposedBackend):
     def mma_widened(self, accs, v, p, first_group: int = 0) -> None:
         """O^T += V^T P^T, the last product left in flight.
 
-        accs: O^T in parts from group first_group on, (m, n) each, m a multiple of GROUP, in units of
-        WIDENED_UNIT; v: int8 SMEM (TOKENS, d_v), tiled as INT8_OPERAND; p: bfloat16 SMEM
-        (n, TOKENS). A group of rows is widened while the one before is multiplied.
+        accs: O^T in parts from group first_group on, (m, n) each, m a multiple of GROUP, in
+        units of WIDENED_UNIT; v: int8 SMEM (TOKENS, d_v), tiled as INT8_OPERAND; p: bfloat16
+        SMEM (n, TOKENS). A group of rows is widened while the one before is multiplied.
         """
         if self.interpreting:
             first = GROUP * first_group
@@ -126,12 +133,16 @@ class WideningBackend(TransposedBackend):
         places = [
             acc.at[pl.ds(row, GROUP)] for acc in accs for row in range(0, acc.shape[0], GROUP)
         ]
+        # Where O^T leaves registers for it, bytes come in a step ahead of their widening.
+        early = p.shape[0] <= EARLY_QUERIES
         following = self._bytes(v, first_group)
         for group, place in enumerate(places, first_group + 1):
-            mine = following
-            if group < first_group + len(places):
+            mine, more = following, group < first_group + len(places)
+            if more and early:
                 following = self._bytes(v, group)
             plgpu.wgmma(place, self._widened(mine), p.transpose((1, 0)))
+            if more and not early:
+                following = self._bytes(v, group)
             plgpu.wgmma_wait(1)  # the group before: its registers are free
 
     def _bytes(self, ref, group: int) -> jax.Array:
