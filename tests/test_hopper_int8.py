@@ -210,7 +210,7 @@ def test_overwritten_registers_are_found():
 def test_compiles_for_sm90a(heads, tokens, page_size):
     """Nothing serialised or ignored, operand A stays in its registers, no spills up to 32 rows.
 
-    The 64-row kernel keeps up to 300 bytes of addresses in local memory, as `decode` does.
+    The 64-row kernel keeps up to 320 bytes of addresses in local memory, as `decode` does.
     """
 
     def attend(*args):
@@ -233,7 +233,7 @@ def test_compiles_for_sm90a(heads, tokens, page_size):
     assert not decode.ignores_setmaxnreg, decode.messages
     assert decode.shared_memory <= 232_448
     assert decode.registers <= 255
-    assert max(decode.spill_stores, decode.spill_loads) <= (0 if heads * tokens <= 32 else 300)
+    assert max(decode.spill_stores, decode.spill_loads) <= (0 if heads * tokens <= 32 else 320)
     if decode.sass is not None:
         assert "IGMMA" in decode.sass
         assert overwritten_in_flight(decode.sass) == []

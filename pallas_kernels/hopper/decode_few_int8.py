@@ -25,9 +25,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.merge import Meeting, Place, Refs, merge_shares, row_parts
 from pallas_kernels.hopper.primitives import WGMMA_OPERAND
 from pallas_kernels.hopper.transposed import COLUMNS, WARPS
-from pallas_kernels.hopper.walk import BLOCK, LN2, LOG2E, NO_KEY, PIECE, block_sources, records
+from pallas_kernels.hopper.walk import (
+    BLOCK,
+    LN2,
+    LOG2E,
+    NO_KEY,
+    RECORD,
+    block_sources,
+    records,
+    valid_lengths,
+)
 from pallas_kernels.hopper.widen import GROUP, INT8_OPERAND, WIDENED_UNIT, WideningBackend
 
 MOST_ROWS = 32  # O^T of d_v 512 takes 4 registers a thread for each row
@@ -79,13 +89,16 @@ def decode_few_int8(
     seq_lens,
     query_lens,
     plan,
+    counters,
     o_ref,
     lse_ref,
     *,
     num_heads,
+    num_queries,
     softmax_scale,
     causal,
     config,
+    merges,
     partial_dtype=jnp.float32,
     interpret=None,
 ):
@@ -103,7 +116,10 @@ def decode_few_int8(
     (o [slots, rows_per_tile, d_v], lse [slots, rows_per_tile]) of cut tiles.
     """
     _, rows_total, latent = q_int8.shape
-    page_size, rope = rope_pages.shape[1:]
+    num_pages, page_size, rope = rope_pages.shape
+    lengths = functools.partial(
+        valid_lengths, capacity=block_tables.shape[1] * page_size, num_queries=num_queries
+    )
     rows, depth, computing = config.rows_per_tile, config.depth, config.computing
     if rows_total % rows:
         raise ValueError(f"q must have a multiple of {rows} rows (rows_per_tile), got {rows_total}")
@@ -128,6 +144,7 @@ def decode_few_int8(
         qlen_ref,
         walk_ref,
         piece_ref,
+        counter_ref,
         o_ref,
         lse_ref,
         po_ref,
@@ -142,6 +159,7 @@ def decode_few_int8(
         sum_smem,
         handed_smem,
         state_smem,
+        lost_smem,
         q_full,
         q_empty,
         full,
@@ -150,12 +168,14 @@ def decode_few_int8(
         taken,
         *accumulators,
     ):
+        if query_lens is None:
+            qlen_ref = None  # (in its place stands another operand)
         if config.early_start:
             g.wait_for_previous_kernel()
             g.let_next_kernel_start()
         wg = lax.axis_index("wg")
         worker = lax.axis_index("worker")
-        fields = range(len(PIECE))
+        fields = range(RECORD)
         first, stop = walk_ref[worker, 0], walk_ref[worker, 1]
 
         def walk(run):
@@ -171,14 +191,32 @@ def decode_few_int8(
 
             return lax.fori_loop(first, stop, step, (jnp.int32(0), *head))
 
+        def meet(request, row_tile, count):
+            tile = request * plan.num_row_tiles + row_tile
+            return Meeting(g, counter_ref, tile, computing * count, computing * count)
+
+        def merge_mine(me):
+            merge_shares(
+                row_parts(g, plan, rows, latent, warpgroups=computing),
+                Refs(po_ref, plse_ref, o_ref, lse_ref),
+                piece_ref,
+                (first, stop),
+                meet=meet,
+                place=lambda request, row_tile: Place(request, row_tile * rows, 0),
+                wg=me,
+                wgs=computing,
+            )
+
         # ---------------------------------------------------------------- the loading warpgroup
         queries = ((q_ref, q_smem), (q_rope_ref, q_rope_smem))
         tokens = ((kv_ref, kv_smem), (rope_ref, rope_smem), (scale_ref, scale_smem))
 
         def load_piece(k, n, piece):
-            request, row_tile, begin, end, _ = piece
+            request, row_tile, begin, end, *_ = piece
             buffer = lax.rem(k, config.q_buffers)
+            kv_len, _ = lengths(len_ref, qlen_ref, request)
             plgpu.barrier_wait(q_empty.at[buffer])
+            lost_smem[buffer] = 0
             for source, target in queries:
                 plgpu.copy_gmem_to_smem(
                     source.at[request, pl.ds(row_tile * rows, rows)],
@@ -187,9 +225,14 @@ def decode_few_int8(
                 )
 
             def block(i, _):
-                ((page, mine, _),) = block_sources(
-                    table_ref, len_ref, request, begin + i, page_size
+                ((page, mine, _),), exists = block_sources(
+                    table_ref, request, begin + i, kv_len, page_size, num_pages
                 )
+
+                @pl.when(~exists)
+                def _lost():
+                    lost_smem[buffer] = 1
+
                 slot = lax.rem(n + i, depth)
                 plgpu.barrier_wait(empty.at[slot])
                 for source, target in tokens:
@@ -214,8 +257,8 @@ def decode_few_int8(
             return lax.broadcast_in_dim(columns, shape, [1])
 
         def attend(me, k, n, piece, o_left, o_right, s_int, s_rope):
-            request, row_tile, begin, end, out_slot = piece
-            kv_len, query_len = len_ref[request], qlen_ref[request]
+            request, row_tile, begin, end, out_slot, _, slots_of_tile = piece
+            kv_len, query_len = lengths(len_ref, qlen_ref, request)
             row = row_tile * rows
             buffer = lax.rem(k, config.q_buffers)
             p_mine = p_smem.at[me]
@@ -263,7 +306,6 @@ def decode_few_int8(
             plgpu.barrier_wait(q_full.at[buffer])
             none = (g.full((rows,), NO_KEY, COLUMNS), g.full(tile, 0.0, plgpu.Layout.WGMMA))
             m, norm = lax.fori_loop(0, mine, block, none)
-            plgpu.barrier_arrive(q_empty.at[buffer])
 
             total = g.reduce_rows(norm, sum_smem.at[me], "add")
             plgpu.commit_smem()  # the next piece may write sum_smem
@@ -271,14 +313,16 @@ def decode_few_int8(
 
             def finish(m, total, halves):
                 """halves: (which, its value) pairs. Normalises and stores them."""
-                blank = jnp.where(kv_len < 0, jnp.nan, 0.0)
+                lost = lost_smem[buffer] > 0  # written before the barrier of the last block
+                plgpu.barrier_arrive(q_empty.at[buffer])
+                blank = jnp.where((kv_len < 0) | lost, jnp.nan, 0.0)
                 seen = total > 0.0
-                inverse = jnp.where(seen, (1.0 / WIDENED_UNIT) / total, blank)
-                lse = jnp.where(seen, m * LN2 + jnp.log(total), -jnp.inf + blank)
+                inverse = jnp.where(seen, (1.0 / WIDENED_UNIT) / total, 0.0) + blank
+                lse = jnp.where(seen, m * LN2 + jnp.log(total), -jnp.inf) + blank
                 stored = [(which, o * across(inverse, (half, rows))) for which, o in halves]
 
                 @pl.when(out_slot < 0)
-                def _():
+                def _store():
                     here = pl.ds(row, rows)
                     for which, o in stored:
                         destination = o_ref.at[request, here]
@@ -287,12 +331,14 @@ def decode_few_int8(
                         lse_ref.at[request, here][...] = lse
 
                 @pl.when(out_slot >= 0)
-                def _():
+                def _leave():
                     for which, o in stored:
                         destination = po_ref.at[out_slot]
                         g.store_dimensions(destination, o.astype(partial_dtype), which * groups)
                     if me == 0:
                         plse_ref.at[out_slot][...] = lse
+                    if merges:
+                        meet(request, row_tile, slots_of_tile).leave()
 
             if computing == 1:
                 finish(m, total, [(which, g.read(o_half)) for which, o_half in halves])
@@ -333,6 +379,8 @@ def decode_few_int8(
             walk(run)
             if computing == 2:
                 plgpu.barrier_wait(taken)
+            if merges:
+                merge_mine(me)
 
         for me in range(computing):
             pl.when(wg == me)(functools.partial(compute, me))
@@ -364,6 +412,7 @@ def decode_few_int8(
             floats(computing, WARPS, rows),
             floats(computing, handed_rows, half),
             floats(computing, 2, rows),
+            plgpu.SMEM((config.q_buffers,), jnp.int32),
             plgpu.Barrier(num_arrivals=2, num_barriers=config.q_buffers),  # q_full
             plgpu.Barrier(num_arrivals=computing, num_barriers=config.q_buffers),  # q_empty
             plgpu.Barrier(num_arrivals=3, num_barriers=depth),  # full
@@ -385,7 +434,8 @@ def decode_few_int8(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )
-    walk, pieces = records(plan)
+    walk, records_ = records(plan)
+    given = seq_lens if query_lens is None else query_lens
     return kernel(
         q_int8,
         q_rope,
@@ -395,9 +445,10 @@ def decode_few_int8(
         scales,
         block_tables,
         seq_lens,
-        query_lens,
+        given,
         walk,
-        pieces,
+        records_,
+        counters,
         o_ref,
         lse_ref,
     )

@@ -21,13 +21,24 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.merge import Meeting, Place, Refs, merge_shares, row_parts
 from pallas_kernels.hopper.primitives import ROWS, WGMMA_OPERAND
-from pallas_kernels.hopper.walk import BLOCK, LN2, LOG2E, NO_KEY, PIECE, block_sources, records
+from pallas_kernels.hopper.walk import (
+    BLOCK,
+    LN2,
+    LOG2E,
+    NO_KEY,
+    RECORD,
+    block_sources,
+    records,
+    valid_lengths,
+)
 from pallas_kernels.hopper.widen import GROUP, INT8_OPERAND, WIDENED_UNIT, WideningBackend
 
 QUERIES = 64  # rows of a tile
 LAZY_GROWTH = 8.0  # log2 units that the running maximum may lag behind the true one
 SLOTS = 4  # of a block each: two pairs
+LOST = RECORD + 3  # of a record in shared memory: a page of the piece does not exist
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +61,25 @@ def decode_int8(
     seq_lens,
     query_lens,
     plan,
+    counters,
     o_ref,
     lse_ref,
     *,
     num_heads,
+    num_queries,
     softmax_scale,
     causal,
     config,
+    merges,
     partial_dtype=jnp.float32,
     interpret=None,
 ):
     """Runs the plan; arguments and results as in `decode_few_int8`, R a multiple of 64."""
     _, rows_total, latent = q_int8.shape
-    page_size, rope = rope_pages.shape[1:]
+    num_pages, page_size, rope = rope_pages.shape
+    lengths = functools.partial(
+        valid_lengths, capacity=block_tables.shape[1] * page_size, num_queries=num_queries
+    )
     if rows_total % QUERIES or rope != BLOCK:
         raise ValueError(
             f"q must have a multiple of {QUERIES} rows and {BLOCK} rope columns, got {q_rope.shape}"
@@ -88,6 +105,7 @@ def decode_int8(
         qlen_ref,
         walk_ref,
         piece_ref,
+        counter_ref,
         o_ref,
         lse_ref,
         po_ref,
@@ -110,6 +128,8 @@ def decode_int8(
         l_ready,
         *accumulators,
     ):
+        if query_lens is None:
+            qlen_ref = None  # (in its place stands another operand)
         if config.early_start:
             g.wait_for_previous_kernel()
             g.let_next_kernel_start()
@@ -119,13 +139,29 @@ def decode_int8(
         queries = ((q_ref, q_smem), (q_rope_ref, q_rope_smem), (q_scale_ref, q_scale_smem))
         tokens = ((kv_ref, kv_smem), (rope_ref, rope_smem), (scale_ref, scale_smem))
 
+        def meet(request, row_tile, count):
+            tile = request * plan.num_row_tiles + row_tile
+            return Meeting(g, counter_ref, tile, 2 * count, 2 * count)
+
+        def merge_mine(me):
+            merge_shares(
+                row_parts(g, plan, QUERIES, latent, warpgroups=2),
+                Refs(po_ref, plse_ref, o_ref, lse_ref),
+                piece_ref,
+                (first, stop),
+                meet=meet,
+                place=lambda request, row_tile: Place(request, row_tile * QUERIES, 0),
+                wg=me,
+                wgs=2,
+            )
+
         # ---------------------------------------------------------------- the loading warpgroup
         def load_piece(p, carry):
             n, *piece = carry  # n: pairs of blocks, full or not, before this piece
-            request, row_tile, begin, end, _ = piece
-            kv_len, query_len = len_ref[request], qlen_ref[request]
+            request, row_tile, begin, end, *_ = piece
+            kv_len, query_len = lengths(len_ref, qlen_ref, request)
             plgpu.barrier_wait(q_empty)
-            for i, value in enumerate((*piece, kv_len, query_len, n)):
+            for i, value in enumerate((*piece, kv_len, query_len, n, jnp.int32(0))):
                 piece_smem[i] = value
             for source, target in queries:
                 plgpu.copy_gmem_to_smem(
@@ -133,9 +169,14 @@ def decode_int8(
                 )
 
             def block(i, _):
-                ((page, mine, _),) = block_sources(
-                    table_ref, len_ref, request, begin + i, page_size
+                ((page, mine, _),), exists = block_sources(
+                    table_ref, request, begin + i, kv_len, page_size, num_pages
                 )
+
+                @pl.when(~exists)
+                def _lost():
+                    piece_smem[LOST] = 1
+
                 slot = lax.rem(2 * n + i, SLOTS)
                 plgpu.barrier_wait(empty.at[slot])
                 for source, target in tokens:
@@ -145,13 +186,13 @@ def decode_int8(
             lax.fori_loop(0, end - begin, block, ())
 
             following = jnp.minimum(p + 1, piece_ref.shape[0] - 1)
-            after = (piece_ref[following, i] for i in range(len(PIECE)))
+            after = (piece_ref[following, i] for i in range(RECORD))
             return n + (end - begin + 1) // 2, *after
 
         @pl.when(wg == 2)
         def _load():
             g.set_max_registers(config.producer_registers, "decrease")
-            head = tuple(walk_ref[worker, 2 + i] for i in range(len(PIECE)))
+            head = tuple(walk_ref[worker, 2 + i] for i in range(RECORD))
             lax.fori_loop(first, stop, load_piece, (jnp.int32(0), *head))
             # See every release, so that no barrier ends with a phase that nobody saw.
             plgpu.barrier_wait(q_empty)
@@ -180,7 +221,7 @@ def decode_int8(
                 alpha = jnp.exp2(m_old - m_new)
 
                 @pl.when(g.any_less(m_old, m_new))
-                def _():
+                def _rescale():
                     g.scale_columns(o_acc, g.columns_of(alpha, turn_smem.at[me]))
 
                 return alpha
@@ -190,8 +231,9 @@ def decode_int8(
 
             def attend(o_acc, s_int, s_acc):
                 plgpu.barrier_wait(q_full)
-                record = [piece_smem[i] for i in range(len(PIECE) + 3)]
-                request, row_tile, begin, end, out_slot, kv_len, query_len, pairs_before = record
+                record = [piece_smem[i] for i in range(RECORD + 3)]
+                request, row_tile, begin, end, out_slot, _, slots_of_tile = record[:RECORD]
+                kv_len, query_len, pairs_before = record[RECORD:]
                 num_blocks = end - begin
                 row = row_tile * QUERIES
 
@@ -216,7 +258,7 @@ def decode_int8(
                     plgpu.barrier_wait(full.at[slot])
 
                     @pl.when(valid < BLOCK)
-                    def _():  # scales past the last token may be NaN, and multiply a P of 0
+                    def _clear():  # scales past the last token may be NaN, and multiply a P of 0
                         scales = g.load_rows(mine)
                         mine[...] = jnp.where(g.iota_rows(BLOCK) < valid, scales, 0.0)
                         plgpu.commit_smem()
@@ -230,7 +272,7 @@ def decode_int8(
                     g.wait_mma(0)
 
                     @pl.when((block + 1) * BLOCK > shortest)
-                    def _():
+                    def _mask():
                         # (Adding zero keeps the compiler from holding places in registers.)
                         token = (g.iota(tile, 0) + (row + zero)) // num_heads
                         last = kv_len - query_len + token if causal else kv_len - 1
@@ -312,6 +354,7 @@ def decode_int8(
                 carry = (g.full((QUERIES,), NO_KEY, ROWS), g.full((QUERIES,), 0.0, ROWS))
                 carry = lax.fori_loop(0, num_blocks // 2, pair, carry)
                 m, norm = lax.fori_loop(0, num_blocks % 2, single, carry)
+                lost = piece_smem[LOST] > 0  # written before the barrier of the last block
                 plgpu.barrier_arrive(q_empty)
 
                 # Each warpgroup has summed its own blocks: exchange, normalise, store.
@@ -319,25 +362,27 @@ def decode_int8(
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(l_ready)
                 plgpu.barrier_wait(l_ready)
-                blank = jnp.where(kv_len < 0, jnp.nan, 0.0)
+                blank = jnp.where((kv_len < 0) | lost, jnp.nan, 0.0)
                 totals = g.load_columns(l_smem.at[0]) + g.load_columns(l_smem.at[1])
-                inverse = jnp.where(totals > 0.0, (1.0 / WIDENED_UNIT) / totals, blank)
+                inverse = jnp.where(totals > 0.0, (1.0 / WIDENED_UNIT) / totals, 0.0) + blank
                 o = g.read(o_acc) * down(inverse, (half, QUERIES))
                 total = g.load_rows(l_smem.at[0]) + g.load_rows(l_smem.at[1])
-                lse = jnp.where(total > 0.0, m * LN2 + jnp.log(total), -jnp.inf + blank)
+                lse = jnp.where(total > 0.0, m * LN2 + jnp.log(total), -jnp.inf) + blank
 
                 @pl.when(out_slot < 0)
-                def _():
+                def _store():
                     mine = pl.ds(row, QUERIES)
                     g.store_dimensions(o_ref.at[request, mine], o.astype(dtype), me * groups)
                     if me == 0:
                         lse_ref.at[request, mine][...] = lse
 
                 @pl.when(out_slot >= 0)
-                def _():
+                def _leave():
                     g.store_dimensions(po_ref.at[out_slot], o.astype(partial_dtype), me * groups)
                     if me == 0:
                         plse_ref.at[out_slot][...] = lse
+                    if merges:
+                        meet(request, row_tile, slots_of_tile).leave()
 
             g.set_max_registers(config.consumer_registers, "increase")
             for slot in range(SLOTS):
@@ -351,6 +396,8 @@ def decode_int8(
                 return ()
 
             lax.fori_loop(first, stop, run, ())
+            if merges:
+                merge_mine(me)
 
         pl.when(wg == 0)(functools.partial(compute, 0))
         pl.when(wg == 1)(functools.partial(compute, 1))
@@ -380,7 +427,7 @@ def decode_int8(
             floats(2, QUERIES),
             floats(SLOTS, QUERIES),
             floats(2, QUERIES),
-            plgpu.SMEM((len(PIECE) + 3,), jnp.int32),
+            plgpu.SMEM((LOST + 1,), jnp.int32),
             plgpu.Barrier(num_arrivals=3),  # q_full
             plgpu.Barrier(num_arrivals=2),  # q_empty
             plgpu.Barrier(num_arrivals=3, num_barriers=SLOTS),  # full
@@ -402,7 +449,8 @@ def decode_int8(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )
-    walk, pieces = records(plan)
+    walk, records_ = records(plan)
+    given = seq_lens if query_lens is None else query_lens
     return kernel(
         q_int8,
         q_rope,
@@ -412,9 +460,10 @@ def decode_int8(
         scales,
         block_tables,
         seq_lens,
-        query_lens,
+        given,
         walk,
-        pieces,
+        records_,
+        counters,
         o_ref,
         lse_ref,
     )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mla_jax.split_kv import SplitPlan, plan_splits
-from pallas_kernels.hopper.attention import NUM_SMS
+from pallas_kernels.hopper.attention import num_sms
 from pallas_kernels.hopper.decode_few_int8 import MOST_ROWS, FewInt8Config, decode_few_int8
 from pallas_kernels.hopper.decode_int8 import Int8Config, decode_int8
 from pallas_kernels.hopper.merge import merge
@@ -18,7 +18,7 @@ def plan_decode(seq_lens: jax.Array, rows: int) -> SplitPlan:
     few = rows <= MOST_ROWS
     return plan_splits(
         seq_lens,
-        num_workers=NUM_SMS,
+        num_workers=num_sms(),
         rows=rows,
         rows_per_tile=rows + -rows % 8 if few else BLOCK,
         overhead=2 if few else 5,
@@ -40,7 +40,7 @@ def attend_int8(
     scales: jax.Array,
     block_tables: jax.Array,
     seq_lens: jax.Array,
-    query_lens: jax.Array,
+    query_lens: jax.Array | None,
     plan: SplitPlan | None,
     **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
@@ -75,7 +75,7 @@ def attend_quantized(
     scales: jax.Array,
     block_tables: jax.Array,
     seq_lens: jax.Array,
-    query_lens: jax.Array,
+    query_lens: jax.Array | None,
     plan: SplitPlan | None,
     *,
     num_heads: int,
@@ -101,7 +101,9 @@ def attend_quantized(
         o [B, R, kv_lora_rank] of q_rope's dtype and lse [B, R] float32, natural log.
     """
     batch, rows, latent = q_int8.shape
-    plan = plan_decode(seq_lens, rows) if plan is None else plan
+    if plan is None:
+        capacity = block_tables.shape[1] * pages.shape[1]
+        plan = plan_decode(jnp.clip(seq_lens, 0, capacity), rows)
     few = plan.rows_per_tile < BLOCK
     kernel: Any = decode_few_int8 if few else decode_int8
     if config is None:
@@ -112,6 +114,10 @@ def attend_quantized(
         q_scales = jnp.pad(q_scales, ((0, 0), (0, spare)))
     o = jax.empty_ref(jax.ShapeDtypeStruct((batch, rows + spare, latent), q_rope.dtype))
     lse = jax.empty_ref(jax.ShapeDtypeStruct((batch, rows + spare), jnp.float32))
+    # As in `attention.attend`: workers that wait for each other must be resident together, and the
+    # counters are zeros again at the end.
+    merges = plan.num_slots > 0 and interpret is None and plan.num_workers <= num_sms()
+    counters = jnp.zeros(plan.num_tiles, jnp.int32)
     partial_o, partial_lse = kernel(
         q_int8,
         q_scales,
@@ -123,16 +129,19 @@ def attend_quantized(
         seq_lens,
         query_lens,
         plan,
+        counters,
         o,
         lse,
         num_heads=num_heads,
+        num_queries=rows // num_heads,
         softmax_scale=softmax_scale,
         causal=causal,
         config=config,
+        merges=merges,
         partial_dtype=jnp.dtype(partial_dtype),
         interpret=interpret,
     )
-    if plan.num_slots:
+    if plan.num_slots and not merges:
         merge(o, lse, partial_o, partial_lse, plan, interpret=interpret)
     # As in `attention.attend`: XLA's dynamic-slice fusion forgets that these alias inputs.
     whole_o, whole_lse = jax.lax.optimization_barrier((o[...], lse[...]))
