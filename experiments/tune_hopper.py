@@ -1,10 +1,9 @@
 """Times tile plans of the Hopper kernels and writes the best: python -m experiments.tune_hopper
 
 Runs on the GPU it tunes for. For each class of query rows in pallas_kernels/hopper/tuned.json (or
-those named: `tune_hopper 16 64 any`) every plan that fits is timed on three workloads, in turn with
-the plan in the table; first the sizes, then what a piece of a split, and cutting
-at all, are taken to cost. The table is
-changed where the geometric mean of the times falls by more than GAIN.
+those named: `tune_hopper 16 any int8-16`) every plan that fits is timed on three workloads, in turn
+with the plan in the table; first the sizes, then what a piece of a split, and cutting at all, are
+taken to cost. The table is changed where the geometric mean of the times falls by more than GAIN.
 """
 
 import functools
@@ -34,18 +33,35 @@ PAGE_SIZE = 64
 GAIN = 0.01  # less is noise
 DEPTHS = tuple(itertools.product((2, 3), (2, 3), (2, 3, 4)))
 REGISTERS = ((240, 24), (232, 40))
-OVERHEADS = {"transposed": (0, 1, 2, 3, 5), "seesaw": (2, 3, 5, 8)}  # blocks
+CHOICES: dict[str, list[Entry]] = {
+    "transposed": [{"depths": [*d], "q_buffers": q} for d in DEPTHS for q in (1, 2)],
+    "transposed_int8": [
+        {"computing": c, "depth": d, "q_buffers": q}
+        for c, d, q in itertools.product((1, 2), (2, 3, 4, 5), (1, 2))
+    ],
+    "seesaw": [{"registers": [*r]} for r in REGISTERS],
+    "seesaw_int8": [{"registers": [*r]} for r in REGISTERS],
+}
+FEW_BLOCKS, MORE_BLOCKS = (0, 1, 2, 3, 5), (2, 3, 5, 8)
+OVERHEADS = {
+    "transposed": FEW_BLOCKS,
+    "transposed_int8": FEW_BLOCKS,
+    "seesaw": MORE_BLOCKS,
+    "seesaw_int8": MORE_BLOCKS,
+}
 MERGE_OVERHEADS = (0, 4, 8)  # blocks
+
+
+def name_of(entry: Entry) -> str:
+    """16, any, int8-16, int8-any, ..."""
+    rows = str(entry["most_rows"] or "any")
+    return f"int8-{rows}" if entry.get("cache") == "int8" else rows
 
 
 def sizes(entry: Entry) -> Iterator[Entry]:
     """The entry with every choice of buffers and registers that fits; the entry itself first."""
     yield entry
-    if entry["kernel"] == "transposed":
-        choices = [{"depths": [*d], "q_buffers": q} for d in DEPTHS for q in (1, 2)]
-    else:
-        choices = [{"registers": [*r]} for r in REGISTERS]
-    for choice in choices:
+    for choice in CHOICES[entry["kernel"]]:
         candidate = entry | choice
         if candidate != entry and fits(candidate):
             yield candidate
@@ -98,25 +114,37 @@ def time_on_gpu(entries: Sequence[Entry], rows: int) -> list[list[float]]:
 
 def _time_workload(entries: Sequence[Entry], rows: int, batch: int, kv_len: int) -> list[float]:
     from pallas_kernels.hopper.attention import attend
+    from pallas_kernels.hopper.int8 import attend_int8
 
+    narrow = entries[0].get("cache") == "int8"
+    token_bytes = 644 if narrow else 1152
     tables, num_pages = rotating_block_tables(
-        [kv_len] * batch, page_size=PAGE_SIZE, token_bytes=1152
+        [kv_len] * batch, page_size=PAGE_SIZE, token_bytes=token_bytes
     )
     keys = jax.random.split(jax.random.key(0))
-    pages = jax.random.normal(keys[0], (num_pages, PAGE_SIZE, 576), jnp.bfloat16)
     q = jax.random.normal(keys[1], (batch, rows, 576), jnp.bfloat16)
     lens, queries = jnp.full(batch, kv_len, jnp.int32), jnp.ones(batch, jnp.int32)
-    calls = [(q, pages, jnp.asarray(table), lens, queries) for table in tables]
-    options: dict[str, Any] = {
-        "num_heads": rows, "kv_lora_rank": 512, "softmax_scale": 192**-0.5, "causal": True
-    }  # fmt: skip
+    options: dict[str, Any] = {"num_heads": rows, "softmax_scale": 192**-0.5, "causal": True}
+    attention: Callable[..., Any]
+    cache: tuple[jax.Array, ...]
+    if narrow:
+        attention = attend_int8
+        cache = (
+            jax.random.randint(keys[0], (num_pages, PAGE_SIZE, 512), -127, 128, jnp.int8),
+            jax.random.normal(keys[0], (num_pages, PAGE_SIZE, 64), jnp.bfloat16),
+            jnp.full((num_pages, PAGE_SIZE), 1 / 74, jnp.float32),
+        )
+    else:
+        attention = functools.partial(attend, kv_lora_rank=512)
+        cache = (jax.random.normal(keys[0], (num_pages, PAGE_SIZE, 576), jnp.bfloat16),)
+    calls = [(q, *cache, jnp.asarray(table), lens, queries) for table in tables]
     bursts = {}
     for i, entry in enumerate(entries):
-        run = functools.partial(attend, plan=None, **(options | {"tiles": plan_of(entry)}))
+        run = functools.partial(attention, plan=None, **(options | {"tiles": plan_of(entry)}))
         bursts[str(i)] = jax_burst(run, calls)
     timings = measure(bursts, rounds=7)
     times = [timings[str(i)].us for i in range(len(entries))]
-    _, gb_per_s = decode_rates(min(times), [kv_len] * batch, heads=rows)
+    _, gb_per_s = decode_rates(min(times), [kv_len] * batch, heads=rows, token_bytes=token_bytes)
     print(f"  {batch} x {kv_len}, {rows} rows: {np.round(times, 1)} us, best {gb_per_s:.0f} GB/s")
     return times
 
@@ -131,7 +159,7 @@ def main(names: Sequence[str], time_all: Timer = time_on_gpu, path: Path | None 
     path = path or Path(pallas_kernels.hopper.__path__[0]) / "tuned.json"
     device = jax.devices()[0].device_kind
     classes = list(tuned())
-    known = [str(entry["most_rows"] or "any") for entry in classes]
+    known = [name_of(entry) for entry in classes]
     for name in names:
         if name not in known:
             raise SystemExit(f"class {name!r}, wanted {', '.join(known)}")

@@ -6,6 +6,7 @@ package needs the other to be imported.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,25 +22,27 @@ def _runs_anywhere(problem: AttentionProblem | None) -> str | None:
 
 
 def _attend_hopper(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
-    from pallas_kernels.hopper import attention
+    from pallas_kernels.hopper import attention, int8
 
-    batch, tokens, heads, _ = problem.q.shape
-    rank = problem.cache.kv_lora_rank
-    o, lse = attention.attend(
-        problem.query_rows(),
-        problem.cache.pages,
-        problem.block_tables,
-        problem.seq_lens,
-        problem.query_lens,
-        problem.plan,
-        num_heads=heads,
-        kv_lora_rank=rank,
-        softmax_scale=problem.softmax_scale,
-        causal=problem.causal,
-        rescale=problem.rescale,
-        partial_dtype=problem.partial_dtype,
-    )
-    return o.reshape(batch, tokens, heads, rank), lse.reshape(batch, tokens, heads)
+    cache = problem.cache
+    work = problem.block_tables, problem.seq_lens, problem.query_lens, problem.plan
+    options: dict[str, Any] = {
+        "num_heads": problem.q.shape[2],
+        "softmax_scale": problem.softmax_scale,
+        "causal": problem.causal,
+        "partial_dtype": problem.partial_dtype,
+    }
+    if cache.rope_pages is None or cache.scales is None:
+        rank, rescale = cache.kv_lora_rank, problem.rescale
+        o, lse = attention.attend(
+            problem.query_rows(), cache.pages, *work, kv_lora_rank=rank, rescale=rescale, **options
+        )
+    else:
+        o, lse = int8.attend_int8(
+            problem.query_rows(), cache.pages, cache.rope_pages, cache.scales, *work, **options
+        )
+    shape = problem.q.shape[:3]
+    return o.reshape(*shape, cache.kv_lora_rank), lse.reshape(shape)
 
 
 def _hopper_unavailable(problem: AttentionProblem | None) -> str | None:
@@ -48,17 +51,7 @@ def _hopper_unavailable(problem: AttentionProblem | None) -> str | None:
     reason = attention.machine_lacks()
     if reason is not None or problem is None:
         return reason
-    cache = problem.cache
-    return attention.refuses(
-        problem.q.dtype,
-        cache.dtype,
-        cache.layout,
-        cache.page_size,
-        cache.kv_lora_rank,
-        cache.rope_dim,
-        problem.rescale,
-        problem.plan,
-    )
+    return attention.refuses(problem.q.dtype, problem.cache, problem.rescale, problem.plan)
 
 
 def _attend_blockwise(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:

@@ -1,10 +1,14 @@
 """Poisoned batches for the Hopper kernels, and FlashMLA's rule for passing."""
 
+import copy
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mla_jax import paged_mla_attention
 from mla_jax.cache import PagedKVCache
 from mla_jax.reference import paged_attention_float64
 
@@ -88,3 +92,33 @@ class HopperBatch:
             off = np.abs(lse[finite] - expected_lse[finite])
             rule = (off < 1e-6) | (off < 8.01 / 65536 * np.abs(expected_lse[finite]))
             assert rule.all(), f"lse off by {off.max():.2e}"
+
+
+SPOILED_LENGTHS = [300, 200, 130, 70, 70, 90]
+
+
+def spoiled(batch: Any) -> tuple[Any, Any]:
+    """A batch of SPOILED_LENGTHS and two tokens whose requests 1 to 4 can't be, each in its own
+    way; and what its result is to be checked with."""
+    found, expected = copy.copy(batch), copy.copy(batch)
+    tables, lens, queries = (
+        np.array(x) for x in (batch.block_tables, batch.seq_lens, batch.query_lens)
+    )
+    page_size = batch.cache.page_size
+    tables[1, (lens[1] - 1) // page_size] = batch.cache.num_pages  # the last page in use
+    tables[2, 0] = -1
+    lens[3] = tables.shape[1] * page_size + 1
+    queries[4] = 3
+    found.block_tables, found.seq_lens, found.query_lens = map(jnp.asarray, (tables, lens, queries))
+    expected.seq_lens = batch.seq_lens.at[1:5].set(-1)
+    return found, expected
+
+
+def op(batch: Any, plan: Any = None, **options: Any) -> Any:
+    """The attention op on a batch, under jit."""
+    call = functools.partial(
+        paged_mla_attention, softmax_scale=SCALE, implementation="hopper", **options
+    )
+    return jax.jit(lambda q, c, t, s, n, p: call(q, c, t, s, query_lens=n, plan=p))(
+        batch.q, batch.cache, batch.block_tables, batch.seq_lens, batch.query_lens, plan
+    )

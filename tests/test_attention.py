@@ -277,9 +277,14 @@ def test_blockwise_refuses_an_int8_cache():
         attend(*batch.args, implementation="blockwise")
 
 
-def test_hopper_says_what_cache_it_lacks():
-    reason = hopper.refuses("bfloat16", "int8", "ND", 64, 512, 64, "multiply", None)
-    assert reason == "it takes q and cache both bfloat16 or both float16, got bfloat16 and int8"
+def test_hopper_says_what_cache_it_lacks(monkeypatch):
+    """On a machine that has the GPU: the op refuses by name, and without one goes to xla."""
+    monkeypatch.setattr(hopper, "machine_lacks", lambda: None)
+    batch = make_batch(np.random.default_rng(17), [40, 7], [1, 1], page_size=16, dtype="int8")
+    reason = "it takes page sizes 64, 128 of a cache of int8, got 16"
+    with pytest.raises(ValueError, match=f"implementation 'hopper' can't run this: {reason}"):
+        attend(*batch.args, implementation="hopper")
+    assert_matches(attend(*batch.args), batch.oracle(), 1e-2, 5e-2)
 
 
 @pytest.mark.parametrize("implementation", PURE)

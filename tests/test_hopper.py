@@ -6,11 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hopper_batch import SCALE, HopperBatch
+from hopper_batch import SCALE, SPOILED_LENGTHS, HopperBatch, op, spoiled
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax import available_implementations, paged_mla_attention, plan_fixed, plan_splits
+from mla_jax import (
+    PagedKVCache,
+    available_implementations,
+    paged_mla_attention,
+    plan_fixed,
+    plan_splits,
+)
 from pallas_kernels.hopper import aot, attention
 from pallas_kernels.hopper.tuning import choose_tile_plan
 
@@ -85,32 +91,9 @@ def test_pages_of_16_interpreted(heads, rows_per_tile):
     batch.check(*run(batch, workers=2, rows_per_tile=rows_per_tile))
 
 
-def with_invalid_requests(heads):
-    """A batch whose requests 1 to 4 can't be, each in its own way."""
-    batch = HopperBatch(
-        np.random.default_rng(heads), [300, 200, 130, 70, 70, 90], heads=heads, num_queries=2
-    )
-    tables, lens, queries = (
-        np.array(x) for x in (batch.block_tables, batch.seq_lens, batch.query_lens)
-    )
-    tables[1, 3] = batch.cache.num_pages  # the last page in use
-    tables[2, 0] = -1
-    lens[3] = tables.shape[1] * 64 + 1
-    queries[4] = 3
-    for name, value in (("block_tables", tables), ("seq_lens", lens), ("query_lens", queries)):
-        setattr(batch, name, jnp.asarray(value))
-    return batch
-
-
-def check_invalid_requests(batch, o, lse):
-    for x in (o, lse):
-        assert np.isnan(np.asarray(x, np.float32)[1:5]).all()
-    good = [0, 5]
-    part = HopperBatch.__new__(HopperBatch)
-    part.__dict__.update(batch.__dict__)
-    for name in ("q", "block_tables", "seq_lens", "query_lens"):
-        setattr(part, name, getattr(batch, name)[jnp.array(good)])
-    part.check(np.asarray(o, np.float32)[good], np.asarray(lse)[good])
+def invalid_requests(heads):
+    rng = np.random.default_rng(heads)
+    return spoiled(HopperBatch(rng, SPOILED_LENGTHS, heads=heads, num_queries=2))
 
 
 @pytest.mark.parametrize(("heads", "rows_per_tile"), [(16, 16), (64, 64)])
@@ -130,8 +113,8 @@ def test_a_plan_for_other_lengths_interpreted(heads, rows_per_tile):
 
 @pytest.mark.parametrize(("heads", "rows_per_tile"), [(8, 16), (24, 64)])
 def test_finds_invalid_requests_interpreted(heads, rows_per_tile):
-    batch = with_invalid_requests(heads)
-    check_invalid_requests(batch, *run(batch, workers=3, rows_per_tile=rows_per_tile))
+    batch, expected = invalid_requests(heads)
+    expected.check(*run(batch, workers=3, rows_per_tile=rows_per_tile))
 
 
 def test_the_pass_rule_fails_what_is_wrong():
@@ -207,30 +190,41 @@ def test_without_a_gpu_it_says_so():
 
 
 def test_refusals_name_what_it_takes():
-    good = (BF16, BF16, "ND", 64, 512, 64, "multiply", None)
-    assert attention.refuses(*good) is None
-    for place, value, words in (
-        (0, F16, "both bfloat16"),
-        (2, "NZ", "layout ND"),
-        (3, 1, "page sizes 16, 64, 128"),
-        (4, 256, "kv_lora_rank 512"),
-        (5, 32, "rope_dim 64"),
-        (7, plan_splits(jnp.ones(2, jnp.int32), num_workers=2, rows=96, rows_per_tile=96), "96"),
+    def reason(q_dtype=BF16, rescale="multiply", rows_per_tile=None, **cache):
+        plan = rows_per_tile and plan_splits(
+            jnp.ones(2, jnp.int32), num_workers=2, rows=8, rows_per_tile=rows_per_tile
+        )
+        return attention.refuses(q_dtype, PagedKVCache.create(2, **cache), rescale, plan)
+
+    for good in (
+        {}, {"page_size": 16, "rescale": "exponent_add"}, {"q_dtype": F16, "dtype": F16},
+        {"rows_per_tile": 128}, {"dtype": "int8"}, {"dtype": "int8", "page_size": 128},
+        {"dtype": "int8", "rows_per_tile": 64},
+    ):  # fmt: skip
+        assert reason(**good) is None
+    for bad, words in (
+        ({"q_dtype": F16}, "both bfloat16 or both float16, got float16 and bfloat16"),
+        ({"layout": "NZ"}, "layout ND, got NZ"),
+        ({"page_size": 1}, "page sizes 16, 64, 128 of a cache of float, got 1"),
+        ({"kv_lora_rank": 256}, "kv_lora_rank 512 and rope_dim 64, got 256 and 64"),
+        ({"rope_dim": 32}, "rope_dim 64, got 512 and 32"),
+        ({"rows_per_tile": 96}, "rows_per_tile 8, 16, 24, 32, 64, 128, got 64 and 96"),
+        ({"rows_per_tile": 8, "rescale": "exponent_add"}, "rows_per_tile 64, 128, got 64 and 8"),
+        ({"dtype": "int8", "q_dtype": F16}, "over an int8 cache it takes q bfloat16, got float16"),
+        ({"dtype": "int8", "scale_granularity": "group"}, "scales per token, got 'group'"),
+        ({"dtype": "int8", "scale_granularity": "tensor", "scale": 0.1}, "per token, got 'tensor'"),
+        ({"dtype": "int8", "rescale": "exponent_add"}, "rescale 'multiply', got 'exponent_add'"),
+        ({"dtype": "int8", "layout": "NZ"}, "layout ND, got NZ"),
+        ({"dtype": "int8", "page_size": 16}, "page sizes 64, 128 of a cache of int8, got 16"),
+        (
+            {"dtype": "int8", "rows_per_tile": 128},
+            "rows_per_tile 8, 16, 24, 32, 64, got 64 and 128",
+        ),
     ):
-        bad = (*good[:place], value, *good[place + 1 :])
-        assert words in attention.refuses(*bad)
+        assert words in reason(**bad), bad
 
 
 # -------------------------------------------------------------------- the third gate, on an H200
-
-
-def op(batch, plan=None, **options):
-    call = functools.partial(
-        paged_mla_attention, softmax_scale=SCALE, implementation="hopper", **options
-    )
-    return jax.jit(lambda q, c, t, s, n, p: call(q, c, t, s, query_lens=n, plan=p))(
-        batch.q, batch.cache, batch.block_tables, batch.seq_lens, batch.query_lens, plan
-    )
 
 
 LENGTHS = [1, 63, 64, 65, 20, 140, 0, 4096, 777]
@@ -316,8 +310,8 @@ def test_batch_invariant_on_the_gpu(heads, rows_per_tile):
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [8, 24, 64])
 def test_finds_invalid_requests_on_the_gpu(heads):
-    batch = with_invalid_requests(heads)
-    check_invalid_requests(batch, *op(batch))
+    batch, expected = invalid_requests(heads)
+    expected.check(*op(batch))
 
 
 @pytest.mark.gpu

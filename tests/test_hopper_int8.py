@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hopper_batch import GARBAGE_PAGE, SCALE
+from hopper_batch import GARBAGE_PAGE, SCALE, SPOILED_LENGTHS, op, spoiled
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax import plan_fixed, plan_splits
+from mla_jax import PagedKVCache, plan_fixed, plan_splits
+from mla_jax.hal import load_profile
 from mla_jax.reference import attention_float64
 from pallas_kernels.hopper import aot, int8
-from pallas_kernels.hopper.decode_few_int8 import FewInt8Config
+from pallas_kernels.hopper.tuning import choose_tile_plan, transposed_int8_tiles
 
 
 class Int8Batch:
@@ -56,7 +57,15 @@ class Int8Batch:
         q_latent = q_steps * 2.0 ** rng.integers(-5, -1, (*shape, 1))
         q = np.concatenate([q_latent, rng.standard_normal((*shape, 64)) * 10], axis=-1)
         self.q = jnp.asarray(q, jnp.bfloat16)
-        self.cache = jnp.asarray(values), jnp.asarray(rope, jnp.bfloat16), jnp.asarray(scales)
+        self.cache = PagedKVCache(
+            jnp.asarray(values),
+            kv_lora_rank=512,
+            rope_dim=64,
+            page_size=page_size,
+            layout="ND",
+            rope_pages=jnp.asarray(rope, jnp.bfloat16),
+            scales=jnp.asarray(scales),
+        )
         self.block_tables, self.seq_lens = jnp.asarray(tables), jnp.asarray(lens)
         queries = np.clip(lens, 0, num_queries) if query_lens is None else query_lens
         self.query_lens = jnp.asarray(queries, jnp.int32)
@@ -69,7 +78,7 @@ class Int8Batch:
         return functools.partial(
             jax.jit(attend),
             self.q[requests].reshape(batch, tokens * heads, width),
-            *self.cache,
+            *self.cache.arrays().values(),
             self.block_tables[requests],
             self.seq_lens[requests],
             self.query_lens[requests],
@@ -105,6 +114,10 @@ class Int8Batch:
             assert rule.all(), f"lse off by {off.max():.2e}"
 
 
+def tiles(**sizes):
+    return transposed_int8_tiles(load_profile("H200_SXM"), **sizes)
+
+
 def split(batch, workers, rows_per_tile):
     rows = batch.q.shape[1] * batch.q.shape[2]
     return plan_splits(
@@ -121,7 +134,7 @@ def split(batch, workers, rows_per_tile):
             [70],
             {"heads": 8, "num_queries": 2, "query_lens": [1]},
             16,
-            {"config": FewInt8Config(16)},
+            {"tiles": tiles(rows_per_tile=16, computing=1)},
         ),
         ([20, 129], {"heads": 24, "page_size": 128}, 24, {"partial_dtype": "bfloat16"}),
         ([270, -1, 0, 20], {"heads": 40, "page_size": 128}, 64, {}),
@@ -135,6 +148,31 @@ def test_interpreted(seq_lens, shape, rows_per_tile, options):
     assert not gpu_callbacks.get_races().races_found
 
 
+@pytest.mark.parametrize(("heads", "rows_per_tile"), [(16, 16), (64, 64)])
+def test_a_plan_for_other_lengths_interpreted(heads, rows_per_tile):
+    """What it does not cover, or would read past the end, is NaN; the rest is right."""
+    batch = Int8Batch(np.random.default_rng(heads), [200, 130, 64, 0], heads=heads)
+    other = plan_splits(
+        jnp.array([200, 64, 65, 1], jnp.int32),
+        num_workers=2, rows=heads, rows_per_tile=rows_per_tile, overhead=1,
+    )  # fmt: skip
+    o, lse = batch.attend(other, interpret=plgpu.InterpretGPUParams())
+    batch.seq_lens = batch.seq_lens.at[1:].set(-1)
+    batch.check(o, lse)
+
+
+def invalid_requests(heads):
+    rng = np.random.default_rng(heads)
+    return spoiled(Int8Batch(rng, SPOILED_LENGTHS, heads=heads, num_queries=2))
+
+
+@pytest.mark.parametrize(("heads", "rows_per_tile"), [(8, 16), (24, 64)])
+def test_finds_invalid_requests_interpreted(heads, rows_per_tile):
+    batch, expected = invalid_requests(heads)
+    plan = split(expected, 3, rows_per_tile)
+    expected.check(*batch.attend(plan, interpret=plgpu.InterpretGPUParams()))
+
+
 def test_the_check_fails_what_is_wrong():
     batch = Int8Batch(np.random.default_rng(0), [65], heads=8)
     o, lse = batch.attend(split(batch, 1, 8), interpret=plgpu.InterpretGPUParams())
@@ -142,17 +180,6 @@ def test_the_check_fails_what_is_wrong():
     for wrong in ((o.at[0, 3, 7].add(0.02), lse), (o, lse.at[0, 0].add(1e-3))):
         with pytest.raises(AssertionError):
             batch.check(*wrong)
-
-
-def test_rows_are_quantized_to_half_a_step():
-    q = np.random.default_rng(0).standard_normal((3, 5, 512)).astype(np.float32)
-    q[1, 2], q[2, 0] = 0.0, 1e-38
-    steps, scales = int8.quantize_rows(jnp.asarray(q))
-    assert steps.dtype == jnp.int8
-    assert int(jnp.abs(steps).max()) == 127
-    widened = np.asarray(steps, np.float64) * np.asarray(scales, np.float64)[..., None]
-    assert (np.abs(widened - q) <= 0.501 * np.asarray(scales)[..., None]).all()
-    assert np.abs(widened - q).max() > 1e-4
 
 
 # ----------------------------------------------------------------------- compiled for sm_90a
@@ -231,7 +258,9 @@ def test_compiles_for_sm90a(heads, tokens, page_size):
     )[0]
     assert not decode.serialized, decode.messages
     assert not decode.ignores_setmaxnreg, decode.messages
-    assert decode.shared_memory <= 232_448
+    # A tile plan's bytes are those that the compiler takes.
+    plan = choose_tile_plan(tokens * heads, cache="int8")
+    assert decode.shared_memory == plan.used()["shared"] <= 232_448
     assert decode.registers <= 255
     assert max(decode.spill_stores, decode.spill_loads) <= (0 if heads * tokens <= 32 else 320)
     if decode.sass is not None:
@@ -249,7 +278,7 @@ LENGTHS = [1, 63, 64, 65, 20, 140, 0, -1, 4096, 777]
 @pytest.mark.parametrize("page_size", [64, 128])
 def test_heads_on_the_gpu(heads, page_size):
     batch = Int8Batch(np.random.default_rng(heads), LENGTHS, heads=heads, page_size=page_size)
-    batch.check(*batch.attend())
+    batch.check(*op(batch))
 
 
 @pytest.mark.gpu
@@ -260,24 +289,37 @@ def test_several_tokens_on_the_gpu(heads, num_queries, causal):
     lens = [length if length > 4 else 0 for length in LENGTHS]
     queries = [min(length, int(rng.integers(1, num_queries + 1))) for length in lens]
     batch = Int8Batch(rng, lens, heads=heads, num_queries=num_queries, query_lens=queries)
-    rows = heads * num_queries
-    plan = split(batch, 132, rows if rows <= 32 else 64)
-    batch.check(*batch.attend(plan, causal=causal), causal=causal)
+    batch.check(*op(batch, causal=causal), causal=causal)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "config",
+    "sizes",
     [
-        FewInt8Config(16, computing=1),
-        FewInt8Config(16, computing=1, depth=5, q_buffers=1),
-        FewInt8Config(16, computing=2, registers=(232, 40)),
-        FewInt8Config(16, computing=2, depth=2, early_start=False),
+        {"computing": 1},
+        {"computing": 1, "depth": 5, "q_buffers": 1},
+        {"computing": 2, "depth": 2, "q_buffers": 1},
     ],
 )
-def test_configurations_on_the_gpu(config):
-    batch = Int8Batch(np.random.default_rng(config.depth), LENGTHS, heads=16)
-    batch.check(*batch.attend(config=config, partial_dtype="bfloat16"))
+def test_sizes_on_the_gpu(sizes):
+    batch = Int8Batch(np.random.default_rng(0), LENGTHS, heads=16)
+    plan = tiles(rows_per_tile=16, **sizes)
+    batch.check(*batch.attend(tiles=plan, partial_dtype="bfloat16"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [8, 24, 64])
+def test_finds_invalid_requests_on_the_gpu(heads):
+    batch, expected = invalid_requests(heads)
+    expected.check(*op(batch))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [16, 64])
+def test_more_workers_than_sms_on_the_gpu(heads):
+    """They can't wait for each other: the merge is a launch of its own."""
+    batch = Int8Batch(np.random.default_rng(heads), LENGTHS, heads=heads)
+    batch.check(*op(batch, plan=split(batch, 300, heads)))
 
 
 @pytest.mark.gpu

@@ -11,8 +11,10 @@ from mla_jax.hal import PROFILES, Problem, TilePlanError, plan_tiles
 from pallas_kernels.hopper.tuning import (
     choose_tile_plan,
     plan_of,
+    seesaw_int8_tiles,
     seesaw_tiles,
     tile_plan_of_height,
+    transposed_int8_tiles,
     transposed_tiles,
     tuned,
 )
@@ -32,6 +34,15 @@ def test_every_problem_has_a_plan_that_fits(rescale: str, rows: int) -> None:
     else:
         assert plan.rows_per_tile == (64 if rows <= 64 else 128)
     assert tile_plan_of_height(plan.rows_per_tile) == plan
+
+
+@given(rows=st.integers(1, 600))
+def test_every_int8_problem_has_a_plan_that_fits(rows: int) -> None:
+    plan = choose_tile_plan(rows, cache="int8")
+    assert plan.used()["shared"] <= plan.capacity["shared"]
+    assert 128 * sum(plan.registers) <= plan.capacity["registers"]
+    assert plan.rows_per_tile == (-(-rows // 8) * 8 if rows <= 32 else 64)
+    assert tile_plan_of_height(plan.rows_per_tile, cache="int8") == plan
 
 
 def test_the_seesaw_plan_is_the_one_the_profile_arrives_at() -> None:
@@ -60,6 +71,16 @@ def test_the_seesaw_plan_is_the_one_the_profile_arrives_at() -> None:
         (lambda: seesaw_tiles(H200, rows_per_tile=64, registers=(236, 24)), "registers = 236"),
         (lambda: seesaw_tiles(H200, rows_per_tile=64, registers=(160, 24)), "registers = 160"),
         (lambda: seesaw_tiles(H200, rows_per_tile=64, kv_lora_rank=640), "kv_lora_rank = 640"),
+        (lambda: transposed_int8_tiles(H200, rows_per_tile=24), "rows_per_tile = 24.* up to 16"),
+        (lambda: transposed_int8_tiles(H200, rows_per_tile=40, computing=1), "8 up to 32"),
+        (lambda: transposed_int8_tiles(H200, rows_per_tile=8, computing=3), "computing = 3"),
+        (lambda: transposed_int8_tiles(H200, rows_per_tile=8, depth=3), "depth = 3, wanted a mul"),
+        (lambda: transposed_int8_tiles(H200, rows_per_tile=8, depth=6), "shared holds 232448"),
+        (lambda: transposed_int8_tiles(H200, rows_per_tile=8, q_buffers=0), "q_buffers = 0"),
+        (lambda: seesaw_int8_tiles(H200, rows_per_tile=128), "rows_per_tile = 128, wanted 64"),
+        (lambda: seesaw_int8_tiles(H200, rows_per_tile=64, rope_dim=128), "P takes the place"),
+        (lambda: seesaw_int8_tiles(H200, rows_per_tile=64, registers=(240, 20)), "setmaxnreg"),
+        (lambda: choose_tile_plan(16, cache="int8", rescale="exponent_add"), "int8 cache, rescale"),
         (lambda: plan_of(dict(tuned()[0], kernel="both")), "kernel = 'both'"),
         (lambda: tile_plan_of_height(40), "rows_per_tile must be one of 8, 16"),
     ],
@@ -106,5 +127,5 @@ def test_tuning_takes_the_fastest_and_nothing_for_noise(tmp_path) -> None:
     assert [c for i, c in enumerate(table["classes"]) if i != 1] == [
         c for i, c in enumerate(tuned()) if i != 1
     ]
-    with pytest.raises(SystemExit, match="class '17', wanted 8, 16, 24, 32, 64, any"):
+    with pytest.raises(SystemExit, match=r"class '17', wanted 8, .*, any, int8-8, int8-16"):
         tune_hopper.main(["17"], stopwatch, path)

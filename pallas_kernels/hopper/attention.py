@@ -1,20 +1,27 @@
 """Paged absorbed MLA on a Hopper GPU: what it takes, how it is planned, decode and merge."""
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mla_jax.cache import PagedKVCache
 from mla_jax.hal import TilePlan
 from mla_jax.split_kv import SplitPlan, plan_splits
 from pallas_kernels.hopper.decode import decode
 from pallas_kernels.hopper.decode_few import decode_few
 from pallas_kernels.hopper.merge import merge
-from pallas_kernels.hopper.tuning import ROW_GROUP, choose_tile_plan, tile_plan_of_height
+from pallas_kernels.hopper.tuning import (
+    ROW_GROUP,
+    choose_tile_plan,
+    tile_heights,
+    tile_plan_of_height,
+)
 from pallas_kernels.hopper.walk import BLOCK
 
-PAGE_SIZES = (16, 64, 128)
+PAGE_SIZES = {"float": (16, 64, 128), "int8": (64, 128)}  # by what the cache holds
 RESCALES = {"multiply": "lazy", "exponent_add": "exponent_add"}  # of the op -> of the kernel
 
 
@@ -33,45 +40,53 @@ def num_sms() -> int:
     return jax.devices()[0].core_count if machine_lacks() is None else 132
 
 
-def refuses(
-    q_dtype: Any,
-    cache_dtype: Any,
-    layout: str,
-    page_size: int,
-    kv_lora_rank: int,
-    rope_dim: int,
-    rescale: str,
-    plan: SplitPlan | None,
-) -> str | None:
+def refuses(q_dtype: Any, cache: PagedKVCache, rescale: str, plan: SplitPlan | None) -> str | None:
     """Why the kernels can't take a problem of this kind; None where they can."""
-    if jnp.dtype(q_dtype) != jnp.dtype(cache_dtype) or jnp.dtype(q_dtype).itemsize != 2:
+    q_dtype = jnp.dtype(q_dtype)
+    kind = "float" if cache.scale_granularity is None else "int8"
+    if kind == "int8":
+        if q_dtype != jnp.bfloat16:
+            return f"over an int8 cache it takes q bfloat16, got {q_dtype.name}"
+        if cache.scale_granularity != "token":
+            return f"it takes an int8 cache with scales per token, got {cache.scale_granularity!r}"
+        if rescale != "multiply":
+            return f"over an int8 cache it takes rescale 'multiply', got {rescale!r}"
+    elif q_dtype != cache.dtype or q_dtype.itemsize != 2:
         return (
             "it takes q and cache both bfloat16 or both float16, got "
-            f"{jnp.dtype(q_dtype).name} and {jnp.dtype(cache_dtype).name}"
+            f"{q_dtype.name} and {cache.dtype.name}"
         )
-    if layout != "ND":
-        return f"it takes cache layout ND, got {layout}"
-    if page_size not in PAGE_SIZES:
-        return f"it takes page sizes {', '.join(map(str, PAGE_SIZES))}, got {page_size}"
-    if (kv_lora_rank, rope_dim) != (512, 64):
-        return f"it takes kv_lora_rank 512 and rope_dim 64, got {kv_lora_rank} and {rope_dim}"
-    heights = (8, 16, 24, 32, 64, 128) if rescale == "multiply" else (64, 128)
+    if cache.layout != "ND":
+        return f"it takes cache layout ND, got {cache.layout}"
+    if cache.page_size not in PAGE_SIZES[kind]:
+        sizes = ", ".join(map(str, PAGE_SIZES[kind]))
+        return f"it takes page sizes {sizes} of a cache of {kind}, got {cache.page_size}"
+    widths = cache.kv_lora_rank, cache.rope_dim
+    if widths != (512, 64):
+        return "it takes kv_lora_rank 512 and rope_dim 64, got {} and {}".format(*widths)
+    heights = tile_heights(kind, rescale=rescale)
     if plan is not None and (plan.block_size != BLOCK or plan.rows_per_tile not in heights):
         return (
-            f"with rescale {rescale!r} it takes plans of block_size {BLOCK} and rows_per_tile "
-            f"{', '.join(map(str, heights))}, got {plan.block_size} and {plan.rows_per_tile}"
+            f"with rescale {rescale!r} and a cache of {kind} it takes plans of block_size {BLOCK} "
+            f"and rows_per_tile {', '.join(map(str, heights))}, got {plan.block_size} and "
+            f"{plan.rows_per_tile}"
         )
     return None
 
 
 def plan_decode(
-    seq_lens: jax.Array, rows: int, *, rescale: str = "multiply", tiles: TilePlan | None = None
+    seq_lens: jax.Array,
+    rows: int,
+    *,
+    cache: str = "float",
+    rescale: str = "multiply",
+    tiles: TilePlan | None = None,
 ) -> SplitPlan:
     """Equal shares of the work of `rows` query rows a request for this GPU's SMs.
 
-    tiles: of the kernel; None: the tuned ones.
+    tiles: of the kernel; None: the tuned ones for a cache of "float" or "int8".
     """
-    tiles = tiles or choose_tile_plan(rows, rescale=rescale)
+    tiles = tiles or choose_tile_plan(rows, cache=cache, rescale=rescale)
     return plan_splits(
         seq_lens,
         num_workers=num_sms() // tiles.cluster,
@@ -115,19 +130,71 @@ def attend(
     Returns:
         o [B, R, kv_lora_rank] of q's dtype and lse [B, R] float32, natural log.
     """
-    batch, rows, _ = q.shape
+    rows = q.shape[1]
     if plan is None:
         capacity = block_tables.shape[1] * pages.shape[1]
         plan = plan_decode(jnp.clip(seq_lens, 0, capacity), rows, rescale=rescale, tiles=tiles)
     tiles = tiles or tile_plan_of_height(plan.rows_per_tile)
     few = plan.rows_per_tile < BLOCK
     kernel: Any = decode_few if few else functools.partial(decode, rescale=RESCALES[rescale])
-    spare = -rows % (plan.rows_per_tile if few else ROW_GROUP)
-    if spare:
-        q = jnp.pad(q, ((0, 0), (0, spare), (0, 0)))
-    o = jax.empty_ref(jax.ShapeDtypeStruct((batch, rows + spare, kv_lora_rank), q.dtype))
+    q = pad_rows(q, plan.rows_per_tile if few else ROW_GROUP)
+    o = jax.ShapeDtypeStruct((*q.shape[:2], kv_lora_rank), q.dtype)
+    return launch(
+        functools.partial(kernel, kv_lora_rank=kv_lora_rank),
+        (q, pages),
+        block_tables,
+        seq_lens,
+        query_lens,
+        plan,
+        o,
+        rows=rows,
+        num_heads=num_heads,
+        tiles=tiles,
+        partial_dtype=partial_dtype,
+        interpret=interpret,
+        softmax_scale=softmax_scale,
+        causal=causal,
+    )
+
+
+def pad_rows(q: jax.Array, multiple: int) -> jax.Array:
+    """q [B, R, D] with rows of zeros behind it, up to a multiple."""
+    spare = -q.shape[1] % multiple
+    return jnp.pad(q, ((0, 0), (0, spare), (0, 0))) if spare else q
+
+
+def launch(
+    kernel: Callable[..., tuple[jax.Array, jax.Array]],
+    operands: Sequence[jax.Array],
+    block_tables: jax.Array,
+    seq_lens: jax.Array,
+    query_lens: jax.Array | None,
+    plan: SplitPlan,
+    padded_o: jax.ShapeDtypeStruct,
+    *,
+    rows: int,
+    num_heads: int,
+    tiles: TilePlan,
+    partial_dtype: Any,
+    interpret: Any,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs a decode kernel, which merges the tiles that the plan has cut, or else `merge`.
+
+    Args:
+        kernel: `decode` or one that is called as it is, with `operands` in the place of q and
+            pages.
+        padded_o: [B, R or more, kv_lora_rank], what the kernel writes.
+        rows: R, how many rows of it are real.
+        options: for the kernel. Others as in `attend`.
+
+    Returns:
+        o and lse as `attend` does.
+    """
+    batch, padded, _ = padded_o.shape
+    o = jax.empty_ref(padded_o)
     # A tile's lse leaves in one piece, the rows past R included.
-    lse_rows = rows + -rows % min(BLOCK, plan.rows_per_tile)
+    lse_rows = padded + -padded % min(BLOCK, plan.rows_per_tile)
     lse = jax.empty_ref(jax.ShapeDtypeStruct((batch, lse_rows), jnp.float32))
     # The workers of one launch wait for each other, which takes all of them to be resident.
     resident = interpret is None and plan.num_workers * tiles.cluster <= num_sms()
@@ -135,8 +202,7 @@ def attend(
     # Zeros again at the end: XLA, which takes them for constants, may hand them to every launch.
     counters = jnp.zeros(plan.num_tiles * tiles.cluster, jnp.int32)
     partial_o, partial_lse = kernel(
-        q,
-        pages,
+        *operands,
         block_tables,
         seq_lens,
         query_lens,
@@ -146,13 +212,11 @@ def attend(
         lse,
         num_heads=num_heads,
         num_queries=rows // num_heads,
-        kv_lora_rank=kv_lora_rank,
-        softmax_scale=softmax_scale,
-        causal=causal,
         tiles=tiles,
         merges=merges,
         partial_dtype=jnp.dtype(partial_dtype),
         interpret=interpret,
+        **options,
     )
     if plan.num_slots and not merges:
         merge(o, lse, partial_o, partial_lse, plan, interpret=interpret)

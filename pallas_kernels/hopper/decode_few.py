@@ -25,11 +25,11 @@ from pallas_kernels.hopper.walk import (
     LN2,
     LOG2E,
     NO_KEY,
-    RECORD,
     block_sources,
     fits,
     records,
     valid_lengths,
+    walk,
 )
 
 
@@ -123,21 +123,7 @@ def decode_few(
             (0, half, left, q_l, kv_l, full_l, empty_l),
             (half, half, right, q_r, kv_r, full_r, empty_r),
         )
-        fields = range(RECORD)
-        first, stop = walk_ref[worker, 0], walk_ref[worker, 1]
-
-        def walk(run):
-            """run(k, n, piece) for the worker's k-th piece; n blocks came before it."""
-            head = tuple(walk_ref[worker, 2 + i] for i in fields)
-
-            def step(p, carry):
-                n, *piece = carry
-                following = jnp.minimum(p + 1, piece_ref.shape[0] - 1)
-                after = tuple(piece_ref[following, i] for i in fields)
-                run(p - first, n, piece)
-                return (n + piece[3] - piece[2], *after)
-
-            return lax.fori_loop(first, stop, step, (jnp.int32(0), *head))
+        mine = walk_ref.at[worker]
 
         def meet(request, row_tile, count):
             tile = plan.tile_of(request, row_tile)
@@ -181,7 +167,7 @@ def decode_few(
 
         @pl.when(wg == 1)
         def _load():
-            walk(load_piece)
+            walk(mine, piece_ref, load_piece)
             # See every release, so that no barrier ends with a phase that nobody saw.
             for buffer in range(q_buffers):
                 plgpu.barrier_wait(q_empty.at[buffer])
@@ -262,9 +248,9 @@ def decode_few(
 
             @pl.when(out_slot < 0)
             def _store():
-                mine = pl.ds(row, rows)
-                g.store_global_t(o_ref.at[request, mine], o.astype(dtype))
-                lse_ref.at[request, mine][...] = lse
+                here = pl.ds(row, rows)
+                g.store_global_t(o_ref.at[request, here], o.astype(dtype))
+                lse_ref.at[request, here][...] = lse
 
             @pl.when(out_slot >= 0)
             def _leave():
@@ -287,14 +273,14 @@ def decode_few(
 
                 g.with_accumulators(scoped, accumulators, 0, *accumulator_shapes)
 
-            walk(run)
+            walk(mine, piece_ref, run)
 
         if merges:
             merge_shares(
                 row_parts(g, plan, rows, kv_lora_rank, warpgroups=2),
                 Refs(po_ref, plse_ref, o_ref, lse_ref),
                 piece_ref,
-                (first, stop),
+                (mine[0], mine[1]),
                 meet=meet,
                 place=lambda request, row_tile: Place(request, row_tile * rows, 0),
                 wg=wg,
@@ -345,6 +331,6 @@ def decode_few(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )
-    walk, records_ = records(plan)
-    given = seq_lens if query_lens is None else query_lens
-    return kernel(q, pages, block_tables, seq_lens, given, walk, records_, counters, o_ref, lse_ref)
+    workers, pieces = records(plan)
+    lens = seq_lens, seq_lens if query_lens is None else query_lens
+    return kernel(q, pages, block_tables, *lens, workers, pieces, counters, o_ref, lse_ref)

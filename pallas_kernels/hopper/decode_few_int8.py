@@ -16,7 +16,6 @@ One or two warpgroups compute, one loads. Two take the blocks in turns, each wit
 and add them up at the end of a piece. The plan, and what becomes of its pieces, are `decode`'s.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -33,49 +32,13 @@ from pallas_kernels.hopper.walk import (
     LN2,
     LOG2E,
     NO_KEY,
-    RECORD,
     block_sources,
+    fits,
     records,
     valid_lengths,
+    walk,
 )
 from pallas_kernels.hopper.widen import GROUP, INT8_OPERAND, WIDENED_UNIT, WideningBackend
-
-MOST_ROWS = 32  # O^T of d_v 512 takes 4 registers a thread for each row
-MOST_ROWS_OF_TWO = 16  # where two warpgroups hold an O^T each and hand half of it over
-
-
-@dataclasses.dataclass(frozen=True)
-class FewInt8Config:
-    """Tile sizes and options of one compiled kernel."""
-
-    rows_per_tile: int  # query rows of a tile, a multiple of 8
-    computing: int = 2  # warpgroups, 1 or 2
-    depth: int = 4  # slots of 64 tokens, a multiple of `computing`
-    q_buffers: int = 2
-    registers: tuple[int, int] | None = None  # of computing threads, of loading ones
-    early_start: bool = True  # programmatic dependent launch: start while the last kernel drains
-
-    def __post_init__(self):
-        if self.rows_per_tile % 8 or not 0 < self.rows_per_tile <= MOST_ROWS:
-            raise ValueError(
-                f"rows_per_tile must be 8, 16, 24 or {MOST_ROWS}, got {self.rows_per_tile}"
-            )
-        if self.computing not in (1, 2) or self.rows_per_tile > MOST_ROWS_OF_TWO * (
-            3 - self.computing
-        ):
-            raise ValueError(
-                f"computing must be 1, or 2 up to {MOST_ROWS_OF_TWO} rows, got {self.computing} "
-                f"and rows_per_tile {self.rows_per_tile}"
-            )
-        if self.depth % self.computing:
-            raise ValueError(f"depth must be a multiple of computing, got {self.depth}")
-
-    @classmethod
-    def of(cls, rows_per_tile: int) -> "FewInt8Config":
-        """What suits a tile of this height."""
-        if rows_per_tile <= MOST_ROWS_OF_TWO:
-            return cls(rows_per_tile, computing=2, registers=(232, 40))
-        return cls(rows_per_tile, computing=1)
 
 
 def decode_few_int8(
@@ -97,7 +60,7 @@ def decode_few_int8(
     num_queries,
     softmax_scale,
     causal,
-    config,
+    tiles,
     merges,
     partial_dtype=jnp.float32,
     interpret=None,
@@ -105,7 +68,7 @@ def decode_few_int8(
     """Runs the plan; the plan, results and options as in `decode`.
 
     Args:
-        q_int8: [B, R, d_v] int8, R a multiple of config.rows_per_tile.
+        q_int8: [B, R, d_v] int8, R a multiple of tiles.rows_per_tile.
         q_scales: [B, R] float32; q = q_int8 * q_scales.
         q_rope: [B, R, rope] bfloat16.
         pages: [N, page, d_v] int8.
@@ -120,7 +83,9 @@ def decode_few_int8(
     lengths = functools.partial(
         valid_lengths, capacity=block_tables.shape[1] * page_size, num_queries=num_queries
     )
-    rows, depth, computing = config.rows_per_tile, config.depth, config.computing
+    rows, depth, q_buffers = tiles.rows_per_tile, tiles.kv_stages, tiles.slots("q latent")
+    computing = len(tiles.registers) - 1  # warpgroups
+    uneven = len(set(tiles.registers)) > 1
     if rows_total % rows:
         raise ValueError(f"q must have a multiple of {rows} rows (rows_per_tile), got {rows_total}")
     half = latent // 2
@@ -170,29 +135,14 @@ def decode_few_int8(
     ):
         if query_lens is None:
             qlen_ref = None  # (in its place stands another operand)
-        if config.early_start:
-            g.wait_for_previous_kernel()
-            g.let_next_kernel_start()
+        g.wait_for_previous_kernel()
+        g.let_next_kernel_start()
         wg = lax.axis_index("wg")
         worker = lax.axis_index("worker")
-        fields = range(RECORD)
-        first, stop = walk_ref[worker, 0], walk_ref[worker, 1]
-
-        def walk(run):
-            """run(k, n, piece) for the worker's k-th piece; n blocks came before it."""
-            head = tuple(walk_ref[worker, 2 + i] for i in fields)
-
-            def step(p, carry):
-                n, *piece = carry
-                following = jnp.minimum(p + 1, piece_ref.shape[0] - 1)
-                after = tuple(piece_ref[following, i] for i in fields)
-                run(p - first, n, piece)
-                return (n + piece[3] - piece[2], *after)
-
-            return lax.fori_loop(first, stop, step, (jnp.int32(0), *head))
+        my_pieces = walk_ref.at[worker]
 
         def meet(request, row_tile, count):
-            tile = request * plan.num_row_tiles + row_tile
+            tile = plan.tile_of(request, row_tile)
             return Meeting(g, counter_ref, tile, computing * count, computing * count)
 
         def merge_mine(me):
@@ -200,7 +150,7 @@ def decode_few_int8(
                 row_parts(g, plan, rows, latent, warpgroups=computing),
                 Refs(po_ref, plse_ref, o_ref, lse_ref),
                 piece_ref,
-                (first, stop),
+                (my_pieces[0], my_pieces[1]),
                 meet=meet,
                 place=lambda request, row_tile: Place(request, row_tile * rows, 0),
                 wg=me,
@@ -213,10 +163,10 @@ def decode_few_int8(
 
         def load_piece(k, n, piece):
             request, row_tile, begin, end, *_ = piece
-            buffer = lax.rem(k, config.q_buffers)
+            buffer = lax.rem(k, q_buffers)
             kv_len, _ = lengths(len_ref, qlen_ref, request)
             plgpu.barrier_wait(q_empty.at[buffer])
-            lost_smem[buffer] = 0
+            lost_smem[buffer] = (~fits(piece, kv_len)).astype(jnp.int32)
             for source, target in queries:
                 plgpu.copy_gmem_to_smem(
                     source.at[request, pl.ds(row_tile * rows, rows)],
@@ -243,11 +193,11 @@ def decode_few_int8(
 
         @pl.when(wg == computing)
         def _load():
-            if config.registers:
-                g.set_max_registers(config.registers[1], "decrease")
-            walk(load_piece)
+            if uneven:
+                g.set_max_registers(tiles.registers[-1], "decrease")
+            walk(my_pieces, piece_ref, load_piece)
             # See every release, so that no barrier ends with a phase that nobody saw.
-            for buffer in range(config.q_buffers):
+            for buffer in range(q_buffers):
                 plgpu.barrier_wait(q_empty.at[buffer])
             for slot in range(depth):
                 plgpu.barrier_wait(empty.at[slot])
@@ -260,7 +210,7 @@ def decode_few_int8(
             request, row_tile, begin, end, out_slot, _, slots_of_tile = piece
             kv_len, query_len = lengths(len_ref, qlen_ref, request)
             row = row_tile * rows
-            buffer = lax.rem(k, config.q_buffers)
+            buffer = lax.rem(k, q_buffers)
             p_mine = p_smem.at[me]
             token = (g.iota(tile, 1) + row) // num_heads
             limit = jnp.minimum(kv_len - query_len + token + 1, kv_len) if causal else kv_len
@@ -361,11 +311,11 @@ def decode_few_int8(
             finish(top, total * keep + other_total * add, [(me, o)])
 
         def compute(me):
-            if config.registers:
-                g.set_max_registers(config.registers[0], "increase")
+            if uneven:
+                g.set_max_registers(tiles.registers[0], "increase")
             for slot in range(me, depth, computing):
                 plgpu.barrier_arrive(empty.at[slot])  # every slot starts free
-            for buffer in range(config.q_buffers):
+            for buffer in range(q_buffers):
                 plgpu.barrier_arrive(q_empty.at[buffer])
             if computing == 2:
                 plgpu.barrier_arrive(taken)
@@ -376,7 +326,7 @@ def decode_few_int8(
 
                 g.with_score_accumulators(scoped, accumulators, me, *accumulator_shapes)
 
-            walk(run)
+            walk(my_pieces, piece_ref, run)
             if computing == 2:
                 plgpu.barrier_wait(taken)
             if merges:
@@ -402,8 +352,8 @@ def decode_few_int8(
             jax.ShapeDtypeStruct((num_slots, rows), jnp.float32),
         ),
         scratch_types=(
-            narrow(config.q_buffers, rows, latent),
-            wide(config.q_buffers, rows, rope),
+            narrow(q_buffers, rows, latent),
+            wide(q_buffers, rows, rope),
             narrow(depth, BLOCK, latent),
             wide(depth, BLOCK, rope),
             floats(depth, BLOCK),
@@ -412,9 +362,9 @@ def decode_few_int8(
             floats(computing, WARPS, rows),
             floats(computing, handed_rows, half),
             floats(computing, 2, rows),
-            plgpu.SMEM((config.q_buffers,), jnp.int32),
-            plgpu.Barrier(num_arrivals=2, num_barriers=config.q_buffers),  # q_full
-            plgpu.Barrier(num_arrivals=computing, num_barriers=config.q_buffers),  # q_empty
+            plgpu.SMEM((q_buffers,), jnp.int32),
+            plgpu.Barrier(num_arrivals=2, num_barriers=q_buffers),  # q_full
+            plgpu.Barrier(num_arrivals=computing, num_barriers=q_buffers),  # q_empty
             plgpu.Barrier(num_arrivals=3, num_barriers=depth),  # full
             plgpu.Barrier(num_arrivals=1, num_barriers=depth),  # empty
             plgpu.Barrier(num_arrivals=computing),  # handed
@@ -434,7 +384,7 @@ def decode_few_int8(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )
-    walk, records_ = records(plan)
+    workers, pieces = records(plan)
     given = seq_lens if query_lens is None else query_lens
     return kernel(
         q_int8,
@@ -446,8 +396,8 @@ def decode_few_int8(
         block_tables,
         seq_lens,
         given,
-        walk,
-        records_,
+        workers,
+        pieces,
         counters,
         o_ref,
         lse_ref,

@@ -12,7 +12,6 @@ P of a block lies in the block's own rope tile, which is dead after QK. A query 
 column of O^T: the factors that rescale O go through shared memory, where any row's maximum grew.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -30,24 +29,17 @@ from pallas_kernels.hopper.walk import (
     NO_KEY,
     RECORD,
     block_sources,
+    fits,
     records,
     valid_lengths,
+    walk,
 )
 from pallas_kernels.hopper.widen import GROUP, INT8_OPERAND, WIDENED_UNIT, WideningBackend
 
 QUERIES = 64  # rows of a tile
 LAZY_GROWTH = 8.0  # log2 units that the running maximum may lag behind the true one
 SLOTS = 4  # of a block each: two pairs
-LOST = RECORD + 3  # of a record in shared memory: a page of the piece does not exist
-
-
-@dataclasses.dataclass(frozen=True)
-class Int8Config:
-    """Options of one compiled kernel."""
-
-    consumer_registers: int = 240
-    producer_registers: int = 24
-    early_start: bool = True  # programmatic dependent launch: start while the last kernel drains
+LOST = RECORD + 3  # of a record in shared memory: its keys can't all be had, so its rows are NaN
 
 
 def decode_int8(
@@ -69,7 +61,7 @@ def decode_int8(
     num_queries,
     softmax_scale,
     causal,
-    config,
+    tiles,
     merges,
     partial_dtype=jnp.float32,
     interpret=None,
@@ -130,17 +122,16 @@ def decode_int8(
     ):
         if query_lens is None:
             qlen_ref = None  # (in its place stands another operand)
-        if config.early_start:
-            g.wait_for_previous_kernel()
-            g.let_next_kernel_start()
+        g.wait_for_previous_kernel()
+        g.let_next_kernel_start()
         wg = lax.axis_index("wg")
         worker = lax.axis_index("worker")
-        first, stop = walk_ref[worker, 0], walk_ref[worker, 1]
+        my_pieces = walk_ref.at[worker]
         queries = ((q_ref, q_smem), (q_rope_ref, q_rope_smem), (q_scale_ref, q_scale_smem))
         tokens = ((kv_ref, kv_smem), (rope_ref, rope_smem), (scale_ref, scale_smem))
 
         def meet(request, row_tile, count):
-            tile = request * plan.num_row_tiles + row_tile
+            tile = plan.tile_of(request, row_tile)
             return Meeting(g, counter_ref, tile, 2 * count, 2 * count)
 
         def merge_mine(me):
@@ -148,7 +139,7 @@ def decode_int8(
                 row_parts(g, plan, QUERIES, latent, warpgroups=2),
                 Refs(po_ref, plse_ref, o_ref, lse_ref),
                 piece_ref,
-                (first, stop),
+                (my_pieces[0], my_pieces[1]),
                 meet=meet,
                 place=lambda request, row_tile: Place(request, row_tile * QUERIES, 0),
                 wg=me,
@@ -156,12 +147,12 @@ def decode_int8(
             )
 
         # ---------------------------------------------------------------- the loading warpgroup
-        def load_piece(p, carry):
-            n, *piece = carry  # n: pairs of blocks, full or not, before this piece
+        def load_piece(k, n, piece):
             request, row_tile, begin, end, *_ = piece
             kv_len, query_len = lengths(len_ref, qlen_ref, request)
             plgpu.barrier_wait(q_empty)
-            for i, value in enumerate((*piece, kv_len, query_len, n, jnp.int32(0))):
+            lost = (~fits(piece, kv_len)).astype(jnp.int32)
+            for i, value in enumerate((*piece, kv_len, query_len, n, lost)):
                 piece_smem[i] = value
             for source, target in queries:
                 plgpu.copy_gmem_to_smem(
@@ -177,7 +168,7 @@ def decode_int8(
                 def _lost():
                     piece_smem[LOST] = 1
 
-                slot = lax.rem(2 * n + i, SLOTS)
+                slot = lax.rem(n + i, SLOTS)
                 plgpu.barrier_wait(empty.at[slot])
                 for source, target in tokens:
                     plgpu.copy_gmem_to_smem(source.at[page, mine], target.at[slot], full.at[slot])
@@ -185,15 +176,10 @@ def decode_int8(
 
             lax.fori_loop(0, end - begin, block, ())
 
-            following = jnp.minimum(p + 1, piece_ref.shape[0] - 1)
-            after = (piece_ref[following, i] for i in range(RECORD))
-            return n + (end - begin + 1) // 2, *after
-
         @pl.when(wg == 2)
         def _load():
-            g.set_max_registers(config.producer_registers, "decrease")
-            head = tuple(walk_ref[worker, 2 + i] for i in range(RECORD))
-            lax.fori_loop(first, stop, load_piece, (jnp.int32(0), *head))
+            g.set_max_registers(tiles.registers[-1], "decrease")
+            walk(my_pieces, piece_ref, load_piece, group=2)  # a pair has slots of its own
             # See every release, so that no barrier ends with a phase that nobody saw.
             plgpu.barrier_wait(q_empty)
             for slot in range(SLOTS):
@@ -231,9 +217,8 @@ def decode_int8(
 
             def attend(o_acc, s_int, s_acc):
                 plgpu.barrier_wait(q_full)
-                record = [piece_smem[i] for i in range(RECORD + 3)]
-                request, row_tile, begin, end, out_slot, _, slots_of_tile = record[:RECORD]
-                kv_len, query_len, pairs_before = record[RECORD:]
+                row_tile, begin, end = (piece_smem[i] for i in (1, 2, 3))
+                kv_len, query_len, blocks_before = (piece_smem[i] for i in range(RECORD, LOST))
                 num_blocks = end - begin
                 row = row_tile * QUERIES
 
@@ -314,7 +299,7 @@ def decode_int8(
                     return m_new, norm * alpha
 
                 def slot_of(i):
-                    return 2 * lax.rem(pairs_before + i, 2)
+                    return lax.rem(blocks_before + 2 * i, SLOTS)
 
                 def pair(i, carry):
                     block = begin + 2 * i
@@ -354,6 +339,11 @@ def decode_int8(
                 carry = (g.full((QUERIES,), NO_KEY, ROWS), g.full((QUERIES,), 0.0, ROWS))
                 carry = lax.fori_loop(0, num_blocks // 2, pair, carry)
                 m, norm = lax.fori_loop(0, num_blocks % 2, single, carry)
+                # (What is read here holds no register around the loops.)
+                request, row_tile, *_, out_slot, _, slots_of_tile = (
+                    piece_smem[i] for i in range(RECORD)
+                )
+                row, kv_len = row_tile * QUERIES, piece_smem[RECORD]
                 lost = piece_smem[LOST] > 0  # written before the barrier of the last block
                 plgpu.barrier_arrive(q_empty)
 
@@ -384,7 +374,7 @@ def decode_int8(
                     if merges:
                         meet(request, row_tile, slots_of_tile).leave()
 
-            g.set_max_registers(config.consumer_registers, "increase")
+            g.set_max_registers(tiles.registers[0], "increase")
             for slot in range(SLOTS):
                 release(slot)  # every slot starts free
             plgpu.barrier_arrive(q_empty)
@@ -395,7 +385,7 @@ def decode_int8(
                 )
                 return ()
 
-            lax.fori_loop(first, stop, run, ())
+            lax.fori_loop(my_pieces[0], my_pieces[1], run, ())
             if merges:
                 merge_mine(me)
 
@@ -449,7 +439,7 @@ def decode_int8(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )
-    walk, records_ = records(plan)
+    workers, pieces = records(plan)
     given = seq_lens if query_lens is None else query_lens
     return kernel(
         q_int8,
@@ -461,8 +451,8 @@ def decode_int8(
         block_tables,
         seq_lens,
         given,
-        walk,
-        records_,
+        workers,
+        pieces,
         counters,
         o_ref,
         lse_ref,

@@ -16,10 +16,12 @@ from mla_jax.hal.tiling import WGMMA_ROWS, BufferUse, Tile
 from pallas_kernels.hopper.walk import BLOCK
 
 ROW_GROUP = 8  # rows of a swizzled tile in shared memory, and the step of wgmma's n
-MOST_COLUMNS = 32  # rows of the transposed kernel: O^T takes 4 registers a thread for each
+MOST_COLUMNS = 32  # rows of the transposed kernels: O^T takes 4 registers a thread for each
+MOST_COLUMNS_OF_TWO = 16  # where two warpgroups hold an O^T each, and hand half of it over
 ALIGNMENT = 1024  # bytes that Mosaic GPU rounds every array in shared memory up to
 BARRIER_BYTES = 8
 ITEMSIZE = 2  # bfloat16 or float16
+FLOAT32 = 4
 
 
 def seesaw_tiles(
@@ -41,9 +43,7 @@ def seesaw_tiles(
     _check_widths(profile, kv_lora_rank, rope_dim)
     if rows_per_tile not in (WGMMA_ROWS, 2 * WGMMA_ROWS):
         raise _refused(profile, "rows_per_tile", rows_per_tile, "64, or 128 (a cluster of two)")
-    for count in registers:
-        if count % 8 or not 24 <= count <= 256:
-            raise _refused(profile, "registers", count, "multiples of 8 in 24 .. 256 (setmaxnreg)")
+    _check_setmaxnreg(profile, registers)
     rows, half = WGMMA_ROWS, kv_lora_rank // 2
     # fp32: its half of O, and S of a block; the rest of a thread is scales, addresses, P.
     needed = rows * (half + BLOCK) // 128 + 32
@@ -98,10 +98,7 @@ def transposed_tiles(
     depths: slots of the left half of the latent, of its right half and of the rope columns.
     """
     _check_widths(profile, kv_lora_rank, rope_dim)
-    if rows_per_tile % ROW_GROUP or not 0 < rows_per_tile <= MOST_COLUMNS:
-        raise _refused(
-            profile, "rows_per_tile", rows_per_tile, f"a multiple of 8 up to {MOST_COLUMNS}"
-        )
+    _check_columns(profile, rows_per_tile, MOST_COLUMNS)
     if len(depths) != 3 or min(depths) < 1:
         raise _refused(profile, "depths", tuple(depths), "3 counts of slots, each >= 1")
     if q_buffers < 1:
@@ -136,15 +133,132 @@ def transposed_tiles(
     )
 
 
+def transposed_int8_tiles(
+    profile: HardwareProfile,
+    *,
+    rows_per_tile: int,
+    computing: int = 2,
+    depth: int = 4,
+    q_buffers: int = 2,
+    registers: Sequence[int] = (232, 40),
+    split_overhead: int = 2,
+    merge_overhead: int = 0,
+    kv_lora_rank: int = 512,
+    rope_dim: int = 64,
+) -> TilePlan:
+    """Of `decode_few_int8`: up to 32 rows, 16 where two warpgroups compute in turns; one loads.
+
+    computing: warpgroups, 1 or 2. depth: slots of a block, a multiple of `computing`. registers: as
+    in `seesaw_tiles`, where two compute; one computing thread can have as many as there are.
+    """
+    _check_widths(profile, kv_lora_rank, rope_dim)
+    if computing not in (1, 2):
+        raise _refused(profile, "computing", computing, "1 or 2 warpgroups")
+    _check_columns(profile, rows_per_tile, MOST_COLUMNS if computing == 1 else MOST_COLUMNS_OF_TWO)
+    if depth < 1 or depth % computing:
+        raise _refused(profile, "depth", depth, f"a multiple of computing = {computing}")
+    if q_buffers < 1:
+        raise _refused(profile, "q_buffers", q_buffers, ">= 1")
+    _check_setmaxnreg(profile, registers)
+    rows, half = rows_per_tile, kv_lora_rank // 2
+    handed = FLOAT32 * half * (rows if computing == 2 else 1)
+    return TilePlan(
+        profile=profile.name,
+        block_q=rows,
+        block_kv=BLOCK,
+        kv_stages=depth,
+        num_workers=profile.cores,
+        split_overhead=split_overhead,
+        merge_overhead=merge_overhead,
+        registers=(255, 255) if computing == 1 else (registers[0], registers[0], registers[1]),
+        tiles=(
+            Tile("shared", "QK", BLOCK, kv_lora_rank + rope_dim, rows),
+            Tile("registers", "PV", kv_lora_rank, BLOCK, rows),
+        ),
+        uses=(
+            BufferUse("shared", "q latent", rows * kv_lora_rank, q_buffers),
+            BufferUse("shared", "q rope", rows * rope_dim * ITEMSIZE, q_buffers),
+            BufferUse("shared", "kv latent", BLOCK * kv_lora_rank, depth),
+            BufferUse("shared", "kv rope", BLOCK * rope_dim * ITEMSIZE, depth),
+            BufferUse("shared", "token scales", _aligned(depth * BLOCK * FLOAT32)),
+            BufferUse("shared", "P", rows * BLOCK * ITEMSIZE, computing),
+            BufferUse("shared", "row max", ALIGNMENT),
+            BufferUse("shared", "row sum", ALIGNMENT),
+            BufferUse("shared", "handed over", handed, computing),
+            BufferUse("shared", "its max and sum", ALIGNMENT),
+            BufferUse("shared", "lost pages", ALIGNMENT),
+            # full and empty of q and of the slots; handed over, taken
+            BufferUse("shared", "barriers", BARRIER_BYTES, 2 * (q_buffers + depth) + 2),
+        ),
+        capacity=_capacity(profile),
+    )
+
+
+def seesaw_int8_tiles(
+    profile: HardwareProfile,
+    *,
+    rows_per_tile: int,
+    registers: Sequence[int] = (240, 24),
+    split_overhead: int = 5,
+    merge_overhead: int = 0,
+    kv_lora_rank: int = 512,
+    rope_dim: int = 64,
+) -> TilePlan:
+    """Of `decode_int8`: 64 rows a CTA; two warpgroups compute, one loads; two pairs of blocks.
+
+    Each computing warpgroup owns half of the latent columns, as rows of O^T. registers: as in
+    `seesaw_tiles`.
+    """
+    _check_widths(profile, kv_lora_rank, rope_dim)
+    if rope_dim != BLOCK:
+        raise _refused(profile, "rope_dim", rope_dim, f"{BLOCK}: P takes the place of rope keys")
+    if rows_per_tile != WGMMA_ROWS:
+        raise _refused(profile, "rows_per_tile", rows_per_tile, WGMMA_ROWS)
+    _check_setmaxnreg(profile, registers)
+    rows, slots = WGMMA_ROWS, 4
+    return TilePlan(
+        profile=profile.name,
+        block_q=rows,
+        block_kv=BLOCK,
+        kv_stages=slots,
+        num_workers=profile.cores,
+        split_overhead=split_overhead,
+        merge_overhead=merge_overhead,
+        registers=(registers[0], registers[0], registers[1]),
+        tiles=(
+            Tile("shared", "QK", rows, kv_lora_rank + rope_dim, BLOCK),
+            Tile("registers", "PV", kv_lora_rank // 2, BLOCK, rows),
+        ),
+        uses=(
+            BufferUse("shared", "q latent", rows * kv_lora_rank),
+            BufferUse("shared", "q rope", rows * rope_dim * ITEMSIZE),
+            BufferUse("shared", "q scales", ALIGNMENT),
+            BufferUse("shared", "kv latent", BLOCK * kv_lora_rank, slots),
+            BufferUse("shared", "kv rope / P", BLOCK * rope_dim * ITEMSIZE, slots),
+            BufferUse("shared", "token scales", _aligned(slots * BLOCK * FLOAT32)),
+            BufferUse("shared", "rescaling factors", ALIGNMENT),
+            BufferUse("shared", "row max", _aligned(slots * rows * FLOAT32)),
+            BufferUse("shared", "row sum", ALIGNMENT),
+            BufferUse("shared", "piece record", ALIGNMENT),
+            # q full and empty, l ready; full and empty of the slots, P ready
+            BufferUse("shared", "barriers", BARRIER_BYTES, 3 + 3 * slots),
+        ),
+        capacity=_capacity(profile),
+    )
+
+
 KERNELS: dict[str, Callable[..., TilePlan]] = {
     "transposed": transposed_tiles,
     "seesaw": seesaw_tiles,
+    "transposed_int8": transposed_int8_tiles,
+    "seesaw_int8": seesaw_int8_tiles,
 }
 
 
 def choose_tile_plan(
     rows: int,
     *,
+    cache: str = "float",
     rescale: str = "multiply",
     profile: HardwareProfile | None = None,
     kv_lora_rank: int = 512,
@@ -152,30 +266,40 @@ def choose_tile_plan(
 ) -> TilePlan:
     """The tuned plan for `rows` query rows a request (tokens * heads).
 
-    rescale: "exponent_add" is AMLA's, which only the seesaw kernel has. profile: None for an H200;
-    num_workers is of that profile.
+    cache: "float" (16 bits) or "int8". rescale: "exponent_add" is AMLA's, which only the seesaw
+    kernel has. profile: None for an H200; num_workers is of that profile.
     """
-    for entry in tuned():
+    for entry in tuned(cache):
         if entry["most_rows"] is not None and rows > entry["most_rows"]:
             continue
         if rescale == "multiply" or entry["kernel"] == "seesaw":
             return plan_of(entry, profile, kv_lora_rank=kv_lora_rank, rope_dim=rope_dim)
-    raise ValueError(f"rescale = {rescale!r} and {rows} rows: no kernel in tuned.json")
+    raise ValueError(f"{cache} cache, rescale = {rescale!r}, {rows} rows: not in tuned.json")
 
 
 def tile_plan_of_height(
     rows_per_tile: int,
     *,
+    cache: str = "float",
     profile: HardwareProfile | None = None,
     kv_lora_rank: int = 512,
     rope_dim: int = 64,
 ) -> TilePlan:
     """The tuned plan whose tiles have so many rows: for a split plan that says them."""
-    for entry in tuned():
+    for entry in tuned(cache):
         if entry["rows_per_tile"] == rows_per_tile:
             return plan_of(entry, profile, kv_lora_rank=kv_lora_rank, rope_dim=rope_dim)
-    heights = ", ".join(str(entry["rows_per_tile"]) for entry in tuned())
+    heights = ", ".join(map(str, tile_heights(cache)))
     raise ValueError(f"rows_per_tile must be one of {heights}, got {rows_per_tile}")
+
+
+def tile_heights(cache: str = "float", *, rescale: str = "multiply") -> tuple[int, ...]:
+    """The rows_per_tile of split plans that the kernels take."""
+    return tuple(
+        entry["rows_per_tile"]
+        for entry in tuned(cache)
+        if rescale == "multiply" or entry["kernel"] == "seesaw"
+    )
 
 
 def plan_of(
@@ -185,15 +309,20 @@ def plan_of(
     profile = profile or load_profile("H200_SXM")
     if entry["kernel"] not in KERNELS:
         raise _refused(profile, "kernel", entry["kernel"], " or ".join(KERNELS))
-    sizes = {k: v for k, v in entry.items() if k not in ("most_rows", "kernel", "timed")}
+    sizes = {k: v for k, v in entry.items() if k not in ("cache", "most_rows", "kernel", "timed")}
     return KERNELS[entry["kernel"]](profile, **sizes, **widths)
 
 
 @functools.cache
-def tuned() -> tuple[dict[str, Any], ...]:
-    """The entries of tuned.json, by rising rows: each for up to `most_rows` rows (None: any)."""
+def tuned(cache: str | None = None) -> tuple[dict[str, Any], ...]:
+    """The entries of tuned.json for a cache, "float" or "int8" (None: all of them).
+
+    By rising rows: each for up to `most_rows` rows (None: any). Those of int8 caches say so.
+    """
     table = json.loads(files("pallas_kernels.hopper").joinpath("tuned.json").read_text())
-    return tuple(table["classes"])
+    return tuple(
+        entry for entry in table["classes"] if cache in (None, entry.get("cache", "float"))
+    )
 
 
 def _check_widths(profile: HardwareProfile, kv_lora_rank: int, rope_dim: int) -> None:
@@ -203,7 +332,22 @@ def _check_widths(profile: HardwareProfile, kv_lora_rank: int, rope_dim: int) ->
         raise _refused(profile, "rope_dim", rope_dim, "a multiple of 64")
 
 
-def _refused(profile: HardwareProfile, name: str, got: Any, wanted: str) -> TilePlanError:
+def _check_columns(profile: HardwareProfile, rows_per_tile: int, most: int) -> None:
+    if rows_per_tile % ROW_GROUP or not 0 < rows_per_tile <= most:
+        raise _refused(profile, "rows_per_tile", rows_per_tile, f"a multiple of 8 up to {most}")
+
+
+def _check_setmaxnreg(profile: HardwareProfile, registers: Sequence[int]) -> None:
+    for count in registers:
+        if count % 8 or not 24 <= count <= 256:
+            raise _refused(profile, "registers", count, "multiples of 8 in 24 .. 256 (setmaxnreg)")
+
+
+def _aligned(size: int) -> int:
+    return size + -size % ALIGNMENT
+
+
+def _refused(profile: HardwareProfile, name: str, got: Any, wanted: Any) -> TilePlanError:
     return TilePlanError(f"{profile.name}: {name} = {got!r}, wanted {wanted}")
 
 

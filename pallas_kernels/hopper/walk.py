@@ -1,9 +1,11 @@
-"""What both decode kernels know of a plan and of pages."""
+"""What the decode kernels know of a plan and of pages."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 BLOCK = 64  # KV tokens a block: the height of a wgmma tile
@@ -26,6 +28,26 @@ def records(plan: Any) -> tuple[Any, Any]:
     pieces = jnp.stack([*fields, start[tile], start[tile + 1] - start[tile]], axis=1)
     first = plan.worker_start[:-1]
     return jnp.column_stack([first, plan.worker_start[1:], pieces[first]]), pieces
+
+
+def walk(walk_ref: Any, piece_ref: Any, run: Callable[[Any, Any, Any], None], group: int = 1):
+    """run(k, n, piece) for a worker's pieces, k = 0, 1, ...
+
+    walk_ref: the worker's row of the first of `records`, piece_ref: the second. piece: a record's
+    RECORD values. n: blocks before the piece, each piece's rounded up to a multiple of `group`.
+    """
+    first, stop = walk_ref[0], walk_ref[1]
+
+    def step(p, carry):
+        n, *piece = carry
+        following = jnp.minimum(p + 1, piece_ref.shape[0] - 1)
+        after = tuple(piece_ref[following, i] for i in range(RECORD))
+        run(p - first, n, piece)
+        blocks = piece[3] - piece[2]
+        return (n + (blocks + (group - 1)) // group * group, *after)
+
+    head = tuple(walk_ref[2 + i] for i in range(RECORD))
+    lax.fori_loop(first, stop, step, (jnp.int32(0), *head))
 
 
 def valid_lengths(
