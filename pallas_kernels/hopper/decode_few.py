@@ -123,7 +123,8 @@ def decode_few(
             (0, half, left, q_l, kv_l, full_l, empty_l),
             (half, half, right, q_r, kv_r, full_r, empty_r),
         )
-        mine = walk_ref.at[worker]
+        my_walk = walk_ref.at[worker]
+        pieces = my_walk[0], my_walk[1]
 
         def meet(request, row_tile, count):
             tile = plan.tile_of(request, row_tile)
@@ -167,7 +168,7 @@ def decode_few(
 
         @pl.when(wg == 1)
         def _load():
-            walk(mine, piece_ref, load_piece)
+            walk(pieces, my_walk, piece_ref, load_piece)
             # See every release, so that no barrier ends with a phase that nobody saw.
             for buffer in range(q_buffers):
                 plgpu.barrier_wait(q_empty.at[buffer])
@@ -273,14 +274,14 @@ def decode_few(
 
                 g.with_accumulators(scoped, accumulators, 0, *accumulator_shapes)
 
-            walk(mine, piece_ref, run)
+            walk(pieces, my_walk, piece_ref, run)
 
         if merges:
             merge_shares(
                 row_parts(g, plan, rows, kv_lora_rank, warpgroups=2),
                 Refs(po_ref, plse_ref, o_ref, lse_ref),
                 piece_ref,
-                (mine[0], mine[1]),
+                pieces,
                 meet=meet,
                 place=lambda request, row_tile: Place(request, row_tile * rows, 0),
                 wg=wg,
@@ -331,6 +332,6 @@ def decode_few(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )
-    workers, pieces = records(plan)
+    walks, records_ = records(plan)
     lens = seq_lens, seq_lens if query_lens is None else query_lens
-    return kernel(q, pages, block_tables, *lens, workers, pieces, counters, o_ref, lse_ref)
+    return kernel(q, pages, block_tables, *lens, walks, records_, counters, o_ref, lse_ref)

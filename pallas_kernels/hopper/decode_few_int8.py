@@ -139,7 +139,8 @@ def decode_few_int8(
         g.let_next_kernel_start()
         wg = lax.axis_index("wg")
         worker = lax.axis_index("worker")
-        my_pieces = walk_ref.at[worker]
+        my_walk = walk_ref.at[worker]
+        pieces = my_walk[0], my_walk[1]
 
         def meet(request, row_tile, count):
             tile = plan.tile_of(request, row_tile)
@@ -150,7 +151,7 @@ def decode_few_int8(
                 row_parts(g, plan, rows, latent, warpgroups=computing),
                 Refs(po_ref, plse_ref, o_ref, lse_ref),
                 piece_ref,
-                (my_pieces[0], my_pieces[1]),
+                pieces,
                 meet=meet,
                 place=lambda request, row_tile: Place(request, row_tile * rows, 0),
                 wg=me,
@@ -195,7 +196,7 @@ def decode_few_int8(
         def _load():
             if uneven:
                 g.set_max_registers(tiles.registers[-1], "decrease")
-            walk(my_pieces, piece_ref, load_piece)
+            walk(pieces, my_walk, piece_ref, load_piece)
             # See every release, so that no barrier ends with a phase that nobody saw.
             for buffer in range(q_buffers):
                 plgpu.barrier_wait(q_empty.at[buffer])
@@ -326,7 +327,7 @@ def decode_few_int8(
 
                 g.with_score_accumulators(scoped, accumulators, me, *accumulator_shapes)
 
-            walk(my_pieces, piece_ref, run)
+            walk(pieces, my_walk, piece_ref, run)
             if computing == 2:
                 plgpu.barrier_wait(taken)
             if merges:
@@ -384,7 +385,7 @@ def decode_few_int8(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )
-    workers, pieces = records(plan)
+    walks, records_ = records(plan)
     given = seq_lens if query_lens is None else query_lens
     return kernel(
         q_int8,
@@ -396,8 +397,8 @@ def decode_few_int8(
         block_tables,
         seq_lens,
         given,
-        workers,
-        pieces,
+        walks,
+        records_,
         counters,
         o_ref,
         lse_ref,

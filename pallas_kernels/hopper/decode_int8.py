@@ -126,7 +126,8 @@ def decode_int8(
         g.let_next_kernel_start()
         wg = lax.axis_index("wg")
         worker = lax.axis_index("worker")
-        my_pieces = walk_ref.at[worker]
+        my_walk = walk_ref.at[worker]
+        pieces = my_walk[0], my_walk[1]
         queries = ((q_ref, q_smem), (q_rope_ref, q_rope_smem), (q_scale_ref, q_scale_smem))
         tokens = ((kv_ref, kv_smem), (rope_ref, rope_smem), (scale_ref, scale_smem))
 
@@ -139,7 +140,7 @@ def decode_int8(
                 row_parts(g, plan, QUERIES, latent, warpgroups=2),
                 Refs(po_ref, plse_ref, o_ref, lse_ref),
                 piece_ref,
-                (my_pieces[0], my_pieces[1]),
+                pieces,
                 meet=meet,
                 place=lambda request, row_tile: Place(request, row_tile * QUERIES, 0),
                 wg=me,
@@ -179,7 +180,7 @@ def decode_int8(
         @pl.when(wg == 2)
         def _load():
             g.set_max_registers(tiles.registers[-1], "decrease")
-            walk(my_pieces, piece_ref, load_piece, group=2)  # a pair has slots of its own
+            walk(pieces, my_walk, piece_ref, load_piece, group=2)  # a pair has slots of its own
             # See every release, so that no barrier ends with a phase that nobody saw.
             plgpu.barrier_wait(q_empty)
             for slot in range(SLOTS):
@@ -385,7 +386,7 @@ def decode_int8(
                 )
                 return ()
 
-            lax.fori_loop(my_pieces[0], my_pieces[1], run, ())
+            lax.fori_loop(*pieces, run, ())
             if merges:
                 merge_mine(me)
 
@@ -439,7 +440,7 @@ def decode_int8(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )
-    workers, pieces = records(plan)
+    walks, records_ = records(plan)
     given = seq_lens if query_lens is None else query_lens
     return kernel(
         q_int8,
@@ -451,8 +452,8 @@ def decode_int8(
         block_tables,
         seq_lens,
         given,
-        workers,
-        pieces,
+        walks,
+        records_,
         counters,
         o_ref,
         lse_ref,

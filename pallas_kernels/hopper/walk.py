@@ -30,13 +30,20 @@ def records(plan: Any) -> tuple[Any, Any]:
     return jnp.column_stack([first, plan.worker_start[1:], pieces[first]]), pieces
 
 
-def walk(walk_ref: Any, piece_ref: Any, run: Callable[[Any, Any, Any], None], group: int = 1):
-    """run(k, n, piece) for a worker's pieces, k = 0, 1, ...
+def walk(
+    pieces: tuple[Any, Any],
+    mine_ref: Any,
+    piece_ref: Any,
+    run: Callable[[Any, Any, Any], None],
+    group: int = 1,
+) -> None:
+    """run(k, n, piece) for a worker's pieces (from, to), k = 0, 1, ...
 
-    walk_ref: the worker's row of the first of `records`, piece_ref: the second. piece: a record's
-    RECORD values. n: blocks before the piece, each piece's rounded up to a multiple of `group`.
+    mine_ref, piece_ref: the worker's row of the first of `records`, and the second. piece: the
+    RECORD values of one. n: blocks before the piece, each piece's rounded up to a multiple of
+    `group`.
     """
-    first, stop = walk_ref[0], walk_ref[1]
+    first, stop = pieces
 
     def step(p, carry):
         n, *piece = carry
@@ -46,7 +53,7 @@ def walk(walk_ref: Any, piece_ref: Any, run: Callable[[Any, Any, Any], None], gr
         blocks = piece[3] - piece[2]
         return (n + (blocks + (group - 1)) // group * group, *after)
 
-    head = tuple(walk_ref[2 + i] for i in range(RECORD))
+    head = tuple(mine_ref[2 + i] for i in range(RECORD))
     lax.fori_loop(first, stop, step, (jnp.int32(0), *head))
 
 
