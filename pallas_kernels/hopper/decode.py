@@ -21,9 +21,7 @@ from pallas_kernels.hopper.merge import (
     Place,
     Refs,
     block_parts,
-    merge_rest,
     merge_shares,
-    pieces_of_a_tile,
 )
 from pallas_kernels.hopper.primitives import ROWS, WGMMA_OPERAND, Backend
 from pallas_kernels.hopper.walk import (
@@ -92,9 +90,6 @@ def decode(
     lazy = rescale != "multiply"
     accumulator_shapes = ((BLOCK, half), (BLOCK, BLOCK))
 
-    # A tile in two or three pieces is merged by the worker of its first, the last of its walk.
-    first_merges = merges and not plan.fixed and pieces_of_a_tile(plan) <= 3
-
     def body(
         q_ref,
         kv_ref,
@@ -151,8 +146,7 @@ def decode(
 
         def meet(request, row_tile, count):
             counter = plan.tile_of(request, row_tile) * cluster + cta
-            leaving, merging = (count - 1, 1) if first_merges else (count, count)
-            return Meeting(g, counter_ref, counter, 2 * leaving, 2 * merging)
+            return Meeting(g, counter_ref, counter, leaving=2 * count, merging=2 * count)
 
         # ---------------------------------------------------------------- the loading warpgroup
         def sources(request, block, kv_len):
@@ -413,40 +407,20 @@ def decode(
 
                 mine = pl.ds(me * half, half)
 
-                def stage(column, part, merged_lse):
-                    q_mine.at[opaque(0), :, pl.ds(column, part.shape[1])][...] = part.astype(dtype)
-                    if me == 0 and column == 0:
-                        lse_smem[...] = merged_lse
-
-                def store_staged():
+                @pl.when(out_slot < 0)
+                def _store():
                     box = slice(None) if rows_box == BLOCK else pl.ds(0, rows_box)
                     rows = pl.ds(row, rows_box)
+                    q_mine.at[opaque(0)][...] = o.astype(dtype)
+                    if me == 0:
+                        lse_smem[...] = lse
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(q_mine.at[0, box], o_ref.at[request, rows, mine])
                     if me == 0:
                         plgpu.copy_smem_to_gmem(lse_smem.at[box], lse_ref.at[request, rows])
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-                leaves = out_slot >= 0
-                if first_merges:
-                    leaves &= begin > 0
-
-                    @pl.when((out_slot >= 0) & (begin == 0))
-                    def _merge_rest():
-                        meeting = meet(request, row_tile, slots_of_tile)
-                        meeting.wait()
-                        where = place(request, row_tile)
-                        slots = out_slot, slots_of_tile
-                        merge_rest(g, refs, where, *slots, me * half, o, lse, stage)
-                        meeting.end()
-                        store_staged()
-
-                @pl.when(out_slot < 0)
-                def _store():
-                    stage(0, o, lse)
-                    store_staged()
-
-                @pl.when(leaves)
+                @pl.when(out_slot >= 0)
                 def _leave():
                     blocks = pl.ds(me * half // BLOCK_COLUMNS, half // BLOCK_COLUMNS)
                     target = po_ref.at[out_slot, cta, blocks]
@@ -476,7 +450,7 @@ def decode(
 
             lax.fori_loop(first, stop, run, ())
             plgpu.wait_smem_to_gmem(0)
-            if merges and not first_merges:
+            if merges:
                 merge_shares(
                     block_parts(g, plan, kv_lora_rank, warpgroups=2),
                     refs,

@@ -1,11 +1,9 @@
 """Merges the partial (o, lse) of tiles that the plan has cut; tiles left whole cost nothing.
 
 It happens at the end of the decode launch. A worker leaves its pieces in memory, counts up the
-tile's counter, and who merges waits until all are there: either the workers of the tile share the
-merge, each for some parts of the tile (`merge_share`), or, where a tile is in two or three pieces,
-the worker of the first piece has it in registers still and adds the others (`merge_rest`). Nobody
-waits before its own pieces are done, so it is enough that the workers are resident together, as
-those of a persistent kernel are.
+tile's counter, waits until all pieces of the tile are there, and merges its share of the tile's
+parts. Nobody waits before its own pieces are done, so it is enough that the workers are resident
+together, as those of a persistent kernel are.
 
 `merge` is a launch of its own: for plans with more workers than the GPU has SMs, and for the
 interpreter, which has no atomics.
@@ -74,20 +72,20 @@ class Parts(NamedTuple):
     lanes: Callable[[Refs, Place, Any], list[Lane]]  # of the part of that index
 
 
-def pieces_of_a_tile(plan: SplitPlan) -> int:
+def _pieces_of_a_tile(plan: SplitPlan) -> int:
     """On average, as the shape of the plan has it."""
     return max(1, round(plan.num_workers / plan.num_tiles))
 
 
 def _pieces_at_once(plan: SplitPlan, registers: int) -> int:
     """This alone decides how sums are rounded: for a fixed plan not by the batch."""
-    most = 2 if plan.fixed else max(2, pieces_of_a_tile(plan))
+    most = 2 if plan.fixed else max(2, _pieces_of_a_tile(plan))
     return min(most, LOADS_IN_FLIGHT // registers)
 
 
 def row_parts(g: Backend, plan: SplitPlan, rows: int, width: int, warpgroups: int) -> Parts:
     """A few rows, or where a tile has more pieces than rows, some columns of one."""
-    share = rows * width // (pieces_of_a_tile(plan) * warpgroups)  # values a warpgroup
+    share = rows * width // (_pieces_of_a_tile(plan) * warpgroups)  # values a warpgroup
     columns = min(512 if share >= 512 else 256 if share >= 256 else 128, width)
     group = min(max(1, share // columns), 4, rows)
     across = width // columns
@@ -130,29 +128,9 @@ def row_parts(g: Backend, plan: SplitPlan, rows: int, width: int, warpgroups: in
     return Parts(count, _pieces_at_once(plan, group * columns // 128), lanes)
 
 
-def _block_lane(
-    g: Backend, refs: Refs, place: Place, column: Any, nothing: Merged, write: Callable
-) -> Lane:
-    """All 64 rows of the columns from `column` on, as many as `nothing` has."""
-    shape = nothing.o.shape
-    rows = pl.ds(place.cta * BLOCK, BLOCK)
-    blocks = pl.ds(column // BLOCK_COLUMNS, shape[1] // BLOCK_COLUMNS)
-
-    def o(slot):
-        return g.load_blocks(refs.partial_o.at[slot, place.cta, blocks]).astype(jnp.float32)
-
-    return Lane(
-        lse=lambda slot: g.load_rows(refs.partial_lse.at[slot, rows]),
-        o=o,
-        spread=lambda weights: lax.broadcast_in_dim(weights, shape, [0]),
-        nothing=nothing,
-        write=write,
-    )
-
-
 def block_parts(g: Backend, plan: SplitPlan, width: int, warpgroups: int) -> Parts:
     """Some columns of all 64 rows."""
-    share = width // (pieces_of_a_tile(plan) * warpgroups)  # columns a warpgroup
+    share = width // (_pieces_of_a_tile(plan) * warpgroups)  # columns a warpgroup
     columns = 64 if share >= 64 else 32 if share >= 32 else 16 if share >= 16 else BLOCK_COLUMNS
 
     def lanes(refs: Refs, place: Place, part: Any) -> list[Lane]:
@@ -167,9 +145,20 @@ def block_parts(g: Backend, plan: SplitPlan, width: int, warpgroups: int) -> Par
             def _write_lse():
                 refs.lse.at[place.request, rows][...] = lse
 
+        def o(slot):
+            blocks = pl.ds(column // BLOCK_COLUMNS, columns // BLOCK_COLUMNS)
+            return g.load_blocks(refs.partial_o.at[slot, place.cta, blocks]).astype(jnp.float32)
+
+        partial_rows = pl.ds(place.cta * BLOCK, BLOCK)
         empty_rows = g.full((BLOCK,), NO_KEY, ROWS), g.full((BLOCK,), 0.0, ROWS)
-        nothing = Merged(*empty_rows, g.full((BLOCK, columns), 0.0, plgpu.Layout.WGMMA))
-        return [_block_lane(g, refs, place, column, nothing, write)]
+        lane = Lane(
+            lse=lambda slot: g.load_rows(refs.partial_lse.at[slot, partial_rows]),
+            o=o,
+            spread=lambda weights: lax.broadcast_in_dim(weights, (BLOCK, columns), [0]),
+            nothing=Merged(*empty_rows, g.full((BLOCK, columns), 0.0, plgpu.Layout.WGMMA)),
+            write=write,
+        )
+        return [lane]
 
     return Parts(width // columns, _pieces_at_once(plan, columns // 2), lanes)
 
@@ -281,27 +270,6 @@ def merge_shares(
         return ()
 
     lax.fori_loop(*pieces, piece, ())
-
-
-def merge_rest(
-    g: Backend, refs: Refs, place: Place, first: Any, count: Any,
-    column: int, o: Any, lse: Any, write: Callable[[Any, Any, Any], None],
-) -> None:  # fmt: skip
-    """Adds the pieces behind a tile's first one to the first, in slices of 64 columns.
-
-    Args:
-        first, count: slots of the tile.
-        column: where `o` begins.
-        o, lse: the first piece, [64, columns] and [64], in registers.
-        write: (columns from, o, lse), the merged result.
-    """
-    unseen = lse == -jnp.inf
-    own = jnp.where(unseen, NO_KEY, lse), jnp.where(unseen, 0.0, 1.0)
-    for c in range(0, o.shape[1], BLOCK):
-        start = Merged(*own, o[:, c : c + BLOCK])
-        emit = functools.partial(lambda c, lse, o: write(c, o, lse), c)
-        lane = _block_lane(g, refs, place, column + c, start, emit)
-        _merge_slots([lane], first + 1, count - 1, at_once=1)
 
 
 def merge(
