@@ -20,7 +20,7 @@ BASE_PYTHON ?= $(shell for p in python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo $$p && break; done)
 OUTPUT ?= out
 ARGS ?=
-JOBS ?= 2
+JOBS ?= 3
 JAX_PLATFORMS ?= $(if $(NVIDIA_GPU),,cpu)
 export JAX_PLATFORMS
 
@@ -30,7 +30,7 @@ demo: $(ENVIRONMENT)  ## the main job: load a layer, prefill, decode, compare wi
 	$(PYTHON) -m experiments.launch --experiment=demo --output_dir=$(OUTPUT) $(ARGS)
 
 test: $(TEST_ENVIRONMENT) lint  ## everything that runs without a GPU
-	JAX_PLATFORMS=cpu $(TEST_PATH) $(PYTHON) -m pytest -n $(JOBS) -m "not gpu" $(ARGS)
+	JAX_PLATFORMS=cpu $(TEST_PATH) $(PYTHON) -m pytest -n $(JOBS) --dist worksteal -m "not gpu" $(ARGS)
 
 test-gpu:  ## the third gate, on an H200
 	$(PYTHON) -m pytest -m gpu $(ARGS)
