@@ -326,7 +326,7 @@ def test_more_workers_than_sms_on_the_gpu(heads):
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [16, 64])
 def test_independent_launches_of_one_program_on_the_gpu(heads):
-    """Launches with one plan share its counters: in order, as XLA runs them, they don't meet."""
+    """Such launches share counters: in order, as XLA runs them, they don't meet."""
     batch = HopperBatch(np.random.default_rng(heads), [4096, 2500], heads=heads)
     plan = plan_splits(batch.seq_lens, num_workers=10, rows=heads, rows_per_tile=heads, overhead=1)
     one = jax.jit(lambda q: paged_mla_attention(

@@ -66,9 +66,6 @@ class Schedule:
     def units(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(step.unit for step in self.steps))
 
-    def unit_steps(self, unit: str) -> tuple[Step, ...]:
-        return tuple(step for step in self.steps if step.unit == unit)
-
     @property
     def num_signals(self) -> int:
         """Waits in the whole schedule: what synchronisation is paid for."""
