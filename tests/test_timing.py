@@ -31,6 +31,30 @@ def test_the_slope_cancels_what_the_first_launch_costs(monkeypatch):
         assert not result[name].host_bound
 
 
+@pytest.mark.parametrize(("work", "lost"), [(1e-3, False), (0.0, True)])
+def test_noise_larger_than_the_work(work, lost, monkeypatch):
+    """3 ms more for a burst alone than for several, which the slope takes for the work's."""
+    clock, pending = 0.0, 0
+
+    def enqueue():
+        nonlocal clock, pending
+        clock += 1e-6
+        pending += 1
+
+    def wait():
+        nonlocal clock, pending
+        clock += work * pending + 3e-3 * (pending == 1)
+        pending = 0
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock)
+    burst = timing.Burst(1, enqueue, wait)
+    if lost:
+        with pytest.raises(RuntimeError, match="lost in noise, at 512 repeats: a"):
+            timing.measure({"a": burst}, rounds=3, pause=0.0)
+    else:
+        assert 0 < timing.measure({"a": burst}, rounds=3, pause=0.0)["a"].us < 1000
+
+
 @pytest.mark.parametrize("separated", [False, True])
 def test_a_jax_burst_runs_every_call(separated):
     seen = []
