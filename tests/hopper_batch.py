@@ -17,7 +17,7 @@ GARBAGE_PAGE = 2147480000
 
 
 class HopperBatch:
-    """DeepSeek's widths (512 + 64) in pages of random order.
+    """Latents and rope keys, of DeepSeek's widths by default, in pages of random order.
 
     Page tails and unused pages hold NaN, unused block-table slots hold GARBAGE_PAGE. A length of
     -1 stands for a request that the op found invalid.
@@ -33,24 +33,28 @@ class HopperBatch:
         query_lens: list[int] | None = None,
         page_size: int = 64,
         dtype: Any = jnp.bfloat16,
+        kv_lora_rank: int = 512,
+        rope_dim: int = 64,
     ):
+        width = kv_lora_rank + rope_dim
         lens = np.array(seq_lens, np.int32)
         pages_of = -(-np.maximum(lens, 0) // page_size)
         num_pages = int(pages_of.sum()) + 3
         order = rng.permutation(num_pages)
         tables = np.full((len(lens), max(1, pages_of.max()) + 2), GARBAGE_PAGE, np.int32)
-        pages = np.full((num_pages, page_size, 576), np.nan, np.float32)
+        pages = np.full((num_pages, page_size, width), np.nan, np.float32)
         stop = np.cumsum(pages_of)
         for row, length, count, end in zip(tables, lens, pages_of, stop, strict=True):
             row[:count] = order[end - count : end]
-            kv = np.full((count * page_size, 576), np.nan, np.float32)
-            kv[: max(length, 0)] = rng.standard_normal((max(length, 0), 576)) * 0.1
-            pages[row[:count]] = kv.reshape(count, page_size, 576)
+            kv = np.full((count * page_size, width), np.nan, np.float32)
+            kv[: max(length, 0)] = rng.standard_normal((max(length, 0), width)) * 0.1
+            pages[row[:count]] = kv.reshape(count, page_size, width)
         # KV as large as in FlashMLA's tests, whose absolute tolerance is made for it, and queries
         # large enough that the softmax is not flat.
-        q = rng.standard_normal((len(lens), num_queries, heads, 576)).astype(np.float32) * 10
+        q = rng.standard_normal((len(lens), num_queries, heads, width)).astype(np.float32) * 10
         self.q = jnp.asarray(q, dtype)
-        self.cache = PagedKVCache(jnp.asarray(pages, dtype), 512, 64, page_size, "ND")
+        pages = jnp.asarray(pages, dtype)
+        self.cache = PagedKVCache(pages, kv_lora_rank, rope_dim, page_size, "ND")
         self.block_tables = jnp.asarray(tables)
         self.seq_lens = jnp.asarray(lens)
         queries = np.clip(lens, 0, num_queries) if query_lens is None else query_lens

@@ -39,7 +39,7 @@ def run(
     attend = functools.partial(
         attention.attend,
         num_heads=heads,
-        kv_lora_rank=512,
+        kv_lora_rank=batch.cache.kv_lora_rank,
         softmax_scale=SCALE,
         causal=causal,
         rescale=rescale,
@@ -91,6 +91,19 @@ def test_pages_of_16_interpreted(heads, rows_per_tile):
     batch.check(*run(batch, workers=2, rows_per_tile=rows_per_tile))
 
 
+WIDTHS = [(128, 64), (256, 64), (384, 128), (384, 64), (256, 192)]
+
+
+@pytest.mark.parametrize(("heads", "rows_per_tile"), [(16, 16), (40, 64)])
+@pytest.mark.parametrize(("kv_lora_rank", "rope_dim"), [(128, 64), (384, 128)])
+def test_other_widths_interpreted(kv_lora_rank, rope_dim, heads, rows_per_tile):
+    rng = np.random.default_rng(kv_lora_rank)
+    widths = {"kv_lora_rank": kv_lora_rank, "rope_dim": rope_dim}
+    batch = HopperBatch(rng, [75, 0, 200], heads=heads, **widths)
+    batch.check(*run(batch, workers=2, rows_per_tile=rows_per_tile))
+    assert not gpu_callbacks.get_races().races_found
+
+
 def invalid_requests(heads):
     rng = np.random.default_rng(heads)
     return spoiled(HopperBatch(rng, SPOILED_LENGTHS, heads=heads, num_queries=2))
@@ -126,21 +139,24 @@ def test_the_pass_rule_fails_what_is_wrong():
 
 
 @pytest.mark.parametrize(
-    ("heads", "tokens", "page_size", "dtype", "rescale"),
+    ("heads", "tokens", "page_size", "dtype", "rescale", "widths"),
     [
-        (16, 1, 64, BF16, "multiply"),
-        (8, 1, 16, F16, "multiply"),
-        (64, 1, 64, BF16, "multiply"),
-        (64, 1, 128, BF16, "exponent_add"),
-        (128, 2, 64, BF16, "multiply"),
+        (16, 1, 64, BF16, "multiply", (512, 64)),
+        (8, 1, 16, F16, "multiply", (512, 64)),
+        (16, 1, 64, BF16, "multiply", (384, 128)),
+        (64, 1, 64, BF16, "multiply", (512, 64)),
+        (64, 1, 128, BF16, "exponent_add", (512, 64)),
+        (64, 1, 64, BF16, "multiply", (256, 64)),
+        (128, 2, 64, BF16, "multiply", (512, 64)),
     ],
 )
-def test_compiles_for_sm90a(heads, tokens, page_size, dtype, rescale):
+def test_compiles_for_sm90a(heads, tokens, page_size, dtype, rescale, widths):
     """Nothing serialised, nothing ignored, within the chip's shared memory.
 
     The transposed kernel spills nothing. The 64-row kernel keeps up to 300 bytes of addresses,
     which it needs once a piece, in local memory (docs/hopper_decode.md).
     """
+    kv_lora_rank, rope_dim = widths
 
     def attend(q, pages, tables, seq_lens, query_lens):
         return attention.attend(
@@ -151,7 +167,7 @@ def test_compiles_for_sm90a(heads, tokens, page_size, dtype, rescale):
             query_lens,
             None,
             num_heads=heads,
-            kv_lora_rank=512,
+            kv_lora_rank=kv_lora_rank,
             softmax_scale=SCALE,
             causal=True,
             rescale=rescale,
@@ -162,8 +178,8 @@ def test_compiles_for_sm90a(heads, tokens, page_size, dtype, rescale):
 
     reports = aot.compile_sm90a(
         attend,
-        jax.ShapeDtypeStruct((4, tokens * heads, 576), dtype),
-        jax.ShapeDtypeStruct((64, page_size, 576), dtype),
+        jax.ShapeDtypeStruct((4, tokens * heads, sum(widths)), dtype),
+        jax.ShapeDtypeStruct((64, page_size, sum(widths)), dtype),
         ints(4, 8),
         ints(4),
         ints(4),
@@ -172,7 +188,9 @@ def test_compiles_for_sm90a(heads, tokens, page_size, dtype, rescale):
     assert not report.serialized, report.messages
     assert not report.ignores_setmaxnreg, report.messages
     # A tile plan's bytes are those that the compiler takes.
-    plan = choose_tile_plan(tokens * heads, rescale=rescale)
+    plan = choose_tile_plan(
+        tokens * heads, rescale=rescale, kv_lora_rank=kv_lora_rank, rope_dim=rope_dim
+    )
     assert report.shared_memory == plan.used()["shared"] <= 232_448
     assert report.registers <= 255
     bound = 320 if heads > 32 else 0
@@ -198,6 +216,7 @@ def test_refusals_name_what_it_takes():
 
     for good in (
         {}, {"page_size": 16, "rescale": "exponent_add"}, {"q_dtype": F16, "dtype": F16},
+        {"kv_lora_rank": 256}, {"kv_lora_rank": 384, "rope_dim": 128},
         {"rows_per_tile": 128}, {"dtype": "int8"}, {"dtype": "int8", "page_size": 128},
         {"dtype": "int8", "rows_per_tile": 64},
     ):  # fmt: skip
@@ -206,8 +225,10 @@ def test_refusals_name_what_it_takes():
         ({"q_dtype": F16}, "both bfloat16 or both float16, got float16 and bfloat16"),
         ({"layout": "NZ"}, "layout ND, got NZ"),
         ({"page_size": 1}, "page sizes 16, 64, 128 of a cache of float, got 1"),
-        ({"kv_lora_rank": 256}, "kv_lora_rank 512 and rope_dim 64, got 256 and 64"),
-        ({"rope_dim": 32}, "rope_dim 64, got 512 and 32"),
+        ({"kv_lora_rank": 320}, "kv_lora_rank = 320, wanted a multiple of 128 up to 512"),
+        ({"rope_dim": 32}, "rope_dim = 32, wanted a multiple of 64"),
+        ({"rope_dim": 128}, "shared"),
+        ({"dtype": "int8", "kv_lora_rank": 256}, "512 and rope_dim 64, got 256 and 64"),
         ({"rows_per_tile": 96}, "rows_per_tile 8, 16, 24, 32, 64, 128, got 64 and 96"),
         ({"rows_per_tile": 8, "rescale": "exponent_add"}, "rows_per_tile 64, 128, got 64 and 8"),
         ({"dtype": "int8", "q_dtype": F16}, "over an int8 cache it takes q bfloat16, got float16"),
@@ -242,6 +263,18 @@ def test_heads_on_the_gpu(heads):
 @pytest.mark.parametrize("heads", [16, 64, 128])
 def test_page_sizes_on_the_gpu(heads, page_size):
     batch = HopperBatch(np.random.default_rng(heads), LENGTHS, heads=heads, page_size=page_size)
+    batch.check(*op(batch))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("heads", [16, 64, 128])
+def test_other_widths_on_the_gpu(heads, widths):
+    kv_lora_rank, rope_dim = widths
+    batch = HopperBatch(
+        np.random.default_rng(heads), LENGTHS, heads=heads,
+        kv_lora_rank=kv_lora_rank, rope_dim=rope_dim,
+    )  # fmt: skip
     batch.check(*op(batch))
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mla_jax.cache import PagedKVCache
-from mla_jax.hal import TilePlan
+from mla_jax.hal import TilePlan, TilePlanError
 from mla_jax.split_kv import SplitPlan, plan_splits
 from pallas_kernels.hopper.decode import decode
 from pallas_kernels.hopper.decode_few import decode_few
@@ -61,10 +61,15 @@ def refuses(q_dtype: Any, cache: PagedKVCache, rescale: str, plan: SplitPlan | N
     if cache.page_size not in PAGE_SIZES[kind]:
         sizes = ", ".join(map(str, PAGE_SIZES[kind]))
         return f"it takes page sizes {sizes} of a cache of {kind}, got {cache.page_size}"
-    widths = cache.kv_lora_rank, cache.rope_dim
-    if widths != (512, 64):
-        return "it takes kv_lora_rank 512 and rope_dim 64, got {} and {}".format(*widths)
     heights = tile_heights(kind, rescale=rescale)
+    latent, rope = cache.kv_lora_rank, cache.rope_dim
+    if kind == "int8" and (latent, rope) != (512, 64):
+        return f"of int8 it takes kv_lora_rank 512 and rope_dim 64, got {latent} and {rope}"
+    try:
+        for height in heights:
+            tile_plan_of_height(height, cache=kind, kv_lora_rank=latent, rope_dim=rope)
+    except TilePlanError as error:
+        return f"its tiles can't have these widths: {error}"
     if plan is not None and (plan.block_size != BLOCK or plan.rows_per_tile not in heights):
         return (
             f"with rescale {rescale!r} and a cache of {kind} it takes plans of block_size {BLOCK} "
@@ -134,7 +139,9 @@ def attend(
     if plan is None:
         capacity = block_tables.shape[1] * pages.shape[1]
         plan = plan_decode(jnp.clip(seq_lens, 0, capacity), rows, rescale=rescale, tiles=tiles)
-    tiles = tiles or tile_plan_of_height(plan.rows_per_tile)
+    tiles = tiles or tile_plan_of_height(
+        plan.rows_per_tile, kv_lora_rank=kv_lora_rank, rope_dim=q.shape[2] - kv_lora_rank
+    )
     few = plan.rows_per_tile < BLOCK
     kernel: Any = decode_few if few else functools.partial(decode, rescale=RESCALES[rescale])
     q = pad_rows(q, plan.rows_per_tile if few else ROW_GROUP)

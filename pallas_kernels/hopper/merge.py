@@ -86,7 +86,7 @@ def _pieces_at_once(plan: SplitPlan, registers: int) -> int:
 def row_parts(g: Backend, plan: SplitPlan, rows: int, width: int, warpgroups: int) -> Parts:
     """A few rows, or where a tile has more pieces than rows, some columns of one."""
     share = rows * width // (_pieces_of_a_tile(plan) * warpgroups)  # values a warpgroup
-    columns = min(512 if share >= 512 else 256 if share >= 256 else 128, width)
+    columns = next(c for c in (512, 256, 128) if (share >= c or c == 128) and width % c == 0)
     group = min(max(1, share // columns), 4, rows)
     across = width // columns
     layout = plgpu.Layout.WG_STRIDED((columns,), vec_size=columns // 128)
