@@ -40,14 +40,14 @@ CHOICES: dict[str, list[Entry]] = {
         for c, d, q in itertools.product((1, 2), (2, 3, 4, 5), (1, 2))
     ],
     "seesaw": [{"registers": [*r]} for r in REGISTERS],
-    "seesaw_int8": [{"registers": [*r]} for r in REGISTERS],
+    "roles_int8": [{"depth": d} for d in (2, 3, 4)],
 }
 FEW_BLOCKS, MORE_BLOCKS = (0, 1, 2, 3, 5), (2, 3, 5, 8)
 OVERHEADS = {
     "transposed": FEW_BLOCKS,
     "transposed_int8": FEW_BLOCKS,
     "seesaw": MORE_BLOCKS,
-    "seesaw_int8": MORE_BLOCKS,
+    "roles_int8": MORE_BLOCKS,
 }
 MERGE_OVERHEADS = (0, 4, 8)  # blocks
 

@@ -233,10 +233,7 @@ def test_overwritten_registers_are_found():
 
 @pytest.mark.parametrize(("heads", "tokens", "page_size"), [(16, 1, 64), (16, 2, 64), (64, 1, 64)])
 def test_compiles_for_sm90a(heads, tokens, page_size):
-    """Nothing serialised or ignored, operand A stays in its registers, no spills up to 32 rows.
-
-    The 64-row kernel keeps up to 320 bytes of addresses in local memory, as `decode` does.
-    """
+    """Nothing serialised, ignored or spilled, and operand A stays in its registers."""
 
     def attend(*args):
         return int8.attend_int8(*args, None, num_heads=heads, softmax_scale=SCALE, causal=True)
@@ -260,7 +257,7 @@ def test_compiles_for_sm90a(heads, tokens, page_size):
     plan = choose_tile_plan(tokens * heads, cache="int8")
     assert decode.shared_memory == plan.used()["shared"] <= 232_448
     assert decode.registers <= 255
-    assert max(decode.spill_stores, decode.spill_loads) <= (0 if heads * tokens <= 32 else 320)
+    assert decode.spill_stores == decode.spill_loads == 0
     if decode.sass is not None:
         assert "IGMMA" in decode.sass
         assert overwritten_in_flight(decode.sass) == []

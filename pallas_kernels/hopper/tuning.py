@@ -194,54 +194,63 @@ def transposed_int8_tiles(
     )
 
 
-def seesaw_int8_tiles(
+def roles_int8_tiles(
     profile: HardwareProfile,
     *,
     rows_per_tile: int,
-    registers: Sequence[int] = (240, 24),
+    depth: int = 4,
+    registers: Sequence[int] = (192, 104, 24),
     split_overhead: int = 5,
     merge_overhead: int = 0,
     kv_lora_rank: int = 512,
     rope_dim: int = 64,
 ) -> TilePlan:
-    """Of `decode_int8`: 64 rows a CTA; two warpgroups compute, one loads; two pairs of blocks.
+    """Of `decode_int8`: 64 rows a CTA; two warpgroups make O, one P, one loads.
 
-    Each computing warpgroup owns half of the latent columns, as rows of O^T. registers: as in
-    `seesaw_tiles`.
+    Each that makes O owns half of the latent columns, as rows of O^T. depth: slots of a block.
+    registers: (of a warpgroup that makes O, of that which makes P, of the loading one), what
+    setmaxnreg takes.
     """
     _check_widths(profile, kv_lora_rank, rope_dim)
     if rope_dim != BLOCK:
         raise _refused(profile, "rope_dim", rope_dim, f"{BLOCK}: P takes the place of rope keys")
     if rows_per_tile != WGMMA_ROWS:
         raise _refused(profile, "rows_per_tile", rows_per_tile, WGMMA_ROWS)
+    if depth < 1:
+        raise _refused(profile, "depth", depth, ">= 1")
     _check_setmaxnreg(profile, registers)
-    rows, slots = WGMMA_ROWS, 4
+    rows, half = WGMMA_ROWS, kv_lora_rank // 2
+    makers, scoring, loading = registers
+    # fp32 half of O^T, and V^T of two groups with what addresses take; S in int32 and in fp32.
+    for got, needed in ((makers, rows * half // 128 + 64), (scoring, rows * BLOCK // 64 + 32)):
+        if got < needed:
+            raise _refused(profile, "registers", got, f">= {needed} where O^T or S are kept")
     return TilePlan(
         profile=profile.name,
         block_q=rows,
         block_kv=BLOCK,
-        kv_stages=slots,
+        kv_stages=depth,
         num_workers=profile.cores,
         split_overhead=split_overhead,
         merge_overhead=merge_overhead,
-        registers=(registers[0], registers[0], registers[1]),
+        registers=(makers, makers, scoring, loading),
         tiles=(
             Tile("shared", "QK", rows, kv_lora_rank + rope_dim, BLOCK),
-            Tile("registers", "PV", kv_lora_rank // 2, BLOCK, rows),
+            Tile("registers", "PV", half, BLOCK, rows),
         ),
         uses=(
             BufferUse("shared", "q latent", rows * kv_lora_rank),
             BufferUse("shared", "q rope", rows * rope_dim * ITEMSIZE),
             BufferUse("shared", "q scales", ALIGNMENT),
-            BufferUse("shared", "kv latent", BLOCK * kv_lora_rank, slots),
-            BufferUse("shared", "kv rope / P", BLOCK * rope_dim * ITEMSIZE, slots),
-            BufferUse("shared", "token scales", _aligned(slots * BLOCK * FLOAT32)),
-            BufferUse("shared", "rescaling factors", ALIGNMENT),
-            BufferUse("shared", "row max", _aligned(slots * rows * FLOAT32)),
-            BufferUse("shared", "row sum", ALIGNMENT),
+            BufferUse("shared", "kv latent", BLOCK * kv_lora_rank, depth),
+            BufferUse("shared", "kv rope / P", BLOCK * rope_dim * ITEMSIZE, depth),
+            BufferUse("shared", "token scales", _aligned(depth * BLOCK * FLOAT32)),
+            BufferUse("shared", "rescaling factors", _aligned(depth * rows * FLOAT32)),
+            BufferUse("shared", "whether to rescale", ALIGNMENT),
+            BufferUse("shared", "1 / row sum", ALIGNMENT),
             BufferUse("shared", "piece record", ALIGNMENT),
-            # q full and empty, l ready; full and empty of the slots, P ready
-            BufferUse("shared", "barriers", BARRIER_BYTES, 3 + 3 * slots),
+            # q full and empty, row sums full and empty; full and empty of the slots, P ready
+            BufferUse("shared", "barriers", BARRIER_BYTES, 4 + 3 * depth),
         ),
         capacity=_capacity(profile),
     )
@@ -251,7 +260,7 @@ KERNELS: dict[str, Callable[..., TilePlan]] = {
     "transposed": transposed_tiles,
     "seesaw": seesaw_tiles,
     "transposed_int8": transposed_int8_tiles,
-    "seesaw_int8": seesaw_int8_tiles,
+    "roles_int8": roles_int8_tiles,
 }
 
 
