@@ -18,6 +18,7 @@ from mla_jax import (
     plan_splits,
 )
 from pallas_kernels.hopper import aot, attention
+from pallas_kernels.hopper.merge import merge
 from pallas_kernels.hopper.tuning import choose_tile_plan
 
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -128,6 +129,57 @@ def test_a_plan_for_other_lengths_interpreted(heads, rows_per_tile):
 def test_finds_invalid_requests_interpreted(heads, rows_per_tile):
     batch, expected = invalid_requests(heads)
     expected.check(*run(batch, workers=3, rows_per_tile=rows_per_tile))
+
+
+@pytest.mark.parametrize(
+    ("rows", "ctas", "width", "fixed"), [(16, 1, 128, False), (64, 1, 64, False), (64, 2, 64, True)]
+)
+def test_merges_tiles_in_two_pieces_and_in_many(rows, ctas, width, fixed):
+    """One long request among short ones: NaN in slots of no piece, -inf for a piece of no key."""
+    rng = np.random.default_rng(rows + ctas)
+    lens = jnp.array([64 * 70, 0, 64, 64 * 6, 128], jnp.int32)
+    sizes = {"rows": rows * ctas, "rows_per_tile": rows * ctas, "num_workers": 18, "overhead": 1}
+    if fixed:
+        plan = plan_fixed(lens, split_size=192, max_seq_len=64 * 70, **sizes)
+    else:
+        plan = plan_splits(lens, **sizes)
+    starts = np.asarray(plan.tile_slot_start)
+    pieces = np.diff(starts)
+    assert pieces.max() > 8
+    assert 2 in pieces
+    partial_lse = rng.standard_normal((plan.num_slots, ctas * rows)).astype(np.float32) * 3
+    partial_lse[0, 3] = -np.inf
+    partial_o = rng.standard_normal((plan.num_slots, ctas * rows, width)).astype(np.float32)
+    partial_o[0, 3] = 0.0
+    partial_lse[starts[-1] :], partial_o[starts[-1] :] = np.nan, np.nan
+    left = partial_o
+    if rows == 64:  # as decode leaves it: blocks of 64 x 8 in the order of its registers
+        left = partial_o.reshape(-1, ctas, 64, width // 8, 8).swapaxes(2, 3)
+        left = left.reshape(-1, ctas, width // 8, 512)
+
+    @jax.jit
+    def run_merge(o, lse):
+        o, lse = jax.new_ref(o), jax.new_ref(lse)
+        interpret = plgpu.InterpretGPUParams(detect_races=True)
+        merge(o, lse, jnp.asarray(left), jnp.asarray(partial_lse), plan, interpret=interpret)
+        return o[...], lse[...]
+
+    shape = (5, ctas * rows, width)
+    o, lse = run_merge(jnp.full(shape, 7.0), jnp.full(shape[:2], 7.0))
+    for tile, (first, count) in enumerate(zip(starts, pieces, strict=False)):
+        if not count:
+            assert (o[tile] == 7).all()
+            assert (lse[tile] == 7).all()
+            continue
+        part = partial_lse[first : first + count].astype(np.float64)
+        top = part.max(axis=0)
+        weights = np.exp(part - top)
+        wanted = (weights[..., None] * partial_o[first : first + count]).sum(axis=0)
+        wanted /= weights.sum(axis=0)[:, None]
+        np.testing.assert_allclose(o[tile], wanted, rtol=2e-5, atol=2e-6)
+        wanted_lse = top + np.log(weights.sum(axis=0))
+        np.testing.assert_allclose(lse[tile], wanted_lse, rtol=1e-6, atol=1e-6)
+    assert not gpu_callbacks.get_races().races_found
 
 
 def test_the_pass_rule_fails_what_is_wrong():
@@ -313,6 +365,14 @@ def test_long_and_repeated_on_the_gpu(heads):
     for o, lse in results:
         assert jnp.array_equal(o, first[0])
         assert jnp.array_equal(lse, first[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [16, 64, 128])
+def test_one_long_request_among_short_ones_on_the_gpu(heads):
+    """Its tile is in many more pieces than a tile is on average."""
+    batch = HopperBatch(np.random.default_rng(heads), [65536, *range(1, 128)], heads=heads)
+    batch.check(*op(batch))
 
 
 @pytest.mark.gpu

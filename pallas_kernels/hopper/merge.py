@@ -26,6 +26,7 @@ from pallas_kernels.hopper.primitives import ROWS, Backend
 from pallas_kernels.hopper.walk import BLOCK, FIRST_SLOT, NO_KEY, SLOTS, records
 
 LOADS_IN_FLIGHT = 64  # registers a thread
+MANY = 16  # pieces
 BLOCK_COLUMNS = 8
 
 
@@ -72,20 +73,42 @@ class Parts(NamedTuple):
     lanes: Callable[[Refs, Place, Any], list[Lane]]  # of the part of that index
 
 
+class Ways(NamedTuple):
+    """How tiles of up to `most` pieces are parted, and how others."""
+
+    few: Parts
+    most: int
+    many: Parts
+
+
 def _pieces_of_a_tile(plan: SplitPlan) -> int:
     """On average, as the shape of the plan has it."""
     return max(1, round(plan.num_workers / plan.num_tiles))
 
 
-def _pieces_at_once(plan: SplitPlan, registers: int) -> int:
-    """This alone decides how sums are rounded: for a fixed plan not by the batch."""
-    most = 2 if plan.fixed else max(2, _pieces_of_a_tile(plan))
-    return min(most, LOADS_IN_FLIGHT // registers)
+def _ways(plan: SplitPlan, part: Callable[[int, int], Parts]) -> Ways:
+    """For about as many pieces as tiles have on average, and for one long request among short ones,
+    which many more workers share: part(pieces, pieces at once).
+
+    How many pieces are added up at once decides how sums are rounded: for a fixed plan the batch
+    has no say in it.
+    """
+    usual = _pieces_of_a_tile(plan)
+    if plan.fixed:
+        return Ways(part(usual, 2), MANY // 2, part(plan.num_workers, MANY))
+    many = part(max(plan.num_workers, usual), max(MANY, usual))
+    return Ways(part(usual, max(2, usual)), max(MANY // 2, 2 * usual), many)
 
 
-def row_parts(g: Backend, plan: SplitPlan, rows: int, width: int, warpgroups: int) -> Parts:
+def row_parts(g: Backend, plan: SplitPlan, rows: int, width: int, warpgroups: int) -> Ways:
     """A few rows, or where a tile has more pieces than rows, some columns of one."""
-    share = rows * width // (_pieces_of_a_tile(plan) * warpgroups)  # values a warpgroup
+    return _ways(plan, functools.partial(_row_parts, g, rows, width, warpgroups))
+
+
+def _row_parts(
+    g: Backend, rows: int, width: int, warpgroups: int, pieces: int, at_once: int
+) -> Parts:
+    share = rows * width // (pieces * warpgroups)  # values a warpgroup
     columns = next(c for c in (512, 256, 128) if (share >= c or c == 128) and width % c == 0)
     group = min(max(1, share // columns), 4, rows)
     across = width // columns
@@ -125,12 +148,16 @@ def row_parts(g: Backend, plan: SplitPlan, rows: int, width: int, warpgroups: in
         return [lane(i) for i in range(group)]
 
     count = -(-rows // group) * across
-    return Parts(count, _pieces_at_once(plan, group * columns // 128), lanes)
+    return Parts(count, min(at_once, LOADS_IN_FLIGHT // (group * columns // 128)), lanes)
 
 
-def block_parts(g: Backend, plan: SplitPlan, width: int, warpgroups: int) -> Parts:
+def block_parts(g: Backend, plan: SplitPlan, width: int, warpgroups: int) -> Ways:
     """Some columns of all 64 rows."""
-    share = width // (_pieces_of_a_tile(plan) * warpgroups)  # columns a warpgroup
+    return _ways(plan, functools.partial(_block_parts, g, width, warpgroups))
+
+
+def _block_parts(g: Backend, width: int, warpgroups: int, pieces: int, at_once: int) -> Parts:
+    share = width // (pieces * warpgroups)  # columns a warpgroup
     columns = 64 if share >= 64 else 32 if share >= 32 else 16 if share >= 16 else BLOCK_COLUMNS
 
     def lanes(refs: Refs, place: Place, part: Any) -> list[Lane]:
@@ -160,7 +187,7 @@ def block_parts(g: Backend, plan: SplitPlan, width: int, warpgroups: int) -> Par
         )
         return [lane]
 
-    return Parts(width // columns, _pieces_at_once(plan, columns // 2), lanes)
+    return Parts(width // columns, min(at_once, LOADS_IN_FLIGHT // (columns // 2)), lanes)
 
 
 def _merge_slots(lanes: list[Lane], first: Any, count: Any, at_once: int) -> None:
@@ -197,7 +224,7 @@ def _merge_slots(lanes: list[Lane], first: Any, count: Any, at_once: int) -> Non
 
 
 def _merge_share(
-    parts: Parts, refs: Refs, place: Place, slots: tuple[Any, Any, Any], wg: Any, wgs: int
+    refs: Refs, place: Place, slots: tuple[Any, Any, Any], wg: Any, wgs: int, parts: Parts
 ) -> None:
     """What one of `wgs` warpgroups merges for one piece of a tile.
 
@@ -241,12 +268,13 @@ class Meeting(NamedTuple):
 
 
 def merge_shares(
-    parts: Parts, refs: Refs, piece_ref: Any, pieces: tuple[Any, Any],
+    ways: Ways, refs: Refs, piece_ref: Any, pieces: tuple[Any, Any],
     meet: Callable, place: Callable, wg: Any, wgs: int,
 ) -> None:  # fmt: skip
     """The end of a launch for one warpgroup of a worker, which merges its share of its tiles.
 
     Args:
+        ways: to part a tile.
         piece_ref: records of `walk`.
         pieces: the worker's, from and to.
         meet: (request, row tile, pieces of the tile) -> Meeting, or None if none is needed.
@@ -263,7 +291,13 @@ def merge_shares(
             meeting = meet(request, row_tile, count)
             if meeting:
                 meeting.wait()
-            _merge_share(parts, refs, place(request, row_tile), (slot, first, count), wg, wgs)
+            slots = slot, first, count
+            share = functools.partial(_merge_share, refs, place(request, row_tile), slots, wg, wgs)
+            if ways.few[:2] == ways.many[:2]:
+                share(ways.many)
+            else:
+                pl.when(count <= ways.most)(functools.partial(share, ways.few))
+                pl.when(count > ways.most)(functools.partial(share, ways.many))
             if meeting:
                 meeting.end()
 
@@ -293,16 +327,16 @@ def merge(
     ctas = partial_o.shape[1] if in_blocks else 1
     rows = partial_lse.shape[1] // ctas
     if in_blocks:
-        parts = block_parts(g, plan, width, warpgroups)
+        ways = block_parts(g, plan, width, warpgroups)
     else:
-        parts = row_parts(g, plan, rows, width, warpgroups)
+        ways = row_parts(g, plan, rows, width, warpgroups)
 
     def body(po_ref, plse_ref, walk_ref, piece_ref, o_ref, lse_ref):
         g.wait_for_previous_kernel()
         g.let_next_kernel_start()
         worker, cta = lax.axis_index("worker"), lax.axis_index("cta")
         merge_shares(
-            parts,
+            ways,
             Refs(po_ref, plse_ref, o_ref, lse_ref),
             piece_ref,
             (walk_ref[worker, 0], walk_ref[worker, 1]),
