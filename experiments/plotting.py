@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 # Distinguishable with any colour vision (Okabe and Ito, 2008), in order of use.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#555555")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00",
+    "#56B4E9", "#8C6D31", "#555555", "#000000",
+)  # fmt: skip
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
 GREY = "#8a8f98"
 
 _STYLE: dict[Any, Any] = {

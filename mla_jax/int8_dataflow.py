@@ -3,7 +3,9 @@
 Scores: q_nope is rounded to int8 with a scale for each row; the nope part is an int8 x int8 ->
 int32 product brought to scale, the rope part stays float:
     S = (q_i8 . k_i8) * q_scale * k_scale + q_rope . k_rope.
-(Where K is widened to bfloat16 anyway, q_nope may stay bfloat16: "bfloat16" queries.)
+Rounding q to 8 bits costs as much as rounding the cache does; "int15" queries are two int8,
+q = 128 * high + low, whose products with K meet in one int32. (Where K is widened to bfloat16
+anyway, q_nope may stay "bfloat16".)
 The output takes the int8 latent as V, with V's scale folded into P. P is then rounded to
 - "int8" on Ascend: each row of a block in steps of its largest entry / 127, products in int32;
 - "bfloat16" on Hopper, whose 8-bit products can't read V as it lies: V is widened, exactly.
@@ -23,7 +25,7 @@ from jax import lax
 from mla_jax import checks, quantize
 from mla_jax.online_softmax import SoftmaxState, finalize, init_state, rescale_output, weigh
 
-QUERIES = ("int8", "bfloat16")
+QUERIES = ("int8", "int15", "bfloat16")
 WEIGHTS = ("int8", "bfloat16")
 
 
@@ -73,17 +75,23 @@ def attend_int8(
     groups = scales.shape[1] if scales.ndim == 2 else 1
     scales = jnp.broadcast_to(scales.reshape(-1, groups), (count, groups))
     q_nope, q_rope = jnp.split(q.astype(jnp.float32), [width], axis=-1)
+    parts: tuple[jax.Array, ...]
+    q_scale = quantize.scales_of(q_nope, "token")
     if queries == "int8":
-        q_scale = quantize.scales_of(q_nope, "token")
-        q_nope = quantize.quantize(q_nope, q_scale)
+        parts = (quantize.quantize(q_nope, q_scale),)
+    elif queries == "int15":
+        parts = quantize.quantize_in_halves(q_nope, q_scale)
+        q_scale = q_scale / quantize.HALF
     else:
-        q_scale, q_nope = jnp.ones(len(q)), q_nope.astype(jnp.bfloat16)
-    q_nope = _columns(q_nope, groups)
+        q_scale, parts = jnp.ones(len(q)), (q_nope.astype(jnp.bfloat16),)
+    parts = tuple(_columns(part, groups) for part in parts)
 
     def step(state: SoftmaxState, keys: tuple[jax.Array, ...]) -> tuple[SoftmaxState, None]:
         exists, latent, scales, k_rope = keys
         latent, scales = _columns(latent, groups), scales.T  # [G, block, C] and [G, block]
-        products = _product("grc,gtc->grt", q_nope, latent)
+        products = _product("grc,gtc->grt", parts[0], latent)
+        for lower in parts[1:]:
+            products = quantize.HALF * products + _product("grc,gtc->grt", lower, latent)
         scores = scores_to_scale(products, q_scale, scales).sum(0)
         scores = (scores + _product("rd,td->rt", q_rope, k_rope)) * softmax_scale
         new, p, decay = weigh(state, jnp.where(exists, scores, -jnp.inf), jnp.float32)

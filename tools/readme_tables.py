@@ -105,6 +105,7 @@ def int8_accuracy() -> str:
         "group": "four a token",
         "token, bf16 P": "a token: bf16 P",
         "token, int8 q, bf16 P": "a token: int8 q, bf16 P",
+        "token, int15 q, bf16 P": "a token: 15-bit q, bf16 P",
         "token, int8 q, int8 P": "a token: int8 q and P",
         "token, rotated": "a token, rotated",
     }
