@@ -36,8 +36,7 @@ REGISTERS = ((240, 24), (232, 40))
 CHOICES: dict[str, list[Entry]] = {
     "transposed": [{"depths": [*d], "q_buffers": q} for d in DEPTHS for q in (1, 2)],
     "transposed_int8": [
-        {"computing": c, "depth": d, "q_buffers": q}
-        for c, d, q in itertools.product((1, 2), (2, 3, 4, 5), (1, 2))
+        {"computing": c, "depth": d} for c, d in itertools.product((1, 2), (2, 3, 4, 5))
     ],
     "seesaw": [{"registers": [*r]} for r in REGISTERS],
     "roles_int8": [{"depth": d} for d in (2, 3, 4)],

@@ -76,7 +76,6 @@ def test_the_seesaw_plan_is_the_one_the_profile_arrives_at() -> None:
         (lambda: transposed_int8_tiles(H200, rows_per_tile=8, computing=3), "computing = 3"),
         (lambda: transposed_int8_tiles(H200, rows_per_tile=8, depth=3), "depth = 3, wanted a mul"),
         (lambda: transposed_int8_tiles(H200, rows_per_tile=8, depth=6), "shared holds 232448"),
-        (lambda: transposed_int8_tiles(H200, rows_per_tile=8, q_buffers=0), "q_buffers = 0"),
         (lambda: roles_int8_tiles(H200, rows_per_tile=128), "rows_per_tile = 128, wanted 64"),
         (lambda: roles_int8_tiles(H200, rows_per_tile=64, rope_dim=128), "P takes the place"),
         (lambda: roles_int8_tiles(H200, rows_per_tile=64, depth=5), "shared holds 232448"),

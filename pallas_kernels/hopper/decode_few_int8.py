@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.merge import Meeting, Place, Refs, merge_shares, row_parts
+from pallas_kernels.hopper.narrow import ROW_GROUP, fetch_q
 from pallas_kernels.hopper.primitives import WGMMA_OPERAND
 from pallas_kernels.hopper.transposed import COLUMNS, WARPS
 from pallas_kernels.hopper.walk import (
@@ -40,11 +41,11 @@ from pallas_kernels.hopper.walk import (
 )
 from pallas_kernels.hopper.widen import GROUP, INT8_OPERAND, WIDENED_UNIT, WideningBackend
 
+FLAGS = 2  # the loader is a piece ahead: whether the keys of a piece could all be had
+
 
 def decode_few_int8(
-    q_int8,
-    q_scales,
-    q_rope,
+    q,
     pages,
     rope_pages,
     scales,
@@ -68,9 +69,7 @@ def decode_few_int8(
     """Runs the plan; the plan, results and options as in `decode`.
 
     Args:
-        q_int8: [B, R, d_v] int8, R a multiple of tiles.rows_per_tile.
-        q_scales: [B, R] float32; q = q_int8 * q_scales.
-        q_rope: [B, R, rope] bfloat16.
+        q: [B, R, d_v + rope] bfloat16, R a multiple of tiles.rows_per_tile.
         pages: [N, page, d_v] int8.
         rope_pages: [N, page, rope] bfloat16.
         scales: [N, page] float32, one a token.
@@ -78,29 +77,30 @@ def decode_few_int8(
     Writes whole tiles to o_ref [B, R, d_v] and lse_ref [B, R]; returns the partial
     (o [slots, rows_per_tile, d_v], lse [slots, rows_per_tile]) of cut tiles.
     """
-    _, rows_total, latent = q_int8.shape
+    rows_total = q.shape[1]
+    latent = pages.shape[2]
     num_pages, page_size, rope = rope_pages.shape
     lengths = functools.partial(
         valid_lengths, capacity=block_tables.shape[1] * page_size, num_queries=num_queries
     )
-    rows, depth, q_buffers = tiles.rows_per_tile, tiles.kv_stages, tiles.slots("q latent")
+    rows, depth = tiles.rows_per_tile, tiles.kv_stages
     computing = len(tiles.registers) - 1  # warpgroups
     uneven = len(set(tiles.registers)) > 1
     if rows_total % rows:
         raise ValueError(f"q must have a multiple of {rows} rows (rows_per_tile), got {rows_total}")
     half = latent // 2
     groups = half // GROUP  # of wgmma rows in half of O^T
-    dtype = q_rope.dtype
+    dtype = q.dtype
     scale = softmax_scale * LOG2E
     g = WideningBackend(interpreting=interpret is not None)
     num_slots = max(1, plan.num_slots)
+    sharing = computing if rows % (computing * ROW_GROUP) == 0 else 1  # warpgroups that fetch q
+    share = rows // sharing
     tile = (BLOCK, rows)
     accumulator_shapes = ((half, rows), (half, rows), tile, tile)
 
     def body(
         q_ref,
-        q_rope_ref,
-        q_scale_ref,
         kv_ref,
         rope_ref,
         scale_ref,
@@ -116,6 +116,7 @@ def decode_few_int8(
         plse_ref,
         q_smem,
         q_rope_smem,
+        q_scale_smem,
         kv_smem,
         rope_smem,
         scale_smem,
@@ -125,8 +126,9 @@ def decode_few_int8(
         handed_smem,
         state_smem,
         lost_smem,
-        q_full,
-        q_empty,
+        q_ready,
+        piece_known,
+        piece_done,
         full,
         empty,
         handed,
@@ -159,21 +161,15 @@ def decode_few_int8(
             )
 
         # ---------------------------------------------------------------- the loading warpgroup
-        queries = ((q_ref, q_smem), (q_rope_ref, q_rope_smem))
         tokens = ((kv_ref, kv_smem), (rope_ref, rope_smem), (scale_ref, scale_smem))
 
         def load_piece(k, n, piece):
-            request, row_tile, begin, end, *_ = piece
-            buffer = lax.rem(k, q_buffers)
+            request, _, begin, end, *_ = piece
+            flag = lax.rem(k, FLAGS)
             kv_len, _ = lengths(len_ref, qlen_ref, request)
-            plgpu.barrier_wait(q_empty.at[buffer])
-            lost_smem[buffer] = (~fits(piece, kv_len)).astype(jnp.int32)
-            for source, target in queries:
-                plgpu.copy_gmem_to_smem(
-                    source.at[request, pl.ds(row_tile * rows, rows)],
-                    target.at[buffer],
-                    q_full.at[buffer],
-                )
+            plgpu.barrier_wait(piece_done.at[flag])
+            lost_smem[flag] = (~fits(piece, kv_len)).astype(jnp.int32)
+            plgpu.barrier_arrive(piece_known.at[flag])
 
             def block(i, _):
                 ((page, mine, _),), exists = block_sources(
@@ -182,7 +178,7 @@ def decode_few_int8(
 
                 @pl.when(~exists)
                 def _lost():
-                    lost_smem[buffer] = 1
+                    lost_smem[flag] = 1
 
                 slot = lax.rem(n + i, depth)
                 plgpu.barrier_wait(empty.at[slot])
@@ -198,8 +194,8 @@ def decode_few_int8(
                 g.set_max_registers(tiles.registers[-1], "decrease")
             walk(pieces, my_walk, piece_ref, load_piece)
             # See every release, so that no barrier ends with a phase that nobody saw.
-            for buffer in range(q_buffers):
-                plgpu.barrier_wait(q_empty.at[buffer])
+            for flag in range(FLAGS):
+                plgpu.barrier_wait(piece_done.at[flag])
             for slot in range(depth):
                 plgpu.barrier_wait(empty.at[slot])
 
@@ -207,11 +203,22 @@ def decode_few_int8(
         def across(columns, shape=tile):
             return lax.broadcast_in_dim(columns, shape, [1])
 
+        def fetch_mine(me, request, row):
+            """This warpgroup's share of q. (All have done with that of the piece before.)"""
+            if me < sharing:
+                mine = pl.ds(me * share, share)
+                source = q_ref.at[request, pl.ds(row + me * share, share)]
+                targets = (ref.at[0, mine] for ref in (q_smem, q_scale_smem, q_rope_smem))
+                fetch_q(g, source, *targets)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(q_ready)
+            plgpu.barrier_wait(q_ready)
+
         def attend(me, k, n, piece, o_left, o_right, s_int, s_rope):
             request, row_tile, begin, end, out_slot, _, slots_of_tile = piece
             kv_len, query_len = lengths(len_ref, qlen_ref, request)
             row = row_tile * rows
-            buffer = lax.rem(k, q_buffers)
+            flag = lax.rem(k, FLAGS)
             p_mine = p_smem.at[me]
             token = (g.iota(tile, 1) + row) // num_heads
             limit = jnp.minimum(kv_len - query_len + token + 1, kv_len) if causal else kv_len
@@ -229,8 +236,8 @@ def decode_few_int8(
                 g.zero_integers(s_int)
                 g.zero(s_rope)
                 plgpu.barrier_wait(full.at[slot])
-                g.mma_t(s_int, kv_smem.at[slot], q_smem.at[buffer + zero])
-                g.mma_t(s_rope, rope_smem.at[slot], q_rope_smem.at[buffer + zero])
+                g.mma_t(s_int, kv_smem.at[slot], q_smem.at[zero])
+                g.mma_t(s_rope, rope_smem.at[slot], q_rope_smem.at[zero])
                 token_scale = lax.broadcast_in_dim(g.load_rows(scale_smem.at[slot]), tile, [0])
                 g.wait_mma(0)
                 # What no row may see is NaN, perhaps: it is selected away, never multiplied.
@@ -253,8 +260,7 @@ def decode_few_int8(
 
             g.zero(o_left)
             g.zero(o_right)
-            q_scale = g.load_columns(q_scale_ref.at[request, pl.ds(row, rows)]) * scale
-            plgpu.barrier_wait(q_full.at[buffer])
+            q_scale = g.load_columns(q_scale_smem.at[0]) * scale
             none = (g.full((rows,), NO_KEY, COLUMNS), g.full(tile, 0.0, plgpu.Layout.WGMMA))
             m, norm = lax.fori_loop(0, mine, block, none)
 
@@ -264,8 +270,9 @@ def decode_few_int8(
 
             def finish(m, total, halves):
                 """halves: (which, its value) pairs. Normalises and stores them."""
-                lost = lost_smem[buffer] > 0  # written before the barrier of the last block
-                plgpu.barrier_arrive(q_empty.at[buffer])
+                plgpu.barrier_wait(piece_known.at[flag])
+                lost = lost_smem[flag] > 0  # written before the barrier of the last block
+                plgpu.barrier_arrive(piece_done.at[flag])
                 blank = jnp.where((kv_len < 0) | lost, jnp.nan, 0.0)
                 seen = total > 0.0
                 inverse = jnp.where(seen, (1.0 / WIDENED_UNIT) / total, 0.0) + blank
@@ -316,8 +323,8 @@ def decode_few_int8(
                 g.set_max_registers(tiles.registers[0], "increase")
             for slot in range(me, depth, computing):
                 plgpu.barrier_arrive(empty.at[slot])  # every slot starts free
-            for buffer in range(q_buffers):
-                plgpu.barrier_arrive(q_empty.at[buffer])
+            for flag in range(FLAGS):
+                plgpu.barrier_arrive(piece_done.at[flag])
             if computing == 2:
                 plgpu.barrier_arrive(taken)
 
@@ -325,6 +332,8 @@ def decode_few_int8(
                 def scoped(*accs):
                     attend(me, k, n, piece, *accs)
 
+                request, row_tile, *_ = piece
+                fetch_mine(me, request, row_tile * rows)
                 g.with_score_accumulators(scoped, accumulators, me, *accumulator_shapes)
 
             walk(pieces, my_walk, piece_ref, run)
@@ -353,8 +362,9 @@ def decode_few_int8(
             jax.ShapeDtypeStruct((num_slots, rows), jnp.float32),
         ),
         scratch_types=(
-            narrow(q_buffers, rows, latent),
-            wide(q_buffers, rows, rope),
+            narrow(1, rows, latent),
+            wide(1, rows, rope),
+            floats(1, rows),
             narrow(depth, BLOCK, latent),
             wide(depth, BLOCK, rope),
             floats(depth, BLOCK),
@@ -363,9 +373,10 @@ def decode_few_int8(
             floats(computing, WARPS, rows),
             floats(computing, handed_rows, half),
             floats(computing, 2, rows),
-            plgpu.SMEM((q_buffers,), jnp.int32),
-            plgpu.Barrier(num_arrivals=2, num_barriers=q_buffers),  # q_full
-            plgpu.Barrier(num_arrivals=computing, num_barriers=q_buffers),  # q_empty
+            plgpu.SMEM((FLAGS,), jnp.int32),
+            plgpu.Barrier(num_arrivals=computing),  # q_ready
+            plgpu.Barrier(num_arrivals=1, num_barriers=FLAGS),  # piece_known
+            plgpu.Barrier(num_arrivals=computing, num_barriers=FLAGS),  # piece_done
             plgpu.Barrier(num_arrivals=3, num_barriers=depth),  # full
             plgpu.Barrier(num_arrivals=1, num_barriers=depth),  # empty
             plgpu.Barrier(num_arrivals=computing),  # handed
@@ -388,9 +399,7 @@ def decode_few_int8(
     walks, records_ = records(plan)
     given = seq_lens if query_lens is None else query_lens
     return kernel(
-        q_int8,
-        q_rope,
-        q_scales,
+        q,
         pages,
         rope_pages,
         scales,

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.merge import Meeting, Place, Refs, merge_shares, row_parts
+from pallas_kernels.hopper.narrow import fetch_q
 from pallas_kernels.hopper.primitives import ROWS, WGMMA_OPERAND
 from pallas_kernels.hopper.walk import (
     BLOCK,
@@ -40,6 +41,7 @@ from pallas_kernels.hopper.walk import (
 from pallas_kernels.hopper.widen import GROUP, INT8_OPERAND, WIDENED_UNIT, WideningBackend
 
 QUERIES = 64  # rows of a tile
+FETCHED = 32  # of them at a time: what registers allow
 LAZY_GROWTH = 8.0  # log2 units that the running maximum may lag behind the true one
 LOST = RECORD + 3  # of a record in shared memory: its keys can't all be had, so its rows are NaN
 MAKERS = 2  # warpgroups that make O, and merge
@@ -47,9 +49,7 @@ SCORES, LOADS = MAKERS, MAKERS + 1  # the others
 
 
 def decode_int8(
-    q_int8,
-    q_scales,
-    q_rope,
+    q,
     pages,
     rope_pages,
     scales,
@@ -71,19 +71,20 @@ def decode_int8(
     interpret=None,
 ):
     """Runs the plan; arguments and results as in `decode_few_int8`, R a multiple of 64."""
-    _, rows_total, latent = q_int8.shape
+    rows_total = q.shape[1]
+    latent = pages.shape[2]
     num_pages, page_size, rope = rope_pages.shape
     lengths = functools.partial(
         valid_lengths, capacity=block_tables.shape[1] * page_size, num_queries=num_queries
     )
     if rows_total % QUERIES or rope != BLOCK:
         raise ValueError(
-            f"q must have a multiple of {QUERIES} rows and {BLOCK} rope columns, got {q_rope.shape}"
+            f"q must have a multiple of {QUERIES} rows and {BLOCK} rope columns, got {q.shape}"
         )
     half = latent // MAKERS
     groups = half // GROUP
     slots = tiles.slots("kv latent")
-    dtype = q_rope.dtype
+    dtype = q.dtype
     scale = softmax_scale * LOG2E
     g = WideningBackend(interpreting=interpret is not None)
     num_slots = max(1, plan.num_slots)
@@ -91,8 +92,6 @@ def decode_int8(
 
     def body(
         q_ref,
-        q_rope_ref,
-        q_scale_ref,
         kv_ref,
         rope_ref,
         scale_ref,
@@ -116,8 +115,8 @@ def decode_int8(
         grew_smem,
         inverse_smem,
         piece_smem,
-        q_full,
-        q_empty,
+        piece_known,
+        piece_done,
         full,
         empty,
         p_ready,
@@ -130,10 +129,6 @@ def decode_int8(
         g.wait_for_previous_kernel()
         g.let_next_kernel_start()
         wg = lax.axis_index("wg")
-        worker = lax.axis_index("worker")
-        my_walk = walk_ref.at[worker]
-        pieces = my_walk[0], my_walk[1]
-        queries = ((q_ref, q_smem), (q_rope_ref, q_rope_smem), (q_scale_ref, q_scale_smem))
         tokens = ((kv_ref, kv_smem), (rope_ref, rope_smem), (scale_ref, scale_smem))
 
         def across(rows):
@@ -142,23 +137,29 @@ def decode_int8(
         def down(columns, shape=tile):
             return lax.broadcast_in_dim(columns, shape, [1])
 
+        def my_walk():  # (What is read where it is used holds no register.)
+            return walk_ref.at[lax.axis_index("worker")]
+
+        def pieces():
+            """The worker's, from and to."""
+            return my_walk()[0], my_walk()[1]
+
         def meet(request, row_tile, count):
             """A piece's O comes from two warpgroups, its lse from a third."""
             counter = plan.tile_of(request, row_tile)
             return Meeting(g, counter_ref, counter, (MAKERS + 1) * count, MAKERS * count)
 
         # -------------------------------------------------------------------- who loads
-        def load_piece(k, n, piece):
-            request, row_tile, begin, end, *_ = piece
-            kv_len, query_len = lengths(len_ref, qlen_ref, request)
-            plgpu.barrier_wait(q_empty)
+        def with_lengths(piece):
+            return (*piece, *lengths(len_ref, qlen_ref, jnp.maximum(piece[0], 0)))
+
+        def load_piece(p, carry):
+            n, *piece, kv_len, query_len = carry
+            request, _, begin, end, *_ = piece
             lost = (~fits(piece, kv_len)).astype(jnp.int32)
             for i, value in enumerate((*piece, kv_len, query_len, n, lost)):
                 piece_smem[i] = value
-            for source, target in queries:
-                plgpu.copy_gmem_to_smem(
-                    source.at[request, pl.ds(row_tile * QUERIES, QUERIES)], target.at[0], q_full
-                )
+            plgpu.barrier_arrive(piece_known)
 
             def block(i, _):
                 ((page, mine, _),), exists = block_sources(
@@ -176,19 +177,36 @@ def decode_int8(
                 return ()
 
             lax.fori_loop(0, end - begin, block, ())
+            # (Beside the blocks there is no register for what follows.)
+            following = jnp.minimum(p + 1, piece_ref.shape[0] - 1)
+            after = with_lengths([piece_ref[following, i] for i in range(RECORD)])
+            plgpu.barrier_wait(piece_done)
+            return (n + end - begin, *after)
 
-        @pl.when(wg == LOADS)
-        def _load():
+        def load():
             g.set_max_registers(tiles.registers[LOADS], "decrease")
-            walk(pieces, my_walk, piece_ref, load_piece, ahead=False)
+            head = with_lengths([my_walk()[2 + i] for i in range(RECORD)])
+            lax.fori_loop(*pieces(), load_piece, (jnp.int32(0), *head))
             # See every release, so that no barrier ends with a phase that nobody saw.
-            plgpu.barrier_wait(q_empty)
             for slot in range(slots):
                 plgpu.barrier_wait(empty.at[slot])
 
         # -------------------------------------------------------------------- who makes P
+        def fetch_piece():
+            plgpu.barrier_wait(piece_known)
+            request, row_tile = piece_smem[0], piece_smem[1]
+
+            def fetch(i, _):
+                first = pl.multiple_of(i * FETCHED, FETCHED)
+                source = q_ref.at[request, pl.ds(row_tile * QUERIES + first, FETCHED)]
+                targets = (q_smem, q_scale_smem, q_rope_smem)
+                fetch_q(g, source, *(ref.at[0, pl.ds(first, FETCHED)] for ref in targets))
+                return ()
+
+            lax.fori_loop(0, QUERIES // FETCHED, fetch, ())
+            plgpu.commit_smem()
+
         def make_p(s_int, s_acc):
-            plgpu.barrier_wait(q_full)
             row_tile, begin, end = (piece_smem[i] for i in (1, 2, 3))
             kv_len, query_len, blocks_before = (piece_smem[i] for i in range(RECORD, LOST))
             num_blocks = end - begin
@@ -205,7 +223,7 @@ def decode_int8(
             def block(mask, i, carry):
                 m, norm = carry
                 start = (begin + i) * BLOCK
-                zero = (num_blocks >> 30) & i  # 0, but not for the compiler
+                zero = start >> 30  # 0, but not for the compiler
                 slot = lax.rem(blocks_before + i, slots)
                 scales = scale_smem.at[slot]
                 g.zero_integers(s_int)
@@ -225,11 +243,11 @@ def decode_int8(
                 latent_part = g.read(s_int).astype(jnp.float32) * q_scale * token_scale
                 s = (latent_part + g.read(s_acc)) * scale
                 if mask:
-                    # (Adding zero keeps the compiler from holding places in registers.)
+                    # (Adding zero keeps the compiler from holding rows in registers.)
                     token = (g.iota_rows(QUERIES) + (row + zero)) // num_heads
                     keys = kv_len - query_len + token + 1 if causal else kv_len
                     keys = jnp.where(token < query_len, keys, 0)
-                    s = jnp.where(g.iota(tile, 1) + zero < across(keys - start), s, -jnp.inf)
+                    s = g.keep_columns(s, keys - start)
                 top = jnp.maximum(m, s.max(axis=1))
                 m_new = jnp.where(top > m + LAZY_GROWTH, top, m)
                 p = jnp.exp2(s - across(m_new))
@@ -252,7 +270,7 @@ def decode_int8(
             )
             lost = piece_smem[LOST] > 0  # written before the barrier of the last block
             blank = jnp.where((piece_smem[RECORD] < 0) | lost, jnp.nan, 0.0)
-            plgpu.barrier_arrive(q_empty)
+            plgpu.barrier_arrive(piece_done)
 
             plgpu.barrier_wait(inverse_empty)
             # (A row of its own, so that its address is not kept in a register from the start.)
@@ -272,16 +290,15 @@ def decode_int8(
                 if merges:
                     meet(request, row_tile, slots_of_tile).leave()
 
-        @pl.when(wg == SCORES)
-        def _score():
+        def score():
             g.set_max_registers(tiles.registers[SCORES], "decrease")
-            plgpu.barrier_arrive(q_empty)
 
             def run(p, _):
+                fetch_piece()
                 g.with_score_accumulators(make_p, accumulators[1:], 0, tile, tile)
                 return ()
 
-            lax.fori_loop(*pieces, run, ())
+            lax.fori_loop(*pieces(), run, ())
             plgpu.barrier_wait(inverse_empty)
 
         # -------------------------------------------------------------------- who makes O
@@ -319,37 +336,35 @@ def decode_int8(
                 if merges:
                     meet(request, row_tile, slots_of_tile).leave()
 
-        @pl.when(wg < MAKERS)
-        def _make():
+        def make():
             g.set_max_registers(tiles.registers[0], "increase")
             for slot in range(slots):
                 plgpu.barrier_arrive(empty.at[slot])  # every slot starts free
             plgpu.barrier_arrive(inverse_empty)
 
-            def make(me):
+            def mine(me):
                 def run(k, n, piece):
-                    g.with_accumulators(
-                        functools.partial(make_o, me, n, piece),
-                        accumulators[:1],
-                        me,
-                        (half, QUERIES),
-                    )
+                    this_o = functools.partial(make_o, me, n, piece)
+                    g.with_accumulators(this_o, accumulators[:1], me, (half, QUERIES))
 
-                walk(pieces, my_walk, piece_ref, run)
+                walk(pieces(), my_walk(), piece_ref, run)
+                return jnp.int32(me)
 
-            for me in range(MAKERS):
-                pl.when(wg == me)(functools.partial(make, me))
+            me = lax.switch(wg, [functools.partial(mine, me) for me in range(MAKERS)])
             if merges:
                 merge_shares(
                     row_parts(g, plan, QUERIES, latent, warpgroups=MAKERS),
                     Refs(po_ref, plse_ref, o_ref, lse_ref),
                     piece_ref,
-                    pieces,
+                    pieces(),
                     meet=meet,
                     place=lambda request, row_tile: Place(request, row_tile * QUERIES, 0),
-                    wg=wg,
+                    wg=me,
                     wgs=MAKERS,
                 )
+
+        # (Switches: what one branch needs isn't held through another.)
+        lax.switch(jnp.maximum(wg - (MAKERS - 1), 0), [make, score, load])
 
     def wide(*shape):
         return plgpu.SMEM(shape, dtype, transforms=WGMMA_OPERAND)
@@ -377,8 +392,8 @@ def decode_int8(
             plgpu.SMEM((slots,), jnp.int32),  # whether any is not 1
             floats(1, QUERIES),  # 1 / row sum
             plgpu.SMEM((LOST + 1,), jnp.int32),
-            plgpu.Barrier(num_arrivals=3),  # q_full
-            plgpu.Barrier(num_arrivals=1),  # q_empty
+            plgpu.Barrier(num_arrivals=1),  # piece_known
+            plgpu.Barrier(num_arrivals=1),  # piece_done
             plgpu.Barrier(num_arrivals=3, num_barriers=slots),  # full
             plgpu.Barrier(num_arrivals=MAKERS, num_barriers=slots),  # empty
             plgpu.Barrier(num_arrivals=1, num_barriers=slots),  # p_ready
@@ -403,9 +418,7 @@ def decode_int8(
     walks, records_ = records(plan)
     given = seq_lens if query_lens is None else query_lens
     return kernel(
-        q_int8,
-        q_rope,
-        q_scales,
+        q,
         pages,
         rope_pages,
         scales,

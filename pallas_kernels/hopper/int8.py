@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mla_jax import quantize
 from mla_jax.hal import TilePlan
 from mla_jax.split_kv import SplitPlan
 from pallas_kernels.hopper.attention import launch, pad_rows, plan_decode
@@ -51,17 +50,15 @@ def attend_int8(
         capacity = block_tables.shape[1] * page_size
         plan = plan_decode(jnp.clip(seq_lens, 0, capacity), rows, cache="int8", tiles=tiles)
     tiles = tiles or tile_plan_of_height(plan.rows_per_tile, cache="int8")
-    q_latent, q_rope = jnp.split(pad_rows(q, plan.rows_per_tile), [latent], axis=-1)
-    q_scales = quantize.scales_of(q_latent, "token")
-    q_int8 = quantize.quantize(q_latent, q_scales)
+    q = pad_rows(q, plan.rows_per_tile)
     return launch(
         decode_few_int8 if plan.rows_per_tile < BLOCK else decode_int8,
-        (q_int8, q_scales, q_rope, pages, rope_pages, scales),
+        (q, pages, rope_pages, scales),
         block_tables,
         seq_lens,
         query_lens,
         plan,
-        jax.ShapeDtypeStruct(q_int8.shape, q.dtype),
+        jax.ShapeDtypeStruct((*q.shape[:2], latent), q.dtype),
         rows=rows,
         num_heads=num_heads,
         tiles=tiles,

@@ -139,7 +139,6 @@ def transposed_int8_tiles(
     rows_per_tile: int,
     computing: int = 2,
     depth: int = 4,
-    q_buffers: int = 2,
     registers: Sequence[int] = (232, 40),
     split_overhead: int = 2,
     merge_overhead: int = 0,
@@ -157,8 +156,6 @@ def transposed_int8_tiles(
     _check_columns(profile, rows_per_tile, MOST_COLUMNS if computing == 1 else MOST_COLUMNS_OF_TWO)
     if depth < 1 or depth % computing:
         raise _refused(profile, "depth", depth, f"a multiple of computing = {computing}")
-    if q_buffers < 1:
-        raise _refused(profile, "q_buffers", q_buffers, ">= 1")
     _check_setmaxnreg(profile, registers)
     rows, half = rows_per_tile, kv_lora_rank // 2
     handed = FLOAT32 * half * (rows if computing == 2 else 1)
@@ -176,8 +173,9 @@ def transposed_int8_tiles(
             Tile("registers", "PV", kv_lora_rank, BLOCK, rows),
         ),
         uses=(
-            BufferUse("shared", "q latent", rows * kv_lora_rank, q_buffers),
-            BufferUse("shared", "q rope", rows * rope_dim * ITEMSIZE, q_buffers),
+            BufferUse("shared", "q latent", rows * kv_lora_rank),
+            BufferUse("shared", "q rope", rows * rope_dim * ITEMSIZE),
+            BufferUse("shared", "q scales", ALIGNMENT),
             BufferUse("shared", "kv latent", BLOCK * kv_lora_rank, depth),
             BufferUse("shared", "kv rope", BLOCK * rope_dim * ITEMSIZE, depth),
             BufferUse("shared", "token scales", _aligned(depth * BLOCK * FLOAT32)),
@@ -187,8 +185,8 @@ def transposed_int8_tiles(
             BufferUse("shared", "handed over", handed, computing),
             BufferUse("shared", "its max and sum", ALIGNMENT),
             BufferUse("shared", "lost pages", ALIGNMENT),
-            # full and empty of q and of the slots; handed over, taken
-            BufferUse("shared", "barriers", BARRIER_BYTES, 2 * (q_buffers + depth) + 2),
+            # full and empty of the slots; two pieces known and done; q ready, handed over, taken
+            BufferUse("shared", "barriers", BARRIER_BYTES, 2 * depth + 7),
         ),
         capacity=_capacity(profile),
     )
@@ -249,7 +247,7 @@ def roles_int8_tiles(
             BufferUse("shared", "whether to rescale", ALIGNMENT),
             BufferUse("shared", "1 / row sum", ALIGNMENT),
             BufferUse("shared", "piece record", ALIGNMENT),
-            # q full and empty, row sums full and empty; full and empty of the slots, P ready
+            # piece known and done, row sums full and empty; full and empty of the slots, P ready
             BufferUse("shared", "barriers", BARRIER_BYTES, 4 + 3 * depth),
         ),
         capacity=_capacity(profile),

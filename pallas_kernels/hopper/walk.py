@@ -35,26 +35,21 @@ def walk(
     mine_ref: Any,
     piece_ref: Any,
     run: Callable[[Any, Any, Any], None],
-    ahead: bool = True,
 ) -> None:
     """run(k, n, piece) for a worker's pieces (from, to), k = 0, 1, ...
 
     mine_ref, piece_ref: the worker's row of the first of `records`, and the second. piece: the
-    RECORD values of one. n: blocks before the piece. ahead: read the next record before a piece is
-    run, so that nobody waits for it; it takes registers while the piece runs.
+    RECORD values of one. n: blocks before the piece. The next record is read before a piece is run,
+    so that nobody waits for it; it takes registers while the piece runs.
     """
     first, stop = pieces
 
     def step(p, carry):
         n, *piece = carry
-        if ahead:
-            after = record(p + 1)
+        following = jnp.minimum(p + 1, piece_ref.shape[0] - 1)
+        after = tuple(piece_ref[following, i] for i in range(RECORD))
         run(p - first, n, piece)
-        return (n + piece[3] - piece[2], *(after if ahead else record(p + 1)))
-
-    def record(p):
-        following = jnp.minimum(p, piece_ref.shape[0] - 1)
-        return tuple(piece_ref[following, i] for i in range(RECORD))
+        return (n + piece[3] - piece[2], *after)
 
     head = tuple(mine_ref[2 + i] for i in range(RECORD))
     lax.fori_loop(first, stop, step, (jnp.int32(0), *head))
