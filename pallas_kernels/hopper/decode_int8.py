@@ -16,6 +16,7 @@ column of O^T: the factors that rescale O go through shared memory, where any ro
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +141,7 @@ def decode_int8(
         def my_walk():  # (What is read where it is used holds no register.)
             return walk_ref.at[lax.axis_index("worker")]
 
-        def pieces():
+        def pieces() -> tuple[Any, Any]:
             """The worker's, from and to."""
             return my_walk()[0], my_walk()[1]
 

@@ -1,4 +1,4 @@
-"""Paged absorbed MLA over an int8 latent cache on a Hopper GPU: q quantised, planned, decoded."""
+"""Paged absorbed MLA over an int8 latent cache on a Hopper GPU: planned, decoded."""
 
 from typing import Any
 
@@ -34,8 +34,8 @@ def attend_int8(
     """Attention of R = S_q * num_heads rows a request; row r is token r // num_heads.
 
     Args:
-        q: [B, R, kv_lora_rank + rope_dim] bfloat16. Its latent part is quantised here, a scale
-            each row (`mla_jax.quantize`).
+        q: [B, R, kv_lora_rank + rope_dim] bfloat16. The kernel rounds its latent part to int8, a
+            scale each row (`narrow`).
         pages: [num_pages, page_size, kv_lora_rank] int8.
         rope_pages: [num_pages, page_size, rope_dim] bfloat16.
         scales: [num_pages, page_size] float32, a token's latent is its int8 times its scale.
