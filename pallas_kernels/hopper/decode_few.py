@@ -131,10 +131,10 @@ def decode_few(
             return Meeting(g, counter_ref, tile, leaving=count, merging=2 * count)
 
         # ---------------------------------------------------------------- the loading warpgroup
-        def load_piece(k, n, piece):
+        def load_piece(p, n, piece):
             request, row_tile, begin, end, *_ = piece
             kv_len, _ = lengths(len_ref, qlen_ref, request)
-            buffer = lax.rem(k, q_buffers)
+            buffer = lax.rem(p, q_buffers)
             plgpu.barrier_wait(q_empty.at[buffer])
             lost_smem[buffer] = (~fits(piece, kv_len)).astype(jnp.int32)
             for column, width_, _, q_smem, *_ in columns:
@@ -188,11 +188,11 @@ def decode_few(
                 token = g.iota((BLOCK, 64), 0)
                 part[...] = jnp.where(token < valid, kept, jnp.zeros_like(kept))
 
-        def attend(k, n, piece, o_acc, s_acc):
+        def attend(p, n, piece, o_acc, s_acc):
             request, row_tile, begin, end, out_slot, _, slots_of_tile = piece
             kv_len, query_len = lengths(len_ref, qlen_ref, request)
             row = row_tile * rows
-            buffer = lax.rem(k, q_buffers)
+            buffer = lax.rem(p, q_buffers)
             token = (g.iota(tile, 1) + row) // num_heads
             limit = jnp.minimum(kv_len - query_len + token + 1, kv_len) if causal else kv_len
             limit = jnp.where(token < query_len, limit, 0)
@@ -268,9 +268,9 @@ def decode_few(
             for buffer in range(q_buffers):
                 release(q_empty, buffer)
 
-            def run(k, n, piece):
+            def run(p, n, piece):
                 def scoped(*accs):
-                    attend(k, n, piece, *accs)
+                    attend(p, n, piece, *accs)
 
                 g.with_accumulators(scoped, accumulators, 0, *accumulator_shapes)
 

@@ -17,6 +17,7 @@ and add them up at the end of a piece. The plan, and what becomes of its pieces,
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,7 @@ def decode_few_int8(
     lengths = functools.partial(
         valid_lengths, capacity=block_tables.shape[1] * page_size, num_queries=num_queries
     )
-    rows, depth = tiles.rows_per_tile, tiles.kv_stages
+    rows, depth, q_parts = tiles.rows_per_tile, tiles.kv_stages, tiles.slots("q latent")
     computing = len(tiles.registers) - 1  # warpgroups
     uneven = len(set(tiles.registers)) > 1
     if rows_total % rows:
@@ -126,13 +127,11 @@ def decode_few_int8(
         handed_smem,
         state_smem,
         lost_smem,
-        q_ready,
+        by_all,
         piece_known,
         piece_done,
         full,
         empty,
-        handed,
-        taken,
         *accumulators,
     ):
         if query_lens is None:
@@ -140,9 +139,19 @@ def decode_few_int8(
         g.wait_for_previous_kernel()
         g.let_next_kernel_start()
         wg = lax.axis_index("wg")
-        worker = lax.axis_index("worker")
-        my_walk = walk_ref.at[worker]
-        pieces = my_walk[0], my_walk[1]
+
+        # Of all that compute, in one array: its place and phases take registers.
+        handed, taken = by_all.at[1], by_all.at[2]
+
+        def q_ready(request):
+            return by_all.at[request >> 30]  # 0, but computed here, and in no register before
+
+        def my_walk():  # (What is read where it is used holds no register.)
+            return walk_ref.at[lax.axis_index("worker")]
+
+        def pieces() -> tuple[Any, Any]:
+            """The worker's, from and to."""
+            return my_walk()[0], my_walk()[1]
 
         def meet(request, row_tile, count):
             tile = plan.tile_of(request, row_tile)
@@ -153,7 +162,7 @@ def decode_few_int8(
                 row_parts(g, plan, rows, latent, warpgroups=computing),
                 Refs(po_ref, plse_ref, o_ref, lse_ref),
                 piece_ref,
-                pieces,
+                pieces(),
                 meet=meet,
                 place=lambda request, row_tile: Place(request, row_tile * rows, 0),
                 wg=me,
@@ -163,9 +172,9 @@ def decode_few_int8(
         # ---------------------------------------------------------------- the loading warpgroup
         tokens = ((kv_ref, kv_smem), (rope_ref, rope_smem), (scale_ref, scale_smem))
 
-        def load_piece(k, n, piece):
+        def load_piece(p, n, piece):
             request, _, begin, end, *_ = piece
-            flag = lax.rem(k, FLAGS)
+            flag = lax.rem(p, FLAGS)
             kv_len, _ = lengths(len_ref, qlen_ref, request)
             plgpu.barrier_wait(piece_done.at[flag])
             lost_smem[flag] = (~fits(piece, kv_len)).astype(jnp.int32)
@@ -188,11 +197,10 @@ def decode_few_int8(
 
             lax.fori_loop(0, end - begin, block, ())
 
-        @pl.when(wg == computing)
-        def _load():
+        def load():
             if uneven:
                 g.set_max_registers(tiles.registers[-1], "decrease")
-            walk(pieces, my_walk, piece_ref, load_piece)
+            walk(pieces(), my_walk(), piece_ref, load_piece)
             # See every release, so that no barrier ends with a phase that nobody saw.
             for flag in range(FLAGS):
                 plgpu.barrier_wait(piece_done.at[flag])
@@ -208,19 +216,17 @@ def decode_few_int8(
             if me < sharing:
                 mine = pl.ds(me * share, share)
                 source = q_ref.at[request, pl.ds(row + me * share, share)]
-                targets = (ref.at[0, mine] for ref in (q_smem, q_scale_smem, q_rope_smem))
-                fetch_q(g, source, *targets)
+                parts = [q_smem.at[part, mine] for part in range(q_parts)]
+                fetch_q(g, source, parts, q_scale_smem.at[0, mine], q_rope_smem.at[0, mine])
             plgpu.commit_smem()
-            plgpu.barrier_arrive(q_ready)
-            plgpu.barrier_wait(q_ready)
+            plgpu.barrier_arrive(q_ready(request))
+            plgpu.barrier_wait(q_ready(request))
 
-        def attend(me, k, n, piece, o_left, o_right, s_int, s_rope):
+        def attend(me, p, n, piece, o_left, o_right, s_int, s_rope):
             request, row_tile, begin, end, out_slot, _, slots_of_tile = piece
             kv_len, query_len = lengths(len_ref, qlen_ref, request)
-            row = row_tile * rows
-            flag = lax.rem(k, FLAGS)
             p_mine = p_smem.at[me]
-            token = (g.iota(tile, 1) + row) // num_heads
+            token = (g.iota(tile, 1) + row_tile * rows) // num_heads
             limit = jnp.minimum(kv_len - query_len + token + 1, kv_len) if causal else kv_len
             limit = jnp.where(token < query_len, limit, 0)
             position = g.iota(tile, 0)
@@ -236,14 +242,17 @@ def decode_few_int8(
                 g.zero_integers(s_int)
                 g.zero(s_rope)
                 plgpu.barrier_wait(full.at[slot])
-                g.mma_t(s_int, kv_smem.at[slot], q_smem.at[zero])
                 g.mma_t(s_rope, rope_smem.at[slot], q_rope_smem.at[zero])
-                token_scale = lax.broadcast_in_dim(g.load_rows(scale_smem.at[slot]), tile, [0])
+                keys = kv_smem.at[slot]
+                parts = [(keys, q_smem.at[zero + part]) for part in range(q_parts)]
+                g.mma_t_in_parts(s_int, parts)
                 g.wait_mma(0)
+                token_scale = lax.broadcast_in_dim(g.load_rows(scale_smem.at[slot]), tile, [0])
                 # What no row may see is NaN, perhaps: it is selected away, never multiplied.
                 visible = position + (begin + i) * BLOCK < limit
                 token_scale = jnp.where(visible, token_scale, 0.0)
-                s = g.read(s_int).astype(jnp.float32) * (token_scale * across(q_scale))
+                q_scale = across(g.load_columns(q_scale_smem.at[zero]) * scale)
+                s = g.read(s_int).astype(jnp.float32) * (token_scale * q_scale)
                 s = jnp.where(visible, s + g.read(s_rope) * scale, -jnp.inf)
                 m_new = jnp.maximum(m, g.reduce_rows(s, top_smem.at[me], "max"))
                 p = jnp.exp2(s - across(m_new))
@@ -260,7 +269,6 @@ def decode_few_int8(
 
             g.zero(o_left)
             g.zero(o_right)
-            q_scale = g.load_columns(q_scale_smem.at[0]) * scale
             none = (g.full((rows,), NO_KEY, COLUMNS), g.full(tile, 0.0, plgpu.Layout.WGMMA))
             m, norm = lax.fori_loop(0, mine, block, none)
 
@@ -270,6 +278,7 @@ def decode_few_int8(
 
             def finish(m, total, halves):
                 """halves: (which, its value) pairs. Normalises and stores them."""
+                flag = lax.rem(p, FLAGS)
                 plgpu.barrier_wait(piece_known.at[flag])
                 lost = lost_smem[flag] > 0  # written before the barrier of the last block
                 plgpu.barrier_arrive(piece_done.at[flag])
@@ -281,7 +290,7 @@ def decode_few_int8(
 
                 @pl.when(out_slot < 0)
                 def _store():
-                    here = pl.ds(row, rows)
+                    here = pl.ds(row_tile * rows, rows)
                     for which, o in stored:
                         destination = o_ref.at[request, here]
                         g.store_dimensions(destination, o.astype(dtype), which * groups)
@@ -328,22 +337,22 @@ def decode_few_int8(
             if computing == 2:
                 plgpu.barrier_arrive(taken)
 
-            def run(k, n, piece):
+            def run(p, n, piece):
                 def scoped(*accs):
-                    attend(me, k, n, piece, *accs)
+                    attend(me, p, n, piece, *accs)
 
                 request, row_tile, *_ = piece
                 fetch_mine(me, request, row_tile * rows)
                 g.with_score_accumulators(scoped, accumulators, me, *accumulator_shapes)
 
-            walk(pieces, my_walk, piece_ref, run)
+            walk(pieces(), my_walk(), piece_ref, run)
             if computing == 2:
                 plgpu.barrier_wait(taken)
             if merges:
                 merge_mine(me)
 
-        for me in range(computing):
-            pl.when(wg == me)(functools.partial(compute, me))
+        # (A switch: what one branch needs isn't held through another.)
+        lax.switch(wg, [*(functools.partial(compute, me) for me in range(computing)), load])
 
     def wide(*shape):
         return plgpu.SMEM(shape, dtype, transforms=WGMMA_OPERAND)
@@ -362,7 +371,7 @@ def decode_few_int8(
             jax.ShapeDtypeStruct((num_slots, rows), jnp.float32),
         ),
         scratch_types=(
-            narrow(1, rows, latent),
+            narrow(q_parts, rows, latent),
             wide(1, rows, rope),
             floats(1, rows),
             narrow(depth, BLOCK, latent),
@@ -374,13 +383,11 @@ def decode_few_int8(
             floats(computing, handed_rows, half),
             floats(computing, 2, rows),
             plgpu.SMEM((FLAGS,), jnp.int32),
-            plgpu.Barrier(num_arrivals=computing),  # q_ready
+            plgpu.Barrier(num_arrivals=computing, num_barriers=3),
             plgpu.Barrier(num_arrivals=1, num_barriers=FLAGS),  # piece_known
             plgpu.Barrier(num_arrivals=computing, num_barriers=FLAGS),  # piece_done
             plgpu.Barrier(num_arrivals=3, num_barriers=depth),  # full
             plgpu.Barrier(num_arrivals=1, num_barriers=depth),  # empty
-            plgpu.Barrier(num_arrivals=computing),  # handed
-            plgpu.Barrier(num_arrivals=computing),  # taken
             *g.accumulator_scratch(computing, *accumulator_shapes),
         ),
         grid=(plan.num_workers,),

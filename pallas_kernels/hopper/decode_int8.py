@@ -44,7 +44,9 @@ from pallas_kernels.hopper.widen import GROUP, INT8_OPERAND, WIDENED_UNIT, Widen
 QUERIES = 64  # rows of a tile
 FETCHED = 32  # of them at a time: what registers allow
 LAZY_GROWTH = 8.0  # log2 units that the running maximum may lag behind the true one
-LOST = RECORD + 3  # of a record in shared memory: its keys can't all be had, so its rows are NaN
+# Of a record in shared memory, behind the plan's: lengths, the first slot, and
+LOST = RECORD + 3  # its keys can't all be had, so its rows are NaN
+LEFT = RECORD + 4  # how many pieces the worker has left, this one included
 MAKERS = 2  # warpgroups that make O, and merge
 SCORES, LOADS = MAKERS, MAKERS + 1  # the others
 
@@ -84,7 +86,7 @@ def decode_int8(
         )
     half = latent // MAKERS
     groups = half // GROUP
-    slots = tiles.slots("kv latent")
+    slots, q_parts = tiles.slots("kv latent"), tiles.slots("q latent")
     dtype = q.dtype
     scale = softmax_scale * LOG2E
     g = WideningBackend(interpreting=interpret is not None)
@@ -116,13 +118,9 @@ def decode_int8(
         grew_smem,
         inverse_smem,
         piece_smem,
-        piece_known,
-        piece_done,
         full,
-        empty,
-        p_ready,
-        inverse_full,
-        inverse_empty,
+        by_makers,
+        by_one,
         *accumulators,
     ):
         if query_lens is None:
@@ -131,12 +129,35 @@ def decode_int8(
         g.let_next_kernel_start()
         wg = lax.axis_index("wg")
         tokens = ((kv_ref, kv_smem), (rope_ref, rope_smem), (scale_ref, scale_smem))
+        # Barriers of one count of arrivals share an array: its place and phases take registers.
+        empty, p_ready = by_makers, by_one  # of the slots; behind these:
+
+        def opaque(i):
+            """0, but not for the compiler: what it is added to is computed where it is used, and
+            holds no register before."""
+            return i >> 30
+
+        def inverse_empty(i):
+            return by_makers.at[slots + opaque(i)]
+
+        def piece_known(i):
+            return by_one.at[slots + opaque(i)]
+
+        def piece_done(i):
+            return by_one.at[slots + 1 + opaque(i)]
+
+        def inverse_full(i):
+            return by_one.at[slots + 2 + opaque(i)]
 
         def across(rows):
             return lax.broadcast_in_dim(rows, tile, [0])
 
         def down(columns, shape=tile):
             return lax.broadcast_in_dim(columns, shape, [1])
+
+        def after(slot):
+            """The next slot. (Cheaper than a remainder for each block.)"""
+            return jnp.where(slot == slots - 1, 0, slot + 1)
 
         def my_walk():  # (What is read where it is used holds no register.)
             return walk_ref.at[lax.axis_index("worker")]
@@ -155,14 +176,14 @@ def decode_int8(
             return (*piece, *lengths(len_ref, qlen_ref, jnp.maximum(piece[0], 0)))
 
         def load_piece(p, carry):
-            n, *piece, kv_len, query_len = carry
+            slot, *piece, kv_len, query_len = carry
             request, _, begin, end, *_ = piece
             lost = (~fits(piece, kv_len)).astype(jnp.int32)
-            for i, value in enumerate((*piece, kv_len, query_len, n, lost)):
+            for i, value in enumerate((*piece, kv_len, query_len, slot, lost, pieces()[1] - p)):
                 piece_smem[i] = value
-            plgpu.barrier_arrive(piece_known)
+            plgpu.barrier_arrive(piece_known(begin))
 
-            def block(i, _):
+            def block(i, slot):
                 ((page, mine, _),), exists = block_sources(
                     table_ref, request, begin + i, kv_len, page_size, num_pages
                 )
@@ -171,18 +192,17 @@ def decode_int8(
                 def _lost():
                     piece_smem[LOST] = 1
 
-                slot = lax.rem(n + i, slots)
                 plgpu.barrier_wait(empty.at[slot])
                 for source, target in tokens:
                     plgpu.copy_gmem_to_smem(source.at[page, mine], target.at[slot], full.at[slot])
-                return ()
+                return after(slot)
 
-            lax.fori_loop(0, end - begin, block, ())
+            slot = lax.fori_loop(0, end - begin, block, slot)
             # (Beside the blocks there is no register for what follows.)
             following = jnp.minimum(p + 1, piece_ref.shape[0] - 1)
-            after = with_lengths([piece_ref[following, i] for i in range(RECORD)])
-            plgpu.barrier_wait(piece_done)
-            return (n + end - begin, *after)
+            head = with_lengths([piece_ref[following, i] for i in range(RECORD)])
+            plgpu.barrier_wait(piece_done(following))
+            return (slot, *head)
 
         def load():
             g.set_max_registers(tiles.registers[LOADS], "decrease")
@@ -193,65 +213,69 @@ def decode_int8(
                 plgpu.barrier_wait(empty.at[slot])
 
         # -------------------------------------------------------------------- who makes P
-        def fetch_piece():
-            plgpu.barrier_wait(piece_known)
+        def fetch_piece(left):
+            plgpu.barrier_wait(piece_known(left))
             request, row_tile = piece_smem[0], piece_smem[1]
 
             def fetch(i, _):
                 first = pl.multiple_of(i * FETCHED, FETCHED)
                 source = q_ref.at[request, pl.ds(row_tile * QUERIES + first, FETCHED)]
-                targets = (q_smem, q_scale_smem, q_rope_smem)
-                fetch_q(g, source, *(ref.at[0, pl.ds(first, FETCHED)] for ref in targets))
+                rows = pl.ds(first, FETCHED)
+                parts = [q_smem.at[part, rows] for part in range(q_parts)]
+                fetch_q(g, source, parts, q_scale_smem.at[0, rows], q_rope_smem.at[0, rows])
                 return ()
 
             lax.fori_loop(0, QUERIES // FETCHED, fetch, ())
             plgpu.commit_smem()
 
         def make_p(s_int, s_acc):
-            row_tile, begin, end = (piece_smem[i] for i in (1, 2, 3))
-            kv_len, query_len, blocks_before = (piece_smem[i] for i in range(RECORD, LOST))
-            num_blocks = end - begin
-            row = row_tile * QUERIES
+            # (What is read where it is used holds no register around the loops.)
+            begin, end = piece_smem[2], piece_smem[3]
 
-            # Blocks that every row of the tile sees whole need no mask.
-            shortest = kv_len
-            if causal:
-                shortest = kv_len - query_len + row // num_heads + 1
-            last_query = (rows_total - 1) // num_heads
-            ragged = jnp.minimum((row + QUERIES - 1) // num_heads, last_query) >= query_len
-            shortest = jnp.where(ragged, 0, shortest)
+            def seen_whole():
+                """Blocks up to here are seen whole by every row of the tile, and need no mask."""
+                row, kv_len, query_len = (piece_smem[i] for i in (1, RECORD, RECORD + 1))
+                row *= QUERIES
+                shortest = kv_len
+                if causal:
+                    shortest = kv_len - query_len + row // num_heads + 1
+                last_query = (rows_total - 1) // num_heads
+                ragged = jnp.minimum((row + QUERIES - 1) // num_heads, last_query) >= query_len
+                return jnp.clip(jnp.where(ragged, 0, shortest) // BLOCK, begin, end)
+
+            def keys_of_rows(zero):
+                """How many keys each row of the tile sees."""
+                row_tile, kv_len, query_len = (piece_smem[i] for i in (1, RECORD, RECORD + 1))
+                # (Adding zero keeps the compiler from holding rows in registers.)
+                token = (g.iota_rows(QUERIES) + (row_tile * QUERIES + zero)) // num_heads
+                keys = kv_len - query_len + token + 1 if causal else kv_len
+                return jnp.where(token < query_len, keys, 0)
 
             def block(mask, i, carry):
-                m, norm = carry
-                start = (begin + i) * BLOCK
-                zero = start >> 30  # 0, but not for the compiler
-                slot = lax.rem(blocks_before + i, slots)
-                scales = scale_smem.at[slot]
+                m, norm, slot = carry
+                zero = opaque(i)
+                scales, k = scale_smem.at[slot], kv_smem.at[slot]
                 g.zero_integers(s_int)
                 g.zero(s_acc)
                 plgpu.barrier_wait(full.at[slot])
-                g.mma_t(s_int, q_smem.at[zero], kv_smem.at[slot])
                 g.mma_t(s_acc, q_rope_smem.at[zero], rope_smem.at[slot])
+                g.mma_t_in_parts(s_int, [(q_smem.at[zero + part], k) for part in range(q_parts)])
 
                 if mask:  # scales past the last token may be NaN, and multiply a P of 0
-                    kept = g.load_rows(scales)
-                    scales[...] = jnp.where(g.iota_rows(BLOCK) < kv_len - start, kept, 0.0)
+                    kept, valid = g.load_rows(scales), piece_smem[RECORD] - i * BLOCK
+                    scales[...] = jnp.where(g.iota_rows(BLOCK) < valid, kept, 0.0)
                     plgpu.commit_smem()
 
+                g.wait_mma(0)
                 q_scale = across(g.load_rows(q_scale_smem.at[zero]))
                 token_scale = down(g.load_columns(scales))
-                g.wait_mma(0)
                 latent_part = g.read(s_int).astype(jnp.float32) * q_scale * token_scale
-                s = (latent_part + g.read(s_acc)) * scale
+                s = latent_part + g.read(s_acc)
                 if mask:
-                    # (Adding zero keeps the compiler from holding rows in registers.)
-                    token = (g.iota_rows(QUERIES) + (row + zero)) // num_heads
-                    keys = kv_len - query_len + token + 1 if causal else kv_len
-                    keys = jnp.where(token < query_len, keys, 0)
-                    s = g.keep_columns(s, keys - start)
-                top = jnp.maximum(m, s.max(axis=1))
+                    s = g.keep_columns(s, keys_of_rows(zero) - i * BLOCK)
+                top = jnp.maximum(m, s.max(axis=1) * scale)
                 m_new = jnp.where(top > m + LAZY_GROWTH, top, m)
-                p = jnp.exp2(s - across(m_new))
+                p = jnp.exp2(s * scale - across(m_new))
                 factor = jnp.exp2(m - m_new)
                 factor_smem.at[slot][...] = factor
                 grew_smem[slot] = g.any_less(m, m_new).astype(jnp.int32)
@@ -259,26 +283,26 @@ def decode_int8(
                 rope_smem.at[slot][...] = (p * down(g.load_columns(scales))).astype(dtype)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(p_ready.at[slot])
-                return m_new, norm * factor + p.sum(axis=1)
+                return m_new, norm * factor + p.sum(axis=1), after(slot)
 
-            none = (g.full((QUERIES,), NO_KEY, ROWS), g.full((QUERIES,), 0.0, ROWS))
-            open_blocks = jnp.clip(shortest // BLOCK - begin, 0, num_blocks)
-            carry = lax.fori_loop(0, open_blocks, functools.partial(block, False), none)
-            m, total = lax.fori_loop(open_blocks, num_blocks, functools.partial(block, True), carry)
-            # (What is read here holds no register around the loop.)
+            first_slot = piece_smem[RECORD + 2]
+            none = (g.full((QUERIES,), NO_KEY, ROWS), g.full((QUERIES,), 0.0, ROWS), first_slot)
+            whole = seen_whole()
+            carry = lax.fori_loop(begin, whole, functools.partial(block, False), none)
+            m, total, _ = lax.fori_loop(whole, end, functools.partial(block, True), carry)
             request, row_tile, *_, out_slot, _, slots_of_tile = (
                 piece_smem[i] for i in range(RECORD)
             )
+            left = piece_smem[LEFT] - 1
             lost = piece_smem[LOST] > 0  # written before the barrier of the last block
             blank = jnp.where((piece_smem[RECORD] < 0) | lost, jnp.nan, 0.0)
-            plgpu.barrier_arrive(piece_done)
+            plgpu.barrier_arrive(piece_done(request))
 
-            plgpu.barrier_wait(inverse_empty)
-            # (A row of its own, so that its address is not kept in a register from the start.)
+            plgpu.barrier_wait(inverse_empty(request))
             inverse = jnp.where(total > 0.0, (1.0 / WIDENED_UNIT) / total, 0.0)
-            inverse_smem.at[request >> 30][...] = inverse + blank
+            inverse_smem.at[opaque(request)][...] = inverse + blank
             plgpu.commit_smem()
-            plgpu.barrier_arrive(inverse_full)
+            plgpu.barrier_arrive(inverse_full(request))
             lse = jnp.where(total > 0.0, m * LN2 + jnp.log(total), -jnp.inf) + blank
 
             @pl.when(out_slot < 0)
@@ -291,23 +315,25 @@ def decode_int8(
                 if merges:
                     meet(request, row_tile, slots_of_tile).leave()
 
+            return left
+
         def score():
             g.set_max_registers(tiles.registers[SCORES], "decrease")
 
-            def run(p, _):
-                fetch_piece()
-                g.with_score_accumulators(make_p, accumulators[1:], 0, tile, tile)
-                return ()
+            def run(left):
+                fetch_piece(left)
+                return g.with_score_accumulators(make_p, accumulators[1:], 0, tile, tile)
 
-            lax.fori_loop(*pieces(), run, ())
-            plgpu.barrier_wait(inverse_empty)
+            first, stop = pieces()
+            # (How many are left comes with each piece, and holds no register while it is run.)
+            none_left = lax.while_loop(lambda left: left > 0, run, stop - first)
+            plgpu.barrier_wait(inverse_empty(none_left))
 
         # -------------------------------------------------------------------- who makes O
         def make_o(me, n, piece, o_acc):
             request, row_tile, begin, end, out_slot, _, slots_of_tile = piece
 
-            def block(i, _):
-                slot = lax.rem(n + i, slots)
+            def block(i, slot):
                 plgpu.barrier_wait(p_ready.at[slot])
 
                 @pl.when(grew_smem[slot] > 0)
@@ -317,14 +343,14 @@ def decode_int8(
                 g.mma_widened((o_acc,), kv_smem.at[slot], rope_smem.at[slot], me * groups)
                 g.wait_mma(0)
                 plgpu.barrier_arrive(empty.at[slot])
-                return ()
+                return after(slot)
 
             g.zero(o_acc)
-            lax.fori_loop(0, end - begin, block, ())
-            plgpu.barrier_wait(inverse_full)
+            lax.fori_loop(0, end - begin, block, lax.rem(n, slots))
+            plgpu.barrier_wait(inverse_full(end))
             inverse = g.load_columns(inverse_smem.at[0])
             o = g.read(o_acc) * down(inverse, (half, QUERIES))
-            plgpu.barrier_arrive(inverse_empty)
+            plgpu.barrier_arrive(inverse_empty(end))
 
             @pl.when(out_slot < 0)
             def _store():
@@ -341,7 +367,7 @@ def decode_int8(
             g.set_max_registers(tiles.registers[0], "increase")
             for slot in range(slots):
                 plgpu.barrier_arrive(empty.at[slot])  # every slot starts free
-            plgpu.barrier_arrive(inverse_empty)
+            plgpu.barrier_arrive(inverse_empty(0))
 
             def mine(me):
                 def run(k, n, piece):
@@ -383,7 +409,7 @@ def decode_int8(
             jax.ShapeDtypeStruct((num_slots, QUERIES), jnp.float32),
         ),
         scratch_types=(
-            narrow(1, QUERIES, latent),
+            narrow(q_parts, QUERIES, latent),
             wide(1, QUERIES, rope),
             floats(1, QUERIES),
             narrow(slots, BLOCK, latent),
@@ -392,14 +418,10 @@ def decode_int8(
             floats(slots, QUERIES),  # factors
             plgpu.SMEM((slots,), jnp.int32),  # whether any is not 1
             floats(1, QUERIES),  # 1 / row sum
-            plgpu.SMEM((LOST + 1,), jnp.int32),
-            plgpu.Barrier(num_arrivals=1),  # piece_known
-            plgpu.Barrier(num_arrivals=1),  # piece_done
+            plgpu.SMEM((LEFT + 1,), jnp.int32),
             plgpu.Barrier(num_arrivals=3, num_barriers=slots),  # full
-            plgpu.Barrier(num_arrivals=MAKERS, num_barriers=slots),  # empty
-            plgpu.Barrier(num_arrivals=1, num_barriers=slots),  # p_ready
-            plgpu.Barrier(num_arrivals=1),  # inverse_full
-            plgpu.Barrier(num_arrivals=MAKERS),  # inverse_empty
+            plgpu.Barrier(num_arrivals=MAKERS, num_barriers=slots + 1),
+            plgpu.Barrier(num_arrivals=1, num_barriers=slots + 3),
             *g.accumulator_scratch(MAKERS, (half, QUERIES)),
             *g.accumulator_scratch(1, tile, tile),
         ),

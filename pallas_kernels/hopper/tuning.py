@@ -139,6 +139,7 @@ def transposed_int8_tiles(
     rows_per_tile: int,
     computing: int = 2,
     depth: int = 4,
+    q_parts: int = 2,
     registers: Sequence[int] = (232, 40),
     split_overhead: int = 2,
     merge_overhead: int = 0,
@@ -147,13 +148,15 @@ def transposed_int8_tiles(
 ) -> TilePlan:
     """Of `decode_few_int8`: up to 32 rows, 16 where two warpgroups compute in turns; one loads.
 
-    computing: warpgroups, 1 or 2. depth: slots of a block, a multiple of `computing`. registers: as
+    computing: warpgroups, 1 or 2. depth: slots of a block, a multiple of `computing`. q_parts: int8
+    that make one value of q, 1 or 2. registers: as
     in `seesaw_tiles`, where two compute; one computing thread can have as many as there are.
     """
     _check_widths(profile, kv_lora_rank, rope_dim)
     if computing not in (1, 2):
         raise _refused(profile, "computing", computing, "1 or 2 warpgroups")
     _check_columns(profile, rows_per_tile, MOST_COLUMNS if computing == 1 else MOST_COLUMNS_OF_TWO)
+    _check_q_parts(profile, q_parts)
     if depth < 1 or depth % computing:
         raise _refused(profile, "depth", depth, f"a multiple of computing = {computing}")
     _check_setmaxnreg(profile, registers)
@@ -173,7 +176,7 @@ def transposed_int8_tiles(
             Tile("registers", "PV", kv_lora_rank, BLOCK, rows),
         ),
         uses=(
-            BufferUse("shared", "q latent", rows * kv_lora_rank),
+            BufferUse("shared", "q latent", rows * kv_lora_rank, q_parts),
             BufferUse("shared", "q rope", rows * rope_dim * ITEMSIZE),
             BufferUse("shared", "q scales", ALIGNMENT),
             BufferUse("shared", "kv latent", BLOCK * kv_lora_rank, depth),
@@ -196,7 +199,8 @@ def roles_int8_tiles(
     profile: HardwareProfile,
     *,
     rows_per_tile: int,
-    depth: int = 4,
+    depth: int = 3,
+    q_parts: int = 2,
     registers: Sequence[int] = (192, 104, 24),
     split_overhead: int = 5,
     merge_overhead: int = 0,
@@ -206,14 +210,15 @@ def roles_int8_tiles(
     """Of `decode_int8`: 64 rows a CTA; two warpgroups make O, one P, one loads.
 
     Each that makes O owns half of the latent columns, as rows of O^T. depth: slots of a block.
-    registers: (of a warpgroup that makes O, of that which makes P, of the loading one), what
-    setmaxnreg takes.
+    q_parts: int8 that make one value of q, 1 or 2. registers: (of a warpgroup that makes O, of that
+    which makes P, of the loading one), what setmaxnreg takes.
     """
     _check_widths(profile, kv_lora_rank, rope_dim)
     if rope_dim != BLOCK:
         raise _refused(profile, "rope_dim", rope_dim, f"{BLOCK}: P takes the place of rope keys")
     if rows_per_tile != WGMMA_ROWS:
         raise _refused(profile, "rows_per_tile", rows_per_tile, WGMMA_ROWS)
+    _check_q_parts(profile, q_parts)
     if depth < 1:
         raise _refused(profile, "depth", depth, ">= 1")
     _check_setmaxnreg(profile, registers)
@@ -237,7 +242,7 @@ def roles_int8_tiles(
             Tile("registers", "PV", half, BLOCK, rows),
         ),
         uses=(
-            BufferUse("shared", "q latent", rows * kv_lora_rank),
+            BufferUse("shared", "q latent", rows * kv_lora_rank, q_parts),
             BufferUse("shared", "q rope", rows * rope_dim * ITEMSIZE),
             BufferUse("shared", "q scales", ALIGNMENT),
             BufferUse("shared", "kv latent", BLOCK * kv_lora_rank, depth),
@@ -342,6 +347,11 @@ def _check_widths(profile: HardwareProfile, kv_lora_rank: int, rope_dim: int) ->
 def _check_columns(profile: HardwareProfile, rows_per_tile: int, most: int) -> None:
     if rows_per_tile % ROW_GROUP or not 0 < rows_per_tile <= most:
         raise _refused(profile, "rows_per_tile", rows_per_tile, f"a multiple of 8 up to {most}")
+
+
+def _check_q_parts(profile: HardwareProfile, q_parts: int) -> None:
+    if q_parts not in (1, 2):
+        raise _refused(profile, "q_parts", q_parts, "1 (8 bits) or 2 (15 bits)")
 
 
 def _check_setmaxnreg(profile: HardwareProfile, registers: Sequence[int]) -> None:

@@ -36,7 +36,7 @@ def walk(
     piece_ref: Any,
     run: Callable[[Any, Any, Any], None],
 ) -> None:
-    """run(k, n, piece) for a worker's pieces (from, to), k = 0, 1, ...
+    """run(p, n, piece) for a worker's pieces p = from .. to.
 
     mine_ref, piece_ref: the worker's row of the first of `records`, and the second. piece: the
     RECORD values of one. n: blocks before the piece. The next record is read before a piece is run,
@@ -48,7 +48,7 @@ def walk(
         n, *piece = carry
         following = jnp.minimum(p + 1, piece_ref.shape[0] - 1)
         after = tuple(piece_ref[following, i] for i in range(RECORD))
-        run(p - first, n, piece)
+        run(p, n, piece)
         return (n + piece[3] - piece[2], *after)
 
     head = tuple(mine_ref[2 + i] for i in range(RECORD))

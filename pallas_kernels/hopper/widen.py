@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from mla_jax.quantize import HALF
 from pallas_kernels.hopper.primitives import ROWS
 from pallas_kernels.hopper.transposed import COLUMNS, TransposedBackend
 
@@ -92,18 +93,28 @@ class WideningBackend(TransposedBackend):
     """
 
     def with_score_accumulators(self, run, scratch, thread: int, *shapes) -> None:
-        """run(*accumulators), the last but one int32, the others float32."""
+        """What run(*accumulators) gives; the last but one int32, the others float32."""
         if self.interpreting:
-            run(*(ref.at[thread] for ref in scratch))
-            return
+            return run(*(ref.at[thread] for ref in scratch))
         dtypes = [jnp.float32] * len(shapes)
         dtypes[-2] = jnp.int32
         refs = (plgpu.ACC(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
-        pl.run_scoped(run, *refs)
+        return pl.run_scoped(run, *refs)
 
     def zero_integers(self, acc) -> None:
         zeros = jnp.zeros(acc.shape, acc.dtype)
         acc[...] = zeros if self.interpreting else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+
+    def mma_t_in_parts(self, acc, products) -> None:
+        """acc += a @ b.T of int8 (a, b), then of each next pair with HALF times what there is.
+
+        The last one is left in flight. One int32 holds it all, exactly: see `quantize_in_halves`.
+        """
+        for i, (a, b) in enumerate(products):
+            if i:
+                self.wait_mma(0)
+                acc[...] = self.read(acc) * HALF
+            self.mma_t(acc, a, b)
 
     def iota_rows(self, count: int) -> jax.Array:
         """0, 1, ... beside the rows of a tile."""
