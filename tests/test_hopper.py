@@ -200,14 +200,11 @@ def test_the_pass_rule_fails_what_is_wrong():
         (64, 1, 128, BF16, "exponent_add", (512, 64)),
         (64, 1, 64, BF16, "multiply", (256, 64)),
         (128, 2, 64, BF16, "multiply", (512, 64)),
+        (128, 2, 16, BF16, "exponent_add", (512, 64)),
     ],
 )
 def test_compiles_for_sm90a(heads, tokens, page_size, dtype, rescale, widths):
-    """Nothing serialised, nothing ignored, within the chip's shared memory.
-
-    The transposed kernel spills nothing. The 64-row kernel keeps up to 300 bytes of addresses,
-    which it needs once a piece, in local memory (docs/hopper_decode.md).
-    """
+    """Nothing serialised, ignored or spilled, within the chip's shared memory."""
     kv_lora_rank, rope_dim = widths
 
     def attend(q, pages, tables, seq_lens, query_lens):
@@ -230,11 +227,11 @@ def test_compiles_for_sm90a(heads, tokens, page_size, dtype, rescale, widths):
 
     reports = aot.compile_sm90a(
         attend,
-        jax.ShapeDtypeStruct((4, tokens * heads, sum(widths)), dtype),
-        jax.ShapeDtypeStruct((64, page_size, sum(widths)), dtype),
-        ints(4, 8),
-        ints(4),
-        ints(4),
+        jax.ShapeDtypeStruct((5, tokens * heads, sum(widths)), dtype),
+        jax.ShapeDtypeStruct((1000, page_size, sum(widths)), dtype),  # (powers of two are easier)
+        ints(5, 37),
+        ints(5),
+        ints(5),
     )
     (report,) = reports  # the merge is in the decode launch
     assert not report.serialized, report.messages
@@ -245,8 +242,7 @@ def test_compiles_for_sm90a(heads, tokens, page_size, dtype, rescale, widths):
     )
     assert report.shared_memory == plan.used()["shared"] <= 232_448
     assert report.registers <= 255
-    bound = 320 if heads > 32 else 0
-    assert max(report.spill_stores, report.spill_loads) <= bound, report
+    assert report.spill_stores == report.spill_loads == 0, report
 
 
 def test_without_a_gpu_it_says_so():

@@ -32,6 +32,7 @@ from pallas_kernels.hopper.walk import (
     RECORD,
     block_sources,
     fits,
+    pieces_of,
     records,
     valid_lengths,
 )
@@ -112,7 +113,7 @@ def decode(
         m_smem,
         l_smem,
         lse_smem,
-        piece_smem,
+        record_smem,
         q_full,
         q_empty,
         full_l,
@@ -131,14 +132,13 @@ def decode(
         g.let_next_kernel_start()
         wg = lax.axis_index("wg")
         cta = lax.axis_index("cluster") if cluster > 1 else 0
-        worker = lax.axis_index("worker")
+        my_walk = walk_ref.at[lax.axis_index("worker")]
         columns = (
             (0, half, q_l, kv_l, full_l, empty_l),
             (half, half, q_r, kv_r, full_r, empty_r),
             (2 * half, rope, q_t, kv_t, full_t, empty_t),
         )
 
-        first, stop = walk_ref[worker, 0], walk_ref[worker, 1]
         refs = Refs(po_ref, plse_ref, o_ref, lse_ref)
 
         def place(request, row_tile):
@@ -163,23 +163,25 @@ def decode(
                         collective_axes="cluster" if cluster > 1 else None,
                     )
 
-        def load_piece(p, piece):
+        def load_piece(first, k, piece):
             request, row_tile, begin, end, *_ = piece
             num_blocks = end - begin
             row = (row_tile * cluster + cta) * BLOCK
             kv_len, query_len = lengths(len_ref, qlen_ref, request)
             parts, all_exist = sources(request, begin, kv_len)
+            record = record_smem.at[k % 2]
+            lost = ~fits(piece, kv_len) | ((num_blocks > 0) & ~all_exist)
+            for i, value in enumerate((*piece, kv_len, query_len, lost.astype(jnp.int32))):
+                record[i] = value
+
+            def load_first():
+                # (Slot 0, but not for the compiler: else it holds all addresses of it.)
+                load_block(parts, num_blocks >> 30)
 
             # A later piece's first block comes under the end of the piece before; of the worker's
             # first piece, whose Q can come at once, Q is needed first.
-            @pl.when((num_blocks > 0) & (p > first))
-            def _early():
-                load_block(parts, 0)
-
+            pl.when((num_blocks > 0) & (k > 0))(load_first)
             plgpu.barrier_wait(q_empty)
-            lost = ~fits(piece, kv_len) | ((num_blocks > 0) & ~all_exist)
-            for i, value in enumerate((*piece, kv_len, query_len, lost.astype(jnp.int32))):
-                piece_smem[i] = value
             for column, width_, q_smem, *_ in columns:
                 plgpu.copy_gmem_to_smem(
                     q_ref.at[request, pl.ds(row, rows_box), pl.ds(column, width_)],
@@ -187,29 +189,29 @@ def decode(
                     q_full,
                 )
 
-            @pl.when((num_blocks > 0) & (p == first))
-            def _after_q():
-                load_block(parts, 0)
+            pl.when((num_blocks > 0) & (k == 0))(load_first)
 
             def block(i, _):
+                request, kv_len = record[0], record[RECORD]  # (read again: they hold no register)
                 parts, all_exist = sources(request, begin + i, kv_len)
 
                 @pl.when(~all_exist)
                 def _lost():
-                    piece_smem[LOST] = 1
+                    record[LOST] = 1
 
                 load_block(parts, i % 2)
                 return ()
 
             lax.fori_loop(1, num_blocks, block, ())
-            following = jnp.minimum(p + 1, piece_ref.shape[0] - 1)
+            following = jnp.minimum(first + k + 1, piece_ref.shape[0] - 1)
             return tuple(piece_ref[following, i] for i in range(RECORD))
 
-        @pl.when(wg == 2)
-        def _load():
+        def load():
             g.set_max_registers(tiles.registers[2], "decrease")
-            head = tuple(walk_ref[worker, 2 + i] for i in range(RECORD))
-            lax.fori_loop(first, stop, load_piece, head)
+            # (Not `walk`, whose next record would take registers while a piece is loaded.)
+            head = tuple(my_walk[i] for i in range(RECORD))
+            first, stop = pieces_of(my_walk)
+            lax.fori_loop(0, stop - first, functools.partial(load_piece, first), head)
             # See every release: a CTA must outlive those that its peer sends it.
             plgpu.barrier_wait(q_empty)
             for *_, empty in columns:
@@ -295,11 +297,11 @@ def decode(
                 p = kv_t.at[slot] if rope == BLOCK else kv_t.at[slot].at[:, pl.ds(0, BLOCK)]
                 g.mma(o_acc, p, v.at[slot])
 
-            def attend(o_acc, s_acc):
+            def attend(k, o_acc, s_acc):
                 plgpu.barrier_wait(q_full)
-                request, row_tile, begin, end, out_slot, _, slots_of_tile, kv_len, query_len = (
-                    piece_smem[i] for i in range(RECORD + 2)
-                )
+                record = record_smem.at[k % 2]
+                row_tile, begin, end = (record[i] for i in (1, 2, 3))
+                kv_len, query_len = record[RECORD], record[RECORD + 1]
                 num_blocks = end - begin
                 row = (row_tile * cluster + cta) * BLOCK
 
@@ -392,7 +394,12 @@ def decode(
                 carry = lax.fori_loop(open_pairs, pairs, lambda i, c: pair(i, c, True), carry)
                 m, norm = lax.fori_loop(0, num_blocks % 2, single, carry)
 
-                lost = piece_smem[LOST] > 0  # written before the last block's barrier
+                # (What is read here holds no register around the loops.)
+                request, row_tile, *_, out_slot, _, slots_of_tile, kv_len = (
+                    record[i] for i in range(RECORD + 1)
+                )
+                row = (row_tile * cluster + cta) * BLOCK
+                lost = record[LOST] > 0  # written before the last block's barrier
                 # Each warpgroup has summed its own blocks: exchange, normalise, store.
                 l_smem.at[me][...] = norm
                 plgpu.commit_smem()
@@ -411,7 +418,9 @@ def decode(
                 def _store():
                     box = slice(None) if rows_box == BLOCK else pl.ds(0, rows_box)
                     rows = pl.ds(row, rows_box)
-                    q_mine.at[opaque(0)][...] = o.astype(dtype)
+                    for c in range(0, half, 64):
+                        target = q_mine.at[opaque(0)].at[:, pl.ds(c, 64)]
+                        target[...] = o[:, c : c + 64].astype(dtype)
                     if me == 0:
                         lse_smem[...] = lse
                     plgpu.commit_smem()
@@ -422,8 +431,9 @@ def decode(
 
                 @pl.when(out_slot >= 0)
                 def _leave():
-                    blocks = pl.ds(me * half // BLOCK_COLUMNS, half // BLOCK_COLUMNS)
-                    target = po_ref.at[out_slot, cta, blocks]
+                    zero = opaque(0)  # (or pointers would be held)
+                    blocks = pl.ds(zero + me * half // BLOCK_COLUMNS, half // BLOCK_COLUMNS)
+                    target = po_ref.at[out_slot, zero + cta, blocks]
                     g.store_blocks(target, o.astype(partial_dtype), rows_total - row)
                     if me == 0:
                         plse_ref.at[out_slot, pl.ds(cta * BLOCK, BLOCK)][...] = lse
@@ -444,26 +454,29 @@ def decode(
                 plgpu.commit_smem()
             plgpu.barrier_arrive(q_empty)
 
-            def run(p, _):
-                g.with_accumulators(attend, accumulators, me, *accumulator_shapes)
+            def run(k, _):
+                g.with_accumulators(
+                    functools.partial(attend, k), accumulators, me, *accumulator_shapes
+                )
                 return ()
 
-            lax.fori_loop(first, stop, run, ())
+            first, stop = pieces_of(my_walk)
+            lax.fori_loop(0, stop - first, run, ())
             plgpu.wait_smem_to_gmem(0)
             if merges:
                 merge_shares(
                     block_parts(g, plan, kv_lora_rank, warpgroups=2),
                     refs,
                     piece_ref,
-                    (first, stop),
+                    pieces_of(my_walk),
                     meet=meet,
                     place=place,
                     wg=me,
                     wgs=2,
                 )
 
-        pl.when(wg == 0)(lambda: compute(0))
-        pl.when(wg == 1)(lambda: compute(1))
+        # (A switch: what one branch needs isn't held through another.)
+        lax.switch(wg, [functools.partial(compute, 0), functools.partial(compute, 1), load])
 
     def smem(*shape):
         return plgpu.SMEM(shape, dtype, transforms=WGMMA_OPERAND)
@@ -495,7 +508,7 @@ def decode(
             plgpu.SMEM((2, BLOCK), jnp.float32),
             plgpu.SMEM((2, BLOCK), jnp.float32),
             plgpu.SMEM((BLOCK,), jnp.float32),
-            plgpu.SMEM((LOST + 1,), jnp.int32),
+            plgpu.SMEM((2, LOST + 1), jnp.int32),
             plgpu.Barrier(num_arrivals=3),  # q_full
             plgpu.Barrier(num_arrivals=2),  # q_empty
             plgpu.Barrier(num_arrivals=copies, num_barriers=2),

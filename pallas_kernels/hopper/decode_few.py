@@ -27,6 +27,7 @@ from pallas_kernels.hopper.walk import (
     NO_KEY,
     block_sources,
     fits,
+    pieces_of,
     records,
     valid_lengths,
     walk,
@@ -124,7 +125,7 @@ def decode_few(
             (half, half, right, q_r, kv_r, full_r, empty_r),
         )
         my_walk = walk_ref.at[worker]
-        pieces = my_walk[0], my_walk[1]
+        pieces = pieces_of(my_walk)
 
         def meet(request, row_tile, count):
             tile = plan.tile_of(request, row_tile)

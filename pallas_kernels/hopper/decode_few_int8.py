@@ -36,6 +36,7 @@ from pallas_kernels.hopper.walk import (
     NO_KEY,
     block_sources,
     fits,
+    pieces_of,
     records,
     valid_lengths,
     walk,
@@ -151,7 +152,7 @@ def decode_few_int8(
 
         def pieces() -> tuple[Any, Any]:
             """The worker's, from and to."""
-            return my_walk()[0], my_walk()[1]
+            return pieces_of(my_walk())
 
         def meet(request, row_tile, count):
             tile = plan.tile_of(request, row_tile)

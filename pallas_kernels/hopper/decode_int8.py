@@ -35,6 +35,7 @@ from pallas_kernels.hopper.walk import (
     RECORD,
     block_sources,
     fits,
+    pieces_of,
     records,
     valid_lengths,
     walk,
@@ -164,7 +165,7 @@ def decode_int8(
 
         def pieces() -> tuple[Any, Any]:
             """The worker's, from and to."""
-            return my_walk()[0], my_walk()[1]
+            return pieces_of(my_walk())
 
         def meet(request, row_tile, count):
             """A piece's O comes from two warpgroups, its lse from a third."""
@@ -206,7 +207,7 @@ def decode_int8(
 
         def load():
             g.set_max_registers(tiles.registers[LOADS], "decrease")
-            head = with_lengths([my_walk()[2 + i] for i in range(RECORD)])
+            head = with_lengths([my_walk()[i] for i in range(RECORD)])
             lax.fori_loop(*pieces(), load_piece, (jnp.int32(0), *head))
             # See every release, so that no barrier ends with a phase that nobody saw.
             for slot in range(slots):

@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.split_kv import SplitPlan
 from pallas_kernels.hopper.primitives import ROWS, Backend
-from pallas_kernels.hopper.walk import BLOCK, FIRST_SLOT, NO_KEY, SLOTS, records
+from pallas_kernels.hopper.walk import BLOCK, FIRST_SLOT, NO_KEY, SLOTS, pieces_of, records
 
 LOADS_IN_FLIGHT = 64  # registers a thread
 MANY = 16  # pieces
@@ -339,7 +339,7 @@ def merge(
             ways,
             Refs(po_ref, plse_ref, o_ref, lse_ref),
             piece_ref,
-            (walk_ref[worker, 0], walk_ref[worker, 1]),
+            pieces_of(walk_ref.at[worker]),
             meet=lambda *_: None,
             place=lambda request, row_tile: Place(request, (row_tile * ctas + cta) * rows, cta),
             wg=lax.axis_index("wg"),

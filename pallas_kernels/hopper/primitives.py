@@ -100,11 +100,15 @@ class Backend:
         `shift` [rows] holds whole numbers from -300 to 0. What would fall below the smallest
         normal number becomes 0: a bare add would wrap through the sign bit.
         """
-        bits = lax.bitcast_convert_type(self.read(acc), jnp.int32)
-        shift = lax.broadcast_in_dim(shift.astype(jnp.int32), acc.shape, [0])
-        sound = ((bits >> 23) & 255) + shift > 0
-        moved = lax.bitcast_convert_type(bits + (shift << 23), jnp.float32)
-        acc[...] = jnp.where(sound, moved, jnp.zeros_like(moved))
+
+        def across(rows):
+            return lax.broadcast_in_dim(rows, acc.shape, [0])
+
+        value = self.read(acc)
+        bits = lax.bitcast_convert_type(value, jnp.int32) + across(shift.astype(jnp.int32) << 23)
+        lost = jnp.abs(value) < across(jnp.exp2(-126.0 - shift))
+        moved = lax.bitcast_convert_type(bits, jnp.float32)
+        acc[...] = jnp.where(lost, jnp.zeros_like(moved), moved)
 
     def mma(self, acc, a, b) -> None:
         """acc += a @ b, left in flight."""
@@ -153,8 +157,10 @@ class Backend:
         return x if self.interpreting else plgpu.layout_cast(x, layout)
 
     def iota(self, shape, dimension: int) -> jax.Array:
-        layout = None if self.interpreting else plgpu.Layout.WGMMA
-        return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=layout)
+        """Of one dimension, then spread: a tile's own would hold every place in a register."""
+        layout = None if self.interpreting else plgpu.Layout.WGMMA.reduce(1 - dimension)
+        line = plgpu.broadcasted_iota(jnp.int32, (shape[dimension],), 0, layout=layout)
+        return lax.broadcast_in_dim(line, shape, [dimension])
 
     def load_rows(self, ref) -> jax.Array:
         return ref[...] if self.interpreting else plgpu.load(ref, layout=ROWS, optimized=False)

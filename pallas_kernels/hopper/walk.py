@@ -18,16 +18,22 @@ RECORD = SLOTS + 1
 
 
 def records(plan: Any) -> tuple[Any, Any]:
-    """For each worker (first piece, end, record of the first) [W, 9]; and all records [P, 7].
+    """For each worker (record of its first piece, first piece, end) [W, 9]; all records [P, 7].
 
-    A worker's first record stands beside its range, so that it starts with one read, not two.
+    A worker's first record stands beside its range, so that it starts with one read, not two; and
+    before it, so that a record's values have the same places in both and one pointer reads either.
     """
     tile = plan.tile_of(jnp.maximum(plan.request, 0), plan.row_tile)
     start = plan.tile_slot_start
     fields = [getattr(plan, field) for field in PIECE]
     pieces = jnp.stack([*fields, start[tile], start[tile + 1] - start[tile]], axis=1)
     first = plan.worker_start[:-1]
-    return jnp.column_stack([first, plan.worker_start[1:], pieces[first]]), pieces
+    return jnp.column_stack([pieces[first], first, plan.worker_start[1:]]), pieces
+
+
+def pieces_of(mine_ref: Any) -> tuple[Any, Any]:
+    """A worker's pieces (from, to), from its row of the first of `records`."""
+    return mine_ref[RECORD], mine_ref[RECORD + 1]
 
 
 def walk(
@@ -51,7 +57,7 @@ def walk(
         run(p, n, piece)
         return (n + piece[3] - piece[2], *after)
 
-    head = tuple(mine_ref[2 + i] for i in range(RECORD))
+    head = tuple(mine_ref[i] for i in range(RECORD))
     lax.fori_loop(first, stop, step, (jnp.int32(0), *head))
 
 
