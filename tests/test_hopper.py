@@ -1,6 +1,8 @@
 """The Hopper kernels' three gates: interpreter, compile for sm_90a, and (marked gpu) an H200."""
 
+import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -77,8 +79,17 @@ def run(
             {"workers": 2, "rows_per_tile": 64, "rescale": "exponent_add"},
         ),
         ([150], {"heads": 128}, {"workers": 1, "rows_per_tile": 128}),
+        ([75, 0, -1, 66], {"heads": 16, "page_size": 1}, {"workers": 2, "rows_per_tile": 16}),
+        (
+            [190, 70],
+            {
+                "heads": 24, "num_queries": 2, "query_lens": [2, 1], "page_size": 8, "dtype": F16,
+            },
+            {"workers": 2, "rows_per_tile": 64},
+        ),
+        ([150], {"heads": 128, "page_size": 1}, {"workers": 1, "rows_per_tile": 128}),
     ],
-)
+)  # fmt: skip
 def test_interpreted(seq_lens, shape, options):
     batch = HopperBatch(np.random.default_rng(seq_lens[0]), seq_lens, **shape)
     batch.check(*run(batch, **options))
@@ -105,9 +116,10 @@ def test_other_widths_interpreted(kv_lora_rank, rope_dim, heads, rows_per_tile):
     assert not gpu_callbacks.get_races().races_found
 
 
-def invalid_requests(heads):
+def invalid_requests(heads, page_size):
     rng = np.random.default_rng(heads)
-    return spoiled(HopperBatch(rng, SPOILED_LENGTHS, heads=heads, num_queries=2))
+    shape = {"heads": heads, "num_queries": 2, "page_size": page_size}
+    return spoiled(HopperBatch(rng, SPOILED_LENGTHS, **shape))
 
 
 @pytest.mark.parametrize(("heads", "rows_per_tile"), [(16, 16), (64, 64)])
@@ -125,9 +137,11 @@ def test_a_plan_for_other_lengths_interpreted(heads, rows_per_tile):
     batch.check(o, lse)
 
 
-@pytest.mark.parametrize(("heads", "rows_per_tile"), [(8, 16), (24, 64)])
-def test_finds_invalid_requests_interpreted(heads, rows_per_tile):
-    batch, expected = invalid_requests(heads)
+@pytest.mark.parametrize(
+    ("heads", "rows_per_tile", "page_size"), [(8, 16, 64), (24, 64, 64), (24, 64, 2)]
+)
+def test_finds_invalid_requests_interpreted(heads, rows_per_tile, page_size):
+    batch, expected = invalid_requests(heads, page_size)
     expected.check(*run(batch, workers=3, rows_per_tile=rows_per_tile))
 
 
@@ -197,14 +211,18 @@ def test_the_pass_rule_fails_what_is_wrong():
         (8, 1, 16, F16, "multiply", (512, 64)),
         (16, 1, 64, BF16, "multiply", (384, 128)),
         (64, 1, 64, BF16, "multiply", (512, 64)),
-        (64, 1, 128, BF16, "exponent_add", (512, 64)),
         (64, 1, 64, BF16, "multiply", (256, 64)),
-        (128, 2, 64, BF16, "multiply", (512, 64)),
+        (128, 2, 128, BF16, "multiply", (512, 64)),
         (128, 2, 16, BF16, "exponent_add", (512, 64)),
+        (16, 1, 1, BF16, "multiply", (512, 64)),
+        (128, 2, 1, BF16, "multiply", (512, 64)),
     ],
 )
 def test_compiles_for_sm90a(heads, tokens, page_size, dtype, rescale, widths):
-    """Nothing serialised, ignored or spilled, within the chip's shared memory."""
+    """Nothing serialised, ignored or spilled, within the chip's shared memory.
+
+    But where a cluster's loading warpgroup gathers small pages: 12 bytes, written once a launch.
+    """
     kv_lora_rank, rope_dim = widths
 
     def attend(q, pages, tables, seq_lens, query_lens):
@@ -242,7 +260,9 @@ def test_compiles_for_sm90a(heads, tokens, page_size, dtype, rescale, widths):
     )
     assert report.shared_memory == plan.used()["shared"] <= 232_448
     assert report.registers <= 255
-    assert report.spill_stores == report.spill_loads == 0, report
+    gathers_in_cluster = page_size < 16 and heads * tokens > 64
+    assert report.spill_stores <= (16 if gathers_in_cluster else 0), report
+    assert gathers_in_cluster or report.spill_loads == 0, report
 
 
 def test_without_a_gpu_it_says_so():
@@ -256,15 +276,16 @@ def test_without_a_gpu_it_says_so():
 
 
 def test_refusals_name_what_it_takes():
-    def reason(q_dtype=BF16, rescale="multiply", rows_per_tile=None, **cache):
+    def reason(q_dtype=BF16, rescale="multiply", rows_per_tile=None, page_size=64, **cache):
         plan = rows_per_tile and plan_splits(
             jnp.ones(2, jnp.int32), num_workers=2, rows=8, rows_per_tile=rows_per_tile
         )
-        return attention.refuses(q_dtype, PagedKVCache.create(2, **cache), rescale, plan)
+        cache = dataclasses.replace(PagedKVCache.create(2, **cache), page_size=page_size)
+        return attention.refuses(q_dtype, cache, rescale, plan)
 
     for good in (
         {}, {"page_size": 16, "rescale": "exponent_add"}, {"q_dtype": F16, "dtype": F16},
-        {"kv_lora_rank": 256}, {"kv_lora_rank": 384, "rope_dim": 128},
+        {"page_size": 1}, {"kv_lora_rank": 256}, {"kv_lora_rank": 384, "rope_dim": 128},
         {"rows_per_tile": 128}, {"dtype": "int8"}, {"dtype": "int8", "page_size": 128},
         {"dtype": "int8", "rows_per_tile": 64},
     ):  # fmt: skip
@@ -272,7 +293,7 @@ def test_refusals_name_what_it_takes():
     for bad, words in (
         ({"q_dtype": F16}, "both bfloat16 or both float16, got float16 and bfloat16"),
         ({"layout": "NZ"}, "layout ND, got NZ"),
-        ({"page_size": 1}, "page sizes 16, 64, 128 of a cache of float, got 1"),
+        ({"page_size": 256}, "sizes 1, 2, 4, 8, 16, 32, 64, 128 of a cache of float, got 256"),
         ({"kv_lora_rank": 320}, "kv_lora_rank = 320, wanted a multiple of 128 up to 512"),
         ({"rope_dim": 32}, "rope_dim = 32, wanted a multiple of 64"),
         ({"rope_dim": 128}, "shared"),
@@ -307,8 +328,13 @@ def test_heads_on_the_gpu(heads):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("page_size", [16, 128])
-@pytest.mark.parametrize("heads", [16, 64, 128])
+@pytest.mark.parametrize(
+    ("heads", "page_size"),
+    [
+        *itertools.product([16, 64, 128], [1, 16, 128]),
+        (40, 1), (16, 2), (64, 4), (128, 8), (16, 32),
+    ],
+)  # fmt: skip
 def test_page_sizes_on_the_gpu(heads, page_size):
     batch = HopperBatch(np.random.default_rng(heads), LENGTHS, heads=heads, page_size=page_size)
     batch.check(*op(batch))
@@ -328,31 +354,40 @@ def test_other_widths_on_the_gpu(heads, widths):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("heads", "num_queries"), [(16, 2), (16, 4), (64, 2), (128, 3)])
-@pytest.mark.parametrize("causal", [True, False])
-def test_several_tokens_on_the_gpu(heads, num_queries, causal):
+@pytest.mark.parametrize(("causal", "page_size"), [(True, 64), (False, 64), (True, 1)])
+def test_several_tokens_on_the_gpu(heads, num_queries, causal, page_size):
     rng = np.random.default_rng(num_queries)
     lens = [length if length > 4 else 0 for length in LENGTHS]
     queries = [min(length, int(rng.integers(1, num_queries + 1))) for length in lens]
-    batch = HopperBatch(rng, lens, heads=heads, num_queries=num_queries, query_lens=queries)
+    shape = {"heads": heads, "num_queries": num_queries, "page_size": page_size}
+    batch = HopperBatch(rng, lens, query_lens=queries, **shape)
     batch.check(*op(batch, causal=causal), causal=causal)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [16, 64, 128])
 @pytest.mark.parametrize(
-    ("dtype", "rescale", "partial_dtype"),
-    [(F16, "multiply", F16), (BF16, "exponent_add", jnp.float32), (BF16, "multiply", F16)],
+    ("dtype", "rescale", "partial_dtype", "page_size"),
+    [
+        (F16, "multiply", F16, 64),
+        (F16, "multiply", F16, 1),
+        (BF16, "exponent_add", jnp.float32, 64),
+        (BF16, "multiply", F16, 64),
+    ],
 )
-def test_options_on_the_gpu(heads, dtype, rescale, partial_dtype):
-    batch = HopperBatch(np.random.default_rng(heads), LENGTHS, heads=heads, dtype=dtype)
+def test_options_on_the_gpu(heads, dtype, rescale, partial_dtype, page_size):
+    shape = {"heads": heads, "dtype": dtype, "page_size": page_size}
+    batch = HopperBatch(np.random.default_rng(heads), LENGTHS, **shape)
     batch.check(*op(batch, rescale=rescale, partial_dtype=partial_dtype))
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [1, 64])
 @pytest.mark.parametrize("heads", [16, 64, 128])
-def test_long_and_repeated_on_the_gpu(heads):
+def test_long_and_repeated_on_the_gpu(heads, page_size):
     """300 repeats give one set of bits: a moving result would be a race."""
-    batch = HopperBatch(np.random.default_rng(heads), [65536, 4096, 3, 1000], heads=heads)
+    lens, shape = [65536, 4096, 3, 1000], {"heads": heads, "page_size": page_size}
+    batch = HopperBatch(np.random.default_rng(heads), lens, **shape)
     first = op(batch)
     batch.check(*first)
     call = functools.partial(paged_mla_attention, softmax_scale=SCALE, implementation="hopper")
@@ -397,9 +432,10 @@ def test_batch_invariant_on_the_gpu(heads, rows_per_tile):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [1, 64])
 @pytest.mark.parametrize("heads", [8, 24, 64])
-def test_finds_invalid_requests_on_the_gpu(heads):
-    batch, expected = invalid_requests(heads)
+def test_finds_invalid_requests_on_the_gpu(heads, page_size):
+    batch, expected = invalid_requests(heads, page_size)
     expected.check(*op(batch))
 
 

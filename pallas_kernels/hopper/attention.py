@@ -21,7 +21,10 @@ from pallas_kernels.hopper.tuning import (
 )
 from pallas_kernels.hopper.walk import BLOCK
 
-PAGE_SIZES = {"float": (16, 64, 128), "int8": (64, 128)}  # by what the cache holds
+PAGE_SIZES = {  # by what the cache holds
+    "float": (1, 2, 4, 8, 16, 32, 64, 128),
+    "int8": (64, 128),
+}
 RESCALES = {"multiply": "lazy", "exponent_add": "exponent_add"}  # of the op -> of the kernel
 
 

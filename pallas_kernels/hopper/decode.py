@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.blocks import arrivals, blocks
 from pallas_kernels.hopper.merge import (
     BLOCK_COLUMNS,
     Meeting,
@@ -30,7 +31,6 @@ from pallas_kernels.hopper.walk import (
     LOG2E,
     NO_KEY,
     RECORD,
-    block_sources,
     fits,
     pieces_of,
     records,
@@ -74,7 +74,7 @@ def decode(
     lse [slots, rows]. counters: int32 [num_tiles * ctas], 0 before and after the launch.
     """
     _, rows_total, width = q.shape
-    num_pages, page_size = pages.shape[:2]
+    page_size = pages.shape[1]
     lengths = functools.partial(
         valid_lengths, capacity=block_tables.shape[1] * page_size, num_queries=num_queries
     )
@@ -148,27 +148,22 @@ def decode(
             counter = plan.tile_of(request, row_tile) * cluster + cta
             return Meeting(g, counter_ref, counter, leaving=2 * count, merging=2 * count)
 
-        # ---------------------------------------------------------------- the loading warpgroup
-        def sources(request, block, kv_len):
-            return block_sources(table_ref, request, block, kv_len, page_size, num_pages)
+        kv_blocks = blocks(g, table_ref, kv_ref, cluster)
 
-        def load_block(parts, slot):
-            for column, width_, _, kv, full, empty in columns:
+        # ---------------------------------------------------------------- the loading warpgroup
+        def load_block(found, slot):
+            for column, _, _, kv, full, empty in columns:
                 plgpu.barrier_wait(empty.at[slot])
-                for page, source, target in parts:
-                    plgpu.copy_gmem_to_smem(
-                        kv_ref.at[page, source, pl.ds(column, width_)],
-                        kv.at[slot] if target is None else kv.at[slot].at[target],
-                        full.at[slot],
-                        collective_axes="cluster" if cluster > 1 else None,
-                    )
+                kv_blocks.load(found, column, kv.at[slot], full.at[slot])
 
         def load_piece(first, k, piece):
             request, row_tile, begin, end, *_ = piece
             num_blocks = end - begin
             row = (row_tile * cluster + cta) * BLOCK
             kv_len, query_len = lengths(len_ref, qlen_ref, request)
-            parts, all_exist = sources(request, begin, kv_len)
+            ahead = kv_blocks.ahead(request, begin, kv_len)
+            following = kv_blocks.ahead(request, begin + 1, kv_len)
+            found, all_exist = kv_blocks.find(ahead, request, begin, kv_len)
             record = record_smem.at[k % 2]
             lost = ~fits(piece, kv_len) | ((num_blocks > 0) & ~all_exist)
             for i, value in enumerate((*piece, kv_len, query_len, lost.astype(jnp.int32))):
@@ -176,7 +171,7 @@ def decode(
 
             def load_first():
                 # (Slot 0, but not for the compiler: else it holds all addresses of it.)
-                load_block(parts, num_blocks >> 30)
+                load_block(found, num_blocks >> 30)
 
             # A later piece's first block comes under the end of the piece before; of the worker's
             # first piece, whose Q can come at once, Q is needed first.
@@ -191,20 +186,21 @@ def decode(
 
             pl.when((num_blocks > 0) & (k == 0))(load_first)
 
-            def block(i, _):
+            def block(i, ahead):
                 request, kv_len = record[0], record[RECORD]  # (read again: they hold no register)
-                parts, all_exist = sources(request, begin + i, kv_len)
+                following = kv_blocks.ahead(request, begin + i + 1, kv_len)
+                found, all_exist = kv_blocks.find(ahead, request, begin + i, kv_len)
 
                 @pl.when(~all_exist)
                 def _lost():
                     record[LOST] = 1
 
-                load_block(parts, i % 2)
-                return ()
+                load_block(found, i % 2)
+                return following
 
-            lax.fori_loop(1, num_blocks, block, ())
-            following = jnp.minimum(first + k + 1, piece_ref.shape[0] - 1)
-            return tuple(piece_ref[following, i] for i in range(RECORD))
+            lax.fori_loop(1, num_blocks, block, following)
+            next_piece = jnp.minimum(first + k + 1, piece_ref.shape[0] - 1)
+            return tuple(piece_ref[next_piece, i] for i in range(RECORD))
 
         def load():
             g.set_max_registers(tiles.registers[2], "decrease")
@@ -236,6 +232,7 @@ def decode(
                 g.zero(s_acc)
                 for _, _, q_smem, kv, full, _ in columns:
                     plgpu.barrier_wait(full.at[slot])
+                    kv_blocks.see()
                     g.mma_t(s_acc, q_smem.at[zero], kv.at[slot])
 
             def masked(s, row, block, kv_len, query_len):
@@ -481,14 +478,13 @@ def decode(
     def smem(*shape):
         return plgpu.SMEM(shape, dtype, transforms=WGMMA_OPERAND)
 
-    def slot_free(arrivals):
+    def slot_free(count):
         if cluster > 1:
             return plgpu.ClusterBarrier(
-                collective_axes=("cluster",), num_arrivals=arrivals, num_barriers=2
+                collective_axes=("cluster",), num_arrivals=count, num_barriers=2
             )
-        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=2)
+        return plgpu.Barrier(num_arrivals=count, num_barriers=2)
 
-    copies = max(1, BLOCK // page_size)
     kernel = plgpu.kernel(
         body,
         out_type=(
@@ -511,9 +507,9 @@ def decode(
             plgpu.SMEM((2, LOST + 1), jnp.int32),
             plgpu.Barrier(num_arrivals=3),  # q_full
             plgpu.Barrier(num_arrivals=2),  # q_empty
-            plgpu.Barrier(num_arrivals=copies, num_barriers=2),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=2),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=2),
+            plgpu.Barrier(num_arrivals=arrivals(page_size), num_barriers=2),
+            plgpu.Barrier(num_arrivals=arrivals(page_size), num_barriers=2),
+            plgpu.Barrier(num_arrivals=arrivals(page_size), num_barriers=2),
             slot_free(1),
             slot_free(1),
             slot_free(2),

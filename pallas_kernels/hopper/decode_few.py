@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.blocks import arrivals, blocks
 from pallas_kernels.hopper.merge import Meeting, Place, Refs, merge_shares, row_parts
 from pallas_kernels.hopper.primitives import WGMMA_OPERAND
 from pallas_kernels.hopper.transposed import COLUMNS, WARPS, TransposedBackend
@@ -25,7 +26,6 @@ from pallas_kernels.hopper.walk import (
     LN2,
     LOG2E,
     NO_KEY,
-    block_sources,
     fits,
     pieces_of,
     records,
@@ -62,7 +62,7 @@ def decode_few(
     of cut tiles.
     """
     _, rows_total, width = q.shape
-    num_pages, page_size = pages.shape[:2]
+    page_size = pages.shape[1]
     lengths = functools.partial(
         valid_lengths, capacity=block_tables.shape[1] * page_size, num_queries=num_queries
     )
@@ -131,10 +131,13 @@ def decode_few(
             tile = plan.tile_of(request, row_tile)
             return Meeting(g, counter_ref, tile, leaving=count, merging=2 * count)
 
+        kv_blocks = blocks(g, table_ref, kv_ref)
+
         # ---------------------------------------------------------------- the loading warpgroup
         def load_piece(p, n, piece):
             request, row_tile, begin, end, *_ = piece
             kv_len, _ = lengths(len_ref, qlen_ref, request)
+            ahead = kv_blocks.ahead(request, begin, kv_len)
             buffer = lax.rem(p, q_buffers)
             plgpu.barrier_wait(q_empty.at[buffer])
             lost_smem[buffer] = (~fits(piece, kv_len)).astype(jnp.int32)
@@ -145,27 +148,21 @@ def decode_few(
                     q_full.at[buffer],
                 )
 
-            def block(i, _):
-                parts, all_exist = block_sources(
-                    table_ref, request, begin + i, kv_len, page_size, num_pages
-                )
+            def block(i, ahead):
+                following = kv_blocks.ahead(request, begin + i + 1, kv_len)
+                found, all_exist = kv_blocks.find(ahead, request, begin + i, kv_len)
 
                 @pl.when(~all_exist)
                 def _lost():
                     lost_smem[buffer] = 1
 
-                for column, width_, depth, _, kv, full, empty in columns:
+                for column, _, depth, _, kv, full, empty in columns:
                     slot = lax.rem(n + i, depth)
                     plgpu.barrier_wait(empty.at[slot])
-                    for page, source, target in parts:
-                        plgpu.copy_gmem_to_smem(
-                            kv_ref.at[page, source, pl.ds(column, width_)],
-                            kv.at[slot] if target is None else kv.at[slot].at[target],
-                            full.at[slot],
-                        )
-                return ()
+                    kv_blocks.load(found, column, kv.at[slot], full.at[slot])
+                return following
 
-            lax.fori_loop(0, end - begin, block, ())
+            lax.fori_loop(0, end - begin, block, ahead)
 
         @pl.when(wg == 1)
         def _load():
@@ -206,6 +203,7 @@ def decode_few(
                 g.zero(s_acc)
                 for slot, (_, _, _, q_smem, kv, full, _) in zip(slots, columns, strict=True):
                     plgpu.barrier_wait(full.at[slot])
+                    kv_blocks.see()
                     g.mma_t(s_acc, kv.at[slot], q_smem.at[buffer + zero])
                 g.wait_mma(0)
                 release(empty_t, slots[0])
@@ -292,7 +290,6 @@ def decode_few(
     def smem(*shape):
         return plgpu.SMEM(shape, dtype, transforms=WGMMA_OPERAND)
 
-    copies = max(1, BLOCK // page_size)
     kernel = plgpu.kernel(
         body,
         out_type=(
@@ -312,9 +309,9 @@ def decode_few(
             plgpu.SMEM((q_buffers,), jnp.int32),
             plgpu.Barrier(num_arrivals=3, num_barriers=q_buffers),  # q_full
             plgpu.Barrier(num_arrivals=1, num_barriers=q_buffers),  # q_empty
-            plgpu.Barrier(num_arrivals=copies, num_barriers=tail),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=left),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=right),
+            plgpu.Barrier(num_arrivals=arrivals(page_size), num_barriers=tail),
+            plgpu.Barrier(num_arrivals=arrivals(page_size), num_barriers=left),
+            plgpu.Barrier(num_arrivals=arrivals(page_size), num_barriers=right),
             plgpu.Barrier(num_arrivals=1, num_barriers=tail),
             plgpu.Barrier(num_arrivals=1, num_barriers=left),
             plgpu.Barrier(num_arrivals=1, num_barriers=right),

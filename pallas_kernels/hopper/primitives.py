@@ -2,7 +2,8 @@
 
 `Backend(interpreting=False)` emits the real instructions. `Backend(interpreting=True)` keeps the
 kernel's schedule and barriers and swaps only these: accumulators become float32 scratch and wgmma
-a plain product into it, the warpgroup vote becomes a reduction, register hints vanish.
+a plain product into it, the warpgroup vote becomes a reduction, gathered rows are plain loads and
+stores, register hints vanish.
 """
 
 import dataclasses
@@ -12,8 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax._src import core as jax_core
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, llvm, nvvm, vector
+from jax._src.pallas.mosaic_gpu import core as pallas_core
+from jax._src.pallas.mosaic_gpu import lowering
+from jax._src.pallas.mosaic_gpu import primitives as pallas_primitives
+from jax._src.state.primitives import get_ref_and_transforms
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -24,9 +30,11 @@ WGMMA_OPERAND: Any = (
     plgpu.SwizzleTransform(128),  # type: ignore[abstract]
 )
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value a row, beside a (64, n) WGMMA tile
+CHUNK_BYTES = 16  # what a thread gathers at once, and what swizzling moves as one
 
 
 _SCALAR = plgpu.Layout.WG_SPLAT(())
+_THREADS = plgpu.Layout.WG_STRIDED((128,), vec_size=1)  # a value for each thread
 
 
 def _thread() -> ir.Value:
@@ -59,6 +67,20 @@ def _element(ref: ir.Value, index: ir.Value) -> ir.Value:
     """Pointer to the element (i32) of a GMEM ref, counted from its first one."""
     start = llvm.addrspacecast(ir.Type.parse("!llvm.ptr<1>"), mgpu.utils.memref_ptr(ref))
     return mgpu.utils.getelementptr(start, [index], ir.MemRefType(ref.type).element_type)
+
+
+def _voted(mine: Any) -> mgpu.FragmentedArray:
+    """1 for the warpgroup where any of its threads has a flag (i1), else 0."""
+    i32 = ir.IntegerType.get_signless(32)
+    voted = llvm.inline_asm(
+        i32,
+        [mgpu.utils.warpgroup_barrier_idx(), arith.extui(i32, mine)],
+        "{ .reg .pred p, q; setp.ne.u32 p, $2, 0;"
+        " bar.red.or.pred q, $1, 128, p; selp.u32 $0, 1, 0, q; }",
+        "=r,r,r",
+        has_side_effects=True,
+    )
+    return mgpu.FragmentedArray.splat(voted, shape=(), is_signed=True)
 
 
 def _one_thread(ptx: str, *args: ir.Value) -> None:
@@ -296,24 +318,148 @@ class Backend:
         )
         def vote(ctx, x, y):
             del ctx
-            i32 = ir.IntegerType.get_signless(32)
             mine = None
             for u, v in zip(x.registers.flat, y.registers.flat, strict=True):
                 for i in range(ir.VectorType(u.type).shape[0]):
                     lanes = [vector.extract(w, [], [i]) for w in (u, v)]
                     less = arith.cmpf(arith.CmpFPredicate.OLT, *lanes)
                     mine = less if mine is None else arith.ori(mine, less)
-            voted = llvm.inline_asm(
-                i32,
-                [mgpu.utils.warpgroup_barrier_idx(), arith.extui(i32, mine)],
-                "{ .reg .pred p, q; setp.ne.u32 p, $2, 0;"
-                " bar.red.or.pred q, $1, 128, p; selp.u32 $0, 1, 0, q; }",
-                "=r,r,r",
-                has_side_effects=True,
-            )
-            return mgpu.FragmentedArray.splat(voted, shape=(), is_signed=True)
+            return _voted(mine)
 
         return vote(a, b) > 0
+
+    # -- gathering ------------------------------------------------------------------------------
+    # 128 threads copy 64 rows, 16 bytes at a time: threads 8 i .. 8 i + 7 a line of a swizzled tile
+    # of rows i, 16 + i, 32 + i and 48 + i. A warp has 16 rows so; each of its threads finds out
+    # about one of them (the upper half about the same ones again) and hands it on in time.
+    def gathered_row(self) -> jax.Array:
+        """[128] int32: the row that each thread finds out about."""
+        layout = None if self.interpreting else _THREADS
+        thread = plgpu.broadcasted_iota(jnp.int32, (128,), 0, layout=layout)
+        return (thread // 4) % 4 * 16 + thread // 32 * 4 + thread % 4
+
+    def load_indexed(self, ref, index) -> jax.Array:
+        """The int32 of a GMEM ref at an index for each thread, counted from its first one."""
+        if self.interpreting:
+            return ref[...].reshape(-1)[index]
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), _THREADS),
+            return_type=plgpu.ShapeDtypeStruct((128,), jnp.int32, _THREADS),
+        )
+        def load(ctx, source, places):
+            del ctx
+            place = places.registers.item()
+            i32 = ir.IntegerType.get_signless(32)
+            value = llvm.load(i32, _element(source, vector.extract(place, [], [0])))
+            registers = np.full_like(places.registers, vector.broadcast(place.type, value))
+            return mgpu.FragmentedArray(
+                _registers=registers, _layout=places.layout, _is_signed=True
+            )
+
+        return load(ref, index)
+
+    def any_outside(self, values, stop: int) -> jax.Array:
+        """One flag for the warpgroup: has any thread a value that is not in 0 .. stop - 1?"""
+        if self.interpreting:
+            return jnp.any((values < 0) | (values >= stop))
+
+        @plgpu.inline_mgpu(
+            arg_types=(_THREADS,),
+            return_type=plgpu.ShapeDtypeStruct((), jnp.int32, _SCALAR),
+        )
+        def vote(ctx, x):
+            del ctx
+            value = vector.extract(x.registers.item(), [], [0])
+            limit = mgpu.utils.c(stop, value.type)
+            return _voted(arith.cmpi(arith.CmpIPredicate.uge, value, limit))
+
+        return vote(values) > 0
+
+    def gather_rows(self, source, column: int, rows, target) -> None:
+        """Starts to copy 64 rows of a GMEM ref [a, b, n], from a column on, to a SMEM ref (64, m).
+
+        rows: [128] int32, the row (of a * b) that each thread has found out. 16-bit values; the
+        SMEM ref is tiled as WGMMA_OPERAND. `track_copies` says how to wait for it.
+        """
+        if self.interpreting:
+            place = jnp.argsort(self.gathered_row(), stable=True)[::2]
+            whole = source[...].reshape(-1, source.shape[-1])
+            target[...] = whole[rows[place], column : column + target.shape[1]]
+            return
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), _THREADS, plgpu.RefType(WGMMA_OPERAND)),
+        )
+        def copy(ctx, source, rows, target):
+            del ctx
+            from_type, to_type = ir.MemRefType(source.type), ir.MemRefType(target.type)
+            (_, row_stride, _), _ = from_type.get_strides_and_offset()
+            (group_stride, tile_stride, line_stride, _), _ = to_type.get_strides_and_offset()
+            groups, tiles, group_rows, line = to_type.shape
+            dtype = to_type.element_type
+            assert line * mgpu.utils.bytewidth(dtype) == 8 * CHUNK_BYTES
+            i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+
+            def constant(value):
+                return mgpu.utils.c(value, i32)
+
+            # Read anew each time: what follows from it is not for the few registers of the caller.
+            tid = mgpu.utils.inline_ptx(
+                "mov.u32 $0, %tid.x;", result_types=i32, has_side_effects=True
+            )
+            thread = arith.remui(tid, constant(128))
+
+            row, chunk = (f(thread, constant(8)) for f in (arith.divui, arith.remui))
+            group, row = (f(row, constant(group_rows)) for f in (arith.divui, arith.remui))
+            swizzled = arith.muli(arith.xori(chunk, row), constant(line // 8))
+            place = arith.addi(
+                arith.muli(group, constant(group_stride)),
+                arith.addi(arith.muli(row, constant(line_stride)), swizzled),
+            )
+            to = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(target), [place], dtype)
+            start = _element(source, arith.muli(chunk, constant(line // 8)))
+            found = vector.extract(rows.registers.item(), [], [0])
+            quarter = arith.divui(arith.remui(thread, constant(32)), constant(8))
+            for i in range(groups // 2):
+                row = nvvm.shfl_sync(
+                    constant(0xFFFFFFFF), found, arith.addi(quarter, constant(4 * i)),
+                    constant(31), nvvm.ShflKind.idx,
+                )  # fmt: skip
+                first = arith.muli(arith.extui(i64, row), mgpu.utils.c(row_stride, i64))
+                from_ = mgpu.utils.getelementptr(start, [first], dtype)
+                for tile in range(tiles):
+                    offset = 2 * i * group_stride + tile * tile_stride
+                    nvvm.cp_async_shared_global(
+                        mgpu.utils.getelementptr(to, [offset], dtype),
+                        mgpu.utils.getelementptr(from_, [column + tile * line], dtype),
+                        CHUNK_BYTES,
+                        nvvm.LoadCacheModifierKind.CG,
+                    )
+
+        copy(source, rows, target)
+
+    def track_copies(self, barrier) -> None:
+        """The barrier's phase ends no sooner than the copies of this thread (`gather_rows`) so far.
+
+        No arrival: that is for the thread to do afterwards.
+        """
+        if not self.interpreting:
+            ref, transforms = get_ref_and_transforms(barrier, None, "track_copies")
+            flat, tree = jax.tree.flatten(transforms)
+            _track_copies_p.bind(ref, *flat, transforms_tree=tree)
+
+    def fence_async_proxy(self) -> None:
+        """What this thread sees in shared memory, wgmma and TMA that it starts now see too."""
+        if self.interpreting:
+            return
+
+        @plgpu.inline_mgpu()
+        def fence(ctx):
+            del ctx
+            nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+
+        fence()
 
     # -- between CTAs (the interpreter has no atomics: callers do without there) ----------------
     # A counter goes from 0 to limit - 1 and back to 0 by as many `count_up` as its limit says.
@@ -369,3 +515,23 @@ class Backend:
     def let_next_kernel_start(self) -> None:
         if not self.interpreting:
             plgpu.griddepcontrol_launch_dependents()
+
+
+# `inline_mgpu` takes no barriers, so this is a primitive of Pallas.
+_track_copies_p = jax_core.Primitive("track_copies")
+_track_copies_p.multiple_results = True
+
+
+@_track_copies_p.def_effectful_abstract_eval
+def _track_copies_abstract_eval(barrier, *transforms, transforms_tree):
+    del barrier, transforms, transforms_tree
+    return (), {pallas_core._memory_effect}
+
+
+@lowering.register_lowering_rule(_track_copies_p, mgpu.LoweringSemantics.Lane)
+def _track_copies_lowering(ctx, barrier, *transforms, transforms_tree):
+    index = pallas_primitives._get_barrier_base_index(
+        ctx.avals_in[0], transforms_tree.unflatten(transforms)
+    )
+    nvvm.cp_async_mbarrier_arrive((barrier if index is None else barrier[index]).get_ptr())
+    return ()

@@ -85,6 +85,11 @@ def fits(record: Any, kv_len: Any) -> Any:
     return (end == blocks) | ((end < blocks) & ~last)
 
 
+def last_page(kv_len: Any, page_size: int) -> Any:
+    """Index of the last valid entry of a request's row of the block table; 0 without one."""
+    return jnp.maximum(kv_len - 1, 0) // page_size
+
+
 def block_sources(
     table_ref: Any, request: Any, block: Any, kv_len: Any, page_size: int, num_pages: int
 ) -> tuple[list[tuple[Any, Any, Any]], Any]:
@@ -93,7 +98,7 @@ def block_sources(
 
     Pages past the length hold garbage: the last valid one is read in their place, and masked.
     """
-    last = jnp.maximum(kv_len - 1, 0) // page_size
+    last = last_page(kv_len, page_size)
 
     def page_at(index: Any) -> tuple[Any, Any]:
         page = table_ref[request, jnp.minimum(index, last)]
