@@ -68,8 +68,8 @@ def measure(
 ) -> dict[str, Timing]:
     """Times every burst in turn, `rounds` times, `pause` seconds apart.
 
-    Where a busy machine's noise exceeds the work (a lower quartile that is not above 0), it times
-    again with four times the repeats.
+    Where a busy machine's noise exceeds some of the work (a lower quartile that is not above 0), it
+    times all of it again with four times the repeats.
 
     Raises RuntimeError naming the bursts that are lost in noise however often they run.
     """
@@ -94,12 +94,12 @@ def measure(
         )
         for name, values in samples.items()
     }
-    lost = {name: bursts[name] for name, timing in timings.items() if timing.low <= 0}
+    lost = [name for name, timing in timings.items() if timing.low <= 0]
     if not lost:
         return timings
     if repeats >= MOST_REPEATS:
         raise RuntimeError(f"lost in noise, at {repeats} repeats: {', '.join(lost)}")
-    return timings | measure(lost, rounds=rounds, repeats=4 * repeats, pause=pause)
+    return measure(bursts, rounds=rounds, repeats=min(4 * repeats, MOST_REPEATS), pause=pause)
 
 
 def jax_burst(

@@ -15,7 +15,11 @@ from mla_jax import PagedKVCache, plan_fixed, plan_splits, quantize
 from mla_jax.hal import load_profile
 from mla_jax.reference import attention_float64
 from pallas_kernels.hopper import aot, int8
-from pallas_kernels.hopper.tuning import choose_tile_plan, transposed_int8_tiles
+from pallas_kernels.hopper.tuning import (
+    choose_tile_plan,
+    roles_int8_tiles,
+    transposed_int8_tiles,
+)
 
 
 class Int8Batch:
@@ -192,6 +196,17 @@ def test_finds_invalid_requests_interpreted(heads, rows_per_tile):
     expected.check(*batch.attend(plan, interpret=plgpu.InterpretGPUParams()))
 
 
+@pytest.mark.parametrize(("heads", "rows_per_tile"), [(16, 16), (64, 64)])
+def test_a_query_of_nan_is_its_own_affair_interpreted(heads, rows_per_tile):
+    batch = Int8Batch(np.random.default_rng(heads), [70], heads=heads)
+    plan, interpret = split(batch, 1, rows_per_tile), plgpu.InterpretGPUParams()
+    clean = batch.attend(plan, interpret=interpret)
+    batch.q = batch.q.at[0, 0, 3, 5].set(jnp.nan)
+    for got, wanted in zip(batch.attend(plan, interpret=interpret), clean, strict=True):
+        assert np.isnan(np.asarray(got, np.float32)[0, 3]).all()
+        np.testing.assert_array_equal(got[0, 4:], wanted[0, 4:])
+
+
 def test_the_check_fails_what_is_wrong():
     batch = Int8Batch(np.random.default_rng(0), [65], heads=8)
     o, lse = batch.attend(split(batch, 1, 8), interpret=plgpu.InterpretGPUParams())
@@ -250,8 +265,8 @@ def test_overwritten_registers_are_found():
         assert overwritten_in_flight(code.format(fine)) == []
 
 
-@pytest.mark.parametrize(("heads", "tokens", "page_size"), [(16, 1, 64), (16, 2, 64), (64, 1, 64)])
-def test_compiles_for_sm90a(heads, tokens, page_size):
+@pytest.mark.parametrize(("heads", "tokens"), [(8, 1), (16, 1), (24, 1), (16, 2), (64, 1)])
+def test_compiles_for_sm90a(heads, tokens):
     """Nothing serialised, ignored or spilled, and operand A stays in its registers."""
 
     def attend(*args):
@@ -263,9 +278,9 @@ def test_compiles_for_sm90a(heads, tokens, page_size):
     decode = aot.compile_sm90a(
         attend,
         struct((4, tokens * heads, 576), jnp.bfloat16),
-        struct((64, page_size, 512), jnp.int8),
-        struct((64, page_size, 64), jnp.bfloat16),
-        struct((64, page_size), jnp.float32),
+        struct((64, 64, 512), jnp.int8),
+        struct((64, 64, 64), jnp.bfloat16),
+        struct((64, 64), jnp.float32),
         struct((4, 8)),
         struct((4,)),
         struct((4,)),
@@ -330,6 +345,14 @@ def test_sizes_on_the_gpu(sizes):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [{"depth": 2}, {"q_parts": 1, "depth": 4}])
+def test_sizes_of_64_rows_on_the_gpu(sizes):
+    batch = Int8Batch(np.random.default_rng(0), LENGTHS, heads=64)
+    plan = roles_int8_tiles(load_profile("H200_SXM"), rows_per_tile=64, **sizes)
+    batch.check(*batch.attend(tiles=plan, partial_dtype="bfloat16"))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("heads", [8, 24, 64])
 def test_finds_invalid_requests_on_the_gpu(heads):
     batch, expected = invalid_requests(heads)
@@ -358,14 +381,16 @@ def test_long_and_repeated_on_the_gpu(heads):
 
 
 @pytest.mark.gpu
-def test_batch_invariant_on_the_gpu():
-    """A request's rows have the same bits alone and in a batch, under a fixed split."""
+@pytest.mark.parametrize("workers", [132, 3])
+def test_batch_invariant_on_the_gpu(workers):
+    """A request's rows have the same bits alone and in a batch, under a fixed split; also where
+    other pieces of its worker stand before it, which decides whose its even blocks are."""
     batch = Int8Batch(np.random.default_rng(0), [3000, 100, 4096, 1025], heads=16)
 
     def attend(requests):
         plan = plan_fixed(
             batch.seq_lens[requests], split_size=512, max_seq_len=4096, rows=16, rows_per_tile=16,
-            num_workers=132,
+            num_workers=workers,
         )  # fmt: skip
         return batch.attend(plan, requests=requests)
 

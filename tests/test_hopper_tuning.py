@@ -77,7 +77,7 @@ def test_the_seesaw_plan_is_the_one_the_profile_arrives_at() -> None:
         (lambda: transposed_int8_tiles(H200, rows_per_tile=8, depth=3), "depth = 3, wanted a mul"),
         (lambda: transposed_int8_tiles(H200, rows_per_tile=8, depth=6), "shared holds 232448"),
         (lambda: roles_int8_tiles(H200, rows_per_tile=128), "rows_per_tile = 128, wanted 64"),
-        (lambda: roles_int8_tiles(H200, rows_per_tile=64, rope_dim=128), "P takes the place"),
+        (lambda: roles_int8_tiles(H200, rows_per_tile=64, rope_dim=128), "rope_dim = 128, wa"),
         (lambda: roles_int8_tiles(H200, rows_per_tile=64, depth=4), "shared holds 232448"),
         (lambda: roles_int8_tiles(H200, rows_per_tile=64, q_parts=3), "q_parts = 3, wanted 1"),
         (lambda: transposed_int8_tiles(H200, rows_per_tile=8, q_parts=0), "q_parts = 0, wanted 1"),

@@ -66,8 +66,6 @@ def refuses(q_dtype: Any, cache: PagedKVCache, rescale: str, plan: SplitPlan | N
         return f"it takes page sizes {sizes} of a cache of {kind}, got {cache.page_size}"
     heights = tile_heights(kind, rescale=rescale)
     latent, rope = cache.kv_lora_rank, cache.rope_dim
-    if kind == "int8" and (latent, rope) != (512, 64):
-        return f"of int8 it takes kv_lora_rank 512 and rope_dim 64, got {latent} and {rope}"
     try:
         for height in heights:
             tile_plan_of_height(height, cache=kind, kv_lora_rank=latent, rope_dim=rope)

@@ -84,7 +84,6 @@ def decode(
     dtype = q.dtype
     cluster = tiles.cluster  # CTAs that share a KV block
     scale = softmax_scale * LOG2E
-    last_query = (rows_total - 1) // num_heads
     g = Backend(interpreting=interpret is not None)
     num_slots = max(1, plan.num_slots)
     exponent_add = rescale == "exponent_add"
@@ -383,7 +382,8 @@ def decode(
                 shortest = kv_len
                 if causal:
                     shortest = kv_len - query_len + row // num_heads + 1
-                ragged = jnp.minimum((row + BLOCK - 1) // num_heads, last_query) >= query_len
+                last_query = jnp.minimum((row + BLOCK - 1) // num_heads, num_queries - 1)
+                ragged = last_query >= query_len
                 shortest = jnp.where(ragged, 0, shortest)
                 pairs = num_blocks // 2
                 open_pairs = jnp.clip((shortest // BLOCK - begin) // 2, 0, pairs)
@@ -404,7 +404,7 @@ def decode(
                 plgpu.barrier_wait(l_ready)
                 total = g.load_rows(l_smem.at[0]) + g.load_rows(l_smem.at[1])
                 blank = jnp.where((kv_len < 0) | lost, jnp.nan, 0.0)
-                seen = total > 0.0
+                seen = total != 0.0
                 inverse = jnp.where(seen, 1.0 / total, 0.0) + blank
                 lse = jnp.where(seen, m * LN2 + jnp.log(total), -jnp.inf) + blank
                 o = g.read(o_acc) * across(inverse, (BLOCK, half))

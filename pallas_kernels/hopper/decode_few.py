@@ -241,7 +241,7 @@ def decode_few(
             total = g.reduce_rows(norm, sum_smem, "add")
             plgpu.commit_smem()  # the next piece may write sum_smem
             blank = jnp.where((kv_len < 0) | lost, jnp.nan, 0.0)
-            seen = total > 0.0
+            seen = total != 0.0
             inverse = jnp.where(seen, 1.0 / total, 0.0) + blank
             lse = jnp.where(seen, m * LN2 + jnp.log(total), -jnp.inf) + blank
             o = g.read(o_acc) * lax.broadcast_in_dim(inverse, (kv_lora_rank, rows), [1])

@@ -284,7 +284,7 @@ def decode_few_int8(
                 lost = lost_smem[flag] > 0  # written before the barrier of the last block
                 plgpu.barrier_arrive(piece_done.at[flag])
                 blank = jnp.where((kv_len < 0) | lost, jnp.nan, 0.0)
-                seen = total > 0.0
+                seen = total != 0.0
                 inverse = jnp.where(seen, (1.0 / WIDENED_UNIT) / total, 0.0) + blank
                 lse = jnp.where(seen, m * LN2 + jnp.log(total), -jnp.inf) + blank
                 stored = [(which, o * across(inverse, (half, rows))) for which, o in halves]
@@ -322,11 +322,19 @@ def decode_few_int8(
             other_m, other_total = (g.load_columns(state_smem.at[1 - me, i]) for i in range(2))
             other_o = g.take_over(handed_smem.at[1 - me])
             plgpu.barrier_arrive(taken)
+            # Rounded alike whichever of the two has which blocks (batch invariance).
             top = jnp.maximum(m, other_m)
-            keep, add = jnp.exp2(m - top), jnp.exp2(other_m - top)
-            wide = (half, rows)
-            o = g.read(kept) * across(keep, wide) + other_o * across(add, wide)
-            finish(top, total * keep + other_total * add, [(me, o)])
+            factor = jnp.exp2(jnp.minimum(m, other_m) - top)
+
+            def meet_at_top(mine, other, spread=lambda columns: columns):
+                mine_is_top = spread(m) >= spread(other_m)
+                higher = jnp.where(mine_is_top, mine, other)
+                lower = jnp.where(mine_is_top, other, mine)
+                return higher + lower * spread(factor)
+
+            wide = functools.partial(across, shape=(half, rows))
+            o = meet_at_top(g.read(kept), other_o, wide)
+            finish(top, meet_at_top(total, other_total), [(me, o)])
 
         def compute(me):
             if uneven:

@@ -74,7 +74,11 @@ def decode_int8(
     partial_dtype=jnp.float32,
     interpret=None,
 ):
-    """Runs the plan; arguments and results as in `decode_few_int8`, R a multiple of 64."""
+    """Runs the plan; arguments and results as in `decode_few_int8`, R a multiple of 64.
+
+    tiles: `tuning.roles_int8_tiles`. Raises ValueError for other rows, or rope keys that are not 64
+    wide.
+    """
     rows_total = q.shape[1]
     latent = pages.shape[2]
     num_pages, page_size, rope = rope_pages.shape
@@ -83,7 +87,8 @@ def decode_int8(
     )
     if rows_total % QUERIES or rope != BLOCK:
         raise ValueError(
-            f"q must have a multiple of {QUERIES} rows and {BLOCK} rope columns, got {q.shape}"
+            f"q must have a multiple of {QUERIES} rows and rope_pages {BLOCK} columns, got "
+            f"{q.shape} and {rope_pages.shape}"
         )
     half = latent // MAKERS
     groups = half // GROUP
@@ -240,8 +245,8 @@ def decode_int8(
                 shortest = kv_len
                 if causal:
                     shortest = kv_len - query_len + row // num_heads + 1
-                last_query = (rows_total - 1) // num_heads
-                ragged = jnp.minimum((row + QUERIES - 1) // num_heads, last_query) >= query_len
+                last_query = jnp.minimum((row + QUERIES - 1) // num_heads, num_queries - 1)
+                ragged = last_query >= query_len
                 return jnp.clip(jnp.where(ragged, 0, shortest) // BLOCK, begin, end)
 
             def keys_of_rows(zero):
@@ -300,11 +305,11 @@ def decode_int8(
             plgpu.barrier_arrive(piece_done(request))
 
             plgpu.barrier_wait(inverse_empty(request))
-            inverse = jnp.where(total > 0.0, (1.0 / WIDENED_UNIT) / total, 0.0)
+            inverse = jnp.where(total != 0.0, (1.0 / WIDENED_UNIT) / total, 0.0)
             inverse_smem.at[opaque(request)][...] = inverse + blank
             plgpu.commit_smem()
             plgpu.barrier_arrive(inverse_full(request))
-            lse = jnp.where(total > 0.0, m * LN2 + jnp.log(total), -jnp.inf) + blank
+            lse = jnp.where(total != 0.0, m * LN2 + jnp.log(total), -jnp.inf) + blank
 
             @pl.when(out_slot < 0)
             def _store():

@@ -3,8 +3,8 @@
 The counterpart of `widen`. Two int8 are q in 15 bits, 128 * high + low: what 8 bits lose of q costs
 as much as the int8 cache does (`mla_jax.quantize.quantize_in_halves`). A row's scale is
 `mla_jax.quantize`'s. Where that divides by the scale, this multiplies with its inverse, which makes
-another step of what stands within 1e-4 of a tie; and it rounds by an add, since float32 holds whole
-numbers only from 2^23 on.
+another step of what stands within 1e-4 (of 15 bits: 3e-3) of a tie; and it rounds by an add, since
+float32 holds whole numbers only from 2^23 on.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from pallas_kernels.hopper.primitives import Backend
 
 ROW_GROUP = 8  # rows that a warpgroup fetches at a time: those of a swizzled tile
 # float32 around it are whole numbers, and the bits of n more are n more. Its own two lowest bytes
-# are 0, and they are when it is divided by HALF.
+# are 0, and the lowest still is after a shift by 7.
 _WHOLE = 1.5 * 2.0**23
 
 

@@ -152,7 +152,7 @@ def transposed_int8_tiles(
     that make one value of q, 1 or 2. registers: as
     in `seesaw_tiles`, where two compute; one computing thread can have as many as there are.
     """
-    _check_widths(profile, kv_lora_rank, rope_dim)
+    _check_int8_widths(profile, kv_lora_rank, rope_dim)
     if computing not in (1, 2):
         raise _refused(profile, "computing", computing, "1 or 2 warpgroups")
     _check_columns(profile, rows_per_tile, MOST_COLUMNS if computing == 1 else MOST_COLUMNS_OF_TWO)
@@ -213,9 +213,7 @@ def roles_int8_tiles(
     q_parts: int8 that make one value of q, 1 or 2. registers: (of a warpgroup that makes O, of that
     which makes P, of the loading one), what setmaxnreg takes.
     """
-    _check_widths(profile, kv_lora_rank, rope_dim)
-    if rope_dim != BLOCK:
-        raise _refused(profile, "rope_dim", rope_dim, f"{BLOCK}: P takes the place of rope keys")
+    _check_int8_widths(profile, kv_lora_rank, rope_dim)
     if rows_per_tile != WGMMA_ROWS:
         raise _refused(profile, "rows_per_tile", rows_per_tile, WGMMA_ROWS)
     _check_q_parts(profile, q_parts)
@@ -342,6 +340,14 @@ def _check_widths(profile: HardwareProfile, kv_lora_rank: int, rope_dim: int) ->
         raise _refused(profile, "kv_lora_rank", kv_lora_rank, "a multiple of 128 up to 512")
     if rope_dim % 64 or rope_dim <= 0:
         raise _refused(profile, "rope_dim", rope_dim, "a multiple of 64")
+
+
+def _check_int8_widths(profile: HardwareProfile, kv_lora_rank: int, rope_dim: int) -> None:
+    """A warp widens one swizzled tile of 128 columns; P takes the place of rope keys."""
+    if kv_lora_rank != 512:
+        raise _refused(profile, "kv_lora_rank", kv_lora_rank, 512)
+    if rope_dim != BLOCK:
+        raise _refused(profile, "rope_dim", rope_dim, BLOCK)
 
 
 def _check_columns(profile: HardwareProfile, rows_per_tile: int, most: int) -> None:

@@ -87,13 +87,11 @@ def _spread(four: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 @dataclasses.dataclass(frozen=True)
 class WideningBackend(TransposedBackend):
-    """`TransposedBackend` with int8 products and widening.
+    """`TransposedBackend` with int8 products and widening."""
 
-    Accumulators are (columns of O^T's left half, of its right half, int8 scores, rope scores).
-    """
-
-    def with_score_accumulators(self, run, scratch, thread: int, *shapes) -> None:
-        """What run(*accumulators) gives; the last but one int32, the others float32."""
+    def with_score_accumulators(self, run, scratch, thread: int, *shapes):
+        """What run(*accumulators) returns; the last two are for scores of int8 (int32) and of rope
+        keys, the others, if any, for O^T; all but that one are float32."""
         if self.interpreting:
             return run(*(ref.at[thread] for ref in scratch))
         dtypes = [jnp.float32] * len(shapes)
@@ -246,17 +244,6 @@ class WideningBackend(TransposedBackend):
                         llvm.store(value, place)
 
         store(ref, value)
-
-    def columns_of(self, rows, scratch) -> jax.Array:
-        """(n,) values beside the rows of a tile, put beside its columns.
-
-        scratch: float32 SMEM (n,). A barrier of the warpgroup must stand between two uses.
-        """
-        if self.interpreting:
-            return rows
-        scratch[...] = rows
-        plgpu.commit_smem()
-        return self.load_columns(scratch)
 
     # -- between two warpgroups -----------------------------------------------------------------
     def hand_over(self, ref, value) -> None:
