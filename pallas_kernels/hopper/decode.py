@@ -24,7 +24,7 @@ from pallas_kernels.hopper.merge import (
     block_parts,
     merge_shares,
 )
-from pallas_kernels.hopper.primitives import ROWS, WGMMA_OPERAND, Backend
+from pallas_kernels.hopper.primitives import OWN_BARRIERS, ROWS, WGMMA_OPERAND, Backend
 from pallas_kernels.hopper.walk import (
     BLOCK,
     LN2,
@@ -525,12 +525,7 @@ def decode(
         thread_name="wg",
         interpret=interpret,
         kernel_name="mla_decode",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        compiler_params=OWN_BARRIERS,
     )
     walk, records_ = records(plan)
     given = seq_lens if query_lens is None else query_lens

@@ -27,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.merge import Meeting, Place, Refs, merge_shares, row_parts
 from pallas_kernels.hopper.narrow import ROW_GROUP, fetch_q
-from pallas_kernels.hopper.primitives import WGMMA_OPERAND
+from pallas_kernels.hopper.primitives import OWN_BARRIERS, WGMMA_OPERAND
 from pallas_kernels.hopper.transposed import COLUMNS, WARPS
 from pallas_kernels.hopper.walk import (
     BLOCK,
@@ -405,12 +405,7 @@ def decode_few_int8(
         thread_name="wg",
         interpret=interpret,
         kernel_name="mla_decode_few_int8",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        compiler_params=OWN_BARRIERS,
     )
     walks, records_ = records(plan)
     given = seq_lens if query_lens is None else query_lens

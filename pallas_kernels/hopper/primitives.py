@@ -29,6 +29,13 @@ WGMMA_OPERAND: Any = (
     plgpu.TilingTransform((8, 64)),  # type: ignore[abstract]
     plgpu.SwizzleTransform(128),  # type: ignore[abstract]
 )
+# Of a kernel that places all of its barriers itself, and reduces without scratch.
+OWN_BARRIERS = plgpu.CompilerParams(
+    approx_math=True,
+    unsafe_no_auto_barriers=True,
+    reduction_scratch_bytes=0,
+    lowering_semantics=plgpu.LoweringSemantics.Lane,
+)
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value a row, beside a (64, n) WGMMA tile
 CHUNK_BYTES = 16  # what a thread gathers at once, and what swizzling moves as one
 
