@@ -146,7 +146,7 @@ def test_finds_invalid_requests_interpreted(heads, rows_per_tile, page_size):
 
 
 @pytest.mark.parametrize(
-    ("rows", "ctas", "width", "fixed"), [(16, 1, 128, False), (64, 1, 64, False), (64, 2, 64, True)]
+    ("rows", "ctas", "width", "fixed"), [(16, 1, 128, False), (64, 2, 64, True)]
 )
 def test_merges_tiles_in_two_pieces_and_in_many(rows, ctas, width, fixed):
     """One long request among short ones: NaN in slots of no piece, -inf for a piece of no key."""
@@ -196,12 +196,11 @@ def test_merges_tiles_in_two_pieces_and_in_many(rows, ctas, width, fixed):
     assert not gpu_callbacks.get_races().races_found
 
 
-@pytest.mark.parametrize(("heads", "rows_per_tile"), [(16, 16), (40, 64)])
-def test_a_query_of_nan_is_its_own_affair_interpreted(heads, rows_per_tile):
-    batch = HopperBatch(np.random.default_rng(heads), [70], heads=heads)
-    clean = run(batch, workers=1, rows_per_tile=rows_per_tile)
+def test_a_query_of_nan_is_its_own_affair_interpreted():
+    batch = HopperBatch(np.random.default_rng(0), [70], heads=40)
+    clean = run(batch, workers=1, rows_per_tile=64)
     batch.q = batch.q.at[0, 0, 3, 5].set(jnp.nan)
-    for got, wanted in zip(run(batch, workers=1, rows_per_tile=rows_per_tile), clean, strict=True):
+    for got, wanted in zip(run(batch, workers=1, rows_per_tile=64), clean, strict=True):
         assert np.isnan(np.asarray(got, np.float32)[0, 3]).all()
         np.testing.assert_array_equal(got[0, 4:], wanted[0, 4:])
 

@@ -196,10 +196,9 @@ def test_finds_invalid_requests_interpreted(heads, rows_per_tile):
     expected.check(*batch.attend(plan, interpret=plgpu.InterpretGPUParams()))
 
 
-@pytest.mark.parametrize(("heads", "rows_per_tile"), [(16, 16), (64, 64)])
-def test_a_query_of_nan_is_its_own_affair_interpreted(heads, rows_per_tile):
-    batch = Int8Batch(np.random.default_rng(heads), [70], heads=heads)
-    plan, interpret = split(batch, 1, rows_per_tile), plgpu.InterpretGPUParams()
+def test_a_query_of_nan_is_its_own_affair_interpreted():
+    batch = Int8Batch(np.random.default_rng(0), [70], heads=16)
+    plan, interpret = split(batch, 1, 16), plgpu.InterpretGPUParams()
     clean = batch.attend(plan, interpret=interpret)
     batch.q = batch.q.at[0, 0, 3, 5].set(jnp.nan)
     for got, wanted in zip(batch.attend(plan, interpret=interpret), clean, strict=True):
@@ -265,7 +264,7 @@ def test_overwritten_registers_are_found():
         assert overwritten_in_flight(code.format(fine)) == []
 
 
-@pytest.mark.parametrize(("heads", "tokens"), [(8, 1), (16, 1), (24, 1), (16, 2), (64, 1)])
+@pytest.mark.parametrize(("heads", "tokens"), [(8, 1), (16, 1), (16, 2), (64, 1)])
 def test_compiles_for_sm90a(heads, tokens):
     """Nothing serialised, ignored or spilled, and operand A stays in its registers."""
 
