@@ -247,8 +247,8 @@ class Work:
         from pallas_kernels.hopper.attention import plan_decode
 
         rescale = dict(who.options).get("rescale", "multiply")
-        rows = self.row.s_q * self.row.heads
-        return lambda seq_lens: plan_decode(seq_lens, rows, rescale=rescale)
+        rows, cache = self.row.s_q * self.row.heads, "int8" if self.row.dtype == "int8" else "float"
+        return lambda seq_lens: plan_decode(seq_lens, rows, cache=cache, rescale=rescale)
 
     def step(self, who: Contender) -> Callable[..., tuple[jax.Array, jax.Array]]:
         """(q, layer, (block tables, seq_lens, plan)) -> (o, lse)."""

@@ -30,7 +30,6 @@ from experiments.best_when import best_when  # noqa: E402
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 MEASURED = ROOT / "benchmarks" / "measured" / "h200_decode.json"  # on a GPU, beside peers
-MEASURED_INT8 = MEASURED.with_name("h200_int8.json")
 H200 = ROOT / "benchmarks" / "h200"  # a folder an experiment
 DEVICE = "NVIDIA H200"  # that what stands there was measured on
 TAKEN = ("result.json", "*.csv", "*.png")
@@ -156,29 +155,35 @@ def h200_decode() -> str:
 
 
 def h200_int8() -> str:
-    """The int8 kernels beside the bf16 ones, as measured in one process on one H200."""
-    shapes: dict[str, dict[str, Any]] = {}
-    for row in json.loads(MEASURED_INT8.read_text())["rows"]:
-        shapes.setdefault(row["row"], {})[row["name"]] = row
-    rows = []
-    for shape, found in shapes.items():
-        batch, kv_len, heads, _ = shape.split("x")
-        bf16 = found["bf16"]["us"]
-        int8 = [found[name] for name in (next(n for n in ("default", "see") if n in found), "+q")]
-        cells = [f"{row['us']:.1f} ({bf16 / row['us']:.2f})" for row in int8]
-        error = f"{int8[0]['error']:.1e}"
-        rows.append([f"{heads} heads, {batch} x {kv_len}", f"{bf16:.1f}", *cells, error])
-    header = ["1 token, page size 64", "bf16, us", "int8", "int8, q quantised in the step"]
-    return table([*header, "error of the kernel"], rows)
+    """The int8 kernels beside the bf16 ones, from the standard grid; * where two sessions meet."""
+    rows = [row for row in h200_grid()["rows"] if row["implementation"] == "hopper"]
+    axes = ("heads", "s_q", "batch", "lengths", "kv_len", "page_size")
+    found = {(row["dtype"], *(row[axis] for axis in axes)): row for row in rows}
+    lines = []
+    for (dtype, *shape), int8 in sorted(found.items()):
+        bf16 = found["bf16", *shape]
+        if dtype != "int8":
+            continue
+        heads, s_q, batch, lengths, kv_len, _ = shape
+        ragged = "ragged " * (lengths == "varlen")
+        star = "\\*" * (int8["session"] != bf16["session"])
+        lines.append([
+            f"{heads} heads, {s_q} token{'s' * (s_q > 1)}, {batch} x {ragged}{kv_len}",
+            *(f"{row['us']:.1f} / {row['us_separated']:.1f}" for row in (bf16, int8)),
+            " / ".join(f"{bf16[key] / int8[key]:.2f}" for key in ("us", "us_separated")) + star,
+            f"{int8['gb_per_s']:,.0f}",
+            f"{int8['error']:.1e}",
+        ])  # fmt: skip
+    header = ["page size 64", "bf16, us", "int8, us", "speed against bf16", "int8, GB/s"]
+    return table([*header, "error of the kernel"], lines)
 
 
 def h200_benchmark() -> str:
-    """Classes of shapes of the standard grid, who is fastest and by how much; nothing where no run
-    is committed. One token, bf16, equal lengths, pages of 64; the rest is in the report."""
-    folder = H200 / "benchmark"
-    if not (folder / "result.json").exists():
-        return ""
-    result = json.loads((folder / "result.json").read_text())
+    """Classes of shapes of the standard grid, who is fastest and by how much.
+
+    One token, bf16, equal lengths, pages of 64; the rest is in the report.
+    """
+    result = h200_grid()
     rows = [row for row in result["rows"] if row["status"] == "measured"]
     usual = {"s_q": 1, "dtype": "bf16", "lengths": "uniform", "page_size": 64}
     classes = best_when(r for r in rows if all(r[key] == value for key, value in usual.items()))
@@ -191,7 +196,7 @@ def h200_benchmark() -> str:
     header = ["heads, requests x KV tokens", "shapes", "fastest", baseline]
     session = result["sessions"][rows[-1]["session"]]
     left = f"; {result['left']} were not run" if result["left"] else ""
-    picture = (folder / "roofline.png").relative_to(README.parent).as_posix()
+    picture = (H200 / "benchmark" / "roofline.png").relative_to(README.parent).as_posix()
     return (
         f"The grid `{result['preset']}` on one {DEVICE}, jax "
         f"{session['environment']['versions']['jax']}, {session['started'][:10]}: {len(rows)} rows "
@@ -213,6 +218,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "int8_accuracy": int8_accuracy,
     "split_kv": split_kv,
 }
+
+
+def h200_grid() -> dict[str, Any]:
+    """The committed result of `benchmark` on an H200."""
+    return json.loads((H200 / "benchmark" / "result.json").read_text())
 
 
 def load(name: str) -> dict[str, Any]:
