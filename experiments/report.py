@@ -131,7 +131,7 @@ def render(results: Sequence[Result], title: str) -> str:
     return page.document(
         f"mla-jax: {title}",
         f"<header><h1>mla-jax, results in {page.text(title)}</h1>\n"
-        f'<p class="soft">{len(results)} experiments, {passed} passed; on '
+        f'<p class="soft">{len(results)} result{"s" * (len(results) != 1)}, {passed} passed; on '
         f"{page.text(', '.join(dict.fromkeys(r.where for r in results)))}.</p>\n"
         f"<nav>{links}</nav></header>\n<main>\n{body}\n</main>\n"
         f"<footer>Written {now} by experiments.report.</footer>",
