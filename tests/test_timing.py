@@ -31,6 +31,32 @@ def test_the_slope_cancels_what_the_first_launch_costs(monkeypatch):
         assert not result[name].host_bound
 
 
+def test_a_cold_machine_does_not_shorten_the_slope(monkeypatch):
+    """A device that takes 0.4 ms longer for its first burst after a pause."""
+    clock, pending, cold = 0.0, 0, True
+
+    def sleep(seconds):
+        nonlocal clock, cold
+        clock += seconds
+        cold = True
+
+    def enqueue():
+        nonlocal pending
+        pending += 1
+
+    def wait():
+        nonlocal clock, pending, cold
+        clock += 1e-3 * pending + 4e-4 * cold
+        pending, cold = 0, False
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock)
+    monkeypatch.setattr(timing.time, "sleep", sleep)
+    burst = timing.Burst(48, enqueue, wait)
+    timings = timing.measure({"a": burst, "b": burst}, rounds=3)
+    for name in "ab":
+        assert timings[name].us == pytest.approx(1000 / 48)
+
+
 @pytest.mark.parametrize(("work", "lost"), [(1e-3, False), (0.0, True)])
 def test_noise_larger_than_the_work(work, lost, monkeypatch):
     """3 ms more for a burst alone than for several, which the slope takes for the work's."""

@@ -156,13 +156,17 @@ def h200_decode() -> str:
 
 def h200_int8() -> str:
     """The int8 kernels beside the bf16 ones, from the standard grid; * where two sessions meet."""
-    rows = [row for row in h200_grid()["rows"] if row["implementation"] == "hopper"]
+    rows = [
+        row
+        for row in h200_grid()["rows"]
+        if (row["implementation"], row["status"]) == ("hopper", "measured")
+    ]
     axes = ("heads", "s_q", "batch", "lengths", "kv_len", "page_size")
     found = {(row["dtype"], *(row[axis] for axis in axes)): row for row in rows}
     lines = []
     for (dtype, *shape), int8 in sorted(found.items()):
-        bf16 = found["bf16", *shape]
-        if dtype != "int8":
+        bf16 = found.get(("bf16", *shape))
+        if dtype != "int8" or bf16 is None:
             continue
         heads, s_q, batch, lengths, kv_len, _ = shape
         ragged = "ragged " * (lengths == "varlen")
