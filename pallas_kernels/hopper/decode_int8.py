@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from mla_jax import quantize
 from pallas_kernels.hopper.merge import Meeting, Place, Refs, merge_shares, row_parts
 from pallas_kernels.hopper.narrow import fetch_q
 from pallas_kernels.hopper.primitives import OWN_BARRIERS, ROWS, WGMMA_OPERAND
@@ -38,7 +39,6 @@ from pallas_kernels.hopper.walk import (
     pieces_of,
     records,
     valid_lengths,
-    walk,
 )
 from pallas_kernels.hopper.widen import GROUP, INT8_OPERAND, WIDENED_UNIT, WideningBackend
 
@@ -48,6 +48,7 @@ LAZY_GROWTH = 8.0  # log2 units that the running maximum may lag behind the true
 # Of a record in shared memory, behind the plan's: lengths, the first slot, and
 LOST = RECORD + 3  # its keys can't all be had, so its rows are NaN
 LEFT = RECORD + 4  # how many pieces the worker has left, this one included
+WHOLE = RECORD + 5  # blocks up to this one need no mask
 MAKERS = 2  # warpgroups that make O, and merge
 SCORES, LOADS = MAKERS, MAKERS + 1  # the others
 
@@ -123,6 +124,7 @@ def decode_int8(
         factor_smem,
         grew_smem,
         inverse_smem,
+        end_smem,
         piece_smem,
         full,
         by_makers,
@@ -181,11 +183,11 @@ def decode_int8(
         def with_lengths(piece):
             return (*piece, *lengths(len_ref, qlen_ref, jnp.maximum(piece[0], 0)))
 
-        def load_piece(p, carry):
-            slot, *piece, kv_len, query_len = carry
+        def load_piece(carry):
+            p, left, slot, *piece, kv_len, query_len = carry
             request, _, begin, end, *_ = piece
             lost = (~fits(piece, kv_len)).astype(jnp.int32)
-            for i, value in enumerate((*piece, kv_len, query_len, slot, lost, pieces()[1] - p)):
+            for i, value in enumerate((*piece, kv_len, query_len, slot, lost, left)):
                 piece_smem[i] = value
             plgpu.barrier_arrive(piece_known(begin))
 
@@ -208,12 +210,14 @@ def decode_int8(
             following = jnp.minimum(p + 1, piece_ref.shape[0] - 1)
             head = with_lengths([piece_ref[following, i] for i in range(RECORD)])
             plgpu.barrier_wait(piece_done(following))
-            return (slot, *head)
+            return (p + 1, left - 1, slot, *head)
 
         def load():
             g.set_max_registers(tiles.registers[LOADS], "decrease")
             head = with_lengths([my_walk()[i] for i in range(RECORD)])
-            lax.fori_loop(*pieces(), load_piece, (jnp.int32(0), *head))
+            first, stop = pieces()
+            carry = (first, stop - first, jnp.int32(0), *head)
+            lax.while_loop(lambda carry: carry[1] > 0, load_piece, carry)
             # See every release, so that no barrier ends with a phase that nobody saw.
             for slot in range(slots):
                 plgpu.barrier_wait(empty.at[slot])
@@ -257,28 +261,49 @@ def decode_int8(
                 keys = kv_len - query_len + token + 1 if causal else kv_len
                 return jnp.where(token < query_len, keys, 0)
 
-            def block(mask, i, carry):
-                m, norm, slot = carry
-                zero = opaque(i)
-                scales, k = scale_smem.at[slot], kv_smem.at[slot]
+            def start(slot, zero):
+                """The first part of a block's S."""
                 g.zero_integers(s_int)
-                g.zero(s_acc)
                 plgpu.barrier_wait(full.at[slot])
-                g.mma_t(s_acc, q_rope_smem.at[zero], rope_smem.at[slot])
-                g.mma_t_in_parts(s_int, [(q_smem.at[zero + part], k) for part in range(q_parts)])
+                g.mma_t(s_int, q_smem.at[zero], kv_smem.at[slot])
 
-                if mask:  # scales past the last token may be NaN, and multiply a P of 0
+            def go_on(slot, zero):
+                """The rest of it, the last product left in flight."""
+                for part in range(1, q_parts):
+                    g.wait_mma(0)
+                    s_int[...] = g.read(s_int) * quantize.HALF
+                    g.mma_t(s_int, q_smem.at[zero + part], kv_smem.at[slot])
+                # (Zeros that come from memory are not made before it is read.)
+                late = (piece_smem[RECORD + 2] >> 30).astype(jnp.float32)
+                s_acc[...] = g.full(s_acc.shape, late, plgpu.Layout.WGMMA)
+                g.mma_t(s_acc, q_rope_smem.at[zero], rope_smem.at[slot])
+
+            def block(last, i, carry):
+                """P of a block whose S is under way; under it goes S of the next one."""
+                m, norm, slot = carry
+                zero, following = opaque(i), after(slot)
+                scales = scale_smem.at[slot]
+                masked = i >= piece_smem[WHOLE]
+                g.wait_mma(0)
+
+                @pl.when(masked)  # scales past the last token may be NaN, and multiply a P of 0
+                def _blank():
                     kept, valid = g.load_rows(scales), piece_smem[RECORD] - i * BLOCK
                     scales[...] = jnp.where(g.iota_rows(BLOCK) < valid, kept, 0.0)
                     plgpu.commit_smem()
 
-                g.wait_mma(0)
                 q_scale = across(g.load_rows(q_scale_smem.at[zero]))
                 token_scale = down(g.load_columns(scales))
                 latent_part = g.read(s_int).astype(jnp.float32) * q_scale * token_scale
                 s = latent_part + g.read(s_acc)
-                if mask:
-                    s = g.keep_columns(s, keys_of_rows(zero) - i * BLOCK)
+                s = lax.cond(
+                    masked,
+                    lambda s: g.keep_columns(s, keys_of_rows(zero) - i * BLOCK),
+                    lambda s: s,
+                    s,
+                )
+                if not last:
+                    start(following, zero)
                 top = jnp.maximum(m, s.max(axis=1) * scale)
                 m_new = jnp.where(top > m + LAZY_GROWTH, top, m)
                 p = jnp.exp2(s * scale - across(m_new))
@@ -289,13 +314,21 @@ def decode_int8(
                 rope_smem.at[slot][...] = (p * down(g.load_columns(scales))).astype(dtype)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(p_ready.at[slot])
-                return m_new, norm * factor + p.sum(axis=1), after(slot)
+                if not last:
+                    go_on(following, zero)
+                return m_new, norm * factor + p.sum(axis=1), following
 
             first_slot = piece_smem[RECORD + 2]
+            piece_smem[WHOLE] = seen_whole()
             none = (g.full((QUERIES,), NO_KEY, ROWS), g.full((QUERIES,), 0.0, ROWS), first_slot)
-            whole = seen_whole()
-            carry = lax.fori_loop(begin, whole, functools.partial(block, False), none)
-            m, total, _ = lax.fori_loop(whole, end, functools.partial(block, True), carry)
+
+            def all_blocks(_, carry):
+                start(first_slot, opaque(end))
+                go_on(first_slot, opaque(end))
+                carry = lax.fori_loop(begin, end - 1, functools.partial(block, False), carry)
+                return block(True, piece_smem[3] - 1, carry)
+
+            m, total, _ = lax.fori_loop(0, jnp.minimum(end - begin, 1), all_blocks, none)
             request, row_tile, *_, out_slot, _, slots_of_tile = (
                 piece_smem[i] for i in range(RECORD)
             )
@@ -307,6 +340,8 @@ def decode_int8(
             plgpu.barrier_wait(inverse_empty(request))
             inverse = jnp.where(total != 0.0, (1.0 / WIDENED_UNIT) / total, 0.0)
             inverse_smem.at[opaque(request)][...] = inverse + blank
+            for i, value in enumerate((request, row_tile, out_slot, slots_of_tile)):
+                end_smem[i] = value
             plgpu.commit_smem()
             plgpu.barrier_arrive(inverse_full(request))
             lse = jnp.where(total != 0.0, m * LN2 + jnp.log(total), -jnp.inf) + blank
@@ -336,9 +371,10 @@ def decode_int8(
             plgpu.barrier_wait(inverse_empty(none_left))
 
         # -------------------------------------------------------------------- who makes O
-        def make_o(me, n, piece, o_acc):
-            request, row_tile, begin, end, out_slot, _, slots_of_tile = piece
+        def blocks_of(piece):
+            return piece[3] - piece[2]
 
+        def make_o(me, first_slot, num_blocks, o_acc):
             def block(i, slot):
                 plgpu.barrier_wait(p_ready.at[slot])
 
@@ -352,11 +388,12 @@ def decode_int8(
                 return after(slot)
 
             g.zero(o_acc)
-            lax.fori_loop(0, end - begin, block, lax.rem(n, slots))
-            plgpu.barrier_wait(inverse_full(end))
+            slot = lax.fori_loop(0, num_blocks, block, first_slot)
+            plgpu.barrier_wait(inverse_full(num_blocks))
+            request, row_tile, out_slot, slots_of_tile = (end_smem[i] for i in range(4))
             inverse = g.load_columns(inverse_smem.at[0])
             o = g.read(o_acc) * down(inverse, (half, QUERIES))
-            plgpu.barrier_arrive(inverse_empty(end))
+            plgpu.barrier_arrive(inverse_empty(num_blocks))
 
             @pl.when(out_slot < 0)
             def _store():
@@ -369,6 +406,8 @@ def decode_int8(
                 if merges:
                     meet(request, row_tile, slots_of_tile).leave()
 
+            return slot
+
         def make():
             g.set_max_registers(tiles.registers[0], "increase")
             for slot in range(slots):
@@ -376,11 +415,14 @@ def decode_int8(
             plgpu.barrier_arrive(inverse_empty(0))
 
             def mine(me):
-                def run(k, n, piece):
-                    this_o = functools.partial(make_o, me, n, piece)
-                    g.with_accumulators(this_o, accumulators[:1], me, (half, QUERIES))
+                def piece(p, carry):
+                    slot, num_blocks = carry
+                    following = blocks_of(piece_ref.at[jnp.minimum(p + 1, piece_ref.shape[0] - 1)])
+                    this_o = functools.partial(make_o, me, slot, num_blocks)
+                    slot = g.with_accumulators(this_o, accumulators[:1], me, (half, QUERIES))
+                    return slot, following
 
-                walk(pieces(), my_walk(), piece_ref, run)
+                lax.fori_loop(*pieces(), piece, (jnp.int32(0), blocks_of(my_walk())))
                 return jnp.int32(me)
 
             me = lax.switch(wg, [functools.partial(mine, me) for me in range(MAKERS)])
@@ -423,8 +465,9 @@ def decode_int8(
             floats(slots, BLOCK),
             floats(slots, QUERIES),  # factors
             plgpu.SMEM((slots,), jnp.int32),  # whether any is not 1
-            floats(1, QUERIES),  # 1 / row sum
-            plgpu.SMEM((LEFT + 1,), jnp.int32),
+            floats(1, QUERIES),  # 1 / row sum, and
+            plgpu.SMEM((4,), jnp.int32),  # where the piece's O belongs
+            plgpu.SMEM((WHOLE + 1,), jnp.int32),
             plgpu.Barrier(num_arrivals=3, num_barriers=slots),  # full
             plgpu.Barrier(num_arrivals=MAKERS, num_barriers=slots + 1),
             plgpu.Barrier(num_arrivals=1, num_barriers=slots + 3),

@@ -106,12 +106,11 @@ class Backend:
             return ()
         return tuple(plgpu.SMEM((threads, *shape), jnp.float32) for shape in shapes)
 
-    def with_accumulators(self, run, scratch, thread: int, *shapes: tuple[int, int]) -> None:
-        """run(*accumulators), float32, of the given shapes."""
+    def with_accumulators(self, run, scratch, thread: int, *shapes: tuple[int, int]):
+        """What run(*accumulators) returns; they are float32, of the given shapes."""
         if self.interpreting:
-            run(*(ref.at[thread] for ref in scratch))
-        else:
-            pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+            return run(*(ref.at[thread] for ref in scratch))
+        return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
     def zero(self, acc) -> None:
         acc[...] = self.full(acc.shape, 0.0, plgpu.Layout.WGMMA)

@@ -201,7 +201,7 @@ def roles_int8_tiles(
     rows_per_tile: int,
     depth: int = 3,
     q_parts: int = 2,
-    registers: Sequence[int] = (192, 104, 24),
+    registers: Sequence[int] = (176, 136, 24),
     split_overhead: int = 5,
     merge_overhead: int = 0,
     kv_lora_rank: int = 512,
@@ -222,8 +222,9 @@ def roles_int8_tiles(
     _check_setmaxnreg(profile, registers)
     rows, half = WGMMA_ROWS, kv_lora_rank // 2
     makers, scoring, loading = registers
-    # fp32 half of O^T, and V^T of two groups with what addresses take; S in int32 and in fp32.
-    for got, needed in ((makers, rows * half // 128 + 64), (scoring, rows * BLOCK // 64 + 32)):
+    # fp32 half of O^T, V^T of two groups in turn and addresses; S of the next block in int32 and
+    # in fp32, this one's beside it.
+    for got, needed in ((makers, rows * half // 128 + 48), (scoring, 3 * rows * BLOCK // 128 + 40)):
         if got < needed:
             raise _refused(profile, "registers", got, f">= {needed} where O^T or S are kept")
     return TilePlan(
@@ -249,6 +250,7 @@ def roles_int8_tiles(
             BufferUse("shared", "rescaling factors", _aligned(depth * rows * FLOAT32)),
             BufferUse("shared", "whether to rescale", ALIGNMENT),
             BufferUse("shared", "1 / row sum", ALIGNMENT),
+            BufferUse("shared", "where O belongs", ALIGNMENT),
             BufferUse("shared", "piece record", ALIGNMENT),
             # piece known and done, row sums full and empty; full and empty of the slots, P ready
             BufferUse("shared", "barriers", BARRIER_BYTES, 4 + 3 * depth),

@@ -152,7 +152,7 @@ class WideningBackend(TransposedBackend):
             plgpu.wgmma(place, self._widened(mine), p.transpose((1, 0)))
             if more and not early:
                 following = self._bytes(v, group)
-            plgpu.wgmma_wait(1)  # the group before: its registers are free
+            plgpu.wgmma_wait(1 if early else 0)  # the group before: its registers are free
 
     def _bytes(self, ref, group: int) -> jax.Array:
         """The bytes of rows 64 * group .. of V^T as `_widened` takes them, 8 registers a thread.
