@@ -105,8 +105,9 @@ def plan_splits(
         rows_per_tile: rows that one worker holds at a time.
         block_size: KV tokens a block.
         cost_model: "blocks" or "fia". Of the worker counts tried, the plan with the smallest
-            maximum is kept, and the fewest workers among equals. "blocks" cuts no tile where that
-            gains nothing (as many equal requests as workers, say), which spares the merge.
+            maximum is kept, among equals the one with the fewest cuts, then the fewest workers.
+            "blocks" cuts no tile where that gains nothing (as many equal requests as workers,
+            say), which spares the merge.
         overhead: of a piece, in blocks; "fia" has none and takes no notice.
         merge_overhead: what it costs, once and in blocks, that tiles are cut at all: the plan of
             whole tiles is kept if it is no more than that behind. Not of "fia".
@@ -305,6 +306,11 @@ class _Line(NamedTuple):
         edges = jnp.append(self.edge, self.length)
         return edges[_find(middle, share)].at[-1].set(self.length)
 
+    def inner(self, cuts: jax.Array) -> jax.Array:
+        """[W + 1] bool: which of them cut a tile, each place once."""
+        inside = self.edge[self.tile_at(cuts)] < cuts
+        return inside & (cuts < self.length) & (cuts != jnp.roll(cuts, 1))
+
     def largest_load(self, cuts: jax.Array) -> jax.Array:
         """The cost of the costliest stretch between two cuts."""
         tile = self.tile_at(cuts)  # behind the end: the last
@@ -327,15 +333,14 @@ def _plan_splits(
     all_cuts = jax.vmap(functools.partial(line.cut, num_workers))(counts, spread)
     fewest = jnp.sqrt(line.blocks.sum().astype(jnp.float32)).astype(jnp.int32)
     tried = counts >= jnp.minimum(fewest, num_workers)
-    largest = jax.vmap(line.largest_load)(all_cuts)
-    cuts = all_cuts[jnp.argmin(jnp.where(tried, largest, _BEYOND))]
+    largest = jnp.where(tried, jax.vmap(line.largest_load)(all_cuts), _BEYOND)
+    inner = jax.vmap(line.inner)(all_cuts).sum(axis=1)
+    cuts = all_cuts[jnp.argmin(jnp.where(largest == largest.min(), inner, _BEYOND))]
     if costs.overhead:
         whole = line.cut_at_edges(num_workers)
         least = line.largest_load(cuts) + merge_overhead
         cuts = jnp.where(line.largest_load(whole) <= least, whole, cuts)
-    inner = line.edge[line.tile_at(cuts)] < cuts
-    inner &= (cuts < line.length) & (cuts != jnp.roll(cuts, 1))
-    starts = jnp.sort(jnp.append(line.edge, jnp.where(inner, cuts, _BEYOND)[1:]))
+    starts = jnp.sort(jnp.append(line.edge, jnp.where(line.inner(cuts), cuts, _BEYOND)[1:]))
     return _assemble(line, starts, _find(starts, cuts), 2 * (num_workers - 1))
 
 

@@ -112,6 +112,14 @@ def fia_tiles(seq_lens):
     return tiles
 
 
+def test_of_plans_with_the_same_maximum_the_fewest_cuts():
+    """64 x 64 blocks for 132 workers: two halves a tile, not 188 pieces of 32 blocks at most."""
+    lens = jnp.full(64, 4096, jnp.int32)
+    plan = plan_splits(lens, num_workers=132, rows=16, rows_per_tile=16, overhead=2)
+    blocks = np.asarray(plan.block_end - plan.block_start)[np.asarray(plan.request) >= 0]
+    assert blocks.tolist() == [32] * 128
+
+
 @given(lengths_strategy, st.sampled_from(WORKERS), st.sampled_from(["blocks", "fia"]))
 def test_balanced_plan_takes_every_block_once(seq_lens, num_workers, cost_model):
     plan = plan_splits(i32(*seq_lens), num_workers=num_workers, rows=ROWS, cost_model=cost_model)
