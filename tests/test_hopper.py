@@ -80,6 +80,11 @@ def run(
         ),
         ([150], {"heads": 128}, {"workers": 1, "rows_per_tile": 128}),
         ([75, 0, -1, 66], {"heads": 16, "page_size": 1}, {"workers": 2, "rows_per_tile": 16}),
+        (  # several row tiles of the transposed kernel, a token's heads in two of them
+            [70, 200],
+            {"heads": 20, "num_queries": 2, "query_lens": [2, 1]},
+            {"workers": 3, "rows_per_tile": 16},
+        ),
         (
             [190, 70],
             {
@@ -331,6 +336,14 @@ LENGTHS = [1, 63, 64, 65, 20, 140, 0, 4096, 777]
 @pytest.mark.parametrize("heads", [1, 5, 8, 16, 24, 40, 64, 80, 128])
 def test_heads_on_the_gpu(heads):
     batch = HopperBatch(np.random.default_rng(heads), LENGTHS, heads=heads)
+    batch.check(*op(batch))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [8, 40, 64, 80, 128])
+@pytest.mark.parametrize("seq_len", [0, 65, 4100])
+def test_a_single_request_on_the_gpu(heads, seq_len):
+    batch = HopperBatch(np.random.default_rng(heads), [seq_len], heads=heads, num_queries=1)
     batch.check(*op(batch))
 
 

@@ -13,6 +13,7 @@ from pallas_kernels.hopper.tuning import (
     plan_of,
     roles_int8_tiles,
     seesaw_tiles,
+    table_of_few_requests,
     tile_plan_of_height,
     transposed_int8_tiles,
     transposed_tiles,
@@ -43,6 +44,15 @@ def test_every_int8_problem_has_a_plan_that_fits(rows: int) -> None:
     assert 128 * sum(plan.registers) <= plan.capacity["registers"]
     assert plan.rows_per_tile == (-(-rows // 8) * 8 if rows <= 32 else 64)
     assert tile_plan_of_height(plan.rows_per_tile, cache="int8") == plan
+
+
+@given(rows=st.integers(1, 600), requests=st.integers(1, 200))
+def test_few_requests_get_tiles_of_a_class_that_is_there(rows: int, requests: int) -> None:
+    plan, usual = choose_tile_plan(rows, requests=requests), choose_tile_plan(rows)
+    assert tile_plan_of_height(plan.rows_per_tile) == plan
+    assert plan == usual or (requests <= 4 and plan.rows_per_tile < usual.rows_per_tile)
+    amla = choose_tile_plan(rows, requests=requests, rescale="exponent_add")
+    assert amla == choose_tile_plan(rows, rescale="exponent_add")
 
 
 def test_the_seesaw_plan_is_the_one_the_profile_arrives_at() -> None:
@@ -125,6 +135,7 @@ def test_tuning_takes_the_fastest_and_nothing_for_noise(tmp_path) -> None:
     tune_hopper.main(["16"], stopwatch, path)
     table = json.loads(path.read_text())
     assert table["device"]
+    assert table["few_requests"] == list(table_of_few_requests())
     changed = table["classes"][1]
     assert changed["depths"][0] == 3
     assert changed["split_overhead"] == tuned()[1]["split_overhead"]

@@ -92,7 +92,8 @@ def plan_decode(
 
     tiles: of the kernel; None: the tuned ones for a cache of "float" or "int8".
     """
-    tiles = tiles or choose_tile_plan(rows, cache=cache, rescale=rescale)
+    requests = seq_lens.shape[0]
+    tiles = tiles or choose_tile_plan(rows, requests=requests, cache=cache, rescale=rescale)
     return plan_splits(
         seq_lens,
         num_workers=num_sms() // tiles.cluster,

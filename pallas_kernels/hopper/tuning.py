@@ -270,6 +270,7 @@ KERNELS: dict[str, Callable[..., TilePlan]] = {
 def choose_tile_plan(
     rows: int,
     *,
+    requests: int | None = None,
     cache: str = "float",
     rescale: str = "multiply",
     profile: HardwareProfile | None = None,
@@ -278,14 +279,24 @@ def choose_tile_plan(
 ) -> TilePlan:
     """The tuned plan for `rows` query rows a request (tokens * heads).
 
+    requests: B, where it is known. So few that every tile will be cut get lower tiles, in fewer
+    pieces each: partial results are as many bytes as pieces times rows.
     cache: "float" (16 bits) or "int8". rescale: "exponent_add" is AMLA's, which only the seesaw
     kernel has. profile: None for an H200; num_workers is of that profile.
     """
+    widths = {"kv_lora_rank": kv_lora_rank, "rope_dim": rope_dim}
+    for entry in table_of_few_requests() if requests and rescale == "multiply" else ():
+        least, most = entry["rows"]
+        fits = requests <= entry["most_requests"] and least <= rows <= most
+        if fits and entry["cache"] == cache:
+            return tile_plan_of_height(
+                entry["rows_per_tile"], cache=cache, profile=profile, **widths
+            )
     for entry in tuned(cache):
         if entry["most_rows"] is not None and rows > entry["most_rows"]:
             continue
         if rescale == "multiply" or entry["kernel"] == "seesaw":
-            return plan_of(entry, profile, kv_lora_rank=kv_lora_rank, rope_dim=rope_dim)
+            return plan_of(entry, profile, **widths)
     raise ValueError(f"{cache} cache, rescale = {rescale!r}, {rows} rows: not in tuned.json")
 
 
@@ -331,10 +342,21 @@ def tuned(cache: str | None = None) -> tuple[dict[str, Any], ...]:
 
     By rising rows: each for up to `most_rows` rows (None: any). Those of int8 caches say so.
     """
-    table = json.loads(files("pallas_kernels.hopper").joinpath("tuned.json").read_text())
-    return tuple(
-        entry for entry in table["classes"] if cache in (None, entry.get("cache", "float"))
-    )
+    classes = _table()["classes"]
+    return tuple(entry for entry in classes if cache in (None, entry.get("cache", "float")))
+
+
+def table_of_few_requests() -> tuple[dict[str, Any], ...]:
+    """The entries of tuned.json for few requests: up to how many, and which rows, get which tiles.
+
+    They name a height, and its class says the rest.
+    """
+    return tuple(_table()["few_requests"])
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    return json.loads(files("pallas_kernels.hopper").joinpath("tuned.json").read_text())
 
 
 def _check_widths(profile: HardwareProfile, kv_lora_rank: int, rope_dim: int) -> None:
