@@ -91,7 +91,7 @@ def test_the_seesaw_plan_is_the_one_the_profile_arrives_at() -> None:
         (lambda: roles_int8_tiles(H200, rows_per_tile=64, depth=4), "shared holds 232448"),
         (lambda: roles_int8_tiles(H200, rows_per_tile=64, q_parts=3), "q_parts = 3, wanted 1"),
         (lambda: transposed_int8_tiles(H200, rows_per_tile=8, q_parts=0), "q_parts = 0, wanted 1"),
-        (lambda: roles_int8_tiles(H200, rows_per_tile=64, depth=0), "depth = 0, wanted >= 1"),
+        (lambda: roles_int8_tiles(H200, rows_per_tile=64, depth=1), "depth = 1, wanted >= 2"),
         (lambda: roles_int8_tiles(H200, rows_per_tile=64, registers=(176, 136, 20)), "setmaxnreg"),
         (lambda: roles_int8_tiles(H200, rows_per_tile=64, registers=(176, 128, 24)), ">= 136"),
         (lambda: roles_int8_tiles(H200, rows_per_tile=64, registers=(176, 144, 24)), "too many"),

@@ -217,8 +217,8 @@ def roles_int8_tiles(
     if rows_per_tile != WGMMA_ROWS:
         raise _refused(profile, "rows_per_tile", rows_per_tile, WGMMA_ROWS)
     _check_q_parts(profile, q_parts)
-    if depth < 1:
-        raise _refused(profile, "depth", depth, ">= 1")
+    if depth < 2:  # S of the next block is begun before P of this one is out
+        raise _refused(profile, "depth", depth, ">= 2")
     _check_setmaxnreg(profile, registers)
     rows, half = WGMMA_ROWS, kv_lora_rank // 2
     makers, scoring, loading = registers
