@@ -29,7 +29,7 @@ from pallas_kernels.hopper.tuning import plan_of, table_of_few_requests, tuned
 Entry = dict[str, Any]
 Timer = Callable[[Sequence[Entry], int], list[list[float]]]
 
-WORKLOADS = ((64, 1024), (128, 4096), (1, 16384))  # requests, tokens of each
+WORKLOADS = ((64, 1024), (128, 4096), (4, 16384))  # requests, tokens of each
 ANY_ROWS = 128  # timed for the class of all other rows
 PAGE_SIZE = 64
 GAIN = 0.01  # less is noise

@@ -1,5 +1,6 @@
 """The compile gate itself: it sees wgmma, registers, spills and serialisation without a GPU."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -110,5 +111,11 @@ ptxas info    : Used 168 registers, used 16 barriers, 1 bytes smem
     assert (report.spill_stores, report.spill_loads) == (12, 16)
     assert report.serialized
     assert report.ignores_setmaxnreg
+    assert not report.misuses_setmaxnreg
+    for step, misuse in (("inc", 160), ("dec", 176)):
+        for count in (160, 168, 176):
+            ptx = f"setmaxnreg.{step}.sync.aligned.u32 {count};"
+            at_fault = dataclasses.replace(report, ptx=ptx).misuses_setmaxnreg
+            assert at_fault == (count == misuse)
     with pytest.raises(ValueError, match="Used"):
         aot.parse_ptxas("ptxas fatal: no such thing")

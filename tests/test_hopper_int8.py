@@ -286,6 +286,7 @@ def test_compiles_for_sm90a(heads, tokens):
     )[0]
     assert not decode.serialized, decode.messages
     assert not decode.ignores_setmaxnreg, decode.messages
+    assert not decode.misuses_setmaxnreg
     # A tile plan's bytes are those that the compiler takes.
     plan = choose_tile_plan(tokens * heads, cache="int8")
     assert decode.shared_memory == plan.used()["shared"] <= 232_448

@@ -29,7 +29,7 @@ def test_finds_nothing(case: str, tool: str) -> None:
     done = subprocess.run(
         [
             *(sanitizer, f"--tool={tool}", "--error-exitcode=9", "--kernel-regex=kns=mla_"),
-            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / case)),
+            *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(FOLDER / case)),
         ],
         # Each buffer is an allocation of its own then, and what lies past it is out of bounds.
         env=os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"},

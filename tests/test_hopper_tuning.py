@@ -139,7 +139,7 @@ def test_tuning_takes_the_fastest_and_nothing_for_noise(tmp_path) -> None:
     changed = table["classes"][1]
     assert changed["depths"][0] == 3
     assert changed["split_overhead"] == tuned()[1]["split_overhead"]
-    assert changed["timed"] == {"64 x 1024": 9.0, "128 x 4096": 90.0, "1 x 16384": 6.3}
+    assert changed["timed"] == {"64 x 1024": 9.0, "128 x 4096": 90.0, "4 x 16384": 6.3}
     assert [c for i, c in enumerate(table["classes"]) if i != 1] == [
         c for i, c in enumerate(tuned()) if i != 1
     ]

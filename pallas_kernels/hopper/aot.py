@@ -53,6 +53,18 @@ class CompileReport:
         """True where ptxas ignored `set_max_registers` (C7508 and its kin)."""
         return any("setmaxnreg" in message for message in self.messages)
 
+    @property
+    def misuses_setmaxnreg(self) -> bool:
+        """True where it decreases to more registers than a thread starts with, or the reverse.
+
+        That is undefined (PTX), and nothing warns of it.
+        """
+        steps = re.findall(r"setmaxnreg\.(inc|dec)\.\S+\s+(\d+)", self.ptx)
+        return any(
+            int(count) < self.registers if way == "inc" else int(count) > self.registers
+            for way, count in steps
+        )
+
 
 def unavailable() -> str | None:
     """Returns why this gate can't run here and what to install, or None where it can."""

@@ -202,7 +202,7 @@ def decode(
             return tuple(piece_ref[next_piece, i] for i in range(RECORD))
 
         def load():
-            g.set_max_registers(tiles.registers[2], "decrease")
+            g.take_registers(tiles.registers, 2)
             # (Not `walk`, whose next record would take registers while a piece is loaded.)
             head = tuple(my_walk[i] for i in range(RECORD))
             first, stop = pieces_of(my_walk)
@@ -439,7 +439,7 @@ def decode(
 
                 plgpu.barrier_arrive(q_empty)
 
-            g.set_max_registers(tiles.registers[0], "increase")
+            g.take_registers(tiles.registers, me)
             for slot in (0, 1):
                 release(slot)  # every slot starts free
             if rows_box < BLOCK:

@@ -200,7 +200,7 @@ def decode_few_int8(
 
         def load():
             if uneven:
-                g.set_max_registers(tiles.registers[-1], "decrease")
+                g.take_registers(tiles.registers, computing)
             walk(pieces(), my_walk(), piece_ref, load_piece)
             # See every release, so that no barrier ends with a phase that nobody saw.
             for flag in range(FLAGS):
@@ -338,7 +338,7 @@ def decode_few_int8(
 
         def compute(me):
             if uneven:
-                g.set_max_registers(tiles.registers[0], "increase")
+                g.take_registers(tiles.registers, me)
             for slot in range(me, depth, computing):
                 plgpu.barrier_arrive(empty.at[slot])  # every slot starts free
             for flag in range(FLAGS):

@@ -213,7 +213,7 @@ def decode_int8(
             return (p + 1, left - 1, slot, *head)
 
         def load():
-            g.set_max_registers(tiles.registers[LOADS], "decrease")
+            g.take_registers(tiles.registers, LOADS)
             head = with_lengths([my_walk()[i] for i in range(RECORD)])
             first, stop = pieces()
             carry = (first, stop - first, jnp.int32(0), *head)
@@ -359,7 +359,7 @@ def decode_int8(
             return left
 
         def score():
-            g.set_max_registers(tiles.registers[SCORES], "decrease")
+            g.take_registers(tiles.registers, SCORES)
 
             def run(left):
                 fetch_piece(left)
@@ -409,7 +409,7 @@ def decode_int8(
             return slot
 
         def make():
-            g.set_max_registers(tiles.registers[0], "increase")
+            g.take_registers(tiles.registers, 0)
             for slot in range(slots):
                 plgpu.barrier_arrive(empty.at[slot])  # every slot starts free
             plgpu.barrier_arrive(inverse_empty(0))

@@ -7,6 +7,7 @@ stores, register hints vanish.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -37,6 +38,7 @@ OWN_BARRIERS = plgpu.CompilerParams(
     lowering_semantics=plgpu.LoweringSemantics.Lane,
 )
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value a row, beside a (64, n) WGMMA tile
+REGISTER_FILE = 65536  # registers of an SM
 CHUNK_BYTES = 16  # what a thread gathers at once, and what swizzling moves as one
 
 
@@ -509,8 +511,16 @@ class Backend:
         wait(counters, index, count)
 
     # -- control ------------------------------------------------------------------------------
-    def set_max_registers(self, count: int, action: Literal["increase", "decrease"]) -> None:
+    def take_registers(self, registers: Sequence[int], warpgroup: int) -> None:
+        """From here on a thread of this warpgroup has registers[warpgroup] of them.
+
+        All start with an equal share, and to go down to more than one has is undefined, as it is to
+        go up to less.
+        """
+        share = REGISTER_FILE // (128 * len(registers)) // 8 * 8
         if not self.interpreting:
+            count = registers[warpgroup]
+            action: Literal["increase", "decrease"] = "increase" if count > share else "decrease"
             plgpu.set_max_registers(count, action=action)
 
     def wait_for_previous_kernel(self) -> None:

@@ -279,8 +279,8 @@ def choose_tile_plan(
 ) -> TilePlan:
     """The tuned plan for `rows` query rows a request (tokens * heads).
 
-    requests: B, where it is known. So few that every tile will be cut get lower tiles, in fewer
-    pieces each: partial results are as many bytes as pieces times rows.
+    requests: B, where it is known. So few that every long tile will be cut get lower tiles, in
+    fewer pieces each: partial results are as many bytes as pieces times rows.
     cache: "float" (16 bits) or "int8". rescale: "exponent_add" is AMLA's, which only the seesaw
     kernel has. profile: None for an H200; num_workers is of that profile.
     """

@@ -124,11 +124,12 @@ class WideningBackend(TransposedBackend):
         return ref[...] if self.interpreting else plgpu.load(ref, layout=COLUMNS, optimized=False)
 
     def mma_widened(self, accs, v, p, first_group: int = 0) -> None:
-        """O^T += V^T P^T, the last product left in flight.
+        """O^T += V^T P^T, the last product left in flight where n is up to EARLY_QUERIES.
 
         accs: O^T in parts from group first_group on, (m, n) each, m a multiple of GROUP, in
         units of WIDENED_UNIT; v: int8 SMEM (TOKENS, d_v), tiled as INT8_OPERAND; p: bfloat16
-        SMEM (n, TOKENS). A group of rows is widened while the one before is multiplied.
+        SMEM (n, TOKENS). Up to EARLY_QUERIES a group of rows is widened while the one before is
+        multiplied; beside more of O^T there are no registers for two groups.
         """
         if self.interpreting:
             first = GROUP * first_group
@@ -152,7 +153,7 @@ class WideningBackend(TransposedBackend):
             plgpu.wgmma(place, self._widened(mine), p.transpose((1, 0)))
             if more and not early:
                 following = self._bytes(v, group)
-            plgpu.wgmma_wait(1 if early else 0)  # the group before: its registers are free
+            plgpu.wgmma_wait(1 if early else 0)  # until the registers of a group are free
 
     def _bytes(self, ref, group: int) -> jax.Array:
         """The bytes of rows 64 * group .. of V^T as `_widened` takes them, 8 registers a thread.
