@@ -28,9 +28,10 @@ from mla_jax.reference import attention_float64
 MOSAIC_CALLS = ("mosaic_gpu", "mosaic_gpu_v2")  # that jax.export does not promise to keep
 SCALE = 192**-0.5  # of DeepSeek-V2 and V3
 GRAIN = 128  # tokens that pools are multiples of: the largest page
+SHORT_TABLE, FEW_TOKENS = 4096, 16384
 LONG_BURST = 0.02  # seconds, about; a card at its power limit slows down
 # Relative error of o against float64 on what is in the cache. With an int8 cache P is rounded with
-# V's scale folded in, and q to 15 bits.
+# V's scale folded in, and q to 14 bits.
 BOUND = {"bf16": OUTPUT_BOUND["bfloat16"], "int8": 6e-3}
 BOUND_OF_LSE = {"bf16": 1e-3, "int8": 2e-3}
 # KV tokens of a batch up to which those are timed that define or show and are not made to race.
@@ -110,7 +111,7 @@ class Pool:
     """The caches of some rows, one for each of `layers`."""
 
     tokens: int
-    capacity: int  # tokens that a request's block table reaches
+    capacity: int  # tokens that a request's block table reaches, at most
     layers: int
     dtype: str
 
@@ -191,7 +192,7 @@ def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Everything about rows that share programs: all but their lengths is one."""
+    """Everything about rows that share programs: all but their lengths is one, see `key`."""
 
     row: Shape  # any of them
     pool: Pool
@@ -204,7 +205,22 @@ class Work:
 
     @property
     def tables(self) -> jax.ShapeDtypeStruct:
-        return _struct((self.row.batch, self.pool.capacity // self.row.page_size), jnp.int32)
+        return _struct((self.row.batch, self.capacity // self.row.page_size), jnp.int32)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a request's block table reaches.
+
+        Few short requests have short tables, as a server that sorts steps by length gives them:
+        kernels choose by it.
+        """
+        few = self.row.batch * SHORT_TABLE <= FEW_TOKENS and max(self.row.seq_lens) <= SHORT_TABLE
+        return min(SHORT_TABLE, self.pool.capacity) if few else self.pool.capacity
+
+    @property
+    def key(self) -> tuple:
+        """What rows that share programs have in common."""
+        return self.row.heads, self.row.s_q, self.row.page_size, self.capacity
 
     @property
     def seq_lens(self) -> jax.ShapeDtypeStruct:
@@ -248,7 +264,9 @@ class Work:
 
         rescale = dict(who.options).get("rescale", "multiply")
         rows, cache = self.row.s_q * self.row.heads, "int8" if self.row.dtype == "int8" else "float"
-        return lambda seq_lens: plan_decode(seq_lens, rows, cache=cache, rescale=rescale)
+        return lambda seq_lens: plan_decode(
+            seq_lens, rows, capacity=self.capacity, cache=cache, rescale=rescale
+        )
 
     def step(self, who: Contender) -> Callable[..., tuple[jax.Array, jax.Array]]:
         """(q, layer, (block tables, seq_lens, plan)) -> (o, lse)."""
@@ -469,8 +487,6 @@ def time_bursts(bursts: Mapping[str, timing.Burst], setup: Setup) -> dict[str, t
     for slow in (False, True):
         group = {name: bursts[name] for name in bursts if (once[name] > 3 * LONG_BURST) == slow}
         if group:
-            shortest = min(once[name] for name in group)
-            repeats = 1 if slow else min(6, max(2, math.ceil(0.002 / shortest)))
             rounds = 3 if slow else setup.rounds
-            found |= timing.measure(group, rounds=rounds, repeats=repeats, pause=setup.pause)
+            found |= timing.measure(group, rounds=rounds, pause=setup.pause)
     return found

@@ -157,7 +157,7 @@ class Runner:
     def _run_pool(self, pool: Pool, tasks: list[Task], peer_names: Sequence[str]) -> None:
         works: dict[tuple, list[Task]] = {}
         for row, who in tasks:
-            works.setdefault((row.heads, row.s_q, row.page_size), []).append((row, who))
+            works.setdefault(Work(row, pool, self.setup).key, []).append((row, who))
         groups = list(works.values())
         layers: list[Any] = []
         for start in range(0, len(groups), WORKS_AT_A_TIME):
@@ -175,7 +175,7 @@ class Runner:
                 self._run_row(row, pool, layers, mine, programs, peer_names)
 
     def _compile(self, pool: Pool, chunk: Sequence[Sequence[Task]]) -> dict[Any, Future]:
-        """Programs by (contender, heads, S_q, page size), of `jnp` by row; in threads."""
+        """Programs by contender and `Work.key`, of `jnp` by row; in threads."""
         jobs: dict[Any, Callable[[], Any]] = {}
         for group in chunk:
             for who in dict.fromkeys(who for _, who in group):
@@ -185,7 +185,7 @@ class Runner:
                         jobs[who.name, row] = functools.partial(compile_jnp, row, self.setup)
                     continue
                 work = Work(rows[0], pool, self.setup)
-                jobs[_program_key(who, rows[0])] = functools.partial(work.compile, who, rows)
+                jobs[who.name, work.key] = functools.partial(work.compile, who, rows)
         with ThreadPoolExecutor(os.cpu_count() or 1) as executor:
             futures = {key: executor.submit(job) for key, job in jobs.items()}
             for _ in track(as_completed(futures.values()), "compiling", total=len(futures)):
@@ -201,7 +201,8 @@ class Runner:
         programs: dict[Any, Future],
         peer_names: Sequence[str],
     ) -> None:
-        inputs = Inputs.make(row, self.setup, layers, pool.capacity)
+        work = Work(row, pool, self.setup)
+        inputs = Inputs.make(row, self.setup, layers, work.capacity)
         oracles: dict[int, Any] = {}
 
         def oracle(layer: int) -> Any:
@@ -230,7 +231,7 @@ class Runner:
             if who.implementation is None:
                 make = functools.partial(self._enter_jnp, inputs, programs[who.name, row])
             else:
-                program = programs[_program_key(who, row)]
+                program = programs[who.name, work.key]
                 make = functools.partial(self._enter_op, inputs, program, oracle)
             enter(who.name, make)
         launches = max((burst.launches for burst in bursts.values()), default=0)
@@ -309,10 +310,6 @@ class Runner:
         reason = f"{type(error).__name__}: {error}".strip()[:500]
         say(f"failed: {row.label}, {name}: {reason}", style="red")
         self.journal.add(row, name, "failed", reason=reason)
-
-
-def _program_key(who: Contender, row: Shape) -> tuple:
-    return who.name, row.heads, row.s_q, row.page_size
 
 
 def _enter_peer(

@@ -6,7 +6,7 @@ cache pays for rounding them too. The methods:
 - token, group, tensor: an int8 cache with such scales, read dequantised, all else in float32: what
   the cache alone costs, and what `xla` does with it.
 - "bf16 P", "int8 P", "int8 q, ...": the dataflows of `mla_jax.int8_dataflow` over that cache, which
-  round P and the queries too. Int8 queries and int8 P are Ascend's; int8 queries, or int15, two
+  round P and the queries too. Int8 queries and int8 P are Ascend's; int8 queries, or int14, two
   int8 for each value, and bf16 P take the int8 tensor cores of Hopper.
 - rotated: the latents and the queries turned by a Hadamard matrix first, as `rotate_latent` does it
   in the weights; outputs are turned back.
@@ -48,7 +48,7 @@ BOUND = 1e-2  # of the output, on rows that are not hard
 DATAFLOWS: dict[str, dict[str, str]] = {
     "bf16 P": {"queries": "bfloat16", "weights": "bfloat16"},
     "int8 q, bf16 P": {"queries": "int8", "weights": "bfloat16"},
-    "int15 q, bf16 P": {"queries": "int15", "weights": "bfloat16"},
+    "int14 q, bf16 P": {"queries": "int14", "weights": "bfloat16"},
     "int8 q, int8 P": {"queries": "int8", "weights": "int8"},
 }
 SERVED = "token, bf16 P"  # what the bound is held against, beside the cache alone
@@ -107,7 +107,7 @@ def run(options: Options, output: Output) -> Outcome:
             f"stay bf16 and P is bf16. The worst of these rows with scales per token: "
             f"{worst['token']:.1e} by the cache alone, {worst[SERVED]:.1e} with bf16 P, "
             f"{worst['token, int8 q, bf16 P']:.1e} with int8 queries too, "
-            f"{worst['token, int15 q, bf16 P']:.1e} with queries of 15 bits, "
+            f"{worst['token, int14 q, bf16 P']:.1e} with queries of 14 bits, "
             f"{worst['token, int8 q, int8 P']:.1e} with int8 P; with a bfloat16 cache "
             f"{worst['bfloat16']:.1e}."
         ),

@@ -64,18 +64,26 @@ class Timing:
 
 
 def measure(
-    bursts: Mapping[str, Burst], *, rounds: int = 15, repeats: int = 2, pause: float = 0.03
+    bursts: Mapping[str, Burst],
+    *,
+    rounds: int = 15,
+    seconds: float = 0.006,
+    pause: float = 0.03,
 ) -> dict[str, Timing]:
     """Times every burst in turn, `rounds` times, `pause` seconds apart.
 
-    Where a busy machine's noise exceeds some of the work (a lower quartile that is not above 0), it
-    times all of it again with four times the repeats.
+    A round runs a burst once, and then as often as fills `seconds` beside it, so that what a host
+    is late by is small against the difference. Where noise still exceeds some of the work (a lower
+    quartile that is not above 0), it times all of it again over four times as long.
 
     Raises RuntimeError naming the bursts that are lost in noise however often they run.
     """
-    for burst in bursts.values():
-        for _ in range(3):
+    repeats = {}
+    for name, burst in bursts.items():
+        for _ in range(2):
             burst.run(1)
+        _, once = burst.run(1)
+        repeats[name] = min(max(1, math.ceil(seconds / once)), MOST_REPEATS)
     samples: dict[str, list[float]] = defaultdict(list)
     enqueueing: dict[str, list[float]] = defaultdict(list)
     for _ in range(rounds):
@@ -83,8 +91,8 @@ def measure(
             time.sleep(pause)
             burst.run(1)  # a card that has paused is slower, which the slope would take off
             _, once = burst.run(1)
-            enqueued, more = burst.run(1 + repeats)
-            samples[name].append((more - once) / (repeats * burst.launches) * 1e6)
+            enqueued, more = burst.run(1 + repeats[name])
+            samples[name].append((more - once) / (repeats[name] * burst.launches) * 1e6)
             enqueueing[name].append(enqueued / more)
     timings = {
         name: Timing(
@@ -98,9 +106,9 @@ def measure(
     lost = [name for name, timing in timings.items() if timing.low <= 0]
     if not lost:
         return timings
-    if repeats >= MOST_REPEATS:
-        raise RuntimeError(f"lost in noise, at {repeats} repeats: {', '.join(lost)}")
-    return measure(bursts, rounds=rounds, repeats=min(4 * repeats, MOST_REPEATS), pause=pause)
+    if all(repeats[name] >= MOST_REPEATS for name in lost):
+        raise RuntimeError(f"lost in noise, at {MOST_REPEATS} repeats: {', '.join(lost)}")
+    return measure(bursts, rounds=rounds, seconds=4 * seconds, pause=pause)
 
 
 def jax_burst(

@@ -24,7 +24,7 @@ import numpy as np
 import pallas_kernels.hopper
 from experiments.timing import Burst, decode_rates, jax_burst, measure, rotating_block_tables
 from mla_jax.hal import TilePlanError
-from pallas_kernels.hopper.tuning import plan_of, table_of_few_requests, tuned
+from pallas_kernels.hopper.tuning import few_tokens, plan_of, tuned
 
 Entry = dict[str, Any]
 Timer = Callable[[Sequence[Entry], int], list[list[float]]]
@@ -154,13 +154,12 @@ def _time_workload(entries: Sequence[Entry], rows: int, batch: int, kv_len: int)
 
 
 def write_table(path: Path, classes: Sequence[Entry], device: str | None) -> None:
-    """One entry a line. What is kept for few requests stays as it is."""
-    table = {"few_requests": table_of_few_requests(), "classes": classes}
-    lists = [
-        f'  "{name}": [\n' + ",\n".join(f"    {json.dumps(e)}" for e in entries) + "\n  ]"
-        for name, entries in table.items()
-    ]
-    path.write_text("{\n" + ",\n".join([f'  "device": {json.dumps(device)}', *lists]) + "\n}\n")
+    """One entry a line. What is kept for few tokens stays as it is."""
+    head = {"device": device, "few_tokens": few_tokens()}
+    lines = [f'  "{name}": {json.dumps(value)}' for name, value in head.items()]
+    entries = ",\n".join(f"    {json.dumps(entry)}" for entry in classes)
+    lines.append(f'  "classes": [\n{entries}\n  ]')
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def main(names: Sequence[str], time_all: Timer = time_on_gpu, path: Path | None = None) -> None:

@@ -3,7 +3,7 @@
 Scores: q_nope is rounded to int8 with a scale for each row; the nope part is an int8 x int8 ->
 int32 product brought to scale, the rope part stays float:
     S = (q_i8 . k_i8) * q_scale * k_scale + q_rope . k_rope.
-Rounding q to 8 bits costs as much as rounding the cache does; "int15" queries are two int8,
+Rounding q to 8 bits costs as much as rounding the cache does; "int14" queries are two int8,
 q = 128 * high + low, whose products with K meet in one int32. (Where K is widened to bfloat16
 anyway, q_nope may stay "bfloat16".)
 The output takes the int8 latent as V, with V's scale folded into P. P is then rounded to
@@ -17,6 +17,7 @@ measure what such scales are worth; no kernel does it.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from jax import lax
 from mla_jax import checks, quantize
 from mla_jax.online_softmax import SoftmaxState, finalize, init_state, rescale_output, weigh
 
-QUERIES = ("int8", "int15", "bfloat16")
+QUERIES = ("int8", "int14", "bfloat16")
 WEIGHTS = ("int8", "bfloat16")
 
 
@@ -75,13 +76,12 @@ def attend_int8(
     groups = scales.shape[1] if scales.ndim == 2 else 1
     scales = jnp.broadcast_to(scales.reshape(-1, groups), (count, groups))
     q_nope, q_rope = jnp.split(q.astype(jnp.float32), [width], axis=-1)
-    parts: tuple[jax.Array, ...]
+    parts: Sequence[jax.Array]
     q_scale = quantize.scales_of(q_nope, "token")
     if queries == "int8":
         parts = (quantize.quantize(q_nope, q_scale),)
-    elif queries == "int15":
-        parts = quantize.quantize_in_halves(q_nope, q_scale)
-        q_scale = q_scale / quantize.HALF
+    elif queries == "int14":
+        *parts, q_scale = quantize.quantize_in_halves(q_nope)
     else:
         q_scale, parts = jnp.ones(len(q)), (q_nope.astype(jnp.bfloat16),)
     parts = tuple(_columns(part, groups) for part in parts)

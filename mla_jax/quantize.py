@@ -15,15 +15,18 @@ weights (a scale each row and block, as Ascend's kernel does it).
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 GRANULARITIES = ("token", "group", "tensor")
 GROUP = 128  # columns
 LARGEST = 127
-HALF = 128  # steps of the lower half of 15 bits in one of the upper half
+HALF = 128  # steps of the lower half of 14 bits in one of the upper half
+LARGEST_HIGH = 63  # of the upper half
 
 # Written as products: XLA makes them of divisions by a constant, but under jit only.
 _STEP = np.float32(1 / LARGEST)
 _SMALLEST_AMAX = np.float32(2.0**-100)  # below it amax / 127 nears the subnormal numbers
+_SMALLEST_OF_HALVES = np.float32(2.0**-60)  # bfloat16 beside it can be divided by its step
 
 
 def scale_for(amax: jax.Array) -> jax.Array:
@@ -57,16 +60,28 @@ def quantize(x: jax.Array, scales: jax.Array) -> jax.Array:
     return jnp.clip(steps, -LARGEST, LARGEST).astype(jnp.int8)
 
 
-def quantize_in_halves(x: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """15 bits as two int8 of x's shape: x is about (HALF * high + low) * scales / HALF.
+def step_of_halves(amax: jax.Array) -> jax.Array:
+    """The step, float32, in which `quantize_in_halves` holds values of magnitude up to amax.
 
-    high in -127 .. 127, low in -64 .. 64. For products with int8 that must not lose what x has:
-    HALF * (high . k) + low . k is exact in int32 up to 1000 columns.
+    A power of two, so that to divide by it costs nothing of any value. What is NaN comes to nothing
+    that is finite: its step is 0.
     """
-    steps = jnp.rint(x.astype(jnp.float32) / (spread(scales, x) * np.float32(1 / HALF)))
-    steps = jnp.clip(steps, -LARGEST * HALF, LARGEST * HALF)
-    high = jnp.rint(steps * np.float32(1 / HALF))
-    return high.astype(jnp.int8), (steps - HALF * high).astype(jnp.int8)
+    least = jnp.maximum(amax.astype(jnp.float32), _SMALLEST_OF_HALVES)
+    bits = lax.bitcast_convert_type(least * np.float32(1 / (LARGEST_HIGH * HALF)), jnp.int32)
+    return lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
+
+
+def quantize_in_halves(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [..., D] in 14 bits, as two int8 [..., D] and a step [...]: (HALF * high + low) * step.
+
+    high in -63 .. 63, low in -64 .. 64. For products with int8 that must not lose what x has: each
+    of high . k and low . k is below 2^22 for up to 512 columns, so that float32 holds it, and
+    HALF * (high . k) + low . k is exact in int32.
+    """
+    steps = step_of_halves(jnp.abs(x.astype(jnp.float32)).max(-1))
+    whole = jnp.rint(x.astype(jnp.float32) / spread(steps, x))
+    high = jnp.rint(whole * np.float32(1 / HALF))
+    return high.astype(jnp.int8), (whole - HALF * high).astype(jnp.int8), steps
 
 
 def dequantize(values: jax.Array, scales: jax.Array) -> jax.Array:

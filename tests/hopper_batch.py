@@ -14,6 +14,7 @@ from mla_jax.reference import paged_attention_float64
 
 SCALE = 192**-0.5
 GARBAGE_PAGE = 2147480000
+MANY_TOKENS = 1 << 17  # that a table reaches: more than what counts as few
 
 
 class HopperBatch:
@@ -118,11 +119,18 @@ def spoiled(batch: Any) -> tuple[Any, Any]:
     return found, expected
 
 
-def op(batch: Any, plan: Any = None, **options: Any) -> Any:
-    """The attention op on a batch, under jit."""
+def op(batch: Any, plan: Any = None, *, few: bool = False, **options: Any) -> Any:
+    """The attention op on a batch, under jit.
+
+    few: let it see how far the batch's tables reach, which may be few tokens; else they get
+    unused slots until they reach many.
+    """
+    missing = 0 if few else MANY_TOKENS // batch.cache.page_size - batch.block_tables.shape[1]
+    slots = ((0, 0), (0, max(0, missing)))
+    tables = np.pad(np.asarray(batch.block_tables), slots, constant_values=GARBAGE_PAGE)
     call = functools.partial(
         paged_mla_attention, softmax_scale=SCALE, implementation="hopper", **options
     )
     return jax.jit(lambda q, c, t, s, n, p: call(q, c, t, s, query_lens=n, plan=p))(
-        batch.q, batch.cache, batch.block_tables, batch.seq_lens, batch.query_lens, plan
+        batch.q, batch.cache, jnp.asarray(tables), batch.seq_lens, batch.query_lens, plan
     )

@@ -84,16 +84,18 @@ def plan_decode(
     seq_lens: jax.Array,
     rows: int,
     *,
+    capacity: int | None = None,
     cache: str = "float",
     rescale: str = "multiply",
     tiles: TilePlan | None = None,
 ) -> SplitPlan:
     """Equal shares of the work of `rows` query rows a request for this GPU's SMs.
 
-    tiles: of the kernel; None: the tuned ones for a cache of "float" or "int8".
+    capacity: tokens that a request's block table reaches, if that is known: few short requests get
+    other tiles. tiles: of the kernel; None: the tuned ones for a cache of "float" or "int8".
     """
-    requests = seq_lens.shape[0]
-    tiles = tiles or choose_tile_plan(rows, requests=requests, cache=cache, rescale=rescale)
+    most_tokens = None if capacity is None else seq_lens.shape[0] * capacity
+    tiles = tiles or choose_tile_plan(rows, most_tokens=most_tokens, cache=cache, rescale=rescale)
     return plan_splits(
         seq_lens,
         num_workers=num_sms() // tiles.cluster,
@@ -140,7 +142,8 @@ def attend(
     rows = q.shape[1]
     if plan is None:
         capacity = block_tables.shape[1] * pages.shape[1]
-        plan = plan_decode(jnp.clip(seq_lens, 0, capacity), rows, rescale=rescale, tiles=tiles)
+        lengths = jnp.clip(seq_lens, 0, capacity)
+        plan = plan_decode(lengths, rows, capacity=capacity, rescale=rescale, tiles=tiles)
     tiles = tiles or tile_plan_of_height(
         plan.rows_per_tile, kv_lora_rank=kv_lora_rank, rope_dim=q.shape[2] - kv_lora_rank
     )

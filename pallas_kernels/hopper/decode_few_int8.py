@@ -25,6 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from mla_jax import quantize
 from pallas_kernels.hopper.merge import Meeting, Place, Refs, merge_shares, row_parts
 from pallas_kernels.hopper.narrow import ROW_GROUP, fetch_q
 from pallas_kernels.hopper.primitives import OWN_BARRIERS, WGMMA_OPERAND
@@ -85,7 +86,7 @@ def decode_few_int8(
     lengths = functools.partial(
         valid_lengths, capacity=block_tables.shape[1] * page_size, num_queries=num_queries
     )
-    rows, depth, q_parts = tiles.rows_per_tile, tiles.kv_stages, tiles.slots("q latent")
+    rows, depth = tiles.rows_per_tile, tiles.kv_stages
     computing = len(tiles.registers) - 1  # warpgroups
     uneven = len(set(tiles.registers)) > 1
     if rows_total % rows:
@@ -99,7 +100,7 @@ def decode_few_int8(
     sharing = computing if rows % (computing * ROW_GROUP) == 0 else 1  # warpgroups that fetch q
     share = rows // sharing
     tile = (BLOCK, rows)
-    accumulator_shapes = ((half, rows), (half, rows), tile, tile)
+    o_shapes = ((half, rows), (half, rows))
 
     def body(
         q_ref,
@@ -118,7 +119,7 @@ def decode_few_int8(
         plse_ref,
         q_smem,
         q_rope_smem,
-        q_scale_smem,
+        q_step_smem,
         kv_smem,
         rope_smem,
         scale_smem,
@@ -217,13 +218,19 @@ def decode_few_int8(
             if me < sharing:
                 mine = pl.ds(me * share, share)
                 source = q_ref.at[request, pl.ds(row + me * share, share)]
-                parts = [q_smem.at[part, mine] for part in range(q_parts)]
-                fetch_q(g, source, parts, q_scale_smem.at[0, mine], q_rope_smem.at[0, mine])
+                fetch_q(
+                    g,
+                    source,
+                    q_smem.at[0, mine],
+                    q_smem.at[1, mine],
+                    q_rope_smem.at[0, mine],
+                    q_step_smem.at[0, mine],
+                )
             plgpu.commit_smem()
             plgpu.barrier_arrive(q_ready(request))
             plgpu.barrier_wait(q_ready(request))
 
-        def attend(me, p, n, piece, o_left, o_right, s_int, s_rope):
+        def attend(me, p, n, piece, o_left, o_right, s_rope, s_int):
             request, row_tile, begin, end, out_slot, _, slots_of_tile = piece
             kv_len, query_len = lengths(len_ref, qlen_ref, request)
             p_mine = p_smem.at[me]
@@ -240,21 +247,23 @@ def decode_few_int8(
                 i = computing * turn + skip
                 slot = lax.rem(n + i, depth)
                 zero = ((end - begin) >> 30) & i  # 0, but not for the compiler
-                g.zero_integers(s_int)
+                g.fill_integers(s_int, 0)
                 g.zero(s_rope)
                 plgpu.barrier_wait(full.at[slot])
                 g.mma_t(s_rope, rope_smem.at[slot], q_rope_smem.at[zero])
                 keys = kv_smem.at[slot]
-                parts = [(keys, q_smem.at[zero + part]) for part in range(q_parts)]
-                g.mma_t_in_parts(s_int, parts)
+                g.mma_t(s_int, keys, q_smem.at[zero])
+                g.wait_mma(0)
+                s_int[...] = g.read(s_int) * quantize.HALF
+                g.mma_t(s_int, keys, q_smem.at[zero + 1])
                 g.wait_mma(0)
                 token_scale = lax.broadcast_in_dim(g.load_rows(scale_smem.at[slot]), tile, [0])
                 # What no row may see is NaN, perhaps: it is selected away, never multiplied.
                 visible = position + (begin + i) * BLOCK < limit
                 token_scale = jnp.where(visible, token_scale, 0.0)
-                q_scale = across(g.load_columns(q_scale_smem.at[zero]) * scale)
-                s = g.read(s_int).astype(jnp.float32) * (token_scale * q_scale)
-                s = jnp.where(visible, s + g.read(s_rope) * scale, -jnp.inf)
+                row_scale = across(g.load_columns(q_step_smem.at[zero]) * scale)
+                s = g.read(s_int).astype(jnp.float32) * token_scale + g.read(s_rope)
+                s = jnp.where(visible, s * row_scale, -jnp.inf)
                 m_new = jnp.maximum(m, g.reduce_rows(s, top_smem.at[me], "max"))
                 p = jnp.exp2(s - across(m_new))
                 g.store_t(p_mine, (p * token_scale).astype(dtype))
@@ -263,7 +272,8 @@ def decode_few_int8(
                     g.scale_columns(o_half, alpha)
                 norm = norm * across(alpha) + p
                 plgpu.commit_smem()
-                g.mma_widened((o_left, o_right), kv_smem.at[slot], p_mine)
+                begun = g.begin_widening(keys)
+                g.mma_widened((o_left, o_right), keys, p_mine, begun)
                 plgpu.barrier_arrive(empty.at[slot])
                 g.wait_mma(0)
                 return m_new, norm
@@ -352,7 +362,7 @@ def decode_few_int8(
 
                 request, row_tile, *_ = piece
                 fetch_mine(me, request, row_tile * rows)
-                g.with_score_accumulators(scoped, accumulators, me, *accumulator_shapes)
+                g.with_score_accumulators(scoped, accumulators, me, (*o_shapes, tile), (tile,))
 
             walk(pieces(), my_walk(), piece_ref, run)
             if computing == 2:
@@ -380,7 +390,7 @@ def decode_few_int8(
             jax.ShapeDtypeStruct((num_slots, rows), jnp.float32),
         ),
         scratch_types=(
-            narrow(q_parts, rows, latent),
+            narrow(2, rows, latent),  # high, low
             wide(1, rows, rope),
             floats(1, rows),
             narrow(depth, BLOCK, latent),
@@ -397,7 +407,8 @@ def decode_few_int8(
             plgpu.Barrier(num_arrivals=computing, num_barriers=FLAGS),  # piece_done
             plgpu.Barrier(num_arrivals=3, num_barriers=depth),  # full
             plgpu.Barrier(num_arrivals=1, num_barriers=depth),  # empty
-            *g.accumulator_scratch(computing, *accumulator_shapes),
+            *g.accumulator_scratch(computing, *o_shapes, tile),
+            *g.accumulator_scratch(computing, tile, dtype=jnp.int32),
         ),
         grid=(plan.num_workers,),
         grid_names=("worker",),

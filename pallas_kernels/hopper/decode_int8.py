@@ -9,10 +9,16 @@ S = Q K^T has a query a row, and softmax stays within a quad of lanes. O^T = V^T
 registers: each warpgroup widens its half of the dimensions on their way to wgmma (`widen`), so
 nothing is widened twice and nothing goes back to shared memory.
 
-    S = int32 * q_scale[row] * k_scale[token] + rope    P = e^(s - m) * k_scale[token], bfloat16
+    S = ((128 * high + low) * k_scale[token] + rope) * q_step[row]
+    P = e^(s - m) * k_scale[token], bfloat16
 
-P of a block lies in the block's own rope tile, which is dead after QK. A query is a row of S and a
-column of O^T: the factors that rescale O go through shared memory, where any row's maximum grew.
+What makes P is one chain, S of a block, its softmax, S of the next, and takes longest: who makes O
+has V^T of a block's first tokens ready when P comes, and is done before P of the next one. S is two
+sums of int32 that begin at the bits of WHOLE, and so end as bits of WHOLE + sum, in float32: to
+convert integers would take as long as exp2.
+
+A query is a row of S and a column of O^T: the factors that rescale O go through shared memory,
+where any row's maximum grew. A row's sum stays in parts, one in each lane, to a piece's end.
 """
 
 import functools
@@ -20,13 +26,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax import quantize
 from pallas_kernels.hopper.merge import Meeting, Place, Refs, merge_shares, row_parts
-from pallas_kernels.hopper.narrow import fetch_q
+from pallas_kernels.hopper.narrow import WHOLE, fetch_q
 from pallas_kernels.hopper.primitives import OWN_BARRIERS, ROWS, WGMMA_OPERAND
 from pallas_kernels.hopper.walk import (
     BLOCK,
@@ -44,13 +51,22 @@ from pallas_kernels.hopper.widen import GROUP, INT8_OPERAND, WIDENED_UNIT, Widen
 
 QUERIES = 64  # rows of a tile
 FETCHED = 32  # of them at a time: what registers allow
+WIDENED = 32  # tokens at a time: likewise
+WHOLE_BITS = int(np.float32(WHOLE).view(np.int32))
 LAZY_GROWTH = 8.0  # log2 units that the running maximum may lag behind the true one
 # Of a record in shared memory, behind the plan's: lengths, the first slot, and
 LOST = RECORD + 3  # its keys can't all be had, so its rows are NaN
 LEFT = RECORD + 4  # how many pieces the worker has left, this one included
-WHOLE = RECORD + 5  # blocks up to this one need no mask
+UNMASKED = RECORD + 5  # blocks up to this one need no mask
 MAKERS = 2  # warpgroups that make O, and merge
 SCORES, LOADS = MAKERS, MAKERS + 1  # the others
+
+
+# P, of which wgmma takes WIDENED tokens at a time.
+P_OPERAND = (
+    plgpu.TilingTransform((8, WIDENED)),  # type: ignore[abstract]
+    plgpu.SwizzleTransform(WIDENED * 2),  # type: ignore[abstract]
+)
 
 
 def decode_int8(
@@ -93,7 +109,7 @@ def decode_int8(
         )
     half = latent // MAKERS
     groups = half // GROUP
-    slots, q_parts = tiles.slots("kv latent"), tiles.slots("q latent")
+    slots = tiles.slots("kv latent")
     dtype = q.dtype
     scale = softmax_scale * LOG2E
     g = WideningBackend(interpreting=interpret is not None)
@@ -117,9 +133,10 @@ def decode_int8(
         plse_ref,
         q_smem,
         q_rope_smem,
-        q_scale_smem,
+        q_step_smem,
         kv_smem,
         rope_smem,
+        p_smem,
         scale_smem,
         factor_smem,
         grew_smem,
@@ -210,7 +227,7 @@ def decode_int8(
             following = jnp.minimum(p + 1, piece_ref.shape[0] - 1)
             head = with_lengths([piece_ref[following, i] for i in range(RECORD)])
             plgpu.barrier_wait(piece_done(following))
-            return (p + 1, left - 1, slot, *head)
+            return (p + 1, piece_smem[LEFT] - 1, slot, *head)
 
         def load():
             g.take_registers(tiles.registers, LOADS)
@@ -231,14 +248,20 @@ def decode_int8(
                 first = pl.multiple_of(i * FETCHED, FETCHED)
                 source = q_ref.at[request, pl.ds(row_tile * QUERIES + first, FETCHED)]
                 rows = pl.ds(first, FETCHED)
-                parts = [q_smem.at[part, rows] for part in range(q_parts)]
-                fetch_q(g, source, parts, q_scale_smem.at[0, rows], q_rope_smem.at[0, rows])
+                fetch_q(
+                    g,
+                    source,
+                    q_smem.at[0, rows],
+                    q_smem.at[1, rows],
+                    q_rope_smem.at[0, rows],
+                    q_step_smem.at[0, rows],
+                )
                 return ()
 
             lax.fori_loop(0, QUERIES // FETCHED, fetch, ())
             plgpu.commit_smem()
 
-        def make_p(s_int, s_acc):
+        def make_p(s_rope, s_high, s_low):
             # (What is read where it is used holds no register around the loops.)
             begin, end = piece_smem[2], piece_smem[3]
 
@@ -261,30 +284,28 @@ def decode_int8(
                 keys = kv_len - query_len + token + 1 if causal else kv_len
                 return jnp.where(token < query_len, keys, 0)
 
-            def start(slot, zero):
-                """The first part of a block's S."""
-                g.zero_integers(s_int)
+            def scores(slot, zero):
+                """S of a block, left in flight."""
+                g.zero(s_rope)
                 plgpu.barrier_wait(full.at[slot])
-                g.mma_t(s_int, q_smem.at[zero], kv_smem.at[slot])
+                g.mma_t(s_rope, q_rope_smem.at[zero], rope_smem.at[slot])
+                for part, acc in enumerate((s_high, s_low)):
+                    g.fill_integers(acc, WHOLE_BITS)
+                    g.mma_t(acc, q_smem.at[zero + part], kv_smem.at[slot])
 
-            def go_on(slot, zero):
-                """The rest of it, the last product left in flight."""
-                for part in range(1, q_parts):
-                    g.wait_mma(0)
-                    s_int[...] = g.read(s_int) * quantize.HALF
-                    g.mma_t(s_int, q_smem.at[zero + part], kv_smem.at[slot])
-                # (Zeros that come from memory are not made before it is read.)
-                late = (piece_smem[RECORD + 2] >> 30).astype(jnp.float32)
-                s_acc[...] = g.full(s_acc.shape, late, plgpu.Layout.WGMMA)
-                g.mma_t(s_acc, q_rope_smem.at[zero], rope_smem.at[slot])
+            def sums():
+                """HALF * high + low: of what the first step gives, float32 loses nothing."""
+                high, low = (
+                    lax.bitcast_convert_type(g.read(acc), jnp.float32) for acc in (s_high, s_low)
+                )
+                return (high * quantize.HALF - (quantize.HALF + 1) * WHOLE) + low
 
             def block(last, i, carry):
-                """P of a block whose S is under way; under it goes S of the next one."""
+                """P of a block whose S is there, and then S of the next one."""
                 m, norm, slot = carry
                 zero, following = opaque(i), after(slot)
                 scales = scale_smem.at[slot]
-                masked = i >= piece_smem[WHOLE]
-                g.wait_mma(0)
+                masked = i >= piece_smem[UNMASKED]
 
                 @pl.when(masked)  # scales past the last token may be NaN, and multiply a P of 0
                 def _blank():
@@ -292,39 +313,36 @@ def decode_int8(
                     scales[...] = jnp.where(g.iota_rows(BLOCK) < valid, kept, 0.0)
                     plgpu.commit_smem()
 
-                q_scale = across(g.load_rows(q_scale_smem.at[zero]))
-                token_scale = down(g.load_columns(scales))
-                latent_part = g.read(s_int).astype(jnp.float32) * q_scale * token_scale
-                s = latent_part + g.read(s_acc)
+                s = sums() * down(g.load_columns(scales)) + g.read(s_rope)
                 s = lax.cond(
                     masked,
                     lambda s: g.keep_columns(s, keys_of_rows(zero) - i * BLOCK),
                     lambda s: s,
                     s,
                 )
-                if not last:
-                    start(following, zero)
-                top = jnp.maximum(m, s.max(axis=1) * scale)
-                m_new = jnp.where(top > m + LAZY_GROWTH, top, m)
-                p = jnp.exp2(s * scale - across(m_new))
+                row_scale = g.load_rows(q_step_smem.at[zero]) * scale
+                m_new = g.raised(m, s, row_scale, LAZY_GROWTH)
+                p = jnp.exp2(s * across(row_scale) - across(m_new))
                 factor = jnp.exp2(m - m_new)
+                norm = norm * factor + g.lane_sums(p)
                 factor_smem.at[slot][...] = factor
-                grew_smem[slot] = g.any_less(m, m_new).astype(jnp.int32)
+                g.mark_less(grew_smem.at[slot], m, m_new)
                 # (Read again, so that it need not stay in registers in between.)
-                rope_smem.at[slot][...] = (p * down(g.load_columns(scales))).astype(dtype)
+                p_smem.at[slot][...] = (p * down(g.load_columns(scales))).astype(dtype)
+                if not last:
+                    scores(following, zero)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(p_ready.at[slot])
-                if not last:
-                    go_on(following, zero)
-                return m_new, norm * factor + p.sum(axis=1), following
+                g.wait_mma(0)
+                return m_new, norm, following
 
             first_slot = piece_smem[RECORD + 2]
-            piece_smem[WHOLE] = seen_whole()
+            piece_smem[UNMASKED] = seen_whole()
             none = (g.full((QUERIES,), NO_KEY, ROWS), g.full((QUERIES,), 0.0, ROWS), first_slot)
 
             def all_blocks(_, carry):
-                start(first_slot, opaque(end))
-                go_on(first_slot, opaque(end))
+                scores(first_slot, opaque(end))
+                g.wait_mma(0)
                 carry = lax.fori_loop(begin, end - 1, functools.partial(block, False), carry)
                 return block(True, piece_smem[3] - 1, carry)
 
@@ -332,6 +350,7 @@ def decode_int8(
             request, row_tile, *_, out_slot, _, slots_of_tile = (
                 piece_smem[i] for i in range(RECORD)
             )
+            total = g.sum_lanes(total)
             left = piece_smem[LEFT] - 1
             lost = piece_smem[LOST] > 0  # written before the barrier of the last block
             blank = jnp.where((piece_smem[RECORD] < 0) | lost, jnp.nan, 0.0)
@@ -363,7 +382,7 @@ def decode_int8(
 
             def run(left):
                 fetch_piece(left)
-                return g.with_score_accumulators(make_p, accumulators[1:], 0, tile, tile)
+                return g.with_score_accumulators(make_p, accumulators[1:], 0, (tile,), (tile, tile))
 
             first, stop = pieces()
             # (How many are left comes with each piece, and holds no register while it is run.)
@@ -374,15 +393,18 @@ def decode_int8(
         def blocks_of(piece):
             return piece[3] - piece[2]
 
-        def make_o(me, first_slot, num_blocks, o_acc):
+        def make_o(me, p, first_slot, num_blocks, o_acc):
             def block(i, slot):
+                plgpu.barrier_wait(full.at[slot])
+                mine = {"first_group": me * groups, "tokens": WIDENED}
+                begun = g.begin_widening(kv_smem.at[slot], **mine)
                 plgpu.barrier_wait(p_ready.at[slot])
 
-                @pl.when(grew_smem[slot] > 0)
+                @pl.when(g.any_marked(grew_smem.at[slot]))
                 def _rescale():
                     g.scale_columns(o_acc, g.load_columns(factor_smem.at[slot]))
 
-                g.mma_widened((o_acc,), kv_smem.at[slot], rope_smem.at[slot], me * groups)
+                g.mma_widened((o_acc,), kv_smem.at[slot], p_smem.at[slot], begun, **mine)
                 g.wait_mma(0)
                 plgpu.barrier_arrive(empty.at[slot])
                 return after(slot)
@@ -390,6 +412,7 @@ def decode_int8(
             g.zero(o_acc)
             slot = lax.fori_loop(0, num_blocks, block, first_slot)
             plgpu.barrier_wait(inverse_full(num_blocks))
+            following = blocks_of(piece_ref.at[jnp.minimum(p + 1, piece_ref.shape[0] - 1)])
             request, row_tile, out_slot, slots_of_tile = (end_smem[i] for i in range(4))
             inverse = g.load_columns(inverse_smem.at[0])
             o = g.read(o_acc) * down(inverse, (half, QUERIES))
@@ -406,7 +429,7 @@ def decode_int8(
                 if merges:
                     meet(request, row_tile, slots_of_tile).leave()
 
-            return slot
+            return slot, following
 
         def make():
             g.take_registers(tiles.registers, 0)
@@ -415,14 +438,17 @@ def decode_int8(
             plgpu.barrier_arrive(inverse_empty(0))
 
             def mine(me):
-                def piece(p, carry):
-                    slot, num_blocks = carry
-                    following = blocks_of(piece_ref.at[jnp.minimum(p + 1, piece_ref.shape[0] - 1)])
-                    this_o = functools.partial(make_o, me, slot, num_blocks)
-                    slot = g.with_accumulators(this_o, accumulators[:1], me, (half, QUERIES))
-                    return slot, following
+                def piece(carry):
+                    p, slot, num_blocks = carry
+                    this_o = functools.partial(make_o, me, p, slot, num_blocks)
+                    return p + 1, *g.with_accumulators(
+                        this_o, accumulators[:1], me, (half, QUERIES)
+                    )
 
-                lax.fori_loop(*pieces(), piece, (jnp.int32(0), blocks_of(my_walk())))
+                first, _ = pieces()
+                carry = first, jnp.int32(0), blocks_of(my_walk())
+                # (What stops it is read again: beside O^T there is no register for it.)
+                lax.while_loop(lambda carry: carry[0] < pieces()[1], piece, carry)
                 return jnp.int32(me)
 
             me = lax.switch(wg, [functools.partial(mine, me) for me in range(MAKERS)])
@@ -457,22 +483,24 @@ def decode_int8(
             jax.ShapeDtypeStruct((num_slots, QUERIES), jnp.float32),
         ),
         scratch_types=(
-            narrow(q_parts, QUERIES, latent),
+            narrow(2, QUERIES, latent),  # high, low
             wide(1, QUERIES, rope),
             floats(1, QUERIES),
             narrow(slots, BLOCK, latent),
             wide(slots, BLOCK, rope),
+            plgpu.SMEM((slots, QUERIES, BLOCK), dtype, transforms=P_OPERAND),
             floats(slots, BLOCK),
             floats(slots, QUERIES),  # factors
-            plgpu.SMEM((slots,), jnp.int32),  # whether any is not 1
+            plgpu.SMEM((slots, 4), jnp.int32),  # whether any is not 1
             floats(1, QUERIES),  # 1 / row sum, and
             plgpu.SMEM((4,), jnp.int32),  # where the piece's O belongs
-            plgpu.SMEM((WHOLE + 1,), jnp.int32),
+            plgpu.SMEM((UNMASKED + 1,), jnp.int32),
             plgpu.Barrier(num_arrivals=3, num_barriers=slots),  # full
             plgpu.Barrier(num_arrivals=MAKERS, num_barriers=slots + 1),
             plgpu.Barrier(num_arrivals=1, num_barriers=slots + 3),
             *g.accumulator_scratch(MAKERS, (half, QUERIES)),
-            *g.accumulator_scratch(1, tile, tile),
+            *g.accumulator_scratch(1, tile),
+            *g.accumulator_scratch(1, tile, tile, dtype=jnp.int32),
         ),
         grid=(plan.num_workers,),
         grid_names=("worker",),

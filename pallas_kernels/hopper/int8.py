@@ -34,8 +34,8 @@ def attend_int8(
     """Attention of R = S_q * num_heads rows a request; row r is token r // num_heads.
 
     Args:
-        q: [B, R, kv_lora_rank + rope_dim] bfloat16. The kernel rounds its latent part to 15 bits, a
-            scale each row (`narrow`; to 8 where `tiles` say so).
+        q: [B, R, kv_lora_rank + rope_dim] bfloat16. The kernel rounds its latent part to 14 bits,
+            in a step each row (`narrow`).
         pages: [num_pages, page_size, kv_lora_rank] int8.
         rope_pages: [num_pages, page_size, rope_dim] bfloat16.
         scales: [num_pages, page_size] float32, a token's latent is its int8 times its scale.
@@ -48,7 +48,8 @@ def attend_int8(
     rows = q.shape[1]
     if plan is None:
         capacity = block_tables.shape[1] * page_size
-        plan = plan_decode(jnp.clip(seq_lens, 0, capacity), rows, cache="int8", tiles=tiles)
+        lengths = jnp.clip(seq_lens, 0, capacity)
+        plan = plan_decode(lengths, rows, capacity=capacity, cache="int8", tiles=tiles)
     tiles = tiles or tile_plan_of_height(
         plan.rows_per_tile, cache="int8", kv_lora_rank=latent, rope_dim=rope_pages.shape[2]
     )

@@ -102,11 +102,13 @@ class Backend:
     interpreting: bool
 
     # -- accumulators -------------------------------------------------------------------------
-    def accumulator_scratch(self, threads: int, *shapes: tuple[int, int]) -> tuple:
+    def accumulator_scratch(
+        self, threads: int, *shapes: tuple[int, int], dtype: Any = jnp.float32
+    ) -> tuple:
         """Scratch that stands in for each thread's accumulators; empty on the GPU."""
         if not self.interpreting:
             return ()
-        return tuple(plgpu.SMEM((threads, *shape), jnp.float32) for shape in shapes)
+        return tuple(plgpu.SMEM((threads, *shape), dtype) for shape in shapes)
 
     def with_accumulators(self, run, scratch, thread: int, *shapes: tuple[int, int]):
         """What run(*accumulators) returns; they are float32, of the given shapes."""
@@ -151,11 +153,12 @@ class Backend:
             plgpu.wgmma(acc, a, b)
 
     def mma_t(self, acc, a, b) -> None:
-        """acc += a @ b.T, left in flight."""
+        """acc += a @ b.T, left in flight; an int32 acc of int8, below 2^24 as interpreted."""
         if self.interpreting:
-            acc[...] = acc[...] + jnp.dot(
+            product = jnp.dot(
                 a[...].astype(jnp.float32), b[...].astype(jnp.float32).T, precision="highest"
             )
+            acc[...] = acc[...] + product.astype(acc.dtype)
         else:
             self._arrive()
             plgpu.wgmma(acc, a, b.transpose((1, 0)))

@@ -139,7 +139,6 @@ def transposed_int8_tiles(
     rows_per_tile: int,
     computing: int = 2,
     depth: int = 4,
-    q_parts: int = 2,
     registers: Sequence[int] = (232, 40),
     split_overhead: int = 2,
     merge_overhead: int = 0,
@@ -148,15 +147,13 @@ def transposed_int8_tiles(
 ) -> TilePlan:
     """Of `decode_few_int8`: up to 32 rows, 16 where two warpgroups compute in turns; one loads.
 
-    computing: warpgroups, 1 or 2. depth: slots of a block, a multiple of `computing`. q_parts: int8
-    that make one value of q, 1 or 2. registers: as
+    computing: warpgroups, 1 or 2. depth: slots of a block, a multiple of `computing`. registers: as
     in `seesaw_tiles`, where two compute; one computing thread can have as many as there are.
     """
     _check_int8_widths(profile, kv_lora_rank, rope_dim)
     if computing not in (1, 2):
         raise _refused(profile, "computing", computing, "1 or 2 warpgroups")
     _check_columns(profile, rows_per_tile, MOST_COLUMNS if computing == 1 else MOST_COLUMNS_OF_TWO)
-    _check_q_parts(profile, q_parts)
     if depth < 1 or depth % computing:
         raise _refused(profile, "depth", depth, f"a multiple of computing = {computing}")
     _check_setmaxnreg(profile, registers)
@@ -176,9 +173,9 @@ def transposed_int8_tiles(
             Tile("registers", "PV", kv_lora_rank, BLOCK, rows),
         ),
         uses=(
-            BufferUse("shared", "q latent", rows * kv_lora_rank, q_parts),
+            BufferUse("shared", "q latent", rows * kv_lora_rank, 2),
             BufferUse("shared", "q rope", rows * rope_dim * ITEMSIZE),
-            BufferUse("shared", "q scales", ALIGNMENT),
+            BufferUse("shared", "q steps", ALIGNMENT),
             BufferUse("shared", "kv latent", BLOCK * kv_lora_rank, depth),
             BufferUse("shared", "kv rope", BLOCK * rope_dim * ITEMSIZE, depth),
             BufferUse("shared", "token scales", _aligned(depth * BLOCK * FLOAT32)),
@@ -200,7 +197,6 @@ def roles_int8_tiles(
     *,
     rows_per_tile: int,
     depth: int = 3,
-    q_parts: int = 2,
     registers: Sequence[int] = (176, 136, 24),
     split_overhead: int = 5,
     merge_overhead: int = 0,
@@ -210,20 +206,18 @@ def roles_int8_tiles(
     """Of `decode_int8`: 64 rows a CTA; two warpgroups make O, one P, one loads.
 
     Each that makes O owns half of the latent columns, as rows of O^T. depth: slots of a block.
-    q_parts: int8 that make one value of q, 1 or 2. registers: (of a warpgroup that makes O, of that
-    which makes P, of the loading one), what setmaxnreg takes.
+    registers: (of a warpgroup that makes O, of that which makes P, of the loading one), what
+    setmaxnreg takes.
     """
     _check_int8_widths(profile, kv_lora_rank, rope_dim)
     if rows_per_tile != WGMMA_ROWS:
         raise _refused(profile, "rows_per_tile", rows_per_tile, WGMMA_ROWS)
-    _check_q_parts(profile, q_parts)
-    if depth < 2:  # S of the next block is begun before P of this one is out
+    if depth < 2:  # S of the next block is made before O takes P of this one
         raise _refused(profile, "depth", depth, ">= 2")
     _check_setmaxnreg(profile, registers)
     rows, half = WGMMA_ROWS, kv_lora_rank // 2
     makers, scoring, loading = registers
-    # fp32 half of O^T, V^T of two groups in turn and addresses; S of the next block in int32 and
-    # in fp32, this one's beside it.
+    # fp32 half of O^T, V^T of half a group twice and addresses; S as two of int32 and one of fp32.
     for got, needed in ((makers, rows * half // 128 + 48), (scoring, 3 * rows * BLOCK // 128 + 40)):
         if got < needed:
             raise _refused(profile, "registers", got, f">= {needed} where O^T or S are kept")
@@ -241,11 +235,12 @@ def roles_int8_tiles(
             Tile("registers", "PV", half, BLOCK, rows),
         ),
         uses=(
-            BufferUse("shared", "q latent", rows * kv_lora_rank, q_parts),
+            BufferUse("shared", "q latent", rows * kv_lora_rank, 2),
             BufferUse("shared", "q rope", rows * rope_dim * ITEMSIZE),
-            BufferUse("shared", "q scales", ALIGNMENT),
+            BufferUse("shared", "q steps", ALIGNMENT),
             BufferUse("shared", "kv latent", BLOCK * kv_lora_rank, depth),
-            BufferUse("shared", "kv rope / P", BLOCK * rope_dim * ITEMSIZE, depth),
+            BufferUse("shared", "kv rope", BLOCK * rope_dim * ITEMSIZE, depth),
+            BufferUse("shared", "P", rows * BLOCK * ITEMSIZE, depth),
             BufferUse("shared", "token scales", _aligned(depth * BLOCK * FLOAT32)),
             BufferUse("shared", "rescaling factors", _aligned(depth * rows * FLOAT32)),
             BufferUse("shared", "whether to rescale", ALIGNMENT),
@@ -270,7 +265,7 @@ KERNELS: dict[str, Callable[..., TilePlan]] = {
 def choose_tile_plan(
     rows: int,
     *,
-    requests: int | None = None,
+    most_tokens: int | None = None,
     cache: str = "float",
     rescale: str = "multiply",
     profile: HardwareProfile | None = None,
@@ -279,19 +274,17 @@ def choose_tile_plan(
 ) -> TilePlan:
     """The tuned plan for `rows` query rows a request (tokens * heads).
 
-    requests: B, where it is known. So few that every long tile will be cut get lower tiles, in
-    fewer pieces each: partial results are as many bytes as pieces times rows.
+    most_tokens: of all requests together, where it is known. So few that no SM has much to do get
+    low tiles: the cache is read once for each, but there are fewer pieces to merge, of fewer rows.
     cache: "float" (16 bits) or "int8". rescale: "exponent_add" is AMLA's, which only the seesaw
     kernel has. profile: None for an H200; num_workers is of that profile.
     """
     widths = {"kv_lora_rank": kv_lora_rank, "rope_dim": rope_dim}
-    for entry in table_of_few_requests() if requests and rescale == "multiply" else ():
-        least, most = entry["rows"]
-        fits = requests <= entry["most_requests"] and least <= rows <= most
-        if fits and entry["cache"] == cache:
-            return tile_plan_of_height(
-                entry["rows_per_tile"], cache=cache, profile=profile, **widths
-            )
+    few = few_tokens()
+    low = few["rows_per_tile"]
+    read = -(-rows // low) * (few["most"] + 1 if most_tokens is None else most_tokens)
+    if read <= few["most"] and rows > 2 * low and rescale == "multiply":
+        return tile_plan_of_height(low, cache=cache, profile=profile, **widths)
     for entry in tuned(cache):
         if entry["most_rows"] is not None and rows > entry["most_rows"]:
             continue
@@ -346,12 +339,9 @@ def tuned(cache: str | None = None) -> tuple[dict[str, Any], ...]:
     return tuple(entry for entry in classes if cache in (None, entry.get("cache", "float")))
 
 
-def table_of_few_requests() -> tuple[dict[str, Any], ...]:
-    """The entries of tuned.json for few requests: up to how many, and which rows, get which tiles.
-
-    They name a height, and its class says the rest.
-    """
-    return tuple(_table()["few_requests"])
+def few_tokens() -> dict[str, int]:
+    """Tiles of `rows_per_tile` where the tokens that all of them read are `most` or fewer."""
+    return _table()["few_tokens"]
 
 
 @functools.cache
@@ -377,11 +367,6 @@ def _check_int8_widths(profile: HardwareProfile, kv_lora_rank: int, rope_dim: in
 def _check_columns(profile: HardwareProfile, rows_per_tile: int, most: int) -> None:
     if rows_per_tile % ROW_GROUP or not 0 < rows_per_tile <= most:
         raise _refused(profile, "rows_per_tile", rows_per_tile, f"a multiple of 8 up to {most}")
-
-
-def _check_q_parts(profile: HardwareProfile, q_parts: int) -> None:
-    if q_parts not in (1, 2):
-        raise _refused(profile, "q_parts", q_parts, "1 (8 bits) or 2 (15 bits)")
 
 
 def _check_setmaxnreg(profile: HardwareProfile, registers: Sequence[int]) -> None:

@@ -13,17 +13,21 @@ The rows of O^T come in an order of their own, that of `dimension`; `store_dimen
 """
 
 import dataclasses
+import functools
+import itertools
+import operator
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm, vector
+from jax._src.lib.mlir.dialects import arith, llvm, memref, scf, vector
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax.quantize import HALF
 from pallas_kernels.hopper.primitives import ROWS
 from pallas_kernels.hopper.transposed import COLUMNS, TransposedBackend
 
@@ -35,9 +39,7 @@ INT8_OPERAND = (
 WIDENED_UNIT = 2.0**-6  # what a step of int8 is worth after widening
 GROUP = 64  # rows of O^T that one wgmma makes
 TOKENS = 64  # of a block
-EARLY_QUERIES = 32  # of a tile, at most
-_BYTES = (GROUP * TOKENS // 4,)  # int32, the shape of what `_bytes` gives
-_BYTES_LAYOUT = plgpu.Layout.WG_STRIDED(_BYTES, vec_size=1)
+_FOUR_AT_ONCE = 32  # tokens of an ldmatrix
 
 
 def _thread_of_warpgroup() -> tuple[ir.Value, ir.Value]:
@@ -51,6 +53,45 @@ def _array(registers, shape, layout, is_signed=None) -> mgpu.FragmentedArray:
     array = np.empty(layout.registers_shape(shape), dtype=object)
     array.flat[:] = registers
     return mgpu.FragmentedArray(_registers=array, _layout=layout, _is_signed=is_signed)
+
+
+def _rows_array(values) -> mgpu.FragmentedArray:
+    """Of the two rows of a tile that a thread has a value of."""
+    one = ir.VectorType.get((1,), ir.F32Type.get())
+    return _array([vector.broadcast(one, x) for x in values], (GROUP,), ROWS.to_mgpu())
+
+
+def _any_of_warp(mine: ir.Value) -> ir.Value:
+    """1 (i32) where any lane has a flag (i1), else 0."""
+    i32 = ir.IntegerType.get_signless(32)
+    return llvm.inline_asm(
+        i32,
+        [arith.extui(i32, mine)],
+        "{ .reg .pred p, q; setp.ne.u32 p, $1, 0; vote.sync.any.pred q, p, 0xffffffff;"
+        " selp.u32 $0, 1, 0, q; }",
+        "=r,r",
+        has_side_effects=True,
+    )
+
+
+def _over_quad(combine, value: ir.Value) -> ir.Value:
+    """Of the four lanes that share a row of a tile."""
+    for distance in (1, 2):
+        value = combine(value, mgpu.utils.shfl_bfly(value, distance))
+    return value
+
+
+def _bytes_layout(tokens: int) -> tuple[tuple[int], Any]:
+    """Shape and layout, int32, of what `_bytes` gives."""
+    shape = (GROUP * tokens // 4,)
+    return shape, plgpu.Layout.WG_STRIDED(shape, vec_size=1)
+
+
+def _steps(first_group: int, tokens: int) -> Iterator[tuple[int, int, int]]:
+    """Group of rows, first token, tokens: what is widened at a time."""
+    for group in itertools.count(first_group):
+        for first in range(0, TOKENS, tokens):
+            yield group, first, tokens
 
 
 def _ldmatrix_transposed(address: ir.Value) -> list[ir.Value]:
@@ -89,47 +130,160 @@ def _spread(four: ir.Value) -> tuple[ir.Value, ir.Value]:
 class WideningBackend(TransposedBackend):
     """`TransposedBackend` with int8 products and widening."""
 
-    def with_score_accumulators(self, run, scratch, thread: int, *shapes):
-        """What run(*accumulators) returns; the last two are for scores of int8 (int32) and of rope
-        keys, the others, if any, for O^T; all but that one are float32."""
+    def with_score_accumulators(self, run, scratch, thread: int, floats, integers):
+        """What run(*accumulators) returns: float32 of shapes `floats`, then int32 of `integers`."""
         if self.interpreting:
             return run(*(ref.at[thread] for ref in scratch))
-        dtypes = [jnp.float32] * len(shapes)
-        dtypes[-2] = jnp.int32
-        refs = (plgpu.ACC(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
-        return pl.run_scoped(run, *refs)
+        shapes = [(shape, jnp.float32) for shape in floats]
+        shapes += [(shape, jnp.int32) for shape in integers]
+        return pl.run_scoped(run, *(plgpu.ACC(*shape) for shape in shapes))
 
-    def zero_integers(self, acc) -> None:
-        zeros = jnp.zeros(acc.shape, acc.dtype)
-        acc[...] = zeros if self.interpreting else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
-
-    def mma_t_in_parts(self, acc, products) -> None:
-        """acc += a @ b.T of int8 (a, b), then of each next pair with HALF times what there is.
-
-        The last one is left in flight. One int32 holds it all, exactly: see `quantize_in_halves`.
-        """
-        for i, (a, b) in enumerate(products):
-            if i:
-                self.wait_mma(0)
-                acc[...] = self.read(acc) * HALF
-            self.mma_t(acc, a, b)
+    def fill_integers(self, acc, value: int) -> None:
+        x = jnp.full(acc.shape, value, acc.dtype)
+        acc[...] = x if self.interpreting else plgpu.layout_cast(x, plgpu.Layout.WGMMA)
 
     def iota_rows(self, count: int) -> jax.Array:
         """0, 1, ... beside the rows of a tile."""
         layout = None if self.interpreting else ROWS
         return plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=layout)
 
+    # -- scores: (64, n) tiles with a query a row, which lies in a quad of lanes ------------------
+    def raised(self, m, s, scale, lag: float) -> jax.Array:
+        """m, but in rows of s that exceed it by more than lag their largest s * scale.
+
+        m and scale are [64], scale not negative. Where no row of a warp does, that is one vote.
+        """
+        if self.interpreting:
+            top = s.max(axis=1) * scale
+            return jnp.where(top > m + lag, top, m)
+
+        @plgpu.inline_mgpu(
+            arg_types=(ROWS, ROWS, plgpu.Layout.WGMMA),
+            return_type=plgpu.ShapeDtypeStruct(m.shape, m.dtype, ROWS),
+        )
+        def raise_(ctx, rows, scales, tile):
+            del ctx
+            f32 = ir.F32Type.get()
+            old, by = (
+                [vector.extract(x, [], [0]) for x in array.registers.flat]
+                for array in (rows, scales)
+            )
+            tops, grows = [], []
+            for row, before in enumerate(old):
+                top = None
+                for pair in tile.registers.reshape(-1, 2)[:, row]:
+                    for i in range(2):
+                        x = vector.extract(pair, [], [i])
+                        top = x if top is None else arith.maximumf(top, x)
+                top = arith.mulf(top, by[row])
+                limit = arith.addf(before, mgpu.utils.c(lag, f32))
+                more = arith.cmpf(arith.CmpFPredicate.OGT, top, limit)
+                grows.append(more)
+                tops.append((top, limit))
+            some = _any_of_warp(arith.ori(*grows))
+            some = arith.cmpi(arith.CmpIPredicate.ne, some, mgpu.utils.c(0, some.type))
+            rise = scf.IfOp(some, [f32, f32], has_else=True)  # type: ignore[call-arg]
+            with ir.InsertionPoint(rise.then_block):
+                new = []
+                for before, (top, limit) in zip(old, tops, strict=True):
+                    top = _over_quad(arith.maximumf, top)
+                    more = arith.cmpf(arith.CmpFPredicate.OGT, top, limit)
+                    new.append(arith.select(more, top, before))
+                scf.yield_(new)
+            with ir.InsertionPoint(rise.else_block):
+                scf.yield_(old)
+            return _rows_array(rise.results)
+
+        return raise_(m, scale, s)
+
+    def lane_sums(self, p) -> jax.Array:
+        """[64]: sums over the rows of p, of each lane those of its own; for `sum_lanes`."""
+        if self.interpreting:
+            return p.sum(axis=1)
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.Layout.WGMMA,),
+            return_type=plgpu.ShapeDtypeStruct(p.shape[:1], p.dtype, ROWS),
+        )
+        def add(ctx, tile):
+            del ctx
+            sums = []
+            for row in range(2):
+                terms = [
+                    vector.extract(pair, [], [i])
+                    for pair in tile.registers.reshape(-1, 2)[:, row]
+                    for i in range(2)
+                ]
+                while len(terms) > 1:
+                    terms = [arith.addf(*terms[i : i + 2]) for i in range(0, len(terms), 2)]
+                sums += terms
+            return _rows_array(sums)
+
+        return add(p)
+
+    def sum_lanes(self, parts) -> jax.Array:
+        """[64] sums, in every lane, of what `lane_sums` gave and factors of rows multiplied."""
+        if self.interpreting:
+            return parts
+
+        @plgpu.inline_mgpu(
+            arg_types=(ROWS,), return_type=plgpu.ShapeDtypeStruct(parts.shape, parts.dtype, ROWS)
+        )
+        def add(ctx, rows):
+            del ctx
+            parts = (vector.extract(x, [], [0]) for x in rows.registers.flat)
+            return _rows_array([_over_quad(arith.addf, x) for x in parts])
+
+        return add(parts)
+
+    def mark_less(self, ref, a, b) -> None:
+        """int32 SMEM ref [4], an element each warp: does any of its rows have a < b?"""
+        if self.interpreting:
+            ref[...] = jnp.full(4, jnp.max((a < b).astype(jnp.int32)))
+            return
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ROWS, ROWS))
+        def mark(ctx, target, x, y):
+            del ctx
+            less = [
+                arith.cmpf(arith.CmpFPredicate.OLT, *(vector.extract(w, [], [0]) for w in (u, v)))
+                for u, v in zip(x.registers.flat, y.registers.flat, strict=True)
+            ]
+            some = _any_of_warp(arith.ori(*less))
+            warp, lane = _thread_of_warpgroup()
+            first = arith.cmpi(arith.CmpIPredicate.eq, lane, mgpu.utils.c(0, lane.type))
+            with mgpu.utils.when(first):
+                memref.store(some, target, [arith.index_cast(ir.IndexType.get(), warp)])
+
+        mark(ref, a, b)
+
+    def any_marked(self, ref) -> jax.Array:
+        """Is any of `mark_less`'s?"""
+        return functools.reduce(operator.or_, (ref[warp] for warp in range(4))) > 0
+
+    # -- O^T += V^T P^T ----------------------------------------------------------------------------
     def load_columns(self, ref) -> jax.Array:
         """(n,) beside the columns of a (64, n) tile."""
         return ref[...] if self.interpreting else plgpu.load(ref, layout=COLUMNS, optimized=False)
 
-    def mma_widened(self, accs, v, p, first_group: int = 0) -> None:
-        """O^T += V^T P^T, the last product left in flight where n is up to EARLY_QUERIES.
+    def begin_widening(self, v, first_group: int = 0, tokens: int = TOKENS):
+        """What of V^T `mma_widened` needs first: it needs no P. v: int8 SMEM (TOKENS, d_v)."""
+        if self.interpreting:
+            return None
+        steps = _steps(first_group, tokens)
+        return self._widened(self._bytes(v, *next(steps))), self._bytes(v, *next(steps))
 
-        accs: O^T in parts from group first_group on, (m, n) each, m a multiple of GROUP, in
-        units of WIDENED_UNIT; v: int8 SMEM (TOKENS, d_v), tiled as INT8_OPERAND; p: bfloat16
-        SMEM (n, TOKENS). Up to EARLY_QUERIES a group of rows is widened while the one before is
-        multiplied; beside more of O^T there are no registers for two groups.
+    def mma_widened(self, accs, v, p, begun, *, first_group: int = 0, tokens: int = TOKENS) -> None:
+        """O^T += V^T P^T, the last product left in flight.
+
+        `tokens` of a group of rows are widened while those before them are multiplied.
+
+        Args:
+            accs: O^T in parts from group first_group on, (m, n) each, m a multiple of GROUP, in
+                units of WIDENED_UNIT.
+            v: int8 SMEM (TOKENS, d_v), tiled as INT8_OPERAND.
+            p: bfloat16 SMEM (n, TOKENS), tiled for slices of `tokens`.
+            begun: what `begin_widening` gave for the same first_group and tokens.
         """
         if self.interpreting:
             first = GROUP * first_group
@@ -143,28 +297,28 @@ class WideningBackend(TransposedBackend):
         places = [
             acc.at[pl.ds(row, GROUP)] for acc in accs for row in range(0, acc.shape[0], GROUP)
         ]
-        # Where O^T leaves registers for it, bytes come in a step ahead of their widening.
-        early = p.shape[0] <= EARLY_QUERIES
-        following = self._bytes(v, first_group)
-        for group, place in enumerate(places, first_group + 1):
-            mine, more = following, group < first_group + len(places)
-            if more and early:
-                following = self._bytes(v, group)
-            plgpu.wgmma(place, self._widened(mine), p.transpose((1, 0)))
-            if more and not early:
-                following = self._bytes(v, group)
-            plgpu.wgmma_wait(1 if early else 0)  # until the registers of a group are free
+        steps = list(itertools.islice(_steps(first_group, tokens), len(places) * TOKENS // tokens))
+        ready, following = begun
+        for k, (group, first, _) in enumerate(steps):
+            mine = p.at[:, pl.ds(first, tokens)] if tokens < TOKENS else p
+            plgpu.wgmma(places[group - first_group], ready, mine.transpose((1, 0)))
+            plgpu.wgmma_wait(1)  # until the registers of the step before are free
+            if k + 1 < len(steps):
+                ready = self._widened(following)
+            if k + 2 < len(steps):
+                following = self._bytes(v, *steps[k + 2])
 
-    def _bytes(self, ref, group: int) -> jax.Array:
-        """The bytes of rows 64 * group .. of V^T as `_widened` takes them, 8 registers a thread.
+    def _bytes(self, ref, group: int, first: int, tokens: int) -> jax.Array:
+        """The bytes of rows 64 * group .. of V^T as `_widened` takes them, of some tokens.
 
         A row of V^T is a dimension: all of them once over the groups, in the order that
         `store_dimensions` knows.
         """
+        shape, layout = _bytes_layout(tokens)
 
         @plgpu.inline_mgpu(
             arg_types=(plgpu.RefType(INT8_OPERAND),),
-            return_type=plgpu.ShapeDtypeStruct(_BYTES, jnp.int32, _BYTES_LAYOUT),
+            return_type=plgpu.ShapeDtypeStruct(shape, jnp.int32, layout),
         )
         def load(ctx, tile):
             del ctx
@@ -184,19 +338,20 @@ class WideningBackend(TransposedBackend):
             )  # fmt: skip
             address = arith.addi(llvm.ptrtoint(i32, mgpu.utils.memref_ptr(tile)), offset)
             registers = []
-            for first in range(0, TOKENS // 8, 4):
-                here = arith.addi(address, constant(first * tokens_down, i32))
+            for row in range(first // 8, (first + tokens) // 8, _FOUR_AT_ONCE // 8):
+                here = arith.addi(address, constant(row * tokens_down, i32))
                 registers += [vector.broadcast(one, x) for x in _ldmatrix_transposed(here)]
-            return _array(registers, _BYTES, _BYTES_LAYOUT.to_mgpu(), is_signed=True)
+            return _array(registers, shape, layout.to_mgpu(), is_signed=True)
 
         return load(ref)
 
     def _widened(self, four_bytes) -> jax.Array:
-        """64 rows of V^T, bfloat16 in units of WIDENED_UNIT: (GROUP, TOKENS) for operand A."""
-        shape = (GROUP, TOKENS)
+        """Rows of V^T, bfloat16 in units of WIDENED_UNIT: (GROUP, tokens) for operand A."""
+        tokens = four_bytes.shape[0] * 4 // GROUP
+        shape, (_, layout) = (GROUP, tokens), _bytes_layout(tokens)
 
         @plgpu.inline_mgpu(
-            arg_types=(_BYTES_LAYOUT,),
+            arg_types=(layout,),
             return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, plgpu.Layout.WGMMA),
         )
         def widen(ctx, packed):
