@@ -145,15 +145,18 @@ def with_pages(table: list[Row]) -> list[Row]:
     return table
 
 
-def bar_rows(table: Sequence[Row]) -> list[Row]:
-    """Each bar with the worst of its rows, of the default options; `met` None: nothing known."""
-    default = variant(next(iter(VARIANTS))).name
+def bar_rows(table: Sequence[Row], implementation: str | None = None) -> list[Row]:
+    """Each bar with the worst of its rows; `met` None: nothing known.
+
+    implementation: whose rows; None: the kernel's with default options, as they are called here.
+    """
+    implementation = implementation or variant(next(iter(VARIANTS))).name
     found: list[Row] = []
     for bar in BARS:
         values = [
             (row[bar.column], Shape.of(row).label)
             for row in table
-            if row["implementation"] == default
+            if row["implementation"] == implementation
             and row.get(bar.column) is not None
             and bar.concerns(Shape.of(row))
         ]

@@ -78,6 +78,8 @@ class TestTakingABenchmark:
     def test_is_one_command(self, tool, folder, monkeypatch, capsys):
         monkeypatch.setattr(tool, "DEVICE", "cpu")
         (tool.H200 / "benchmark").mkdir(parents=True)
+        kept = ROOT / "benchmarks" / "h200" / "kernel_bench"
+        shutil.copytree(kept, tool.H200 / "kernel_bench")
         (tool.H200 / "benchmark" / "old.csv").write_text("an earlier run's")
         assert tool.main([f"--take={folder}"]) == 0
         taken = {path.name for path in (tool.H200 / "benchmark").iterdir()}

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments.best_when import best_when  # noqa: E402
+from experiments.kernel_bench import KERNEL, bar_rows, with_pages  # noqa: E402
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -104,7 +105,7 @@ def int8_accuracy() -> str:
         "group": "four a token",
         "token, bf16 P": "a token: bf16 P",
         "token, int8 q, bf16 P": "a token: int8 q, bf16 P",
-        "token, int15 q, bf16 P": "a token: 15-bit q, bf16 P",
+        "token, int14 q, bf16 P": "a token: 14-bit q, bf16 P",
         "token, int8 q, int8 P": "a token: int8 q and P",
         "token, rotated": "a token, rotated",
     }
@@ -148,7 +149,8 @@ def h200_decode() -> str:
             f"{min(peer[key] for peer in peers) / ours[key]:.2f}" for key in ("us", "us_separated")
         ]
         ragged = "ragged " if lengths == "varlen" else ""
-        shape = f"{heads} heads, {s_q} token{'s' * (s_q > 1)}, {batch} x {ragged}{kv_len}"
+        cold = "\\*" * (ours["driver"] == "cold")
+        shape = f"{heads} heads, {s_q} token{'s' * (s_q > 1)}, {batch} x {ragged}{kv_len}{cold}"
         rows.append([shape, *cells, " / ".join(ratio), f"{ours['gb_per_s']:,.0f}"])
     header = ["bf16, page size 64", "ours, us", "FlashMLA", "FlashInfer fa3"]
     return table([*header, "speed against the better peer", "our GB/s"], rows)
@@ -180,6 +182,36 @@ def h200_int8() -> str:
         ])  # fmt: skip
     header = ["page size 64", "bf16, us", "int8, us", "speed against bf16", "int8, GB/s"]
     return table([*header, "error of the kernel"], lines)
+
+
+def h200_bars() -> str:
+    """What the project wants of the bf16 kernels, and the grid's worst row of each."""
+    lines = []
+    for bar in bar_rows(with_pages(h200_grid()["rows"]), KERNEL):
+        if bar["met"] is None:
+            continue
+        digits = 0 if bar["wanted"] > 100 else 2
+        what = "separated" if bar["column"].endswith("_separated") else ""
+        met = "**" * (not bar["met"])
+        lines.append([
+            bar["bar"] if what in bar["bar"] else f"{bar['bar']}, {what}",
+            f"{bar['wanted']:,.{digits}f}",
+            f"{met}{bar['worst']:,.{digits}f}{met}",
+            f"{bar['rows']}",
+            bar["where"].removesuffix(", page 64, bf16").removesuffix(", bf16"),
+        ])  # fmt: skip
+    return table(["bf16", "wanted", "worst row", "rows", "which it is"], lines)
+
+
+def h200_options() -> str:
+    """What the op's options cost, from `kernel_bench`."""
+    result = json.loads((H200 / "kernel_bench" / "result.json").read_text(encoding="utf-8"))
+    lines = [
+        [cost["options"].removeprefix(f"{KERNEL} "), f"{cost['rows']}",
+         f"{cost['time_least']:.2f} to {cost['time_most']:.2f}", f"{cost['largest_error']:.1e}"]
+        for cost in result["costs"]
+    ]  # fmt: skip
+    return table(["options", "shapes", "time", "largest error"], lines)
 
 
 def h200_benchmark() -> str:
@@ -215,6 +247,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "h200_decode": h200_decode,
     "h200_int8": h200_int8,
+    "h200_bars": h200_bars,
+    "h200_options": h200_options,
     "h200_benchmark": h200_benchmark,
     "parity": parity,
     "cache_size": cache_size,
