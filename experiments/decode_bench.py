@@ -28,7 +28,7 @@ from mla_jax.reference import attention_float64
 MOSAIC_CALLS = ("mosaic_gpu", "mosaic_gpu_v2")  # that jax.export does not promise to keep
 SCALE = 192**-0.5  # of DeepSeek-V2 and V3
 GRAIN = 128  # tokens that pools are multiples of: the largest page
-SHORT_TABLE, FEW_TOKENS = 4096, 16384
+SHORT_TABLE, MOST_IN_SHORT_TABLES = 4096, 16384  # tokens: of a block table, of all of a batch
 LONG_BURST = 0.02  # seconds, about; a card at its power limit slows down
 # Relative error of o against float64 on what is in the cache. With an int8 cache P is rounded with
 # V's scale folded in, and q to 14 bits.
@@ -214,8 +214,9 @@ class Work:
         Few short requests have short tables, as a server that sorts steps by length gives them:
         kernels choose by it.
         """
-        few = self.row.batch * SHORT_TABLE <= FEW_TOKENS and max(self.row.seq_lens) <= SHORT_TABLE
-        return min(SHORT_TABLE, self.pool.capacity) if few else self.pool.capacity
+        short = max(self.row.seq_lens) <= SHORT_TABLE
+        short &= self.row.batch * SHORT_TABLE <= MOST_IN_SHORT_TABLES
+        return min(SHORT_TABLE, self.pool.capacity) if short else self.pool.capacity
 
     @property
     def key(self) -> tuple:

@@ -41,7 +41,7 @@ CHOICES: dict[str, list[Entry]] = {
         {"computing": c, "depth": d} for c, d in itertools.product((1, 2), (2, 3, 4, 5))
     ],
     "seesaw": [{"registers": [*r]} for r in REGISTERS],
-    "roles_int8": [{"depth": d} for d in (2, 3, 4)],
+    "roles_int8": [{"depth": d} for d in (2, 3)],
 }
 FEW_BLOCKS, MORE_BLOCKS = (0, 1, 2, 3, 5), (2, 3, 5, 8)
 OVERHEADS = {

@@ -63,12 +63,13 @@ def quantize(x: jax.Array, scales: jax.Array) -> jax.Array:
 def step_of_halves(amax: jax.Array) -> jax.Array:
     """The step, float32, in which `quantize_in_halves` holds values of magnitude up to amax.
 
-    A power of two, so that to divide by it costs nothing of any value. What is NaN comes to nothing
-    that is finite: its step is 0.
+    A power of two, so that to divide by it costs nothing of any value. What is not finite comes to
+    nothing that is: its step is 0.
     """
     least = jnp.maximum(amax.astype(jnp.float32), _SMALLEST_OF_HALVES)
     bits = lax.bitcast_convert_type(least * np.float32(1 / (LARGEST_HIGH * HALF)), jnp.int32)
-    return lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
+    step = lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
+    return jnp.where(amax < jnp.inf, step, 0.0)
 
 
 def quantize_in_halves(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -69,6 +69,19 @@ class TestShapes:
 
 
 class TestPools:
+    def test_few_short_requests_have_short_tables(self):
+        setup = Setup(60 << 30)
+
+        def work(batch, kv_len):
+            rows = list(shapes((16,), (1,), (batch,), (1024, kv_len, 65536)))
+            row = next(row for row in rows if row.kv_len == kv_len)
+            return Work(row, Pool.of(rows, setup), setup)
+
+        assert [work(*row).capacity for row in ((1, 4096), (4, 4096))] == [4096, 4096]
+        assert [work(*row).capacity for row in ((1, 16384), (16, 4096))] == [65536, 65536]
+        assert work(1, 4096).key != work(1, 16384).key == work(1, 65536).key
+        assert work(1, 4096).tables.shape == (1, 64)
+
     def test_the_smallest_row_rotates_past_l2_and_the_largest_fits(self):
         rows = list(shapes((16,), (1,), (1, 1), (1024, 16384)))
         pool = Pool.of(rows, Setup(60 << 30))

@@ -194,14 +194,25 @@ def test_finds_invalid_requests_interpreted(heads, rows_per_tile):
     expected.check(*batch.attend(plan, interpret=plgpu.InterpretGPUParams()))
 
 
-def test_a_query_of_nan_is_its_own_affair_interpreted():
-    batch = Int8Batch(np.random.default_rng(0), [70], heads=16)
-    plan, interpret = split(batch, 1, 16), plgpu.InterpretGPUParams()
+@pytest.mark.parametrize(("heads", "rows_per_tile"), [(16, 16), (40, 64)])
+def test_a_query_of_nan_is_its_own_affair_interpreted(heads, rows_per_tile):
+    batch = Int8Batch(np.random.default_rng(0), [70], heads=heads)
+    plan, interpret = split(batch, 1, rows_per_tile), plgpu.InterpretGPUParams()
     clean = batch.attend(plan, interpret=interpret)
     batch.q = batch.q.at[0, 0, 3, 5].set(jnp.nan)
     for got, wanted in zip(batch.attend(plan, interpret=interpret), clean, strict=True):
         assert np.isnan(np.asarray(got, np.float32)[0, 3]).all()
         np.testing.assert_array_equal(got[0, 4:], wanted[0, 4:])
+
+
+@pytest.mark.parametrize("rows_per_tile", [32, 64])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_query_that_is_not_there_may_be_anything_interpreted(rows_per_tile, bad):
+    shape = {"heads": rows_per_tile // 2, "num_queries": 2, "query_lens": [1]}
+    batch = Int8Batch(np.random.default_rng(0), [70], **shape)
+    batch.q = batch.q.at[0, 1].set(bad)
+    plan = split(batch, 1, rows_per_tile)
+    batch.check(*batch.attend(plan, interpret=plgpu.InterpretGPUParams()))
 
 
 def test_the_check_fails_what_is_wrong():
@@ -350,10 +361,7 @@ def test_sizes_on_the_gpu(plan):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "plan",
-    [
-        roles_int8_tiles(load_profile("H200_SXM"), rows_per_tile=64, **sizes)
-        for sizes in ({"depth": 2},)
-    ],
+    [roles_int8_tiles(load_profile("H200_SXM"), rows_per_tile=64, depth=2)],
 )
 def test_sizes_of_64_rows_on_the_gpu(plan):
     batch = Int8Batch(np.random.default_rng(0), LENGTHS, heads=64)

@@ -5,7 +5,7 @@ the rows of a wgmma tile and queries as its columns. Per block of 64 tokens (41 
 2100 cycles of a memory-bound SM)
 
     S^T  int8 x int8 -> int32 for the latent part, bfloat16 for the rope part
-    s    int32 * k_scale[token] * q_scale[row] + rope
+    s    (int32 * k_scale[token] + rope) * q_step[row]
     P    e^(s - m) * k_scale[token] in bfloat16: V's scale is K's, and is folded in before rounding
     V^T  int8 -> bfloat16 exactly, in registers, on its way to wgmma (`widen`)
 

@@ -204,6 +204,7 @@ def decode_int8(
             p, left, slot, *piece, kv_len, query_len = carry
             request, _, begin, end, *_ = piece
             lost = (~fits(piece, kv_len)).astype(jnp.int32)
+            plgpu.commit_smem()  # all its warps have read what was left
             for i, value in enumerate((*piece, kv_len, query_len, slot, lost, left)):
                 piece_smem[i] = value
             plgpu.barrier_arrive(piece_known(begin))
@@ -314,13 +315,15 @@ def decode_int8(
                     plgpu.commit_smem()
 
                 s = sums() * down(g.load_columns(scales)) + g.read(s_rope)
-                s = lax.cond(
-                    masked,
-                    lambda s: g.keep_columns(s, keys_of_rows(zero) - i * BLOCK),
-                    lambda s: s,
-                    s,
-                )
+
+                def hide(s, row_scale):
+                    """A row that sees no key is hidden whatever its q and step are."""
+                    keys = keys_of_rows(zero)
+                    row_scale = jnp.where(keys > 0, row_scale, 1.0)
+                    return g.keep_columns(s, keys - i * BLOCK), row_scale
+
                 row_scale = g.load_rows(q_step_smem.at[zero]) * scale
+                s, row_scale = lax.cond(masked, hide, lambda *both: both, s, row_scale)
                 m_new = g.raised(m, s, row_scale, LAZY_GROWTH)
                 p = jnp.exp2(s * across(row_scale) - across(m_new))
                 factor = jnp.exp2(m - m_new)
