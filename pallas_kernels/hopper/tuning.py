@@ -282,8 +282,8 @@ def choose_tile_plan(
     widths = {"kv_lora_rank": kv_lora_rank, "rope_dim": rope_dim}
     few = few_tokens()
     low = few["rows_per_tile"]
-    read = -(-rows // low) * (few["most"] + 1 if most_tokens is None else most_tokens)
-    if read <= few["most"] and rows > 2 * low and rescale == "multiply":
+    fits = rows > 2 * low and rescale == "multiply"
+    if fits and most_tokens is not None and -(-rows // low) * most_tokens <= few["most"]:
         return tile_plan_of_height(low, cache=cache, profile=profile, **widths)
     for entry in tuned(cache):
         if entry["most_rows"] is not None and rows > entry["most_rows"]:
@@ -357,7 +357,7 @@ def _check_widths(profile: HardwareProfile, kv_lora_rank: int, rope_dim: int) ->
 
 
 def _check_int8_widths(profile: HardwareProfile, kv_lora_rank: int, rope_dim: int) -> None:
-    """A warp widens one swizzled tile of 128 columns; P takes the place of rope keys."""
+    """A warp widens one swizzled tile of 128 columns. Other rope keys were never tried."""
     if kv_lora_rank != 512:
         raise _refused(profile, "kv_lora_rank", kv_lora_rank, 512)
     if rope_dim != BLOCK:
