@@ -222,15 +222,16 @@ def decode_few_int8(
                     g,
                     source,
                     q_smem.at[0, mine],
-                    q_smem.at[1, mine],
+                    q_smem.at[0, pl.ds(rows + me * share, share)],
                     q_rope_smem.at[0, mine],
                     q_step_smem.at[0, mine],
+                    unit=scale,
                 )
             plgpu.commit_smem()
             plgpu.barrier_arrive(q_ready(request))
             plgpu.barrier_wait(q_ready(request))
 
-        def attend(me, p, n, piece, o_left, o_right, s_rope, s_int):
+        def attend(me, p, n, piece, o_left, o_right):
             request, row_tile, begin, end, out_slot, _, slots_of_tile = piece
             kv_len, query_len = lengths(len_ref, qlen_ref, request)
             p_mine = p_smem.at[me]
@@ -247,22 +248,20 @@ def decode_few_int8(
                 i = computing * turn + skip
                 slot = lax.rem(n + i, depth)
                 zero = ((end - begin) >> 30) & i  # 0, but not for the compiler
-                g.fill_integers(s_int, 0)
-                g.zero(s_rope)
                 plgpu.barrier_wait(full.at[slot])
-                g.mma_t(s_rope, rope_smem.at[slot], q_rope_smem.at[zero])
                 keys = kv_smem.at[slot]
-                g.mma_t(s_int, keys, q_smem.at[zero])
+                products = (
+                    g.product_t(keys, q_smem.at[zero], jnp.int32),
+                    g.product_t(rope_smem.at[slot], q_rope_smem.at[zero], jnp.float32),
+                )
                 g.wait_mma(0)
-                s_int[...] = g.read(s_int) * quantize.HALF
-                g.mma_t(s_int, keys, q_smem.at[zero + 1])
-                g.wait_mma(0)
+                s_halves, s_rope = map(g.landed, products)
                 token_scale = lax.broadcast_in_dim(g.load_rows(scale_smem.at[slot]), tile, [0])
                 # What no row may see is NaN, perhaps: it is selected away, never multiplied.
                 visible = position + (begin + i) * BLOCK < limit
                 token_scale = jnp.where(visible, token_scale, 0.0)
-                row_scale = across(g.load_columns(q_step_smem.at[zero]) * scale)
-                s = g.read(s_int).astype(jnp.float32) * token_scale + g.read(s_rope)
+                row_scale = across(g.load_columns(q_step_smem.at[zero]))
+                s = g.joined_halves(s_halves, quantize.HALF) * token_scale + s_rope
                 s = jnp.where(visible, s * row_scale, -jnp.inf)
                 m_new = jnp.maximum(m, g.reduce_rows(s, top_smem.at[me], "max"))
                 p = jnp.exp2(s - across(m_new))
@@ -273,7 +272,7 @@ def decode_few_int8(
                 norm = norm * across(alpha) + p
                 plgpu.commit_smem()
                 begun = g.begin_widening(keys)
-                g.mma_widened((o_left, o_right), keys, p_mine, begun)
+                g.mma_widened((o_left, o_right), keys, p_mine.transpose((1, 0)), begun)
                 plgpu.barrier_arrive(empty.at[slot])
                 g.wait_mma(0)
                 return m_new, norm
@@ -362,7 +361,7 @@ def decode_few_int8(
 
                 request, row_tile, *_ = piece
                 fetch_mine(me, request, row_tile * rows)
-                g.with_score_accumulators(scoped, accumulators, me, (*o_shapes, tile), (tile,))
+                g.with_accumulators(scoped, accumulators, me, *o_shapes)
 
             walk(pieces(), my_walk(), piece_ref, run)
             if computing == 2:
@@ -390,7 +389,7 @@ def decode_few_int8(
             jax.ShapeDtypeStruct((num_slots, rows), jnp.float32),
         ),
         scratch_types=(
-            narrow(2, rows, latent),  # high, low
+            narrow(1, 2 * rows, latent),  # high, then low
             wide(1, rows, rope),
             floats(1, rows),
             narrow(depth, BLOCK, latent),
@@ -407,8 +406,7 @@ def decode_few_int8(
             plgpu.Barrier(num_arrivals=computing, num_barriers=FLAGS),  # piece_done
             plgpu.Barrier(num_arrivals=3, num_barriers=depth),  # full
             plgpu.Barrier(num_arrivals=1, num_barriers=depth),  # empty
-            *g.accumulator_scratch(computing, *o_shapes, tile),
-            *g.accumulator_scratch(computing, tile, dtype=jnp.int32),
+            *g.accumulator_scratch(computing, *o_shapes),
         ),
         grid=(plan.num_workers,),
         grid_names=("worker",),

@@ -5,20 +5,20 @@ P, a block or more ahead of them; one loads. So the tensor cores have PV of one 
 softmax of the next is computed. (The seesaw of `decode` has no such overlap here: V^T comes from
 registers, where the warpgroup that multiplies by it has to widen it, and can do nothing else.)
 
-S = Q K^T has a query a row, and softmax stays within a quad of lanes. O^T = V^T P^T takes V^T from
+S^T = K [high; low]^T has a token a row, and the two halves of q in one product of 128 columns: it
+reads a third less of shared memory than one of 64 for each half. O^T = V^T P^T takes V^T from
 registers: each warpgroup widens its half of the dimensions on their way to wgmma (`widen`), so
 nothing is widened twice and nothing goes back to shared memory.
 
-    S = ((128 * high + low) * k_scale[token] + rope) * q_step[row]
+    S = ((128 * high + low) * k_scale[token] + rope) * q_step[query]
     P = e^(s - m) * k_scale[token], bfloat16
 
 What makes P is one chain, S of a block, its softmax, S of the next, and takes longest: who makes O
-has V^T of a block's first tokens ready when P comes, and is done before P of the next one. S is two
-sums of int32 that begin at the bits of WHOLE, and so end as bits of WHOLE + sum, in float32: to
-convert integers would take as long as exp2.
+has V^T of a block's first tokens ready when P comes, and is done before P of the next one.
 
-A query is a row of S and a column of O^T: the factors that rescale O go through shared memory,
-where any row's maximum grew. A row's sum stays in parts, one in each lane, to a piece's end.
+A query is a column of S^T and of O^T. Its maximum is reduced over four warps, and the factor that
+rescales O passed on, only in blocks where a vote finds that some maximum grew by much; its sum
+stays in parts, one in each thread, to a piece's end.
 """
 
 import functools
@@ -26,15 +26,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax import quantize
 from pallas_kernels.hopper.merge import Meeting, Place, Refs, merge_shares, row_parts
-from pallas_kernels.hopper.narrow import WHOLE, fetch_q
+from pallas_kernels.hopper.narrow import fetch_q
 from pallas_kernels.hopper.primitives import OWN_BARRIERS, ROWS, WGMMA_OPERAND
+from pallas_kernels.hopper.transposed import COLUMNS, WARPS
 from pallas_kernels.hopper.walk import (
     BLOCK,
     LN2,
@@ -52,7 +52,6 @@ from pallas_kernels.hopper.widen import GROUP, INT8_OPERAND, WIDENED_UNIT, Widen
 QUERIES = 64  # rows of a tile
 FETCHED = 32  # of them at a time: what registers allow
 WIDENED = 32  # tokens at a time: likewise
-WHOLE_BITS = int(np.float32(WHOLE).view(np.int32))
 LAZY_GROWTH = 8.0  # log2 units that the running maximum may lag behind the true one
 # Of a record in shared memory, behind the plan's: lengths, the first slot, and
 LOST = RECORD + 3  # its keys can't all be had, so its rows are NaN
@@ -62,7 +61,7 @@ MAKERS = 2  # warpgroups that make O, and merge
 SCORES, LOADS = MAKERS, MAKERS + 1  # the others
 
 
-# P, of which wgmma takes WIDENED tokens at a time.
+# P^T, of which wgmma takes WIDENED tokens at a time: as many as a line has columns.
 P_OPERAND = (
     plgpu.TilingTransform((8, WIDENED)),  # type: ignore[abstract]
     plgpu.SwizzleTransform(WIDENED * 2),  # type: ignore[abstract]
@@ -114,7 +113,7 @@ def decode_int8(
     scale = softmax_scale * LOG2E
     g = WideningBackend(interpreting=interpret is not None)
     num_slots = max(1, plan.num_slots)
-    tile = (QUERIES, BLOCK)
+    tile = (BLOCK, QUERIES)
 
     def body(
         q_ref,
@@ -134,10 +133,13 @@ def decode_int8(
         q_smem,
         q_rope_smem,
         q_step_smem,
+        keys_smem,
         kv_smem,
         rope_smem,
         p_smem,
         scale_smem,
+        top_smem,
+        meeting_smem,
         factor_smem,
         grew_smem,
         inverse_smem,
@@ -253,16 +255,22 @@ def decode_int8(
                     g,
                     source,
                     q_smem.at[0, rows],
-                    q_smem.at[1, rows],
+                    q_smem.at[0, pl.ds(QUERIES + first, FETCHED)],
                     q_rope_smem.at[0, rows],
                     q_step_smem.at[0, rows],
+                    unit=scale,
                 )
                 return ()
 
             lax.fori_loop(0, QUERIES // FETCHED, fetch, ())
+            kv_len, query_len = piece_smem[RECORD], piece_smem[RECORD + 1]
+            token = (g.iota_line(QUERIES, COLUMNS) + row_tile * QUERIES) // num_heads
+            keys = kv_len - query_len + token + 1 if causal else kv_len
+            keys_smem.at[0][...] = jnp.where(token < query_len, keys, 0)
+            top_smem.at[0][...] = g.full((QUERIES,), 0.0, COLUMNS)  # (for the first block to raise)
             plgpu.commit_smem()
 
-        def make_p(s_rope, s_high, s_low):
+        def make_p():
             # (What is read where it is used holds no register around the loops.)
             begin, end = piece_smem[2], piece_smem[3]
 
@@ -277,83 +285,75 @@ def decode_int8(
                 ragged = last_query >= query_len
                 return jnp.clip(jnp.where(ragged, 0, shortest) // BLOCK, begin, end)
 
-            def keys_of_rows(zero):
-                """How many keys each row of the tile sees."""
-                row_tile, kv_len, query_len = (piece_smem[i] for i in (1, RECORD, RECORD + 1))
-                # (Adding zero keeps the compiler from holding rows in registers.)
-                token = (g.iota_rows(QUERIES) + (row_tile * QUERIES + zero)) // num_heads
-                keys = kv_len - query_len + token + 1 if causal else kv_len
-                return jnp.where(token < query_len, keys, 0)
-
             def scores(slot, zero):
-                """S of a block, left in flight."""
-                g.zero(s_rope)
+                """S^T of a block, left in flight: the parts of its halves of q, and of its rope."""
                 plgpu.barrier_wait(full.at[slot])
-                g.mma_t(s_rope, q_rope_smem.at[zero], rope_smem.at[slot])
-                for part, acc in enumerate((s_high, s_low)):
-                    g.fill_integers(acc, WHOLE_BITS)
-                    g.mma_t(acc, q_smem.at[zero + part], kv_smem.at[slot])
+                halves = g.product_t(kv_smem.at[slot], q_smem.at[zero], jnp.int32)
+                return halves, g.product_t(rope_smem.at[slot], q_rope_smem.at[zero], jnp.float32)
 
-            def sums():
-                """HALF * high + low: of what the first step gives, float32 loses nothing."""
-                high, low = (
-                    lax.bitcast_convert_type(g.read(acc), jnp.float32) for acc in (s_high, s_low)
-                )
-                return (high * quantize.HALF - (quantize.HALF + 1) * WHOLE) + low
+            def landed(products):
+                g.wait_mma(0)
+                return tuple(map(g.landed, products))
 
             def block(last, i, carry):
                 """P of a block whose S is there, and then S of the next one."""
-                m, norm, slot = carry
+                norm, slot, (s_halves, s_rope) = carry
                 zero, following = opaque(i), after(slot)
-                scales = scale_smem.at[slot]
+                # (A scale past the last token may be NaN, and would multiply a P of 0.)
+                token = g.iota_line(BLOCK, ROWS) + i * BLOCK
+                token_scale = g.load_rows(scale_smem.at[slot])
+                token_scale = across(jnp.where(token < piece_smem[RECORD], token_scale, 0.0))
+                s = g.joined_halves(s_halves, quantize.HALF) * token_scale + s_rope
+                steps, top = (g.load_columns(ref.at[zero]) for ref in (q_step_smem, top_smem))
+                above = s * down(steps) - down(top)  # the running maxima, in log2 units
+
+                def hide(above):
+                    """(Chosen, not added: what is hidden may be NaN.)"""
+                    visible = g.iota(tile, 0) + i * BLOCK < down(g.load_columns(keys_smem.at[zero]))
+                    return jnp.where(visible, above, -jnp.inf)
+
                 masked = i >= piece_smem[UNMASKED]
+                above = lax.cond(masked, hide, lambda above: above, above)
+                first = i == piece_smem[2]
+                grew = g.any_above(above, LAZY_GROWTH) | first
 
-                @pl.when(masked)  # scales past the last token may be NaN, and multiply a P of 0
-                def _blank():
-                    kept, valid = g.load_rows(scales), piece_smem[RECORD] - i * BLOCK
-                    scales[...] = jnp.where(g.iota_rows(BLOCK) < valid, kept, 0.0)
-                    plgpu.commit_smem()
+                def rise(above, norm):
+                    """Maxima by what the block has above them: at first all of them."""
+                    top = g.load_columns(top_smem.at[zero])
+                    most = g.reduce_rows(above, meeting_smem, "max")
+                    much = jnp.where(most > LAZY_GROWTH, most, 0.0)
+                    rises = jnp.where(first, jnp.maximum(most, NO_KEY), much)
+                    factor = jnp.exp2(jnp.minimum(-rises, 0.0))  # (O and norm are 0 at first)
+                    top_smem.at[zero][...] = top + rises
+                    factor_smem.at[slot][...] = factor
+                    return above - down(rises), norm * factor
 
-                s = sums() * down(g.load_columns(scales)) + g.read(s_rope)
-
-                def hide(s, row_scale):
-                    """A row that sees no key is hidden whatever its q and step are."""
-                    keys = keys_of_rows(zero)
-                    row_scale = jnp.where(keys > 0, row_scale, 1.0)
-                    return g.keep_columns(s, keys - i * BLOCK), row_scale
-
-                row_scale = g.load_rows(q_step_smem.at[zero]) * scale
-                s, row_scale = lax.cond(masked, hide, lambda *both: both, s, row_scale)
-                m_new = g.raised(m, s, row_scale, LAZY_GROWTH)
-                p = jnp.exp2(s * across(row_scale) - across(m_new))
-                factor = jnp.exp2(m - m_new)
-                norm = norm * factor + g.lane_sums(p)
-                factor_smem.at[slot][...] = factor
-                g.mark_less(grew_smem.at[slot], m, m_new)
-                # (Read again, so that it need not stay in registers in between.)
-                p_smem.at[slot][...] = (p * down(g.load_columns(scales))).astype(dtype)
-                if not last:
-                    scores(following, zero)
+                above, norm = lax.cond(grew, rise, lambda *both: both, above, norm)
+                p = jnp.exp2(above)
+                norm = norm + g.column_parts(p, "add")
+                grew_smem[slot] = grew.astype(jnp.int32)
+                p_smem.at[slot][...] = (p * token_scale).astype(dtype)
+                started = () if last else scores(following, zero)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(p_ready.at[slot])
-                g.wait_mma(0)
-                return m_new, norm, following
+                return norm, following, landed(started)
 
             first_slot = piece_smem[RECORD + 2]
             piece_smem[UNMASKED] = seen_whole()
-            none = (g.full((QUERIES,), NO_KEY, ROWS), g.full((QUERIES,), 0.0, ROWS), first_slot)
+            no_sum = g.full((QUERIES,), 0.0, COLUMNS)
 
-            def all_blocks(_, carry):
-                scores(first_slot, opaque(end))
-                g.wait_mma(0)
+            def all_blocks(_, norm):
+                carry = norm, first_slot, landed(scores(first_slot, opaque(end)))
                 carry = lax.fori_loop(begin, end - 1, functools.partial(block, False), carry)
-                return block(True, piece_smem[3] - 1, carry)
+                norm, *_ = block(True, piece_smem[3] - 1, carry)
+                return norm
 
-            m, total, _ = lax.fori_loop(0, jnp.minimum(end - begin, 1), all_blocks, none)
+            norm = lax.fori_loop(0, jnp.minimum(end - begin, 1), all_blocks, no_sum)
             request, row_tile, *_, out_slot, _, slots_of_tile = (
                 piece_smem[i] for i in range(RECORD)
             )
-            total = g.sum_lanes(total)
+            total = g.over_rows(norm, meeting_smem, "add")
+            top = g.load_columns(top_smem.at[opaque(end)])
             left = piece_smem[LEFT] - 1
             lost = piece_smem[LOST] > 0  # written before the barrier of the last block
             blank = jnp.where((piece_smem[RECORD] < 0) | lost, jnp.nan, 0.0)
@@ -366,7 +366,7 @@ def decode_int8(
                 end_smem[i] = value
             plgpu.commit_smem()
             plgpu.barrier_arrive(inverse_full(request))
-            lse = jnp.where(total != 0.0, m * LN2 + jnp.log(total), -jnp.inf) + blank
+            lse = jnp.where(total != 0.0, top * LN2 + jnp.log(total), -jnp.inf) + blank
 
             @pl.when(out_slot < 0)
             def _store():
@@ -385,7 +385,7 @@ def decode_int8(
 
             def run(left):
                 fetch_piece(left)
-                return g.with_score_accumulators(make_p, accumulators[1:], 0, (tile,), (tile, tile))
+                return make_p()
 
             first, stop = pieces()
             # (How many are left comes with each piece, and holds no register while it is run.)
@@ -403,7 +403,7 @@ def decode_int8(
                 begun = g.begin_widening(kv_smem.at[slot], **mine)
                 plgpu.barrier_wait(p_ready.at[slot])
 
-                @pl.when(g.any_marked(grew_smem.at[slot]))
+                @pl.when(grew_smem[slot] > 0)
                 def _rescale():
                     g.scale_columns(o_acc, g.load_columns(factor_smem.at[slot]))
 
@@ -444,9 +444,7 @@ def decode_int8(
                 def piece(carry):
                     p, slot, num_blocks = carry
                     this_o = functools.partial(make_o, me, p, slot, num_blocks)
-                    return p + 1, *g.with_accumulators(
-                        this_o, accumulators[:1], me, (half, QUERIES)
-                    )
+                    return p + 1, *g.with_accumulators(this_o, accumulators, me, (half, QUERIES))
 
                 first, _ = pieces()
                 carry = first, jnp.int32(0), blocks_of(my_walk())
@@ -486,15 +484,18 @@ def decode_int8(
             jax.ShapeDtypeStruct((num_slots, QUERIES), jnp.float32),
         ),
         scratch_types=(
-            narrow(2, QUERIES, latent),  # high, low
+            narrow(1, 2 * QUERIES, latent),  # high, then low
             wide(1, QUERIES, rope),
             floats(1, QUERIES),
+            plgpu.SMEM((1, QUERIES), jnp.int32),  # keys that each query sees
             narrow(slots, BLOCK, latent),
             wide(slots, BLOCK, rope),
-            plgpu.SMEM((slots, QUERIES, BLOCK), dtype, transforms=P_OPERAND),
+            plgpu.SMEM((slots, BLOCK, QUERIES), dtype, transforms=P_OPERAND),  # P^T
             floats(slots, BLOCK),
+            floats(1, QUERIES),  # maxima
+            floats(WARPS, QUERIES),
             floats(slots, QUERIES),  # factors
-            plgpu.SMEM((slots, 4), jnp.int32),  # whether any is not 1
+            plgpu.SMEM((slots,), jnp.int32),  # whether any is not 1
             floats(1, QUERIES),  # 1 / row sum, and
             plgpu.SMEM((4,), jnp.int32),  # where the piece's O belongs
             plgpu.SMEM((UNMASKED + 1,), jnp.int32),
@@ -502,8 +503,6 @@ def decode_int8(
             plgpu.Barrier(num_arrivals=MAKERS, num_barriers=slots + 1),
             plgpu.Barrier(num_arrivals=1, num_barriers=slots + 3),
             *g.accumulator_scratch(MAKERS, (half, QUERIES)),
-            *g.accumulator_scratch(1, tile),
-            *g.accumulator_scratch(1, tile, tile, dtype=jnp.int32),
         ),
         grid=(plan.num_workers,),
         grid_names=("worker",),

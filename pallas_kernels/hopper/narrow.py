@@ -32,7 +32,9 @@ def _rows_of_lanes(columns: int) -> Any:
 _LATENT, _ROPE = _rows_of_lanes(128), _rows_of_lanes(64)
 
 
-def fetch_q(g: Backend, source: Any, high: Any, low: Any, rope: Any, steps: Any) -> None:
+def fetch_q(
+    g: Backend, source: Any, high: Any, low: Any, rope: Any, steps: Any, *, unit: float
+) -> None:
     """Rows of q to shared memory, by one warpgroup: its parts and what their steps are worth.
 
     `commit_smem` and a barrier must stand between this and what reads it.
@@ -42,7 +44,7 @@ def fetch_q(g: Backend, source: Any, high: Any, low: Any, rope: Any, steps: Any)
             holds n * D / 256 registers of it.
         high, low: int8 SMEM [n, D], tiled as `widen.INT8_OPERAND`.
         rope: bfloat16 SMEM [n, E], tiled as `primitives.WGMMA_OPERAND`.
-        steps: float32 SMEM [n].
+        steps: float32 SMEM [n], gets each row's step times unit.
     """
     latent, width = high.shape[-1], source.shape[-1]
     groups = [pl.ds(row, ROW_GROUP) for row in range(0, source.shape[0], ROW_GROUP)]
@@ -63,7 +65,7 @@ def fetch_q(g: Backend, source: Any, high: Any, low: Any, rope: Any, steps: Any)
         low.at[rows][...] = ((shifted & quantize.HALF - 1) - quantize.HALF // 2).astype(jnp.int8)
         in_steps = rest.astype(jnp.float32) * _beside(g, inverse, rest.shape, _ROPE)
         rope.at[rows][...] = in_steps.astype(rest.dtype)
-        steps.at[rows][...] = step
+        steps.at[rows][...] = step * unit
 
 
 def _beside(g: Backend, rows: Any, shape: tuple[int, ...], layout: Any) -> Any:

@@ -40,6 +40,7 @@ OWN_BARRIERS = plgpu.CompilerParams(
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value a row, beside a (64, n) WGMMA tile
 REGISTER_FILE = 65536  # registers of an SM
 CHUNK_BYTES = 16  # what a thread gathers at once, and what swizzling moves as one
+_LINE_BYTES, _WGMMA_BYTES = 128, 32  # a line of a swizzled tile, and what a wgmma takes of it
 
 
 _SCALAR = plgpu.Layout.WG_SPLAT(())
@@ -83,7 +84,7 @@ def _voted(mine: Any) -> mgpu.FragmentedArray:
     i32 = ir.IntegerType.get_signless(32)
     voted = llvm.inline_asm(
         i32,
-        [mgpu.utils.warpgroup_barrier_idx(), arith.extui(i32, mine)],
+        [mgpu.utils.warpgroup_barrier_idx(sync=False), arith.extui(i32, mine)],
         "{ .reg .pred p, q; setp.ne.u32 p, $2, 0;"
         " bar.red.or.pred q, $1, 128, p; selp.u32 $0, 1, 0, q; }",
         "=r,r,r",
@@ -97,18 +98,59 @@ def _one_thread(ptx: str, *args: ir.Value) -> None:
         mgpu.utils.inline_ptx(ptx, *args, has_side_effects=True)
 
 
+def _sixteens(tile: ir.Value) -> ir.Value:
+    """Where (i32, in 16 bytes) a SMEM ref begins."""
+    i32 = ir.IntegerType.get_signless(32)
+    return arith.shrui(llvm.ptrtoint(i32, mgpu.utils.memref_ptr(tile)), mgpu.utils.c(4, i32))
+
+
+def _descriptor(start: ir.Value, tile: ir.Value, line: int, offset: int) -> ir.Value:
+    """Of a SMEM ref in swizzled tiles [m / 8, lines, 8, 128 bytes], K-major, from a byte of a line
+    on, for wgmma. (By 32-bit sums: Mosaic's own take twice the registers.)"""
+    i64 = ir.IntegerType.get_signless(64)
+    (down, across, *_), _ = ir.MemRefType(tile.type).get_strides_and_offset()
+    itemsize = mgpu.utils.bytewidth(ir.MemRefType(tile.type).element_type)
+    further = line * across * itemsize + offset
+    place = arith.addi(start, mgpu.utils.c(further >> 4, start.type))
+    swizzled_128 = 1 << 62
+    constant = swizzled_128 | (down * itemsize >> 4) << 32
+    return arith.ori(arith.extui(i64, place), mgpu.utils.c(constant, i64))
+
+
+def _wgmma(
+    registers: list[ir.Value], n: int, operand: ir.Type, a: ir.Value, b: ir.Value
+) -> list[ir.Value]:
+    """The accumulators (n / 2 a thread) after a wgmma of K-major operands; [] before the first."""
+    if operand == ir.IntegerType.get_signless(8):
+        shape, kind, signs = f"m64n{n}k32.s32.s8.s8", "r", ""
+        field: ir.Type = ir.IntegerType.get_signless(32)
+    else:
+        shape, kind, signs = f"m64n{n}k16.f32.{operand}.{operand}", "f", ", 1, 1, 0, 0"
+        field = ir.F32Type.get()
+    count, kept = n // 2, len(registers)
+    names = ", ".join(f"${i}" for i in range(count))
+    result = llvm.inline_asm(
+        llvm.StructType.get_literal([field] * count),
+        [*registers, a, b],
+        f"{{ .reg .pred p; setp.ne.b32 p, {int(kept > 0)}, 0;"
+        f" wgmma.mma_async.sync.aligned.{shape} {{{names}}},"
+        f" ${count + kept}, ${count + kept + 1}, p{signs}; }}",
+        ",".join([f"={kind}"] * count + [str(i) for i in range(kept)] + ["l", "l"]),
+        has_side_effects=True,
+    )
+    return [llvm.extractvalue(field, result, [i]) for i in range(count)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Backend:
     interpreting: bool
 
     # -- accumulators -------------------------------------------------------------------------
-    def accumulator_scratch(
-        self, threads: int, *shapes: tuple[int, int], dtype: Any = jnp.float32
-    ) -> tuple:
+    def accumulator_scratch(self, threads: int, *shapes: tuple[int, int]) -> tuple:
         """Scratch that stands in for each thread's accumulators; empty on the GPU."""
         if not self.interpreting:
             return ()
-        return tuple(plgpu.SMEM((threads, *shape), dtype) for shape in shapes)
+        return tuple(plgpu.SMEM((threads, *shape), jnp.float32) for shape in shapes)
 
     def with_accumulators(self, run, scratch, thread: int, *shapes: tuple[int, int]):
         """What run(*accumulators) returns; they are float32, of the given shapes."""
@@ -153,12 +195,11 @@ class Backend:
             plgpu.wgmma(acc, a, b)
 
     def mma_t(self, acc, a, b) -> None:
-        """acc += a @ b.T, left in flight; an int32 acc of int8, below 2^24 as interpreted."""
+        """acc += a @ b.T, left in flight."""
         if self.interpreting:
-            product = jnp.dot(
+            acc[...] = acc[...] + jnp.dot(
                 a[...].astype(jnp.float32), b[...].astype(jnp.float32).T, precision="highest"
             )
-            acc[...] = acc[...] + product.astype(acc.dtype)
         else:
             self._arrive()
             plgpu.wgmma(acc, a, b.transpose((1, 0)))
@@ -183,6 +224,65 @@ class Backend:
             plgpu.commit_smem()
         else:
             plgpu.wgmma_wait(in_flight)
+
+    # A product on its own, which needs no accumulator filled first, as a value in registers.
+    def product_t(self, a, b, dtype) -> jax.Array:
+        """a @ b.T, left in flight: only `landed` may read it, after a wait.
+
+        a, b: SMEM (64, k) and (n, k), n up to 256, of int8 (dtype int32) or 16 bits (float32), in
+        lines of 128 bytes as wgmma reads them. int32 is right below 2^24 as interpreted.
+        """
+        if self.interpreting:
+            operands = a[...].astype(jnp.float32), b[...].astype(jnp.float32).T
+            return jnp.dot(*operands, precision="highest").astype(dtype)
+
+        line = _LINE_BYTES // a.dtype.itemsize
+        operand: Any = (
+            plgpu.TilingTransform((8, line)),  # type: ignore[abstract]
+            plgpu.SwizzleTransform(_LINE_BYTES),  # type: ignore[abstract]
+        )
+        n, lines = b.shape[0], a.shape[1] // line
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(operand), plgpu.RefType(operand)),
+            return_type=plgpu.ShapeDtypeStruct((64, n), dtype, plgpu.Layout.WGMMA),
+        )
+        def start(ctx, a, b):
+            del ctx
+            nvvm.wgmma_fence_aligned()
+            registers: list[ir.Value] = []
+            starts = [(_sixteens(tile), tile) for tile in (a, b)]
+            for i in range(lines):
+                for step in range(0, _LINE_BYTES, _WGMMA_BYTES):
+                    operands = [_descriptor(*start, i, step) for start in starts]
+                    registers = _wgmma(registers, n, ir.MemRefType(a.type).element_type, *operands)
+            nvvm.wgmma_commit_group_sync_aligned()
+            layout = mgpu.WGMMA_LAYOUT
+            array = np.empty(layout.registers_shape((64, n)), dtype=object)
+            pair = ir.VectorType.get((2,), registers[0].type)
+            array.flat[:] = [
+                vector.from_elements(pair, registers[i : i + 2])
+                for i in range(0, len(registers), 2)
+            ]
+            signed = True if dtype == jnp.int32 else None
+            return mgpu.FragmentedArray(_registers=array, _layout=layout, _is_signed=signed)
+
+        return start(a, b)
+
+    def landed(self, product) -> jax.Array:
+        """What `product_t` has started; the caller has waited for it."""
+        if self.interpreting:
+            return product
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.Layout.WGMMA,),
+            return_type=plgpu.ShapeDtypeStruct(product.shape, product.dtype, plgpu.Layout.WGMMA),
+        )
+        def read(ctx, value):
+            del ctx
+            return mgpu.fragmented_array.optimization_barrier(value)
+
+        return read(product)
 
     # -- values in registers ------------------------------------------------------------------
     def full(self, shape, value, layout) -> jax.Array:
@@ -338,6 +438,25 @@ class Backend:
             return _voted(mine)
 
         return vote(a, b) > 0
+
+    def any_above(self, x, limit: float) -> jax.Array:
+        """One flag for the warpgroup: is any element of a float32 tile above it? NaN is not."""
+        if self.interpreting:
+            return jnp.any(x > limit)
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.Layout.WGMMA,),
+            return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT(())),
+        )
+        def vote(ctx, tile):
+            del ctx
+            tops = [vector.extract(r, [], [i]) for r in tile.registers.flat for i in range(2)]
+            while len(tops) > 1:
+                tops = [arith.maxnumf(*tops[i : i + 2]) for i in range(0, len(tops), 2)]
+            bound = mgpu.utils.c(limit, ir.F32Type.get())
+            return _voted(arith.cmpf(arith.CmpFPredicate.OGT, tops[0], bound))
+
+        return vote(x) > 0
 
     # -- gathering ------------------------------------------------------------------------------
     # 128 threads copy 64 rows, 16 bytes at a time: threads 8 i .. 8 i + 7 a line of a swizzled tile

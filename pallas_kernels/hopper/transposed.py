@@ -76,49 +76,73 @@ class TransposedBackend(Backend):
 
         store(ref, value)
 
-    def reduce_rows(self, x, scratch, kind: str) -> jax.Array:
-        """max or sum over the rows of a (64, n) tile, one value a column, the same in all warps.
+    # A value a column in parts, as COLUMNS: each thread's of the two rows that it holds.
+    def column_parts(self, x, kind: str) -> jax.Array:
+        """max or sum over rows of a (64, n) tile, a part in each thread; for `over_rows`."""
+        if self.interpreting:
+            return x.max(axis=0) if kind == "max" else x.sum(axis=0)
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.Layout.WGMMA,),
+            return_type=plgpu.ShapeDtypeStruct(x.shape[1:], jnp.float32, COLUMNS),
+        )
+        def combine(ctx, tile):
+            del ctx
+            pairs = tile.registers.reshape(-1, 2)
+            return _columns_array([_combine(kind)(*pair) for pair in pairs])
+
+        return combine(x)
+
+    def over_rows(self, parts, scratch, kind: str) -> jax.Array:
+        """max or sum of what `column_parts` gave, one value a column, the same in all warps.
 
         scratch: float32 SMEM (WARPS, n). A barrier of the warpgroup must stand between two uses.
         """
         if self.interpreting:
-            return x.max(axis=0) if kind == "max" else x.sum(axis=0)
+            return parts
 
-        columns = x.shape[1]
+        columns = parts.shape[0]
 
         @plgpu.inline_mgpu(
-            arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
+            arg_types=(COLUMNS, plgpu.RefType()),
             return_type=plgpu.ShapeDtypeStruct((columns,), jnp.float32, COLUMNS),
         )
-        def reduce(ctx, tile, meeting):
+        def reduce(ctx, parts, meeting):
             del ctx
-            combine = arith.maximumf if kind == "max" else arith.addf
+            combine = _combine(kind)
             index, constant = ir.IndexType.get(), mgpu.utils.c
             pair = ir.VectorType.get((2,), ir.F32Type.get())
-            layout = tile.layout.reduce((0,))
             row, column = place_in_tile()
             warp = arith.index_cast(index, arith.divui(row, constant(16, row.type)))
             first = arith.index_cast(index, column)
-            by_column = tile.registers.reshape(columns // 8, -1)
             places = [arith.addi(first, constant(8 * j, index)) for j in range(columns // 8)]
-            for place, registers in zip(places, by_column, strict=True):
-                both = registers[0]
-                for other in registers[1:]:
-                    both = combine(both, other)
+            for place, both in zip(places, parts.registers.flat, strict=True):
                 for distance in LANES_DOWN:
                     both = combine(both, mgpu.utils.shfl_bfly(both, distance))
                 vector.store(both, meeting, [warp, place])
             mgpu.utils.warpgroup_barrier()
             results = []
             for place in places:
-                parts = [
+                of_warps = [
                     vector.load(pair, meeting, [constant(w, index), place]) for w in range(WARPS)
                 ]
-                upper, lower = combine(parts[0], parts[1]), combine(parts[2], parts[3])
-                results.append(combine(upper, lower))
-            shape = layout.registers_shape((columns,))
-            registers = np.empty(shape, dtype=object)
-            registers.flat[:] = results
-            return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+                results.append(combine(combine(*of_warps[:2]), combine(*of_warps[2:])))
+            return _columns_array(results)
 
-        return reduce(x, scratch)
+        return reduce(parts, scratch)
+
+    def reduce_rows(self, x, scratch, kind: str) -> jax.Array:
+        """max or sum over the rows of a (64, n) tile; scratch and result as of `over_rows`."""
+        return self.over_rows(self.column_parts(x, kind), scratch, kind)
+
+
+def _combine(kind: str):
+    return arith.maximumf if kind == "max" else arith.addf
+
+
+def _columns_array(pairs) -> mgpu.FragmentedArray:
+    """Of the pairs of values that a thread has, one pair every 8 columns."""
+    layout = COLUMNS.to_mgpu()
+    registers = np.empty(layout.registers_shape((8 * len(pairs),)), dtype=object)
+    registers.flat[:] = pairs
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)

@@ -218,7 +218,7 @@ def roles_int8_tiles(
     rows, half = WGMMA_ROWS, kv_lora_rank // 2
     makers, scoring, loading = registers
     # fp32 half of O^T, V^T of half a group twice and addresses; S as two of int32 and one of fp32.
-    for got, needed in ((makers, rows * half // 128 + 48), (scoring, 3 * rows * BLOCK // 128 + 40)):
+    for got, needed in ((makers, rows * half // 128 + 32), (scoring, 3 * rows * BLOCK // 128 + 40)):
         if got < needed:
             raise _refused(profile, "registers", got, f">= {needed} where O^T or S are kept")
     return TilePlan(
@@ -231,17 +231,20 @@ def roles_int8_tiles(
         merge_overhead=merge_overhead,
         registers=(makers, makers, scoring, loading),
         tiles=(
-            Tile("shared", "QK", rows, kv_lora_rank + rope_dim, BLOCK),
+            Tile("shared", "QK", BLOCK, kv_lora_rank + rope_dim, rows),
             Tile("registers", "PV", half, BLOCK, rows),
         ),
         uses=(
             BufferUse("shared", "q latent", rows * kv_lora_rank, 2),
             BufferUse("shared", "q rope", rows * rope_dim * ITEMSIZE),
             BufferUse("shared", "q steps", ALIGNMENT),
+            BufferUse("shared", "keys of queries", ALIGNMENT),
             BufferUse("shared", "kv latent", BLOCK * kv_lora_rank, depth),
             BufferUse("shared", "kv rope", BLOCK * rope_dim * ITEMSIZE, depth),
             BufferUse("shared", "P", rows * BLOCK * ITEMSIZE, depth),
             BufferUse("shared", "token scales", _aligned(depth * BLOCK * FLOAT32)),
+            BufferUse("shared", "row max", ALIGNMENT),
+            BufferUse("shared", "row max of each warp", ALIGNMENT),
             BufferUse("shared", "rescaling factors", _aligned(depth * rows * FLOAT32)),
             BufferUse("shared", "whether to rescale", ALIGNMENT),
             BufferUse("shared", "1 / row sum", ALIGNMENT),

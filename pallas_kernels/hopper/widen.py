@@ -13,9 +13,7 @@ The rows of O^T come in an order of their own, that of `dimension`; `store_dimen
 """
 
 import dataclasses
-import functools
 import itertools
-import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,12 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm, memref, scf, vector
+from jax._src.lib.mlir.dialects import arith, llvm, vector
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.primitives import ROWS
 from pallas_kernels.hopper.transposed import COLUMNS, TransposedBackend
 
 # How shared memory holds int8 that wgmma reads.
@@ -53,32 +50,6 @@ def _array(registers, shape, layout, is_signed=None) -> mgpu.FragmentedArray:
     array = np.empty(layout.registers_shape(shape), dtype=object)
     array.flat[:] = registers
     return mgpu.FragmentedArray(_registers=array, _layout=layout, _is_signed=is_signed)
-
-
-def _rows_array(values) -> mgpu.FragmentedArray:
-    """Of the two rows of a tile that a thread has a value of."""
-    one = ir.VectorType.get((1,), ir.F32Type.get())
-    return _array([vector.broadcast(one, x) for x in values], (GROUP,), ROWS.to_mgpu())
-
-
-def _any_of_warp(mine: ir.Value) -> ir.Value:
-    """1 (i32) where any lane has a flag (i1), else 0."""
-    i32 = ir.IntegerType.get_signless(32)
-    return llvm.inline_asm(
-        i32,
-        [arith.extui(i32, mine)],
-        "{ .reg .pred p, q; setp.ne.u32 p, $1, 0; vote.sync.any.pred q, p, 0xffffffff;"
-        " selp.u32 $0, 1, 0, q; }",
-        "=r,r",
-        has_side_effects=True,
-    )
-
-
-def _over_quad(combine, value: ir.Value) -> ir.Value:
-    """Of the four lanes that share a row of a tile."""
-    for distance in (1, 2):
-        value = combine(value, mgpu.utils.shfl_bfly(value, distance))
-    return value
 
 
 def _bytes_layout(tokens: int) -> tuple[tuple[int], Any]:
@@ -130,136 +101,34 @@ def _spread(four: ir.Value) -> tuple[ir.Value, ir.Value]:
 class WideningBackend(TransposedBackend):
     """`TransposedBackend` with int8 products and widening."""
 
-    def with_score_accumulators(self, run, scratch, thread: int, floats, integers):
-        """What run(*accumulators) returns: float32 of shapes `floats`, then int32 of `integers`."""
-        if self.interpreting:
-            return run(*(ref.at[thread] for ref in scratch))
-        shapes = [(shape, jnp.float32) for shape in floats]
-        shapes += [(shape, jnp.int32) for shape in integers]
-        return pl.run_scoped(run, *(plgpu.ACC(*shape) for shape in shapes))
-
-    def fill_integers(self, acc, value: int) -> None:
-        x = jnp.full(acc.shape, value, acc.dtype)
-        acc[...] = x if self.interpreting else plgpu.layout_cast(x, plgpu.Layout.WGMMA)
-
-    def iota_rows(self, count: int) -> jax.Array:
-        """0, 1, ... beside the rows of a tile."""
-        layout = None if self.interpreting else ROWS
+    def iota_line(self, count: int, layout: Any) -> jax.Array:
+        """0, 1, ... beside the rows (ROWS) or above the columns (COLUMNS) of a tile."""
+        layout = None if self.interpreting else layout
         return plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=layout)
 
-    # -- scores: (64, n) tiles with a query a row, which lies in a quad of lanes ------------------
-    def raised(self, m, s, scale, lag: float) -> jax.Array:
-        """m, but in rows of s that exceed it by more than lag their largest s * scale.
-
-        m and scale are [64], scale not negative. Where no row of a warp does, that is one vote.
-        """
+    # -- scores -----------------------------------------------------------------------------------
+    def joined_halves(self, x, unit: int) -> jax.Array:
+        """(64, n) float32, unit * high + low, of an int32 (64, 2 n) tile of high's and low's."""
+        n = x.shape[1] // 2
         if self.interpreting:
-            top = s.max(axis=1) * scale
-            return jnp.where(top > m + lag, top, m)
-
-        @plgpu.inline_mgpu(
-            arg_types=(ROWS, ROWS, plgpu.Layout.WGMMA),
-            return_type=plgpu.ShapeDtypeStruct(m.shape, m.dtype, ROWS),
-        )
-        def raise_(ctx, rows, scales, tile):
-            del ctx
-            f32 = ir.F32Type.get()
-            old, by = (
-                [vector.extract(x, [], [0]) for x in array.registers.flat]
-                for array in (rows, scales)
-            )
-            tops, grows = [], []
-            for row, before in enumerate(old):
-                top = None
-                for pair in tile.registers.reshape(-1, 2)[:, row]:
-                    for i in range(2):
-                        x = vector.extract(pair, [], [i])
-                        top = x if top is None else arith.maximumf(top, x)
-                top = arith.mulf(top, by[row])
-                limit = arith.addf(before, mgpu.utils.c(lag, f32))
-                more = arith.cmpf(arith.CmpFPredicate.OGT, top, limit)
-                grows.append(more)
-                tops.append((top, limit))
-            some = _any_of_warp(arith.ori(*grows))
-            some = arith.cmpi(arith.CmpIPredicate.ne, some, mgpu.utils.c(0, some.type))
-            rise = scf.IfOp(some, [f32, f32], has_else=True)  # type: ignore[call-arg]
-            with ir.InsertionPoint(rise.then_block):
-                new = []
-                for before, (top, limit) in zip(old, tops, strict=True):
-                    top = _over_quad(arith.maximumf, top)
-                    more = arith.cmpf(arith.CmpFPredicate.OGT, top, limit)
-                    new.append(arith.select(more, top, before))
-                scf.yield_(new)
-            with ir.InsertionPoint(rise.else_block):
-                scf.yield_(old)
-            return _rows_array(rise.results)
-
-        return raise_(m, scale, s)
-
-    def lane_sums(self, p) -> jax.Array:
-        """[64]: sums over the rows of p, of each lane those of its own; for `sum_lanes`."""
-        if self.interpreting:
-            return p.sum(axis=1)
+            return (x[:, :n] * unit + x[:, n:]).astype(jnp.float32)
 
         @plgpu.inline_mgpu(
             arg_types=(plgpu.Layout.WGMMA,),
-            return_type=plgpu.ShapeDtypeStruct(p.shape[:1], p.dtype, ROWS),
+            return_type=plgpu.ShapeDtypeStruct((64, n), jnp.float32, plgpu.Layout.WGMMA),
         )
-        def add(ctx, tile):
+        def join(ctx, tile):
             del ctx
-            sums = []
-            for row in range(2):
-                terms = [
-                    vector.extract(pair, [], [i])
-                    for pair in tile.registers.reshape(-1, 2)[:, row]
-                    for i in range(2)
-                ]
-                while len(terms) > 1:
-                    terms = [arith.addf(*terms[i : i + 2]) for i in range(0, len(terms), 2)]
-                sums += terms
-            return _rows_array(sums)
-
-        return add(p)
-
-    def sum_lanes(self, parts) -> jax.Array:
-        """[64] sums, in every lane, of what `lane_sums` gave and factors of rows multiplied."""
-        if self.interpreting:
-            return parts
-
-        @plgpu.inline_mgpu(
-            arg_types=(ROWS,), return_type=plgpu.ShapeDtypeStruct(parts.shape, parts.dtype, ROWS)
-        )
-        def add(ctx, rows):
-            del ctx
-            parts = (vector.extract(x, [], [0]) for x in rows.registers.flat)
-            return _rows_array([_over_quad(arith.addf, x) for x in parts])
-
-        return add(parts)
-
-    def mark_less(self, ref, a, b) -> None:
-        """int32 SMEM ref [4], an element each warp: does any of its rows have a < b?"""
-        if self.interpreting:
-            ref[...] = jnp.full(4, jnp.max((a < b).astype(jnp.int32)))
-            return
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ROWS, ROWS))
-        def mark(ctx, target, x, y):
-            del ctx
-            less = [
-                arith.cmpf(arith.CmpFPredicate.OLT, *(vector.extract(w, [], [0]) for w in (u, v)))
-                for u, v in zip(x.registers.flat, y.registers.flat, strict=True)
+            registers = list(tile.registers.flat)
+            floats = ir.VectorType.get((2,), ir.F32Type.get())
+            units = mgpu.utils.c(unit, registers[0].type)
+            joined = [
+                arith.sitofp(floats, arith.addi(arith.muli(high, units), low))
+                for high, low in zip(registers[: n // 4], registers[n // 4 :], strict=True)
             ]
-            some = _any_of_warp(arith.ori(*less))
-            warp, lane = _thread_of_warpgroup()
-            first = arith.cmpi(arith.CmpIPredicate.eq, lane, mgpu.utils.c(0, lane.type))
-            with mgpu.utils.when(first):
-                memref.store(some, target, [arith.index_cast(ir.IndexType.get(), warp)])
+            return _array(joined, (64, n), mgpu.fragmented_array.WGMMA_LAYOUT)
 
-        mark(ref, a, b)
-
-    def any_marked(self, ref) -> jax.Array:
-        """Is any of `mark_less`'s?"""
-        return functools.reduce(operator.or_, (ref[warp] for warp in range(4))) > 0
+        return join(x)
 
     # -- O^T += V^T P^T ----------------------------------------------------------------------------
     def load_columns(self, ref) -> jax.Array:
@@ -273,7 +142,9 @@ class WideningBackend(TransposedBackend):
         steps = _steps(first_group, tokens)
         return self._widened(self._bytes(v, *next(steps))), self._bytes(v, *next(steps))
 
-    def mma_widened(self, accs, v, p, begun, *, first_group: int = 0, tokens: int = TOKENS) -> None:
+    def mma_widened(
+        self, accs, v, p_t, begun, *, first_group: int = 0, tokens: int = TOKENS
+    ) -> None:
         """O^T += V^T P^T, the last product left in flight.
 
         `tokens` of a group of rows are widened while those before them are multiplied.
@@ -282,7 +153,7 @@ class WideningBackend(TransposedBackend):
             accs: O^T in parts from group first_group on, (m, n) each, m a multiple of GROUP, in
                 units of WIDENED_UNIT.
             v: int8 SMEM (TOKENS, d_v), tiled as INT8_OPERAND.
-            p: bfloat16 SMEM (n, TOKENS), tiled for slices of `tokens`.
+            p_t: P^T, bfloat16 SMEM (TOKENS, n), tiled for slices of `tokens`.
             begun: what `begin_widening` gave for the same first_group and tokens.
         """
         if self.interpreting:
@@ -290,8 +161,8 @@ class WideningBackend(TransposedBackend):
             for acc in accs:
                 m = acc.shape[0]
                 part = v[:, first : first + m].astype(jnp.float32).T * WIDENED_UNIT
-                p_t = p[...].astype(jnp.float32).T
-                acc[...] = acc[...] + jnp.dot(part, p_t, precision="highest")
+                product = jnp.dot(part, p_t[...].astype(jnp.float32), precision="highest")
+                acc[...] = acc[...] + product
                 first += m
             return
         places = [
@@ -300,8 +171,8 @@ class WideningBackend(TransposedBackend):
         steps = list(itertools.islice(_steps(first_group, tokens), len(places) * TOKENS // tokens))
         ready, following = begun
         for k, (group, first, _) in enumerate(steps):
-            mine = p.at[:, pl.ds(first, tokens)] if tokens < TOKENS else p
-            plgpu.wgmma(places[group - first_group], ready, mine.transpose((1, 0)))
+            mine = p_t.at[pl.ds(first, tokens)] if tokens < TOKENS else p_t
+            plgpu.wgmma(places[group - first_group], ready, mine)
             plgpu.wgmma_wait(1)  # until the registers of the step before are free
             if k + 1 < len(steps):
                 ready = self._widened(following)
