@@ -56,7 +56,6 @@ LAZY_GROWTH = 8.0  # log2 units that the running maximum may lag behind the true
 # Of a record in shared memory, behind the plan's: lengths, the first slot, and
 LOST = RECORD + 3  # its keys can't all be had, so its rows are NaN
 LEFT = RECORD + 4  # how many pieces the worker has left, this one included
-UNMASKED = RECORD + 5  # blocks up to this one need no mask
 MAKERS = 2  # warpgroups that make O, and merge
 SCORES, LOADS = MAKERS, MAKERS + 1  # the others
 
@@ -299,22 +298,21 @@ def decode_int8(
                 """P of a block whose S is there, and then S of the next one."""
                 norm, slot, (s_halves, s_rope) = carry
                 zero, following = opaque(i), after(slot)
-                # (A scale past the last token may be NaN, and would multiply a P of 0.)
-                token = g.iota_line(BLOCK, ROWS) + i * BLOCK
                 token_scale = g.load_rows(scale_smem.at[slot])
-                token_scale = across(jnp.where(token < piece_smem[RECORD], token_scale, 0.0))
-                s = g.joined_halves(s_halves, quantize.HALF) * token_scale + s_rope
+                s = g.joined_halves(s_halves, quantize.HALF) * across(token_scale) + s_rope
                 steps, top = (g.load_columns(ref.at[zero]) for ref in (q_step_smem, top_smem))
                 above = s * down(steps) - down(top)  # the running maxima, in log2 units
 
-                def hide(above):
-                    """(Chosen, not added: what is hidden may be NaN.)"""
-                    visible = g.iota(tile, 0) + i * BLOCK < down(g.load_columns(keys_smem.at[zero]))
-                    return jnp.where(visible, above, -jnp.inf)
+                def hide(above, token_scale):
+                    """(Chosen, not multiplied: what is past the last token may be NaN.)"""
+                    position = g.iota_line(BLOCK, ROWS) + i * BLOCK
+                    visible = across(position) < down(g.load_columns(keys_smem.at[zero]))
+                    exists = position < piece_smem[RECORD]
+                    return jnp.where(visible, above, -jnp.inf), jnp.where(exists, token_scale, 0.0)
 
-                masked = i >= piece_smem[UNMASKED]
-                above = lax.cond(masked, hide, lambda above: above, above)
-                first = i == piece_smem[2]
+                both = above, token_scale
+                above, token_scale = lax.cond(i >= unmasked, hide, lambda *both: both, *both)
+                first = i == begin
                 grew = g.any_above(above, LAZY_GROWTH) | first
 
                 def rise(above, norm):
@@ -332,14 +330,14 @@ def decode_int8(
                 p = jnp.exp2(above)
                 norm = norm + g.column_parts(p, "add")
                 grew_smem[slot] = grew.astype(jnp.int32)
-                p_smem.at[slot][...] = (p * token_scale).astype(dtype)
+                p_smem.at[slot][...] = (p * across(token_scale)).astype(dtype)
                 started = () if last else scores(following, zero)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(p_ready.at[slot])
                 return norm, following, landed(started)
 
             first_slot = piece_smem[RECORD + 2]
-            piece_smem[UNMASKED] = seen_whole()
+            unmasked = seen_whole()
             no_sum = g.full((QUERIES,), 0.0, COLUMNS)
 
             def all_blocks(_, norm):
@@ -498,7 +496,7 @@ def decode_int8(
             plgpu.SMEM((slots,), jnp.int32),  # whether any is not 1
             floats(1, QUERIES),  # 1 / row sum, and
             plgpu.SMEM((4,), jnp.int32),  # where the piece's O belongs
-            plgpu.SMEM((UNMASKED + 1,), jnp.int32),
+            plgpu.SMEM((LEFT + 1,), jnp.int32),
             plgpu.Barrier(num_arrivals=3, num_barriers=slots),  # full
             plgpu.Barrier(num_arrivals=MAKERS, num_barriers=slots + 1),
             plgpu.Barrier(num_arrivals=1, num_barriers=slots + 3),

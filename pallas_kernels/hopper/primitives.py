@@ -79,12 +79,15 @@ def _element(ref: ir.Value, index: ir.Value) -> ir.Value:
     return mgpu.utils.getelementptr(start, [index], ir.MemRefType(ref.type).element_type)
 
 
-def _voted(mine: Any) -> mgpu.FragmentedArray:
-    """1 for the warpgroup where any of its threads has a flag (i1), else 0."""
+def _voted(mine: Any, *, broadcast: bool = True) -> mgpu.FragmentedArray:
+    """1 for the warpgroup where any of its threads has a flag (i1), else 0.
+
+    broadcast: let a warp agree on its barrier first, which takes a register more, and time.
+    """
     i32 = ir.IntegerType.get_signless(32)
     voted = llvm.inline_asm(
         i32,
-        [mgpu.utils.warpgroup_barrier_idx(sync=False), arith.extui(i32, mine)],
+        [mgpu.utils.warpgroup_barrier_idx(sync=broadcast), arith.extui(i32, mine)],
         "{ .reg .pred p, q; setp.ne.u32 p, $2, 0;"
         " bar.red.or.pred q, $1, 128, p; selp.u32 $0, 1, 0, q; }",
         "=r,r,r",
@@ -454,7 +457,8 @@ class Backend:
             while len(tops) > 1:
                 tops = [arith.maxnumf(*tops[i : i + 2]) for i in range(0, len(tops), 2)]
             bound = mgpu.utils.c(limit, ir.F32Type.get())
-            return _voted(arith.cmpf(arith.CmpFPredicate.OGT, tops[0], bound))
+            above = arith.cmpf(arith.CmpFPredicate.OGT, tops[0], bound)
+            return _voted(above, broadcast=False)
 
         return vote(x) > 0
 
