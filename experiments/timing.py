@@ -242,7 +242,7 @@ def torch_burst(
     separated: Callable[[], Any] | None = None,
 ) -> Burst:
     """A CUDA graph of `call(0)`, ..., `call(launches - 1)`, with `separated()` in between,
-    replayed `cycles` times."""
+    replayed `cycles` times. It keeps both: the graph reads and writes what is theirs."""
     import torch
 
     graph = torch.cuda.CUDAGraph()
@@ -254,7 +254,7 @@ def torch_burst(
                 separated()
             call(i)
 
-    def enqueue() -> None:
+    def enqueue(_owners: tuple = (call, separated)) -> None:
         for _ in range(cycles):
             graph.replay()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 PROGRAM = Path(__file__).with_name("sanitized.py")
+ROOT = PROGRAM.parent.parent
 CASES = (  # a kernel each: cache, heads, page size; the last gathers small pages
     ("float", 16, 64),
     ("float", 64, 64),
@@ -32,11 +33,15 @@ def test_finds_nothing(case: tuple[str, int, int], tool: str) -> None:
         pytest.skip("no compute-sanitizer (of the CUDA toolkit)")
     done = subprocess.run(
         [
-            *(sanitizer, f"--tool={tool}", "--error-exitcode=9", "--kernel-regex=kns=mla_"),
+            *(sanitizer, f"--tool={tool}", "--error-exitcode=9", "--kernel-name=kns=mla_"),
             *(sys.executable, str(PROGRAM), *map(str, case)),
         ],
-        # Each buffer is an allocation of its own then, and what lies past it is out of bounds.
-        env=os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"},
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            # Each buffer is an allocation of its own, and what lies past it is out of bounds.
+            "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
+        },
         capture_output=True,
         text=True,
         check=False,

@@ -1,5 +1,11 @@
 """The timing driver on the CPU: what it runs, what it refuses, what its units mean."""
 
+import contextlib
+import gc
+import sys
+import types
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -190,3 +196,29 @@ def test_ceilings_are_rates():
 def test_the_profiler_sees_no_gpu_here():
     burst = timing.jax_burst(jnp.sin, [(jnp.full(4, i, jnp.float32),) for i in range(2)])
     assert timing.kernel_times(burst) == {}
+
+
+def test_a_graph_keeps_what_it_reads(monkeypatch):
+    """Its replays use the memory of whoever was captured, which nobody else may get meanwhile."""
+    torch = types.ModuleType("torch")
+    torch.cuda = types.SimpleNamespace(
+        CUDAGraph=lambda: types.SimpleNamespace(replay=lambda: None),
+        graph=lambda graph: contextlib.nullcontext(),
+        synchronize=lambda: None,
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+
+    class Peer:
+        def launch(self, i):
+            pass
+
+    peer = Peer()
+    alive = weakref.ref(peer)
+    burst = timing.torch_burst(peer.launch, 2, separated=lambda: None)
+    del peer
+    gc.collect()
+    assert alive() is not None
+    burst.run(2)
+    del burst
+    gc.collect()
+    assert alive() is None
