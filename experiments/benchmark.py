@@ -40,7 +40,7 @@ from mla_jax.hal import PROFILES, HardwareProfile, Problem, simulate
 
 SUMMARY = "times decode attention over a grid beside XLA, peers, ceilings and the simulator"
 
-MEASURED = FOLDER.parent / "measured" / "h200_decode.json"
+MEASURED = FOLDER.parent / "measured"  # CARD_decode.json: ours and peers, timed in one process
 SIMULATED = {  # implementation -> the simulator's kernel of the same structure
     "hopper": "flashmla_dense",
     "hopper multiply": "flashmla_dense",
@@ -236,12 +236,13 @@ def published_times() -> dict[tuple[str, Shape], list[Row]]:
         for row in read_table(path)
         if "us" in row
     ]
-    committed = json.loads(MEASURED.read_text())
-    tables += [
-        (f"measured/{MEASURED.name}", {"device": committed["device"], **row})
-        for row in committed["rows"]
-        if row["variant"] not in ("hopper", "xla")
-    ]
+    for path in sorted(MEASURED.glob("*_decode.json")):
+        committed = json.loads(path.read_text())
+        tables += [
+            (f"measured/{path.name}", {"device": committed["device"], **row})
+            for row in committed["rows"]
+            if row["variant"] not in ("hopper", "xla")
+        ]
     found: dict[tuple[str, Shape], list[Row]] = {}
     for source, row in tables:
         if row["variant"].endswith("fp8kv"):

@@ -26,7 +26,7 @@ def test_tables_are_those_of_the_results():
 def test_results_are_of_the_schema_and_passed():
     results = ROOT / "benchmarks" / "results"
     paths = [*results.glob("*.json"), *results.glob("parity/*.json")]
-    paths += (ROOT / "benchmarks" / "h200").glob("*/result.json")
+    paths += (ROOT / "benchmarks").glob("h?00/*/result.json")
     assert paths
     for path in paths:
         result = json.loads(path.read_text())
@@ -71,18 +71,18 @@ class TestTakingABenchmark:
         tool = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(tool)
         monkeypatch.setattr(tool, "README", tmp_path / "README.md")
-        monkeypatch.setattr(tool, "H200", tmp_path / "benchmarks" / "h200")
+        monkeypatch.setattr(tool, "BENCHMARKS", tmp_path / "benchmarks")
+        for card in tool.CARDS:
+            shutil.copytree(ROOT / "benchmarks" / card, tool.BENCHMARKS / card)
         shutil.copy(ROOT / "README.md", tool.README)
         return tool
 
     def test_is_one_command(self, tool, folder, monkeypatch, capsys):
-        monkeypatch.setattr(tool, "DEVICE", "cpu")
-        (tool.H200 / "benchmark").mkdir(parents=True)
-        kept = ROOT / "benchmarks" / "h200" / "kernel_bench"
-        shutil.copytree(kept, tool.H200 / "kernel_bench")
-        (tool.H200 / "benchmark" / "old.csv").write_text("an earlier run's")
+        monkeypatch.setitem(tool.CARDS, "h200", "cpu")
+        target = tool.BENCHMARKS / "h200" / "benchmark"
+        (target / "old.csv").write_text("an earlier run's")
         assert tool.main([f"--take={folder}"]) == 0
-        taken = {path.name for path in (tool.H200 / "benchmark").iterdir()}
+        taken = {path.name for path in target.iterdir()}
         assert taken >= {"result.json", "benchmark.csv", "roofline.png"}
         assert not taken & {"old.csv", "rows.jsonl"}
         text = tool.README.read_text()
@@ -96,8 +96,10 @@ class TestTakingABenchmark:
 
     def test_refuses_what_is_of_another_device_or_none(self, tool, folder, tmp_path, capsys):
         assert tool.main([f"--take={folder}"]) == 2
-        assert "measured on NVIDIA H200, got ['cpu']" in capsys.readouterr().err
+        assert "80GB HBM3 or NVIDIA H200, got ['cpu']" in capsys.readouterr().err
         assert tool.main([f"--take={tmp_path}"]) == 2
         assert "is no result of a benchmark" in capsys.readouterr().err
-        assert not tool.H200.exists()
+        for card in tool.CARDS:
+            kept = (ROOT / "benchmarks" / card / "benchmark" / "result.json").read_bytes()
+            assert (tool.BENCHMARKS / card / "benchmark" / "result.json").read_bytes() == kept
         assert tool.README.read_text() == README

@@ -2,10 +2,10 @@
 
     python tools/readme_tables.py            writes them
     python tools/readme_tables.py --check    exits with 1 where the README has something else
-    python tools/readme_tables.py --take=DIR takes a benchmark made on an H200 and writes them
+    python tools/readme_tables.py --take=DIR takes a benchmark that was made on one of CARDS, too
 
 DIR is the folder of its result.json, as `experiments.launch --experiment=benchmark` leaves it; it
-goes to benchmarks/h200 with its tables and pictures, in place of an earlier one.
+goes to the card's folder in benchmarks with its tables and pictures, in place of an earlier one.
 
 A table stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; `TABLES` says who writes it.
 To renew a result, run its experiment and copy its result.json, e.g.
@@ -15,6 +15,7 @@ To renew a result, run its experiment and copy its result.json, e.g.
 """
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -31,10 +32,11 @@ from experiments.kernel_bench import KERNEL, bar_rows, variant, with_pages  # no
 from experiments.shapes import Shape  # noqa: E402
 
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results"
-MEASURED = ROOT / "benchmarks" / "measured" / "h200_decode.json"  # on a GPU, beside peers
-H200 = ROOT / "benchmarks" / "h200"  # a folder an experiment
-DEVICE = "NVIDIA H200"  # that what stands there was measured on
+BENCHMARKS = ROOT / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+MEASURED = BENCHMARKS / "measured"  # CARD_decode.json: beside peers, in one process
+# A folder of benchmarks, with one an experiment, and what JAX calls the card that it is of.
+CARDS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
 TAKEN = ("result.json", "*.csv", "*.png")
 
 
@@ -133,10 +135,10 @@ def split_kv() -> str:
     return table(["batch", *planners], [[batch, *row.values()] for batch, row in rows.items()])
 
 
-def h200_decode() -> str:
-    """Our kernels beside the CUDA peers, as measured in one process on one H200."""
+def decode(card: str) -> str:
+    """Our kernels beside the CUDA peers, as measured in one process on one card."""
     shapes: dict[tuple, dict[str, Any]] = {}
-    for row in json.loads(MEASURED.read_text())["rows"]:
+    for row in json.loads((MEASURED / f"{card}_decode.json").read_text())["rows"]:
         shape = tuple(row[key] for key in ("lengths", "batch", "kv_len", "heads", "s_q"))
         if row["page_size"] == 64:
             shapes.setdefault(shape, {})[row["variant"]] = row
@@ -145,7 +147,7 @@ def h200_decode() -> str:
         shapes.items(), key=lambda item: (item[0][3] * item[0][4], item[0][1], item[0][2])
     ):
         ours = found["hopper"]
-        peers = [found[name] for name in ("flashmla", "flashinfer")]
+        peers = [found[name] for name in ("flashmla", "flashinfer_fa3")]
         cells = [f"{x['us']:.1f} / {x['us_separated']:.1f}" for x in (ours, *peers)]
         ratio = [
             f"{min(peer[key] for peer in peers) / ours[key]:.2f}" for key in ("us", "us_separated")
@@ -158,11 +160,11 @@ def h200_decode() -> str:
     return table([*header, "speed against the better peer", "our GB/s"], rows)
 
 
-def h200_int8() -> str:
-    """The int8 kernels beside the bf16 ones, from the standard grid, of one session."""
+def int8_beside_bf16(card: str) -> str:
+    """The int8 kernels beside the bf16 ones, from the standard grid: pairs of one session."""
     rows = [
         row
-        for row in h200_grid()["rows"]
+        for row in result_of(card, "benchmark")["rows"]
         if (row["implementation"], row["status"]) == ("hopper", "measured")
     ]
     axes = ("heads", "s_q", "batch", "lengths", "kv_len", "page_size")
@@ -170,12 +172,10 @@ def h200_int8() -> str:
     lines = []
     for (dtype, *shape), int8 in sorted(found.items()):
         bf16 = found.get(("bf16", *shape))
-        if dtype != "int8" or bf16 is None:
+        if dtype != "int8" or bf16 is None or int8["session"] != bf16["session"]:
             continue
         heads, s_q, batch, lengths, kv_len, _ = shape
         ragged = "ragged " * (lengths == "varlen")
-        if int8["session"] != bf16["session"]:
-            raise ValueError(f"{shape}: int8 and bf16 were timed in two sessions")
         lines.append([
             f"{heads} heads, {s_q} token{'s' * (s_q > 1)}, {batch} x {ragged}{kv_len}",
             *(f"{row['us']:.1f} / {row['us_separated']:.1f}" for row in (bf16, int8)),
@@ -187,18 +187,17 @@ def h200_int8() -> str:
     return table([*header, "error of the kernel"], lines)
 
 
-def h200_bars() -> str:
+def bars(card: str) -> str:
     """What the project wants of the bf16 kernels, and the grid's worst row of each.
 
     Where the grid has no jnp, for two tokens, `kernel_bench` has some.
     """
     jnp = "speed_over_jnp"
-    rows = with_pages(h200_grid()["rows"])
+    rows = with_pages(result_of(card, "benchmark")["rows"])
     known = {Shape.of(row) for row in rows if row["implementation"] == KERNEL and row.get(jnp)}
-    more = json.loads((H200 / "kernel_bench" / "result.json").read_text(encoding="utf-8"))["rows"]
     rows += [
         dataclasses.asdict(Shape.of(row)) | {"implementation": KERNEL, jnp: row[jnp]}
-        for row in more
+        for row in result_of(card, "kernel_bench")["rows"]
         if row["implementation"] == variant("multiply").name
         and row.get(jnp)
         and Shape.of(row) not in known
@@ -220,9 +219,9 @@ def h200_bars() -> str:
     return table(["bf16", "wanted", "worst row", "rows", "which it is"], lines)
 
 
-def h200_options() -> str:
+def options(card: str) -> str:
     """What the op's options cost, from `kernel_bench`."""
-    result = json.loads((H200 / "kernel_bench" / "result.json").read_text(encoding="utf-8"))
+    result = result_of(card, "kernel_bench")
     lines = [
         [cost["options"].removeprefix(f"{KERNEL} "), f"{cost['rows']}",
          f"{cost['time_least']:.2f} to {cost['time_most']:.2f}", f"{cost['largest_error']:.1e}"]
@@ -232,42 +231,44 @@ def h200_options() -> str:
     return f"{table(['options', 'shapes', 'time', 'largest error'], lines)}\n\n({left}.)"
 
 
-def h200_benchmark() -> str:
+def classes(card: str) -> str:
     """Classes of shapes of the standard grid, who is fastest and by how much.
 
     One token, bf16, equal lengths, pages of 64; the rest is in the report.
     """
-    result = h200_grid()
+    result = result_of(card, "benchmark")
     rows = [row for row in result["rows"] if row["status"] == "measured"]
     usual = {"s_q": 1, "dtype": "bf16", "lengths": "uniform", "page_size": 64}
-    classes = best_when(r for r in rows if all(r[key] == value for key, value in usual.items()))
+    found = best_when(r for r in rows if all(r[key] == value for key, value in usual.items()))
     baseline = "ours against jnp under XLA"
     lines = [
         [f"{c['heads']} heads, {c['requests']} x {c['context']}", str(c["shapes"]), c["fastest"],
          c[baseline], f"{c['of the ceiling, %']:.0f} %"]
-        for c in classes
+        for c in found
     ]  # fmt: skip
     header = ["heads, requests x KV tokens", "shapes", "fastest", baseline]
     session = result["sessions"][rows[-1]["session"]]
     left = f"; {result['left']} were not run" if result["left"] else ""
-    picture = (H200 / "benchmark" / "roofline.png").relative_to(README.parent).as_posix()
+    picture = BENCHMARKS / card / "benchmark" / "roofline.png"
     return (
-        f"The grid `{result['preset']}` on one {DEVICE}, jax "
+        f"The grid `{result['preset']}` on one {CARDS[card]}, jax "
         f"{session['environment']['versions']['jax']}, {session['started'][:10]}: {len(rows)} rows "
         f"measured{left}. Of one token, bf16, equal lengths and pages of 64, in classes; ratios of "
         "speed are geometric means (least to largest), a ceiling is the card's own read or matmul "
         f"rate in the same run.\n\n{table([*header, 'of the ceiling'], lines)}\n\n"
-        f"![Roofline of all rows]({picture})"
+        f"![Roofline of all rows]({picture.relative_to(README.parent).as_posix()})"
     )
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
-    "h200_decode": h200_decode,
-    "h200_int8": h200_int8,
-    "h200_bars": h200_bars,
-    "h200_options": h200_options,
-    "h200_benchmark": h200_benchmark,
+    "h100_decode": functools.partial(decode, "h100"),
+    "h200_decode": functools.partial(decode, "h200"),
+    "h200_bars": functools.partial(bars, "h200"),
+    "h200_options": functools.partial(options, "h200"),
+    "h100_int8": functools.partial(int8_beside_bf16, "h100"),
+    "h200_int8": functools.partial(int8_beside_bf16, "h200"),
+    "h200_benchmark": functools.partial(classes, "h200"),
     "parity": parity,
     "cache_size": cache_size,
     "amla_accuracy": amla_accuracy,
@@ -276,9 +277,9 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def h200_grid() -> dict[str, Any]:
-    """The committed result of `benchmark` on an H200."""
-    return json.loads((H200 / "benchmark" / "result.json").read_text())
+def result_of(card: str, experiment: str) -> dict[str, Any]:
+    """The committed result of an experiment on a card."""
+    return json.loads((BENCHMARKS / card / experiment / "result.json").read_text(encoding="utf-8"))
 
 
 def load(name: str) -> dict[str, Any]:
@@ -305,7 +306,7 @@ def fill(text: str) -> str:
 
 
 def take(source: Path) -> None:
-    """Copies a result to benchmarks/h200. ValueError where it is none, or not of an H200."""
+    """Copies a result to its card's folder. ValueError where it is none, or not of one of CARDS."""
     path = source / "result.json"
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -313,9 +314,11 @@ def take(source: Path) -> None:
         devices = sorted({str(row["device"]) for row in measured})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result of a benchmark: {error!r}") from error
-    if devices != [DEVICE]:
-        raise ValueError(f"{path}: rows must be measured on {DEVICE}, got {devices or 'none'}")
-    target = H200 / result["experiment"]
+    cards = [card for card, device in CARDS.items() if [device] == devices]
+    if not cards:
+        wanted = " or ".join(CARDS.values())
+        raise ValueError(f"{path}: rows must be measured on {wanted}, got {devices or 'none'}")
+    target = BENCHMARKS / cards[0] / result["experiment"]
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     for pattern in TAKEN:

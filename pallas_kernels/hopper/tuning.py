@@ -218,7 +218,7 @@ def roles_int8_tiles(
     rows, half = WGMMA_ROWS, kv_lora_rank // 2
     makers, scoring, loading = registers
     # fp32 half of O^T, V^T of half a group twice and addresses; S as two of int32 and one of fp32.
-    for got, needed in ((makers, rows * half // 128 + 32), (scoring, 3 * rows * BLOCK // 128 + 40)):
+    for got, needed in ((makers, rows * half // 128 + 48), (scoring, 3 * rows * BLOCK // 128 + 40)):
         if got < needed:
             raise _refused(profile, "registers", got, f">= {needed} where O^T or S are kept")
     return TilePlan(
