@@ -1,7 +1,7 @@
 """compute-sanitizer over the Hopper kernels: addresses out of bounds, races in shared memory.
 
-A minute or so a case. It is a program of the CUDA toolkit, which JAX does not need, and on some
-virtual machines (gVisor) it refuses the device: only then is it skipped.
+Minutes a case where several run at once. It is a program of the CUDA toolkit, which JAX does not
+need, and on some virtual machines (gVisor) it refuses the device: only then is it skipped.
 """
 
 import os

@@ -339,37 +339,6 @@ class Backend:
 
         store(ref, value, count)
 
-    def keep_columns(self, value, counts) -> jax.Array:
-        """-inf past the first counts (int32, one a row) columns of a (64, n) WGMMA tile."""
-        if self.interpreting:
-            column = lax.broadcasted_iota(jnp.int32, value.shape, 1)
-            return jnp.where(column < counts[:, None], value, -jnp.inf)
-
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.Layout.WGMMA, ROWS),
-            return_type=plgpu.ShapeDtypeStruct(value.shape, value.dtype, plgpu.Layout.WGMMA),
-        )
-        def keep(ctx, tile, rows):
-            del ctx
-            # Against constants: the compiler keeps a thread's columns in registers otherwise.
-            _, column = place_in_tile()
-            hidden = mgpu.utils.c(-np.inf, tile.mlir_dtype)
-            counts = [
-                arith.subi(vector.extract(count, [], [0]), column) for count in rows.registers.flat
-            ]
-            registers = tile.registers.copy()
-            places = registers.reshape(-1, 2)  # (a view: rows of the thread go round fastest)
-            for (j, row), pair in np.ndenumerate(places):
-                for i in range(2):
-                    here = mgpu.utils.c(8 * j + i, column.type)
-                    visible = arith.cmpi(arith.CmpIPredicate.slt, here, counts[row])
-                    kept = arith.select(visible, vector.extract(pair, [], [i]), hidden)
-                    pair = vector.insert(kept, pair, [], [i])
-                places[j, row] = pair
-            return mgpu.FragmentedArray(_registers=registers, _layout=tile.layout, _is_signed=None)
-
-        return keep(value, counts)
-
     # A (64, n) tile in the order of the registers that hold it: for every 8 columns 4 neighbouring
     # values a thread. Whole sectors, no shared memory; for what only `load_blocks` reads again.
     def store_blocks(self, ref, value, count) -> None:
