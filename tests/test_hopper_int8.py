@@ -28,12 +28,14 @@ class Int8Batch:
     The latent part of q is whole steps of a power of two, 127 of them at most and somewhere, which
     even one int8 holds exactly. With `exact` False it is any values, in the 14 bits that
     `mla_jax.quantize` makes of them. Expected is float64 on the dequantised cache.
+    Rope keys of each block are larger than those before by `rising` times those of the first.
     A length of -1 stands for a request that the op found invalid.
     """
 
     def __init__(
-        self, rng, seq_lens, *, heads, num_queries=1, query_lens=None, page_size=64, exact=True
-    ):
+        self, rng, seq_lens, *, heads, num_queries=1, query_lens=None, page_size=64, exact=True,
+        rising=0.0,
+    ):  # fmt: skip
         lens = np.array(seq_lens, np.int32)
         self.heads = heads
         pages_of = -(-np.maximum(lens, 0) // page_size)
@@ -49,7 +51,9 @@ class Int8Batch:
             mine = row[:count] = order[end - count : end]
             length = max(length, 0)
             latent = rng.integers(-127, 128, (length, 512))
-            keys = np.asarray(jnp.asarray(rng.standard_normal((length, 64)) * 0.1, jnp.bfloat16))
+            keys = rng.standard_normal((length, 64)) * 0.1
+            keys *= 1 + rising * (np.arange(length)[:, None] // 64)
+            keys = np.asarray(jnp.asarray(keys, jnp.bfloat16))
             steps = (0.1 / 74 * 4.0 ** rng.uniform(-2, 0, length)).astype(np.float32)
             for array, part in ((values, latent), (rope, keys), (scales, steps)):
                 flat = array[mine].reshape(count * page_size, *array.shape[2:])
@@ -161,6 +165,27 @@ def test_interpreted(seq_lens, shape, rows_per_tile, options):
     plan = split(batch, 2, rows_per_tile)
     batch.check(*batch.attend(plan, interpret=interpret, **options))
     assert not gpu_callbacks.get_races().races_found
+
+
+RISING = {"seq_lens": [400, 70], "heads": 40, "rising": 3.0}
+
+
+def rises(batch: Int8Batch, request: int) -> np.ndarray:
+    """How often the maximum of each query's scores grows by more than 8 (log2 units) after the
+    first block: by blocks of 64 tokens."""
+    scores = batch.expected_q[request, 0] @ batch.kv[request].T * SCALE / np.log(2)
+    tops = np.array([scores[:, i : i + 64].max(axis=1) for i in range(0, scores.shape[1], 64)])
+    before = np.maximum.accumulate(tops)[:-1]
+    return (tops[1:] > before + 8).sum(axis=0)
+
+
+def test_maxima_that_rise_interpreted():
+    """In several blocks of a piece, for some rows: what O and the sums were so far is rescaled."""
+    batch = Int8Batch(np.random.default_rng(0), **RISING)
+    count = rises(batch, 0)
+    assert count.min() == 0
+    assert count.max() > 1
+    batch.check(*batch.attend(split(batch, 1, 64), interpret=plgpu.InterpretGPUParams()))
 
 
 @pytest.mark.parametrize("rows_per_tile", [16, 64])
@@ -326,6 +351,13 @@ def test_heads_on_the_gpu(heads, page_size):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("heads", [16, 64])
+def test_maxima_that_rise_on_the_gpu(heads):
+    batch = Int8Batch(np.random.default_rng(0), **(RISING | {"heads": heads}))
+    batch.check(*batch.attend(split(batch, 1, heads)))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("heads", [8, 16, 24, 32, 64, 128])
 def test_any_q_on_the_gpu(heads):
     batch = Int8Batch(np.random.default_rng(heads), LENGTHS, heads=heads, exact=False)
@@ -397,15 +429,16 @@ def test_long_and_repeated_on_the_gpu(heads):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("workers", [132, 3])
-def test_batch_invariant_on_the_gpu(workers):
+@pytest.mark.parametrize("heads", [16, 64])
+def test_batch_invariant_on_the_gpu(heads, workers):
     """A request's rows have the same bits alone and in a batch, under a fixed split; also where
     other pieces of its worker stand before it, which decides whose its even blocks are."""
-    batch = Int8Batch(np.random.default_rng(0), [3000, 100, 4096, 1025], heads=16)
+    batch = Int8Batch(np.random.default_rng(0), [3000, 100, 4096, 1025], heads=heads)
 
     def attend(requests):
         plan = plan_fixed(
-            batch.seq_lens[requests], split_size=512, max_seq_len=4096, rows=16, rows_per_tile=16,
-            num_workers=workers,
+            batch.seq_lens[requests], split_size=512, max_seq_len=4096, rows=heads,
+            rows_per_tile=heads, num_workers=workers,
         )  # fmt: skip
         return batch.attend(plan, requests=requests)
 

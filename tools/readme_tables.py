@@ -161,7 +161,7 @@ def decode(card: str) -> str:
 
 
 def int8_beside_bf16(card: str) -> str:
-    """The int8 kernels beside the bf16 ones, from the standard grid: pairs of one session."""
+    """The int8 kernels beside the bf16 ones, from the standard grid; *: not of one session."""
     rows = [
         row
         for row in result_of(card, "benchmark")["rows"]
@@ -172,12 +172,13 @@ def int8_beside_bf16(card: str) -> str:
     lines = []
     for (dtype, *shape), int8 in sorted(found.items()):
         bf16 = found.get(("bf16", *shape))
-        if dtype != "int8" or bf16 is None or int8["session"] != bf16["session"]:
+        if dtype != "int8" or bf16 is None:
             continue
         heads, s_q, batch, lengths, kv_len, _ = shape
         ragged = "ragged " * (lengths == "varlen")
+        apart = "\\*" * (int8["session"] != bf16["session"])
         lines.append([
-            f"{heads} heads, {s_q} token{'s' * (s_q > 1)}, {batch} x {ragged}{kv_len}",
+            f"{heads} heads, {s_q} token{'s' * (s_q > 1)}, {batch} x {ragged}{kv_len}{apart}",
             *(f"{row['us']:.1f} / {row['us_separated']:.1f}" for row in (bf16, int8)),
             " / ".join(f"{bf16[key] / int8[key]:.2f}" for key in ("us", "us_separated")),
             f"{int8['gb_per_s']:,.0f}",

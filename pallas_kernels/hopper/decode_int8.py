@@ -6,7 +6,7 @@ softmax of the next is computed. (The seesaw of `decode` has no such overlap her
 registers, where the warpgroup that multiplies by it has to widen it, and can do nothing else.)
 
 S^T = K [high; low]^T has a token a row, and the two halves of q in one product of 128 columns: it
-reads a third less of shared memory than one of 64 for each half. O^T = V^T P^T takes V^T from
+reads a quarter less of shared memory than one of 64 for each half. O^T = V^T P^T takes V^T from
 registers: each warpgroup widens its half of the dimensions on their way to wgmma (`widen`), so
 nothing is widened twice and nothing goes back to shared memory.
 

@@ -25,11 +25,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# How shared memory holds what wgmma reads. (mypy takes the protocol's empty method for abstract.)
-WGMMA_OPERAND: Any = (
-    plgpu.TilingTransform((8, 64)),  # type: ignore[abstract]
-    plgpu.SwizzleTransform(128),  # type: ignore[abstract]
-)
+LINE_BYTES, _WGMMA_BYTES = 128, 32  # a line of a swizzled tile, and what a wgmma takes of it
+
+
+def operand(itemsize: int) -> Any:
+    """How shared memory holds what wgmma reads, of items of so many bytes."""
+    return (  # (mypy takes the protocol's empty method for abstract.)
+        plgpu.TilingTransform((8, LINE_BYTES // itemsize)),  # type: ignore[abstract]
+        plgpu.SwizzleTransform(LINE_BYTES),  # type: ignore[abstract]
+    )
+
+
+WGMMA_OPERAND = operand(2)
 # Of a kernel that places all of its barriers itself, and reduces without scratch.
 OWN_BARRIERS = plgpu.CompilerParams(
     approx_math=True,
@@ -40,7 +47,6 @@ OWN_BARRIERS = plgpu.CompilerParams(
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value a row, beside a (64, n) WGMMA tile
 REGISTER_FILE = 65536  # registers of an SM
 CHUNK_BYTES = 16  # what a thread gathers at once, and what swizzling moves as one
-_LINE_BYTES, _WGMMA_BYTES = 128, 32  # a line of a swizzled tile, and what a wgmma takes of it
 
 
 _SCALAR = plgpu.Layout.WG_SPLAT(())
@@ -82,7 +88,8 @@ def _element(ref: ir.Value, index: ir.Value) -> ir.Value:
 def _voted(mine: Any, *, broadcast: bool = True) -> mgpu.FragmentedArray:
     """1 for the warpgroup where any of its threads has a flag (i1), else 0.
 
-    broadcast: let a warp agree on its barrier first, which takes a register more, and time.
+    broadcast: let a warp agree on its barrier first. That takes a register more, and time in
+    `decode_int8`; `decode` is faster with it (benchmarks/log.md).
     """
     i32 = ir.IntegerType.get_signless(32)
     voted = llvm.inline_asm(
@@ -239,15 +246,13 @@ class Backend:
             operands = a[...].astype(jnp.float32), b[...].astype(jnp.float32).T
             return jnp.dot(*operands, precision="highest").astype(dtype)
 
-        line = _LINE_BYTES // a.dtype.itemsize
-        operand: Any = (
-            plgpu.TilingTransform((8, line)),  # type: ignore[abstract]
-            plgpu.SwizzleTransform(_LINE_BYTES),  # type: ignore[abstract]
-        )
-        n, lines = b.shape[0], a.shape[1] // line
+        tiled = plgpu.RefType(operand(a.dtype.itemsize))
+        n, (lines, rest) = b.shape[0], divmod(a.shape[1] * a.dtype.itemsize, LINE_BYTES)
+        if rest:
+            raise ValueError(f"k must be whole lines of {LINE_BYTES} bytes, got {a.shape[1]}")
 
         @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(operand), plgpu.RefType(operand)),
+            arg_types=(tiled, tiled),
             return_type=plgpu.ShapeDtypeStruct((64, n), dtype, plgpu.Layout.WGMMA),
         )
         def start(ctx, a, b):
@@ -256,7 +261,7 @@ class Backend:
             registers: list[ir.Value] = []
             starts = [(_sixteens(tile), tile) for tile in (a, b)]
             for i in range(lines):
-                for step in range(0, _LINE_BYTES, _WGMMA_BYTES):
+                for step in range(0, LINE_BYTES, _WGMMA_BYTES):
                     operands = [_descriptor(*start, i, step) for start in starts]
                     registers = _wgmma(registers, n, ir.MemRefType(a.type).element_type, *operands)
             nvvm.wgmma_commit_group_sync_aligned()
@@ -294,9 +299,13 @@ class Backend:
 
     def iota(self, shape, dimension: int) -> jax.Array:
         """Of one dimension, then spread: a tile's own would hold every place in a register."""
-        layout = None if self.interpreting else plgpu.Layout.WGMMA.reduce(1 - dimension)
-        line = plgpu.broadcasted_iota(jnp.int32, (shape[dimension],), 0, layout=layout)
+        line = self.iota_line(shape[dimension], plgpu.Layout.WGMMA.reduce(1 - dimension))
         return lax.broadcast_in_dim(line, shape, [dimension])
+
+    def iota_line(self, count: int, layout: Any) -> jax.Array:
+        """0, 1, ... beside the rows of a tile (ROWS) or above its columns."""
+        layout = None if self.interpreting else layout
+        return plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=layout)
 
     def load_rows(self, ref) -> jax.Array:
         return ref[...] if self.interpreting else plgpu.load(ref, layout=ROWS, optimized=False)

@@ -26,13 +26,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.primitives import operand
 from pallas_kernels.hopper.transposed import COLUMNS, TransposedBackend
 
 # How shared memory holds int8 that wgmma reads.
-INT8_OPERAND = (
-    plgpu.TilingTransform((8, 128)),  # type: ignore[abstract]
-    plgpu.SwizzleTransform(128),  # type: ignore[abstract]
-)
+INT8_OPERAND = operand(1)
 WIDENED_UNIT = 2.0**-6  # what a step of int8 is worth after widening
 GROUP = 64  # rows of O^T that one wgmma makes
 TOKENS = 64  # of a block
@@ -100,11 +98,6 @@ def _spread(four: ir.Value) -> tuple[ir.Value, ir.Value]:
 @dataclasses.dataclass(frozen=True)
 class WideningBackend(TransposedBackend):
     """`TransposedBackend` with int8 products and widening."""
-
-    def iota_line(self, count: int, layout: Any) -> jax.Array:
-        """0, 1, ... beside the rows (ROWS) or above the columns (COLUMNS) of a tile."""
-        layout = None if self.interpreting else layout
-        return plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=layout)
 
     # -- scores -----------------------------------------------------------------------------------
     def joined_halves(self, x, unit: int) -> jax.Array:
