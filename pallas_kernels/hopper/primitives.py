@@ -25,16 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-LINE_BYTES, _WGMMA_BYTES = 128, 32  # a line of a swizzled tile, and what a wgmma takes of it
-
-
-def operand(itemsize: int) -> Any:
-    """How shared memory holds what wgmma reads, of items of so many bytes."""
-    return (  # (mypy takes the protocol's empty method for abstract.)
-        plgpu.TilingTransform((8, LINE_BYTES // itemsize)),  # type: ignore[abstract]
-        plgpu.SwizzleTransform(LINE_BYTES),  # type: ignore[abstract]
-    )
-
+from pallas_kernels.hopper.wgmma import operand, products
 
 WGMMA_OPERAND = operand(2)
 # Of a kernel that places all of its barriers itself, and reduces without scratch.
@@ -106,49 +97,6 @@ def _voted(mine: Any, *, broadcast: bool = True) -> mgpu.FragmentedArray:
 def _one_thread(ptx: str, *args: ir.Value) -> None:
     with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
         mgpu.utils.inline_ptx(ptx, *args, has_side_effects=True)
-
-
-def _sixteens(tile: ir.Value) -> ir.Value:
-    """Where (i32, in 16 bytes) a SMEM ref begins."""
-    i32 = ir.IntegerType.get_signless(32)
-    return arith.shrui(llvm.ptrtoint(i32, mgpu.utils.memref_ptr(tile)), mgpu.utils.c(4, i32))
-
-
-def _descriptor(start: ir.Value, tile: ir.Value, line: int, offset: int) -> ir.Value:
-    """Of a SMEM ref in swizzled tiles [m / 8, lines, 8, 128 bytes], K-major, from a byte of a line
-    on, for wgmma. (By 32-bit sums: Mosaic's own take twice the registers.)"""
-    i64 = ir.IntegerType.get_signless(64)
-    (down, across, *_), _ = ir.MemRefType(tile.type).get_strides_and_offset()
-    itemsize = mgpu.utils.bytewidth(ir.MemRefType(tile.type).element_type)
-    further = line * across * itemsize + offset
-    place = arith.addi(start, mgpu.utils.c(further >> 4, start.type))
-    swizzled_128 = 1 << 62
-    constant = swizzled_128 | (down * itemsize >> 4) << 32
-    return arith.ori(arith.extui(i64, place), mgpu.utils.c(constant, i64))
-
-
-def _wgmma(
-    registers: list[ir.Value], n: int, operand: ir.Type, a: ir.Value, b: ir.Value
-) -> list[ir.Value]:
-    """The accumulators (n / 2 a thread) after a wgmma of K-major operands; [] before the first."""
-    if operand == ir.IntegerType.get_signless(8):
-        shape, kind, signs = f"m64n{n}k32.s32.s8.s8", "r", ""
-        field: ir.Type = ir.IntegerType.get_signless(32)
-    else:
-        shape, kind, signs = f"m64n{n}k16.f32.{operand}.{operand}", "f", ", 1, 1, 0, 0"
-        field = ir.F32Type.get()
-    count, kept = n // 2, len(registers)
-    names = ", ".join(f"${i}" for i in range(count))
-    result = llvm.inline_asm(
-        llvm.StructType.get_literal([field] * count),
-        [*registers, a, b],
-        f"{{ .reg .pred p; setp.ne.b32 p, {int(kept > 0)}, 0;"
-        f" wgmma.mma_async.sync.aligned.{shape} {{{names}}},"
-        f" ${count + kept}, ${count + kept + 1}, p{signs}; }}",
-        ",".join([f"={kind}"] * count + [str(i) for i in range(kept)] + ["l", "l"]),
-        has_side_effects=True,
-    )
-    return [llvm.extractvalue(field, result, [i]) for i in range(count)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,10 +194,7 @@ class Backend:
             operands = a[...].astype(jnp.float32), b[...].astype(jnp.float32).T
             return jnp.dot(*operands, precision="highest").astype(dtype)
 
-        tiled = plgpu.RefType(operand(a.dtype.itemsize))
-        n, (lines, rest) = b.shape[0], divmod(a.shape[1] * a.dtype.itemsize, LINE_BYTES)
-        if rest:
-            raise ValueError(f"k must be whole lines of {LINE_BYTES} bytes, got {a.shape[1]}")
+        tiled, n = plgpu.RefType(operand(a.dtype.itemsize)), b.shape[0]
 
         @plgpu.inline_mgpu(
             arg_types=(tiled, tiled),
@@ -257,14 +202,7 @@ class Backend:
         )
         def start(ctx, a, b):
             del ctx
-            nvvm.wgmma_fence_aligned()
-            registers: list[ir.Value] = []
-            starts = [(_sixteens(tile), tile) for tile in (a, b)]
-            for i in range(lines):
-                for step in range(0, LINE_BYTES, _WGMMA_BYTES):
-                    operands = [_descriptor(*start, i, step) for start in starts]
-                    registers = _wgmma(registers, n, ir.MemRefType(a.type).element_type, *operands)
-            nvvm.wgmma_commit_group_sync_aligned()
+            registers = products(a, b)
             layout = mgpu.WGMMA_LAYOUT
             array = np.empty(layout.registers_shape((64, n)), dtype=object)
             pair = ir.VectorType.get((2,), registers[0].type)

@@ -26,8 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.primitives import operand
 from pallas_kernels.hopper.transposed import COLUMNS, TransposedBackend
+from pallas_kernels.hopper.wgmma import operand
 
 # How shared memory holds int8 that wgmma reads.
 INT8_OPERAND = operand(1)
