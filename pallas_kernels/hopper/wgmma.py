@@ -59,14 +59,14 @@ def _descriptor(start: ir.Value, tile: ir.Value, line: int, offset: int) -> ir.V
 
 
 def _wgmma(
-    registers: list[ir.Value], n: int, operand: ir.Type, a: ir.Value, b: ir.Value
+    registers: list[ir.Value], n: int, element: ir.Type, a: ir.Value, b: ir.Value
 ) -> list[ir.Value]:
     """The accumulators (n / 2 a thread) after a wgmma of K-major operands; [] before the first."""
-    if operand == ir.IntegerType.get_signless(8):
+    if element == ir.IntegerType.get_signless(8):
         shape, kind, signs = f"m64n{n}k32.s32.s8.s8", "r", ""
         field: ir.Type = ir.IntegerType.get_signless(32)
     else:
-        shape, kind, signs = f"m64n{n}k16.f32.{operand}.{operand}", "f", ", 1, 1, 0, 0"
+        shape, kind, signs = f"m64n{n}k16.f32.{element}.{element}", "f", ", 1, 1, 0, 0"
         field = ir.F32Type.get()
     count, kept = n // 2, len(registers)
     names = ", ".join(f"${i}" for i in range(count))
