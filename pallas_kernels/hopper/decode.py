@@ -167,6 +167,7 @@ def decode(
             lost = ~fits(piece, kv_len) | ((num_blocks > 0) & ~all_exist)
             for i, value in enumerate((*piece, kv_len, query_len, lost.astype(jnp.int32))):
                 record[i] = value
+            plgpu.commit_smem()  # whichever of its warps reads or changes it
 
             def load_first():
                 # (Slot 0, but not for the compiler: else it holds all addresses of it.)

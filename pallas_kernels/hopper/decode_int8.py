@@ -217,6 +217,7 @@ def decode_int8(
 
                 @pl.when(~exists)
                 def _lost():
+                    plgpu.commit_smem()  # all its warps have said that none is
                     piece_smem[LOST] = 1
 
                 plgpu.barrier_wait(empty.at[slot])
