@@ -167,25 +167,37 @@ def test_interpreted(seq_lens, shape, rows_per_tile, options):
     assert not gpu_callbacks.get_races().races_found
 
 
-RISING = {"seq_lens": [400, 70], "heads": 40, "rising": 3.0}
+def rising_batch(heads: int, rising: float) -> Int8Batch:
+    """Three requests; in the second, and for every fifth head, rope keys hardly count."""
+    batch = Int8Batch(np.random.default_rng(0), [400, 70, 200], heads=heads, rising=rising)
+    for calm in (np.s_[1, ..., 512:], np.s_[:, :, ::5, 512:]):
+        batch.q = batch.q.at[calm].multiply(2.0**-6)
+    batch.expected_q = np.asarray(batch.q, np.float64)
+    return batch
 
 
 def rises(batch: Int8Batch, request: int) -> np.ndarray:
-    """How often the maximum of each query's scores grows by more than 8 (log2 units) after the
-    first block: by blocks of 64 tokens."""
+    """By how much (log2 units) the largest score of each query and block [blocks, heads] is above
+    all of the blocks before: of 64 tokens, from the second one on."""
     scores = batch.expected_q[request, 0] @ batch.kv[request].T * SCALE / np.log(2)
     tops = np.array([scores[:, i : i + 64].max(axis=1) for i in range(0, scores.shape[1], 64)])
-    before = np.maximum.accumulate(tops)[:-1]
-    return (tops[1:] > before + 8).sum(axis=0)
+    return tops[1:] - np.maximum.accumulate(tops)[:-1]
 
 
-def test_maxima_that_rise_interpreted():
-    """In several blocks of a piece, for some rows: what O and the sums were so far is rescaled."""
-    batch = Int8Batch(np.random.default_rng(0), **RISING)
-    count = rises(batch, 0)
-    assert count.min() == 0
-    assert count.max() > 1
-    batch.check(*batch.attend(split(batch, 1, 64), interpret=plgpu.InterpretGPUParams()))
+@pytest.mark.parametrize("rising", [3.0, 40.0])
+def test_maxima_that_rise_interpreted(rising):
+    """In several blocks of a piece, for some rows: what O and the sums were so far is rescaled.
+
+    By so much that the kernel of 64 rows makes some pieces twice, and others not (its FAR); and
+    by less.
+    """
+    batch = rising_batch(40, rising)
+    often = (rises(batch, 0) > 8).sum(axis=0)
+    assert often.min() == 0
+    assert often.max() > 1
+    assert (rises(batch, 0) > 80).any() == (rising > 3)
+    assert (rises(batch, 1) < 8).all()
+    batch.check(*batch.attend(split(batch, 2, 64), interpret=plgpu.InterpretGPUParams()))
 
 
 @pytest.mark.parametrize("rows_per_tile", [16, 64])
@@ -351,10 +363,12 @@ def test_heads_on_the_gpu(heads, page_size):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rising", [3.0, 40.0])
 @pytest.mark.parametrize("heads", [16, 64])
-def test_maxima_that_rise_on_the_gpu(heads):
-    batch = Int8Batch(np.random.default_rng(0), **(RISING | {"heads": heads}))
-    batch.check(*batch.attend(split(batch, 1, heads)))
+def test_maxima_that_rise_on_the_gpu(heads, rising):
+    batch = rising_batch(heads, rising)
+    for workers in (1, 4):  # pieces one after another, and cut ones
+        batch.check(*batch.attend(split(batch, workers, heads)))
 
 
 @pytest.mark.gpu

@@ -16,9 +16,10 @@ nothing is widened twice and nothing goes back to shared memory.
 What makes P is one chain, S of a block, its softmax, S of the next, and takes longest: who makes O
 has V^T of a block's first tokens ready when P comes, and is done before P of the next one.
 
-A query is a column of S^T and of O^T. Its maximum is reduced over four warps, and the factor that
-rescales O passed on, only in blocks where a vote finds that some maximum grew by much; its sum
-stays in parts, one in each thread, to a piece's end.
+A query is a column of S^T and of O^T. Its sum stays in parts, one in each thread, to a piece's end.
+Its maximum is that of the piece's first block: P of a later one may be as large as 2^64, which
+bfloat16 holds as well as 1. Where a sum says that one may be larger, the piece is made again, with
+care: a vote in each block finds whether some maximum grew by much, and O is rescaled to it.
 """
 
 import functools
@@ -52,10 +53,13 @@ from pallas_kernels.hopper.widen import GROUP, INT8_OPERAND, WIDENED_UNIT, Widen
 QUERIES = 64  # rows of a tile
 FETCHED = 32  # of them at a time: what registers allow
 WIDENED = 32  # tokens at a time: likewise
-LAZY_GROWTH = 8.0  # log2 units that the running maximum may lag behind the true one
+FAR = 2.0**64  # a sum of e^(s - m) that asks for more care,
+LAZY_GROWTH = 8.0  # with which a maximum lags behind the true one by as many log2 units
 # Of a record in shared memory, behind the plan's: lengths, the first slot, and
 LOST = RECORD + 3  # its keys can't all be had, so its rows are NaN
 LEFT = RECORD + 4  # how many pieces the worker has left, this one included
+AGAIN = RECORD + 5  # what was made last must be made again, with care
+NOWHERE = 2**31 - 1  # a slot for what is made again
 MAKERS = 2  # warpgroups that make O, and merge
 SCORES, LOADS = MAKERS, MAKERS + 1  # the others
 
@@ -201,6 +205,10 @@ def decode_int8(
         def with_lengths(piece):
             return (*piece, *lengths(len_ref, qlen_ref, jnp.maximum(piece[0], 0)))
 
+        def head(p):
+            known = piece_ref.at[jnp.minimum(p, piece_ref.shape[0] - 1)]
+            return with_lengths([known[i] for i in range(RECORD)])
+
         def load_piece(carry):
             p, left, slot, *piece, kv_len, query_len = carry
             request, _, begin, end, *_ = piece
@@ -227,10 +235,11 @@ def decode_int8(
 
             slot = lax.fori_loop(0, end - begin, block, slot)
             # (Beside the blocks there is no register for what follows.)
-            following = jnp.minimum(p + 1, piece_ref.shape[0] - 1)
-            head = with_lengths([piece_ref[following, i] for i in range(RECORD)])
-            plgpu.barrier_wait(piece_done(following))
-            return (p + 1, piece_smem[LEFT] - 1, slot, *head)
+            following = head(p + 1)
+            plgpu.barrier_wait(piece_done(p))
+            again = piece_smem[AGAIN]
+            following = lax.cond(again > 0, lambda *_: head(p), lambda *known: known, *following)
+            return (p + 1 - again, piece_smem[LEFT] - 1 + again, slot, *following)
 
         def load():
             g.take_registers(tiles.registers, LOADS)
@@ -295,6 +304,9 @@ def decode_int8(
                 g.wait_mma(0)
                 return tuple(map(g.landed, products))
 
+            def much_above(above):
+                return g.any_above(above, LAZY_GROWTH)
+
             def block(last, i, carry):
                 """P of a block whose S is there, and then S of the next one."""
                 norm, slot, (s_halves, s_rope) = carry
@@ -314,7 +326,7 @@ def decode_int8(
                 both = above, token_scale
                 above, token_scale = lax.cond(i >= unmasked, hide, lambda *both: both, *both)
                 first = i == begin
-                grew = g.any_above(above, LAZY_GROWTH) | first
+                grew = first | lax.cond(careful, much_above, lambda _: jnp.bool(False), above)
 
                 def rise(above, norm):
                     """Maxima by what the block has above them: at first all of them."""
@@ -339,6 +351,7 @@ def decode_int8(
 
             first_slot = piece_smem[RECORD + 2]
             unmasked = seen_whole()
+            careful = piece_smem[AGAIN] > 0
             no_sum = g.full((QUERIES,), 0.0, COLUMNS)
 
             def all_blocks(_, norm):
@@ -353,7 +366,10 @@ def decode_int8(
             )
             total = g.over_rows(norm, meeting_smem, "add")
             top = g.load_columns(top_smem.at[opaque(end)])
-            left = piece_smem[LEFT] - 1
+            again = (g.any_above(total, FAR, COLUMNS) & ~careful).astype(jnp.int32)
+            piece_smem[AGAIN] = again
+            out_slot = jnp.where(again > 0, NOWHERE, out_slot)
+            left = piece_smem[LEFT] - 1 + again
             lost = piece_smem[LOST] > 0  # written before the barrier of the last block
             blank = jnp.where((piece_smem[RECORD] < 0) | lost, jnp.nan, 0.0)
             plgpu.barrier_arrive(piece_done(request))
@@ -371,7 +387,7 @@ def decode_int8(
             def _store():
                 lse_ref.at[request, pl.ds(row_tile * QUERIES, QUERIES)][...] = lse
 
-            @pl.when(out_slot >= 0)
+            @pl.when((out_slot >= 0) & (out_slot < NOWHERE))
             def _leave():
                 plse_ref.at[out_slot][...] = lse
                 if merges:
@@ -381,6 +397,7 @@ def decode_int8(
 
         def score():
             g.take_registers(tiles.registers, SCORES)
+            piece_smem[AGAIN] = 0
 
             def run(left):
                 fetch_piece(left)
@@ -414,8 +431,9 @@ def decode_int8(
             g.zero(o_acc)
             slot = lax.fori_loop(0, num_blocks, block, first_slot)
             plgpu.barrier_wait(inverse_full(num_blocks))
-            following = blocks_of(piece_ref.at[jnp.minimum(p + 1, piece_ref.shape[0] - 1)])
             request, row_tile, out_slot, slots_of_tile = (end_smem[i] for i in range(4))
+            following = p + jnp.where(out_slot == NOWHERE, 0, 1)
+            num_blocks = blocks_of(piece_ref.at[jnp.minimum(following, piece_ref.shape[0] - 1)])
             inverse = g.load_columns(inverse_smem.at[0])
             o = g.read(o_acc) * down(inverse, (half, QUERIES))
             plgpu.barrier_arrive(inverse_empty(num_blocks))
@@ -425,13 +443,13 @@ def decode_int8(
                 rows = pl.ds(row_tile * QUERIES, QUERIES)
                 g.store_dimensions(o_ref.at[request, rows], o.astype(dtype), me * groups)
 
-            @pl.when(out_slot >= 0)
+            @pl.when((out_slot >= 0) & (out_slot < NOWHERE))
             def _leave():
                 g.store_dimensions(po_ref.at[out_slot], o.astype(partial_dtype), me * groups)
                 if merges:
                     meet(request, row_tile, slots_of_tile).leave()
 
-            return slot, following
+            return following, slot, num_blocks
 
         def make():
             g.take_registers(tiles.registers, 0)
@@ -443,7 +461,7 @@ def decode_int8(
                 def piece(carry):
                     p, slot, num_blocks = carry
                     this_o = functools.partial(make_o, me, p, slot, num_blocks)
-                    return p + 1, *g.with_accumulators(this_o, accumulators, me, (half, QUERIES))
+                    return g.with_accumulators(this_o, accumulators, me, (half, QUERIES))
 
                 first, _ = pieces()
                 carry = first, jnp.int32(0), blocks_of(my_walk())
@@ -497,7 +515,7 @@ def decode_int8(
             plgpu.SMEM((slots,), jnp.int32),  # whether any is not 1
             floats(1, QUERIES),  # 1 / row sum, and
             plgpu.SMEM((4,), jnp.int32),  # where the piece's O belongs
-            plgpu.SMEM((LEFT + 1,), jnp.int32),
+            plgpu.SMEM((AGAIN + 1,), jnp.int32),
             plgpu.Barrier(num_arrivals=3, num_barriers=slots),  # full
             plgpu.Barrier(num_arrivals=MAKERS, num_barriers=slots + 1),
             plgpu.Barrier(num_arrivals=1, num_barriers=slots + 3),

@@ -358,13 +358,13 @@ class Backend:
 
         return vote(a, b) > 0
 
-    def any_above(self, x, limit: float) -> jax.Array:
-        """One flag for the warpgroup: is any element of a float32 tile above it? NaN is not."""
+    def any_above(self, x, limit: float, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
+        """One flag for the warpgroup: is any of 2^n float32 a thread above it? NaN is not."""
         if self.interpreting:
             return jnp.any(x > limit)
 
         @plgpu.inline_mgpu(
-            arg_types=(plgpu.Layout.WGMMA,),
+            arg_types=(layout,),
             return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT(())),
         )
         def vote(ctx, tile):
