@@ -104,7 +104,8 @@ def test_matplotlib_loads_only_where_a_picture_is_drawn():
 
 SCRIPT = """
 import os, sys, traceback
-import jax, numpy
+import absl, jax, numpy, rich.console, safetensors.numpy, scipy.optimize
+from jax.experimental.pallas import mosaic_gpu
 for module in sys.argv[1:]:
     child = os.fork()
     if child == 0:
@@ -125,7 +126,7 @@ for module in sys.argv[1:]:
 
 
 def test_every_module_imports_first():
-    """Each in a process where none of ours is loaded; they are forks of one that has jax."""
+    """Each in a process where none of ours is loaded; they are forks of one that has all else."""
     modules = [module for module in FILES if not module.endswith("__main__")]
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SCRIPT, *modules],
