@@ -303,6 +303,14 @@ class TestWrongNumbersAreCaught:
         assert any(found in row["what"] for row in result["rows"])
 
     def test_int8_accuracy(self, tmp_path, monkeypatch):
+        """On the least data that it draws: the easy kind is within the bound where nothing is
+        broken."""
+
+        def two_cases(options):
+            yield int8_accuracy.normal(options, "easy")
+            yield int8_accuracy.normal(options, "hard", spread=3.0, hard=True)
+
+        monkeypatch.setattr(int8_accuracy, "cases", two_cases)
         broken = self.scaled(int8_accuracy.paged_mla_attention, 1.02)
         monkeypatch.setattr(int8_accuracy, "paged_mla_attention", broken)
         status, result = run(tmp_path, "int8_accuracy", *SMALL["int8_accuracy"])
