@@ -289,10 +289,10 @@ def test_without_a_gpu_it_says_so():
 
 
 def test_refusals_name_what_it_takes():
+    any_plan = plan_splits(jnp.ones(2, jnp.int32), num_workers=2, rows=8)
+
     def reason(q_dtype=BF16, rescale="multiply", rows_per_tile=None, page_size=64, **cache):
-        plan = rows_per_tile and plan_splits(
-            jnp.ones(2, jnp.int32), num_workers=2, rows=8, rows_per_tile=rows_per_tile
-        )
+        plan = rows_per_tile and dataclasses.replace(any_plan, rows_per_tile=rows_per_tile)
         cache = dataclasses.replace(PagedKVCache.create(2, **cache), page_size=page_size)
         return attention.refuses(q_dtype, cache, rescale, plan)
 
