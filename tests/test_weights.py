@@ -63,7 +63,7 @@ def edit_config(folder, **changes):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_init_has_the_shapes_of_the_config(config):
-    params = init_params(jax.random.key(0), config, jnp.bfloat16)
+    params = jax.eval_shape(lambda key: init_params(key, config, jnp.bfloat16), jax.random.key(0))
     check_params(params, config)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
     assert len(jax.tree.leaves(params)) == sum(s is not None for s in param_shapes(config).values())
