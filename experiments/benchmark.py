@@ -115,7 +115,7 @@ def collected(output: Output, rows: Sequence[Shape], preset: str) -> tuple[Journ
     """What the folder holds, and how many tasks of those who ran there are missing."""
     if not (output.folder / "rows.jsonl").exists():
         raise InputError(f"--collect: there is no rows.jsonl in {output.folder}")
-    journal = Journal.open(output.path("rows.jsonl"))
+    journal = Journal.open(output.path("rows.jsonl"), skipped=True)
     names = {name for _, name in journal.rows} - set(PEERS)
     tasks = tasks_of(rows, [contender(name) for name in sorted(names)], preset)
     return journal, sum((row, who.name) not in journal.rows for row, who in tasks)

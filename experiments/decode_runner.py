@@ -56,8 +56,11 @@ class Journal:
     rows: dict[Key, Row] = dataclasses.field(default_factory=dict)
 
     @staticmethod
-    def open(path: Path) -> "Journal":
-        """Reads what an earlier run left; a last line that was cut off is dropped."""
+    def open(path: Path, *, skipped: bool = False) -> "Journal":
+        """Reads what an earlier run left; a last line that was cut off is dropped.
+
+        skipped: rows that were skipped too, which another run would look at anew.
+        """
         journal = Journal(path)
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         for number, line in enumerate(lines):
@@ -69,7 +72,7 @@ class Journal:
                 raise InputError(f"{path}, line {number + 1}: {error}") from error
             if "session" in record:
                 journal.sessions.append(record["session"])
-            elif record["row"]["status"] != "skipped":
+            elif skipped or record["row"]["status"] != "skipped":
                 journal._keep(record["row"])
         return journal
 

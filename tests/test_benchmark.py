@@ -249,6 +249,8 @@ class TestRuns:
         assert status == 1
         assert "the limit is" in result["rows"][0]["reason"]
         assert result["rows"][0]["status"] == "skipped"
+        _, again = run(tmp_path, *SMALL, "--batch=1", "--collect")
+        assert (again["counts"]["skipped"], again["left"]) == (len(result["rows"]), 0)
 
     @pytest.mark.parametrize(
         ("arguments", "named"),

@@ -248,12 +248,13 @@ def classes(card: str) -> str:
         for c in found
     ]  # fmt: skip
     header = ["heads, requests x KV tokens", "shapes", "fastest", baseline]
-    session = result["sessions"][rows[-1]["session"]]
+    sessions = result["sessions"]
+    dates = " and ".join(sorted({session["started"][:10] for session in sessions}))
     left = f"; {result['left']} were not run" if result["left"] else ""
     picture = BENCHMARKS / card / "benchmark" / "roofline.png"
     return (
         f"The grid `{result['preset']}` on one {CARDS[card]}, jax "
-        f"{session['environment']['versions']['jax']}, {session['started'][:10]}: {len(rows)} rows "
+        f"{sessions[-1]['environment']['versions']['jax']}, {dates}: {len(rows)} rows "
         f"measured{left}. Of one token, bf16, equal lengths and pages of 64, in classes; ratios of "
         "speed are geometric means (least to largest), a ceiling is the card's own read or matmul "
         f"rate in the same run.\n\n{table([*header, 'of the ceiling'], lines)}\n\n"
