@@ -47,14 +47,22 @@ def test_every_int8_problem_has_a_plan_that_fits(rows: int) -> None:
 
 
 @given(rows=st.integers(1, 600), tokens=st.integers(1, 200_000))
-def test_few_tokens_get_tiles_of_a_class_that_is_there(rows: int, tokens: int) -> None:
-    plan, usual = choose_tile_plan(rows, most_tokens=tokens), choose_tile_plan(rows)
-    assert tile_plan_of_height(plan.rows_per_tile) == plan
-    tiles = -(-rows // 16)
-    assert plan == usual or (tiles * tokens <= 65536 and plan.rows_per_tile == 16 and rows > 32)
-    assert plan != usual or rows <= 32 or tiles * tokens > 65536
-    amla = choose_tile_plan(rows, most_tokens=tokens, rescale="exponent_add")
-    assert amla == choose_tile_plan(rows, rescale="exponent_add")
+@pytest.mark.parametrize(
+    ("cache", "most"), [("float", {16: 32768, 32: 32768}), ("int8", {16: 65536})]
+)
+def test_few_tokens_get_low_tiles(cache: str, most: dict[int, int], rows: int, tokens: int) -> None:
+    plan = choose_tile_plan(rows, most_tokens=tokens, cache=cache)
+    assert tile_plan_of_height(plan.rows_per_tile, cache=cache) == plan
+    fitting = [height for height in most if -(-rows // height) * tokens <= most[height]]
+    if rows > 32 and fitting:
+        assert plan.rows_per_tile == min(fitting)
+    else:
+        assert plan == choose_tile_plan(rows, cache=cache)
+
+
+def test_amla_has_its_own_tiles_for_few_tokens_too() -> None:
+    amla = choose_tile_plan(128, most_tokens=64, rescale="exponent_add")
+    assert amla == choose_tile_plan(128, rescale="exponent_add")
 
 
 def test_the_seesaw_plan_is_the_one_the_profile_arrives_at() -> None:

@@ -283,11 +283,11 @@ def choose_tile_plan(
     kernel has. profile: None for an H200; num_workers is of that profile.
     """
     widths = {"kv_lora_rank": kv_lora_rank, "rope_dim": rope_dim}
-    few = few_tokens()
-    low = few["rows_per_tile"]
-    fits = rows > 2 * low and rescale == "multiply"
-    if fits and most_tokens is not None and -(-rows // low) * most_tokens <= few["most"]:
-        return tile_plan_of_height(low, cache=cache, profile=profile, **widths)
+    if most_tokens is not None and rows > MOST_COLUMNS and rescale == "multiply":
+        few = few_tokens()[cache]
+        for height in few["rows_per_tile"]:
+            if -(-rows // height) * most_tokens <= few["most"]:
+                return tile_plan_of_height(height, cache=cache, profile=profile, **widths)
     for entry in tuned(cache):
         if entry["most_rows"] is not None and rows > entry["most_rows"]:
             continue
@@ -342,8 +342,8 @@ def tuned(cache: str | None = None) -> tuple[dict[str, Any], ...]:
     return tuple(entry for entry in classes if cache in (None, entry.get("cache", "float")))
 
 
-def few_tokens() -> dict[str, int]:
-    """Tiles of `rows_per_tile` where the tokens that all of them read are `most` or fewer."""
+def few_tokens() -> dict[str, dict[str, Any]]:
+    """For each cache: the first of `rows_per_tile` whose tiles read `most` tokens or fewer."""
     return _table()["few_tokens"]
 
 
