@@ -153,8 +153,7 @@ def decode(card: str) -> str:
             f"{min(peer[key] for peer in peers) / ours[key]:.2f}" for key in ("us", "us_separated")
         ]
         ragged = "ragged " if lengths == "varlen" else ""
-        cold = "\\*" * (ours["driver"] == "cold")
-        shape = f"{heads} heads, {s_q} token{'s' * (s_q > 1)}, {batch} x {ragged}{kv_len}{cold}"
+        shape = f"{heads} heads, {s_q} token{'s' * (s_q > 1)}, {batch} x {ragged}{kv_len}"
         rows.append([shape, *cells, " / ".join(ratio), f"{ours['gb_per_s']:,.0f}"])
     header = ["bf16, page size 64", "ours, us", "FlashMLA", "FlashInfer fa3"]
     return table([*header, "speed against the better peer", "our GB/s"], rows)
@@ -268,7 +267,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "h200_decode": functools.partial(decode, "h200"),
     "h200_bars": functools.partial(bars, "h200"),
     "h200_options": functools.partial(options, "h200"),
-    "h100_int8": functools.partial(int8_beside_bf16, "h100"),
     "h200_int8": functools.partial(int8_beside_bf16, "h200"),
     "h200_benchmark": functools.partial(classes, "h200"),
     "parity": parity,
