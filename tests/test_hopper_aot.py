@@ -1,6 +1,8 @@
 """The compile gate itself: it sees wgmma, registers, spills and serialisation without a GPU."""
 
+import contextlib
 import dataclasses
+import os
 from collections.abc import Callable
 
 import jax
@@ -87,6 +89,24 @@ def test_kernels_inside_a_jitted_function_are_all_reported():
 
 def test_a_function_without_kernels():
     assert aot.compile_sm90a(lambda a, b: a @ b, *operands()) == ()
+
+
+def test_stdout_is_given_back(capfd):
+    aot.compile_sm90a(repeated_matmul(1), *operands())
+    with contextlib.suppress(ZeroDivisionError), aot._stdout_of_c():
+        os.write(1, b"taken")
+        raise ZeroDivisionError
+    os.write(1, b"left alone")
+    assert capfd.readouterr().out == "left alone"
+
+
+def test_dumps_that_someone_else_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "0")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    before = dict(os.environ)
+    (report,) = aot.compile_sm90a(repeated_matmul(1), *operands())
+    assert report.name
+    assert dict(os.environ) == before
 
 
 def test_what_is_missing_is_named(monkeypatch):
