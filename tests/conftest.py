@@ -1,5 +1,6 @@
 """Settings that all tests share."""
 
+import gc
 import os
 
 import hypothesis
@@ -13,6 +14,10 @@ os.environ["XLA_FLAGS"] = (
 
 # The gpu tests run in several processes on one GPU; by default the first takes its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+# Tracing and lowering make millions of small objects that live on: 5 % of all time went into
+# looking at them again.
+gc.set_threshold(200_000, 20, 20)
 
 hypothesis.settings.register_profile(
     "here", deadline=None, max_examples=25, suppress_health_check=[hypothesis.HealthCheck.too_slow]
