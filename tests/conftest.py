@@ -15,7 +15,7 @@ os.environ["XLA_FLAGS"] = (
 # The gpu tests run in several processes on one GPU; by default the first takes its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-# Tracing and lowering make millions of small objects that live on: 5 % of all time went into
+# Tracing and lowering make millions of small objects that live on: 4 % of all time went into
 # looking at them again.
 gc.set_threshold(200_000, 20, 20)
 

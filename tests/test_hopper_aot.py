@@ -107,6 +107,7 @@ def test_dumps_that_someone_else_asked_for(monkeypatch, tmp_path):
     (report,) = aot.compile_sm90a(repeated_matmul(1), *operands())
     assert report.name
     assert dict(os.environ) == before
+    assert not [*tmp_path.glob("*.log"), *tmp_path.glob("*.ptx")]  # nothing of the compile
 
 
 def test_what_is_missing_is_named(monkeypatch):

@@ -2,7 +2,7 @@
 
 It is a program of the CUDA toolkit, which JAX does not need. On some virtual machines (gVisor) it
 refuses the device, and its racecheck (2025.3) ends with a segmentation fault of its own, before it
-says anything, on two of the kernels, those that vote (`bar.red`): then a case is skipped.
+says anything, on two of the kernels: then a case is skipped.
 """
 
 import os
@@ -24,6 +24,7 @@ CASES = (  # a kernel each: cache, heads, page size; the last gathers small page
     ("int8", 64, 64),
     ("float", 64, 1),
 )
+CRASHES_RACECHECK = (("int8", 64, 64), ("float", 64, 1))
 
 
 @pytest.mark.gpu
@@ -52,7 +53,8 @@ def test_finds_nothing(case: tuple[str, int, int], tool: str) -> None:
     said = done.stdout + done.stderr
     if "Device not supported" in said:
         pytest.skip("compute-sanitizer does not support this device or its virtual machine")
-    if done.returncode == -signal.SIGSEGV and tool == "racecheck" and "all right" not in said:
+    crashed = done.returncode == -signal.SIGSEGV and "all right" not in said
+    if crashed and tool == "racecheck" and case in CRASHES_RACECHECK:
         pytest.skip("compute-sanitizer itself has crashed")
     assert "all right" in said, said[-3000:]
     assert done.returncode == 0, said[-3000:]

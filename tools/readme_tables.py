@@ -160,7 +160,7 @@ def decode(card: str) -> str:
 
 
 def int8_beside_bf16(card: str) -> str:
-    """The int8 kernels beside the bf16 ones, from the standard grid; *: not of one session."""
+    """The int8 kernels beside the bf16 ones, from the standard grid."""
     rows = [
         row
         for row in result_of(card, "benchmark")["rows"]
@@ -175,9 +175,8 @@ def int8_beside_bf16(card: str) -> str:
             continue
         heads, s_q, batch, lengths, kv_len, _ = shape
         ragged = "ragged " * (lengths == "varlen")
-        apart = "\\*" * (int8["session"] != bf16["session"])
         lines.append([
-            f"{heads} heads, {s_q} token{'s' * (s_q > 1)}, {batch} x {ragged}{kv_len}{apart}",
+            f"{heads} heads, {s_q} token{'s' * (s_q > 1)}, {batch} x {ragged}{kv_len}",
             *(f"{row['us']:.1f} / {row['us_separated']:.1f}" for row in (bf16, int8)),
             " / ".join(f"{bf16[key] / int8[key]:.2f}" for key in ("us", "us_separated")),
             f"{int8['gb_per_s']:,.0f}",
@@ -248,7 +247,10 @@ def classes(card: str) -> str:
     ]  # fmt: skip
     header = ["heads, requests x KV tokens", "shapes", "fastest", baseline]
     sessions = result["sessions"]
-    dates = " and ".join(sorted({session["started"][:10] for session in sessions}))
+    days: dict[str, set[str]] = {}
+    for row in rows:
+        days.setdefault(sessions[row["session"]]["started"][:10], set()).add(row["implementation"])
+    dates = ", ".join(f"{day} ({', '.join(sorted(names))})" for day, names in sorted(days.items()))
     left = f"; {result['left']} were not run" if result["left"] else ""
     picture = BENCHMARKS / card / "benchmark" / "roofline.png"
     return (

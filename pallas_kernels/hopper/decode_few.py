@@ -154,7 +154,7 @@ def decode_few(
 
                 @pl.when(~all_exist)
                 def _lost():
-                    plgpu.commit_smem()  # all its warps have said that none is
+                    plgpu.commit_smem()  # each warp has written its 0 before
                     lost_smem[buffer] = 1
 
                 for column, _, depth, _, kv, full, empty in columns:

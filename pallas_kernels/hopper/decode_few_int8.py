@@ -189,7 +189,7 @@ def decode_few_int8(
 
                 @pl.when(~exists)
                 def _lost():
-                    plgpu.commit_smem()  # all its warps have said that none is
+                    plgpu.commit_smem()  # each warp has written its 0 before
                     lost_smem[flag] = 1
 
                 slot = lax.rem(n + i, depth)

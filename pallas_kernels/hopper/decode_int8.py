@@ -205,7 +205,7 @@ def decode_int8(
         def with_lengths(piece):
             return (*piece, *lengths(len_ref, qlen_ref, jnp.maximum(piece[0], 0)))
 
-        def head(p):
+        def record_of(p):
             known = piece_ref.at[jnp.minimum(p, piece_ref.shape[0] - 1)]
             return with_lengths([known[i] for i in range(RECORD)])
 
@@ -225,7 +225,7 @@ def decode_int8(
 
                 @pl.when(~exists)
                 def _lost():
-                    plgpu.commit_smem()  # all its warps have said that none is
+                    plgpu.commit_smem()  # each warp has written its 0 before
                     piece_smem[LOST] = 1
 
                 plgpu.barrier_wait(empty.at[slot])
@@ -235,10 +235,12 @@ def decode_int8(
 
             slot = lax.fori_loop(0, end - begin, block, slot)
             # (Beside the blocks there is no register for what follows.)
-            following = head(p + 1)
+            following = record_of(p + 1)
             plgpu.barrier_wait(piece_done(p))
             again = piece_smem[AGAIN]
-            following = lax.cond(again > 0, lambda *_: head(p), lambda *known: known, *following)
+            following = lax.cond(
+                again > 0, lambda *_: record_of(p), lambda *known: known, *following
+            )
             return (p + 1 - again, piece_smem[LEFT] - 1 + again, slot, *following)
 
         def load():
@@ -433,10 +435,10 @@ def decode_int8(
             plgpu.barrier_wait(inverse_full(num_blocks))
             request, row_tile, out_slot, slots_of_tile = (end_smem[i] for i in range(4))
             following = p + jnp.where(out_slot == NOWHERE, 0, 1)
-            num_blocks = blocks_of(piece_ref.at[jnp.minimum(following, piece_ref.shape[0] - 1)])
+            next_blocks = blocks_of(piece_ref.at[jnp.minimum(following, piece_ref.shape[0] - 1)])
             inverse = g.load_columns(inverse_smem.at[0])
             o = g.read(o_acc) * down(inverse, (half, QUERIES))
-            plgpu.barrier_arrive(inverse_empty(num_blocks))
+            plgpu.barrier_arrive(inverse_empty(next_blocks))
 
             @pl.when(out_slot < 0)
             def _store():
@@ -449,7 +451,7 @@ def decode_int8(
                 if merges:
                     meet(request, row_tile, slots_of_tile).leave()
 
-            return following, slot, num_blocks
+            return following, slot, next_blocks
 
         def make():
             g.take_registers(tiles.registers, 0)

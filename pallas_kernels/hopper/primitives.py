@@ -359,7 +359,10 @@ class Backend:
         return vote(a, b) > 0
 
     def any_above(self, x, limit: float, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
-        """One flag for the warpgroup: is any of 2^n float32 a thread above it? NaN is not."""
+        """One flag for the warpgroup: is any float32 of x above it? NaN is not.
+
+        Of a layout in which a thread has 2^n of them.
+        """
         if self.interpreting:
             return jnp.any(x > limit)
 
