@@ -60,6 +60,11 @@ def test_few_tokens_get_low_tiles(cache: str, most: dict[int, int], rows: int, t
         assert plan == choose_tile_plan(rows, cache=cache)
 
 
+def test_another_cache_is_named() -> None:
+    with pytest.raises(ValueError, match="cache must be one of float, int8, got 'fp8'"):
+        choose_tile_plan(64, most_tokens=64, cache="fp8")
+
+
 def test_amla_has_its_own_tiles_for_few_tokens_too() -> None:
     amla = choose_tile_plan(128, most_tokens=64, rescale="exponent_add")
     assert amla == choose_tile_plan(128, rescale="exponent_add")

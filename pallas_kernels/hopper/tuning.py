@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from mla_jax.checks import require_one_of
 from mla_jax.hal import HardwareProfile, TilePlan, TilePlanError, load_profile
 from mla_jax.hal.tiling import WGMMA_ROWS, BufferUse, Tile
 from pallas_kernels.hopper.walk import BLOCK
@@ -281,7 +282,10 @@ def choose_tile_plan(
     low tiles: the cache is read once for each, but there are fewer pieces to merge, of fewer rows.
     cache: "float" (16 bits) or "int8". rescale: "exponent_add" is AMLA's, which only the seesaw
     kernel has. profile: None for an H200; num_workers is of that profile.
+
+    Raises ValueError for another cache, or one that no kernel takes with this rescale.
     """
+    require_one_of("cache", cache, tuple(few_tokens()))
     widths = {"kv_lora_rank": kv_lora_rank, "rope_dim": rope_dim}
     if most_tokens is not None and rows > MOST_COLUMNS and rescale == "multiply":
         few = few_tokens()[cache]
