@@ -160,10 +160,11 @@ def decode(card: str) -> str:
 
 
 def int8_beside_bf16(card: str) -> str:
-    """The int8 kernels beside the bf16 ones, from the standard grid."""
+    """The int8 kernels beside the bf16 ones, from the standard grid: pairs of one day."""
+    result = result_of(card, "benchmark")
     rows = [
         row
-        for row in result_of(card, "benchmark")["rows"]
+        for row in result["rows"]
         if (row["implementation"], row["status"]) == ("hopper", "measured")
     ]
     axes = ("heads", "s_q", "batch", "lengths", "kv_len", "page_size")
@@ -171,7 +172,7 @@ def int8_beside_bf16(card: str) -> str:
     lines = []
     for (dtype, *shape), int8 in sorted(found.items()):
         bf16 = found.get(("bf16", *shape))
-        if dtype != "int8" or bf16 is None:
+        if dtype != "int8" or bf16 is None or day(result, int8) != day(result, bf16):
             continue
         heads, s_q, batch, lengths, kv_len, _ = shape
         ragged = "ragged " * (lengths == "varlen")
@@ -246,16 +247,15 @@ def classes(card: str) -> str:
         for c in found
     ]  # fmt: skip
     header = ["heads, requests x KV tokens", "shapes", "fastest", baseline]
-    sessions = result["sessions"]
     days: dict[str, set[str]] = {}
     for row in rows:
-        days.setdefault(sessions[row["session"]]["started"][:10], set()).add(row["implementation"])
+        days.setdefault(day(result, row), set()).add(row["implementation"])
     dates = ", ".join(f"{day} ({', '.join(sorted(names))})" for day, names in sorted(days.items()))
     left = f"; {result['left']} were not run" if result["left"] else ""
     picture = BENCHMARKS / card / "benchmark" / "roofline.png"
     return (
         f"The grid `{result['preset']}` on one {CARDS[card]}, jax "
-        f"{sessions[-1]['environment']['versions']['jax']}, {dates}: {len(rows)} rows "
+        f"{result['sessions'][-1]['environment']['versions']['jax']}, {dates}: {len(rows)} rows "
         f"measured{left}. Of one token, bf16, equal lengths and pages of 64, in classes; ratios of "
         "speed are geometric means (least to largest), a ceiling is the card's own read or matmul "
         f"rate in the same run.\n\n{table([*header, 'of the ceiling'], lines)}\n\n"
@@ -282,6 +282,11 @@ TABLES: dict[str, Callable[[], str]] = {
 def result_of(card: str, experiment: str) -> dict[str, Any]:
     """The committed result of an experiment on a card."""
     return json.loads((BENCHMARKS / card / experiment / "result.json").read_text(encoding="utf-8"))
+
+
+def day(result: dict[str, Any], row: dict[str, Any]) -> str:
+    """When a row of a benchmark was measured."""
+    return result["sessions"][row["session"]]["started"][:10]
 
 
 def load(name: str) -> dict[str, Any]:
