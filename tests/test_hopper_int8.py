@@ -312,9 +312,14 @@ def test_overwritten_registers_are_found():
         assert overwritten_in_flight(code.format(fine)) == []
 
 
-@pytest.mark.parametrize(("heads", "tokens"), [(8, 1), (16, 1), (16, 2), (64, 1)])
-def test_compiles_for_sm90a(heads, tokens):
-    """Nothing serialised, ignored or spilled, and operand A stays in its registers."""
+@pytest.mark.parametrize(
+    ("heads", "tokens", "requests"), [(8, 1, 4), (16, 1, 4), (16, 2, 4), (64, 1, 4), (128, 1, 1)]
+)
+def test_compiles_for_sm90a(heads, tokens, requests):
+    """Nothing serialised, ignored or spilled, and operand A stays in its registers.
+
+    The fewer tiles, the more pieces of one are merged at once, which takes registers, too.
+    """
 
     def attend(*args):
         return int8.attend_int8(*args, None, num_heads=heads, softmax_scale=SCALE, causal=True)
@@ -324,13 +329,13 @@ def test_compiles_for_sm90a(heads, tokens):
 
     decode = aot.compile_sm90a(
         attend,
-        struct((4, tokens * heads, 576), jnp.bfloat16),
+        struct((requests, tokens * heads, 576), jnp.bfloat16),
         struct((64, 64, 512), jnp.int8),
         struct((64, 64, 64), jnp.bfloat16),
         struct((64, 64), jnp.float32),
-        struct((4, 1024)),
-        struct((4,)),
-        struct((4,)),
+        struct((requests, 4096 // requests)),
+        struct((requests,)),
+        struct((requests,)),
     )[0]
     assert not decode.serialized, decode.messages
     assert not decode.ignores_setmaxnreg, decode.messages

@@ -33,7 +33,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax import quantize
 from pallas_kernels.hopper.merge import Meeting, Place, Refs, merge_shares, row_parts
-from pallas_kernels.hopper.narrow import fetch_q
+from pallas_kernels.hopper.narrow import ROW_GROUP, fetch_q
 from pallas_kernels.hopper.primitives import OWN_BARRIERS, ROWS, WGMMA_OPERAND
 from pallas_kernels.hopper.transposed import COLUMNS, WARPS
 from pallas_kernels.hopper.walk import (
@@ -51,8 +51,8 @@ from pallas_kernels.hopper.walk import (
 from pallas_kernels.hopper.widen import GROUP, INT8_OPERAND, WIDENED_UNIT, WideningBackend
 
 QUERIES = 64  # rows of a tile
-FETCHED = 32  # of them at a time: what registers allow
-WIDENED = 32  # tokens at a time: likewise
+WIDENED = 32  # tokens at a time: what registers allow
+MERGED = 32  # registers of partial O in flight: likewise
 FAR = 2.0**64  # a sum of e^(s - m) that asks for more care,
 LAZY_GROWTH = 8.0  # with which a maximum lags behind the true one by as many log2 units
 # Of a record in shared memory, behind the plan's: lengths, the first slot, and
@@ -179,6 +179,9 @@ def decode_int8(
         def inverse_full(i):
             return by_one.at[slots + 2 + opaque(i)]
 
+        def q_fetched(i):
+            return by_one.at[slots + 3 + opaque(i)]
+
         def across(rows):
             return lax.broadcast_in_dim(rows, tile, [0])
 
@@ -231,9 +234,12 @@ def decode_int8(
                 plgpu.barrier_wait(empty.at[slot])
                 for source, target in tokens:
                     plgpu.copy_gmem_to_smem(source.at[page, mine], target.at[slot], full.at[slot])
+                # Who makes P needs q now, which would wait behind more keys than these.
+                pl.when(i == 0)(lambda: plgpu.barrier_wait(q_fetched(slot)))
                 return after(slot)
 
             slot = lax.fori_loop(0, end - begin, block, slot)
+            pl.when(end == begin)(lambda: plgpu.barrier_wait(q_fetched(slot)))
             # (Beside the blocks there is no register for what follows.)
             following = record_of(p + 1)
             plgpu.barrier_wait(piece_done(p))
@@ -257,29 +263,24 @@ def decode_int8(
         def fetch_piece(left):
             plgpu.barrier_wait(piece_known(left))
             request, row_tile = piece_smem[0], piece_smem[1]
+            first_row = row_tile * QUERIES
 
-            def fetch(i, _):
-                first = pl.multiple_of(i * FETCHED, FETCHED)
-                source = q_ref.at[request, pl.ds(row_tile * QUERIES + first, FETCHED)]
-                rows = pl.ds(first, FETCHED)
-                fetch_q(
-                    g,
-                    source,
-                    q_smem.at[0, rows],
-                    q_smem.at[0, pl.ds(QUERIES + first, FETCHED)],
-                    q_rope_smem.at[0, rows],
-                    q_step_smem.at[0, rows],
-                    unit=scale,
-                )
-                return ()
+            def source(first):
+                return q_ref.at[request, pl.ds(first_row + first, ROW_GROUP)]
 
-            lax.fori_loop(0, QUERIES // FETCHED, fetch, ())
-            kv_len, query_len = piece_smem[RECORD], piece_smem[RECORD + 1]
+            def places(first):
+                rows, low_rows = (pl.ds(first + i, ROW_GROUP) for i in (0, QUERIES))
+                halves = q_smem.at[0, rows], q_smem.at[0, low_rows]
+                return *halves, q_rope_smem.at[0, rows], q_step_smem.at[0, rows]
+
+            fetch_q(g, QUERIES, source, places, latent=latent, unit=scale)
+            row_tile, kv_len, query_len = (piece_smem[i] for i in (1, RECORD, RECORD + 1))
             token = (g.iota_line(QUERIES, COLUMNS) + row_tile * QUERIES) // num_heads
             keys = kv_len - query_len + token + 1 if causal else kv_len
             keys_smem.at[0][...] = jnp.where(token < query_len, keys, 0)
             top_smem.at[0][...] = g.full((QUERIES,), 0.0, COLUMNS)  # (for the first block to raise)
             plgpu.commit_smem()
+            plgpu.barrier_arrive(q_fetched(row_tile))
 
         def make_p():
             # (What is read where it is used holds no register around the loops.)
@@ -474,7 +475,7 @@ def decode_int8(
             me = lax.switch(wg, [functools.partial(mine, me) for me in range(MAKERS)])
             if merges:
                 merge_shares(
-                    row_parts(g, plan, QUERIES, latent, warpgroups=MAKERS),
+                    row_parts(g, plan, QUERIES, latent, MAKERS, in_flight=MERGED),
                     Refs(po_ref, plse_ref, o_ref, lse_ref),
                     piece_ref,
                     pieces(),
@@ -520,7 +521,7 @@ def decode_int8(
             plgpu.SMEM((AGAIN + 1,), jnp.int32),
             plgpu.Barrier(num_arrivals=3, num_barriers=slots),  # full
             plgpu.Barrier(num_arrivals=MAKERS, num_barriers=slots + 1),
-            plgpu.Barrier(num_arrivals=1, num_barriers=slots + 3),
+            plgpu.Barrier(num_arrivals=1, num_barriers=slots + 4),
             *g.accumulator_scratch(MAKERS, (half, QUERIES)),
         ),
         grid=(plan.num_workers,),

@@ -25,7 +25,7 @@ from mla_jax.split_kv import SplitPlan
 from pallas_kernels.hopper.primitives import ROWS, Backend
 from pallas_kernels.hopper.walk import BLOCK, FIRST_SLOT, NO_KEY, SLOTS, pieces_of, records
 
-LOADS_IN_FLIGHT = 64  # registers a thread
+LOADS_IN_FLIGHT = 64  # registers a thread, unless a kernel has fewer
 MANY = 16  # pieces
 BLOCK_COLUMNS = 8
 
@@ -100,13 +100,26 @@ def _ways(plan: SplitPlan, part: Callable[[int, int], Parts]) -> Ways:
     return Ways(part(usual, max(2, usual)), max(MANY // 2, 2 * usual), many)
 
 
-def row_parts(g: Backend, plan: SplitPlan, rows: int, width: int, warpgroups: int) -> Ways:
+def _in_even_turns(pieces: int, most: int) -> int:
+    """How many pieces to add up at once, so that no turn of the fewest is nearly empty."""
+    turns = -(-pieces // max(1, most))
+    return -(-pieces // turns)
+
+
+def row_parts(
+    g: Backend,
+    plan: SplitPlan,
+    rows: int,
+    width: int,
+    warpgroups: int,
+    in_flight: int = LOADS_IN_FLIGHT,
+) -> Ways:
     """A few rows, or where a tile has more pieces than rows, some columns of one."""
-    return _ways(plan, functools.partial(_row_parts, g, rows, width, warpgroups))
+    return _ways(plan, functools.partial(_row_parts, g, rows, width, warpgroups, in_flight))
 
 
 def _row_parts(
-    g: Backend, rows: int, width: int, warpgroups: int, pieces: int, at_once: int
+    g: Backend, rows: int, width: int, warpgroups: int, in_flight: int, pieces: int, at_once: int
 ) -> Parts:
     share = rows * width // (pieces * warpgroups)  # values a warpgroup
     columns = next(c for c in (512, 256, 128) if (share >= c or c == 128) and width % c == 0)
@@ -148,7 +161,7 @@ def _row_parts(
         return [lane(i) for i in range(group)]
 
     count = -(-rows // group) * across
-    return Parts(count, min(at_once, LOADS_IN_FLIGHT // (group * columns // 128)), lanes)
+    return Parts(count, _in_even_turns(at_once, in_flight // (group * columns // 128)), lanes)
 
 
 def block_parts(g: Backend, plan: SplitPlan, width: int, warpgroups: int) -> Ways:
@@ -187,7 +200,8 @@ def _block_parts(g: Backend, width: int, warpgroups: int, pieces: int, at_once: 
         )
         return [lane]
 
-    return Parts(width // columns, min(at_once, LOADS_IN_FLIGHT // (columns // 2)), lanes)
+    most = LOADS_IN_FLIGHT // (columns // 2)
+    return Parts(width // columns, _in_even_turns(at_once, most), lanes)
 
 
 def _merge_slots(lanes: list[Lane], first: Any, count: Any, at_once: int) -> None:

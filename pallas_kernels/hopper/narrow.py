@@ -6,10 +6,14 @@ part can be in units of them as well, as it is. Rounding is by an add, since flo
 numbers only from 2^23 on.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import llvm, vector
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -17,9 +21,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from mla_jax import quantize
 from pallas_kernels.hopper.primitives import Backend
 
-ROW_GROUP = 8  # rows that a warpgroup fetches at a time: those of a swizzled tile
+ROW_GROUP = 8  # rows that a warpgroup rounds at a time: those of a swizzled tile
 # float32 around it, up to 2^22 away, are whole numbers, and the bits of n more are n more. Its own
-# two lowest bytes are 0, and the lowest still is after a shift by 7.
+# two lowest bytes are 0.
 WHOLE = 1.5 * 2.0**23
 
 
@@ -33,39 +37,115 @@ _LATENT, _ROPE = _rows_of_lanes(128), _rows_of_lanes(64)
 
 
 def fetch_q(
-    g: Backend, source: Any, high: Any, low: Any, rope: Any, steps: Any, *, unit: float
+    g: Backend,
+    rows: int,
+    source: Callable[[Any], Any],
+    places: Callable[[Any], tuple[Any, Any, Any, Any]],
+    *,
+    latent: int,
+    unit: float,
 ) -> None:
     """Rows of q to shared memory, by one warpgroup: its parts and what their steps are worth.
 
     `commit_smem` and a barrier must stand between this and what reads it.
 
     Args:
-        source: bfloat16 GMEM [n, D + E], n a multiple of ROW_GROUP, D of 128 and E of 64. A thread
-            holds n * D / 256 registers of it.
-        high, low: int8 SMEM [n, D], tiled as `widen.INT8_OPERAND`.
-        rope: bfloat16 SMEM [n, E], tiled as `primitives.WGMMA_OPERAND`.
-        steps: float32 SMEM [n], gets each row's step times unit.
+        rows: how many, a multiple of ROW_GROUP.
+        source: of the first of ROW_GROUP rows, bfloat16 GMEM [ROW_GROUP, latent + E], latent a
+            multiple of 128 and E of 64.
+        places: where these rows go: high and low int8 SMEM [ROW_GROUP, latent], tiled as
+            `widen.INT8_OPERAND`; rope bfloat16 SMEM [ROW_GROUP, E], tiled as
+            `primitives.WGMMA_OPERAND`; steps float32 SMEM [ROW_GROUP], a row's step times unit.
     """
-    latent, width = high.shape[-1], source.shape[-1]
-    groups = [pl.ds(row, ROW_GROUP) for row in range(0, source.shape[0], ROW_GROUP)]
-    fetched = [  # all of them on their way before the first is waited for
-        (
-            g.load_strided(source.at[rows, pl.ds(0, latent)], _LATENT),
-            g.load_strided(source.at[rows, pl.ds(latent, width - latent)], _ROPE),
-        )
-        for rows in groups
-    ]
-    for rows, (x, rest) in zip(groups, fetched, strict=True):
+    groups = rows // ROW_GROUP
+
+    def first_of(group):
+        return pl.multiple_of(group * ROW_GROUP, ROW_GROUP)
+
+    def fetch(group):
+        ref = source(first_of(group))
+        x = g.load_strided(ref.at[:, pl.ds(0, latent)], _LATENT)
+        return x, g.load_strided(ref.at[:, pl.ds(latent, ref.shape[1] - latent)], _ROPE)
+
+    def write(group, x, rest):
+        high, low, rope, steps = places(first_of(group))
         step = quantize.step_of_halves(jnp.abs(x).max(axis=1))
         inverse = 1.0 / step
         in_steps = x.astype(jnp.float32) * _beside(g, inverse, x.shape, _LATENT)
-        whole = lax.bitcast_convert_type(in_steps + WHOLE, jnp.int32)
-        shifted = whole + quantize.HALF // 2
-        high.at[rows][...] = (shifted >> quantize.HALF.bit_length() - 1).astype(jnp.int8)
-        low.at[rows][...] = ((shifted & quantize.HALF - 1) - quantize.HALF // 2).astype(jnp.int8)
+        high[...], low[...] = _halves(g, in_steps)
         in_steps = rest.astype(jnp.float32) * _beside(g, inverse, rest.shape, _ROPE)
-        rope.at[rows][...] = in_steps.astype(rest.dtype)
-        steps.at[rows][...] = step * unit
+        rope[...] = in_steps.astype(rest.dtype)
+        steps[...] = step * unit
+
+    if groups == 1:
+        write(0, *fetch(0))
+        return
+
+    # (A loop: code that runs once waits for memory as data does.)
+    def turn(group, fetched):
+        following = fetch(jnp.minimum(group + 1, groups - 1))
+        write(group, *fetched)
+        return following
+
+    lax.fori_loop(0, groups, turn, fetch(0))
+
+
+def _halves(g: Backend, x: Any) -> tuple[Any, Any]:
+    """int8 high and low of float32 x, 128 * high + low = rint(x), as `quantize_in_halves` has them.
+
+    Two bytes of rint(x) + 64 hold low + 64 in 7 bits, and high above.
+    """
+    bits = lax.bitcast_convert_type(x + (WHOLE + quantize.HALF // 2), jnp.int32)
+    if g.interpreting:
+        high = (bits >> quantize.HALF.bit_length() - 1).astype(jnp.int8)
+        return high, ((bits & quantize.HALF - 1) - quantize.HALF // 2).astype(jnp.int8)
+
+    def byte_tile():
+        return plgpu.ShapeDtypeStruct(x.shape, jnp.int8, _LATENT)
+
+    @plgpu.inline_mgpu(arg_types=(_LATENT,), return_type=(byte_tile(), byte_tile()))
+    def part(ctx, whole):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        parts: tuple[list, list] = ([], [])
+        for register in whole.registers.flat:
+            count = ir.VectorType(register.type).shape[0]
+            fours = [_bytes_of_four([vector.extract(register, [], [i + k]) for k in range(4)])
+                     for i in range(0, count, 4)]  # fmt: skip
+            for part, words in zip(parts, zip(*fours, strict=True), strict=True):
+                packed = vector.from_elements(ir.VectorType.get((len(words),), i32), words)
+                bytes_ = ir.VectorType.get((count,), ir.IntegerType.get_signless(8))
+                part.append(vector.bitcast(bytes_, packed))
+        return tuple(_as(whole, part) for part in parts)
+
+    return part(bits)
+
+
+def _as(like: mgpu.FragmentedArray, registers: list) -> mgpu.FragmentedArray:
+    array = np.empty(like.registers.shape, dtype=object)
+    array.flat[:] = registers
+    return mgpu.FragmentedArray(_registers=array, _layout=like.layout, _is_signed=True)
+
+
+def _bytes_of_four(values: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
+    """High and low of four values, four bytes each: bits 7 to 14, and bits 0 to 6 less 64."""
+    i32 = ir.IntegerType.get_signless(32)
+    result = llvm.inline_asm(
+        llvm.StructType.get_literal([i32] * 2),
+        values,
+        "{ .reg .b32 a, b, c, d;"
+        " prmt.b32 a, $2, $3, 0x5410;"  # two bytes of each
+        " prmt.b32 b, $4, $5, 0x5410;"
+        " prmt.b32 c, a, b, 0x6420;"
+        " and.b32 c, c, 0x7f7f7f7f;"
+        " add.u32 c, c, 0x40404040;"  # no byte overflows: up to 127 + 64
+        " xor.b32 $1, c, 0x80808080;"
+        " add.u32 a, a, a;"
+        " add.u32 b, b, b;"
+        " prmt.b32 $0, a, b, 0x7531; }",
+        "=r,=r,r,r,r,r",
+    )
+    return tuple(llvm.extractvalue(i32, result, [i]) for i in range(2))
 
 
 def _beside(g: Backend, rows: Any, shape: tuple[int, ...], layout: Any) -> Any:

@@ -251,8 +251,8 @@ def roles_int8_tiles(
             BufferUse("shared", "1 / row sum", ALIGNMENT),
             BufferUse("shared", "where O belongs", ALIGNMENT),
             BufferUse("shared", "piece record", ALIGNMENT),
-            # piece known and done, row sums full and empty; full and empty of the slots, P ready
-            BufferUse("shared", "barriers", BARRIER_BYTES, 4 + 3 * depth),
+            # piece known and done, q there, row sums full and empty; slots full and empty, P ready
+            BufferUse("shared", "barriers", BARRIER_BYTES, 5 + 3 * depth),
         ),
         capacity=_capacity(profile),
     )
