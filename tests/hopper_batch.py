@@ -128,9 +128,14 @@ def op(batch: Any, plan: Any = None, *, few: bool = False, **options: Any) -> An
     missing = 0 if few else MANY_TOKENS // batch.cache.page_size - batch.block_tables.shape[1]
     slots = ((0, 0), (0, max(0, missing)))
     tables = np.pad(np.asarray(batch.block_tables), slots, constant_values=GARBAGE_PAGE)
-    call = functools.partial(
-        paged_mla_attention, softmax_scale=SCALE, implementation="hopper", **options
-    )
-    return jax.jit(lambda q, c, t, s, n, p: call(q, c, t, s, query_lens=n, plan=p))(
-        batch.q, batch.cache, jnp.asarray(tables), batch.seq_lens, batch.query_lens, plan
-    )
+    arrays = batch.q, batch.cache, jnp.asarray(tables), batch.seq_lens, batch.query_lens, plan
+    return _op(*arrays, tuple(options.items()))
+
+
+@functools.partial(jax.jit, static_argnums=6)
+def _op(q, cache, tables, seq_lens, query_lens, plan, options):
+    """(One function, so that a second batch of the same shapes does not compile again.)"""
+    return paged_mla_attention(
+        q, cache, tables, seq_lens, query_lens=query_lens, plan=plan, softmax_scale=SCALE,
+        implementation="hopper", **dict(options),
+    )  # fmt: skip

@@ -48,7 +48,7 @@ def test_every_int8_problem_has_a_plan_that_fits(rows: int) -> None:
 
 @given(rows=st.integers(1, 600), tokens=st.integers(1, 200_000))
 @pytest.mark.parametrize(
-    ("cache", "most"), [("float", {16: 32768, 32: 32768}), ("int8", {16: 65536})]
+    ("cache", "most"), [("float", {16: 32768, 32: 32768}), ("int8", {16: 131072})]
 )
 def test_few_tokens_get_low_tiles(cache: str, most: dict[int, int], rows: int, tokens: int) -> None:
     plan = choose_tile_plan(rows, most_tokens=tokens, cache=cache)
