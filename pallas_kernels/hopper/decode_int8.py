@@ -234,7 +234,7 @@ def decode_int8(
                 plgpu.barrier_wait(empty.at[slot])
                 for source, target in tokens:
                     plgpu.copy_gmem_to_smem(source.at[page, mine], target.at[slot], full.at[slot])
-                # Who makes P needs q now, which would wait behind more keys than these.
+                # q's loads would queue behind more keys: a piece's second block waits for q.
                 pl.when(i == 0)(lambda: plgpu.barrier_wait(q_fetched(slot)))
                 return after(slot)
 

@@ -25,7 +25,7 @@ from mla_jax.split_kv import SplitPlan
 from pallas_kernels.hopper.primitives import ROWS, Backend
 from pallas_kernels.hopper.walk import BLOCK, FIRST_SLOT, NO_KEY, SLOTS, pieces_of, records
 
-LOADS_IN_FLIGHT = 64  # registers a thread, unless a kernel has fewer
+LOADS_IN_FLIGHT = 64  # registers a thread
 MANY = 16  # pieces
 BLOCK_COLUMNS = 8
 
@@ -101,8 +101,8 @@ def _ways(plan: SplitPlan, part: Callable[[int, int], Parts]) -> Ways:
 
 
 def _in_even_turns(pieces: int, most: int) -> int:
-    """How many pieces to add up at once, so that no turn of the fewest is nearly empty."""
-    turns = -(-pieces // max(1, most))
+    """How many pieces to add up at once, up to `most`, so that no turn of them is nearly empty."""
+    turns = -(-pieces // most)
     return -(-pieces // turns)
 
 
@@ -112,14 +112,24 @@ def row_parts(
     rows: int,
     width: int,
     warpgroups: int,
-    in_flight: int = LOADS_IN_FLIGHT,
+    in_flight: int | None = None,
 ) -> Ways:
-    """A few rows, or where a tile has more pieces than rows, some columns of one."""
+    """A few rows, or where a tile has more pieces than rows, some columns of one.
+
+    in_flight: registers of loads in a kernel that has few. Then there are more turns, even ones.
+    (Turns of LOADS_IN_FLIGHT were a little slower when even: benchmarks/log.md.)
+    """
     return _ways(plan, functools.partial(_row_parts, g, rows, width, warpgroups, in_flight))
 
 
 def _row_parts(
-    g: Backend, rows: int, width: int, warpgroups: int, in_flight: int, pieces: int, at_once: int
+    g: Backend,
+    rows: int,
+    width: int,
+    warpgroups: int,
+    in_flight: int | None,
+    pieces: int,
+    at_once: int,
 ) -> Parts:
     share = rows * width // (pieces * warpgroups)  # values a warpgroup
     columns = next(c for c in (512, 256, 128) if (share >= c or c == 128) and width % c == 0)
@@ -161,7 +171,12 @@ def _row_parts(
         return [lane(i) for i in range(group)]
 
     count = -(-rows // group) * across
-    return Parts(count, _in_even_turns(at_once, in_flight // (group * columns // 128)), lanes)
+    registers = group * columns // 128  # of a piece
+    if in_flight is None:
+        at_once = min(at_once, LOADS_IN_FLIGHT // registers)
+    else:
+        at_once = _in_even_turns(at_once, in_flight // registers)
+    return Parts(count, at_once, lanes)
 
 
 def block_parts(g: Backend, plan: SplitPlan, width: int, warpgroups: int) -> Ways:
@@ -200,8 +215,7 @@ def _block_parts(g: Backend, width: int, warpgroups: int, pieces: int, at_once: 
         )
         return [lane]
 
-    most = LOADS_IN_FLIGHT // (columns // 2)
-    return Parts(width // columns, _in_even_turns(at_once, most), lanes)
+    return Parts(width // columns, min(at_once, LOADS_IN_FLIGHT // (columns // 2)), lanes)
 
 
 def _merge_slots(lanes: list[Lane], first: Any, count: Any, at_once: int) -> None:

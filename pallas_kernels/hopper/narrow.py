@@ -91,7 +91,7 @@ def fetch_q(
 
 
 def _halves(g: Backend, x: Any) -> tuple[Any, Any]:
-    """int8 high and low of float32 x, 128 * high + low = rint(x), as `quantize_in_halves` has them.
+    """int8 high and low of float32 x: 128 * high + low = rint(x), low in -64 .. 63.
 
     Two bytes of rint(x) + 64 hold low + 64 in 7 bits, and high above.
     """
@@ -112,11 +112,11 @@ def _halves(g: Backend, x: Any) -> tuple[Any, Any]:
             count = ir.VectorType(register.type).shape[0]
             fours = [_bytes_of_four([vector.extract(register, [], [i + k]) for k in range(4)])
                      for i in range(0, count, 4)]  # fmt: skip
-            for part, words in zip(parts, zip(*fours, strict=True), strict=True):
+            for found, words in zip(parts, zip(*fours, strict=True), strict=True):
                 packed = vector.from_elements(ir.VectorType.get((len(words),), i32), words)
                 bytes_ = ir.VectorType.get((count,), ir.IntegerType.get_signless(8))
-                part.append(vector.bitcast(bytes_, packed))
-        return tuple(_as(whole, part) for part in parts)
+                found.append(vector.bitcast(bytes_, packed))
+        return tuple(_as(whole, found) for found in parts)
 
     return part(bits)
 
@@ -133,7 +133,7 @@ def _bytes_of_four(values: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
     result = llvm.inline_asm(
         llvm.StructType.get_literal([i32] * 2),
         values,
-        "{ .reg .b32 a, b, c, d;"
+        "{ .reg .b32 a, b, c;"
         " prmt.b32 a, $2, $3, 0x5410;"  # two bytes of each
         " prmt.b32 b, $4, $5, 0x5410;"
         " prmt.b32 c, a, b, 0x6420;"
