@@ -217,17 +217,8 @@ def decode_few_int8(
         def fetch_mine(me, request, row):
             """This warpgroup's share of q. (All have done with that of the piece before.)"""
             if me < sharing:
-
-                def source(first):
-                    return q_ref.at[request, pl.ds(row + me * share + first, ROW_GROUP)]
-
-                def places(first):
-                    begin = me * share + first
-                    mine, low_rows = (pl.ds(begin + i, ROW_GROUP) for i in (0, rows))
-                    halves = q_smem.at[0, mine], q_smem.at[0, low_rows]
-                    return *halves, q_rope_smem.at[0, mine], q_step_smem.at[0, mine]
-
-                fetch_q(g, share, source, places, latent=latent, unit=scale)
+                into, first = (q_smem, q_rope_smem, q_step_smem), me * share
+                fetch_q(g, q_ref, (request, row + first), into, first, share, unit=scale)
             plgpu.commit_smem()
             plgpu.barrier_arrive(q_ready(request))
             plgpu.barrier_wait(q_ready(request))

@@ -33,7 +33,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax import quantize
 from pallas_kernels.hopper.merge import Meeting, Place, Refs, merge_shares, row_parts
-from pallas_kernels.hopper.narrow import ROW_GROUP, fetch_q
+from pallas_kernels.hopper.narrow import fetch_q
 from pallas_kernels.hopper.primitives import OWN_BARRIERS, ROWS, WGMMA_OPERAND
 from pallas_kernels.hopper.transposed import COLUMNS, WARPS
 from pallas_kernels.hopper.walk import (
@@ -263,17 +263,8 @@ def decode_int8(
         def fetch_piece(left):
             plgpu.barrier_wait(piece_known(left))
             request, row_tile = piece_smem[0], piece_smem[1]
-            first_row = row_tile * QUERIES
-
-            def source(first):
-                return q_ref.at[request, pl.ds(first_row + first, ROW_GROUP)]
-
-            def places(first):
-                rows, low_rows = (pl.ds(first + i, ROW_GROUP) for i in (0, QUERIES))
-                halves = q_smem.at[0, rows], q_smem.at[0, low_rows]
-                return *halves, q_rope_smem.at[0, rows], q_step_smem.at[0, rows]
-
-            fetch_q(g, QUERIES, source, places, latent=latent, unit=scale)
+            into = q_smem, q_rope_smem, q_step_smem
+            fetch_q(g, q_ref, (request, row_tile * QUERIES), into, 0, QUERIES, unit=scale)
             row_tile, kv_len, query_len = (piece_smem[i] for i in (1, RECORD, RECORD + 1))
             token = (g.iota_line(QUERIES, COLUMNS) + row_tile * QUERIES) // num_heads
             keys = kv_len - query_len + token + 1 if causal else kv_len

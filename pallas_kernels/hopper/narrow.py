@@ -6,11 +6,9 @@ part can be in units of them as well, as it is. Rounding is by an add, since flo
 numbers only from 2^23 on.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import llvm, vector
@@ -19,7 +17,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax import quantize
-from pallas_kernels.hopper.primitives import Backend
+from pallas_kernels.hopper.primitives import Backend, array_of
 
 ROW_GROUP = 8  # rows that a warpgroup rounds at a time: those of a swizzled tile
 # float32 around it, up to 2^22 away, are whole numbers, and the bits of n more are n more. Its own
@@ -38,11 +36,12 @@ _LATENT, _ROPE = _rows_of_lanes(128), _rows_of_lanes(64)
 
 def fetch_q(
     g: Backend,
+    q_ref: Any,
+    place: tuple[Any, Any],
+    into: tuple[Any, Any, Any],
+    begin: int,
     rows: int,
-    source: Callable[[Any], Any],
-    places: Callable[[Any], tuple[Any, Any, Any, Any]],
     *,
-    latent: int,
     unit: float,
 ) -> None:
     """Rows of q to shared memory, by one warpgroup: its parts and what their steps are worth.
@@ -50,32 +49,38 @@ def fetch_q(
     `commit_smem` and a barrier must stand between this and what reads it.
 
     Args:
+        q_ref: bfloat16 GMEM [B, R, D + E], D a multiple of 128 and E of 64.
+        place: the request and the first row.
+        into: int8 SMEM [1, 2 * n, D], high of n rows and then low, tiled as `widen.INT8_OPERAND`;
+            rope bfloat16 SMEM [1, n, E], tiled as `primitives.WGMMA_OPERAND`; and float32 SMEM
+            [1, n], a row's step times unit.
+        begin: the first of these n rows.
         rows: how many, a multiple of ROW_GROUP.
-        source: of the first of ROW_GROUP rows, bfloat16 GMEM [ROW_GROUP, latent + E], latent a
-            multiple of 128 and E of 64.
-        places: where these rows go: high and low int8 SMEM [ROW_GROUP, latent], tiled as
-            `widen.INT8_OPERAND`; rope bfloat16 SMEM [ROW_GROUP, E], tiled as
-            `primitives.WGMMA_OPERAND`; steps float32 SMEM [ROW_GROUP], a row's step times unit.
     """
+    halves, ropes, steps = into
+    _, twice, latent = halves.shape
+    request, row = place
     groups = rows // ROW_GROUP
 
-    def first_of(group):
-        return pl.multiple_of(group * ROW_GROUP, ROW_GROUP)
+    def group_at(first, group):
+        return pl.ds(first + pl.multiple_of(group * ROW_GROUP, ROW_GROUP), ROW_GROUP)
 
     def fetch(group):
-        ref = source(first_of(group))
+        ref = q_ref.at[request, group_at(row, group)]
         x = g.load_strided(ref.at[:, pl.ds(0, latent)], _LATENT)
         return x, g.load_strided(ref.at[:, pl.ds(latent, ref.shape[1] - latent)], _ROPE)
 
     def write(group, x, rest):
-        high, low, rope, steps = places(first_of(group))
+        mine = group_at(begin, group)
         step = quantize.step_of_halves(jnp.abs(x).max(axis=1))
         inverse = 1.0 / step
         in_steps = x.astype(jnp.float32) * _beside(g, inverse, x.shape, _LATENT)
-        high[...], low[...] = _halves(g, in_steps)
+        high, low = _halves(g, in_steps)
+        halves.at[0, mine][...] = high
+        halves.at[0, group_at(twice // 2 + begin, group)][...] = low
         in_steps = rest.astype(jnp.float32) * _beside(g, inverse, rest.shape, _ROPE)
-        rope[...] = in_steps.astype(rest.dtype)
-        steps[...] = step * unit
+        ropes.at[0, mine][...] = in_steps.astype(rest.dtype)
+        steps.at[0, mine][...] = step * unit
 
     if groups == 1:
         write(0, *fetch(0))
@@ -116,15 +121,9 @@ def _halves(g: Backend, x: Any) -> tuple[Any, Any]:
                 packed = vector.from_elements(ir.VectorType.get((len(words),), i32), words)
                 bytes_ = ir.VectorType.get((count,), ir.IntegerType.get_signless(8))
                 found.append(vector.bitcast(bytes_, packed))
-        return tuple(_as(whole, found) for found in parts)
+        return tuple(array_of(found, whole.shape, whole.layout, is_signed=True) for found in parts)
 
     return part(bits)
-
-
-def _as(like: mgpu.FragmentedArray, registers: list) -> mgpu.FragmentedArray:
-    array = np.empty(like.registers.shape, dtype=object)
-    array.flat[:] = registers
-    return mgpu.FragmentedArray(_registers=array, _layout=like.layout, _is_signed=True)
 
 
 def _bytes_of_four(values: list[ir.Value]) -> tuple[ir.Value, ir.Value]:

@@ -94,6 +94,15 @@ def _voted(mine: Any, *, broadcast: bool = True) -> mgpu.FragmentedArray:
     return mgpu.FragmentedArray.splat(voted, shape=(), is_signed=True)
 
 
+def array_of(
+    registers: Sequence[ir.Value], shape: tuple[int, ...], layout: Any, is_signed: Any = None
+) -> mgpu.FragmentedArray:
+    """A Mosaic GPU array of these registers, in the layout's order."""
+    array = np.empty(layout.registers_shape(shape), dtype=object)
+    array.flat[:] = registers
+    return mgpu.FragmentedArray(_registers=array, _layout=layout, _is_signed=is_signed)
+
+
 def _one_thread(ptx: str, *args: ir.Value) -> None:
     with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
         mgpu.utils.inline_ptx(ptx, *args, has_side_effects=True)

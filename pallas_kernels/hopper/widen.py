@@ -19,13 +19,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, llvm, vector
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.primitives import array_of
 from pallas_kernels.hopper.transposed import COLUMNS, TransposedBackend
 from pallas_kernels.hopper.wgmma import operand
 
@@ -42,12 +42,6 @@ def _thread_of_warpgroup() -> tuple[ir.Value, ir.Value]:
     constant, i32 = mgpu.utils.c, ir.IntegerType.get_signless(32)
     thread = arith.remui(mgpu.utils.thread_idx(), constant(128, i32))
     return arith.divui(thread, constant(32, i32)), arith.remui(thread, constant(32, i32))
-
-
-def _array(registers, shape, layout, is_signed=None) -> mgpu.FragmentedArray:
-    array = np.empty(layout.registers_shape(shape), dtype=object)
-    array.flat[:] = registers
-    return mgpu.FragmentedArray(_registers=array, _layout=layout, _is_signed=is_signed)
 
 
 def _bytes_layout(tokens: int) -> tuple[tuple[int], Any]:
@@ -119,7 +113,7 @@ class WideningBackend(TransposedBackend):
                 arith.sitofp(floats, arith.addi(arith.muli(high, units), low))
                 for high, low in zip(registers[: n // 4], registers[n // 4 :], strict=True)
             ]
-            return _array(joined, (64, n), mgpu.fragmented_array.WGMMA_LAYOUT)
+            return array_of(joined, (64, n), mgpu.fragmented_array.WGMMA_LAYOUT)
 
         return join(x)
 
@@ -205,7 +199,7 @@ class WideningBackend(TransposedBackend):
             for row in range(first // 8, (first + tokens) // 8, _FOUR_AT_ONCE // 8):
                 here = arith.addi(address, constant(row * tokens_down, i32))
                 registers += [vector.broadcast(one, x) for x in _ldmatrix_transposed(here)]
-            return _array(registers, shape, layout.to_mgpu(), is_signed=True)
+            return array_of(registers, shape, layout.to_mgpu(), is_signed=True)
 
         return load(ref)
 
@@ -226,7 +220,7 @@ class WideningBackend(TransposedBackend):
                 for four in packed.registers.flat
                 for bits in _spread(vector.extract(four, [], [0]))
             ]
-            return _array(registers, shape, mgpu.fragmented_array.WGMMA_LAYOUT)
+            return array_of(registers, shape, mgpu.fragmented_array.WGMMA_LAYOUT)
 
         return widen(four_bytes)
 
@@ -294,7 +288,7 @@ class WideningBackend(TransposedBackend):
             del ctx
             pair = ir.VectorType.get((2,), ir.F32Type.get())
             registers = [vector.load(pair, source, place) for place in _own_places(source)]
-            return _array(registers, (m, n), mgpu.fragmented_array.WGMMA_LAYOUT)
+            return array_of(registers, (m, n), mgpu.fragmented_array.WGMMA_LAYOUT)
 
         return read(ref)
 
