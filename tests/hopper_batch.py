@@ -20,7 +20,8 @@ MANY_TOKENS = 1 << 17  # that a table reaches: more than what counts as few
 class HopperBatch:
     """Latents and rope keys, of DeepSeek's widths by default, in pages of random order.
 
-    Page tails and unused pages hold NaN, unused block-table slots hold GARBAGE_PAGE. A length of
+    Page tails, unused pages and rows of q past a request's query length hold NaN, unused
+    block-table slots hold GARBAGE_PAGE. A length of
     -1 stands for a request that the op found invalid.
     """
 
@@ -53,12 +54,13 @@ class HopperBatch:
         # KV as large as in FlashMLA's tests, whose absolute tolerance is made for it, and queries
         # large enough that the softmax is not flat.
         q = rng.standard_normal((len(lens), num_queries, heads, width)).astype(np.float32) * 10
+        queries = np.clip(lens, 0, num_queries) if query_lens is None else np.asarray(query_lens)
+        q[np.arange(num_queries) >= queries[:, None]] = np.nan
         self.q = jnp.asarray(q, dtype)
         pages = jnp.asarray(pages, dtype)
         self.cache = PagedKVCache(pages, kv_lora_rank, rope_dim, page_size, "ND")
         self.block_tables = jnp.asarray(tables)
         self.seq_lens = jnp.asarray(lens)
-        queries = np.clip(lens, 0, num_queries) if query_lens is None else query_lens
         self.query_lens = jnp.asarray(queries, jnp.int32)
 
     def check(self, o: Any, lse: Any, *, causal: bool = True) -> None:
