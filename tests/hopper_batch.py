@@ -21,8 +21,8 @@ class HopperBatch:
     """Latents and rope keys, of DeepSeek's widths by default, in pages of random order.
 
     Page tails, unused pages and rows of q past a request's query length hold NaN, unused
-    block-table slots hold GARBAGE_PAGE. A length of
-    -1 stands for a request that the op found invalid.
+    block-table slots hold GARBAGE_PAGE. A length of -1 stands for a request that the op found
+    invalid.
     """
 
     def __init__(

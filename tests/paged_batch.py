@@ -12,6 +12,8 @@ from mla_jax.reference import paged_attention_float64
 RANK, ROPE = 32, 16
 GROUPED_RANK = 256  # of an int8 cache with scales per 128 columns
 SCALE = 0.2
+# For jax.jit where bits are compared: what users get, though `make test` compiles the rest without.
+OPTIMISED = {"xla_backend_optimization_level": 3}
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 1.5e-3}
 
 

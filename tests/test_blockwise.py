@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_batch import SCALE, TOLERANCE, Batch, assert_matches, make_batch, relative_error
+from paged_batch import (
+    OPTIMISED,
+    SCALE,
+    TOLERANCE,
+    Batch,
+    assert_matches,
+    make_batch,
+    relative_error,
+)
 
 from mla_jax.hal import ASCEND_ORDERS, AscendOrder, IllegalScheduleError, schedule_named
 from mla_jax.hal.orders import ScheduleFn
@@ -38,7 +46,7 @@ def attend(
     visible = batch.seq_lens[:, None] - batch.query_lens[:, None] + token + 1
     visible = np.where(token < batch.query_lens[:, None], np.maximum(visible, 0), 0)
     run = run or functools.partial(blockwise_mla, order=order, tiles=tiles or small())
-    o, lse = jax.jit(functools.partial(run, softmax_scale=SCALE))(
+    o, lse = jax.jit(functools.partial(run, softmax_scale=SCALE), compiler_options=OPTIMISED)(
         batch.q.reshape(b, s * h, d), batch.cache, jnp.asarray(batch.block_tables),
         jnp.asarray(batch.seq_lens), jnp.asarray(np.repeat(visible, h, axis=1), jnp.int32),
     )  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from paged_batch import SCALE, assert_matches, make_batch
+from paged_batch import OPTIMISED, SCALE, assert_matches, make_batch
 
 from mla_jax.attention import paged_mla_attention
 from mla_jax.split_kv import SplitPlan, covered_requests, plan_fixed, plan_loads, plan_splits
@@ -303,7 +303,8 @@ attend_plan = jax.jit(
         softmax_scale=SCALE,
         implementation="split_kv",
         plan=plan,
-    )
+    ),
+    compiler_options=OPTIMISED,
 )
 
 
