@@ -24,6 +24,7 @@ from mla_jax import checks
 from mla_jax.online_softmax import merge_states
 from mla_jax.split_costs import SplitCosts, split_costs
 
+PAIR_OVERHEAD = 1  # blocks that it costs two workers to merge in their shared memories
 _BEYOND = np.int32(2**31 - 1)  # sorts behind every place on the line
 
 
@@ -95,6 +96,7 @@ def plan_splits(
     cost_model: str = "blocks",
     overhead: int = 5,
     merge_overhead: int = 0,
+    in_pairs: bool = False,
 ) -> SplitPlan:
     """A balanced plan: shares that are equal within about one overhead and one block.
 
@@ -111,6 +113,10 @@ def plan_splits(
         overhead: of a piece, in blocks; "fia" has none and takes no notice.
         merge_overhead: what it costs, once and in blocks, that tiles are cut at all: the plan of
             whole tiles is kept if it is no more than that behind. Not of "fia".
+        in_pairs: workers 2i and 2i + 1 merge what only they share at next to no cost (a cluster's
+            CTAs, through their shared memories): whole tiles for pairs are tried, too, each pair's
+            cut in the middle, and kept if more than PAIR_OVERHEAD cheaper. Like whole tiles, not
+            with an overhead of 0 or "fia".
 
     Returns:
         A plan of num_tiles + num_workers pieces and 2 * (num_workers - 1) slots.
@@ -127,7 +133,9 @@ def plan_splits(
     )
     if merge_overhead < 0:
         raise ValueError(f"merge_overhead must be at least 0, got {merge_overhead}")
-    return _plan_splits(seq_lens, num_workers, costs, merge_overhead)
+    if in_pairs and num_workers % 2:
+        raise ValueError(f"num_workers must be even where they are in pairs, got {num_workers}")
+    return _plan_splits(seq_lens, num_workers, costs, merge_overhead, in_pairs)
 
 
 def plan_fixed(
@@ -282,8 +290,7 @@ class _Line(NamedTuple):
         """
         share = _shares(self.cost_total, num_workers, count)
         tile = _find(self.cost_start, share, side="right") - 1
-        blocks, full, last = self.blocks[tile], self.full[tile], self.last[tile]
-        cost = (blocks - 1) * full + last
+        cost = self.cost_of_blocks(tile)
         exact = jnp.arange(num_workers + 1) * (self.cost_total / count)
         part = (exact - self.cost_start[tile]) / (cost + self.costs.overhead)
         inside = jnp.where(
@@ -291,13 +298,18 @@ class _Line(NamedTuple):
             jnp.round(part * cost).astype(jnp.int32),
             share - self.cost_start[tile] - self.costs.overhead,
         )
+        place = self.place_in(tile, inside)
+        return jnp.where(jnp.arange(num_workers + 1) >= count, self.length, place).at[0].set(0)
+
+    def place_in(self, tile: jax.Array, inside: jax.Array) -> jax.Array:
+        """The places in tiles that so much cost of their blocks stands before, or an edge."""
+        blocks, full, last = self.blocks[tile], self.full[tile], self.last[tile]
         taken = jnp.clip((2 * inside + full) // (2 * full), 0, jnp.maximum(blocks - 1, 0))
         whole = (blocks > 0) & (2 * (inside - (blocks - 1) * full) >= last)
         shortest = max(1, -(-self.costs.overhead // 3))
         taken = jnp.where(taken < shortest, 0, taken)
         taken = jnp.where(whole | ((taken > 0) & (blocks - taken < shortest)), blocks, taken)
-        place = self.edge[tile] + taken
-        return jnp.where(jnp.arange(num_workers + 1) >= count, self.length, place).at[0].set(0)
+        return self.edge[tile] + taken
 
     def cut_at_edges(self, num_workers: int) -> jax.Array:
         """Places [W + 1] that give every worker whole tiles: the edges nearest to equal shares."""
@@ -305,6 +317,25 @@ class _Line(NamedTuple):
         middle = (self.cost_start + jnp.append(self.cost_start[1:], self.cost_total)) // 2
         edges = jnp.append(self.edge, self.length)
         return edges[_find(middle, share)].at[-1].set(self.length)
+
+    def cut_in_pairs(self, num_workers: int) -> jax.Array:
+        """Places [W + 1] that give each pair of workers whole tiles, half of them to each."""
+        edges = self.cut_at_edges(num_workers // 2)
+        begin, end = edges[:-1], edges[1:]
+        cost_at = jnp.append(self.cost_start, self.cost_total)
+        first, stop = (_find(self.edge, at) for at in (begin, end))
+        start, stop = cost_at[first], cost_at[stop]
+        # The tile that the middle lies in, and what of its blocks makes both halves cost the same.
+        tile = _find(self.cost_start, start + (stop - start) // 2, side="right") - 1
+        before, after = cost_at[tile] - start, stop - cost_at[tile + 1]
+        middle = self.place_in(tile, (after - before + self.cost_of_blocks(tile)) // 2)
+        middle = jnp.where(begin < end, middle, begin)
+        return jnp.append(jnp.stack([begin, middle], axis=1).ravel(), self.length)
+
+    def cost_of_blocks(self, tile: jax.Array) -> jax.Array:
+        """What tiles cost but for their overhead."""
+        cost = (self.blocks[tile] - 1) * self.full[tile] + self.last[tile]
+        return jnp.where(self.blocks[tile] > 0, cost, 0)
 
     def inner(self, cuts: jax.Array) -> jax.Array:
         """[W + 1] bool: which of them cut a tile, each place once."""
@@ -323,9 +354,9 @@ class _Line(NamedTuple):
         return jnp.where(cuts[1:] > cuts[:-1], again[:-1] + jnp.diff(before), 0).max()
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _plan_splits(
-    seq_lens: jax.Array, num_workers: int, costs: SplitCosts, merge_overhead: int
+    seq_lens: jax.Array, num_workers: int, costs: SplitCosts, merge_overhead: int, in_pairs: bool
 ) -> SplitPlan:
     line = _Line.lay(seq_lens, costs)
     counts = jnp.tile(jnp.arange(1, num_workers + 1, dtype=jnp.int32), 2 if costs.overhead else 1)
@@ -340,6 +371,10 @@ def _plan_splits(
         whole = line.cut_at_edges(num_workers)
         least = line.largest_load(cuts) + merge_overhead
         cuts = jnp.where(line.largest_load(whole) <= least, whole, cuts)
+        if in_pairs:
+            least = jnp.minimum(line.largest_load(whole), least)
+            halves = line.cut_in_pairs(num_workers)
+            cuts = jnp.where(line.largest_load(halves) + PAIR_OVERHEAD < least, halves, cuts)
     starts = jnp.sort(jnp.append(line.edge, jnp.where(line.inner(cuts), cuts, _BEYOND)[1:]))
     return _assemble(line, starts, _find(starts, cuts), 2 * (num_workers - 1))
 

@@ -238,6 +238,28 @@ def test_cutting_at_all_has_its_price(length, whole):
     assert int(plan_splits(lens, num_workers=132, rows=64).tile_slot_start[-1]) > 0
 
 
+@given(lengths_strategy)
+def test_pairs_cost_no_more_than_workers_apart(seq_lens):
+    def largest(**options):
+        plan = plan_splits(i32(*seq_lens), num_workers=6, rows=ROWS, **options)
+        check_plan(plan, seq_lens, ROWS)
+        return float(plan_loads(plan, i32(*seq_lens), rows=ROWS).max())
+
+    assert largest(merge_overhead=8, in_pairs=True) <= largest() + 8
+
+
+@pytest.mark.parametrize(("requests", "halved"), [(40, False), (48, True), (66, True), (67, False)])
+def test_pairs_halve_whole_tiles_where_they_can(requests, halved):
+    """132 workers, requests of 64 blocks: where cutting freely costs more than halves."""
+    lens = i32(*[4096] * requests)
+    plan = plan_splits(lens, num_workers=132, rows=64, merge_overhead=8, in_pairs=True)
+    check_plan(plan, lens, 64)
+    blocks = np.asarray(plan.block_end - plan.block_start)[np.asarray(plan.request) >= 0]
+    assert (blocks.tolist() == [32] * 2 * requests) == halved
+    first = np.asarray(plan.worker_start)[:-1:2]  # of each pair
+    assert not halved or not np.asarray(plan.block_start)[first].any()
+
+
 def test_a_plan_for_other_lengths_does_not_cover():
     plan = plan_splits(i32(100, 200, 0), num_workers=3, rows=64)
     assert covered_requests(plan, i32(100, 300, 1)).tolist() == [True, False, False]
@@ -266,6 +288,11 @@ def test_fixed_plan_takes_a_traced_length_past_its_maximum_whole():
         ({"overhead": -1}, ValueError, "overhead must be at least 0, got -1"),
         ({"merge_overhead": -1}, ValueError, "merge_overhead must be at least 0, got -1"),
         ({"cost_model": "x"}, ValueError, "cost_model must be one of blocks, fia, got 'x'"),
+        (
+            {"num_workers": 3, "in_pairs": True},
+            ValueError,
+            "num_workers must be even where they are in pairs, got 3",
+        ),
     ],
 )
 def test_plan_splits_refuses(options, error, message):

@@ -52,6 +52,7 @@ class TilePlan:
     block_q: query rows of a core's tile; block_kv: keys of a block; kv_stages: KV blocks in flight;
     qk: "sharded" (each warpgroup a part of the keys, P gathered), "duplicated" (each computes all
     of QK) or "whole"; cluster: cores that share every KV block, each with rows of its own;
+    pairs: workers 2i and 2i + 1, in a cluster, merge in their shared memories what only they share;
     num_workers: persistent cores or clusters; split_overhead: blocks that a piece of a split costs
     on top of its own, merge_overhead: that it costs to cut at all, what `mla_jax.split_kv` balances
     by; registers: per thread, by warpgroup;
@@ -65,6 +66,7 @@ class TilePlan:
     kv_stages: int
     qk: str = "whole"
     cluster: int = 1
+    pairs: bool = False
     num_workers: int = 0
     split_overhead: int = 0
     merge_overhead: int = 0

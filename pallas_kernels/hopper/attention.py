@@ -96,13 +96,15 @@ def plan_decode(
     """
     most_tokens = None if capacity is None else seq_lens.shape[0] * capacity
     tiles = tiles or choose_tile_plan(rows, most_tokens=most_tokens, cache=cache, rescale=rescale)
+    num_workers = num_sms() // tiles.cluster
     return plan_splits(
         seq_lens,
-        num_workers=num_sms() // tiles.cluster,
+        num_workers=num_workers - num_workers % 2 if tiles.pairs else num_workers,
         rows=rows,
         rows_per_tile=tiles.rows_per_tile,
         overhead=tiles.split_overhead,
         merge_overhead=tiles.merge_overhead,
+        in_pairs=tiles.pairs,
     )
 
 
@@ -209,7 +211,8 @@ def launch(
     lse_rows = padded + -padded % min(BLOCK, plan.rows_per_tile)
     lse = jax.empty_ref(jax.ShapeDtypeStruct((batch, lse_rows), jnp.float32))
     # The workers of one launch wait for each other, which takes all of them to be resident.
-    resident = interpret is None and plan.num_workers * tiles.cluster <= num_sms()
+    ctas = (plan.num_workers + plan.num_workers % 2 * tiles.pairs) * tiles.cluster
+    resident = interpret is None and ctas <= num_sms()
     merges = plan.num_slots > 0 and resident
     # Zeros again at the end: XLA, which takes them for constants, may hand them to every launch.
     counters = jnp.zeros(plan.num_tiles * tiles.cluster, jnp.int32)
@@ -231,7 +234,7 @@ def launch(
         **options,
     )
     if plan.num_slots and not merges:
-        merge(o, lse, partial_o, partial_lse, plan, interpret=interpret)
+        merge(o, lse, partial_o, partial_lse, plan, in_pairs=tiles.pairs, interpret=interpret)
     # The barrier keeps XLA from writing the merge's outputs straight into a slice of a larger array
     # (those of a scan, say): its dynamic-slice fusion forgets that they alias the inputs.
     whole_o, whole_lse = jax.lax.optimization_barrier((o[...], lse[...]))

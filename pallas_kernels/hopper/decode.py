@@ -1,10 +1,12 @@
 """Paged absorbed MLA decode for Hopper: one persistent Pallas Mosaic GPU kernel.
 
-A row of queries is (token, head); 64 rows share one CTA, 128 rows a cluster of two CTAs that
-read the same KV by multicast. Three warpgroups a CTA: two compute, one loads. The 512 output
-columns are halved between the computing warpgroups, and two 64-token KV blocks are in flight:
-warpgroup 0 scores the even block, warpgroup 1 the odd one, and each multiplies both P's with its
-own half of V ("seesaw", after FlashMLA). docs/hopper_decode.md draws the schedule.
+A row of queries is (token, head). CTAs are launched in clusters of two: they have 64 rows each of
+the same 128 and read the same KV by multicast, or they are two workers of the plan with tiles of 64
+rows, and merge a tile that only they share in their shared memories. Three warpgroups a CTA: two
+compute, one loads. The 512 output columns are halved between the computing warpgroups, and two
+64-token KV blocks are in flight: warpgroup 0 scores the even block, warpgroup 1 the odd one, and
+each multiplies both P's with its own half of V ("seesaw", after FlashMLA). docs/hopper_decode.md
+draws the schedule.
 """
 
 import functools
@@ -31,13 +33,18 @@ from pallas_kernels.hopper.walk import (
     LOG2E,
     NO_KEY,
     RECORD,
+    first_of,
     fits,
     pieces_of,
     records,
+    shared_slot,
+    step_of,
     valid_lengths,
 )
 
-LOST = RECORD + 2  # of a record in shared memory: its keys can't all be had, so its rows are NaN
+# Of a record in shared memory, behind the lengths:
+LOST = RECORD + 2  # its keys can't all be had, so its rows are NaN
+OPEN = RECORD + 3  # pairs of blocks that every row of the tile sees whole
 ROUNDER = 1.5 * 2.0**23
 LAZY_GROWTH = 8.0  # log2 units that the running maximum may lag behind the true one
 
@@ -83,6 +90,8 @@ def decode(
     rows_box = min(BLOCK, rows_total)
     dtype = q.dtype
     cluster = tiles.cluster  # CTAs that share a KV block
+    in_pairs = tiles.pairs  # or else of two workers, which merge in their shared memories
+    assert in_pairs == (cluster == 1)
     scale = softmax_scale * LOG2E
     g = Backend(interpreting=interpret is not None)
     num_slots = max(1, plan.num_slots)
@@ -99,6 +108,7 @@ def decode(
         walk_ref,
         piece_ref,
         counter_ref,
+        through_ref,
         o_ref,
         lse_ref,
         po_ref,
@@ -123,15 +133,21 @@ def decode(
         empty_t,
         p_ready,
         l_ready,
-        *accumulators,
+        *others,
     ):
+        if in_pairs:
+            (m_of_peer, l_of_peer, told, sent), accumulators = others[:4], others[4:]
+        else:
+            accumulators = others
         if query_lens is None:
             qlen_ref = None  # (in its place stands another operand)
         g.wait_for_previous_kernel()
         g.let_next_kernel_start()
         wg = lax.axis_index("wg")
-        cta = lax.axis_index("cluster") if cluster > 1 else 0
-        my_walk = walk_ref.at[lax.axis_index("worker")]
+        rank = lax.axis_index("cluster")
+        cta = 0 if in_pairs else rank
+        group = lax.axis_index("group")
+        my_walk = walk_ref.at[2 * group + rank if in_pairs else group]
         columns = (
             (0, half, q_l, kv_l, full_l, empty_l),
             (half, half, q_r, kv_r, full_r, empty_r),
@@ -150,13 +166,21 @@ def decode(
         kv_blocks = blocks(g, table_ref, kv_ref, cluster)
 
         # ---------------------------------------------------------------- the loading warpgroup
-        def load_block(found, slot):
+        def load_block(found, slot, turn):
             for column, _, _, kv, full, empty in columns:
                 plgpu.barrier_wait(empty.at[slot])
-                kv_blocks.load(found, column, kv.at[slot], full.at[slot])
+                kv_blocks.load(found, column, kv.at[slot], full.at[turn])
 
-        def load_piece(first, k, piece):
-            request, row_tile, begin, end, *_ = piece
+        def turn_of(i, open_pairs):
+            """Which barriers tell of a block, so that who scores it sees all of their phases.
+
+            Those of its slot; or, where warpgroup 0 scores it whatever its slot, two more.
+            """
+            return i % 2 + jnp.where(i < 2 * open_pairs, 0, 2)
+
+        def load_piece(k, carry):
+            at, *piece = carry
+            request, row_tile, begin, end, slot, *slots_of_tile = piece
             num_blocks = end - begin
             row = (row_tile * cluster + cta) * BLOCK
             kv_len, query_len = lengths(len_ref, qlen_ref, request)
@@ -164,14 +188,22 @@ def decode(
             following = kv_blocks.ahead(request, begin + 1, kv_len)
             found, all_exist = kv_blocks.find(ahead, request, begin, kv_len)
             record = record_smem.at[k % 2]
-            lost = ~fits(piece, kv_len) | ((num_blocks > 0) & ~all_exist)
-            for i, value in enumerate((*piece, kv_len, query_len, lost.astype(jnp.int32))):
+            own_slot = jnp.where(slot < -1, shared_slot(slot), slot) if in_pairs else slot
+            planned = (request, row_tile, begin, end, own_slot, *slots_of_tile)
+            lost = ~fits(planned, kv_len) | ((num_blocks > 0) & ~all_exist)
+            shortest = kv_len  # keys that the tile's first row sees (of all its CTAs: they agree)
+            if causal:
+                shortest = kv_len - query_len + row_tile * cluster * BLOCK // num_heads + 1
+            open_pairs = jnp.clip((shortest // BLOCK - begin) // 2, 0, num_blocks // 2)
+            more = kv_len, query_len, lost.astype(jnp.int32), open_pairs
+            for i, value in enumerate((*piece, *more)):
                 record[i] = value
             plgpu.commit_smem()  # whichever of its warps reads or changes it
 
             def load_first():
                 # (Slot 0, but not for the compiler: else it holds all addresses of it.)
-                load_block(found, num_blocks >> 30)
+                zero = num_blocks >> 30
+                load_block(found, zero, turn_of(zero, record[OPEN]))
 
             # A later piece's first block comes under the end of the piece before; of the worker's
             # first piece, whose Q can come at once, Q is needed first.
@@ -195,19 +227,21 @@ def decode(
                 def _lost():
                     record[LOST] = 1
 
-                load_block(found, i % 2)
+                load_block(found, i % 2, turn_of(i, record[OPEN]))
                 return following
 
             lax.fori_loop(1, num_blocks, block, following)
-            next_piece = jnp.minimum(first + k + 1, piece_ref.shape[0] - 1)
-            return tuple(piece_ref[next_piece, i] for i in range(RECORD))
+            following = at + (step_of(my_walk) if in_pairs else 1)
+            following = jnp.clip(following, 0, piece_ref.shape[0] - 1)
+            return following, *(piece_ref[following, i] for i in range(RECORD))
 
         def load():
             g.take_registers(tiles.registers, 2)
             # (Not `walk`, whose next record would take registers while a piece is loaded.)
             head = tuple(my_walk[i] for i in range(RECORD))
             first, stop = pieces_of(my_walk)
-            lax.fori_loop(0, stop - first, functools.partial(load_piece, first), head)
+            at = first_of(my_walk) if in_pairs else first
+            lax.fori_loop(0, stop - first, load_piece, (at, *head))
             # See every release: a CTA must outlive those that its peer sends it.
             plgpu.barrier_wait(q_empty)
             for *_, empty in columns:
@@ -228,31 +262,34 @@ def decode(
                 plgpu.barrier_arrive(empty_v.at[slot])
                 plgpu.barrier_arrive(empty_t.at[slot])
 
-            def scores(s_acc, zero, slot):
+            def scores(s_acc, zero, slot, turn):
                 g.zero(s_acc)
                 for _, _, q_smem, kv, full, _ in columns:
-                    plgpu.barrier_wait(full.at[slot])
+                    plgpu.barrier_wait(full.at[turn])
                     kv_blocks.see()
                     g.mma_t(s_acc, q_smem.at[zero], kv.at[slot])
 
-            def masked(s, row, block, kv_len, query_len):
+            def masked(s, record, block):
+                kv_len, query_len = record[RECORD], record[RECORD + 1]
+                row = (record[1] * cluster + cta) * BLOCK
                 shape = (BLOCK, BLOCK)
                 token = (g.iota(shape, 0) + row) // num_heads
                 last = kv_len - query_len + token if causal else kv_len - 1
                 position = g.iota(shape, 1) + block * BLOCK
-                visible = (position <= last) & (token < query_len) & (position < kv_len)
-                return jnp.where(visible, s, -jnp.inf)
+                return jnp.where((position <= last) & (position < kv_len), s, -jnp.inf)
 
-            def clear_tail(slot, valid):
+            def clear_tail(slot, record, block):
                 """V rows past the last token become 0: their P is 0, but 0 * NaN is NaN."""
+                valid = record[RECORD] - block * BLOCK
 
                 @pl.when(valid < BLOCK)
                 def _():
-                    for c in range(0, half, 64):
-                        tile = v.at[slot].at[:, pl.ds(c, 64)]
-                        kept = g.load_tile(tile)
-                        token = g.iota((BLOCK, 64), 0)
-                        tile[...] = jnp.where(token < valid, kept, jnp.zeros_like(kept))
+                    for kv in (kv_l, kv_r):
+                        for c in range(0, half, 64):
+                            tile = kv.at[slot].at[:, pl.ds(c, 64)]
+                            kept = g.load_tile(tile)
+                            token = g.iota((BLOCK, 64), 0)
+                            tile[...] = jnp.where(token < valid, kept, jnp.zeros_like(kept))
                     plgpu.commit_smem()
 
             def raised(m, top):
@@ -280,84 +317,126 @@ def decode(
                     scale_o()
                 return alpha
 
-            def publish(slot, p, m):
+            def publish(slot, turn, p, m):
                 kv_t.at[slot].at[:, pl.ds(0, BLOCK)][...] = p.astype(dtype)
                 m_smem.at[slot][...] = m
                 plgpu.commit_smem()
-                plgpu.barrier_arrive(p_ready.at[slot])
+                plgpu.barrier_arrive(p_ready.at[turn])
 
-            def published_max(slot):
-                plgpu.barrier_wait(p_ready.at[slot])
+            def published_max(slot, turn):
+                plgpu.barrier_wait(p_ready.at[turn])
                 return g.load_rows(m_smem.at[slot])
 
             def multiply(o_acc, slot):
                 p = kv_t.at[slot] if rope == BLOCK else kv_t.at[slot].at[:, pl.ds(0, BLOCK)]
                 g.mma(o_acc, p, v.at[slot])
 
+            def through(rank, columns):
+                """Where the interpreter has what a CTA is sent."""
+                if interpret is None:
+                    return None
+                return through_ref.at[group, rank, :, columns]
+
+            def arrive(barrier):
+                """All threads have sent; the one that arrives, at the scope of a CTA, says so."""
+                g.fence_cluster()
+                plgpu.commit_smem()
+                g.fence_cluster()
+                plgpu.barrier_arrive(barrier)
+
+            def with_peer(shared, m, total):
+                """(Maxima, sums) of both pieces of a tile, and what a weight of this one's counts.
+
+                Both CTAs have read q for the last time when they have told each other.
+                """
+                peers = (m_of_peer, half), (l_of_peer, half + 1)
+
+                def exchange():
+                    ref, column = peers[me]  # (A part for each warpgroup: both know both.)
+                    g.send_rows(ref, through(1 - rank, column), (m, total)[me], 1 - rank)
+                    arrive(told)
+                    plgpu.barrier_wait(told)
+                    g.fence_cluster()
+                    return tuple(g.received_rows(ref, through(rank, i)) for ref, i in peers)
+
+                def nothing():
+                    return tuple(g.full((BLOCK,), value, ROWS) for value in (NO_KEY, 0.0))
+
+                m_peer, l_peer = lax.cond(shared, exchange, nothing)
+                ahead = m >= m_peer
+                less = jnp.exp2(-jnp.abs(m - m_peer))  # what a weight of the lower maximum counts
+                total = jnp.where(ahead, total, l_peer) + less * jnp.where(ahead, l_peer, total)
+                return jnp.maximum(m, m_peer), total, jnp.where(ahead, 1.0, less)
+
+            def send(o):
+                """This warpgroup's columns to where q was in the other CTA."""
+                columns = through(1 - rank, pl.ds(0, half))
+                g.send_tile((q_l.at[0], q_r.at[0]), columns, o, 1 - rank)
+                arrive(sent)
+
+            def received():
+                plgpu.barrier_wait(sent)
+                g.fence_cluster()
+                columns = through(rank, pl.ds(0, half))
+                o = g.received_tile((q_l.at[0], q_r.at[0]), columns, (BLOCK, half))
+                plgpu.commit_smem()  # all of it is read before any is written over
+                return o
+
             def attend(k, o_acc, s_acc):
                 plgpu.barrier_wait(q_full)
                 record = record_smem.at[k % 2]
-                row_tile, begin, end = (record[i] for i in (1, 2, 3))
-                kv_len, query_len = record[RECORD], record[RECORD + 1]
+                begin, end = record[2], record[3]
                 num_blocks = end - begin
-                row = (row_tile * cluster + cta) * BLOCK
 
                 def opaque(i):
                     """0, but not for the compiler: else it hoists every wgmma descriptor."""
                     return (num_blocks >> 30) & (begin + i)
 
-                def score(block, mask):
-                    s = g.read(s_acc) * scale
-                    return masked(s, row, block, kv_len, query_len) if mask else s
-
-                def own_first(carry, s0, block, mask):
-                    """Warpgroup 0 on an even block: score, publish, multiply."""
+                def own(carry, zero, slot, turn, block=None):
+                    """Warpgroup 0 scores a block, which is masked if named, and multiplies it."""
                     m, norm = carry
-                    scores(s_acc, s0, s0)
+                    scores(s_acc, zero, slot, turn)
                     g.wait_mma(0)
-                    if mask:
-                        clear_tail(s0, kv_len - block * BLOCK)
-                    s = score(block, mask)
-                    m0 = raised(m, s.max(axis=1))
-                    p = jnp.exp2(s - across(m0))
-                    publish(s0, p, m0)
-                    alpha = rescale_to(o_acc, m, m0)
-                    multiply(o_acc, s0)
+                    s = g.read(s_acc) * scale
+                    if block is not None:
+                        clear_tail(slot, record, block)
+                        s = masked(s, record, block)
+                    m_new = raised(m, s.max(axis=1))
+                    p = jnp.exp2(s - across(m_new))
+                    publish(slot, turn, p, m_new)
+                    alpha = rescale_to(o_acc, m, m_new)
+                    multiply(o_acc, slot)
                     norm = norm * alpha + p.sum(axis=1)
                     g.wait_mma(0)
-                    release(s0)
-                    return m0, norm
+                    release(slot)
+                    return m_new, norm
 
-                def others(carry, slot, block, mask):
+                def others(carry, slot, turn):
                     """The other warpgroup's P, at its maximum."""
                     m, norm = carry
-                    m_new = published_max(slot)
-                    if mask:
-                        clear_tail(slot, kv_len - block * BLOCK)
+                    m_new = published_max(slot, turn)
                     alpha = rescale_to(o_acc, m, m_new)
                     multiply(o_acc, slot)
                     return m_new, norm * alpha
 
-                def pair(i, carry, mask):
-                    block = begin + 2 * i
+                def pair(i, carry):
+                    """Two blocks that every row of the tile sees whole."""
                     zero = opaque(i)
                     s0, s1 = zero, zero + 1
                     if me == 0:
-                        carry = own_first(carry, zero, block, mask)
-                        carry = others(carry, s1, block + 1, mask)
+                        carry = own(carry, zero, s0, s0)
+                        carry = others(carry, s1, s1)
                         g.wait_mma(0)
                         release(s1)
                         return carry
-                    scores(s_acc, zero, s1)
+                    scores(s_acc, zero, s1, s1)
                     g.wait_mma(0)
-                    if mask:
-                        clear_tail(s1, kv_len - (block + 1) * BLOCK)
-                    s = score(block + 1, mask)
+                    s = g.read(s_acc) * scale
                     top = s.max(axis=1)
-                    m0, norm = others(carry, s0, block, mask)
+                    m0, norm = others(carry, s0, s0)
                     m1 = raised(m0, top)
                     p = jnp.exp2(s - across(m1))
-                    publish(s1, p, m1)
+                    publish(s1, s1, p, m1)
                     g.wait_mma(0)
                     release(s0)
                     norm = norm * rescale_to(o_acc, m0, m1) + p.sum(axis=1)
@@ -366,31 +445,23 @@ def decode(
                     release(s1)
                     return m1, norm
 
-                def single(i, carry):
-                    """The last block of an odd number: warpgroup 0 scores, both multiply."""
-                    block = begin + num_blocks - 1
-                    s0 = opaque(i)
+                def one(i, carry):
+                    """Any other block, masked: warpgroup 0 scores, both multiply."""
+                    zero = opaque(i)
+                    slot = zero + i % 2
+                    turn = slot + 2
                     if me == 0:
-                        return own_first(carry, s0, block, True)
-                    carry = others(carry, s0, block, True)
+                        return own(carry, zero, slot, turn, begin + i)
+                    carry = others(carry, slot, turn)
                     g.wait_mma(0)
-                    release(s0)
+                    release(slot)
                     return carry
 
                 g.zero(o_acc)
                 carry = (g.full((BLOCK,), NO_KEY, ROWS), g.full((BLOCK,), 0.0, ROWS))
-                # Pairs that every row of the tile sees whole need no mask.
-                shortest = kv_len
-                if causal:
-                    shortest = kv_len - query_len + row // num_heads + 1
-                last_query = jnp.minimum((row + BLOCK - 1) // num_heads, num_queries - 1)
-                ragged = last_query >= query_len
-                shortest = jnp.where(ragged, 0, shortest)
-                pairs = num_blocks // 2
-                open_pairs = jnp.clip((shortest // BLOCK - begin) // 2, 0, pairs)
-                carry = lax.fori_loop(0, open_pairs, lambda i, c: pair(i, c, False), carry)
-                carry = lax.fori_loop(open_pairs, pairs, lambda i, c: pair(i, c, True), carry)
-                m, norm = lax.fori_loop(0, num_blocks % 2, single, carry)
+                # (Not pairs with masks as well: that code would not fit an SM's instruction cache.)
+                carry = lax.fori_loop(0, record[OPEN], pair, carry)
+                m, norm = lax.fori_loop(2 * record[OPEN], num_blocks, one, carry)
 
                 # (What is read here holds no register around the loops.)
                 request, row_tile, *_, out_slot, _, slots_of_tile, kv_len = (
@@ -404,16 +475,26 @@ def decode(
                 plgpu.barrier_arrive(l_ready)
                 plgpu.barrier_wait(l_ready)
                 total = g.load_rows(l_smem.at[0]) + g.load_rows(l_smem.at[1])
-                blank = jnp.where((kv_len < 0) | lost, jnp.nan, 0.0)
+                o = g.read(o_acc)
+                if qlen_ref is not None:
+                    # Rows of no query were never masked, and hold whatever q was there.
+                    query = (g.iota((BLOCK,), 0) + row) // num_heads < record[RECORD + 1]
+                    m, total = jnp.where(query, m, NO_KEY), jnp.where(query, total, 0.0)
+                    o = jnp.where(across(query, (BLOCK, half)), o, 0.0)
+                total += jnp.where((kv_len < 0) | lost, jnp.nan, 0.0)
+                weight = 1.0
+                if in_pairs:
+                    shared = out_slot < -1
+                    m, total, weight = with_peer(shared, m, total)
                 seen = total != 0.0
-                inverse = jnp.where(seen, 1.0 / total, 0.0) + blank
-                lse = jnp.where(seen, m * LN2 + jnp.log(total), -jnp.inf) + blank
-                o = g.read(o_acc) * across(inverse, (BLOCK, half))
+                inverse = jnp.where(seen, weight / total, 0.0)
+                # (One way only to contract: the same bits in every program.)
+                lse = jnp.where(seen, (m + jnp.log(total) * LOG2E) * LN2, -jnp.inf)
+                o *= across(inverse, (BLOCK, half))
 
                 mine = pl.ds(me * half, half)
 
-                @pl.when(out_slot < 0)
-                def _store():
+                def store(o):
                     box = slice(None) if rows_box == BLOCK else pl.ds(0, rows_box)
                     rows = pl.ds(row, rows_box)
                     for c in range(0, half, 64):
@@ -427,8 +508,7 @@ def decode(
                         plgpu.copy_smem_to_gmem(lse_smem.at[box], lse_ref.at[request, rows])
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-                @pl.when(out_slot >= 0)
-                def _leave():
+                def leave(o):
                     zero = opaque(0)  # (or pointers would be held)
                     blocks = pl.ds(zero + me * half // BLOCK_COLUMNS, half // BLOCK_COLUMNS)
                     target = po_ref.at[out_slot, zero + cta, blocks]
@@ -438,13 +518,27 @@ def decode(
                     if merges:
                         meet(request, row_tile, slots_of_tile).leave()
 
+                def finish(o):
+                    pl.when(out_slot < 0)(lambda: store(o))
+                    pl.when(out_slot >= 0)(lambda: leave(o))
+
+                if in_pairs:
+                    # (Each CTA finishes the columns of its number, in a tile that they share.)
+                    sends = shared & (rank != me)
+                    pl.when(sends)(lambda: send(o))
+
+                    @pl.when(~sends)
+                    def _finish():
+                        finish(lax.cond(shared, lambda: o + received(), lambda: o))
+                else:
+                    finish(o)
                 plgpu.barrier_arrive(q_empty)
 
             g.take_registers(tiles.registers, me)
             for slot in (0, 1):
                 release(slot)  # every slot starts free
             if rows_box < BLOCK:
-                # Rows of the tile that no query fills: finite, so that nothing traps or spreads.
+                # Rows of the tile that no query fills begin finite. (No row reaches another.)
                 for ref, width_ in ((q_mine, half), (q_t, rope))[: 2 - me]:
                     for c in range(0, width_, 64):
                         zeros = g.full((BLOCK, 64), 0.0, plgpu.Layout.WGMMA).astype(dtype)
@@ -486,6 +580,13 @@ def decode(
             )
         return plgpu.Barrier(num_arrivals=count, num_barriers=2)
 
+    of_pairs = [
+        plgpu.SMEM((BLOCK,), jnp.float32),
+        plgpu.SMEM((BLOCK,), jnp.float32),
+        plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=2),  # told
+        plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=1),  # sent
+    ]
+
     kernel = plgpu.kernel(
         body,
         out_type=(
@@ -505,29 +606,46 @@ def decode(
             plgpu.SMEM((2, BLOCK), jnp.float32),
             plgpu.SMEM((2, BLOCK), jnp.float32),
             plgpu.SMEM((BLOCK,), jnp.float32),
-            plgpu.SMEM((2, LOST + 1), jnp.int32),
+            plgpu.SMEM((2, OPEN + 1), jnp.int32),
             plgpu.Barrier(num_arrivals=3),  # q_full
             plgpu.Barrier(num_arrivals=2),  # q_empty
-            plgpu.Barrier(num_arrivals=arrivals(page_size), num_barriers=2),
-            plgpu.Barrier(num_arrivals=arrivals(page_size), num_barriers=2),
-            plgpu.Barrier(num_arrivals=arrivals(page_size), num_barriers=2),
+            plgpu.Barrier(num_arrivals=arrivals(page_size), num_barriers=4),
+            plgpu.Barrier(num_arrivals=arrivals(page_size), num_barriers=4),
+            plgpu.Barrier(num_arrivals=arrivals(page_size), num_barriers=4),
             slot_free(1),
             slot_free(1),
             slot_free(2),
-            plgpu.Barrier(num_arrivals=1, num_barriers=2),  # p_ready
+            plgpu.Barrier(num_arrivals=1, num_barriers=4),  # p_ready
             plgpu.Barrier(num_arrivals=2),  # l_ready
+            *(of_pairs if in_pairs else ()),
             *g.accumulator_scratch(2, *accumulator_shapes),
         ),
-        grid=(plan.num_workers,),
-        grid_names=("worker",),
-        cluster=(cluster,) if cluster > 1 else (),
-        cluster_names=("cluster",) if cluster > 1 else (),
+        grid=(-(-plan.num_workers * cluster // 2),),
+        grid_names=("group",),
+        cluster=(2,),
+        cluster_names=("cluster",),
         num_threads=3,
         thread_name="wg",
         interpret=interpret,
         kernel_name="mla_decode",
         compiler_params=OWN_BARRIERS,
     )
-    walk, records_ = records(plan)
+    walk, records_ = records(plan, in_pairs=in_pairs)
     given = seq_lens if query_lens is None else query_lens
-    return kernel(q, pages, block_tables, seq_lens, given, walk, records_, counters, o_ref, lse_ref)
+    through = counters  # (in its place stands another operand)
+    if in_pairs and interpret is not None:
+        shape = (len(walk) // 2, 2, BLOCK, half + 2)
+        through = jax.empty_ref(jax.ShapeDtypeStruct(shape, jnp.float32))
+    return kernel(
+        q,
+        pages,
+        block_tables,
+        seq_lens,
+        given,
+        walk,
+        records_,
+        counters,
+        through,
+        o_ref,
+        lse_ref,
+    )

@@ -341,6 +341,7 @@ def merge(
     partial_lse: Any,
     plan: SplitPlan,
     *,
+    in_pairs: bool = False,
     interpret: Any = None,
 ) -> None:
     """Writes merged rows into o_ref [B, R, d_v] and lse_ref [B, R or more], in place.
@@ -348,6 +349,7 @@ def merge(
     Args:
         partial_o, partial_lse: as a decode kernel leaves them, any float dtype and float32.
         plan: whose slots these are.
+        in_pairs: what only a pair of workers shares has been merged (`walk.records`).
     """
     g = Backend(interpreting=interpret is not None)
     width, warpgroups = o_ref.shape[2], 4
@@ -374,11 +376,11 @@ def merge(
             wgs=warpgroups,
         )
 
-    walk, pieces = records(plan)
+    walk, pieces = records(plan, in_pairs)
     plgpu.kernel(
         body,
         out_type=(),
-        grid=(plan.num_workers, ctas),
+        grid=(len(walk), ctas),
         grid_names=("worker", "cta"),
         num_threads=warpgroups,
         thread_name="wg",

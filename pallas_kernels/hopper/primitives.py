@@ -103,6 +103,33 @@ def array_of(
     return mgpu.FragmentedArray(_registers=array, _layout=layout, _is_signed=is_signed)
 
 
+def _shared(ref: ir.Value) -> ir.Value:
+    """Pointer to the first byte of an SMEM ref."""
+    return mgpu.utils.memref_ptr(ref)
+
+
+def _address_in(rank: ir.Value, ref: ir.Value, index: ir.Value, itemsize: int) -> ir.Value:
+    """Address (i32, shared::cluster) of ref's element `index`, in CTA `rank` of the cluster."""
+    i32 = ir.IntegerType.get_signless(32)
+    mine = llvm.ptrtoint(i32, _shared(ref))
+    mine = arith.addi(mine, arith.muli(index, mgpu.utils.c(itemsize, i32)))
+    return llvm.inline_asm(i32, [mine, rank], "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r")
+
+
+def _store_to_peer(what: str, address: ir.Value, *values: ir.Value) -> None:
+    llvm.inline_asm(
+        ir.Type.parse("!llvm.void"),
+        [address, *values],
+        f"st.shared::cluster.{what};",
+        ",".join(["r"] + ["f"] * len(values)),
+        has_side_effects=True,
+    )
+
+
+def _is_vector(value: ir.Value) -> bool:
+    return isinstance(value.type, ir.VectorType)
+
+
 def _one_thread(ptx: str, *args: ir.Value) -> None:
     with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
         mgpu.utils.inline_ptx(ptx, *args, has_side_effects=True)
@@ -345,6 +372,89 @@ class Backend:
             return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
         return load(ref)
+
+    # -- to the other CTA of a cluster -----------------------------------------------------------
+    # (The interpreter can't reach another CTA's shared memory: there it goes through GMEM.)
+    def send_tile(self, refs, through, value, peer) -> None:
+        """A (64, n) WGMMA tile, in the order of its registers, to these SMEM refs of CTA `peer`.
+
+        float32, an equal part to each ref; for `received_tile`.
+        """
+        if self.interpreting:
+            through[...] = value
+            return
+        of_ref = plgpu.RefType(WGMMA_OPERAND)
+
+        @plgpu.inline_mgpu(arg_types=(*(of_ref for _ in refs), plgpu.Layout.WGMMA, _SCALAR))
+        def send(ctx, *args):
+            del ctx
+            *targets, tile, rank = args
+            fours = np.split(tile.registers.reshape(-1, 2), len(targets))
+            for target, part in zip(targets, fours, strict=True):
+                start = _address_in(rank.registers.item(), target, _own_four(), 4)
+                for j, pairs in enumerate(part):
+                    four = [vector.extract(pair, [], [i]) for pair in pairs for i in range(2)]
+                    _store_to_peer(f"v4.f32 [$0 + {2048 * j}], {{$1, $2, $3, $4}}", start, *four)
+
+        send(*refs, value, peer)
+
+    def received_tile(self, refs, through, shape) -> jax.Array:
+        if self.interpreting:
+            return through[...]
+        of_ref = plgpu.RefType(WGMMA_OPERAND)
+
+        @plgpu.inline_mgpu(
+            arg_types=tuple(of_ref for _ in refs),
+            return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, plgpu.Layout.WGMMA),
+        )
+        def load(ctx, *sources):
+            del ctx
+            f32 = ir.F32Type.get()
+            blocks = shape[1] // 8 // len(sources)
+            registers = []
+            for source in sources:
+                start = mgpu.utils.getelementptr(_shared(source), [_own_four()], f32)
+                for j in range(blocks):
+                    place = mgpu.utils.getelementptr(start, [512 * j], f32)
+                    four = llvm.load(ir.VectorType.get((4,), f32), place, alignment=16)
+                    registers += [vector.shuffle(four, four, pair) for pair in ([0, 1], [2, 3])]
+            return array_of(registers, shape, mgpu.WGMMA_LAYOUT)
+
+        return load(*refs)
+
+    def send_rows(self, ref, through, value, peer) -> None:
+        """One value a row, as ROWS, to this SMEM ref of CTA `peer`; for `received_rows`."""
+        if self.interpreting:
+            through[...] = value
+            return
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ROWS, _SCALAR))
+        def send(ctx, target, rows, rank):
+            del ctx
+            row, _ = place_in_tile()
+            start = _address_in(rank.registers.item(), target, row, 4)
+            for i, register in enumerate(rows.registers.flat):
+                one = vector.extract(register, [], [0]) if _is_vector(register) else register
+                _store_to_peer(f"f32 [$0 + {32 * i}], $1", start, one)
+
+        send(ref, value, peer)
+
+    def received_rows(self, ref, through) -> jax.Array:
+        return through[...] if self.interpreting else self.load_rows(ref)
+
+    def fence_cluster(self) -> None:
+        """Between what this thread has written and a barrier of the cluster, and after its wait."""
+        if self.interpreting:
+            return
+
+        @plgpu.inline_mgpu()
+        def fence(ctx):
+            del ctx
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"), [], "fence.acq_rel.cluster;", "", has_side_effects=True
+            )
+
+        fence()
 
     def any_less(self, a, b) -> jax.Array:
         """One flag for the warpgroup: does any row have a < b?"""

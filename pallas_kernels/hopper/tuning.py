@@ -35,11 +35,11 @@ def seesaw_tiles(
     kv_lora_rank: int = 512,
     rope_dim: int = 64,
 ) -> TilePlan:
-    """Of `decode`: 64 rows a CTA, 128 a cluster of two; two warpgroups compute, one loads.
+    """Of `decode`: 64 rows a CTA, workers in pairs, or 128 a cluster of two.
 
-    Each computing warpgroup owns half of the latent columns. registers: (of the computing
-    warpgroups, of the loading one), what setmaxnreg takes. Raises TilePlanError for what does not
-    fit or what the instructions can't do.
+    Two warpgroups compute, each with half of the latent columns, one loads. registers: (of the
+    computing warpgroups, of the loading one), what setmaxnreg takes. Raises TilePlanError for what
+    does not fit or what the instructions can't do.
     """
     _check_widths(profile, kv_lora_rank, rope_dim)
     if rows_per_tile not in (WGMMA_ROWS, 2 * WGMMA_ROWS):
@@ -51,12 +51,14 @@ def seesaw_tiles(
     if registers[0] < needed:
         raise _refused(profile, "registers", registers[0], f">= {needed} where O and S are kept")
     cluster = rows_per_tile // rows
+    pairs = cluster == 1
     return TilePlan(
         profile=profile.name,
         block_q=rows,
         block_kv=BLOCK,
         kv_stages=2,
         cluster=cluster,
+        pairs=pairs,
         num_workers=profile.cores // cluster,
         split_overhead=split_overhead,
         merge_overhead=merge_overhead,
@@ -76,8 +78,10 @@ def seesaw_tiles(
             BufferUse("shared", "row sum", ALIGNMENT),
             BufferUse("shared", "lse", ALIGNMENT),
             BufferUse("shared", "piece record", ALIGNMENT),
-            # q full and empty, l ready; full and empty of the three kinds of slots, P ready
-            BufferUse("shared", "barriers", BARRIER_BYTES, 3 + 2 * (3 + 3 + 1)),
+            BufferUse("shared", "row max and sum of the peer", ALIGNMENT, 2 * pairs),
+            # q full and empty, l ready; full (in two ways) and empty of the three kinds of slots, P
+            # ready (in two ways); of a pair: told of the other's maxima and sums, sent its columns
+            BufferUse("shared", "barriers", BARRIER_BYTES, 3 + 2 * (6 + 3 + 2) + 2 * pairs),
         ),
         capacity=_capacity(profile),
     )

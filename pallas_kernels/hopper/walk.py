@@ -13,27 +13,76 @@ LOG2E = math.log2(math.e)
 LN2 = math.log(2)
 NO_KEY = -1e30  # a running maximum (log2 units) that no score has raised yet
 PIECE = ("request", "row_tile", "block_start", "block_end", "slot")  # a record of the plan
+SLOT = PIECE.index("slot")
 FIRST_SLOT, SLOTS = len(PIECE), len(PIECE) + 1  # behind them: the slots of the piece's tile
 RECORD = SLOTS + 1
 
 
-def records(plan: Any) -> tuple[Any, Any]:
+def records(plan: Any, in_pairs: bool = False) -> tuple[Any, Any]:
     """For each worker (record of its first piece, first piece, end) [W, 9]; all records [P, 7].
 
     A worker's first record stands beside its range, so that it starts with one read, not two; and
     before it, so that a record's values have the same places in both and one pointer reads either.
+
+    in_pairs: workers 2i and 2i + 1 share a cluster, and merge a tile without slots if only they
+    share it, and no other: then the two records have `shared_slot` of their slots, and the second
+    worker walks backwards, from its last piece to its first, so that both come to the tile last.
+    Rows have one column more, the way from a piece to the next; there is an even number of them.
     """
     tile = plan.tile_of(jnp.maximum(plan.request, 0), plan.row_tile)
     start = plan.tile_slot_start
     fields = [getattr(plan, field) for field in PIECE]
     pieces = jnp.stack([*fields, start[tile], start[tile + 1] - start[tile]], axis=1)
-    first = plan.worker_start[:-1]
-    return jnp.column_stack([pieces[first], first, plan.worker_start[1:]]), pieces
+    worker_start = plan.worker_start
+    if in_pairs and plan.num_workers % 2:
+        worker_start = jnp.append(worker_start, worker_start[-1])
+    first, stop = worker_start[:-1], worker_start[1:]
+    if not in_pairs:
+        return jnp.column_stack([pieces[first], first, stop]), pieces
+    step = jnp.ones_like(first)
+    if not plan.fixed:  # (whose pieces are merged alike, wherever they are)
+        shared, slot = _shared_in_pairs(pieces, tile, worker_start)
+        pieces = pieces.at[:, SLOT].set(slot)
+        step = step.at[1::2].set(jnp.where(shared, -1, 1))
+    head = jnp.where(step < 0, stop - 1, first)
+    return jnp.column_stack([pieces[head], first, stop, step]), pieces
+
+
+def _shared_in_pairs(pieces: Any, tile: Any, worker_start: Any) -> tuple[Any, Any]:
+    """Which pairs merge by themselves; the slots of all pieces, with `shared_slot` of theirs.
+
+    (With another merge to come it would only be one more to wait for: benchmarks/log.md.)
+    """
+    slot = pieces[:, SLOT]
+    begin, middle, end = worker_start[:-1:2], worker_start[1::2], worker_start[2::2]
+    left = jnp.maximum(middle - 1, 0)
+    alone = (begin < middle) & (middle < end) & (tile[left] == tile[middle])
+    cut_before = jnp.append(jnp.zeros(1, jnp.int32), jnp.cumsum(slot >= 0))
+    alone &= (pieces[left, SLOTS] == 2) & (cut_before[end] - cut_before[begin] == 2)
+    mine = jnp.where(alone, jnp.stack([left, middle]), len(slot)).ravel()
+    theirs = shared_slot(slot)[jnp.minimum(mine, len(slot) - 1)]
+    return alone, slot.at[mine].set(theirs, mode="drop")
+
+
+def shared_slot(slot: Any) -> Any:
+    """Below -1, for a slot that a pair does not need; and of such a one the slot."""
+    return -2 - slot
 
 
 def pieces_of(mine_ref: Any) -> tuple[Any, Any]:
     """A worker's pieces (from, to), from its row of the first of `records`."""
     return mine_ref[RECORD], mine_ref[RECORD + 1]
+
+
+def first_of(mine_ref: Any) -> Any:
+    """The piece that a worker in a pair begins with."""
+    first, stop = pieces_of(mine_ref)
+    return jnp.where(step_of(mine_ref) < 0, stop - 1, first)
+
+
+def step_of(mine_ref: Any) -> Any:
+    """From one of its pieces to the next."""
+    return mine_ref[RECORD + 2]
 
 
 def walk(
