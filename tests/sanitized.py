@@ -12,7 +12,7 @@ import numpy as np
 from hopper_batch import HopperBatch, op
 from test_hopper_int8 import Int8Batch
 
-LENGTHS = [258, 0, 1]  # (the first for a pair of workers)
+LENGTHS = [130, 0, 1]  # (no tile for a pair of workers: at those compute-sanitizer 2025.3 crashes)
 
 
 def main(cache: str, heads: str, page_size: str) -> None:

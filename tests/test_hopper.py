@@ -437,9 +437,27 @@ def test_options_on_the_gpu(heads, dtype, rescale, partial_dtype, page_size):
 @pytest.mark.parametrize("page_size", [1, 64])
 @pytest.mark.parametrize("heads", [16, 64, 128])
 def test_long_and_repeated_on_the_gpu(heads, page_size):
-    """300 repeats give one set of bits: a moving result would be a race."""
     lens, shape = [65536, 4096, 3, 1000], {"heads": heads, "page_size": page_size}
-    batch = HopperBatch(np.random.default_rng(heads), lens, **shape)
+    check_repeats(HopperBatch(np.random.default_rng(heads), lens, **shape))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("heads", "num_queries", "page_size"), [(64, 1, 64), (64, 1, 16), (40, 1, 1), (24, 2, 64)]
+)
+def test_pairs_of_workers_repeated_on_the_gpu(heads, num_queries, page_size):
+    rng = np.random.default_rng(page_size)
+    lens = rng.integers(800, 1024, 60)
+    shape = {"heads": heads, "num_queries": num_queries, "page_size": page_size}
+    batch = HopperBatch(rng, lens.tolist(), **shape)
+    capacity = batch.block_tables.shape[1] * page_size
+    plan = attention.plan_decode(batch.seq_lens, heads * num_queries, capacity=capacity)
+    assert (records(plan, in_pairs=True)[1][:, SLOT] < -1).sum() > 100
+    check_repeats(batch)
+
+
+def check_repeats(batch):
+    """300 repeats give one set of bits: a moving result would be a race."""
     first = op(batch)
     batch.check(*first)
     call = functools.partial(paged_mla_attention, softmax_scale=SCALE, implementation="hopper")

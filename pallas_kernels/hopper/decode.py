@@ -26,6 +26,7 @@ from pallas_kernels.hopper.merge import (
     block_parts,
     merge_shares,
 )
+from pallas_kernels.hopper.peer import Peer, peer_barrier
 from pallas_kernels.hopper.primitives import OWN_BARRIERS, ROWS, WGMMA_OPERAND, Backend
 from pallas_kernels.hopper.walk import (
     BLOCK,
@@ -147,6 +148,7 @@ def decode(
         rank = lax.axis_index("cluster")
         cta = 0 if in_pairs else rank
         group = lax.axis_index("group")
+        peer = Peer(g, rank, through_ref.at[group])
         my_walk = walk_ref.at[2 * group + rank if in_pairs else group]
         columns = (
             (0, half, q_l, kv_l, full_l, empty_l),
@@ -331,19 +333,6 @@ def decode(
                 p = kv_t.at[slot] if rope == BLOCK else kv_t.at[slot].at[:, pl.ds(0, BLOCK)]
                 g.mma(o_acc, p, v.at[slot])
 
-            def through(rank, columns):
-                """Where the interpreter has what a CTA is sent."""
-                if interpret is None:
-                    return None
-                return through_ref.at[group, rank, :, columns]
-
-            def arrive(barrier):
-                """All threads have sent; the one that arrives, at the scope of a CTA, says so."""
-                g.fence_cluster()
-                plgpu.commit_smem()
-                g.fence_cluster()
-                plgpu.barrier_arrive(barrier)
-
             def with_peer(shared, m, total):
                 """(Maxima, sums) of both pieces of a tile, and what a weight of this one's counts.
 
@@ -352,12 +341,11 @@ def decode(
                 peers = (m_of_peer, half), (l_of_peer, half + 1)
 
                 def exchange():
-                    ref, column = peers[me]  # (A part for each warpgroup: both know both.)
-                    g.send_rows(ref, through(1 - rank, column), (m, total)[me], 1 - rank)
-                    arrive(told)
-                    plgpu.barrier_wait(told)
-                    g.fence_cluster()
-                    return tuple(g.received_rows(ref, through(rank, i)) for ref, i in peers)
+                    # (A part for each warpgroup: both know both.)
+                    peer.send_rows(*peers[me], (m, total)[me])
+                    peer.arrive(told)
+                    peer.wait(told)
+                    return tuple(peer.received_rows(*of_peer) for of_peer in peers)
 
                 def nothing():
                     return tuple(g.full((BLOCK,), value, ROWS) for value in (NO_KEY, 0.0))
@@ -370,15 +358,12 @@ def decode(
 
             def send(o):
                 """This warpgroup's columns to where q was in the other CTA."""
-                columns = through(1 - rank, pl.ds(0, half))
-                g.send_tile((q_l.at[0], q_r.at[0]), columns, o, 1 - rank)
-                arrive(sent)
+                peer.send_tile((q_l.at[0], q_r.at[0]), 0, o)
+                peer.arrive(sent)
 
             def received():
-                plgpu.barrier_wait(sent)
-                g.fence_cluster()
-                columns = through(rank, pl.ds(0, half))
-                o = g.received_tile((q_l.at[0], q_r.at[0]), columns, (BLOCK, half))
+                peer.wait(sent)
+                o = peer.received_tile((q_l.at[0], q_r.at[0]), 0, (BLOCK, half))
                 plgpu.commit_smem()  # all of it is read before any is written over
                 return o
 
@@ -583,8 +568,8 @@ def decode(
     of_pairs = [
         plgpu.SMEM((BLOCK,), jnp.float32),
         plgpu.SMEM((BLOCK,), jnp.float32),
-        plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=2),  # told
-        plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=1),  # sent
+        peer_barrier(2, interpreting=g.interpreting),  # told
+        peer_barrier(1, interpreting=g.interpreting),  # sent
     ]
 
     kernel = plgpu.kernel(

@@ -40,7 +40,7 @@ REGISTER_FILE = 65536  # registers of an SM
 CHUNK_BYTES = 16  # what a thread gathers at once, and what swizzling moves as one
 
 
-_SCALAR = plgpu.Layout.WG_SPLAT(())
+SCALAR = plgpu.Layout.WG_SPLAT(())
 _THREADS = plgpu.Layout.WG_STRIDED((128,), vec_size=1)  # a value for each thread
 
 
@@ -64,7 +64,7 @@ def place_in_tile() -> tuple[ir.Value, ir.Value]:
     return row, arith.muli(arith.remui(lane, constant(4, thread.type)), constant(2, thread.type))
 
 
-def _own_four() -> ir.Value:
+def own_four() -> ir.Value:
     """Where (i32) a thread's four values stand in a block of 512."""
     thread = _thread()
     return arith.muli(thread, mgpu.utils.c(4, thread.type))
@@ -101,33 +101,6 @@ def array_of(
     array = np.empty(layout.registers_shape(shape), dtype=object)
     array.flat[:] = registers
     return mgpu.FragmentedArray(_registers=array, _layout=layout, _is_signed=is_signed)
-
-
-def _shared(ref: ir.Value) -> ir.Value:
-    """Pointer to the first byte of an SMEM ref."""
-    return mgpu.utils.memref_ptr(ref)
-
-
-def _address_in(rank: ir.Value, ref: ir.Value, index: ir.Value, itemsize: int) -> ir.Value:
-    """Address (i32, shared::cluster) of ref's element `index`, in CTA `rank` of the cluster."""
-    i32 = ir.IntegerType.get_signless(32)
-    mine = llvm.ptrtoint(i32, _shared(ref))
-    mine = arith.addi(mine, arith.muli(index, mgpu.utils.c(itemsize, i32)))
-    return llvm.inline_asm(i32, [mine, rank], "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r")
-
-
-def _store_to_peer(what: str, address: ir.Value, *values: ir.Value) -> None:
-    llvm.inline_asm(
-        ir.Type.parse("!llvm.void"),
-        [address, *values],
-        f"st.shared::cluster.{what};",
-        ",".join(["r"] + ["f"] * len(values)),
-        has_side_effects=True,
-    )
-
-
-def _is_vector(value: ir.Value) -> bool:
-    return isinstance(value.type, ir.VectorType)
 
 
 def _one_thread(ptx: str, *args: ir.Value) -> None:
@@ -302,7 +275,7 @@ class Backend:
 
             return
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, _SCALAR))
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, SCALAR))
         def store(ctx, target, tile, rows):
             del ctx
             (stride, _), _ = ir.MemRefType(target.type).get_strides_and_offset()
@@ -330,10 +303,10 @@ class Backend:
             ref[...] = value.reshape(64, -1, 8).swapaxes(0, 1).reshape(-1, 512)
             return
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, _SCALAR))
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, SCALAR))
         def store(ctx, target, tile, rows):
             del ctx
-            start = _element(target, _own_four())
+            start = _element(target, own_four())
             used = arith.cmpi(arith.CmpIPredicate.slt, _first_row_of_warp(), rows.registers.item())
             with mgpu.utils.when(used):
                 for j, (upper, lower) in enumerate(tile.registers.reshape(-1, 2)):
@@ -358,7 +331,7 @@ class Backend:
         def load(ctx, source):
             del ctx
             dtype = ir.MemRefType(source.type).element_type
-            start = _element(source, _own_four())
+            start = _element(source, own_four())
             registers = np.empty((blocks, 2), dtype=object)
             four = ir.VectorType.get((4,), dtype)
             for j in range(blocks):
@@ -372,89 +345,6 @@ class Backend:
             return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
         return load(ref)
-
-    # -- to the other CTA of a cluster -----------------------------------------------------------
-    # (The interpreter can't reach another CTA's shared memory: there it goes through GMEM.)
-    def send_tile(self, refs, through, value, peer) -> None:
-        """A (64, n) WGMMA tile, in the order of its registers, to these SMEM refs of CTA `peer`.
-
-        float32, an equal part to each ref; for `received_tile`.
-        """
-        if self.interpreting:
-            through[...] = value
-            return
-        of_ref = plgpu.RefType(WGMMA_OPERAND)
-
-        @plgpu.inline_mgpu(arg_types=(*(of_ref for _ in refs), plgpu.Layout.WGMMA, _SCALAR))
-        def send(ctx, *args):
-            del ctx
-            *targets, tile, rank = args
-            fours = np.split(tile.registers.reshape(-1, 2), len(targets))
-            for target, part in zip(targets, fours, strict=True):
-                start = _address_in(rank.registers.item(), target, _own_four(), 4)
-                for j, pairs in enumerate(part):
-                    four = [vector.extract(pair, [], [i]) for pair in pairs for i in range(2)]
-                    _store_to_peer(f"v4.f32 [$0 + {2048 * j}], {{$1, $2, $3, $4}}", start, *four)
-
-        send(*refs, value, peer)
-
-    def received_tile(self, refs, through, shape) -> jax.Array:
-        if self.interpreting:
-            return through[...]
-        of_ref = plgpu.RefType(WGMMA_OPERAND)
-
-        @plgpu.inline_mgpu(
-            arg_types=tuple(of_ref for _ in refs),
-            return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, plgpu.Layout.WGMMA),
-        )
-        def load(ctx, *sources):
-            del ctx
-            f32 = ir.F32Type.get()
-            blocks = shape[1] // 8 // len(sources)
-            registers = []
-            for source in sources:
-                start = mgpu.utils.getelementptr(_shared(source), [_own_four()], f32)
-                for j in range(blocks):
-                    place = mgpu.utils.getelementptr(start, [512 * j], f32)
-                    four = llvm.load(ir.VectorType.get((4,), f32), place, alignment=16)
-                    registers += [vector.shuffle(four, four, pair) for pair in ([0, 1], [2, 3])]
-            return array_of(registers, shape, mgpu.WGMMA_LAYOUT)
-
-        return load(*refs)
-
-    def send_rows(self, ref, through, value, peer) -> None:
-        """One value a row, as ROWS, to this SMEM ref of CTA `peer`; for `received_rows`."""
-        if self.interpreting:
-            through[...] = value
-            return
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ROWS, _SCALAR))
-        def send(ctx, target, rows, rank):
-            del ctx
-            row, _ = place_in_tile()
-            start = _address_in(rank.registers.item(), target, row, 4)
-            for i, register in enumerate(rows.registers.flat):
-                one = vector.extract(register, [], [0]) if _is_vector(register) else register
-                _store_to_peer(f"f32 [$0 + {32 * i}], $1", start, one)
-
-        send(ref, value, peer)
-
-    def received_rows(self, ref, through) -> jax.Array:
-        return through[...] if self.interpreting else self.load_rows(ref)
-
-    def fence_cluster(self) -> None:
-        """Between what this thread has written and a barrier of the cluster, and after its wait."""
-        if self.interpreting:
-            return
-
-        @plgpu.inline_mgpu()
-        def fence(ctx):
-            del ctx
-            llvm.inline_asm(
-                ir.Type.parse("!llvm.void"), [], "fence.acq_rel.cluster;", "", has_side_effects=True
-            )
-
-        fence()
 
     def any_less(self, a, b) -> jax.Array:
         """One flag for the warpgroup: does any row have a < b?"""
@@ -538,7 +428,7 @@ class Backend:
 
         @plgpu.inline_mgpu(
             arg_types=(_THREADS,),
-            return_type=plgpu.ShapeDtypeStruct((), jnp.int32, _SCALAR),
+            return_type=plgpu.ShapeDtypeStruct((), jnp.int32, SCALAR),
         )
         def vote(ctx, x):
             del ctx
@@ -641,7 +531,7 @@ class Backend:
         publishes: only once the other CTAs can see all that this warpgroup has written.
         """
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR))
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, SCALAR))
         def count(ctx, target, place, wrap):
             del ctx
             if publishes:
@@ -660,7 +550,7 @@ class Backend:
     def wait_for(self, counters, index, count) -> None:
         """Until counters[index] >= count; then sees what others wrote before they counted."""
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR))
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, SCALAR))
         def wait(ctx, target, place, wanted):
             del ctx
             _one_thread(
