@@ -1,7 +1,7 @@
 """Times tile plans of the Hopper kernels and writes the best: python -m experiments.tune_hopper
 
 Runs on the GPU it tunes for. For each class of query rows in pallas_kernels/hopper/tuned.json (or
-those named: `tune_hopper 16 any int8-16`) every plan that fits is timed on three workloads, in turn
+those named: `tune_hopper 16 any int8-16`) every plan that fits is timed on some workloads, in turn
 with the plan in the table; first the sizes, then what a piece of a split, and cutting at all, are
 taken to cost. The table is changed where the geometric mean of the times falls by more than GAIN.
 """
@@ -22,16 +22,23 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels.hopper
-from experiments.timing import Burst, decode_rates, jax_burst, measure, rotating_block_tables
+from experiments.decode_bench import SCALE, Inputs, Pool, Setup, Work, cache_struct, errors_of
+from experiments.shapes import Shape
+from experiments.timing import Burst, ModelProgram, compile_model, measure
 from mla_jax.hal import TilePlanError
 from pallas_kernels.hopper.tuning import few_tokens, plan_of, tuned
 
 Entry = dict[str, Any]
 Timer = Callable[[Sequence[Entry], int], list[list[float]]]
 
-WORKLOADS = ((64, 1024), (128, 4096), (4, 16384))  # requests, tokens of each
+WORKLOADS = (  # requests, tokens of each, whether all have as many
+    (64, 1024, "uniform"),
+    (64, 1024, "varlen"),
+    (128, 4096, "uniform"),
+    (128, 4096, "varlen"),
+    (4, 16384, "uniform"),
+)
 ANY_ROWS = 128  # timed for the class of all other rows
-PAGE_SIZE = 64
 GAIN = 0.01  # less is noise
 DEPTHS = ((2, 2, 2), (2, 2, 3), (3, 2, 3), (3, 3, 3))
 REGISTERS = ((240, 24), (232, 40))
@@ -51,6 +58,7 @@ OVERHEADS = {
     "roles_int8": MORE_BLOCKS,
 }
 MERGE_OVERHEADS = (0, 4, 8)  # blocks
+OVERHEADS_OF = "split_overhead", "merge_overhead"
 
 
 def name_of(entry: Entry) -> str:
@@ -71,12 +79,10 @@ def sizes(entry: Entry) -> Iterator[Entry]:
 def overheads(entry: Entry) -> Iterator[Entry]:
     """The entry with other costs of a piece; the entry itself first."""
     yield entry
-    for blocks in OVERHEADS[entry["kernel"]]:
-        if blocks != entry["split_overhead"]:
-            yield entry | {"split_overhead": blocks}
-    for blocks in MERGE_OVERHEADS:
-        if blocks != entry["merge_overhead"]:
-            yield entry | {"merge_overhead": blocks}
+    choices = itertools.product(OVERHEADS[entry["kernel"]], MERGE_OVERHEADS)
+    for candidate in (entry | dict(zip(OVERHEADS_OF, each, strict=True)) for each in choices):
+        if candidate != entry:
+            yield candidate
 
 
 def fits(entry: Entry) -> bool:
@@ -103,54 +109,91 @@ def tune(entry: Entry, time_all: Timer) -> Entry:
         if score[fastest] > score[0] * (1 - GAIN):
             fastest = 0
         best, us = found[fastest], times[fastest]
-    timed = {f"{b} x {kv}": round(t, 2) for (b, kv), t in zip(WORKLOADS, us, strict=True)}
-    return best | {"timed": timed}
+    names = [f"{b} x {'~' * (kind == 'varlen')}{kv}" for b, kv, kind in WORKLOADS]
+    return best | {"timed": {n: round(t, 2) for n, t in zip(names, us, strict=True)}}
 
 
-def time_on_gpu(entries: Sequence[Entry], rows: int) -> list[list[float]]:
-    """Microseconds of each entry on each workload, back to back, KV from memory."""
-    columns = [_time_workload(entries, rows, batch, kv_len) for batch, kv_len in WORKLOADS]
-    return [list(times) for times in zip(*columns, strict=True)]
+class GpuStopwatch:
+    """Back to back through a model's layers, KV from memory, the plan made before, as it is once a
+    step. What differs in the plan alone is one program. A wrong result is an error."""
 
+    def __init__(self) -> None:
+        self.setup = Setup.here(0, 512, 64, 0)
+        self.programs: dict[tuple, ModelProgram] = {}
 
-def _time_workload(entries: Sequence[Entry], rows: int, batch: int, kv_len: int) -> list[float]:
-    from pallas_kernels.hopper.attention import attend
-    from pallas_kernels.hopper.int8 import attend_int8
+    def __call__(self, entries: Sequence[Entry], rows: int) -> list[list[float]]:
+        """Microseconds of each entry on each workload."""
+        dtype = "int8" if entries[0].get("cache") == "int8" else "bf16"
+        shapes = [Shape(b, dtype, rows, 1, 64, kind, kv) for b, kv, kind in WORKLOADS]
+        times: dict[Shape, list[float]] = {}
+        for batch in dict.fromkeys(shape.batch for shape in shapes):
+            times |= self._time([shape for shape in shapes if shape.batch == batch], entries)
+        return [list(each) for each in zip(*(times[shape] for shape in shapes), strict=True)]
 
-    narrow = entries[0].get("cache") == "int8"
-    token_bytes = 644 if narrow else 1152
-    tables, num_pages = rotating_block_tables(
-        [kv_len] * batch, page_size=PAGE_SIZE, token_bytes=token_bytes
-    )
-    keys = jax.random.split(jax.random.key(0))
-    q = jax.random.normal(keys[1], (batch, rows, 576), jnp.bfloat16)
-    lens, queries = jnp.full(batch, kv_len, jnp.int32), jnp.ones(batch, jnp.int32)
-    options: dict[str, Any] = {"num_heads": rows, "softmax_scale": 192**-0.5, "causal": True}
-    attention: Callable[..., Any]
-    cache: tuple[jax.Array, ...]
-    if narrow:
-        attention = attend_int8
-        cache = (
-            jax.random.randint(keys[0], (num_pages, PAGE_SIZE, 512), -127, 128, jnp.int8),
-            jax.random.normal(keys[0], (num_pages, PAGE_SIZE, 64), jnp.bfloat16),
-            jnp.full((num_pages, PAGE_SIZE), 1 / 74, jnp.float32),
+    def _time(self, shapes: list[Shape], entries: Sequence[Entry]) -> dict[Shape, list[float]]:
+        """Of shapes that differ in their lengths alone."""
+        pool = Pool.of(shapes, self.setup)
+        work = Work(shapes[0], pool, self.setup)
+        wanted = {(work.row, _kernel_of(entry)): entry for entry in entries}
+        new = {key: entry for key, entry in wanted.items() if key not in self.programs}
+        with ThreadPoolExecutor(os.cpu_count() or 1) as executor:  # (most of it isn't Python)
+            compiled = executor.map(lambda e: self._compile(e, work, shapes), new.values())
+            self.programs |= zip(new, compiled, strict=True)
+        layers = pool.fill(self.setup)
+        found = {}
+        for shape in shapes:
+            inputs = Inputs.make(shape, self.setup, layers, work.capacity)
+            tables, oracle = jnp.asarray(inputs.tables), None
+            bursts: dict[str, Burst] = {}
+            for i, entry in enumerate(entries):
+                program = self.programs[work.row, _kernel_of(entry)]
+                shared = tables, inputs.seq_lens, jax.jit(_planner(entry, shape))(inputs.seq_lens)
+                oracle = oracle or inputs.oracle((program.launches - 1) % len(layers))
+                output = program.last_output(inputs.q, layers, shared)
+                if not errors_of(output, oracle, shape.dtype)["correct"]:
+                    raise RuntimeError(f"{shape.label}: wrong with {json.dumps(entry)}")
+                bursts[str(i)] = program.burst(inputs.q, layers, shared)
+            timings = measure(bursts, rounds=self.setup.rounds, pause=self.setup.pause)
+            found[shape] = [timings[str(i)].us for i in range(len(entries))]
+            print(f"  {shape.label}: {np.round(found[shape], 1)} us", flush=True)
+        return found
+
+    def _compile(self, entry: Entry, work: Work, shapes: Sequence[Shape]) -> ModelProgram:
+        from pallas_kernels.hopper.attention import attend
+        from pallas_kernels.hopper.int8 import attend_int8
+
+        rows, struct = work.row.heads, cache_struct(work.pool, work.row.page_size, self.setup)
+        attention: Callable[..., Any] = attend_int8
+        if work.pool.dtype == "bf16":
+            attention = functools.partial(attend, kv_lora_rank=self.setup.kv_lora_rank)
+        options = {"num_heads": rows, "softmax_scale": SCALE, "causal": True}
+
+        def step(q: jax.Array, layer: dict[str, jax.Array], shared: tuple) -> Any:
+            tables, seq_lens, plan = shared
+            cache = [x.reshape(getattr(struct, name).shape) for name, x in layer.items()]
+            o, lse = attention(
+                q.reshape(len(q), rows, -1), *cache, tables, seq_lens, None, plan,
+                tiles=plan_of(entry), **options,
+            )  # fmt: skip
+            return o[:, None], lse[:, None]
+
+        layers = [work.pool.structs(self.setup)] * work.pool.layers
+        plan = jax.eval_shape(_planner(entry, work.row), work.seq_lens)
+        shared = work.tables, work.seq_lens, plan
+        return compile_model(
+            step, work.q, layers, shared, passes=work.passes(shapes, work.pool.layers)
         )
-    else:
-        attention = functools.partial(attend, kv_lora_rank=512)
-        cache = (jax.random.normal(keys[0], (num_pages, PAGE_SIZE, 576), jnp.bfloat16),)
-    calls = [(q, *cache, jnp.asarray(table), lens, queries) for table in tables]
 
-    def burst(entry: Entry) -> Burst:
-        run = functools.partial(attention, plan=None, **(options | {"tiles": plan_of(entry)}))
-        return jax_burst(run, calls)
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as executor:  # (most of compiling isn't Python)
-        bursts = {str(i): made for i, made in enumerate(executor.map(burst, entries))}
-    timings = measure(bursts, rounds=7)
-    times = [timings[str(i)].us for i in range(len(entries))]
-    _, gb_per_s = decode_rates(min(times), [kv_len] * batch, heads=rows, token_bytes=token_bytes)
-    print(f"  {batch} x {kv_len}, {rows} rows: {np.round(times, 1)} us, best {gb_per_s:.0f} GB/s")
-    return times
+def _kernel_of(entry: Entry) -> str:
+    """What entries that differ in their plans alone have in common."""
+    return json.dumps({k: v for k, v in entry.items() if k not in (*OVERHEADS_OF, "timed")})
+
+
+def _planner(entry: Entry, shape: Shape) -> Callable[[jax.Array], Any]:
+    from pallas_kernels.hopper.attention import plan_decode
+
+    return functools.partial(plan_decode, rows=shape.heads, tiles=plan_of(entry))
 
 
 def write_table(path: Path, classes: Sequence[Entry], device: str | None) -> None:
@@ -162,7 +205,8 @@ def write_table(path: Path, classes: Sequence[Entry], device: str | None) -> Non
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def main(names: Sequence[str], time_all: Timer = time_on_gpu, path: Path | None = None) -> None:
+def main(names: Sequence[str], time_all: Timer | None = None, path: Path | None = None) -> None:
+    time_all = time_all or GpuStopwatch()
     path = path or Path(pallas_kernels.hopper.__path__[0]) / "tuned.json"
     device = jax.devices()[0].device_kind
     classes = list(tuned())

@@ -2,12 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import tune_hopper
+from mla_jax import PagedKVCache, paged_mla_attention
 from mla_jax.hal import PROFILES, Problem, TilePlanError, plan_tiles
+from pallas_kernels.hopper import attention
 from pallas_kernels.hopper.tuning import (
     choose_tile_plan,
     few_tokens,
@@ -142,7 +145,7 @@ def test_tuning_takes_the_fastest_and_nothing_for_noise(tmp_path) -> None:
             1.0 - 0.1 * (entry["depths"][0] == 3) - 0.005 * (entry["split_overhead"] == 1)
             for entry in entries
         ]
-        return [[10.0 * f, 100.0 * f, 7.0 * f] for f in factors]
+        return [[10.0 * f, 12.0 * f, 100.0 * f, 120.0 * f, 7.0 * f] for f in factors]
 
     path = tmp_path / "tuned.json"
     tune_hopper.main(["16"], stopwatch, path)
@@ -152,9 +155,40 @@ def test_tuning_takes_the_fastest_and_nothing_for_noise(tmp_path) -> None:
     changed = table["classes"][1]
     assert changed["depths"][0] == 3
     assert changed["split_overhead"] == tuned()[1]["split_overhead"]
-    assert changed["timed"] == {"64 x 1024": 9.0, "128 x 4096": 90.0, "4 x 16384": 6.3}
+    assert changed["timed"] == {
+        "64 x 1024": 9.0, "64 x ~1024": 10.8, "128 x 4096": 90.0, "128 x ~4096": 108.0,
+        "4 x 16384": 6.3,
+    }  # fmt: skip
     assert [c for i, c in enumerate(table["classes"]) if i != 1] == [
         c for i, c in enumerate(tuned()) if i != 1
     ]
     with pytest.raises(SystemExit, match=r"class '17', wanted 8, .*, any, int8-8, int8-16"):
         tune_hopper.main(["17"], stopwatch, path)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_the_stopwatch_checks_what_it_times(monkeypatch, right: bool) -> None:
+    """With a kernel that runs anywhere."""
+
+    def attend(q, pages, tables, seq_lens, query_lens, plan, **options):
+        assert options["tiles"].rows_per_tile == plan.rows_per_tile == 16
+        cache = PagedKVCache(pages, options["kv_lora_rank"], 64, 64, "ND")
+        o, lse = paged_mla_attention(
+            q[:, None], cache, tables, seq_lens, softmax_scale=options["softmax_scale"]
+        )
+        return o[:, 0] * (1.0 if right else 1.1), lse[:, 0]
+
+    monkeypatch.setattr(attention, "attend", attend)
+    monkeypatch.setattr(attention, "num_sms", lambda: 132)
+    monkeypatch.setattr(
+        tune_hopper, "WORKLOADS", ((2, 100, "uniform"), (2, 100, "varlen"), (1, 64, "uniform"))
+    )
+    entries = list(tune_hopper.overheads(tuned()[1]))[:2]
+    stopwatch = tune_hopper.GpuStopwatch()
+    if right:
+        times = stopwatch(entries, 16)
+        assert np.shape(times) == (2, 3)
+        assert np.min(times) > 0
+    else:
+        with pytest.raises(RuntimeError, match=r"16 heads, .* 2 x 100, .*: wrong with .*split"):
+            stopwatch(entries, 16)
