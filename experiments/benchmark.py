@@ -81,7 +81,9 @@ def run(options: Options, output: Output) -> Outcome:
     setup = Setup.here(options.memory_gib, options.kv_lora_rank, options.rope_dim, options.seed)
     reason: str | None = "nothing was run"
     if options.collect:
-        journal, left = collected(output, rows, name)
+        journal = collected(output)
+        who_ran = sorted({who for _, who in journal.rows} - set(PEERS))
+        left = missing(journal, tasks_of(rows, [contender(who) for who in who_ran], name))
     else:
         tasks = tasks_of(rows, contenders_of(options.implementations), name)
         journal = Journal.open(output.path("rows.jsonl"))
@@ -111,14 +113,16 @@ def run(options: Options, output: Output) -> Outcome:
     )
 
 
-def collected(output: Output, rows: Sequence[Shape], preset: str) -> tuple[Journal, int]:
-    """What the folder holds, and how many tasks of those who ran there are missing."""
+def collected(output: Output) -> Journal:
+    """What the folder holds."""
     if not (output.folder / "rows.jsonl").exists():
         raise InputError(f"--collect: there is no rows.jsonl in {output.folder}")
-    journal = Journal.open(output.path("rows.jsonl"), skipped=True)
-    names = {name for _, name in journal.rows} - set(PEERS)
-    tasks = tasks_of(rows, [contender(name) for name in sorted(names)], preset)
-    return journal, sum((row, who.name) not in journal.rows for row, who in tasks)
+    return Journal.open(output.path("rows.jsonl"), skipped=True)
+
+
+def missing(journal: Journal, tasks: Iterable[Task]) -> int:
+    """How many of tasks it has not."""
+    return sum((row, who.name) not in journal.rows for row, who in tasks)
 
 
 def filtered(rows: Iterable[Shape], options: Options) -> list[Shape]:

@@ -2,14 +2,22 @@
 
     python -m experiments.launch --experiment=kernel_bench --output_dir=out
 
-Machinery, columns and resuming are those of `benchmark`. It runs on an H100 or H200 only.
+Machinery, columns, resuming and --collect are those of `benchmark`. It needs an H100 or H200.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 
 from experiments import peers
-from experiments.benchmark import finished, markdown, measured_ceilings, show, write_csv
+from experiments.benchmark import (
+    collected,
+    finished,
+    markdown,
+    measured_ceilings,
+    missing,
+    show,
+    write_csv,
+)  # fmt: skip
 from experiments.best_when import PEERS
 from experiments.console import show_table
 from experiments.decode_bench import Contender, Setup, contender
@@ -39,6 +47,7 @@ class Options:
     seconds: float = flag(0.0, "begin nothing new after as many; 0: no limit", lower_bound=0)
     memory_gib: float = flag(0.0, "for caches; 0: six tenths of the device's", lower_bound=0)
     seed: int = flag(0, "of all random numbers")
+    collect: bool = flag(False, "run nothing: the result of the rows that the folder has")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +99,6 @@ BARS = (
 
 
 def run(options: Options, output: Output) -> Outcome:
-    reason = IMPLEMENTATIONS[KERNEL].unavailable(None)
-    if reason is not None:
-        raise InputError(f"kernel_bench runs the implementation {KERNEL!r}: {reason}")
     variants = [variant(name) for name in options.variants or VARIANTS]
     rows = preset(options.preset)
     # On other pages the options cost what they cost on pages of 64.
@@ -102,10 +108,17 @@ def run(options: Options, output: Output) -> Outcome:
         for who in [*variants[:1], *(variants[1:] if row.page_size == 64 else ())]
     ] + [(row, contender("jnp")) for row in rows if row.page_size == 64 and row.dtype == "bf16"]
     setup = Setup.here(options.memory_gib, 512, 64, options.seed)
-    journal = Journal.open(output.path("rows.jsonl"))
-    runner = Runner(setup, journal, options.seconds)
-    journal.begin(measured_ceilings())
-    left = runner.run(tasks, options.peers if peers.unavailable() is None else ())
+    if options.collect:
+        journal = collected(output)
+        left = missing(journal, tasks)
+    else:
+        reason = IMPLEMENTATIONS[KERNEL].unavailable(None)
+        if reason is not None:
+            raise InputError(f"kernel_bench runs the implementation {KERNEL!r}: {reason}")
+        journal = Journal.open(output.path("rows.jsonl"))
+        runner = Runner(setup, journal, options.seconds)
+        journal.begin(measured_ceilings())
+        left = runner.run(tasks, options.peers if peers.unavailable() is None else ())
     table = with_pages(finished(journal, setup))
     show(table)
     bars, costs = bar_rows(table), cost_rows(table)

@@ -391,6 +391,9 @@ class TestKernelBench:
         assert [cost["options"] for cost in result["costs"]] == ["xla multiply", "xla exponent_add"]
         assert result["costs"][0]["time_most"] == 1
         assert {bar["met"] for bar in result["bars"]} == {None}
+        status, again = run(tmp_path, "--collect", name="kernel_bench")
+        assert (status, again["left"]) == (0, 2)  # with the variants that were not asked for
+        assert (again["rows"], again["costs"]) == (result["rows"], result["costs"])
 
     def test_bars_take_the_worst_row(self):
         def row(us, **shape):

@@ -37,6 +37,8 @@ RESULTS = BENCHMARKS / "results"
 MEASURED = BENCHMARKS / "measured"  # CARD_decode.json: beside peers, in one process
 # A folder of benchmarks, with one an experiment, and what JAX calls the card that it is of.
 CARDS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
+BESIDE = ("flashmla", "flashinfer_fa3")
+COLUMNS = ("us", "us_separated")
 TAKEN = ("result.json", "*.csv", "*.png")
 
 
@@ -135,26 +137,36 @@ def split_kv() -> str:
     return table(["batch", *planners], [[batch, *row.values()] for batch, row in rows.items()])
 
 
+def beside_peers(card: str) -> dict[Shape, dict[str, dict[str, Any]]]:
+    """Rows by who ran it, of pages of 64."""
+    shapes: dict[Shape, dict[str, dict[str, Any]]] = {}
+    for row in json.loads((MEASURED / f"{card}_decode.json").read_text())["rows"]:
+        shape = Shape.of(row | {"dtype": "bf16"})
+        if shape.page_size == 64:
+            shapes.setdefault(shape, {})[row["variant"]] = row
+    return shapes
+
+
+def fastest(found: dict[str, dict[str, Any]], column: str) -> float:
+    """Of the peers, in that column."""
+    return min(found[name][column] for name in BESIDE)
+
+
 def decode(card: str) -> str:
     """Our kernels beside the CUDA peers, as measured in one process on one card."""
-    shapes: dict[tuple, dict[str, Any]] = {}
-    for row in json.loads((MEASURED / f"{card}_decode.json").read_text())["rows"]:
-        shape = tuple(row[key] for key in ("lengths", "batch", "kv_len", "heads", "s_q"))
-        if row["page_size"] == 64:
-            shapes.setdefault(shape, {})[row["variant"]] = row
     rows = []
-    for (lengths, batch, kv_len, heads, s_q), found in sorted(
-        shapes.items(), key=lambda item: (item[0][3] * item[0][4], item[0][1], item[0][2])
+    for shape, found in sorted(
+        beside_peers(card).items(),
+        key=lambda item: (item[0].heads * item[0].s_q, item[0].batch, item[0].kv_len),
     ):
         ours = found["hopper"]
-        peers = [found[name] for name in ("flashmla", "flashinfer_fa3")]
-        cells = [f"{x['us']:.1f} / {x['us_separated']:.1f}" for x in (ours, *peers)]
-        ratio = [
-            f"{min(peer[key] for peer in peers) / ours[key]:.2f}" for key in ("us", "us_separated")
-        ]
-        ragged = "ragged " if lengths == "varlen" else ""
-        shape = f"{heads} heads, {s_q} token{'s' * (s_q > 1)}, {batch} x {ragged}{kv_len}"
-        rows.append([shape, *cells, " / ".join(ratio), f"{ours['gb_per_s']:,.0f}"])
+        each = (ours, *(found[name] for name in BESIDE))
+        cells = [f"{x['us']:.1f} / {x['us_separated']:.1f}" for x in each]
+        ratio = [f"{fastest(found, key) / ours[key]:.2f}" for key in COLUMNS]
+        ragged = "ragged " if shape.lengths == "varlen" else ""
+        tokens = f"{shape.s_q} token{'s' * (shape.s_q > 1)}"
+        name = f"{shape.heads} heads, {tokens}, {shape.batch} x {ragged}{shape.kv_len}"
+        rows.append([name, *cells, " / ".join(ratio), f"{ours['gb_per_s']:,.0f}"])
     header = ["bf16, page size 64", "ours, us", "FlashMLA", "FlashInfer fa3"]
     return table([*header, "speed against the better peer", "our GB/s"], rows)
 
@@ -188,20 +200,26 @@ def int8_beside_bf16(card: str) -> str:
 
 
 def bars(card: str) -> str:
-    """What the project wants of the bf16 kernels, and the grid's worst row of each.
+    """What the project wants of the bf16 kernels, and the worst row of each.
 
-    Where the grid has no jnp, for two tokens, `kernel_bench` has some.
+    Against peers: of the call that ran both. The rest of `kernel_bench`, and what it did not run of
+    the grid.
     """
-    jnp = "speed_over_jnp"
-    rows = with_pages(result_of(card, "benchmark")["rows"])
-    known = {Shape.of(row) for row in rows if row["implementation"] == KERNEL and row.get(jnp)}
-    rows += [
-        dataclasses.asdict(Shape.of(row)) | {"implementation": KERNEL, jnp: row[jnp]}
-        for row in result_of(card, "kernel_bench")["rows"]
-        if row["implementation"] == variant("multiply").name
-        and row.get(jnp)
-        and Shape.of(row) not in known
-    ]
+    rows: list[dict[str, Any]] = []
+    for shape, found in beside_peers(card).items():
+        ours = found["hopper"]
+        rates = {"gb_per_s": ours["gb_per_s"]}
+        rates |= {f"speed_over_peer_{key}": fastest(found, key) / ours[key] for key in COLUMNS}
+        rows.append(dataclasses.asdict(shape) | {"implementation": KERNEL} | rates)
+    known = set()
+    for experiment, name in (("kernel_bench", variant("multiply").name), ("benchmark", KERNEL)):
+        for row in with_pages(result_of(card, experiment)["rows"]):
+            shape = dataclasses.asdict(Shape.of(row))
+            for column in ("speed_over_jnp", "speed_over_page_64"):
+                key = column, *shape.values()
+                if row["implementation"] == name and row.get(column) and key not in known:
+                    known.add(key)
+                    rows.append(shape | {"implementation": KERNEL, column: row[column]})
     lines = []
     for bar in bar_rows(rows, KERNEL):
         if bar["met"] is None:
