@@ -29,7 +29,6 @@ L2_BYTES = 60 << 20  # of an H200
 MOST_REPEATS = 512  # that `measure` goes up to where noise hides the work
 # Independent launches of a graph must not run side by side.
 ONE_AFTER_THE_OTHER = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
-NO_GRAPH = {"xla_gpu_enable_command_buffer": ""}
 
 
 @dataclass(frozen=True)
@@ -109,53 +108,6 @@ def measure(
     if all(repeats[name] >= MOST_REPEATS for name in lost):
         raise RuntimeError(f"lost in noise, at {MOST_REPEATS} repeats: {', '.join(lost)}")
     return measure(bursts, rounds=rounds, seconds=4 * seconds, pause=pause)
-
-
-def jax_burst(
-    function: Callable[..., Any],
-    calls: Sequence[tuple],
-    *,
-    cycles: int = 1,
-    separated: bool = False,
-    compiler_options: Mapping[str, str] = ONE_AFTER_THE_OTHER,
-) -> Burst:
-    """One program that goes `cycles` times through `calls`: `function(*call)` for each, in order.
-
-    The whole burst is one executable, so that no host stands between its launches. Two small
-    kernels a cycle tie it to the one before; XLA would run the calls once otherwise.
-
-    Args:
-        function: anything that `jax.jit` takes; its first output must be floating point. Large
-            arrays belong into `calls`: what it closes over becomes a constant of the program.
-        calls: arguments, pytrees of JAX arrays of one structure; no two may hold the same arrays
-            throughout, or XLA would compute them once (rotate block tables, for instance).
-        separated: put a small kernel between calls that makes each wait for the one before.
-        compiler_options: NO_GRAPH launches kernel after kernel instead of a CUDA graph.
-    """
-    structure = jax.tree.structure(calls[0])
-    distinct: dict[int, jax.Array] = {id(x): x for x in jax.tree.leaves(calls)}
-    rows = [tuple(map(id, jax.tree.leaves(call))) for call in calls]
-    if len(set(rows)) < len(rows):
-        raise ValueError(f"{len(rows)} calls, but only {len(set(rows))} of them are different")
-    smallest = min(range(len(rows[0])), key=lambda i: distinct[rows[0][i]].size)
-    step = jax.jit(function)
-
-    def program(arrays: dict[int, jax.Array]) -> jax.Array:
-        def cycle(_: jax.Array, last: jax.Array) -> jax.Array:
-            link, firsts = last, []
-            for row in rows:
-                leaves = [arrays[i] for i in row]
-                leaves[smallest] += (link != link).astype(leaves[smallest].dtype)
-                output = jax.tree.leaves(step(*jax.tree.unflatten(structure, leaves)))[0]
-                firsts.append(output[(0,) * output.ndim].astype(jnp.float32))
-                if separated:
-                    link = firsts[-1]
-            return jnp.stack(firsts).sum()
-
-        return jax.lax.fori_loop(0, cycles, cycle, jnp.float32(0))
-
-    compiled = jax.jit(program).lower(distinct).compile(compiler_options=dict(compiler_options))
-    return _asynchronous(compiled, (distinct,), len(rows) * cycles)
 
 
 def _asynchronous(compiled: Callable[..., Any], arguments: tuple, launches: int) -> Burst:
@@ -259,36 +211,6 @@ def torch_burst(
             graph.replay()
 
     return Burst(launches * cycles, enqueue, torch.cuda.synchronize)
-
-
-def rotating_block_tables(
-    seq_lens: Sequence[int],
-    *,
-    page_size: int,
-    token_bytes: int,
-    min_launches: int = 12,
-    max_launches: int = 128,
-    seed: int = 0,
-) -> tuple[list[np.ndarray], int]:
-    """Block tables for a burst that finds none of its KV in L2.
-
-    Returns:
-        Tables [B, max_pages] int32, one a launch, in random page order over as many copies of the
-        KV as make 4 times L2 (or as many as `max_launches` allows), and the pages that they need.
-    """
-    pages = [-(-length // page_size) for length in seq_lens]
-    copies = max(2, math.ceil(4 * L2_BYTES / max(1, sum(pages) * page_size * token_bytes)))
-    launches = min(max(copies, min_launches), max_launches)
-    copies = min(copies, launches)
-    order = np.random.default_rng(seed).permutation(copies * sum(pages)).astype(np.int32)
-    tables = []
-    for launch in range(launches):
-        table = np.zeros((len(pages), max(1, *pages)), np.int32)
-        copy = order[launch % copies :: copies]
-        for row, stop, count in zip(table, np.cumsum(pages), pages, strict=True):
-            row[:count] = copy[stop - count : stop]
-        tables.append(table)
-    return tables, copies * sum(pages)
 
 
 def decode_rates(

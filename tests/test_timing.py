@@ -87,41 +87,6 @@ def test_noise_larger_than_the_work(work, lost, monkeypatch):
         assert 0 < timing.measure({"a": burst}, rounds=3, pause=0.0)["a"].us < 1000
 
 
-@pytest.mark.parametrize("separated", [False, True])
-def test_a_jax_burst_runs_every_call(separated):
-    seen = []
-
-    def function(x, tables):
-        jax.debug.callback(lambda table: seen.append(int(table[0])), tables["table"])
-        return x[tables["table"]] * 2.0
-
-    x = jnp.arange(8.0)
-    calls = [(x, {"table": jnp.full(3, i)}) for i in range(4)]
-    burst = timing.jax_burst(function, calls, cycles=3, separated=separated)
-    assert burst.launches == 12
-    burst.run(2)
-    jax.effects_barrier()
-    assert sorted(seen) == sorted([0, 1, 2, 3] * 6)
-
-
-@pytest.mark.parametrize(("separated", "steps"), [(False, [0, 1, 2]), (True, [0, 2, 3])])
-def test_a_separated_burst_is_a_chain(separated, steps):
-    """The link adds (output is NaN) to the next call's smallest array: here it shows."""
-    seen = []
-
-    def function(x, i):
-        jax.debug.callback(lambda i: seen.append(int(i)), i)
-        return jnp.where(i != 1, jnp.nan, x)
-
-    x = jnp.ones(4)
-    burst = timing.jax_burst(
-        function, [(x, jnp.full((), i)) for i in range(3)], separated=separated
-    )
-    burst.run(1)
-    jax.effects_barrier()
-    assert sorted(seen) == steps
-
-
 @pytest.mark.parametrize(
     ("separated", "wanted"),
     [(False, [(0, 1), (0, 2), (1, 1), (1, 2)]), (True, [(0, 1), (0, 2), (1, 2), (1, 3)])],
@@ -148,30 +113,6 @@ def test_a_model_program_ties_its_launches_by_q(separated, wanted):
     assert sorted(seen) == sorted(wanted * 3)
 
 
-def test_equal_calls_are_refused():
-    x = jnp.ones(4)
-    with pytest.raises(ValueError, match="3 calls, but only 1"):
-        timing.jax_burst(jnp.sin, [(x,)] * 3)
-
-
-def test_rotating_block_tables():
-    seq_lens, page_size, token_bytes = [1, 0, 65, 640], 64, 1152
-    tables, num_pages = timing.rotating_block_tables(
-        seq_lens, page_size=page_size, token_bytes=token_bytes
-    )
-    assert len(tables) == 128
-    used = [
-        page
-        for table in tables
-        for row, length in zip(table, seq_lens, strict=True)
-        for page in row[: -(-length // page_size)]
-    ]
-    assert sorted(used) == list(range(num_pages))
-    tables, num_pages = timing.rotating_block_tables([65536] * 8, page_size=64, token_bytes=1152)
-    assert (len(tables), num_pages) == (12, 2 * 8 * 1024)
-    assert all(np.array_equal(tables[i], tables[i + 2]) for i in range(10))
-
-
 @pytest.mark.parametrize(
     ("batch", "kv_len", "heads", "seq_q", "us", "tflops", "gb_per_s"),
     [
@@ -194,8 +135,9 @@ def test_ceilings_are_rates():
 
 
 def test_the_profiler_sees_no_gpu_here():
-    burst = timing.jax_burst(jnp.sin, [(jnp.full(4, i, jnp.float32),) for i in range(2)])
-    assert timing.kernel_times(burst) == {}
+    arguments = (jnp.ones(4), [jnp.ones(4)] * 2, jnp.ones(4))
+    program = timing.compile_model(lambda q, layer, shared: q * layer + shared, *arguments)
+    assert timing.kernel_times(program.burst(*arguments)) == {}
 
 
 def test_a_graph_keeps_what_it_reads(monkeypatch):
