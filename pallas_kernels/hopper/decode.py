@@ -320,7 +320,7 @@ def decode(
                 return alpha
 
             def publish(slot, turn, p, m):
-                kv_t.at[slot].at[:, pl.ds(0, BLOCK)][...] = p.astype(dtype)
+                kv_t.at[slot].at[:, pl.ds(0, BLOCK)][...] = p
                 m_smem.at[slot][...] = m
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(p_ready.at[turn])
@@ -388,9 +388,10 @@ def decode(
                         s = masked(s, record, block)
                     m_new = raised(m, s.max(axis=1))
                     p = jnp.exp2(s - across(m_new))
-                    publish(slot, turn, p, m_new)
+                    half_p = p.astype(dtype)
+                    publish(slot, turn, half_p, m_new)
                     alpha = rescale_to(o_acc, m, m_new)
-                    multiply(o_acc, slot)
+                    g.mma(o_acc, half_p, v.at[slot])
                     norm = norm * alpha + p.sum(axis=1)
                     g.wait_mma(0)
                     release(slot)
@@ -421,11 +422,12 @@ def decode(
                     m0, norm = others(carry, s0, s0)
                     m1 = raised(m0, top)
                     p = jnp.exp2(s - across(m1))
-                    publish(s1, s1, p, m1)
+                    half_p = p.astype(dtype)
+                    publish(s1, s1, half_p, m1)
                     g.wait_mma(0)
                     release(s0)
                     norm = norm * rescale_to(o_acc, m0, m1) + p.sum(axis=1)
-                    multiply(o_acc, s1)
+                    g.mma(o_acc, half_p, v.at[s1])
                     g.wait_mma(0)
                     release(s1)
                     return m1, norm
