@@ -119,7 +119,7 @@ def test_pairs_of_workers_interpreted(seq_lens, shape, workers, rescale, lost):
     batch = HopperBatch(np.random.default_rng(seq_lens[0]), seq_lens, **shape)
     rows = batch.q.shape[1] * batch.q.shape[2]
     plan = plan_splits(batch.seq_lens, num_workers=workers, rows=rows, overhead=1)
-    shared = records(plan, in_pairs=True)[1][:, SLOT] < -1
+    shared = records(plan, "in_pairs")[1][:, SLOT] < -1
     assert shared.sum() == workers  # all of them share a tile with their peer
     if lost:
         last_page = (seq_lens[0] - 1) // batch.cache.page_size
@@ -127,6 +127,22 @@ def test_pairs_of_workers_interpreted(seq_lens, shape, workers, rescale, lost):
     o, lse = run(batch, plan=plan, rescale=rescale)
     if lost:
         batch.seq_lens = batch.seq_lens.at[0].set(-1)
+    batch.check(o, lse)
+    assert not gpu_callbacks.get_races().races_found
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_tile_in_two_pieces_interpreted(lost):
+    """The worker of the first adds what the other has left."""
+    shape = {"heads": 60, "num_queries": 2, "query_lens": [2, 1, 0], "dtype": F16}
+    batch = HopperBatch(np.random.default_rng(2), [20, 450, 0], **shape)
+    plan = plan_splits(batch.seq_lens, num_workers=2, rows=120, rows_per_tile=128, overhead=1)
+    assert (records(plan, "by_first")[1][:, SLOT] < -1).sum() == 1
+    if lost:
+        batch.block_tables = batch.block_tables.at[1, 450 // batch.cache.page_size].set(-1)
+    o, lse = run(batch, plan=plan, partial_dtype="float16")
+    if lost:
+        batch.seq_lens = batch.seq_lens.at[1].set(-1)
     batch.check(o, lse)
     assert not gpu_callbacks.get_races().races_found
 
@@ -210,7 +226,8 @@ def test_merges_tiles_in_two_pieces_and_in_many(rows, ctas, width, fixed):
     def run_merge(o, lse):
         o, lse = jax.new_ref(o), jax.new_ref(lse)
         interpret = plgpu.InterpretGPUParams(detect_races=True)
-        merge(o, lse, jnp.asarray(left), jnp.asarray(partial_lse), plan, interpret=interpret)
+        partials = jnp.asarray(left), jnp.asarray(partial_lse)
+        merge(o, lse, *partials, plan, records(plan), interpret=interpret)
         return o[...], lse[...]
 
     shape = (5, ctas * rows, width)
@@ -452,7 +469,7 @@ def test_pairs_of_workers_repeated_on_the_gpu(heads, num_queries, page_size):
     batch = HopperBatch(rng, lens.tolist(), **shape)
     capacity = batch.block_tables.shape[1] * page_size
     plan = attention.plan_decode(batch.seq_lens, heads * num_queries, capacity=capacity)
-    assert (records(plan, in_pairs=True)[1][:, SLOT] < -1).sum() > 100
+    assert (records(plan, "in_pairs")[1][:, SLOT] < -1).sum() > 100
     check_repeats(batch)
 
 

@@ -19,7 +19,7 @@ from pallas_kernels.hopper.tuning import (
     tile_heights,
     tile_plan_of_height,
 )
-from pallas_kernels.hopper.walk import BLOCK
+from pallas_kernels.hopper.walk import BLOCK, records
 
 PAGE_SIZES = {  # by what the cache holds
     "float": (1, 2, 4, 8, 16, 32, 64, 128),
@@ -214,6 +214,10 @@ def launch(
     ctas = (plan.num_workers + plan.num_workers % 2 * tiles.pairs) * tiles.cluster
     resident = interpret is None and ctas <= num_sms()
     merges = plan.num_slots > 0 and resident
+    finish = "in_pairs" if tiles.pairs else "merge"
+    if tiles.cluster > 1 and (merges or interpret is not None):
+        finish = "by_first"
+    walks = records(plan, finish)
     # Zeros again at the end: XLA, which takes them for constants, may hand them to every launch.
     counters = jnp.zeros(plan.num_tiles * tiles.cluster, jnp.int32)
     partial_o, partial_lse = kernel(
@@ -222,6 +226,7 @@ def launch(
         seq_lens,
         query_lens,
         plan,
+        walks,
         counters,
         o,
         lse,
@@ -234,7 +239,7 @@ def launch(
         **options,
     )
     if plan.num_slots and not merges:
-        merge(o, lse, partial_o, partial_lse, plan, in_pairs=tiles.pairs, interpret=interpret)
+        merge(o, lse, partial_o, partial_lse, plan, walks, interpret=interpret)
     # The barrier keeps XLA from writing the merge's outputs straight into a slice of a larger array
     # (those of a scan, say): its dynamic-slice fusion forgets that they alias the inputs.
     whole_o, whole_lse = jax.lax.optimization_barrier((o[...], lse[...]))

@@ -36,9 +36,8 @@ from pallas_kernels.hopper.walk import (
     RECORD,
     first_of,
     fits,
+    kept_slot,
     pieces_of,
-    records,
-    shared_slot,
     step_of,
     valid_lengths,
 )
@@ -57,6 +56,7 @@ def decode(
     seq_lens,
     query_lens,
     plan,
+    walks,
     counters,
     o_ref,
     lse_ref,
@@ -148,6 +148,9 @@ def decode(
         rank = lax.axis_index("cluster")
         cta = 0 if in_pairs else rank
         group = lax.axis_index("group")
+        if interpret is not None and not in_pairs:
+            # (The interpreter runs cluster after cluster: first those that others take pieces of.)
+            group = plan.num_workers - 1 - group
         peer = Peer(g, rank, through_ref.at[group])
         my_walk = walk_ref.at[2 * group + rank if in_pairs else group]
         columns = (
@@ -190,7 +193,7 @@ def decode(
             following = kv_blocks.ahead(request, begin + 1, kv_len)
             found, all_exist = kv_blocks.find(ahead, request, begin, kv_len)
             record = record_smem.at[k % 2]
-            own_slot = jnp.where(slot < -1, shared_slot(slot), slot) if in_pairs else slot
+            own_slot = jnp.where(slot < -1, kept_slot(slot), slot)
             planned = (request, row_tile, begin, end, own_slot, *slots_of_tile)
             lost = ~fits(planned, kv_len) | ((num_blocks > 0) & ~all_exist)
             shortest = kv_len  # keys that the tile's first row sees (of all its CTAs: they agree)
@@ -333,28 +336,33 @@ def decode(
                 p = kv_t.at[slot] if rope == BLOCK else kv_t.at[slot].at[:, pl.ds(0, BLOCK)]
                 g.mma(o_acc, p, v.at[slot])
 
-            def with_peer(shared, m, total):
-                """(Maxima, sums) of both pieces of a tile, and what a weight of this one's counts.
+            def told_by_peer(m, total):
+                """(Maxima, sums) of what the other CTA has of the tile.
 
-                Both CTAs have read q for the last time when they have told each other.
+                Both have read q for the last time when they have told each other.
                 """
                 peers = (m_of_peer, half), (l_of_peer, half + 1)
+                # (A part for each warpgroup: both know both.)
+                peer.send_rows(*peers[me], (m, total)[me])
+                peer.arrive(told)
+                peer.wait(told)
+                return tuple(peer.received_rows(*of_peer) for of_peer in peers)
 
-                def exchange():
-                    # (A part for each warpgroup: both know both.)
-                    peer.send_rows(*peers[me], (m, total)[me])
-                    peer.arrive(told)
-                    peer.wait(told)
-                    return tuple(peer.received_rows(*of_peer) for of_peer in peers)
+            def told_by_next(meeting, slot):
+                """The same of the tile's other piece, left by the next worker in that slot."""
+                if merges:
+                    meeting.wait()
+                lse = g.load_rows(plse_ref.at[slot, pl.ds(cta * BLOCK, BLOCK)])
+                seen = lse != -jnp.inf
+                return jnp.where(seen, lse * LOG2E, NO_KEY), jnp.where(seen, 1.0, 0.0)
 
-                def nothing():
-                    return tuple(g.full((BLOCK,), value, ROWS) for value in (NO_KEY, 0.0))
-
-                m_peer, l_peer = lax.cond(shared, exchange, nothing)
-                ahead = m >= m_peer
-                less = jnp.exp2(-jnp.abs(m - m_peer))  # what a weight of the lower maximum counts
-                total = jnp.where(ahead, total, l_peer) + less * jnp.where(ahead, l_peer, total)
-                return jnp.maximum(m, m_peer), total, jnp.where(ahead, 1.0, less)
+            def joined(m, total, m_other, l_other):
+                """Maxima and sums of both, and what a weight of the one and of the other counts."""
+                ahead = m >= m_other
+                less = jnp.exp2(-jnp.abs(m - m_other))  # what a weight of the lower maximum counts
+                total = jnp.where(ahead, total, l_other) + less * jnp.where(ahead, l_other, total)
+                weights = jnp.where(ahead, 1.0, less), jnp.where(ahead, less, 1.0)
+                return jnp.maximum(m, m_other), total, *weights
 
             def send(o):
                 """This warpgroup's columns to where q was in the other CTA."""
@@ -469,24 +477,36 @@ def decode(
                     m, total = jnp.where(query, m, NO_KEY), jnp.where(query, total, 0.0)
                     o = jnp.where(across(query, (BLOCK, half)), o, 0.0)
                 total += jnp.where((kv_len < 0) | lost, jnp.nan, 0.0)
-                weight = 1.0
-                if in_pairs:
-                    shared = out_slot < -1
-                    m, total, weight = with_peer(shared, m, total)
+                kept = out_slot < -1
+                others_slot = kept_slot(out_slot) + 1
+                meeting = meet(request, row_tile, 1)
+
+                def told_by_other():
+                    return (
+                        told_by_peer(m, total) if in_pairs else told_by_next(meeting, others_slot)
+                    )
+
+                def nothing():
+                    return tuple(g.full((BLOCK,), value, ROWS) for value in (NO_KEY, 0.0))
+
+                other = lax.cond(kept, told_by_other, nothing)
+                m, total, weight, others_weight = joined(m, total, *other)
                 seen = total != 0.0
-                inverse = jnp.where(seen, weight / total, 0.0)
+                inverse, others_inverse = (
+                    jnp.where(seen, w / total, 0.0) for w in (weight, others_weight)
+                )
                 # (One way only to contract: the same bits in every program.)
                 lse = jnp.where(seen, (m + jnp.log(total) * LOG2E) * LN2, -jnp.inf)
                 o *= across(inverse, (BLOCK, half))
 
                 mine = pl.ds(me * half, half)
 
-                def store(o):
+                def store(parts):
                     box = slice(None) if rows_box == BLOCK else pl.ds(0, rows_box)
                     rows = pl.ds(row, rows_box)
-                    for c in range(0, half, 64):
+                    for c, part in zip(range(0, half, 64), parts, strict=True):
                         target = q_mine.at[opaque(0)].at[:, pl.ds(c, 64)]
-                        target[...] = o[:, c : c + 64].astype(dtype)
+                        target[...] = part.astype(dtype)
                     if me == 0:
                         lse_smem[...] = lse
                     plgpu.commit_smem()
@@ -495,30 +515,47 @@ def decode(
                         plgpu.copy_smem_to_gmem(lse_smem.at[box], lse_ref.at[request, rows])
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-                def leave(o):
+                def left(slot, i):
+                    """Where part i of a piece's columns is, or goes, between CTAs."""
                     zero = opaque(0)  # (or pointers would be held)
-                    blocks = pl.ds(zero + me * half // BLOCK_COLUMNS, half // BLOCK_COLUMNS)
-                    target = po_ref.at[out_slot, zero + cta, blocks]
-                    g.store_blocks(target, o.astype(partial_dtype), rows_total - row)
+                    first = zero + (me * half + i * 64) // BLOCK_COLUMNS
+                    return po_ref.at[slot, zero + cta, pl.ds(first, 64 // BLOCK_COLUMNS)]
+
+                def leave(parts):
+                    for i, part in enumerate(parts):
+                        part = part.astype(partial_dtype)
+                        g.store_blocks(left(out_slot, i), part, rows_total - row)
                     if me == 0:
                         plse_ref.at[out_slot, pl.ds(cta * BLOCK, BLOCK)][...] = lse
                     if merges:
                         meet(request, row_tile, slots_of_tile).leave()
 
-                def finish(o):
-                    pl.when(out_slot < 0)(lambda: store(o))
-                    pl.when(out_slot >= 0)(lambda: leave(o))
+                def parts_of(o):
+                    return tuple(o[:, c : c + 64] for c in range(0, half, 64))
+
+                def with_others(o):
+                    weights = across(others_inverse, (BLOCK, 64))
+                    return tuple(
+                        part + g.load_blocks(left(others_slot, i)).astype(jnp.float32) * weights
+                        for i, part in enumerate(parts_of(o))
+                    )
+
+                def finish(parts):
+                    pl.when(out_slot < 0)(lambda: store(parts))
+                    pl.when(out_slot >= 0)(lambda: leave(parts))
 
                 if in_pairs:
                     # (Each CTA finishes the columns of its number, in a tile that they share.)
-                    sends = shared & (rank != me)
+                    sends = kept & (rank != me)
                     pl.when(sends)(lambda: send(o))
 
                     @pl.when(~sends)
                     def _finish():
-                        finish(lax.cond(shared, lambda: o + received(), lambda: o))
+                        finish(parts_of(lax.cond(kept, lambda: o + received(), lambda: o)))
                 else:
-                    finish(o)
+                    finish(lax.cond(kept, lambda: with_others(o), lambda: parts_of(o)))
+                    if merges:
+                        pl.when(kept)(meeting.end)
                 plgpu.barrier_arrive(q_empty)
 
             g.take_registers(tiles.registers, me)
@@ -617,11 +654,10 @@ def decode(
         kernel_name="mla_decode",
         compiler_params=OWN_BARRIERS,
     )
-    walk, records_ = records(plan, in_pairs=in_pairs)
     given = seq_lens if query_lens is None else query_lens
     through = counters  # (in its place stands another operand)
     if in_pairs and interpret is not None:
-        shape = (len(walk) // 2, 2, BLOCK, half + 2)
+        shape = (len(walks[0]) // 2, 2, BLOCK, half + 2)
         through = jax.empty_ref(jax.ShapeDtypeStruct(shape, jnp.float32))
     return kernel(
         q,
@@ -629,8 +665,7 @@ def decode(
         block_tables,
         seq_lens,
         given,
-        walk,
-        records_,
+        *walks,
         counters,
         through,
         o_ref,

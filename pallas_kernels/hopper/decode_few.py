@@ -28,7 +28,6 @@ from pallas_kernels.hopper.walk import (
     NO_KEY,
     fits,
     pieces_of,
-    records,
     valid_lengths,
     walk,
 )
@@ -41,6 +40,7 @@ def decode_few(
     seq_lens,
     query_lens,
     plan,
+    walks,
     counters,
     o_ref,
     lse_ref,
@@ -326,6 +326,5 @@ def decode_few(
         kernel_name="mla_decode_few",
         compiler_params=OWN_BARRIERS,
     )
-    walks, records_ = records(plan)
     lens = seq_lens, seq_lens if query_lens is None else query_lens
-    return kernel(q, pages, block_tables, *lens, walks, records_, counters, o_ref, lse_ref)
+    return kernel(q, pages, block_tables, *lens, *walks, counters, o_ref, lse_ref)

@@ -38,7 +38,6 @@ from pallas_kernels.hopper.walk import (
     block_sources,
     fits,
     pieces_of,
-    records,
     valid_lengths,
     walk,
 )
@@ -56,6 +55,7 @@ def decode_few_int8(
     seq_lens,
     query_lens,
     plan,
+    walks,
     counters,
     o_ref,
     lse_ref,
@@ -408,7 +408,6 @@ def decode_few_int8(
         kernel_name="mla_decode_few_int8",
         compiler_params=OWN_BARRIERS,
     )
-    walks, records_ = records(plan)
     given = seq_lens if query_lens is None else query_lens
     return kernel(
         q,
@@ -418,8 +417,7 @@ def decode_few_int8(
         block_tables,
         seq_lens,
         given,
-        walks,
-        records_,
+        *walks,
         counters,
         o_ref,
         lse_ref,

@@ -45,7 +45,6 @@ from pallas_kernels.hopper.walk import (
     block_sources,
     fits,
     pieces_of,
-    records,
     valid_lengths,
 )
 from pallas_kernels.hopper.widen import GROUP, INT8_OPERAND, WIDENED_UNIT, WideningBackend
@@ -80,6 +79,7 @@ def decode_int8(
     seq_lens,
     query_lens,
     plan,
+    walks,
     counters,
     o_ref,
     lse_ref,
@@ -523,7 +523,6 @@ def decode_int8(
         kernel_name="mla_decode_int8",
         compiler_params=OWN_BARRIERS,
     )
-    walks, records_ = records(plan)
     given = seq_lens if query_lens is None else query_lens
     return kernel(
         q,
@@ -533,8 +532,7 @@ def decode_int8(
         block_tables,
         seq_lens,
         given,
-        walks,
-        records_,
+        *walks,
         counters,
         o_ref,
         lse_ref,

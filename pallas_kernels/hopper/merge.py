@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.split_kv import SplitPlan
 from pallas_kernels.hopper.primitives import ROWS, Backend
-from pallas_kernels.hopper.walk import BLOCK, FIRST_SLOT, NO_KEY, SLOTS, pieces_of, records
+from pallas_kernels.hopper.walk import BLOCK, FIRST_SLOT, NO_KEY, SLOTS, pieces_of
 
 LOADS_IN_FLIGHT = 64  # registers a thread
 MANY = 16  # pieces
@@ -303,7 +303,7 @@ def merge_shares(
 
     Args:
         ways: to part a tile.
-        piece_ref: records of `walk`.
+        piece_ref: records of `walk`; a tile of one slot is not merged here.
         pieces: the worker's, from and to.
         meet: (request, row tile, pieces of the tile) -> Meeting, or None if none is needed.
         place: (request, row tile) -> Place.
@@ -314,7 +314,7 @@ def merge_shares(
         request, row_tile, slot = (piece_ref[p, i] for i in (0, 1, 4))
         first, count = piece_ref[p, FIRST_SLOT], piece_ref[p, SLOTS]
 
-        @pl.when(slot >= 0)
+        @pl.when((slot >= 0) & (count > 1))
         def _cut():
             meeting = meet(request, row_tile, count)
             if meeting:
@@ -340,8 +340,8 @@ def merge(
     partial_o: Any,
     partial_lse: Any,
     plan: SplitPlan,
+    walks: tuple[Any, Any],
     *,
-    in_pairs: bool = False,
     interpret: Any = None,
 ) -> None:
     """Writes merged rows into o_ref [B, R, d_v] and lse_ref [B, R or more], in place.
@@ -349,7 +349,7 @@ def merge(
     Args:
         partial_o, partial_lse: as a decode kernel leaves them, any float dtype and float32.
         plan: whose slots these are.
-        in_pairs: what only a pair of workers shares has been merged (`walk.records`).
+        walks: the plan's `records`: what is kept there has been merged.
     """
     g = Backend(interpreting=interpret is not None)
     width, warpgroups = o_ref.shape[2], 4
@@ -376,7 +376,7 @@ def merge(
             wgs=warpgroups,
         )
 
-    walk, pieces = records(plan, in_pairs)
+    walk, pieces = walks
     plgpu.kernel(
         body,
         out_type=(),

@@ -18,27 +18,44 @@ FIRST_SLOT, SLOTS = len(PIECE), len(PIECE) + 1  # behind them: the slots of the 
 RECORD = SLOTS + 1
 
 
-def records(plan: Any, in_pairs: bool = False) -> tuple[Any, Any]:
+def records(plan: Any, finish: str = "merge") -> tuple[Any, Any]:
     """For each worker (record of its first piece, first piece, end) [W, 9]; all records [P, 7].
 
     A worker's first record stands beside its range, so that it starts with one read, not two; and
     before it, so that a record's values have the same places in both and one pointer reads either.
 
-    in_pairs: workers 2i and 2i + 1 share a cluster, and merge a tile without slots if only they
-    share it, and no other: then the two records have `shared_slot` of their slots, and the second
-    worker walks backwards, from its last piece to its first, so that both come to the tile last.
-    Rows have one column more, the way from a piece to the next; there is an even number of them.
+    finish: of cut tiles.
+    "merge": all workers of a tile merge what they have left in slots.
+    "in_pairs": workers 2i and 2i + 1 share a cluster, and merge a tile without slots if only they
+        share it, and no other: then the two records have `kept_slot` of their slots, and the second
+        worker walks backwards, from its last piece to its first, so that both come to the tile
+        last. Rows have one column more, the way from a piece to the next; their number is even.
+    "by_first": of a tile in two pieces the first one's worker, which comes to it last, keeps its
+        own (`kept_slot`) and adds the other's, which that worker, who came to it first, has left
+        long ago: its record has one slot, its own. Not of a fixed plan, where one may have both.
     """
     tile = plan.tile_of(jnp.maximum(plan.request, 0), plan.row_tile)
     start = plan.tile_slot_start
     fields = [getattr(plan, field) for field in PIECE]
     pieces = jnp.stack([*fields, start[tile], start[tile + 1] - start[tile]], axis=1)
+    if finish == "in_pairs":
+        return _in_pairs(plan, pieces, tile)
+    if finish == "by_first" and not plan.fixed:
+        slot, first = pieces[:, SLOT], pieces[:, FIRST_SLOT]
+        two = (slot >= 0) & (pieces[:, SLOTS] == 2)
+        keeps, leaves = two & (slot == first), two & (slot > first)
+        pieces = pieces.at[:, SLOT].set(jnp.where(keeps, kept_slot(slot), slot))
+        pieces = pieces.at[:, FIRST_SLOT].set(jnp.where(leaves, slot, first))
+        pieces = pieces.at[:, SLOTS].add(-leaves.astype(jnp.int32))
+    first, stop = plan.worker_start[:-1], plan.worker_start[1:]
+    return jnp.column_stack([pieces[first], first, stop]), pieces
+
+
+def _in_pairs(plan: Any, pieces: Any, tile: Any) -> tuple[Any, Any]:
     worker_start = plan.worker_start
-    if in_pairs and plan.num_workers % 2:
+    if plan.num_workers % 2:
         worker_start = jnp.append(worker_start, worker_start[-1])
     first, stop = worker_start[:-1], worker_start[1:]
-    if not in_pairs:
-        return jnp.column_stack([pieces[first], first, stop]), pieces
     step = jnp.ones_like(first)
     if not plan.fixed:  # (whose pieces are merged alike, wherever they are)
         shared, slot = _shared_in_pairs(pieces, tile, worker_start)
@@ -49,7 +66,7 @@ def records(plan: Any, in_pairs: bool = False) -> tuple[Any, Any]:
 
 
 def _shared_in_pairs(pieces: Any, tile: Any, worker_start: Any) -> tuple[Any, Any]:
-    """Which pairs merge by themselves; the slots of all pieces, with `shared_slot` of theirs.
+    """Which pairs merge by themselves; the slots of all pieces, with `kept_slot` of theirs.
 
     (With another merge to come it would only be one more to wait for: benchmarks/log.md.)
     """
@@ -60,12 +77,12 @@ def _shared_in_pairs(pieces: Any, tile: Any, worker_start: Any) -> tuple[Any, An
     cut_before = jnp.append(jnp.zeros(1, jnp.int32), jnp.cumsum(slot >= 0))
     alone &= (pieces[left, SLOTS] == 2) & (cut_before[end] - cut_before[begin] == 2)
     mine = jnp.where(alone, jnp.stack([left, middle]), len(slot)).ravel()
-    theirs = shared_slot(slot)[jnp.minimum(mine, len(slot) - 1)]
+    theirs = kept_slot(slot)[jnp.minimum(mine, len(slot) - 1)]
     return alone, slot.at[mine].set(theirs, mode="drop")
 
 
-def shared_slot(slot: Any) -> Any:
-    """Below -1, for a slot that a pair does not need; and of such a one the slot."""
+def kept_slot(slot: Any) -> Any:
+    """Below -1, for a slot that is not needed: its piece is kept. Of such a one the slot."""
     return -2 - slot
 
 
