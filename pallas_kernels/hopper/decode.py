@@ -267,12 +267,12 @@ def decode(
                 plgpu.barrier_arrive(empty_v.at[slot])
                 plgpu.barrier_arrive(empty_t.at[slot])
 
-            def scores(s_acc, zero, slot, turn):
+            def scores(s_acc, q_rope, zero, slot, turn):
                 g.zero(s_acc)
                 for _, _, q_smem, kv, full, _ in columns:
                     plgpu.barrier_wait(full.at[turn])
                     kv_blocks.see()
-                    g.mma_t(s_acc, q_smem.at[zero], kv.at[slot])
+                    g.mma_t(s_acc, q_rope if q_smem is q_t else q_smem.at[zero], kv.at[slot])
 
             def masked(s, record, block):
                 kv_len, query_len = record[RECORD], record[RECORD + 1]
@@ -377,6 +377,7 @@ def decode(
 
             def attend(k, o_acc, s_acc):
                 plgpu.barrier_wait(q_full)
+                q_rope = g.load_tile(q_t.at[0])
                 record = record_smem.at[k % 2]
                 begin, end = record[2], record[3]
                 num_blocks = end - begin
@@ -388,7 +389,7 @@ def decode(
                 def own(carry, zero, slot, turn, block=None):
                     """Warpgroup 0 scores a block, which is masked if named, and multiplies it."""
                     m, norm = carry
-                    scores(s_acc, zero, slot, turn)
+                    scores(s_acc, q_rope, zero, slot, turn)
                     g.wait_mma(0)
                     s = g.read(s_acc) * scale
                     if block is not None:
@@ -423,7 +424,7 @@ def decode(
                         g.wait_mma(0)
                         release(s1)
                         return carry
-                    scores(s_acc, zero, s1, s1)
+                    scores(s_acc, q_rope, zero, s1, s1)
                     g.wait_mma(0)
                     s = g.read(s_acc) * scale
                     top = s.max(axis=1)
