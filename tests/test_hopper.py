@@ -113,12 +113,23 @@ def test_interpreted(seq_lens, shape, options):
             False,
         ),
         ([400], {"heads": 48}, 2, "multiply", True),  # by one of the two
+        (  # transposed
+            [60, 400, 60, 400],
+            {"heads": 6, "num_queries": 2, "query_lens": [2, 1, 0, 2], "dtype": F16},
+            4,
+            "multiply",
+            False,
+        ),
+        ([400], {"heads": 24}, 2, "multiply", True),
     ],
 )
 def test_pairs_of_workers_interpreted(seq_lens, shape, workers, rescale, lost):
     batch = HopperBatch(np.random.default_rng(seq_lens[0]), seq_lens, **shape)
     rows = batch.q.shape[1] * batch.q.shape[2]
-    plan = plan_splits(batch.seq_lens, num_workers=workers, rows=rows, overhead=1)
+    rows_per_tile = rows + -rows % 8 if rows <= 32 else 64
+    plan = plan_splits(
+        batch.seq_lens, num_workers=workers, rows=rows, rows_per_tile=rows_per_tile, overhead=1
+    )
     shared = records(plan, "in_pairs")[1][:, SLOT] < -1
     assert shared.sum() == workers  # all of them share a tile with their peer
     if lost:

@@ -26,7 +26,7 @@ from pallas_kernels.hopper.merge import (
     block_parts,
     merge_shares,
 )
-from pallas_kernels.hopper.peer import Peer, peer_barrier
+from pallas_kernels.hopper.peer import Peer, joined, peer_barrier
 from pallas_kernels.hopper.primitives import OWN_BARRIERS, ROWS, WGMMA_OPERAND, Backend
 from pallas_kernels.hopper.walk import (
     BLOCK,
@@ -355,14 +355,6 @@ def decode(
                 lse = g.load_rows(plse_ref.at[slot, pl.ds(cta * BLOCK, BLOCK)])
                 seen = lse != -jnp.inf
                 return jnp.where(seen, lse * LOG2E, NO_KEY), jnp.where(seen, 1.0, 0.0)
-
-            def joined(m, total, m_other, l_other):
-                """Maxima and sums of both, and what a weight of the one and of the other counts."""
-                ahead = m >= m_other
-                less = jnp.exp2(-jnp.abs(m - m_other))  # what a weight of the lower maximum counts
-                total = jnp.where(ahead, total, l_other) + less * jnp.where(ahead, l_other, total)
-                weights = jnp.where(ahead, 1.0, less), jnp.where(ahead, less, 1.0)
-                return jnp.maximum(m, m_other), total, *weights
 
             def send(o):
                 """This warpgroup's columns to where q was in the other CTA."""

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.blocks import arrivals, blocks
 from pallas_kernels.hopper.merge import Meeting, Place, Refs, merge_shares, row_parts
+from pallas_kernels.hopper.peer import TransposedPeer, joined, peer_barrier
 from pallas_kernels.hopper.primitives import OWN_BARRIERS, WGMMA_OPERAND
 from pallas_kernels.hopper.transposed import COLUMNS, WARPS, TransposedBackend
 from pallas_kernels.hopper.walk import (
@@ -27,6 +28,7 @@ from pallas_kernels.hopper.walk import (
     LOG2E,
     NO_KEY,
     fits,
+    kept_slot,
     pieces_of,
     valid_lengths,
     walk,
@@ -88,6 +90,7 @@ def decode_few(
         walk_ref,
         piece_ref,
         counter_ref,
+        through_ref,
         o_ref,
         lse_ref,
         po_ref,
@@ -102,6 +105,8 @@ def decode_few(
         top_smem,
         sum_smem,
         lost_smem,
+        m_of_peer,
+        l_of_peer,
         q_full,
         q_empty,
         full_t,
@@ -110,6 +115,8 @@ def decode_few(
         empty_t,
         empty_l,
         empty_r,
+        told,
+        sent,
         *accumulators,
     ):
         if query_lens is None:
@@ -117,14 +124,15 @@ def decode_few(
         g.wait_for_previous_kernel()
         g.let_next_kernel_start()
         wg = lax.axis_index("wg")
-        worker = lax.axis_index("worker")
+        rank, group = lax.axis_index("cluster"), lax.axis_index("group")
+        peer = TransposedPeer(g, rank, through_ref.at[group])
         # Rope first: what lands last decides when the last scores are ready, and V is a half each.
         columns = (
             (2 * half, rope, tail, q_t, kv_t, full_t, empty_t),
             (0, half, left, q_l, kv_l, full_l, empty_l),
             (half, half, right, q_r, kv_r, full_r, empty_r),
         )
-        my_walk = walk_ref.at[worker]
+        my_walk = walk_ref.at[2 * group + rank]
         pieces = pieces_of(my_walk)
 
         def meet(request, row_tile, count):
@@ -135,12 +143,14 @@ def decode_few(
 
         # ---------------------------------------------------------------- the loading warpgroup
         def load_piece(p, n, piece):
-            request, row_tile, begin, end, *_ = piece
+            request, row_tile, begin, end, slot, *slots_of_tile = piece
             kv_len, _ = lengths(len_ref, qlen_ref, request)
             ahead = kv_blocks.ahead(request, begin, kv_len)
             buffer = lax.rem(p, q_buffers)
             plgpu.barrier_wait(q_empty.at[buffer])
-            lost_smem[buffer] = (~fits(piece, kv_len)).astype(jnp.int32)
+            own_slot = jnp.where(slot < -1, kept_slot(slot), slot)
+            planned = request, row_tile, begin, end, own_slot, *slots_of_tile
+            lost_smem[buffer] = (~fits(planned, kv_len)).astype(jnp.int32)
             for column, width_, _, q_smem, *_ in columns:
                 plgpu.copy_gmem_to_smem(
                     q_ref.at[request, pl.ds(row_tile * rows, rows), pl.ds(column, width_)],
@@ -167,7 +177,7 @@ def decode_few(
 
         @pl.when(wg == 1)
         def _load():
-            walk(pieces, my_walk, piece_ref, load_piece)
+            walk(pieces, my_walk, piece_ref, load_piece, in_pairs=True)
             # See every release, so that no barrier ends with a phase that nobody saw.
             for buffer in range(q_buffers):
                 plgpu.barrier_wait(q_empty.at[buffer])
@@ -241,17 +251,51 @@ def decode_few(
 
             total = g.reduce_rows(norm, sum_smem, "add")
             plgpu.commit_smem()  # the next piece may write sum_smem
-            blank = jnp.where((kv_len < 0) | lost, jnp.nan, 0.0)
-            seen = total != 0.0
-            inverse = jnp.where(seen, 1.0 / total, 0.0) + blank
-            lse = jnp.where(seen, m * LN2 + jnp.log(total), -jnp.inf) + blank
-            o = g.read(o_acc) * lax.broadcast_in_dim(inverse, (kv_lora_rank, rows), [1])
+            total += jnp.where((kv_len < 0) | lost, jnp.nan, 0.0)
+            kept = out_slot < -1
 
-            @pl.when(out_slot < 0)
+            def told_by_peer():
+                """Both have read q for the last time when they have told each other."""
+                peer.send_columns(m_of_peer, kv_lora_rank, m)
+                peer.send_columns(l_of_peer, kv_lora_rank + 1, total)
+                peer.arrive(told)
+                peer.wait(told)
+                return (
+                    peer.received_columns(m_of_peer, kv_lora_rank),
+                    peer.received_columns(l_of_peer, kv_lora_rank + 1),
+                )
+
+            def nothing():
+                return tuple(g.full((rows,), value, COLUMNS) for value in (NO_KEY, 0.0))
+
+            m, total, weight, _ = joined(m, total, *lax.cond(kept, told_by_peer, nothing))
+            seen = total != 0.0
+            inverse = jnp.where(seen, weight / total, 0.0)
+            # (One way only to contract: the same bits in every program.)
+            lse = jnp.where(seen, (m + jnp.log(total) * LOG2E) * LN2, -jnp.inf)
+            o = g.read(o_acc) * lax.broadcast_in_dim(inverse, (kv_lora_rank, rows), [1])
+            here = pl.ds(row, rows)
+
+            @pl.when(out_slot == -1)
             def _store():
-                here = pl.ds(row, rows)
                 g.store_global_t(o_ref.at[request, here], o.astype(dtype))
                 lse_ref.at[request, here][...] = lse
+
+            @pl.when(kept)
+            def _share():
+                """Each of a pair finishes the columns of its number, in what was q's place."""
+                others = lax.rem(p + 1 - 2 * rank, q_buffers)
+                mine = peer.send_half((q_l.at[others], q_r.at[others]), o)
+                peer.arrive(sent)
+                peer.wait(sent)
+                got = (q_l.at[buffer], q_r.at[buffer])
+                mine += peer.received_tile(got, 0, (half, rows))
+                columns_here = pl.ds(rank * half, half)
+                g.store_global_t(o_ref.at[request, here, columns_here], mine.astype(dtype))
+
+                @pl.when(rank == 0)
+                def _lse():
+                    lse_ref.at[request, here][...] = lse
 
             @pl.when(out_slot >= 0)
             def _leave():
@@ -274,7 +318,7 @@ def decode_few(
 
                 g.with_accumulators(scoped, accumulators, 0, *accumulator_shapes)
 
-            walk(pieces, my_walk, piece_ref, run)
+            walk(pieces, my_walk, piece_ref, run, in_pairs=True)
 
         if merges:
             merge_shares(
@@ -308,6 +352,8 @@ def decode_few(
             plgpu.SMEM((WARPS, rows), jnp.float32),
             plgpu.SMEM((WARPS, rows), jnp.float32),
             plgpu.SMEM((q_buffers,), jnp.int32),
+            plgpu.SMEM((rows,), jnp.float32),
+            plgpu.SMEM((rows,), jnp.float32),
             plgpu.Barrier(num_arrivals=3, num_barriers=q_buffers),  # q_full
             plgpu.Barrier(num_arrivals=1, num_barriers=q_buffers),  # q_empty
             plgpu.Barrier(num_arrivals=arrivals(page_size), num_barriers=tail),
@@ -316,10 +362,14 @@ def decode_few(
             plgpu.Barrier(num_arrivals=1, num_barriers=tail),
             plgpu.Barrier(num_arrivals=1, num_barriers=left),
             plgpu.Barrier(num_arrivals=1, num_barriers=right),
+            peer_barrier(1, interpreting=g.interpreting),  # told
+            peer_barrier(1, interpreting=g.interpreting),  # sent
             *g.accumulator_scratch(1, *accumulator_shapes),
         ),
-        grid=(plan.num_workers,),
-        grid_names=("worker",),
+        grid=(-(-plan.num_workers // 2),),
+        grid_names=("group",),
+        cluster=(2,),
+        cluster_names=("cluster",),
         num_threads=2,
         thread_name="wg",
         interpret=interpret,
@@ -327,4 +377,8 @@ def decode_few(
         compiler_params=OWN_BARRIERS,
     )
     lens = seq_lens, seq_lens if query_lens is None else query_lens
-    return kernel(q, pages, block_tables, *lens, *walks, counters, o_ref, lse_ref)
+    through = counters  # (in its place stands another operand)
+    if interpret is not None:
+        shape = (len(walks[0]) // 2, 2, kv_lora_rank + 2, rows)
+        through = jax.empty_ref(jax.ShapeDtypeStruct(shape, jnp.float32))
+    return kernel(q, pages, block_tables, *lens, *walks, counters, through, o_ref, lse_ref)

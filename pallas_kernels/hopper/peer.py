@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax._src import core as jax_core
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, llvm, vector
@@ -28,6 +29,7 @@ from pallas_kernels.hopper.primitives import (
     own_four,
     place_in_tile,
 )
+from pallas_kernels.hopper.transposed import COLUMNS
 
 
 def peer_barrier(warpgroups: int, *, interpreting: bool) -> plgpu.ClusterBarrier:
@@ -40,7 +42,7 @@ def peer_barrier(warpgroups: int, *, interpreting: bool) -> plgpu.ClusterBarrier
 class Peer:
     """Called by all threads of a warpgroup. What is sent is there once both have arrived.
 
-    through: where the interpreter has what is sent, float32 [2, 64, columns]; else anything.
+    through: where the interpreter has what is sent, float32 [2, rows, columns]; else anything.
     """
 
     g: Backend
@@ -63,16 +65,13 @@ class Peer:
             *targets, tile, rank = args
             fours = np.split(tile.registers.reshape(-1, 2), len(targets))
             for target, part in zip(targets, fours, strict=True):
-                start = _address_in(rank.registers.item(), target, own_four(), 4)
-                for j, pairs in enumerate(part):
-                    four = [vector.extract(pair, [], [i]) for pair in pairs for i in range(2)]
-                    _store(f"v4.f32 [$0 + {2048 * j}], {{$1, $2, $3, $4}}", start, *four)
+                _store_fours(rank.registers.item(), target, part)
 
         send(*refs, value, 1 - self.rank)
 
     def received_tile(self, refs, column: int, shape) -> jax.Array:
         if self.g.interpreting:
-            return self.through[self.rank, :, column : column + shape[1]]
+            return self.through[self.rank, : shape[0], column : column + shape[1]]
         of_ref = plgpu.RefType(WGMMA_OPERAND)
 
         @plgpu.inline_mgpu(
@@ -82,7 +81,7 @@ class Peer:
         def load(ctx, *sources):
             del ctx
             f32 = ir.F32Type.get()
-            blocks = shape[1] // 8 // len(sources)
+            blocks = shape[0] * shape[1] // 512 // len(sources)
             registers = []
             for source in sources:
                 first = mgpu.utils.memref_ptr(source)
@@ -141,6 +140,80 @@ class Peer:
         fence()
 
 
+@dataclasses.dataclass(frozen=True)
+class TransposedPeer(Peer):
+    """`Peer` where queries are the columns of a tile, as `TransposedBackend` has them."""
+
+    def send_columns(self, ref, row: int, value) -> None:
+        """One value a column, as COLUMNS, to this SMEM ref of the peer. row: in `through`."""
+        if self.g.interpreting:
+            self.through[1 - self.rank, row] = value
+            return
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), COLUMNS, SCALAR))
+        def send(ctx, target, columns, rank):
+            del ctx
+            row, column = place_in_tile()
+            start = _address_in(rank.registers.item(), target, column, 4)
+            first = arith.cmpi(arith.CmpIPredicate.eq, row, mgpu.utils.c(0, row.type))
+            with mgpu.utils.when(first):  # (Others have the same values.)
+                for j, pair in enumerate(columns.registers.flat):
+                    two = [vector.extract(pair, [], [i]) for i in range(2)]
+                    _store(f"v2.f32 [$0 + {32 * j}], {{$1, $2}}", start, *two)
+
+        send(ref, value, 1 - self.rank)
+
+    def received_columns(self, ref, row: int) -> jax.Array:
+        if self.g.interpreting:
+            return self.through[self.rank, row]
+        return plgpu.load(ref, layout=COLUMNS, optimized=False)
+
+    def send_half(self, refs, value) -> jax.Array:
+        """Of a (2 m, n) WGMMA tile the m rows of the peer's number to these SMEM refs there.
+
+        float32, an equal part to each ref, in the order of registers; for `received_tile`. Returns
+        the m rows of this CTA's number.
+        """
+        m, n = value.shape[0] // 2, value.shape[1]
+        if self.g.interpreting:
+            self.through[1 - self.rank, :m] = lax.dynamic_slice_in_dim(
+                value, (1 - self.rank) * m, m
+            )
+            return lax.dynamic_slice_in_dim(value, self.rank * m, m)
+
+        of_ref = plgpu.RefType(WGMMA_OPERAND)
+
+        @plgpu.inline_mgpu(
+            arg_types=(*(of_ref for _ in refs), plgpu.Layout.WGMMA, SCALAR),
+            return_type=plgpu.ShapeDtypeStruct((m, n), jnp.float32, plgpu.Layout.WGMMA),
+        )
+        def send(ctx, *args):
+            del ctx
+            *targets, tile, rank = args
+            rank = rank.registers.item()  # of the peer
+            second = arith.cmpi(arith.CmpIPredicate.ne, rank, mgpu.utils.c(0, rank.type))
+            halves = list(zip(*tile.registers.reshape(2, -1), strict=True))
+            given = np.empty(len(halves), dtype=object)
+            given[:] = [arith.select(second, b, a) for a, b in halves]
+            for target, part in zip(
+                targets, np.split(given.reshape(-1, 2), len(targets)), strict=True
+            ):
+                _store_fours(rank, target, part)
+            kept = [arith.select(second, a, b) for a, b in halves]
+            return array_of(kept, (m, n), mgpu.WGMMA_LAYOUT)
+
+        return send(*refs, value, 1 - self.rank)
+
+
+def joined(m, total, m_other, l_other):
+    """Maxima and sums of both, and what a weight of the one and of the other counts (log2)."""
+    ahead = m >= m_other
+    less = jnp.exp2(-jnp.abs(m - m_other))  # what a weight of the lower maximum counts
+    total = jnp.where(ahead, total, l_other) + less * jnp.where(ahead, l_other, total)
+    weights = jnp.where(ahead, 1.0, less), jnp.where(ahead, less, 1.0)
+    return jnp.maximum(m, m_other), total, *weights
+
+
 def _no_value(ptx: str, *args: ir.Value, constraints: str = "") -> None:
     void = ir.Type.parse("!llvm.void")
     llvm.inline_asm(void, args, ptx, constraints, has_side_effects=True)
@@ -166,6 +239,14 @@ def _address_in(rank: ir.Value, ref: ir.Value, index: ir.Value, itemsize: int) -
 def _store(what: str, address: ir.Value, *values: ir.Value) -> None:
     constraints = ",".join(["r", *("f" for _ in values)])
     _no_value(f"st.shared::cluster.{what};", address, *values, constraints=constraints)
+
+
+def _store_fours(rank: ir.Value, target: ir.Value, fours: np.ndarray) -> None:
+    """Registers [k, 2] of two values each to the target's k blocks of 512, in CTA `rank`."""
+    start = _address_in(rank, target, own_four(), 4)
+    for j, pairs in enumerate(fours):
+        four = [vector.extract(pair, [], [i]) for pair in pairs for i in range(2)]
+        _store(f"v4.f32 [$0 + {2048 * j}], {{$1, $2, $3, $4}}", start, *four)
 
 
 # `inline_mgpu` takes no barriers, so this is a primitive of Pallas.

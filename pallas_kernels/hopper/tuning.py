@@ -115,6 +115,7 @@ def transposed_tiles(
         block_q=rows,
         block_kv=BLOCK,
         kv_stages=min(depths),
+        pairs=True,
         num_workers=profile.cores,
         split_overhead=split_overhead,
         merge_overhead=merge_overhead,
@@ -132,7 +133,9 @@ def transposed_tiles(
             BufferUse("shared", "row max", ALIGNMENT),
             BufferUse("shared", "row sum", ALIGNMENT),
             BufferUse("shared", "lost pages", ALIGNMENT),
-            BufferUse("shared", "barriers", BARRIER_BYTES, 2 * (q_buffers + sum(depths))),
+            BufferUse("shared", "row max and sum of the peer", ALIGNMENT, 2),
+            # full and empty; told of the peer's maxima and sums, sent its columns
+            BufferUse("shared", "barriers", BARRIER_BYTES, 2 * (q_buffers + sum(depths)) + 2),
         ),
         capacity=_capacity(profile),
     )

@@ -107,24 +107,28 @@ def walk(
     mine_ref: Any,
     piece_ref: Any,
     run: Callable[[Any, Any, Any], None],
+    *,
+    in_pairs: bool = False,
 ) -> None:
-    """run(p, n, piece) for a worker's pieces p = from .. to.
+    """run(p, n, piece) for a worker's pieces p.
 
     mine_ref, piece_ref: the worker's row of the first of `records`, and the second. piece: the
     RECORD values of one. n: blocks before the piece. The next record is read before a piece is run,
     so that nobody waits for it; it takes registers while the piece runs.
     """
     first, stop = pieces
+    start, way = (first_of(mine_ref), step_of(mine_ref)) if in_pairs else (first, 1)
 
-    def step(p, carry):
+    def step(k, carry):
         n, *piece = carry
-        following = jnp.minimum(p + 1, piece_ref.shape[0] - 1)
+        p = start + k * way
+        following = jnp.clip(p + way, 0, piece_ref.shape[0] - 1)
         after = tuple(piece_ref[following, i] for i in range(RECORD))
         run(p, n, piece)
         return (n + piece[3] - piece[2], *after)
 
     head = tuple(mine_ref[i] for i in range(RECORD))
-    lax.fori_loop(first, stop, step, (jnp.int32(0), *head))
+    lax.fori_loop(0, stop - first, step, (jnp.int32(0), *head))
 
 
 def valid_lengths(
