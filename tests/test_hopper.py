@@ -471,7 +471,8 @@ def test_long_and_repeated_on_the_gpu(heads, page_size):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("heads", "num_queries", "page_size"), [(64, 1, 64), (64, 1, 16), (40, 1, 1), (24, 2, 64)]
+    ("heads", "num_queries", "page_size"),
+    [(64, 1, 64), (64, 1, 16), (40, 1, 1), (24, 2, 64), (16, 1, 64), (4, 2, 64), (32, 1, 1)],
 )
 def test_pairs_of_workers_repeated_on_the_gpu(heads, num_queries, page_size):
     rng = np.random.default_rng(page_size)

@@ -105,8 +105,7 @@ def decode_few(
         top_smem,
         sum_smem,
         lost_smem,
-        m_of_peer,
-        l_of_peer,
+        of_peer,
         q_full,
         q_empty,
         full_t,
@@ -256,13 +255,12 @@ def decode_few(
 
             def told_by_peer():
                 """Both have read q for the last time when they have told each other."""
-                peer.send_columns(m_of_peer, kv_lora_rank, m)
-                peer.send_columns(l_of_peer, kv_lora_rank + 1, total)
+                for i, mine in enumerate((m, total)):
+                    peer.send_columns(of_peer.at[i], kv_lora_rank + i, mine)
                 peer.arrive(told)
                 peer.wait(told)
-                return (
-                    peer.received_columns(m_of_peer, kv_lora_rank),
-                    peer.received_columns(l_of_peer, kv_lora_rank + 1),
+                return tuple(
+                    peer.received_columns(of_peer.at[i], kv_lora_rank + i) for i in range(2)
                 )
 
             def nothing():
@@ -352,8 +350,7 @@ def decode_few(
             plgpu.SMEM((WARPS, rows), jnp.float32),
             plgpu.SMEM((WARPS, rows), jnp.float32),
             plgpu.SMEM((q_buffers,), jnp.int32),
-            plgpu.SMEM((rows,), jnp.float32),
-            plgpu.SMEM((rows,), jnp.float32),
+            plgpu.SMEM((2, rows), jnp.float32),  # maxima and sums of the peer
             plgpu.Barrier(num_arrivals=3, num_barriers=q_buffers),  # q_full
             plgpu.Barrier(num_arrivals=1, num_barriers=q_buffers),  # q_empty
             plgpu.Barrier(num_arrivals=arrivals(page_size), num_barriers=tail),

@@ -133,7 +133,7 @@ def transposed_tiles(
             BufferUse("shared", "row max", ALIGNMENT),
             BufferUse("shared", "row sum", ALIGNMENT),
             BufferUse("shared", "lost pages", ALIGNMENT),
-            BufferUse("shared", "row max and sum of the peer", ALIGNMENT, 2),
+            BufferUse("shared", "row max and sum of the peer", ALIGNMENT),
             # full and empty; told of the peer's maxima and sums, sent its columns
             BufferUse("shared", "barriers", BARRIER_BYTES, 2 * (q_buffers + sum(depths)) + 2),
         ),
