@@ -162,9 +162,11 @@ def decode(
         refs = Refs(po_ref, plse_ref, o_ref, lse_ref)
 
         def place(request, row_tile):
+            cta = 0 if in_pairs else g.cta_of_cluster()
             return Place(request, (row_tile * cluster + cta) * BLOCK, cta)
 
         def meet(request, row_tile, count):
+            cta = 0 if in_pairs else g.cta_of_cluster()
             counter = plan.tile_of(request, row_tile) * cluster + cta
             return Meeting(g, counter_ref, counter, leaving=2 * count, merging=2 * count)
 
@@ -272,11 +274,12 @@ def decode(
                 for _, _, q_smem, kv, full, _ in columns:
                     plgpu.barrier_wait(full.at[turn])
                     kv_blocks.see()
-                    g.mma_t(s_acc, q_rope if q_smem is q_t else q_smem.at[zero], kv.at[slot])
+                    in_registers = q_smem is q_t and q_rope is not None
+                    g.mma_t(s_acc, q_rope if in_registers else q_smem.at[zero], kv.at[slot])
 
             def masked(s, record, block):
                 kv_len, query_len = record[RECORD], record[RECORD + 1]
-                row = (record[1] * cluster + cta) * BLOCK
+                row = (record[1] * cluster + (0 if in_pairs else g.cta_of_cluster())) * BLOCK
                 shape = (BLOCK, BLOCK)
                 token = (g.iota(shape, 0) + row) // num_heads
                 last = kv_len - query_len + token if causal else kv_len - 1
@@ -348,7 +351,7 @@ def decode(
                 peer.wait(told)
                 return tuple(peer.received_rows(*of_peer) for of_peer in peers)
 
-            def told_by_next(meeting, slot):
+            def told_by_next(meeting, slot, cta):
                 """The same of the tile's other piece, left by the next worker in that slot."""
                 if merges:
                     meeting.wait()
@@ -369,7 +372,8 @@ def decode(
 
             def attend(k, o_acc, s_acc):
                 plgpu.barrier_wait(q_full)
-                q_rope = g.load_tile(q_t.at[0])
+                # (AMLA's adds need the registers.)
+                q_rope = None if exponent_add else g.load_tile(q_t.at[0])
                 record = record_smem.at[k % 2]
                 begin, end = record[2], record[3]
                 num_blocks = end - begin
@@ -455,6 +459,7 @@ def decode(
                 request, row_tile, *_, out_slot, _, slots_of_tile, kv_len = (
                     record[i] for i in range(RECORD + 1)
                 )
+                cta = 0 if in_pairs else g.cta_of_cluster()
                 row = (row_tile * cluster + cta) * BLOCK
                 lost = record[LOST] > 0  # written before the last block's barrier
                 # Each warpgroup has summed its own blocks: exchange, normalise, store.
@@ -476,7 +481,9 @@ def decode(
 
                 def told_by_other():
                     return (
-                        told_by_peer(m, total) if in_pairs else told_by_next(meeting, others_slot)
+                        told_by_peer(m, total)
+                        if in_pairs
+                        else told_by_next(meeting, others_slot, cta)
                     )
 
                 def nothing():

@@ -577,6 +577,21 @@ class Backend:
             action: Literal["increase", "decrease"] = "increase" if count > share else "decrease"
             plgpu.set_max_registers(count, action=action)
 
+    def cta_of_cluster(self) -> jax.Array:
+        """This CTA's number in its cluster, read where it is needed: it holds no register."""
+        if self.interpreting:
+            return lax.axis_index("cluster")
+
+        @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, SCALAR))
+        def read(ctx):
+            del ctx
+            i32 = ir.IntegerType.get_signless(32)
+            ptx = "mov.u32 $0, %cluster_ctarank;"
+            rank = llvm.inline_asm(i32, [], ptx, "=r", has_side_effects=True)
+            return mgpu.FragmentedArray.splat(rank, shape=(), is_signed=True)
+
+        return read()
+
     def wait_for_previous_kernel(self) -> None:
         """Before the first read of anything that an earlier kernel of the stream has written."""
         if not self.interpreting:
