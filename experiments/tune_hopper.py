@@ -25,7 +25,7 @@ import pallas_kernels.hopper
 from experiments.decode_bench import SCALE, Inputs, Pool, Setup, Work, cache_struct, errors_of
 from experiments.shapes import Shape
 from experiments.timing import Burst, ModelProgram, compile_model, measure
-from mla_jax.hal import TilePlanError
+from mla_jax.hal import TilePlan, TilePlanError
 from pallas_kernels.hopper.tuning import few_tokens, plan_of, tuned
 
 Entry = dict[str, Any]
@@ -173,7 +173,7 @@ class GpuStopwatch:
             cache = [x.reshape(getattr(struct, name).shape) for name, x in layer.items()]
             o, lse = attention(
                 q.reshape(len(q), rows, -1), *cache, tables, seq_lens, None, plan,
-                tiles=plan_of(entry), **options,
+                tiles=_tiles(entry, work.row), **options,
             )  # fmt: skip
             return o[:, None], lse[:, None]
 
@@ -193,7 +193,11 @@ def _kernel_of(entry: Entry) -> str:
 def _planner(entry: Entry, shape: Shape) -> Callable[[jax.Array], Any]:
     from pallas_kernels.hopper.attention import plan_decode
 
-    return functools.partial(plan_decode, rows=shape.heads, tiles=plan_of(entry))
+    return functools.partial(plan_decode, rows=shape.heads, tiles=_tiles(entry, shape))
+
+
+def _tiles(entry: Entry, shape: Shape) -> TilePlan:
+    return plan_of(entry, num_tiles=shape.batch * -(-shape.heads // entry["rows_per_tile"]))
 
 
 def write_table(path: Path, classes: Sequence[Entry], device: str | None) -> None:

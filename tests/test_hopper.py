@@ -21,14 +21,14 @@ from mla_jax import (
 )
 from pallas_kernels.hopper import aot, attention
 from pallas_kernels.hopper.merge import merge
-from pallas_kernels.hopper.tuning import choose_tile_plan
+from pallas_kernels.hopper.tuning import choose_tile_plan, tile_plan_of_height
 from pallas_kernels.hopper.walk import SLOT, records
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 
 
 def run(
-    batch, *, workers=None, rows_per_tile=None, plan=None,
+    batch, *, workers=None, rows_per_tile=None, plan=None, tiles=None,
     rescale="multiply", causal=True, partial_dtype="float32",
 ):  # fmt: skip
     """The kernels under the interpreter, on a plan for a few workers so that tiles are cut."""
@@ -48,6 +48,7 @@ def run(
         causal=causal,
         rescale=rescale,
         partial_dtype=jnp.dtype(partial_dtype),
+        tiles=tiles,
         interpret=plgpu.InterpretGPUParams(detect_races=True),
     )
     return jax.jit(attend)(
@@ -127,6 +128,8 @@ def test_pairs_of_workers_interpreted(seq_lens, shape, workers, rescale, lost):
     batch = HopperBatch(np.random.default_rng(seq_lens[0]), seq_lens, **shape)
     rows = batch.q.shape[1] * batch.q.shape[2]
     rows_per_tile = rows + -rows % 8 if rows <= 32 else 64
+    tiles = tile_plan_of_height(rows_per_tile, num_tiles=50)
+    assert tiles.pairs
     plan = plan_splits(
         batch.seq_lens, num_workers=workers, rows=rows, rows_per_tile=rows_per_tile, overhead=1
     )
@@ -135,7 +138,7 @@ def test_pairs_of_workers_interpreted(seq_lens, shape, workers, rescale, lost):
     if lost:
         last_page = (seq_lens[0] - 1) // batch.cache.page_size
         batch.block_tables = batch.block_tables.at[0, last_page].set(batch.cache.num_pages)
-    o, lse = run(batch, plan=plan, rescale=rescale)
+    o, lse = run(batch, plan=plan, tiles=tiles, rescale=rescale)
     if lost:
         batch.seq_lens = batch.seq_lens.at[0].set(-1)
     batch.check(o, lse)
@@ -277,19 +280,21 @@ def test_the_pass_rule_fails_what_is_wrong():
 
 
 @pytest.mark.parametrize(
-    ("heads", "tokens", "page_size", "dtype", "rescale", "widths"),
+    ("batch", "heads", "tokens", "page_size", "dtype", "rescale", "widths"),
     [
-        (16, 1, 64, BF16, "multiply", (512, 64)),
-        (8, 1, 16, F16, "multiply", (512, 64)),
-        (16, 1, 64, BF16, "multiply", (384, 128)),
-        (64, 1, 64, BF16, "multiply", (512, 64)),
-        (64, 1, 16, BF16, "multiply", (512, 64)),
-        (128, 2, 16, BF16, "exponent_add", (512, 64)),
-        (16, 1, 1, BF16, "multiply", (512, 64)),
-        (128, 2, 1, BF16, "multiply", (512, 64)),
+        (5, 16, 1, 64, BF16, "multiply", (512, 64)),
+        (5, 8, 1, 16, F16, "multiply", (512, 64)),
+        (5, 16, 1, 64, BF16, "multiply", (384, 128)),
+        (40, 32, 1, 64, BF16, "multiply", (512, 64)),  # in pairs
+        (40, 8, 2, 1, F16, "multiply", (512, 64)),  # in pairs
+        (5, 64, 1, 64, BF16, "multiply", (512, 64)),
+        (5, 64, 1, 16, BF16, "multiply", (512, 64)),
+        (5, 128, 2, 16, BF16, "exponent_add", (512, 64)),
+        (5, 16, 1, 1, BF16, "multiply", (512, 64)),
+        (5, 128, 2, 1, BF16, "multiply", (512, 64)),
     ],
 )
-def test_compiles_for_sm90a(heads, tokens, page_size, dtype, rescale, widths):
+def test_compiles_for_sm90a(batch, heads, tokens, page_size, dtype, rescale, widths):
     """Nothing serialised, ignored or spilled, within the chip's shared memory.
 
     But on small pages, of 64 rows, or gathered of more: 12 bytes, written once a launch.
@@ -316,11 +321,11 @@ def test_compiles_for_sm90a(heads, tokens, page_size, dtype, rescale, widths):
 
     reports = aot.compile_sm90a(
         attend,
-        jax.ShapeDtypeStruct((5, tokens * heads, sum(widths)), dtype),
+        jax.ShapeDtypeStruct((batch, tokens * heads, sum(widths)), dtype),
         jax.ShapeDtypeStruct((1000, page_size, sum(widths)), dtype),  # (powers of two are easier)
-        ints(5, 5003),
-        ints(5),
-        ints(5),
+        ints(batch, 5003),
+        ints(batch),
+        ints(batch),
     )
     (report,) = reports  # the merge is in the decode launch
     assert not report.serialized, report.messages
@@ -328,7 +333,7 @@ def test_compiles_for_sm90a(heads, tokens, page_size, dtype, rescale, widths):
     assert not report.misuses_setmaxnreg
     # A tile plan's bytes are those that the compiler takes.
     plan = choose_tile_plan(
-        tokens * heads, rescale=rescale, kv_lora_rank=kv_lora_rank, rope_dim=rope_dim
+        tokens * heads, batch=batch, rescale=rescale, kv_lora_rank=kv_lora_rank, rope_dim=rope_dim
     )
     assert report.shared_memory == plan.used()["shared"] <= 232_448
     assert report.registers <= 255

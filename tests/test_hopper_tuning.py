@@ -49,27 +49,38 @@ def test_every_int8_problem_has_a_plan_that_fits(rows: int) -> None:
     assert tile_plan_of_height(plan.rows_per_tile, cache="int8") == plan
 
 
-@given(rows=st.integers(1, 600), tokens=st.integers(1, 200_000))
+@given(rows=st.integers(1, 600), batch=st.integers(1, 200), capacity=st.integers(1, 4000))
 @pytest.mark.parametrize(
     ("cache", "most"), [("float", {16: 32768, 32: 32768}), ("int8", {16: 131072})]
 )
-def test_few_tokens_get_low_tiles(cache: str, most: dict[int, int], rows: int, tokens: int) -> None:
-    plan = choose_tile_plan(rows, most_tokens=tokens, cache=cache)
-    assert tile_plan_of_height(plan.rows_per_tile, cache=cache) == plan
-    fitting = [height for height in most if -(-rows // height) * tokens <= most[height]]
+def test_few_tokens_get_low_tiles(
+    cache: str, most: dict[int, int], rows: int, batch: int, capacity: int
+) -> None:
+    plan = choose_tile_plan(rows, batch=batch, capacity=capacity, cache=cache)
+    num_tiles = batch * -(-rows // plan.rows_per_tile)
+    assert tile_plan_of_height(plan.rows_per_tile, num_tiles=num_tiles, cache=cache) == plan
+    fitting = [height for height in most if -(-rows // height) * batch * capacity <= most[height]]
     if rows > 32 and fitting:
         assert plan.rows_per_tile == min(fitting)
     else:
-        assert plan == choose_tile_plan(rows, cache=cache)
+        assert plan == choose_tile_plan(rows, batch=batch, cache=cache)
+
+
+@pytest.mark.parametrize("rows", [8, 16, 24, 32])
+def test_few_rows_are_in_pairs_with_a_tile_for_most_of_them(rows: int) -> None:
+    for batch in (1, 33, 34, 66, 67, 200):
+        tiles = choose_tile_plan(rows, batch=batch)
+        assert tiles.pairs == (batch in (34, 66))
+        assert tiles.used()["shared"] <= tiles.capacity["shared"]
 
 
 def test_another_cache_is_named() -> None:
     with pytest.raises(ValueError, match="cache must be one of float, int8, got 'fp8'"):
-        choose_tile_plan(64, most_tokens=64, cache="fp8")
+        choose_tile_plan(64, batch=1, capacity=64, cache="fp8")
 
 
 def test_amla_has_its_own_tiles_for_few_tokens_too() -> None:
-    amla = choose_tile_plan(128, most_tokens=64, rescale="exponent_add")
+    amla = choose_tile_plan(128, batch=1, capacity=64, rescale="exponent_add")
     assert amla == choose_tile_plan(128, rescale="exponent_add")
 
 
@@ -86,7 +97,7 @@ def test_the_seesaw_plan_is_the_one_the_profile_arrives_at() -> None:
     ("make", "message"),
     [
         (lambda: transposed_tiles(H200, rows_per_tile=16, depths=(3, 3, 2)),
-         r"H200_SXM: shared holds 232448 bytes.*23728 too many.*kv left 3 x 32768"),
+         r"H200_SXM: shared holds 232448 bytes.*22688 too many.*kv left 3 x 32768"),
         (lambda: transposed_tiles(PROFILES["A100_SXM4_80GB"], rows_per_tile=8),
          "A100_SXM4_80GB: shared holds 166912"),
         (lambda: transposed_tiles(H200, rows_per_tile=40), "rows_per_tile = 40, wanted a multiple"),

@@ -94,8 +94,9 @@ def plan_decode(
     capacity: tokens that a request's block table reaches, if that is known: few short requests get
     other tiles. tiles: of the kernel; None: the tuned ones for a cache of "float" or "int8".
     """
-    most_tokens = None if capacity is None else seq_lens.shape[0] * capacity
-    tiles = tiles or choose_tile_plan(rows, most_tokens=most_tokens, cache=cache, rescale=rescale)
+    tiles = tiles or choose_tile_plan(
+        rows, batch=seq_lens.shape[0], capacity=capacity, cache=cache, rescale=rescale
+    )
     num_workers = num_sms() // tiles.cluster
     return plan_splits(
         seq_lens,
@@ -147,7 +148,10 @@ def attend(
         lengths = jnp.clip(seq_lens, 0, capacity)
         plan = plan_decode(lengths, rows, capacity=capacity, rescale=rescale, tiles=tiles)
     tiles = tiles or tile_plan_of_height(
-        plan.rows_per_tile, kv_lora_rank=kv_lora_rank, rope_dim=q.shape[2] - kv_lora_rank
+        plan.rows_per_tile,
+        num_tiles=plan.num_tiles,
+        kv_lora_rank=kv_lora_rank,
+        rope_dim=q.shape[2] - kv_lora_rank,
     )
     few = plan.rows_per_tile < BLOCK
     kernel: Any = decode_few if few else functools.partial(decode, rescale=RESCALES[rescale])

@@ -78,6 +78,7 @@ def decode_few(
     scale = softmax_scale * LOG2E
     g = TransposedBackend(interpreting=interpret is not None)
     num_slots = max(1, plan.num_slots)
+    in_pairs = tiles.pairs  # of workers, which merge in their shared memories
     accumulator_shapes = ((kv_lora_rank, rows), (BLOCK, rows))
     tile = (BLOCK, rows)
 
@@ -105,7 +106,6 @@ def decode_few(
         top_smem,
         sum_smem,
         lost_smem,
-        of_peer,
         q_full,
         q_empty,
         full_t,
@@ -114,24 +114,28 @@ def decode_few(
         empty_t,
         empty_l,
         empty_r,
-        told,
-        sent,
-        *accumulators,
+        *others,
     ):
+        accumulators = others
+        if in_pairs:
+            (of_peer, told, sent), accumulators = others[:3], others[3:]
         if query_lens is None:
             qlen_ref = None  # (in its place stands another operand)
         g.wait_for_previous_kernel()
         g.let_next_kernel_start()
         wg = lax.axis_index("wg")
-        rank, group = lax.axis_index("cluster"), lax.axis_index("group")
-        peer = TransposedPeer(g, rank, through_ref.at[group])
+        worker = group = lax.axis_index("group")
+        if in_pairs:
+            rank = lax.axis_index("cluster")
+            worker = 2 * group + rank
+            peer = TransposedPeer(g, rank, through_ref.at[group])
         # Rope first: what lands last decides when the last scores are ready, and V is a half each.
         columns = (
             (2 * half, rope, tail, q_t, kv_t, full_t, empty_t),
             (0, half, left, q_l, kv_l, full_l, empty_l),
             (half, half, right, q_r, kv_r, full_r, empty_r),
         )
-        my_walk = walk_ref.at[2 * group + rank]
+        my_walk = walk_ref.at[worker]
         pieces = pieces_of(my_walk)
 
         def meet(request, row_tile, count):
@@ -176,7 +180,7 @@ def decode_few(
 
         @pl.when(wg == 1)
         def _load():
-            walk(pieces, my_walk, piece_ref, load_piece, in_pairs=True)
+            walk(pieces, my_walk, piece_ref, load_piece, in_pairs=in_pairs)
             # See every release, so that no barrier ends with a phase that nobody saw.
             for buffer in range(q_buffers):
                 plgpu.barrier_wait(q_empty.at[buffer])
@@ -266,7 +270,9 @@ def decode_few(
             def nothing():
                 return tuple(g.full((rows,), value, COLUMNS) for value in (NO_KEY, 0.0))
 
-            m, total, weight, _ = joined(m, total, *lax.cond(kept, told_by_peer, nothing))
+            weight = 1.0
+            if in_pairs:
+                m, total, weight, _ = joined(m, total, *lax.cond(kept, told_by_peer, nothing))
             seen = total != 0.0
             inverse = jnp.where(seen, weight / total, 0.0)
             # (One way only to contract: the same bits in every program.)
@@ -279,11 +285,10 @@ def decode_few(
                 g.store_global_t(o_ref.at[request, here], o.astype(dtype))
                 lse_ref.at[request, here][...] = lse
 
-            @pl.when(kept)
-            def _share():
+            def share():
                 """Each of a pair finishes the columns of its number, in what was q's place."""
-                others = lax.rem(p + 1 - 2 * rank, q_buffers)
-                mine = peer.send_half((q_l.at[others], q_r.at[others]), o)
+                its_buffer = lax.rem(p + 1 - 2 * rank, q_buffers)
+                mine = peer.send_half((q_l.at[its_buffer], q_r.at[its_buffer]), o)
                 peer.arrive(sent)
                 peer.wait(sent)
                 got = (q_l.at[buffer], q_r.at[buffer])
@@ -294,6 +299,9 @@ def decode_few(
                 @pl.when(rank == 0)
                 def _lse():
                     lse_ref.at[request, here][...] = lse
+
+            if in_pairs:
+                pl.when(kept)(share)
 
             @pl.when(out_slot >= 0)
             def _leave():
@@ -316,7 +324,7 @@ def decode_few(
 
                 g.with_accumulators(scoped, accumulators, 0, *accumulator_shapes)
 
-            walk(pieces, my_walk, piece_ref, run, in_pairs=True)
+            walk(pieces, my_walk, piece_ref, run, in_pairs=in_pairs)
 
         if merges:
             merge_shares(
@@ -332,6 +340,12 @@ def decode_few(
 
     def smem(*shape):
         return plgpu.SMEM(shape, dtype, transforms=WGMMA_OPERAND)
+
+    of_pairs = [
+        plgpu.SMEM((2, rows), jnp.float32),  # maxima and sums of the peer
+        peer_barrier(1, interpreting=g.interpreting),  # told
+        peer_barrier(1, interpreting=g.interpreting),  # sent
+    ]
 
     kernel = plgpu.kernel(
         body,
@@ -350,7 +364,6 @@ def decode_few(
             plgpu.SMEM((WARPS, rows), jnp.float32),
             plgpu.SMEM((WARPS, rows), jnp.float32),
             plgpu.SMEM((q_buffers,), jnp.int32),
-            plgpu.SMEM((2, rows), jnp.float32),  # maxima and sums of the peer
             plgpu.Barrier(num_arrivals=3, num_barriers=q_buffers),  # q_full
             plgpu.Barrier(num_arrivals=1, num_barriers=q_buffers),  # q_empty
             plgpu.Barrier(num_arrivals=arrivals(page_size), num_barriers=tail),
@@ -359,14 +372,13 @@ def decode_few(
             plgpu.Barrier(num_arrivals=1, num_barriers=tail),
             plgpu.Barrier(num_arrivals=1, num_barriers=left),
             plgpu.Barrier(num_arrivals=1, num_barriers=right),
-            peer_barrier(1, interpreting=g.interpreting),  # told
-            peer_barrier(1, interpreting=g.interpreting),  # sent
+            *(of_pairs if in_pairs else ()),
             *g.accumulator_scratch(1, *accumulator_shapes),
         ),
-        grid=(-(-plan.num_workers // 2),),
+        grid=(-(-plan.num_workers // (1 + in_pairs)),),
         grid_names=("group",),
-        cluster=(2,),
-        cluster_names=("cluster",),
+        cluster=(2,) if in_pairs else (),
+        cluster_names=("cluster",) if in_pairs else (),
         num_threads=2,
         thread_name="wg",
         interpret=interpret,
@@ -375,7 +387,7 @@ def decode_few(
     )
     lens = seq_lens, seq_lens if query_lens is None else query_lens
     through = counters  # (in its place stands another operand)
-    if interpret is not None:
+    if in_pairs and interpret is not None:
         shape = (len(walks[0]) // 2, 2, kv_lora_rank + 2, rows)
         through = jax.empty_ref(jax.ShapeDtypeStruct(shape, jnp.float32))
     return kernel(q, pages, block_tables, *lens, *walks, counters, through, o_ref, lse_ref)

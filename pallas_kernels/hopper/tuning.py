@@ -91,6 +91,7 @@ def transposed_tiles(
     profile: HardwareProfile,
     *,
     rows_per_tile: int,
+    pairs: bool = False,
     depths: Sequence[int] = (2, 2, 2),
     q_buffers: int = 2,
     split_overhead: int = 2,
@@ -100,6 +101,7 @@ def transposed_tiles(
 ) -> TilePlan:
     """Of `decode_few`: up to 32 rows are columns of S^T = K Q^T; one warpgroup computes, one loads.
 
+    pairs: whether workers are in pairs, which takes clusters of two.
     depths: slots of the left half of the latent, of its right half and of the rope columns.
     """
     _check_widths(profile, kv_lora_rank, rope_dim)
@@ -115,7 +117,7 @@ def transposed_tiles(
         block_q=rows,
         block_kv=BLOCK,
         kv_stages=min(depths),
-        pairs=True,
+        pairs=pairs,
         num_workers=profile.cores,
         split_overhead=split_overhead,
         merge_overhead=merge_overhead,
@@ -133,9 +135,11 @@ def transposed_tiles(
             BufferUse("shared", "row max", ALIGNMENT),
             BufferUse("shared", "row sum", ALIGNMENT),
             BufferUse("shared", "lost pages", ALIGNMENT),
-            BufferUse("shared", "row max and sum of the peer", ALIGNMENT),
-            # full and empty; told of the peer's maxima and sums, sent its columns
-            BufferUse("shared", "barriers", BARRIER_BYTES, 2 * (q_buffers + sum(depths)) + 2),
+            BufferUse("shared", "row max and sum of the peer", ALIGNMENT, pairs),
+            # full and empty; of a pair: told of the other's maxima and sums, sent its columns
+            BufferUse(
+                "shared", "barriers", BARRIER_BYTES, 2 * (q_buffers + sum(depths)) + 2 * pairs
+            ),
         ),
         capacity=_capacity(profile),
     )
@@ -276,7 +280,8 @@ KERNELS: dict[str, Callable[..., TilePlan]] = {
 def choose_tile_plan(
     rows: int,
     *,
-    most_tokens: int | None = None,
+    batch: int | None = None,
+    capacity: int | None = None,
     cache: str = "float",
     rescale: str = "multiply",
     profile: HardwareProfile | None = None,
@@ -285,40 +290,54 @@ def choose_tile_plan(
 ) -> TilePlan:
     """The tuned plan for `rows` query rows a request (tokens * heads).
 
-    most_tokens: of all requests together, where it is known. So few that no SM has much to do get
-    low tiles: the cache is read once for each, but there are fewer pieces to merge, of fewer rows.
+    batch: requests, and capacity: the most tokens of one, where they are known. So few tokens that
+    no SM has much to do get low tiles: the cache is read once for each, but there are fewer pieces
+    to merge, of fewer rows. And by the number of tiles workers are in pairs (`plan_of`).
     cache: "float" (16 bits) or "int8". rescale: "exponent_add" is AMLA's, which only the seesaw
     kernel has. profile: None for an H200; num_workers is of that profile.
 
     Raises ValueError for another cache, or one that no kernel takes with this rescale.
     """
     require_one_of("cache", cache, tuple(few_tokens()))
-    widths = {"kv_lora_rank": kv_lora_rank, "rope_dim": rope_dim}
-    if most_tokens is not None and rows > MOST_COLUMNS and rescale == "multiply":
+
+    def of_height(height: int) -> TilePlan:
+        return tile_plan_of_height(
+            height,
+            num_tiles=None if batch is None else batch * -(-rows // height),
+            cache=cache,
+            profile=profile,
+            kv_lora_rank=kv_lora_rank,
+            rope_dim=rope_dim,
+        )
+
+    known = batch is not None and capacity is not None
+    if known and rows > MOST_COLUMNS and rescale == "multiply":
         few = few_tokens()[cache]
         for height in few["rows_per_tile"]:
-            if -(-rows // height) * most_tokens <= few["most"]:
-                return tile_plan_of_height(height, cache=cache, profile=profile, **widths)
+            if -(-rows // height) * batch * capacity <= few["most"]:
+                return of_height(height)
     for entry in tuned(cache):
         if entry["most_rows"] is not None and rows > entry["most_rows"]:
             continue
         if rescale == "multiply" or entry["kernel"] == "seesaw":
-            return plan_of(entry, profile, **widths)
+            return of_height(entry["rows_per_tile"])
     raise ValueError(f"{cache} cache, rescale = {rescale!r}, {rows} rows: not in tuned.json")
 
 
 def tile_plan_of_height(
     rows_per_tile: int,
     *,
+    num_tiles: int | None = None,
     cache: str = "float",
     profile: HardwareProfile | None = None,
     kv_lora_rank: int = 512,
     rope_dim: int = 64,
 ) -> TilePlan:
     """The tuned plan whose tiles have so many rows: for a split plan that says them."""
+    widths = {"kv_lora_rank": kv_lora_rank, "rope_dim": rope_dim}
     for entry in tuned(cache):
         if entry["rows_per_tile"] == rows_per_tile:
-            return plan_of(entry, profile, kv_lora_rank=kv_lora_rank, rope_dim=rope_dim)
+            return plan_of(entry, profile, num_tiles=num_tiles, **widths)
     heights = ", ".join(map(str, tile_heights(cache)))
     raise ValueError(f"rows_per_tile must be one of {heights}, got {rows_per_tile}")
 
@@ -333,13 +352,24 @@ def tile_heights(cache: str = "float", *, rescale: str = "multiply") -> tuple[in
 
 
 def plan_of(
-    entry: Mapping[str, Any], profile: HardwareProfile | None = None, **widths: Any
+    entry: Mapping[str, Any],
+    profile: HardwareProfile | None = None,
+    *,
+    num_tiles: int | None = None,
+    **widths: Any,
 ) -> TilePlan:
-    """The checked plan of one entry of the table."""
+    """The checked plan of one entry of the table.
+
+    num_tiles: of all requests, where it is known. The transposed kernel has pairs of workers if
+    most of them get a tile, each to halve: with fewer tiles they are cut in more pieces than two,
+    with more of them a cluster costs a launch more than it spares the merge.
+    """
     profile = profile or load_profile("H200_SXM")
     if entry["kernel"] not in KERNELS:
         raise _refused(profile, "kernel", entry["kernel"], " or ".join(KERNELS))
     sizes = {k: v for k, v in entry.items() if k not in ("cache", "most_rows", "kernel", "timed")}
+    if entry["kernel"] == "transposed" and num_tiles is not None:
+        sizes["pairs"] = profile.cores // 4 < num_tiles <= profile.cores // 2
     return KERNELS[entry["kernel"]](profile, **sizes, **widths)
 
 
