@@ -72,6 +72,7 @@ def test_few_rows_are_in_pairs_with_a_tile_for_most_of_them(rows: int) -> None:
         tiles = choose_tile_plan(rows, batch=batch)
         assert tiles.pairs == (batch in (34, 66))
         assert tiles.used()["shared"] <= tiles.capacity["shared"]
+    assert choose_tile_plan(rows, batch=50, kv_lora_rank=384).pairs == (rows in (16, 32))
 
 
 def test_another_cache_is_named() -> None:
@@ -101,6 +102,8 @@ def test_the_seesaw_plan_is_the_one_the_profile_arrives_at() -> None:
         (lambda: transposed_tiles(PROFILES["A100_SXM4_80GB"], rows_per_tile=8),
          "A100_SXM4_80GB: shared holds 166912"),
         (lambda: transposed_tiles(H200, rows_per_tile=40), "rows_per_tile = 40, wanted a multiple"),
+        (lambda: transposed_tiles(H200, rows_per_tile=24, kv_lora_rank=128, pairs=True),
+         "pairs = True, wanted False for 24 rows and kv_lora_rank 128"),
         (lambda: transposed_tiles(H200, rows_per_tile=8, depths=(2, 0, 2)), "depths"),
         (lambda: transposed_tiles(H200, rows_per_tile=8, q_buffers=0), "q_buffers = 0"),
         (lambda: transposed_tiles(H200, rows_per_tile=8, rope_dim=48), "rope_dim = 48"),

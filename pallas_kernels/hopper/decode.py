@@ -134,19 +134,17 @@ def decode(
         empty_t,
         p_ready,
         l_ready,
-        *others,
+        *rest,
     ):
+        accumulators = rest
         if in_pairs:
-            (m_of_peer, l_of_peer, told, sent), accumulators = others[:4], others[4:]
-        else:
-            accumulators = others
+            (m_of_peer, l_of_peer, told, sent), accumulators = rest[:4], rest[4:]
         if query_lens is None:
             qlen_ref = None  # (in its place stands another operand)
         g.wait_for_previous_kernel()
         g.let_next_kernel_start()
         wg = lax.axis_index("wg")
         rank = lax.axis_index("cluster")
-        cta = 0 if in_pairs else rank
         group = lax.axis_index("group")
         if interpret is not None and not in_pairs:
             # (The interpreter runs cluster after cluster: first those that others take pieces of.)
@@ -161,13 +159,16 @@ def decode(
 
         refs = Refs(po_ref, plse_ref, o_ref, lse_ref)
 
+        def part_of_tile():
+            """Which 64 of its rows this CTA has; read again where it's needed, not held."""
+            return 0 if in_pairs else g.cta_of_cluster()
+
         def place(request, row_tile):
-            cta = 0 if in_pairs else g.cta_of_cluster()
-            return Place(request, (row_tile * cluster + cta) * BLOCK, cta)
+            part = part_of_tile()
+            return Place(request, (row_tile * cluster + part) * BLOCK, part)
 
         def meet(request, row_tile, count):
-            cta = 0 if in_pairs else g.cta_of_cluster()
-            counter = plan.tile_of(request, row_tile) * cluster + cta
+            counter = plan.tile_of(request, row_tile) * cluster + part_of_tile()
             return Meeting(g, counter_ref, counter, leaving=2 * count, merging=2 * count)
 
         kv_blocks = blocks(g, table_ref, kv_ref, cluster)
@@ -189,7 +190,7 @@ def decode(
             at, *piece = carry
             request, row_tile, begin, end, slot, *slots_of_tile = piece
             num_blocks = end - begin
-            row = (row_tile * cluster + cta) * BLOCK
+            row = (row_tile * cluster + (0 if in_pairs else rank)) * BLOCK
             kv_len, query_len = lengths(len_ref, qlen_ref, request)
             ahead = kv_blocks.ahead(request, begin, kv_len)
             following = kv_blocks.ahead(request, begin + 1, kv_len)
@@ -279,7 +280,7 @@ def decode(
 
             def masked(s, record, block):
                 kv_len, query_len = record[RECORD], record[RECORD + 1]
-                row = (record[1] * cluster + (0 if in_pairs else g.cta_of_cluster())) * BLOCK
+                row = (record[1] * cluster + part_of_tile()) * BLOCK
                 shape = (BLOCK, BLOCK)
                 token = (g.iota(shape, 0) + row) // num_heads
                 last = kv_len - query_len + token if causal else kv_len - 1
@@ -402,7 +403,7 @@ def decode(
                     release(slot)
                     return m_new, norm
 
-                def others(carry, slot, turn):
+                def of_other(carry, slot, turn):
                     """The other warpgroup's P, at its maximum."""
                     m, norm = carry
                     m_new = published_max(slot, turn)
@@ -416,7 +417,7 @@ def decode(
                     s0, s1 = zero, zero + 1
                     if me == 0:
                         carry = own(carry, zero, s0, s0)
-                        carry = others(carry, s1, s1)
+                        carry = of_other(carry, s1, s1)
                         g.wait_mma(0)
                         release(s1)
                         return carry
@@ -424,7 +425,7 @@ def decode(
                     g.wait_mma(0)
                     s = g.read(s_acc) * scale
                     top = s.max(axis=1)
-                    m0, norm = others(carry, s0, s0)
+                    m0, norm = of_other(carry, s0, s0)
                     m1 = raised(m0, top)
                     p = jnp.exp2(s - across(m1))
                     half_p = p.astype(dtype)
@@ -444,7 +445,7 @@ def decode(
                     turn = slot + 2
                     if me == 0:
                         return own(carry, zero, slot, turn, begin + i)
-                    carry = others(carry, slot, turn)
+                    carry = of_other(carry, slot, turn)
                     g.wait_mma(0)
                     release(slot)
                     return carry
@@ -459,7 +460,7 @@ def decode(
                 request, row_tile, *_, out_slot, _, slots_of_tile, kv_len = (
                     record[i] for i in range(RECORD + 1)
                 )
-                cta = 0 if in_pairs else g.cta_of_cluster()
+                cta = part_of_tile()
                 row = (row_tile * cluster + cta) * BLOCK
                 lost = record[LOST] > 0  # written before the last block's barrier
                 # Each warpgroup has summed its own blocks: exchange, normalise, store.
@@ -476,14 +477,14 @@ def decode(
                     o = jnp.where(across(query, (BLOCK, half)), o, 0.0)
                 total += jnp.where((kv_len < 0) | lost, jnp.nan, 0.0)
                 kept = out_slot < -1
-                others_slot = kept_slot(out_slot) + 1
-                meeting = meet(request, row_tile, 1)
+                next_slot = kept_slot(out_slot) + 1  # (of 128 rows: where the other piece is left,)
+                meeting = meet(request, row_tile, 1)  # (the only one)
 
                 def told_by_other():
                     return (
                         told_by_peer(m, total)
                         if in_pairs
-                        else told_by_next(meeting, others_slot, cta)
+                        else told_by_next(meeting, next_slot, cta)
                     )
 
                 def nothing():
@@ -536,7 +537,7 @@ def decode(
                 def with_others(o):
                     weights = across(others_inverse, (BLOCK, 64))
                     return tuple(
-                        part + g.load_blocks(left(others_slot, i)).astype(jnp.float32) * weights
+                        part + g.load_blocks(left(next_slot, i)).astype(jnp.float32) * weights
                         for i, part in enumerate(parts_of(o))
                     )
 

@@ -114,17 +114,17 @@ def decode_few(
         empty_t,
         empty_l,
         empty_r,
-        *others,
+        *rest,
     ):
-        accumulators = others
+        accumulators = rest
         if in_pairs:
-            (of_peer, told, sent), accumulators = others[:3], others[3:]
+            (of_peer, told, sent), accumulators = rest[:3], rest[3:]
         if query_lens is None:
             qlen_ref = None  # (in its place stands another operand)
         g.wait_for_previous_kernel()
         g.let_next_kernel_start()
         wg = lax.axis_index("wg")
-        worker = group = lax.axis_index("group")
+        worker = group = lax.axis_index("group")  # of one worker, or two
         if in_pairs:
             rank = lax.axis_index("cluster")
             worker = 2 * group + rank

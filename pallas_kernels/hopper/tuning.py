@@ -106,6 +106,9 @@ def transposed_tiles(
     """
     _check_widths(profile, kv_lora_rank, rope_dim)
     _check_columns(profile, rows_per_tile, MOST_COLUMNS)
+    if pairs and not _can_be_in_pairs(rows_per_tile, kv_lora_rank):
+        wanted = f"False for {rows_per_tile} rows and kv_lora_rank {kv_lora_rank}"
+        raise _refused(profile, "pairs", pairs, wanted)
     if len(depths) != 3 or min(depths) < 1:
         raise _refused(profile, "depths", tuple(depths), "3 counts of slots, each >= 1")
     if q_buffers < 1:
@@ -369,7 +372,9 @@ def plan_of(
         raise _refused(profile, "kernel", entry["kernel"], " or ".join(KERNELS))
     sizes = {k: v for k, v in entry.items() if k not in ("cache", "most_rows", "kernel", "timed")}
     if entry["kernel"] == "transposed" and num_tiles is not None:
-        sizes["pairs"] = profile.cores // 4 < num_tiles <= profile.cores // 2
+        a_tile_each = profile.cores // 4 < num_tiles <= profile.cores // 2
+        latent = widths.get("kv_lora_rank", 512)
+        sizes["pairs"] = a_tile_each and _can_be_in_pairs(entry["rows_per_tile"], latent)
     return KERNELS[entry["kernel"]](profile, **sizes, **widths)
 
 
@@ -411,6 +416,11 @@ def _check_int8_widths(profile: HardwareProfile, kv_lora_rank: int, rope_dim: in
 def _check_columns(profile: HardwareProfile, rows_per_tile: int, most: int) -> None:
     if rows_per_tile % ROW_GROUP or not 0 < rows_per_tile <= most:
         raise _refused(profile, "rows_per_tile", rows_per_tile, f"a multiple of 8 up to {most}")
+
+
+def _can_be_in_pairs(rows_per_tile: int, kv_lora_rank: int) -> bool:
+    """Half of a transposed tile goes to the peer in two parts of whole registers of a warpgroup."""
+    return rows_per_tile * kv_lora_rank // 2 % 1024 == 0
 
 
 def _check_setmaxnreg(profile: HardwareProfile, registers: Sequence[int]) -> None:
