@@ -483,7 +483,7 @@ def test_long_and_repeated_on_the_gpu(heads, page_size):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("shortest", "longest", "requests", "workers", "least"),
-    [(800, 1023, 60, 132, 100), (1, 1999, 60, 40, 30)],  # a piece a worker; up to five
+    [(800, 1023, 60, 132, 100), (1, 1999, 60, 40, 20)],  # a piece a worker; up to five
 )
 @pytest.mark.parametrize(
     ("heads", "num_queries", "page_size"),
