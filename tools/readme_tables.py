@@ -245,8 +245,11 @@ def options(card: str) -> str:
          f"{cost['time_least']:.2f} to {cost['time_most']:.2f}", f"{cost['largest_error']:.1e}"]
         for cost in result["costs"]
     ]  # fmt: skip
-    left = f"{result['left']} of {len(result['rows']) + result['left']} tasks were not run"
-    return f"{table(['options', 'shapes', 'time', 'largest error'], lines)}\n\n({left}.)"
+    found = table(["options", "shapes", "time", "largest error"], lines)
+    if not result["left"]:
+        return found
+    tasks = len(result["rows"]) + result["left"]
+    return f"{found}\n\n({result['left']} of {tasks} tasks were not run.)"
 
 
 def classes(card: str) -> str:
