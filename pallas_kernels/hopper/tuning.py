@@ -363,9 +363,9 @@ def plan_of(
 ) -> TilePlan:
     """The checked plan of one entry of the table.
 
-    num_tiles: of all requests, where it is known. The transposed kernel has pairs of workers if
-    most of them get a tile, each to halve: with fewer tiles they are cut in more pieces than two,
-    with more of them a cluster costs a launch more than it spares the merge.
+    num_tiles: of all requests, where it is known. The transposed kernel has its workers in pairs if
+    more than half of the pairs get a tile and none gets two: fewer tiles are cut in more pieces
+    than two, and with more of them a cluster costs a launch more than it spares the merge.
     """
     profile = profile or load_profile("H200_SXM")
     if entry["kernel"] not in KERNELS:
