@@ -219,6 +219,7 @@ def launch(
     resident = interpret is None and ctas <= num_sms()
     merges = plan.num_slots > 0 and resident
     finish = "in_pairs" if tiles.pairs else "merge"
+    # (Who waits for a piece needs its worker beside it, or before it, as the interpreter has it.)
     if tiles.cluster > 1 and (merges or interpret is not None):
         finish = "by_first"
     walks = records(plan, finish)

@@ -79,7 +79,8 @@ def decode(
     Writes whole tiles to o_ref [B, R, kv_lora_rank] and lse_ref [B, R or more]; and, if it `merges`
     (its CTAs must be resident together then), cut tiles too. Returns what it leaves of their
     pieces: o [slots, ctas, kv_lora_rank / 8, 512], in blocks of 64 rows x 8 columns, and
-    lse [slots, rows]. counters: int32 [num_tiles * ctas], 0 before and after the launch.
+    lse [slots, rows]. walks: the plan's `records`. counters: int32 [num_tiles * ctas], 0 before and
+    after the launch.
     """
     _, rows_total, width = q.shape
     page_size = pages.shape[1]

@@ -63,9 +63,7 @@ class Peer:
         def send(ctx, *args):
             del ctx
             *targets, tile, rank = args
-            fours = np.split(tile.registers.reshape(-1, 2), len(targets))
-            for target, part in zip(targets, fours, strict=True):
-                _store_fours(rank.registers.item(), target, part)
+            _store_parts(rank.registers.item(), targets, tile.registers)
 
         send(*refs, value, 1 - self.rank)
 
@@ -195,10 +193,7 @@ class TransposedPeer(Peer):
             halves = list(zip(*tile.registers.reshape(2, -1), strict=True))
             given = np.empty(len(halves), dtype=object)
             given[:] = [arith.select(second, b, a) for a, b in halves]
-            for target, part in zip(
-                targets, np.split(given.reshape(-1, 2), len(targets)), strict=True
-            ):
-                _store_fours(rank, target, part)
+            _store_parts(rank, targets, given)
             kept = [arith.select(second, a, b) for a, b in halves]
             return array_of(kept, (m, n), mgpu.WGMMA_LAYOUT)
 
@@ -241,12 +236,14 @@ def _store(what: str, address: ir.Value, *values: ir.Value) -> None:
     _no_value(f"st.shared::cluster.{what};", address, *values, constraints=constraints)
 
 
-def _store_fours(rank: ir.Value, target: ir.Value, fours: np.ndarray) -> None:
-    """Registers [k, 2] of two values each to the target's k blocks of 512, in CTA `rank`."""
-    start = _address_in(rank, target, own_four(), 4)
-    for j, pairs in enumerate(fours):
-        four = [vector.extract(pair, [], [i]) for pair in pairs for i in range(2)]
-        _store(f"v4.f32 [$0 + {2048 * j}], {{$1, $2, $3, $4}}", start, *four)
+def _store_parts(rank: ir.Value, targets: list[ir.Value], registers: np.ndarray) -> None:
+    """Registers of two values, an equal part to the blocks of 512 of each target in CTA `rank`."""
+    parts = np.split(registers.reshape(-1, 2), len(targets))
+    for target, part in zip(targets, parts, strict=True):
+        start = _address_in(rank, target, own_four(), 4)
+        for j, pairs in enumerate(part):
+            four = [vector.extract(pair, [], [i]) for pair in pairs for i in range(2)]
+            _store(f"v4.f32 [$0 + {2048 * j}], {{$1, $2, $3, $4}}", start, *four)
 
 
 # `inline_mgpu` takes no barriers, so this is a primitive of Pallas.
