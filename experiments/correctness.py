@@ -147,7 +147,7 @@ def make_problem(
         softmax_scale=SOFTMAX_SCALE,
         causal=True,
         rescale="multiply",
-        partial_dtype=jnp.dtype(jnp.float32),
+        partial_dtype=None,
     )
     return problem, _oracle(options, q, kv)
 

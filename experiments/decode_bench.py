@@ -253,7 +253,7 @@ class Work:
             softmax_scale=SCALE,
             causal=True,
             rescale=options.get("rescale", "multiply"),
-            partial_dtype=jnp.dtype(options.get("partial_dtype", jnp.float32)),
+            partial_dtype=options.get("partial_dtype"),
         )
         return IMPLEMENTATIONS[name].unavailable(problem)
 

@@ -286,7 +286,7 @@ class Runner:
             softmax_scale=self.config.softmax_scale,
             causal=True,
             rescale="multiply",
-            partial_dtype=jnp.dtype(jnp.float32),
+            partial_dtype=None,
         )
 
 

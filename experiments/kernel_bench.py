@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, str]] = {  # options of the op, beside the default
     "multiply": {},
     "exponent_add": {"rescale": "exponent_add"},
     "partials_bfloat16": {"partial_dtype": "bfloat16"},
-    "partials_float16": {"partial_dtype": "float16"},
+    "partials_float32": {"partial_dtype": "float32"},
 }
 PAGE_BARS = {128: 0.98, 16: 0.9, 1: 0.75}  # speed, against pages of 64
 

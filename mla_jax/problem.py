@@ -33,7 +33,7 @@ class AttentionProblem:
     softmax_scale: float
     causal: bool
     rescale: str
-    partial_dtype: Any  # np.dtype
+    partial_dtype: Any  # np.dtype, or None: the implementation's choice
 
     def mark_invalid(self) -> "AttentionProblem":
         """The same with seq_lens = -1 for each request whose lengths or pages can't be."""

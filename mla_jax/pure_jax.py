@@ -72,10 +72,11 @@ def attend_split_kv(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
     q = _row_tiles(problem.query_rows(), plan)  # [T, rows, D]
     visible = _row_tiles(problem.visible_keys(), plan)  # [T, rows]
     rows, width = (plan.num_workers, plan.rows_per_tile), cache.kv_lora_rank
+    partial_dtype = jnp.float32 if problem.partial_dtype is None else problem.partial_dtype
     outputs = (
         jnp.zeros((plan.num_tiles, rows[1], width), jnp.float32),
         jnp.full((plan.num_tiles, rows[1]), -jnp.inf),
-        jnp.zeros((max(1, plan.num_slots), rows[1], width), problem.partial_dtype),
+        jnp.zeros((max(1, plan.num_slots), rows[1], width), partial_dtype),
         jnp.full((max(1, plan.num_slots), rows[1]), -jnp.inf),
     )
 

@@ -1,5 +1,6 @@
 """The Hopper kernels' three gates: interpreter, compile for sm_90a, and (marked gpu) an H200."""
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -30,7 +31,7 @@ BF16, F16 = jnp.bfloat16, jnp.float16
 
 def run(
     batch, *, workers=None, rows_per_tile=None, plan=None, tiles=None,
-    rescale="multiply", causal=True, partial_dtype="float32",
+    rescale="multiply", causal=True, partial_dtype=None,
 ):  # fmt: skip
     """The kernels under the interpreter, on a plan for a few workers so that tiles are cut."""
     requests, tokens, heads, width = batch.q.shape
@@ -48,7 +49,7 @@ def run(
         softmax_scale=SCALE,
         causal=causal,
         rescale=rescale,
-        partial_dtype=jnp.dtype(partial_dtype),
+        partial_dtype=partial_dtype,
         tiles=tiles,
         interpret=plgpu.InterpretGPUParams(detect_races=True),
     )
@@ -74,7 +75,7 @@ def run(
         (
             [330, -1, 0, 20],
             {"heads": 40, "page_size": 128},
-            {"workers": 2, "rows_per_tile": 64},
+            {"workers": 2, "rows_per_tile": 64, "partial_dtype": "float32"},
         ),
         (
             [140, 260],
@@ -164,6 +165,42 @@ def test_a_tile_in_two_pieces_interpreted(lost):
     assert not gpu_callbacks.get_races().races_found
 
 
+def with_latents_times(batch, factor):
+    """The same scores, exactly, and `factor` (a power of two) times the outputs."""
+    latent = jnp.arange(batch.q.shape[-1]) < batch.cache.kv_lora_rank
+    scaled = copy.copy(batch)
+    scaled.q = jnp.where(latent, batch.q / factor, batch.q)
+    pages = jnp.where(latent, batch.cache.pages * factor, batch.cache.pages)
+    scaled.cache = dataclasses.replace(batch.cache, pages=pages)
+    return scaled
+
+
+@pytest.mark.parametrize(("heads", "rows_per_tile"), [(40, 64), (72, 128)])
+def test_pieces_of_any_size_interpreted(heads, rows_per_tile):
+    """float16 ends at 65504 and 6e-8: pieces are held in units of powers of two."""
+    batch = HopperBatch(np.random.default_rng(heads), [330, 40, 150], heads=heads)
+    options = {"workers": 4, "rows_per_tile": rows_per_tile}
+    o, lse = run(batch, **options)
+    batch.check(o, lse)
+    for factor in (2.0**60, 2.0**-60):
+        scaled_o, scaled_lse = run(with_latents_times(batch, factor), **options)
+        np.testing.assert_array_equal(scaled_o, o * factor)
+        np.testing.assert_array_equal(scaled_lse, lse)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "times"), [(64, 1), (128, 1), (64, 20), (128, 30)])
+def test_pieces_of_any_size_on_the_gpu(heads, times):
+    lens = [5000, 900, 1800] * times  # in many pieces, or in two
+    batch = HopperBatch(np.random.default_rng(heads), lens, heads=heads)
+    o, lse = op(batch)
+    batch.check(o, lse)
+    for factor in (2.0**60, 2.0**-60):
+        scaled_o, scaled_lse = op(with_latents_times(batch, factor))
+        np.testing.assert_array_equal(scaled_o, o * factor)
+        np.testing.assert_array_equal(scaled_lse, lse)
+
+
 @pytest.mark.parametrize(("heads", "rows_per_tile"), [(16, 16), (40, 64)])
 def test_pages_of_16_interpreted(heads, rows_per_tile):
     """(The race detector follows one TMA copy a barrier phase only: not asked here.)"""
@@ -244,7 +281,7 @@ def test_merges_tiles_in_two_pieces_and_in_many(rows, ctas, width, fixed):
         o, lse = jax.new_ref(o), jax.new_ref(lse)
         interpret = plgpu.InterpretGPUParams(detect_races=True)
         partials = jnp.asarray(left), jnp.asarray(partial_lse)
-        merge(o, lse, *partials, plan, records(plan), interpret=interpret)
+        merge(o, lse, partials, plan, records(plan), interpret=interpret)
         return o[...], lse[...]
 
     shape = (5, ctas * rows, width)
@@ -463,7 +500,7 @@ def test_several_tokens_on_the_gpu(heads, num_queries, causal, page_size):
         (F16, "multiply", F16, 64),
         (F16, "multiply", F16, 1),
         (BF16, "exponent_add", jnp.float32, 64),
-        (BF16, "multiply", F16, 64),
+        (BF16, "multiply", jnp.float32, 64),
     ],
 )
 def test_options_on_the_gpu(heads, dtype, rescale, partial_dtype, page_size):

@@ -122,7 +122,7 @@ def attend(
     softmax_scale: float,
     causal: bool,
     rescale: str = "multiply",
-    partial_dtype: Any = jnp.float32,
+    partial_dtype: Any = None,
     tiles: TilePlan | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -136,6 +136,9 @@ def attend(
         query_lens: [B] int32, real tokens of each request; None: all.
         plan: for these seq_lens; None: `plan_decode`.
         rescale: "multiply" or "exponent_add" (AMLA's integer add).
+        partial_dtype: of the pieces of cut tiles; None: float16 of bfloat16 tiles of 64 rows and
+            more, which hold it in units, so that it adds an eighth of what rounding o does to
+            the error; else float32.
         tiles: sizes of the kernel; None: the tuned ones.
         interpret: `plgpu.InterpretGPUParams()` runs the schedule on a CPU.
 
@@ -154,6 +157,8 @@ def attend(
         rope_dim=q.shape[2] - kv_lora_rank,
     )
     few = plan.rows_per_tile < BLOCK
+    if partial_dtype is None:
+        partial_dtype = jnp.float32 if few or q.dtype == jnp.float16 else jnp.float16
     kernel: Any = decode_few if few else functools.partial(decode, rescale=RESCALES[rescale])
     q = pad_rows(q, plan.rows_per_tile if few else ROW_GROUP)
     o = jax.ShapeDtypeStruct((*q.shape[:2], kv_lora_rank), q.dtype)
@@ -182,7 +187,7 @@ def pad_rows(q: jax.Array, multiple: int) -> jax.Array:
 
 
 def launch(
-    kernel: Callable[..., tuple[jax.Array, jax.Array]],
+    kernel: Callable[..., tuple[jax.Array, ...]],
     operands: Sequence[jax.Array],
     block_tables: jax.Array,
     seq_lens: jax.Array,
@@ -225,7 +230,7 @@ def launch(
     walks = records(plan, finish)
     # Zeros again at the end: XLA, which takes them for constants, may hand them to every launch.
     counters = jnp.zeros(plan.num_tiles * tiles.cluster, jnp.int32)
-    partial_o, partial_lse = kernel(
+    partials = kernel(
         *operands,
         block_tables,
         seq_lens,
@@ -244,7 +249,7 @@ def launch(
         **options,
     )
     if plan.num_slots and not merges:
-        merge(o, lse, partial_o, partial_lse, plan, walks, interpret=interpret)
+        merge(o, lse, partials, plan, walks, interpret=interpret)
     # The barrier keeps XLA from writing the merge's outputs straight into a slice of a larger array
     # (those of a scan, say): its dynamic-slice fusion forgets that they alias the inputs.
     whole_o, whole_lse = jax.lax.optimization_barrier((o[...], lse[...]))

@@ -25,6 +25,7 @@ from pallas_kernels.hopper.merge import (
     Refs,
     block_parts,
     merge_shares,
+    units,
 )
 from pallas_kernels.hopper.peer import Peer, joined, peer_barrier
 from pallas_kernels.hopper.primitives import OWN_BARRIERS, ROWS, WGMMA_OPERAND, Backend
@@ -78,9 +79,9 @@ def decode(
     LAZY_GROWTH, "exponent_add" likewise and as AMLA's integer add.
     Writes whole tiles to o_ref [B, R, kv_lora_rank] and lse_ref [B, R or more]; and, if it `merges`
     (its CTAs must be resident together then), cut tiles too. Returns what it leaves of their
-    pieces: o [slots, ctas, kv_lora_rank / 8, 512], in blocks of 64 rows x 8 columns, and
-    lse [slots, rows]. walks: the plan's `records`. counters: int32 [num_tiles * ctas], 0 before and
-    after the launch.
+    pieces: o [slots, ctas, kv_lora_rank / 8, 512], in blocks of 64 rows x 8 columns,
+    lse [slots, rows] and, of float16, the units [slots, 2, rows] of both halves of o.
+    walks: the plan's `records`. counters: int32 [num_tiles * ctas], 0 before and after the launch.
     """
     _, rows_total, width = q.shape
     page_size = pages.shape[1]
@@ -97,6 +98,7 @@ def decode(
     scale = softmax_scale * LOG2E
     g = Backend(interpreting=interpret is not None)
     num_slots = max(1, plan.num_slots)
+    in_units = partial_dtype == jnp.float16
     exponent_add = rescale == "exponent_add"
     lazy = rescale != "multiply"
     accumulator_shapes = ((BLOCK, half), (BLOCK, BLOCK))
@@ -115,6 +117,7 @@ def decode(
         lse_ref,
         po_ref,
         plse_ref,
+        units_ref,
         q_l,
         q_r,
         q_t,
@@ -132,7 +135,6 @@ def decode(
         full_t,
         empty_l,
         empty_r,
-        empty_t,
         p_ready,
         l_ready,
         *rest,
@@ -155,10 +157,11 @@ def decode(
         columns = (
             (0, half, q_l, kv_l, full_l, empty_l),
             (half, half, q_r, kv_r, full_r, empty_r),
-            (2 * half, rope, q_t, kv_t, full_t, empty_t),
+            # (Its rope keys, and the P in their place, are done with when both halves of V are.)
+            (2 * half, rope, q_t, kv_t, full_t, None),
         )
 
-        refs = Refs(po_ref, plse_ref, o_ref, lse_ref)
+        refs = Refs(po_ref, plse_ref, o_ref, lse_ref, units_ref if in_units else None)
 
         def part_of_tile():
             """Which 64 of its rows this CTA has; read again where it's needed, not held."""
@@ -177,7 +180,8 @@ def decode(
         # ---------------------------------------------------------------- the loading warpgroup
         def load_block(found, slot, turn):
             for column, _, _, kv, full, empty in columns:
-                plgpu.barrier_wait(empty.at[slot])
+                if empty is not None:
+                    plgpu.barrier_wait(empty.at[slot])
                 kv_blocks.load(found, column, kv.at[slot], full.at[turn])
 
         def turn_of(i, open_pairs):
@@ -253,7 +257,7 @@ def decode(
             lax.fori_loop(0, stop - first, load_piece, (at, *head))
             # See every release: a CTA must outlive those that its peer sends it.
             plgpu.barrier_wait(q_empty)
-            for *_, empty in columns:
+            for empty in (empty_l, empty_r):
                 for slot in (0, 1):
                     plgpu.barrier_wait(empty.at[slot])
 
@@ -262,14 +266,13 @@ def decode(
             return lax.broadcast_in_dim(rows, shape, [0])
 
         def compute(me):
-            q_mine, v, empty_v = ((q_l, kv_l, empty_l), (q_r, kv_r, empty_r))[me]
+            q_mine, v, empty = ((q_l, kv_l, empty_l), (q_r, kv_r, empty_r))[me]
 
             def release(slot):
                 """This warpgroup has read its half of V and P of the slot for the last time."""
                 if cluster > 1:
                     plgpu.commit_smem()  # all four warps, before one thread tells the cluster
-                plgpu.barrier_arrive(empty_v.at[slot])
-                plgpu.barrier_arrive(empty_t.at[slot])
+                plgpu.barrier_arrive(empty.at[slot])
 
             def scores(s_acc, q_rope, zero, slot, turn):
                 g.zero(s_acc)
@@ -315,16 +318,18 @@ def decode(
                 """O from scale 2^-m_old to 2^-m_new; nothing may be in flight on it."""
                 alpha = jnp.exp2(m_old - m_new)
 
-                def scale_o():
+                def rescaled():
+                    o = g.read(o_acc)
                     if exponent_add:
-                        g.add_exponent(o_acc, jnp.maximum(m_old - m_new, -300.0))
-                    else:
-                        g.scale(o_acc, alpha)
+                        return g.add_exponent(o, jnp.maximum(m_old - m_new, -300.0))
+                    return o * across(alpha, o.shape)
 
                 if lazy:
-                    pl.when(g.any_less(m_old, m_new))(scale_o)
+                    # (Each warp for itself: but all of them write o_acc, which takes a fence.)
+                    grown = g.any_less_in_warp(m_old, m_new)
+                    o_acc[...] = lax.cond(grown, rescaled, lambda: g.read(o_acc))
                 else:
-                    scale_o()
+                    o_acc[...] = rescaled()
                 return alpha
 
             def publish(slot, turn, p, m):
@@ -499,6 +504,18 @@ def decode(
                 )
                 # (One way only to contract: the same bits in every program.)
                 lse = jnp.where(seen, (m + jnp.log(total) * LOG2E) * LN2, -jnp.inf)
+
+                def left_rows(ref, *index):
+                    return ref.at[*index, pl.ds(cta * BLOCK, BLOCK)]
+
+                if in_units:
+                    # (For one multiplication of O, not two.)
+                    def in_own(inverse=inverse):
+                        unit, inverse_unit = units(jnp.abs(o).max(axis=1) * inverse)
+                        left_rows(units_ref, out_slot, me)[...] = unit
+                        return inverse * inverse_unit
+
+                    inverse = lax.cond(out_slot >= 0, in_own, lambda inverse=inverse: inverse)
                 o *= across(inverse, (BLOCK, half))
 
                 mine = pl.ds(me * half, half)
@@ -528,7 +545,7 @@ def decode(
                         part = part.astype(partial_dtype)
                         g.store_blocks(left(out_slot, i), part, rows_total - row)
                     if me == 0:
-                        plse_ref.at[out_slot, pl.ds(cta * BLOCK, BLOCK)][...] = lse
+                        left_rows(plse_ref, out_slot)[...] = lse
                     if merges:
                         meet(request, row_tile, slots_of_tile).leave()
 
@@ -536,7 +553,10 @@ def decode(
                     return tuple(o[:, c : c + 64] for c in range(0, half, 64))
 
                 def with_others(o):
-                    weights = across(others_inverse, (BLOCK, 64))
+                    weights = others_inverse
+                    if in_units:
+                        weights = weights * g.load_rows(left_rows(units_ref, next_slot, me))
+                    weights = across(weights)
                     return tuple(
                         part + g.load_blocks(left(next_slot, i)).astype(jnp.float32) * weights
                         for i, part in enumerate(parts_of(o))
@@ -560,7 +580,6 @@ def decode(
                         pl.when(kept)(meeting.end)
                 plgpu.barrier_arrive(q_empty)
 
-            g.take_registers(tiles.registers, me)
             for slot in (0, 1):
                 release(slot)  # every slot starts free
             if rows_box < BLOCK:
@@ -581,30 +600,37 @@ def decode(
             first, stop = pieces_of(my_walk)
             lax.fori_loop(0, stop - first, run, ())
             plgpu.wait_smem_to_gmem(0)
-            if merges:
-                merge_shares(
-                    block_parts(g, plan, kv_lora_rank, warpgroups=2),
-                    refs,
-                    piece_ref,
-                    pieces_of(my_walk),
-                    meet=meet,
-                    place=place,
-                    wg=me,
-                    wgs=2,
-                )
 
-        # (A switch: what one branch needs isn't held through another.)
-        lax.switch(wg, [functools.partial(compute, 0), functools.partial(compute, 1), load])
+        def merge_cut_tiles():
+            merge_shares(
+                block_parts(g, plan, kv_lora_rank, warpgroups=2),
+                refs,
+                piece_ref,
+                pieces_of(my_walk),
+                meet=meet,
+                place=place,
+                wg=g.warpgroup(),
+                wgs=2,
+            )
+
+        def compute_and_merge():
+            g.take_registers(tiles.registers, 0)
+            lax.switch(wg, [functools.partial(compute, me) for me in (0, 1)])
+            if merges:
+                merge_cut_tiles()  # (One copy for both: an SM caches 128 KB of code.)
+
+        # (Branches: what one needs isn't held through another.)
+        lax.cond(wg < 2, compute_and_merge, load)
 
     def smem(*shape):
         return plgpu.SMEM(shape, dtype, transforms=WGMMA_OPERAND)
 
-    def slot_free(count):
+    def slot_free():
         if cluster > 1:
             return plgpu.ClusterBarrier(
-                collective_axes=("cluster",), num_arrivals=count, num_barriers=2
+                collective_axes=("cluster",), num_arrivals=1, num_barriers=2
             )
-        return plgpu.Barrier(num_arrivals=count, num_barriers=2)
+        return plgpu.Barrier(num_arrivals=1, num_barriers=2)
 
     of_pairs = [
         plgpu.SMEM((BLOCK,), jnp.float32),
@@ -621,6 +647,9 @@ def decode(
                 partial_dtype,
             ),
             jax.ShapeDtypeStruct((num_slots, plan.rows_per_tile), jnp.float32),
+            jax.ShapeDtypeStruct(
+                (num_slots if in_units else 1, 2, plan.rows_per_tile), jnp.float32
+            ),
         ),
         scratch_types=(
             smem(1, BLOCK, half),
@@ -638,9 +667,8 @@ def decode(
             plgpu.Barrier(num_arrivals=arrivals(page_size), num_barriers=4),
             plgpu.Barrier(num_arrivals=arrivals(page_size), num_barriers=4),
             plgpu.Barrier(num_arrivals=arrivals(page_size), num_barriers=4),
-            slot_free(1),
-            slot_free(1),
-            slot_free(2),
+            slot_free(),
+            slot_free(),
             plgpu.Barrier(num_arrivals=1, num_barriers=4),  # p_ready
             plgpu.Barrier(num_arrivals=2),  # l_ready
             *(of_pairs if in_pairs else ()),
@@ -661,7 +689,7 @@ def decode(
     if in_pairs and interpret is not None:
         shape = (len(walks[0]) // 2, 2, BLOCK, half + 2)
         through = jax.empty_ref(jax.ShapeDtypeStruct(shape, jnp.float32))
-    return kernel(
+    partial_o, partial_lse, partial_units = kernel(
         q,
         pages,
         block_tables,
@@ -673,3 +701,4 @@ def decode(
         o_ref,
         lse_ref,
     )
+    return (partial_o, partial_lse, partial_units) if in_units else (partial_o, partial_lse)

@@ -27,7 +27,7 @@ def attend_int8(
     num_heads: int,
     softmax_scale: float,
     causal: bool,
-    partial_dtype: Any = jnp.float32,
+    partial_dtype: Any = None,
     tiles: TilePlan | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -65,7 +65,7 @@ def attend_int8(
         rows=rows,
         num_heads=num_heads,
         tiles=tiles,
-        partial_dtype=partial_dtype,
+        partial_dtype=jnp.float32 if partial_dtype is None else partial_dtype,
         interpret=interpret,
         softmax_scale=softmax_scale,
         causal=causal,

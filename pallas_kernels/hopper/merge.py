@@ -9,7 +9,8 @@ together, as those of a persistent kernel are.
 interpreter, which has no atomics.
 
 What a part is depends on how the decode kernel leaves a piece: `decode_few` as rows, `decode` as
-blocks of 64 rows x 8 columns in the order of its registers.
+blocks of 64 rows x 8 columns in the order of its registers; as float16 in units (`units`), a power
+of two for each row and half of the columns, so that no value is too large or too small.
 """
 
 import functools
@@ -28,6 +29,7 @@ from pallas_kernels.hopper.walk import BLOCK, FIRST_SLOT, NO_KEY, SLOTS, pieces_
 LOADS_IN_FLIGHT = 64  # registers a thread
 MANY = 16  # pieces
 BLOCK_COLUMNS = 8
+HALF_TOP = 14  # log2 of a unit's multiple that a row's largest float16 is: it ends at 16
 
 
 class Refs(NamedTuple):
@@ -37,6 +39,7 @@ class Refs(NamedTuple):
     partial_lse: Any  # [slots, rows]
     o: Any  # [B, R, d_v]
     lse: Any  # [B, R or more]
+    partial_units: Any = None  # [slots, 2, rows]: what 1 counts in each half of the columns
 
 
 class Place(NamedTuple):
@@ -60,6 +63,7 @@ class Lane(NamedTuple):
 
     lse: Callable[[Any], Any]  # slot -> natural log
     o: Callable[[Any], Any]  # slot -> float32
+    unit: Callable[[Any], Any]  # slot -> what 1 of it counts, beside its lse
     spread: Callable[[Any], Any]  # a value for each lse -> one for each o
     nothing: Merged
     write: Callable[[Any, Any], None]  # (lse, o)
@@ -163,6 +167,7 @@ def _row_parts(
             return Lane(
                 lse=lambda slot: refs.partial_lse[slot, row],
                 o=o,
+                unit=lambda slot: 1.0,
                 spread=lambda weight: weight,
                 nothing=Merged(jnp.float32(NO_KEY), jnp.float32(0), zeros),
                 write=write,
@@ -204,11 +209,17 @@ def _block_parts(g: Backend, width: int, warpgroups: int, pieces: int, at_once: 
             blocks = pl.ds(column // BLOCK_COLUMNS, columns // BLOCK_COLUMNS)
             return g.load_blocks(refs.partial_o.at[slot, place.cta, blocks]).astype(jnp.float32)
 
+        def unit(slot):
+            if refs.partial_units is None:
+                return 1.0
+            return g.load_rows(refs.partial_units.at[slot, 2 * column // width, partial_rows])
+
         partial_rows = pl.ds(place.cta * BLOCK, BLOCK)
         empty_rows = g.full((BLOCK,), NO_KEY, ROWS), g.full((BLOCK,), 0.0, ROWS)
         lane = Lane(
             lse=lambda slot: g.load_rows(refs.partial_lse.at[slot, partial_rows]),
             o=o,
+            unit=unit,
             spread=lambda weights: lax.broadcast_in_dim(weights, (BLOCK, columns), [0]),
             nothing=Merged(*empty_rows, g.full((BLOCK, columns), 0.0, plgpu.Layout.WGMMA)),
             write=write,
@@ -222,25 +233,26 @@ def _merge_slots(lanes: list[Lane], first: Any, count: Any, at_once: int) -> Non
     """Writes the merge of slots first .. first + count, taken in this order."""
 
     def chunk(c, states):
-        loaded: list[tuple[list, list]] = [([], []) for _ in lanes]
-        for lane, (lses, values) in zip(lanes, loaded, strict=True):
+        loaded: list[tuple[list, list, list]] = [([], [], []) for _ in lanes]
+        for lane, (lses, units, values) in zip(lanes, loaded, strict=True):
             for k in range(at_once):
                 piece = c * at_once + k
                 slot = first + jnp.minimum(piece, count - 1)
                 lses.append(lane.lse(slot) + jnp.where(piece < count, 0.0, -jnp.inf))
+                units.append(lane.unit(slot))
                 values.append(lane.o(slot))
         return tuple(
             add(lane, state, *pieces)
             for lane, state, pieces in zip(lanes, states, loaded, strict=True)
         )
 
-    def add(lane, state, lses, values):
+    def add(lane, state, lses, units, values):
         top = functools.reduce(jnp.maximum, lses, state.m)
         old = jnp.exp(state.m - top)
         total, o = state.total * old, state.o * lane.spread(old)
-        for lse, value in zip(lses, values, strict=True):
+        for lse, unit, value in zip(lses, units, values, strict=True):
             weight = jnp.exp(lse - top)
-            total, o = total + weight, o + value * lane.spread(weight)
+            total, o = total + weight, o + value * lane.spread(weight * unit)
         return Merged(top, total, o)
 
     chunks = (count + at_once - 1) // at_once
@@ -334,11 +346,22 @@ def merge_shares(
     lax.fori_loop(*pieces, piece, ())
 
 
+def units(largest: Any) -> tuple[Any, Any]:
+    """For rows with these largest magnitudes (float32): the units to hold them as float16 in, and
+    one over those. Powers of two, so that dividing by them loses nothing."""
+    exponent = lax.bitcast_convert_type(largest, jnp.int32) >> 23
+    exponent = jnp.minimum(jnp.maximum(exponent, HALF_TOP + 1), 254)
+
+    def power(exponent):
+        return lax.bitcast_convert_type(exponent << 23, jnp.float32)
+
+    return power(exponent - HALF_TOP), power(254 + HALF_TOP - exponent)
+
+
 def merge(
     o_ref: Any,
     lse_ref: Any,
-    partial_o: Any,
-    partial_lse: Any,
+    partials: tuple[Any, ...],
     plan: SplitPlan,
     walks: tuple[Any, Any],
     *,
@@ -347,12 +370,13 @@ def merge(
     """Writes merged rows into o_ref [B, R, d_v] and lse_ref [B, R or more], in place.
 
     Args:
-        partial_o, partial_lse: as a decode kernel leaves them, any float dtype and float32.
+        partials: as a decode kernel leaves them: o of any float dtype, lse, and units if it has.
         plan: whose slots these are.
         walks: the plan's `records`: what is kept there has been merged.
     """
     g = Backend(interpreting=interpret is not None)
     width, warpgroups = o_ref.shape[2], 4
+    partial_o, partial_lse = partials[:2]
     in_blocks = partial_o.ndim == 4
     ctas = partial_o.shape[1] if in_blocks else 1
     rows = partial_lse.shape[1] // ctas
@@ -361,13 +385,14 @@ def merge(
     else:
         ways = row_parts(g, plan, rows, width, warpgroups)
 
-    def body(po_ref, plse_ref, walk_ref, piece_ref, o_ref, lse_ref):
+    def body(po_ref, plse_ref, *rest):
+        *units_ref, walk_ref, piece_ref, o_ref, lse_ref = rest
         g.wait_for_previous_kernel()
         g.let_next_kernel_start()
         worker, cta = lax.axis_index("worker"), lax.axis_index("cta")
         merge_shares(
             ways,
-            Refs(po_ref, plse_ref, o_ref, lse_ref),
+            Refs(po_ref, plse_ref, o_ref, lse_ref, *units_ref),
             piece_ref,
             pieces_of(walk_ref.at[worker]),
             meet=lambda *_: None,
@@ -389,4 +414,4 @@ def merge(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         kernel_name="mla_merge",
-    )(partial_o, partial_lse, walk, pieces, o_ref, lse_ref)
+    )(*partials, walk, pieces, o_ref, lse_ref)

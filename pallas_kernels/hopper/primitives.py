@@ -80,7 +80,7 @@ def _voted(mine: Any, *, broadcast: bool = True) -> mgpu.FragmentedArray:
     """1 for the warpgroup where any of its threads has a flag (i1), else 0.
 
     broadcast: let a warp agree on its barrier first. That takes a register more, and time in
-    `decode_int8`; `decode` is faster with it (benchmarks/log.md).
+    `decode_int8` (benchmarks/log.md).
     """
     i32 = ir.IntegerType.get_signless(32)
     voted = llvm.inline_asm(
@@ -89,6 +89,20 @@ def _voted(mine: Any, *, broadcast: bool = True) -> mgpu.FragmentedArray:
         "{ .reg .pred p, q; setp.ne.u32 p, $2, 0;"
         " bar.red.or.pred q, $1, 128, p; selp.u32 $0, 1, 0, q; }",
         "=r,r,r",
+        has_side_effects=True,
+    )
+    return mgpu.FragmentedArray.splat(voted, shape=(), is_signed=True)
+
+
+def _voted_in_warp(mine: Any) -> mgpu.FragmentedArray:
+    """`_voted` for each warp, without a barrier."""
+    i32 = ir.IntegerType.get_signless(32)
+    voted = llvm.inline_asm(
+        i32,
+        [arith.extui(i32, mine)],
+        "{ .reg .pred p, q; setp.ne.u32 p, $1, 0;"
+        " vote.sync.any.pred q, p, 0xffffffff; selp.u32 $0, 1, 0, q; }",
+        "=r,r",
         has_side_effects=True,
     )
     return mgpu.FragmentedArray.splat(voted, shape=(), is_signed=True)
@@ -132,24 +146,20 @@ class Backend:
         """The accumulator's value; the caller has waited for its products."""
         return acc[...] if self.interpreting else plgpu.wgmma_accumulator_load(acc, wait_n=None)
 
-    def scale(self, acc, rows) -> None:
-        acc[...] = self.read(acc) * lax.broadcast_in_dim(rows, acc.shape, [0])
-
-    def add_exponent(self, acc, shift) -> None:
-        """acc * 2^shift by an integer add to its bits (AMLA, arXiv 2509.25224).
+    def add_exponent(self, value, shift) -> jax.Array:
+        """value * 2^shift by an integer add to its bits (AMLA, arXiv 2509.25224).
 
         `shift` [rows] holds whole numbers from -300 to 0. What would fall below the smallest
         normal number becomes 0: a bare add would wrap through the sign bit.
         """
 
         def across(rows):
-            return lax.broadcast_in_dim(rows, acc.shape, [0])
+            return lax.broadcast_in_dim(rows, value.shape, [0])
 
-        value = self.read(acc)
         bits = lax.bitcast_convert_type(value, jnp.int32) + across(shift.astype(jnp.int32) << 23)
         lost = jnp.abs(value) < across(jnp.exp2(-126.0 - shift))
         moved = lax.bitcast_convert_type(bits, jnp.float32)
-        acc[...] = jnp.where(lost, jnp.zeros_like(moved), moved)
+        return jnp.where(lost, jnp.zeros_like(moved), moved)
 
     def mma(self, acc, a, b) -> None:
         """acc += a @ b, left in flight."""
@@ -346,8 +356,12 @@ class Backend:
 
         return load(ref)
 
-    def any_less(self, a, b) -> jax.Array:
-        """One flag for the warpgroup: does any row have a < b?"""
+    def any_less_in_warp(self, a, b) -> jax.Array:
+        """A flag for each warp, without a barrier: has any of its rows a < b?
+
+        What a branch on it runs may not be meant for the whole warpgroup, as wgmma's fence is.
+        (The interpreter has one flag for all.)
+        """
         if self.interpreting:
             return jnp.max((a < b).astype(jnp.int32)) > 0
 
@@ -363,7 +377,7 @@ class Backend:
                     lanes = [vector.extract(w, [], [i]) for w in (u, v)]
                     less = arith.cmpf(arith.CmpFPredicate.OLT, *lanes)
                     mine = less if mine is None else arith.ori(mine, less)
-            return _voted(mine)
+            return _voted_in_warp(mine)
 
         return vote(a, b) > 0
 
@@ -589,6 +603,24 @@ class Backend:
             ptx = "mov.u32 $0, %cluster_ctarank;"
             rank = llvm.inline_asm(i32, [], ptx, "=r", has_side_effects=True)
             return mgpu.FragmentedArray.splat(rank, shape=(), is_signed=True)
+
+        return read()
+
+    def warpgroup(self) -> jax.Array:
+        """This warpgroup's number, likewise."""
+        if self.interpreting:
+            return lax.axis_index("wg")
+
+        @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, SCALAR))
+        def read(ctx):
+            del ctx
+            i32 = ir.IntegerType.get_signless(32)
+            ptx = (
+                "mov.u32 $0, %tid.x; shr.u32 $0, $0, 7;"
+                " shfl.sync.idx.b32 $0, $0, 0, 0x1f, 0xffffffff;"  # (the same in a warp)
+            )
+            wg = llvm.inline_asm(i32, [], ptx, "=r", has_side_effects=True)
+            return mgpu.FragmentedArray.splat(wg, shape=(), is_signed=True)
 
         return read()
 

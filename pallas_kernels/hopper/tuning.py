@@ -79,9 +79,10 @@ def seesaw_tiles(
             BufferUse("shared", "lse", ALIGNMENT),
             BufferUse("shared", "piece record", ALIGNMENT),
             BufferUse("shared", "row max and sum of the peer", ALIGNMENT, 2 * pairs),
-            # q full and empty, l ready; full (in two ways) and empty of the three kinds of slots, P
-            # ready (in two ways); of a pair: told of the other's maxima and sums, sent its columns
-            BufferUse("shared", "barriers", BARRIER_BYTES, 3 + 2 * (6 + 3 + 2) + 2 * pairs),
+            # q full and empty, l ready; full (in two ways) of the three kinds of slots, empty of
+            # the halves, P ready (in two ways); of a pair: told of the other's maxima and sums,
+            # sent its columns
+            BufferUse("shared", "barriers", BARRIER_BYTES, 3 + 2 * (6 + 2 + 2) + 2 * pairs),
         ),
         capacity=_capacity(profile),
     )
