@@ -83,11 +83,12 @@ BARS = (
     Bar("16 heads, 128 x 16384, GB/s", "gb_per_s", 4200.0,
         _is(heads=16, batch=128, kv_len=16384)),
     Bar("64 x 1024, 16 and 64 heads", _PEER, 1.1, _is(heads=(16, 64), batch=64, kv_len=1024)),
-    Bar("16 x 1024 and 4096, 16 heads", _PEER, 1.0, _is(heads=16, batch=16, kv_len=(1024, 4096))),
+    Bar("16 requests", _PEER, 1.0,
+        _is(heads=(16, 64, 128), batch=16, kv_len=(1024, 4096, 16384))),
     Bar("1 x 16384", _PEER, 1.1, _is(heads=(16, 128), batch=1, kv_len=16384)),
     Bar("1 x 1024", _PEER, 1.0, _is(heads=(16, 128), batch=1, kv_len=1024)),
-    Bar("ragged 128 x 4096, 64 heads", _PEER, 1.0,
-        _is(heads=64, batch=128, kv_len=4096, lengths="varlen")),
+    Bar("ragged 128 x 4096", _PEER, 1.0,
+        _is(heads=(16, 64, 128), batch=128, kv_len=4096, lengths="varlen")),
     *(
         Bar(f"pages of {size} against 64", "speed_over_page_64", wanted,
             _is(heads=64, batch=128, kv_len=4096, page_size=size))

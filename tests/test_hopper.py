@@ -22,7 +22,7 @@ from mla_jax import (
     plan_splits,
 )
 from pallas_kernels.hopper import aot, attention
-from pallas_kernels.hopper.merge import merge
+from pallas_kernels.hopper.merge import merge, units
 from pallas_kernels.hopper.tuning import choose_tile_plan, tile_plan_of_height
 from pallas_kernels.hopper.walk import SLOT, records
 
@@ -163,6 +163,16 @@ def test_a_tile_in_two_pieces_interpreted(lost):
         batch.seq_lens = batch.seq_lens.at[1].set(-1)
     batch.check(o, lse)
     assert not gpu_callbacks.get_races().races_found
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-40, 1.2e-38, 6e-8, 1.0, 65519.9, 3.4e38])
+def test_units_hold_a_row_as_float16(largest):
+    largest = np.float32(largest)
+    unit, inverse = map(np.float32, units(jnp.float32(largest)))
+    assert unit * inverse == 1
+    held = np.float16(largest * inverse)
+    assert np.isfinite(held)
+    assert abs(np.float32(held) * unit - largest) <= largest / 2**11
 
 
 def with_latents_times(batch, factor):

@@ -1,8 +1,9 @@
 """compute-sanitizer over the Hopper kernels: addresses out of bounds, races in shared memory.
 
 It is a program of the CUDA toolkit, which JAX does not need. On some virtual machines (gVisor) it
-refuses the device, and its racecheck (2025.3) ends with a segmentation fault of its own, before it
-says anything, on two of the kernels. There no verdict is to be had: the case is skipped, but only
+refuses the device, and 2025.3 often ends with a segmentation fault of its own before it says
+anything: with racecheck always on two of the kernels, else by chance, the less often with Python's
+faulthandler on. It is asked three times. If no verdict is to be had, the case is skipped, but only
 once the same program has been seen to be right without it.
 """
 
@@ -25,7 +26,7 @@ CASES = (  # a kernel each: cache, heads, page size; the last gathers small page
     ("int8", 64, 64),
     ("float", 64, 1),
 )
-CRASHES_RACECHECK = (("int8", 64, 64), ("float", 64, 1))
+TIMES = 3
 
 
 @pytest.mark.gpu
@@ -37,11 +38,14 @@ def test_finds_nothing(case: tuple[str, int, int], tool: str) -> None:
         pytest.skip("no compute-sanitizer (of the CUDA toolkit)")
     program = [sys.executable, str(PROGRAM), *map(str, case)]
     options = [f"--tool={tool}", "--error-exitcode=9", "--kernel-name=kns=mla_"]
-    done = run([sanitizer, *options, "--show-backtrace=no", *program])
-    said = done.stdout + done.stderr
+    for _ in range(TIMES):
+        done = run([sanitizer, *options, "--show-backtrace=no", *program])
+        said = done.stdout + done.stderr
+        crashed = done.returncode == -signal.SIGSEGV and "all right" not in said
+        if not crashed:
+            break
     refused = "Device not supported" in said
-    crashed = done.returncode == -signal.SIGSEGV and "all right" not in said
-    if refused or (crashed and tool == "racecheck" and case in CRASHES_RACECHECK):
+    if refused or crashed:
         alone = run(program)
         assert "all right" in alone.stdout, alone.stderr[-3000:]
         why = "refuses this device or virtual machine" if refused else "2025.3 itself crashes here"
@@ -58,6 +62,7 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             # Each buffer is an allocation of its own, and what lies past it is out of bounds.
             "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
+            "PYTHONFAULTHANDLER": "1",
         },
         capture_output=True,
         text=True,

@@ -508,15 +508,15 @@ def decode(
                 def left_rows(ref, *index):
                     return ref.at[*index, pl.ds(cta * BLOCK, BLOCK)]
 
-                if in_units:
-                    # (For one multiplication of O, not two.)
-                    def in_own(inverse=inverse):
-                        unit, inverse_unit = units(jnp.abs(o).max(axis=1) * inverse)
-                        left_rows(units_ref, out_slot, me)[...] = unit
-                        return inverse * inverse_unit
+                def in_own_units():
+                    unit, inverse_unit = units(jnp.abs(o).max(axis=1) * inverse)
+                    left_rows(units_ref, out_slot, me)[...] = unit
+                    return inverse * inverse_unit
 
-                    inverse = lax.cond(out_slot >= 0, in_own, lambda inverse=inverse: inverse)
-                o *= across(inverse, (BLOCK, half))
+                factor = inverse  # (one, so that O is multiplied once)
+                if in_units:
+                    factor = lax.cond(out_slot >= 0, in_own_units, lambda: inverse)
+                o *= across(factor, (BLOCK, half))
 
                 mine = pl.ds(me * half, half)
 
