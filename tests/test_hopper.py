@@ -185,17 +185,15 @@ def with_latents_times(batch, factor):
     return scaled
 
 
-@pytest.mark.parametrize(("heads", "rows_per_tile"), [(40, 64), (72, 128)])
-def test_pieces_of_any_size_interpreted(heads, rows_per_tile):
+@pytest.mark.parametrize(
+    ("heads", "rows_per_tile", "factor"), [(40, 64, 2.0**60), (72, 128, 2.0**-60)]
+)
+def test_pieces_of_any_size_interpreted(heads, rows_per_tile, factor):
     """float16 ends at 65504 and 6e-8: pieces are held in units of powers of two."""
-    batch = HopperBatch(np.random.default_rng(heads), [330, 40, 150], heads=heads)
-    options = {"workers": 4, "rows_per_tile": rows_per_tile}
-    o, lse = run(batch, **options)
-    batch.check(o, lse)
-    for factor in (2.0**60, 2.0**-60):
-        scaled_o, scaled_lse = run(with_latents_times(batch, factor), **options)
-        np.testing.assert_array_equal(scaled_o, o * factor)
-        np.testing.assert_array_equal(scaled_lse, lse)
+    batch = HopperBatch(np.random.default_rng(heads), [20, 230], heads=heads)
+    scaled = with_latents_times(batch, factor)
+    o, lse = run(scaled, workers=3, rows_per_tile=rows_per_tile)  # the long one in two pieces
+    batch.check(o / factor, lse)
 
 
 @pytest.mark.gpu
@@ -345,10 +343,7 @@ def test_the_pass_rule_fails_what_is_wrong():
     ],
 )
 def test_compiles_for_sm90a(batch, heads, tokens, page_size, dtype, rescale, widths):
-    """Nothing serialised, ignored or spilled, within the chip's shared memory.
-
-    But on small pages, of 64 rows, or gathered of more: 12 bytes, written once a launch.
-    """
+    """Nothing serialised, ignored or spilled, within the chip's shared memory."""
     kv_lora_rank, rope_dim = widths
 
     def attend(q, pages, tables, seq_lens, query_lens):
@@ -387,9 +382,7 @@ def test_compiles_for_sm90a(batch, heads, tokens, page_size, dtype, rescale, wid
     )
     assert report.shared_memory == plan.used()["shared"] <= 232_448
     assert report.registers <= 255
-    may_spill = page_size < (64 if heads * tokens == 64 else 16 if heads * tokens > 64 else 0)
-    assert report.spill_stores <= (16 if may_spill else 0), report
-    assert may_spill or report.spill_loads == 0, report
+    assert report.spill_stores == report.spill_loads == 0, report
     if report.sass is not None:
         assert "HGMMA" in report.sass
         assert overwritten_in_flight(report.sass) == []
