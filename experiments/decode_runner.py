@@ -2,7 +2,8 @@
 
 Every row is written to `rows.jsonl` as soon as it is known. Where that file is there already, its
 measured and failed rows are not run again; skipped ones are looked at anew. Pools of many rows go
-first, so that time which ends early leaves little undone.
+first, so that time which ends early leaves little undone. Who computes a shape takes turns with the
+others, and so do pages of other sizes: a card's speed changes from minute to minute.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ WORKS_AT_A_TIME = 8  # whose programs are compiled before they are timed
 
 Key = tuple[Shape, str]
 Task = tuple[Shape, Contender]
+Entry = tuple[dict[str, timing.Burst], Row]  # by the column of their time; what is known before it
 
 
 @dataclasses.dataclass
@@ -158,24 +160,37 @@ class Runner:
         return reason is not None
 
     def _run_pool(self, pool: Pool, tasks: list[Task], peer_names: Sequence[str]) -> None:
-        works: dict[tuple, list[Task]] = {}
-        for row, who in tasks:
-            works.setdefault(Work(row, pool, self.setup).key, []).append((row, who))
-        groups = list(works.values())
         layers: list[Any] = []
-        for start in range(0, len(groups), WORKS_AT_A_TIME):
+        for chunk in self._chunks(pool, tasks):
             if self._late():
                 return
-            chunk = groups[start : start + WORKS_AT_A_TIME]
             programs = self._compile(pool, chunk)
             layers = layers or pool.fill(self.setup)
-            rows = list(dict.fromkeys(row for group in chunk for row, _ in group))
-            label = f"batch {rows[0].batch}, {rows[0].dtype}"
-            for row in track(rows, label):
+            matches: dict[Shape, list[Task]] = {}
+            for task in (task for group in chunk for task in group):
+                matches.setdefault(dataclasses.replace(task[0], page_size=0), []).append(task)
+            label = f"batch {chunk[0][0][0].batch}, {pool.dtype}"
+            for match in track(matches.values(), label):
                 if self._late():
                     return
-                mine = [who for group in chunk for other, who in group if other == row]
-                self._run_row(row, pool, layers, mine, programs, peer_names)
+                self._run_match(match, pool, layers, programs, peer_names)
+
+    def _chunks(self, pool: Pool, tasks: Iterable[Task]) -> Iterator[list[list[Task]]]:
+        """WORKS_AT_A_TIME groups of tasks that share programs, or a few more: those that differ in
+        page size alone stay together."""
+        families: dict[tuple, dict[tuple, list[Task]]] = {}
+        for row, who in tasks:
+            work = Work(row, pool, self.setup)
+            family = families.setdefault((row.heads, row.s_q, work.capacity), {})
+            family.setdefault(work.key, []).append((row, who))
+        chunk: list[list[Task]] = []
+        for family in families.values():
+            chunk += family.values()
+            if len(chunk) >= WORKS_AT_A_TIME:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
 
     def _compile(self, pool: Pool, chunk: Sequence[Sequence[Task]]) -> dict[Any, Future]:
         """Programs by contender and `Work.key`, of `jnp` by row; in threads."""
@@ -195,7 +210,46 @@ class Runner:
                 pass
         return futures
 
-    def _run_row(
+    def _run_match(
+        self,
+        tasks: Sequence[Task],
+        pool: Pool,
+        layers: list[Any],
+        programs: dict[Any, Future],
+        peer_names: Sequence[str],
+    ) -> None:
+        """Times rows that differ in page size alone, all of them in turn."""
+        bursts: dict[tuple[Key, str], timing.Burst] = {}
+        found: dict[Key, Row] = {}
+        for row in dict.fromkeys(row for row, _ in tasks):
+            contenders = [who for other, who in tasks if other == row]
+            entered = self._enter_row(row, pool, layers, contenders, programs, peer_names)
+            for name, (mine, columns) in entered.items():
+                found[row, name] = columns
+                bursts |= {((row, name), column): burst for column, burst in mine.items()}
+        labels = {entry: f"{entry[0][0].label}, {entry[0][1]}, {entry[1]}" for entry in bursts}
+        try:
+            timings = time_bursts({labels[entry]: b for entry, b in bursts.items()}, self.setup)
+        except Exception as error:
+            for row, name in found:
+                self._fail(row, name, error)
+            return
+        for (row, name), columns in found.items():
+            times = {c: timings[labels[key, c]] for key, c in bursts if key == (row, name)}
+            whole = times["us"]
+            self.journal.add(
+                row,
+                name,
+                "measured",
+                **{column: t.us for column, t in times.items()},
+                us_low=whole.low,
+                us_high=whole.high,
+                host_bound=whole.host_bound,
+                launches=bursts[(row, name), "us"].launches,
+                **columns,
+            )
+
+    def _enter_row(
         self,
         row: Shape,
         pool: Pool,
@@ -203,7 +257,8 @@ class Runner:
         contenders: Iterable[Contender],
         programs: dict[Any, Future],
         peer_names: Sequence[str],
-    ) -> None:
+    ) -> dict[str, Entry]:
+        """By contender, those that are right; a failure is a row already."""
         work = Work(row, pool, self.setup)
         inputs = Inputs.make(row, self.setup, layers, work.capacity)
         oracles: dict[int, Any] = {}
@@ -213,22 +268,19 @@ class Runner:
                 oracles[layer] = inputs.oracle(layer)
             return oracles[layer]
 
-        bursts: dict[tuple[str, str], timing.Burst] = {}
-        found: dict[str, Row] = {}
+        found: dict[str, Entry] = {}
 
-        def enter(name: str, make: Callable[[], tuple[dict[str, timing.Burst], Row]]) -> None:
-            """Bursts and what is known of a contender before timing; a failure is a row too."""
+        def enter(name: str, make: Callable[[], Entry]) -> None:
             try:
                 mine, columns = make()
             except Exception as error:
                 self._fail(row, name, error)
                 return
-            if not columns.pop("correct"):
+            if columns.pop("correct"):
+                found[name] = mine, columns
+            else:
                 why = f"wrong: error {columns['error']:.2e}, of lse {columns['lse_error']:.2e}"
                 self.journal.add(row, name, "failed", reason=why, **columns)
-                return
-            found[name] = columns
-            bursts.update({(name, column): burst for column, burst in mine.items()})
 
         for who in contenders:
             if who.implementation is None:
@@ -237,35 +289,16 @@ class Runner:
                 program = programs[who.name, work.key]
                 make = functools.partial(self._enter_op, inputs, program, oracle)
             enter(who.name, make)
-        launches = max((burst.launches for burst in bursts.values()), default=0)
+        bursts = [burst for mine, _ in found.values() for burst in mine.values()]
+        launches = max((burst.launches for burst in bursts), default=0)
         for name in peer_names if launches else ():
-            if self._done(row, name) or row.dtype != "bf16":
-                continue
-            enter(name, functools.partial(_enter_peer, name, inputs, launches, oracle))
-        try:
-            timings = time_bursts({f"{n} {c}": b for (n, c), b in bursts.items()}, self.setup)
-        except Exception as error:
-            for name in found:
-                self._fail(row, name, error)
-            return
-        for name, columns in found.items():
-            mine = {c: timings[f"{n} {c}"] for n, c in bursts if n == name}
-            whole = mine["us"]
-            self.journal.add(
-                row,
-                name,
-                "measured",
-                **{column: t.us for column, t in mine.items()},
-                us_low=whole.low,
-                us_high=whole.high,
-                host_bound=whole.host_bound,
-                launches=bursts[name, "us"].launches,
-                **columns,
-            )
+            if not self._done(row, name) and row.dtype == "bf16":
+                enter(name, functools.partial(_enter_peer, name, inputs, launches, oracle))
+        return found
 
     def _enter_op(
         self, inputs: Inputs, compiled: "Future[Programs]", oracle: Callable[[int], Any]
-    ) -> tuple[dict[str, timing.Burst], Row]:
+    ) -> Entry:
         programs, rows = compiled.result(), []
         layers = inputs.layers[: programs.layers]
         arguments, count = (inputs.q, layers, inputs.shared(programs)), len(layers)
@@ -281,9 +314,7 @@ class Runner:
             {**columns, "layers": count, "rotated_mb": rotated / 1e6},
         )
 
-    def _enter_jnp(
-        self, inputs: Inputs, compiled: "Future[timing.ModelProgram]"
-    ) -> tuple[dict[str, timing.Burst], Row]:
+    def _enter_jnp(self, inputs: Inputs, compiled: "Future[timing.ModelProgram]") -> Entry:
         """Checked on one request; its KV is in no pages, so the oracle is its own."""
         program = compiled.result()
         kv = inputs.contiguous()
@@ -315,9 +346,7 @@ class Runner:
         self.journal.add(row, name, "failed", reason=reason)
 
 
-def _enter_peer(
-    name: str, inputs: Inputs, launches: int, oracle: Callable[[int], Any]
-) -> tuple[dict[str, timing.Burst], Row]:
+def _enter_peer(name: str, inputs: Inputs, launches: int, oracle: Callable[[int], Any]) -> Entry:
     peer = peers.FlashInfer(name, inputs)
     columns = errors_of(peer.output(0), oracle(0), inputs.row.dtype)
     return peer.bursts(launches), {**columns, "layers": len(inputs.layers)}

@@ -295,6 +295,31 @@ class TestRuns:
         assert [row["status"] for row in journal.rows.values()] == ["measured"] * 4
         assert [len(rows) for rows in compiled] == [4]
 
+    def test_pages_of_all_sizes_take_turns(self, tmp_path, monkeypatch):
+        timed, compiled = [], []
+        time_, compile_ = decode_runner.time_bursts, Runner._compile
+        monkeypatch.setattr(
+            decode_runner,
+            "time_bursts",
+            lambda bursts, setup: timed.append(len(bursts)) or time_(bursts, setup),
+        )
+        monkeypatch.setattr(
+            Runner,
+            "_compile",
+            lambda self, pool, chunk: compiled.append(len(chunk)) or compile_(self, pool, chunk),
+        )
+        monkeypatch.setattr(decode_runner, "WORKS_AT_A_TIME", 1)
+        sizes = (16, 64, 128)
+        rows = [*shapes((1, 2), (1,), (1,), (32,), page_size=sizes),
+                *shapes((2,), (1,), (1,), (32,), ("varlen",), page_size=(16,))]  # fmt: skip
+        journal = Journal(tmp_path / "rows.jsonl")
+        journal.begin({"read": 1.0})
+        tasks = [(row, contender("xla")) for row in rows]
+        assert Runner(SETUP, journal, 0).run(tasks) == 0
+        assert compiled == [3, 3]
+        assert timed == [3, 3, 1]
+        assert list(journal.rows) == [(row, "xla") for row in rows]
+
 
 class TestBeside:
     def row(self, **columns):

@@ -3,15 +3,19 @@
 It is a program of the CUDA toolkit, which JAX does not need. On some virtual machines (gVisor) it
 refuses the device, and 2025.3 often ends with a segmentation fault of its own before it says
 anything: with racecheck always on two of the kernels, else by chance, the less often with Python's
-faulthandler on. It is asked three times. If no verdict is to be had, the case is skipped, but only
-once the same program has been seen to be right without it.
+faulthandler on. What it was looking at then goes on without end in system calls, the GPU idle. It
+is asked three times. If no verdict is to be had, the case is skipped, but only once the same
+program has been seen to be right without it.
 """
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +31,7 @@ CASES = (  # a kernel each: cache, heads, page size; the last gathers small page
     ("float", 64, 1),
 )
 TIMES = 3
+SECONDS = 120  # a case takes 7 to 30
 
 
 @pytest.mark.gpu
@@ -39,32 +44,56 @@ def test_finds_nothing(case: tuple[str, int, int], tool: str) -> None:
     program = [sys.executable, str(PROGRAM), *map(str, case)]
     options = [f"--tool={tool}", "--error-exitcode=9", "--kernel-name=kns=mla_"]
     for _ in range(TIMES):
-        done = run([sanitizer, *options, "--show-backtrace=no", *program])
-        said = done.stdout + done.stderr
-        crashed = done.returncode == -signal.SIGSEGV and "all right" not in said
+        status, said = run([sanitizer, *options, "--show-backtrace=no", *program])
+        crashed = status == -signal.SIGSEGV and "all right" not in said
         if not crashed:
             break
     refused = "Device not supported" in said
     if refused or crashed:
-        alone = run(program)
-        assert "all right" in alone.stdout, alone.stderr[-3000:]
+        _, alone = run(program)
+        assert "all right" in alone, alone[-3000:]
         why = "refuses this device or virtual machine" if refused else "2025.3 itself crashes here"
         pytest.skip(f"compute-sanitizer {why}; the kernel runs and is right without it")
     assert "all right" in said, said[-3000:]
-    assert done.returncode == 0, said[-3000:]
+    assert status == 0, said[-3000:]
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            # Each buffer is an allocation of its own, and what lies past it is out of bounds.
-            "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
-            "PYTHONFAULTHANDLER": "1",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
+def test_leaves_nothing_running_that_a_crash_orphaned() -> None:
+    crash = (
+        "import os, subprocess as s; print(s.Popen(['sleep', '60']).pid, flush=True); os.abort()"
     )
+    started = time.monotonic()
+    status, said = run([sys.executable, "-c", crash])
+    assert status == -signal.SIGABRT
+    assert time.monotonic() - started < 30
+    orphan = Path("/proc") / said.split()[0] / "stat"
+    assert not orphan.exists() or orphan.read_text().split()[2] == "Z"
+
+
+def run(command: list[str]) -> tuple[int, str]:
+    """Exit status and what was said; all that was started is ended with it, or after SECONDS."""
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        # Each buffer is an allocation of its own, and what lies past it is out of bounds.
+        "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
+        "PYTHONFAULTHANDLER": "1",
+    }
+    # A file, as an orphan would keep a pipe open.
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            command,
+            env=os.environ | environment,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            said.write(f"\nended after {SECONDS} s\n")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        said.seek(0)
+        return process.returncode, said.read()
