@@ -4,6 +4,7 @@ import gc
 import os
 
 import hypothesis
+import pytest
 
 # Mosaic GPU's interpreter runs every warpgroup of a kernel as a task of XLA's CPU thread pool and
 # waits for all of them: with fewer threads than warpgroups (a machine of 2 cores) it would never
@@ -23,3 +24,11 @@ hypothesis.settings.register_profile(
     "here", deadline=None, max_examples=25, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("here")
+
+
+@pytest.fixture
+def races(monkeypatch):
+    """Of all launches of Mosaic GPU's interpreter: see races.py."""
+    from races import Races  # (after XLA_FLAGS)
+
+    return Races(monkeypatch)

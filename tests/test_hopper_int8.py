@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hopper_batch import GARBAGE_PAGE, SCALE, SPOILED_LENGTHS, op, spoiled
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from sass import overwritten_in_flight
 
@@ -159,12 +158,12 @@ def split(batch, workers, rows_per_tile):
         ([270, -1, 0, 0, 0, 20], {"heads": 40, "page_size": 128}, 64, {}),
     ],
 )
-def test_interpreted(seq_lens, shape, rows_per_tile, options):
+def test_interpreted(races, seq_lens, shape, rows_per_tile, options):
     batch = Int8Batch(np.random.default_rng(seq_lens[0]), seq_lens, **shape)
     interpret = plgpu.InterpretGPUParams(detect_races=True)
     plan = split(batch, 2, rows_per_tile)
     batch.check(*batch.attend(plan, interpret=interpret, **options))
-    assert not gpu_callbacks.get_races().races_found
+    assert not races.found
 
 
 def rising_batch(heads: int, rising: float) -> Int8Batch:
@@ -185,7 +184,7 @@ def rises(batch: Int8Batch, request: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rising", [3.0, 40.0])
-def test_maxima_that_rise_interpreted(rising):
+def test_maxima_that_rise_interpreted(races, rising):
     """In several blocks of a piece, for some rows: what O and the sums were so far is rescaled.
 
     By so much that the kernel of 64 rows makes some pieces twice, and others not (its FAR); and
@@ -200,7 +199,7 @@ def test_maxima_that_rise_interpreted(rising):
     assert (rises(batch, 1) < 8).all()
     interpret = plgpu.InterpretGPUParams(detect_races=True)
     batch.check(*batch.attend(split(batch, 2, 64), interpret=interpret))
-    assert not gpu_callbacks.get_races().races_found
+    assert not races.found
 
 
 @pytest.mark.parametrize("rows_per_tile", [16, 64])

@@ -10,7 +10,8 @@ interpreter, which has no atomics.
 
 What a part is depends on how the decode kernel leaves a piece: `decode_few` as rows, `decode` as
 blocks of 64 rows x 8 columns in the order of its registers; as float16 in units (`units`), a power
-of two for each row and half of the columns, so that no value is too large or too small.
+of two for each row and half of the columns: none is too large, and of what lies more than 2^28
+below the largest of them bits are lost.
 """
 
 import functools
