@@ -240,6 +240,7 @@ class Work:
         except (ValueError, TypeError) as error:
             return f"there is no such cache yet: {error}"
         options = dict(who.options)
+        partial_dtype = options.get("partial_dtype")
         arrays: dict[str, Any] = {
             "q": self.q,
             "cache": cache,
@@ -253,7 +254,7 @@ class Work:
             softmax_scale=SCALE,
             causal=True,
             rescale=options.get("rescale", "multiply"),
-            partial_dtype=options.get("partial_dtype"),
+            partial_dtype=partial_dtype and jnp.dtype(partial_dtype),
         )
         return IMPLEMENTATIONS[name].unavailable(problem)
 

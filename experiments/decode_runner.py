@@ -219,23 +219,29 @@ class Runner:
         peer_names: Sequence[str],
     ) -> None:
         """Times rows that differ in page size alone, all of them in turn."""
-        bursts: dict[tuple[Key, str], timing.Burst] = {}
-        found: dict[Key, Row] = {}
+        entries: dict[Key, Entry] = {}
         for row in dict.fromkeys(row for row, _ in tasks):
             contenders = [who for other, who in tasks if other == row]
-            entered = self._enter_row(row, pool, layers, contenders, programs, peer_names)
-            for name, (mine, columns) in entered.items():
-                found[row, name] = columns
-                bursts |= {((row, name), column): burst for column, burst in mine.items()}
-        labels = {entry: f"{entry[0][0].label}, {entry[0][1]}, {entry[1]}" for entry in bursts}
+            entries |= self._enter_row(row, pool, layers, contenders, programs, peer_names)
+
+        def label(key: Key, column: str) -> str:
+            return f"{key[0].label}, {key[1]}, {column}"
+
         try:
-            timings = time_bursts({labels[entry]: b for entry, b in bursts.items()}, self.setup)
+            timings = time_bursts(
+                {
+                    label(key, column): burst
+                    for key, (bursts, _) in entries.items()
+                    for column, burst in bursts.items()
+                },
+                self.setup,
+            )
         except Exception as error:
-            for row, name in found:
+            for row, name in entries:
                 self._fail(row, name, error)
             return
-        for (row, name), columns in found.items():
-            times = {c: timings[labels[key, c]] for key, c in bursts if key == (row, name)}
+        for (row, name), (bursts, columns) in entries.items():
+            times = {column: timings[label((row, name), column)] for column in bursts}
             whole = times["us"]
             self.journal.add(
                 row,
@@ -245,7 +251,7 @@ class Runner:
                 us_low=whole.low,
                 us_high=whole.high,
                 host_bound=whole.host_bound,
-                launches=bursts[(row, name), "us"].launches,
+                launches=bursts["us"].launches,
                 **columns,
             )
 
@@ -257,8 +263,8 @@ class Runner:
         contenders: Iterable[Contender],
         programs: dict[Any, Future],
         peer_names: Sequence[str],
-    ) -> dict[str, Entry]:
-        """By contender, those that are right; a failure is a row already."""
+    ) -> dict[Key, Entry]:
+        """Those that are right; a failure is a row of the journal already."""
         work = Work(row, pool, self.setup)
         inputs = Inputs.make(row, self.setup, layers, work.capacity)
         oracles: dict[int, Any] = {}
@@ -268,7 +274,7 @@ class Runner:
                 oracles[layer] = inputs.oracle(layer)
             return oracles[layer]
 
-        found: dict[str, Entry] = {}
+        found: dict[Key, Entry] = {}
 
         def enter(name: str, make: Callable[[], Entry]) -> None:
             try:
@@ -277,7 +283,7 @@ class Runner:
                 self._fail(row, name, error)
                 return
             if columns.pop("correct"):
-                found[name] = mine, columns
+                found[row, name] = mine, columns
             else:
                 why = f"wrong: error {columns['error']:.2e}, of lse {columns['lse_error']:.2e}"
                 self.journal.add(row, name, "failed", reason=why, **columns)

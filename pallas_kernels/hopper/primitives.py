@@ -108,6 +108,19 @@ def _voted_in_warp(mine: Any) -> mgpu.FragmentedArray:
     return mgpu.FragmentedArray.splat(voted, shape=(), is_signed=True)
 
 
+def _read_number(ptx: str) -> jax.Array:
+    """The i32 that these instructions leave in $0; they stay where they are."""
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, SCALAR))
+    def read(ctx):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        number = llvm.inline_asm(i32, [], ptx, "=r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(number, shape=(), is_signed=True)
+
+    return read()
+
+
 def array_of(
     registers: Sequence[ir.Value], shape: tuple[int, ...], layout: Any, is_signed: Any = None
 ) -> mgpu.FragmentedArray:
@@ -595,34 +608,16 @@ class Backend:
         """This CTA's number in its cluster, read where it is needed: it holds no register."""
         if self.interpreting:
             return lax.axis_index("cluster")
-
-        @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, SCALAR))
-        def read(ctx):
-            del ctx
-            i32 = ir.IntegerType.get_signless(32)
-            ptx = "mov.u32 $0, %cluster_ctarank;"
-            rank = llvm.inline_asm(i32, [], ptx, "=r", has_side_effects=True)
-            return mgpu.FragmentedArray.splat(rank, shape=(), is_signed=True)
-
-        return read()
+        return _read_number("mov.u32 $0, %cluster_ctarank;")
 
     def warpgroup(self) -> jax.Array:
         """This warpgroup's number, likewise."""
         if self.interpreting:
             return lax.axis_index("wg")
-
-        @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, SCALAR))
-        def read(ctx):
-            del ctx
-            i32 = ir.IntegerType.get_signless(32)
-            ptx = (
-                "mov.u32 $0, %tid.x; shr.u32 $0, $0, 7;"
-                " shfl.sync.idx.b32 $0, $0, 0, 0x1f, 0xffffffff;"  # (the same in a warp)
-            )
-            wg = llvm.inline_asm(i32, [], ptx, "=r", has_side_effects=True)
-            return mgpu.FragmentedArray.splat(wg, shape=(), is_signed=True)
-
-        return read()
+        return _read_number(
+            "mov.u32 $0, %tid.x; shr.u32 $0, $0, 7;"
+            " shfl.sync.idx.b32 $0, $0, 0, 0x1f, 0xffffffff;"  # (the same in a warp)
+        )
 
     def wait_for_previous_kernel(self) -> None:
         """Before the first read of anything that an earlier kernel of the stream has written."""
