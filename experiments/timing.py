@@ -4,7 +4,7 @@ A `Burst` is a few launches of one workload behind one asynchronous call: a jitt
 XLA turns into a CUDA graph, or a graph that torch captured. `measure` runs every burst once and
 then some more times and divides the difference, which cancels what the host and the first launch
 cost. Bursts are short and pauses follow, since a card at its power limit slows down as it works;
-variants take turns (A B A B), and only their ratios within one `measure` mean much.
+variants take turns, in changing order, and only their ratios within one `measure` mean much.
 
 Two ways to put the launches of a burst in a row:
   back to back   nothing between them: launches that can overlap do
@@ -71,6 +71,8 @@ def measure(
 ) -> dict[str, Timing]:
     """Times every burst in turn, `rounds` times, `pause` seconds apart.
 
+    The order is another one each round: what follows a heavy burst finds a warmer card.
+
     A round runs a burst once, and then as often as fills `seconds` beside it, so that what a host
     is late by is small against the difference. Where noise still exceeds some of the work (a lower
     quartile that is not above 0), it times all of it again over four times as long.
@@ -85,8 +87,10 @@ def measure(
         repeats[name] = min(max(1, math.ceil(seconds / once)), MOST_REPEATS)
     samples: dict[str, list[float]] = defaultdict(list)
     enqueueing: dict[str, list[float]] = defaultdict(list)
+    names, rng = list(bursts), np.random.default_rng(0)
     for _ in range(rounds):
-        for name, burst in bursts.items():
+        for name in (names[i] for i in rng.permutation(len(names))):
+            burst = bursts[name]
             time.sleep(pause)
             burst.run(1)  # a card that has paused is slower, which the slope would take off
             _, once = burst.run(1)

@@ -63,6 +63,29 @@ def test_a_cold_machine_does_not_shorten_the_slope(monkeypatch):
         assert timings[name].us == pytest.approx(1000 / 48)
 
 
+def test_no_burst_always_follows_the_same_one(monkeypatch):
+    """A device that is a tenth slower from the pause after a heavy burst to the next pause."""
+    clock, pending, slower = 0.0, [], [1.0, 1.0]
+
+    def sleep(seconds):
+        slower[:] = slower[1], 1.0
+
+    def burst(name):
+        def wait():
+            nonlocal clock
+            clock += 1e-3 * len(pending) * slower[0]
+            pending.clear()
+            if name == "heavy":
+                slower[1] = 1.1
+
+        return timing.Burst(1, lambda: pending.append(name), wait)
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock)
+    monkeypatch.setattr(timing.time, "sleep", sleep)
+    timings = timing.measure({name: burst(name) for name in ("heavy", *"abcd")}, rounds=15)
+    assert [timings[name].us for name in "abcd"] == pytest.approx([1000] * 4)
+
+
 @pytest.mark.parametrize(("work", "lost"), [(1e-3, False), (0.0, True)])
 def test_noise_larger_than_the_work(work, lost, monkeypatch):
     """3 ms more for a burst alone than for several, which the slope takes for the work's."""
