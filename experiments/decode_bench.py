@@ -53,6 +53,7 @@ class Setup:
     max_layers: int = 128
     launches: int = 48  # of a program, about
     rounds: int = 7
+    page_rounds: int = 45  # where page sizes are compared: a few hundredths are between them
     pause: float = 0.03
     seed: int = 0
 
@@ -74,7 +75,7 @@ class Setup:
         setup = Setup(memory, kv_lora_rank, rope_dim, seed=seed)
         if jax.default_backend() == "cpu":
             few = {"min_layers": 2, "usual_layers": 2, "max_layers": 2, "launches": 2}
-            return dataclasses.replace(setup, **few, rounds=3, pause=0.0)
+            return dataclasses.replace(setup, **few, rounds=3, page_rounds=3, pause=0.0)
         return setup
 
 
@@ -479,7 +480,9 @@ def errors_of(
     return {"error": error, "lse_error": lse_error, "correct": right}
 
 
-def time_bursts(bursts: Mapping[str, timing.Burst], setup: Setup) -> dict[str, timing.Timing]:
+def time_bursts(
+    bursts: Mapping[str, timing.Burst], *, rounds: int, pause: float
+) -> dict[str, timing.Timing]:
     """All of them in turn; what is slow in fewer rounds."""
     once = {}
     for name, burst in bursts.items():
@@ -489,6 +492,5 @@ def time_bursts(bursts: Mapping[str, timing.Burst], setup: Setup) -> dict[str, t
     for slow in (False, True):
         group = {name: bursts[name] for name in bursts if (once[name] > 3 * LONG_BURST) == slow}
         if group:
-            rounds = 3 if slow else setup.rounds
-            found |= timing.measure(group, rounds=rounds, pause=setup.pause)
+            found |= timing.measure(group, rounds=3 if slow else rounds, pause=pause)
     return found

@@ -227,6 +227,7 @@ class Runner:
         def label(key: Key, column: str) -> str:
             return f"{key[0].label}, {key[1]}, {column}"
 
+        several_sizes = len({row.page_size for row, _ in entries}) > 1
         try:
             timings = time_bursts(
                 {
@@ -234,7 +235,8 @@ class Runner:
                     for key, (bursts, _) in entries.items()
                     for column, burst in bursts.items()
                 },
-                self.setup,
+                rounds=self.setup.page_rounds if several_sizes else self.setup.rounds,
+                pause=self.setup.pause,
             )
         except Exception as error:
             for row, name in entries:

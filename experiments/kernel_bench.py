@@ -36,7 +36,6 @@ VARIANTS: dict[str, dict[str, str]] = {  # options of the op, beside the default
     "partials_bfloat16": {"partial_dtype": "bfloat16"},
     "partials_float32": {"partial_dtype": "float32"},
 }
-ROUNDS = 15  # more than elsewhere: some bars are a few hundredths from what they compare with
 PAGE_BARS = {128: 0.98, 16: 0.9, 1: 0.75}  # speed, against pages of 64
 
 
@@ -109,9 +108,7 @@ def run(options: Options, output: Output) -> Outcome:
         for row in rows
         for who in [*variants[:1], *(variants[1:] if row.page_size == 64 else ())]
     ] + [(row, contender("jnp")) for row in rows if row.page_size == 64 and row.dtype == "bf16"]
-    setup = dataclasses.replace(
-        Setup.here(options.memory_gib, 512, 64, options.seed), rounds=ROUNDS
-    )
+    setup = Setup.here(options.memory_gib, 512, 64, options.seed)
     if options.collect:
         journal = collected(output)
         left = missing(journal, tasks)

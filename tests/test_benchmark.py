@@ -26,7 +26,7 @@ SMALL = (
     "--s_q=1",
     "--kv_len=64",
 )
-SETUP = Setup(1 << 26, 32, 16, 1 << 16, 2, 2, 4, 4, rounds=2, pause=0.0)
+SETUP = Setup(1 << 26, 32, 16, 1 << 16, 2, 2, 4, 4, rounds=2, page_rounds=3, pause=0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -301,7 +301,9 @@ class TestRuns:
         monkeypatch.setattr(
             decode_runner,
             "time_bursts",
-            lambda bursts, setup: timed.append(len(bursts)) or time_(bursts, setup),
+            lambda bursts, rounds, pause: (
+                timed.append((len(bursts), rounds)) or time_(bursts, rounds=rounds, pause=pause)
+            ),
         )
         monkeypatch.setattr(
             Runner,
@@ -317,7 +319,7 @@ class TestRuns:
         tasks = [(row, contender("xla")) for row in rows]
         assert Runner(SETUP, journal, 0).run(tasks) == 0
         assert compiled == [3, 3]
-        assert timed == [3, 3, 1]
+        assert timed == [(3, SETUP.page_rounds), (3, SETUP.page_rounds), (1, SETUP.rounds)]
         assert list(journal.rows) == [(row, "xla") for row in rows]
 
 
