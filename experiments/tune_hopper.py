@@ -32,6 +32,7 @@ Entry = dict[str, Any]
 Timer = Callable[[Sequence[Entry], int], list[list[float]]]
 
 WORKLOADS = (  # requests, tokens of each, whether all have as many
+    (16, 1024, "uniform"),
     (64, 1024, "uniform"),
     (64, 1024, "varlen"),
     (128, 4096, "uniform"),

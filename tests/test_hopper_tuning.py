@@ -159,7 +159,7 @@ def test_tuning_takes_the_fastest_and_nothing_for_noise(tmp_path) -> None:
             1.0 - 0.1 * (entry["depths"][0] == 3) - 0.005 * (entry["split_overhead"] == 1)
             for entry in entries
         ]
-        return [[10.0 * f, 12.0 * f, 100.0 * f, 120.0 * f, 7.0 * f] for f in factors]
+        return [[4.0 * f, 10.0 * f, 12.0 * f, 100.0 * f, 120.0 * f, 7.0 * f] for f in factors]
 
     path = tmp_path / "tuned.json"
     tune_hopper.main(["16"], stopwatch, path)
@@ -170,8 +170,8 @@ def test_tuning_takes_the_fastest_and_nothing_for_noise(tmp_path) -> None:
     assert changed["depths"][0] == 3
     assert changed["split_overhead"] == tuned()[1]["split_overhead"]
     assert changed["timed"] == {
-        "64 x 1024": 9.0, "64 x ~1024": 10.8, "128 x 4096": 90.0, "128 x ~4096": 108.0,
-        "4 x 16384": 6.3,
+        "16 x 1024": 3.6, "64 x 1024": 9.0, "64 x ~1024": 10.8, "128 x 4096": 90.0,
+        "128 x ~4096": 108.0, "4 x 16384": 6.3,
     }  # fmt: skip
     assert [c for i, c in enumerate(table["classes"]) if i != 1] == [
         c for i, c in enumerate(tuned()) if i != 1
