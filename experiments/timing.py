@@ -11,12 +11,13 @@ Two ways to put the launches of a burst in a row:
   separated      a small kernel between them that needs the last one's output, as in a model
 """
 
+import itertools
 import math
 import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,8 @@ def measure(
 ) -> dict[str, Timing]:
     """Times every burst in turn, `rounds` times, `pause` seconds apart.
 
-    The order is another one each round: what follows a heavy burst finds a warmer card.
+    The order is another one each round, see `orders`: what follows a heavy burst finds a warmer
+    card.
 
     A round runs a burst once, and then as often as fills `seconds` beside it, so that what a host
     is late by is small against the difference. Where noise still exceeds some of the work (a lower
@@ -87,9 +89,9 @@ def measure(
         repeats[name] = min(max(1, math.ceil(seconds / once)), MOST_REPEATS)
     samples: dict[str, list[float]] = defaultdict(list)
     enqueueing: dict[str, list[float]] = defaultdict(list)
-    names, rng = list(bursts), np.random.default_rng(0)
-    for _ in range(rounds):
-        for name in (names[i] for i in rng.permutation(len(names))):
+    names = list(bursts)
+    for order in itertools.islice(orders(len(names)), rounds):
+        for name in (names[i] for i in order):
             burst = bursts[name]
             time.sleep(pause)
             burst.run(1)  # a card that has paused is slower, which the slope would take off
@@ -112,6 +114,18 @@ def measure(
     if all(repeats[name] >= MOST_REPEATS for name in lost):
         raise RuntimeError(f"lost in noise, at {MOST_REPEATS} repeats: {', '.join(lost)}")
     return measure(bursts, rounds=rounds, seconds=4 * seconds, pause=pause)
+
+
+def orders(count: int) -> Iterator[list[int]]:
+    """Orders of 0 .. count - 1, without end, in which each comes after each other equally often.
+
+    Once within every `count` of them, or twice within 2 * count where that is odd: the rows of a
+    square balanced for what comes before (E. J. Williams, 1949, Aust. J. Sci. Res. A 2, 149).
+    """
+    zigzag = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(count)]  # 0, 1, -1, 2, ...
+    for start in itertools.count():
+        order = [(start + step) % count for step in zigzag]
+        yield order[::-1] if count % 2 and start % 2 else order
 
 
 def _asynchronous(compiled: Callable[..., Any], arguments: tuple, launches: int) -> Burst:

@@ -1,7 +1,9 @@
 """The timing driver on the CPU: what it runs, what it refuses, what its units mean."""
 
+import collections
 import contextlib
 import gc
+import itertools
 import sys
 import types
 import weakref
@@ -63,7 +65,18 @@ def test_a_cold_machine_does_not_shorten_the_slope(monkeypatch):
         assert timings[name].us == pytest.approx(1000 / 48)
 
 
-def test_no_burst_always_follows_the_same_one(monkeypatch):
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 11])
+def test_each_comes_after_each_other_equally_often(count):
+    rounds = list(itertools.islice(timing.orders(count), 2 * count))
+    assert all(sorted(order) == list(range(count)) for order in rounds)
+    after = collections.Counter(pair for order in rounds for pair in itertools.pairwise(order))
+    assert after == dict.fromkeys(itertools.permutations(range(count), 2), 2)
+    few = collections.Counter(pair for order in rounds[:7] for pair in itertools.pairwise(order))
+    assert max(few.values(), default=0) <= max(2, 7 // count + 1)
+
+
+@pytest.mark.parametrize("others", ["abc", "abcd", "abcdefgh"])
+def test_what_follows_a_heavy_burst_is_not_slower_for_it(others, monkeypatch):
     """A device that is a tenth slower from the pause after a heavy burst to the next pause."""
     clock, pending, slower = 0.0, [], [1.0, 1.0]
 
@@ -82,8 +95,8 @@ def test_no_burst_always_follows_the_same_one(monkeypatch):
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock)
     monkeypatch.setattr(timing.time, "sleep", sleep)
-    timings = timing.measure({name: burst(name) for name in ("heavy", *"abcd")}, rounds=15)
-    assert [timings[name].us for name in "abcd"] == pytest.approx([1000] * 4)
+    timings = timing.measure({name: burst(name) for name in ("heavy", *others)}, rounds=7)
+    assert [timings[name].us for name in others] == pytest.approx([1000] * len(others))
 
 
 @pytest.mark.parametrize(("work", "lost"), [(1e-3, False), (0.0, True)])
