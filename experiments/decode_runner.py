@@ -244,18 +244,10 @@ class Runner:
             return
         for (row, name), (bursts, columns) in entries.items():
             times = {column: timings[label((row, name), column)] for column in bursts}
-            whole = times["us"]
-            self.journal.add(
-                row,
-                name,
-                "measured",
-                **{column: t.us for column, t in times.items()},
-                us_low=whole.low,
-                us_high=whole.high,
-                host_bound=whole.host_bound,
-                launches=bursts["us"].launches,
-                **columns,
-            )
+            for column, t in times.items():
+                columns |= {column: t.us, f"{column}_low": t.low, f"{column}_high": t.high}
+                columns["host_bound" if column == "us" else f"{column}_host_bound"] = t.host_bound
+            self.journal.add(row, name, "measured", launches=bursts["us"].launches, **columns)
 
     def _enter_row(
         self,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import benchmark, decode_bench, decode_runner, kernel_bench, launch, peers, timing
-from experiments.decode_bench import Inputs, Pool, Setup, Work, contender
+from experiments.decode_bench import Contender, Inputs, Pool, Setup, Work, contender
 from experiments.decode_runner import Journal, Runner
 from experiments.results import validate_result
 from experiments.shapes import HEADS, PRESETS, Shape, preset, shapes
@@ -294,6 +294,27 @@ class TestRuns:
         assert left == 0
         assert [row["status"] for row in journal.rows.values()] == ["measured"] * 4
         assert [len(rows) for rows in compiled] == [4]
+
+    def test_every_time_has_its_spread_and_says_if_it_is_the_hosts(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(
+            decode_runner,
+            "time_bursts",
+            lambda bursts, **_: {
+                label: timing.Timing(*((5.0, 4.0, 6.0, True) if "separated" in label else
+                                       (3.0, 2.0, 4.0, False)))
+                for label in bursts
+            },
+        )  # fmt: skip
+        (row,) = shapes((2,), (1,), (1,), (32,), page_size=(16,))
+        journal = Journal(tmp_path / "rows.jsonl")
+        journal.begin({"read": 1.0})
+        who = Contender("xla", (("implementation", "xla"),), separated=True)
+        assert Runner(SETUP, journal, 0).run([(row, who)]) == 0
+        (found,) = journal.rows.values()
+        wanted = {"us": 3.0, "us_low": 2.0, "us_high": 4.0, "host_bound": False,
+                  "us_separated": 5.0, "us_separated_low": 4.0, "us_separated_high": 6.0,
+                  "us_separated_host_bound": True}  # fmt: skip
+        assert {key: found[key] for key in wanted} == wanted
 
     def test_pages_of_all_sizes_take_turns(self, tmp_path, monkeypatch):
         timed, compiled = [], []
