@@ -1,6 +1,7 @@
 """Poisoned batches for the Hopper kernels, and FlashMLA's rule for passing."""
 
 import copy
+import dataclasses
 import functools
 from typing import Any
 
@@ -119,6 +120,23 @@ def spoiled(batch: Any) -> tuple[Any, Any]:
     found.block_tables, found.seq_lens, found.query_lens = map(jnp.asarray, (tables, lens, queries))
     expected.seq_lens = batch.seq_lens.at[1:5].set(-1)
     return found, expected
+
+
+def invalid_requests(heads: int, page_size: int) -> tuple[HopperBatch, HopperBatch]:
+    """`spoiled`, of 16 bits."""
+    rng = np.random.default_rng(heads)
+    shape = {"heads": heads, "num_queries": 2, "page_size": page_size}
+    return spoiled(HopperBatch(rng, SPOILED_LENGTHS, **shape))
+
+
+def with_latents_times(batch: HopperBatch, factor: float) -> HopperBatch:
+    """The same scores, exactly, and `factor` (a power of two) times the outputs."""
+    latent = jnp.arange(batch.q.shape[-1]) < batch.cache.kv_lora_rank
+    scaled = copy.copy(batch)
+    scaled.q = jnp.where(latent, batch.q / factor, batch.q)
+    pages = jnp.where(latent, batch.cache.pages * factor, batch.cache.pages)
+    scaled.cache = dataclasses.replace(batch.cache, pages=pages)
+    return scaled
 
 
 def op(batch: Any, plan: Any = None, *, few: bool = False, **options: Any) -> Any:
