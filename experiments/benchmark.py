@@ -145,25 +145,21 @@ def tasks_of(rows: Sequence[Shape], contenders: Sequence[Contender], preset: str
     runs every row, and what is plain JAX the rows of one token, bf16 and pages of 64 alone.
     """
     has_kernel = any(who.separated for who in contenders)
-    first: dict[tuple, int] = {}
+    first: dict[Shape, int] = {}
     for row in rows:
         key = dataclasses.replace(row, page_size=64)
         if row.page_size == 64 or key not in rows:
-            first.setdefault(_without_pages(row), row.page_size)
+            first.setdefault(row.without_pages, row.page_size)
 
     def runs(row: Shape, who: Contender) -> bool:
         if who.implementation is None and (
-            row.dtype != "bf16" or row.page_size != first.get(_without_pages(row))
+            row.dtype != "bf16" or row.page_size != first.get(row.without_pages)
         ):
             return False
         usual = (row.s_q, row.page_size, row.dtype) == (1, 64, "bf16")
         return who.separated or usual or not (preset == "standard" and has_kernel)
 
     return [(row, who) for row in rows for who in contenders if runs(row, who)]
-
-
-def _without_pages(row: Shape) -> tuple:
-    return row.batch, row.dtype, row.heads, row.s_q, row.lengths, row.kv_len
 
 
 def measured_ceilings() -> dict[str, float]:
@@ -177,7 +173,7 @@ def finished(journal: Journal, setup: Setup) -> list[Row]:
     """The journal's rows in order, with all that follows from them and stands beside them."""
     rows = sorted(journal.rows.values(), key=lambda r: (Shape.of(r), r["implementation"]))
     baseline = {
-        _without_pages(Shape.of(row)): row["us"]
+        Shape.of(row).without_pages: row["us"]
         for row in rows
         if (row["implementation"], row["status"]) == ("jnp", "measured")
     }
@@ -189,7 +185,7 @@ def _finished(
     row: Row,
     journal: Journal,
     setup: Setup,
-    baseline: Mapping[tuple, float],
+    baseline: Mapping[Shape, float],
     published: Mapping[tuple, list[Row]],
 ) -> Row:
     if row["status"] != "measured":
@@ -207,8 +203,8 @@ def _finished(
         row["of_matmul"] = row["tflops"] / ceilings["matmul"]
         row["of_ceiling"] = max(row["of_read"], row["of_matmul"])
     same = dataclasses.replace(shape, dtype="bf16")
-    if _without_pages(same) in baseline:
-        row["speed_over_jnp"] = baseline[_without_pages(same)] / row["us"]
+    if same.without_pages in baseline:
+        row["speed_over_jnp"] = baseline[same.without_pages] / row["us"]
     profile = profile_of(row["device"])
     if profile is None or scale != 1088:
         return row

@@ -168,7 +168,7 @@ class Runner:
             layers = layers or pool.fill(self.setup)
             matches: dict[Shape, list[Task]] = {}
             for task in (task for group in chunk for task in group):
-                matches.setdefault(dataclasses.replace(task[0], page_size=0), []).append(task)
+                matches.setdefault(task[0].without_pages, []).append(task)
             label = f"batch {chunk[0][0][0].batch}, {pool.dtype}"
             for match in track(matches.values(), label):
                 if self._late():
@@ -180,9 +180,9 @@ class Runner:
         page size alone stay together."""
         families: dict[tuple, dict[tuple, list[Task]]] = {}
         for row, who in tasks:
-            work = Work(row, pool, self.setup)
-            family = families.setdefault((row.heads, row.s_q, work.capacity), {})
-            family.setdefault(work.key, []).append((row, who))
+            key = heads, s_q, _, capacity = Work(row, pool, self.setup).key
+            family = families.setdefault((heads, s_q, capacity), {})
+            family.setdefault(key, []).append((row, who))
         chunk: list[list[Task]] = []
         for family in families.values():
             chunk += family.values()
@@ -243,10 +243,10 @@ class Runner:
                 self._fail(row, name, error)
             return
         for (row, name), (bursts, columns) in entries.items():
-            times = {column: timings[label((row, name), column)] for column in bursts}
-            for column, t in times.items():
+            for column in bursts:
+                t = timings[label((row, name), column)]
                 columns |= {column: t.us, f"{column}_low": t.low, f"{column}_high": t.high}
-                columns["host_bound" if column == "us" else f"{column}_host_bound"] = t.host_bound
+                columns[f"{column}_host_bound"] = t.host_bound
             self.journal.add(row, name, "measured", launches=bursts["us"].launches, **columns)
 
     def _enter_row(

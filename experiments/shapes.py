@@ -34,6 +34,11 @@ class Shape:
         return lengths_of({key: str(value) for key, value in dataclasses.asdict(self).items()})
 
     @property
+    def without_pages(self) -> "Shape":
+        """What it has in common with those that differ in page size alone."""
+        return dataclasses.replace(self, page_size=0)
+
+    @property
     def label(self) -> str:
         """In words, for progress and messages."""
         ragged = "~" if self.lengths == "varlen" else ""

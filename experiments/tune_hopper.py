@@ -26,6 +26,7 @@ from experiments.decode_bench import SCALE, Inputs, Pool, Setup, Work, cache_str
 from experiments.shapes import Shape
 from experiments.timing import Burst, ModelProgram, compile_model, measure
 from mla_jax.hal import TilePlan, TilePlanError
+from mla_jax.implementations import IMPLEMENTATIONS
 from pallas_kernels.hopper.tuning import few_tokens, plan_of, tuned
 
 Entry = dict[str, Any]
@@ -211,7 +212,11 @@ def write_table(path: Path, classes: Sequence[Entry], device: str | None) -> Non
 
 
 def main(names: Sequence[str], time_all: Timer | None = None, path: Path | None = None) -> None:
-    time_all = time_all or GpuStopwatch()
+    if time_all is None:
+        reason = IMPLEMENTATIONS["hopper"].unavailable(None)
+        if reason is not None:
+            raise SystemExit(f"tune_hopper times the Hopper kernels: {reason}")
+        time_all = GpuStopwatch()
     path = path or Path(pallas_kernels.hopper.__path__[0]) / "tuned.json"
     device = jax.devices()[0].device_kind
     classes = list(tuned())

@@ -311,7 +311,7 @@ class TestRuns:
         who = Contender("xla", (("implementation", "xla"),), separated=True)
         assert Runner(SETUP, journal, 0).run([(row, who)]) == 0
         (found,) = journal.rows.values()
-        wanted = {"us": 3.0, "us_low": 2.0, "us_high": 4.0, "host_bound": False,
+        wanted = {"us": 3.0, "us_low": 2.0, "us_high": 4.0, "us_host_bound": False,
                   "us_separated": 5.0, "us_separated_low": 4.0, "us_separated_high": 6.0,
                   "us_separated_host_bound": True}  # fmt: skip
         assert {key: found[key] for key in wanted} == wanted

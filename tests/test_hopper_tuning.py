@@ -178,6 +178,8 @@ def test_tuning_takes_the_fastest_and_nothing_for_noise(tmp_path) -> None:
     ]
     with pytest.raises(SystemExit, match=r"class '17', wanted 8, .*, any, int8-8, int8-16"):
         tune_hopper.main(["17"], stopwatch, path)
+    with pytest.raises(SystemExit, match=r"Hopper kernels: it needs .* 9\.0 .*, here is cpu"):
+        tune_hopper.main(["16"], None, path)
 
 
 @pytest.mark.parametrize("right", [True, False])
