@@ -51,15 +51,67 @@ def require_float(name: str, value: Any) -> None:
 
 
 def require_one_of(name: str, value: Any, options: tuple[Any, ...]) -> None:
-    """Raises ValueError unless value is one of the options."""
-    if value not in options:
+    """Raises ValueError unless value equals one of the options and is of its type."""
+    kinds = (str,) if isinstance(options[0], str) else (int, np.integer)
+    if not isinstance(value, kinds) or isinstance(value, bool) or value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(str, options))}, got {value!r}")
 
 
-def require_positive(name: str, value: Any) -> None:
-    """Raises ValueError unless value is a positive Python integer."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+def require_bool(name: str, value: Any) -> bool:
+    """The value as a Python bool; raises TypeError unless it is a Python or numpy bool."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {_described(value)}")
+    return bool(value)
+
+
+def require_int(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """The value as a Python int, so that no sum of it wraps around in a narrow type.
+
+    Raises TypeError unless it is a Python or numpy integer (a bool is not), ValueError unless it
+    is in low .. high (None: no upper bound).
+    """
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {_described(value)}")
+    if value < low or (high is not None and value > high):
+        wanted = f"at least {low}" if high is None else f"in {low} .. {high}"
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+    return int(value)
+
+
+def require_positive(name: str, value: Any) -> int:
+    """The value as a Python int of 1 or more; raises as `require_int` does."""
+    return require_int(name, value, 1)
+
+
+def require_number(
+    name: str, value: Any, *, low: float | None = None, above: float | None = None
+) -> float:
+    """The value as a finite Python float.
+
+    Takes Python and numpy numbers and arrays of shape [] of a real dtype, unless they are traced.
+    Raises TypeError for anything else (bool, complex and str included), ValueError for NaN,
+    infinity, and values below `low` or not above `above`.
+    """
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(f"{name} must be a number that is known at trace time, got a traced value")
+    dtype = np.asarray(value).dtype if np.shape(value) == () else np.dtype(object)
+    if not (jax.numpy.issubdtype(dtype, np.floating) or jax.numpy.issubdtype(dtype, np.integer)):
+        raise TypeError(f"{name} must be a real number, got {_described(value)}")
+    number = float(value)
+    if not np.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if low is not None and number < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+    if above is not None and number <= above:
+        raise ValueError(f"{name} must be above {above}, got {value}")
+    return number
+
+
+def _described(value: Any) -> str:
+    """A value in an error message: short, and with its type."""
+    text = repr(value)
+    text = text if len(text) <= 60 else text[:57] + "..."
+    return f"{text} of type {type(value).__name__}"
 
 
 def require_pages(
