@@ -73,7 +73,7 @@ class TilePlan:
     registers: tuple[int, ...] = ()
     tiles: tuple[Tile, ...] = ()
     uses: tuple[BufferUse, ...] = ()
-    capacity: dict[str, int] = field(default_factory=dict)
+    capacity: dict[str, int] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("block_q", "block_kv", "kv_stages", "cluster"):

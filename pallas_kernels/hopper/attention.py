@@ -20,6 +20,7 @@ from pallas_kernels.hopper.tuning import (
     tile_plan_of_height,
 )
 from pallas_kernels.hopper.walk import BLOCK, records
+from pallas_kernels.modes import jit_with_defaults
 
 PAGE_SIZES = {  # by what the cache holds
     "float": (1, 2, 4, 8, 16, 32, 64, 128),
@@ -109,6 +110,16 @@ def plan_decode(
     )
 
 
+@jit_with_defaults(
+    "num_heads",
+    "kv_lora_rank",
+    "softmax_scale",
+    "causal",
+    "rescale",
+    "partial_dtype",
+    "tiles",
+    "interpret",
+)
 def attend(
     q: jax.Array,
     pages: jax.Array,
@@ -160,17 +171,15 @@ def attend(
     if partial_dtype is None:
         partial_dtype = jnp.float32 if few or q.dtype == jnp.float16 else jnp.float16
     kernel: Any = decode_few if few else functools.partial(decode, rescale=RESCALES[rescale])
-    q = pad_rows(q, plan.rows_per_tile if few else ROW_GROUP)
-    o = jax.ShapeDtypeStruct((*q.shape[:2], kv_lora_rank), q.dtype)
     return launch(
         functools.partial(kernel, kv_lora_rank=kv_lora_rank),
-        (q, pages),
+        (pad_rows(q, plan.rows_per_tile if few else ROW_GROUP), pages),
         block_tables,
         seq_lens,
         query_lens,
         plan,
-        o,
         rows=rows,
+        kv_lora_rank=kv_lora_rank,
         num_heads=num_heads,
         tiles=tiles,
         partial_dtype=partial_dtype,
@@ -193,9 +202,9 @@ def launch(
     seq_lens: jax.Array,
     query_lens: jax.Array | None,
     plan: SplitPlan,
-    padded_o: jax.ShapeDtypeStruct,
     *,
     rows: int,
+    kv_lora_rank: int,
     num_heads: int,
     tiles: TilePlan,
     partial_dtype: Any,
@@ -207,18 +216,14 @@ def launch(
     Args:
         kernel: `decode` or one that is called as it is, with `operands` in the place of q and
             pages.
-        padded_o: [B, R or more, kv_lora_rank], what the kernel writes.
-        rows: R, how many rows of it are real.
+        rows: R, how many rows of q are real.
         options: for the kernel. Others as in `attend`.
 
     Returns:
         o and lse as `attend` does.
     """
-    batch, padded, _ = padded_o.shape
-    o = jax.empty_ref(padded_o)
-    # A tile's lse leaves in one piece, the rows past R included.
-    lse_rows = padded + -padded % min(BLOCK, plan.rows_per_tile)
-    lse = jax.empty_ref(jax.ShapeDtypeStruct((batch, lse_rows), jnp.float32))
+    q = operands[0]
+    o, lse = new_outputs(q.shape[0], rows, kv_lora_rank, q.dtype)
     # The workers of one launch wait for each other, which takes all of them to be resident.
     ctas = (plan.num_workers + plan.num_workers % 2 * tiles.pairs) * tiles.cluster
     resident = interpret is None and ctas <= num_sms()
@@ -249,8 +254,14 @@ def launch(
         **options,
     )
     if plan.num_slots and not merges:
-        merge(o, lse, partials, plan, walks, interpret=interpret)
+        merge(o, lse, partials, plan, walks, num_rows=rows, interpret=interpret)
     # The barrier keeps XLA from writing the merge's outputs straight into a slice of a larger array
     # (those of a scan, say): its dynamic-slice fusion forgets that they alias the inputs.
-    whole_o, whole_lse = jax.lax.optimization_barrier((o[...], lse[...]))
-    return whole_o[:, :rows], whole_lse[:, :rows]
+    return jax.lax.optimization_barrier((o[...], lse[...]))
+
+
+def new_outputs(batch: int, rows: int, kv_lora_rank: int, dtype: Any) -> tuple[Any, Any]:
+    """References to o [B, R, kv_lora_rank] and lse [B, R], which kernels fill; uninitialised."""
+    o = jax.ShapeDtypeStruct((batch, rows, kv_lora_rank), dtype)
+    lse = jax.ShapeDtypeStruct((batch, rows), jnp.float32)
+    return jax.empty_ref(o), jax.empty_ref(lse)

@@ -29,6 +29,7 @@ from pallas_kernels.hopper.merge import (
 )
 from pallas_kernels.hopper.peer import Peer, joined, peer_barrier
 from pallas_kernels.hopper.primitives import OWN_BARRIERS, ROWS, WGMMA_OPERAND, Backend
+from pallas_kernels.hopper.rows import Rows
 from pallas_kernels.hopper.walk import (
     BLOCK,
     LN2,
@@ -46,7 +47,7 @@ from pallas_kernels.hopper.walk import (
 # Of a record in shared memory, behind the lengths:
 LOST = RECORD + 2  # its keys can't all be had, so its rows are NaN
 OPEN = RECORD + 3  # pairs of blocks that every row of the tile sees whole
-ROUNDER = 1.5 * 2.0**23
+ALL_WHOLE = 2.0**23  # float32 numbers from here on are whole
 LAZY_GROWTH = 8.0  # log2 units that the running maximum may lag behind the true one
 
 
@@ -73,24 +74,25 @@ def decode(
     partial_dtype=jnp.float32,
     interpret=None,
 ):
-    """Runs the plan. q [B, R, D] with R = S_q * num_heads a multiple of 8; pages [N, page, D].
+    """Runs the plan. q [B, R or more, D], a multiple of 8 rows; pages [N, page, D].
 
     rescale (of O): "multiply" at every block, "lazy" only where the maximum grew by more than
     LAZY_GROWTH, "exponent_add" likewise and as AMLA's integer add.
-    Writes whole tiles to o_ref [B, R, kv_lora_rank] and lse_ref [B, R or more]; and, if it `merges`
+    R = num_queries * num_heads. Writes rows below R of whole tiles to o_ref [B, R, kv_lora_rank]
+    and lse_ref [B, R]; and, if it `merges`
     (its CTAs must be resident together then), cut tiles too. Returns what it leaves of their
     pieces: o [slots, ctas, kv_lora_rank / 8, 512], in blocks of 64 rows x 8 columns,
     lse [slots, rows] and, of float16, the units [slots, 2, rows] of both halves of o.
     walks: the plan's `records`. counters: int32 [num_tiles * ctas], 0 before and after the launch.
     """
-    _, rows_total, width = q.shape
+    _, padded_rows, width = q.shape
     page_size = pages.shape[1]
     lengths = functools.partial(
         valid_lengths, capacity=block_tables.shape[1] * page_size, num_queries=num_queries
     )
     half = kv_lora_rank // 2
     rope = width - kv_lora_rank
-    rows_box = min(BLOCK, rows_total)
+    rows_box = min(BLOCK, padded_rows)
     dtype = q.dtype
     cluster = tiles.cluster  # CTAs that share a KV block
     in_pairs = tiles.pairs  # or else of two workers, which merge in their shared memories
@@ -126,7 +128,6 @@ def decode(
         kv_t,
         m_smem,
         l_smem,
-        lse_smem,
         record_smem,
         q_full,
         q_empty,
@@ -167,9 +168,16 @@ def decode(
             """Which 64 of its rows this CTA has; read again where it's needed, not held."""
             return 0 if in_pairs else g.cta_of_cluster()
 
+        def rows_of(request, row_tile):
+            """This CTA's rows of a tile in the output."""
+            first = (row_tile * cluster + part_of_tile()) * BLOCK
+            total = num_queries * num_heads
+            return Rows.of_tile(
+                request, first, BLOCK, total=total, rows_per_tile=plan.rows_per_tile
+            )
+
         def place(request, row_tile):
-            part = part_of_tile()
-            return Place(request, (row_tile * cluster + part) * BLOCK, part)
+            return Place(rows_of(request, row_tile), part_of_tile())
 
         def meet(request, row_tile, count):
             counter = plan.tile_of(request, row_tile) * cluster + part_of_tile()
@@ -291,26 +299,33 @@ def decode(
                 position = g.iota(shape, 1) + block * BLOCK
                 return jnp.where((position <= last) & (position < kv_len), s, -jnp.inf)
 
-            def clear_tail(slot, record, block):
-                """V rows past the last token become 0: their P is 0, but 0 * NaN is NaN."""
-                valid = record[RECORD] - block * BLOCK
+            def clear_hidden(slot, record, block, s):
+                """What some row may not see of V becomes finite: its P is 0, but 0 * NaN is NaN.
 
-                @pl.when(valid < BLOCK)
-                def _():
-                    for kv in (kv_l, kv_r):
-                        for c in range(0, half, 64):
-                            tile = kv.at[slot].at[:, pl.ds(c, 64)]
-                            kept = g.load_tile(tile)
-                            token = g.iota((BLOCK, 64), 0)
-                            tile[...] = jnp.where(token < valid, kept, jnp.zeros_like(kept))
-                    plgpu.commit_smem()
+                s: scores before the mask. A key that is not finite makes every row's score so, and
+                those of the rows that see it stay NaN.
+                """
+                shared = record[RECORD]  # keys that every row sees
+                if causal:
+                    row = (record[1] * cluster + part_of_tile()) * BLOCK
+                    shared += jnp.minimum(row // num_heads + 1 - record[RECORD + 1], 0)
+                shared -= block * BLOCK
+
+                @pl.when(shared < BLOCK)
+                def _look():
+                    @pl.when(g.any_not_finite(s))
+                    def _clear():
+                        for kv in (kv_l, kv_r):
+                            g.clear_not_finite(kv.at[slot], shared)
+                        plgpu.commit_smem()
 
             def raised(m, top):
                 """The running maximum after scores of row maximum `top`, in log2 units."""
                 if exponent_add:
-                    # A whole number above it: O then moves by powers of two. (Adding and taking
-                    # away 1.5 * 2^23 rounds to the nearest one.)
-                    top = (top + (0.5 + ROUNDER)) - ROUNDER
+                    # The whole number at or above it: O then moves by powers of two.
+                    whole = top.astype(jnp.int32).astype(jnp.float32)
+                    whole += jnp.where(top > whole, 1.0, 0.0)
+                    top = jnp.where(jnp.abs(top) < ALL_WHOLE, whole, top)
                 top = jnp.maximum(m, top)
                 return jnp.where(top > m + LAZY_GROWTH, top, m) if lazy else top
 
@@ -396,7 +411,7 @@ def decode(
                     g.wait_mma(0)
                     s = g.read(s_acc) * scale
                     if block is not None:
-                        clear_tail(slot, record, block)
+                        clear_hidden(slot, record, block, s)
                         s = masked(s, record, block)
                     m_new = raised(m, s.max(axis=1))
                     p = jnp.exp2(s - across(m_new))
@@ -505,12 +520,12 @@ def decode(
                 # (One way only to contract: the same bits in every program.)
                 lse = jnp.where(seen, (m + jnp.log(total) * LOG2E) * LN2, -jnp.inf)
 
-                def left_rows(ref, *index):
-                    return ref.at[*index, pl.ds(cta * BLOCK, BLOCK)]
+                def left_rows(*index):
+                    return Rows.of_partial(index, cta * BLOCK, BLOCK)
 
                 def in_own_units():
                     unit, inverse_unit = units(jnp.abs(o).max(axis=1) * inverse)
-                    left_rows(units_ref, out_slot, me)[...] = unit
+                    left_rows(out_slot, me).store_values(g, units_ref, unit)
                     return inverse * inverse_unit
 
                 factor = inverse  # (one, so that O is multiplied once)
@@ -518,21 +533,12 @@ def decode(
                     factor = lax.cond(out_slot >= 0, in_own_units, lambda: inverse)
                 o *= across(factor, (BLOCK, half))
 
-                mine = pl.ds(me * half, half)
-
                 def store(parts):
-                    box = slice(None) if rows_box == BLOCK else pl.ds(0, rows_box)
-                    rows = pl.ds(row, rows_box)
-                    for c, part in zip(range(0, half, 64), parts, strict=True):
-                        target = q_mine.at[opaque(0)].at[:, pl.ds(c, 64)]
-                        target[...] = part.astype(dtype)
+                    rows = rows_of(request, row_tile)
                     if me == 0:
-                        lse_smem[...] = lse
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(q_mine.at[0, box], o_ref.at[request, rows, mine])
-                    if me == 0:
-                        plgpu.copy_smem_to_gmem(lse_smem.at[box], lse_ref.at[request, rows])
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        rows.store_values(g, lse_ref, lse)
+                    parts = [part.astype(dtype) for part in parts]
+                    rows.store_parts(g, o_ref, me * half, parts, q_mine.at[opaque(0)])
 
                 def left(slot, i):
                     """Where part i of a piece's columns is, or goes, between CTAs."""
@@ -543,9 +549,9 @@ def decode(
                 def leave(parts):
                     for i, part in enumerate(parts):
                         part = part.astype(partial_dtype)
-                        g.store_blocks(left(out_slot, i), part, rows_total - row)
+                        g.store_blocks(left(out_slot, i), part, num_queries * num_heads - row)
                     if me == 0:
-                        left_rows(plse_ref, out_slot)[...] = lse
+                        left_rows(out_slot).store_values(g, plse_ref, lse)
                     if merges:
                         meet(request, row_tile, slots_of_tile).leave()
 
@@ -555,7 +561,8 @@ def decode(
                 def with_others(o):
                     weights = others_inverse
                     if in_units:
-                        weights = weights * g.load_rows(left_rows(units_ref, next_slot, me))
+                        unit = units_ref.at[next_slot, me, pl.ds(cta * BLOCK, BLOCK)]
+                        weights = weights * g.load_rows(unit)
                     weights = across(weights)
                     return tuple(
                         part + g.load_blocks(left(next_slot, i)).astype(jnp.float32) * weights
@@ -660,7 +667,6 @@ def decode(
             smem(2, BLOCK, rope),
             plgpu.SMEM((2, BLOCK), jnp.float32),
             plgpu.SMEM((2, BLOCK), jnp.float32),
-            plgpu.SMEM((BLOCK,), jnp.float32),
             plgpu.SMEM((2, OPEN + 1), jnp.int32),
             plgpu.Barrier(num_arrivals=3),  # q_full
             plgpu.Barrier(num_arrivals=2),  # q_empty

@@ -21,6 +21,7 @@ from pallas_kernels.hopper.blocks import arrivals, blocks
 from pallas_kernels.hopper.merge import Meeting, Place, Refs, merge_shares, row_parts
 from pallas_kernels.hopper.peer import TransposedPeer, joined, peer_barrier
 from pallas_kernels.hopper.primitives import OWN_BARRIERS, WGMMA_OPERAND
+from pallas_kernels.hopper.rows import Rows
 from pallas_kernels.hopper.transposed import COLUMNS, WARPS, TransposedBackend
 from pallas_kernels.hopper.walk import (
     BLOCK,
@@ -59,19 +60,21 @@ def decode_few(
 ):
     """Runs the plan; arguments and results as in `decode`.
 
-    q [B, R, D], R a multiple of tiles.rows_per_tile. Writes whole tiles to o_ref [B, R, d_v] and
-    lse_ref [B, R]; returns the partial (o [slots, rows_per_tile, d_v], lse [slots, rows_per_tile])
-    of cut tiles.
+    q [B, R or more, D], a multiple of tiles.rows_per_tile rows, of which R = num_queries *
+    num_heads are real. Writes those of whole tiles to o_ref [B, R, d_v] and lse_ref [B, R]; returns
+    the partial (o [slots, rows_per_tile, d_v], lse [slots, rows_per_tile]) of cut tiles.
     """
-    _, rows_total, width = q.shape
+    _, padded_rows, width = q.shape
     page_size = pages.shape[1]
     lengths = functools.partial(
         valid_lengths, capacity=block_tables.shape[1] * page_size, num_queries=num_queries
     )
     rows, q_buffers = tiles.rows_per_tile, tiles.slots("q")
     left, right, tail = (tiles.slots(f"kv {part}") for part in ("left", "right", "rope"))
-    if rows_total % rows:
-        raise ValueError(f"q must have a multiple of {rows} rows (rows_per_tile), got {rows_total}")
+    if padded_rows % rows:
+        raise ValueError(
+            f"q must have a multiple of {rows} rows (rows_per_tile), got {padded_rows}"
+        )
     half = kv_lora_rank // 2
     rope = width - kv_lora_rank
     dtype = q.dtype
@@ -142,6 +145,11 @@ def decode_few(
             tile = plan.tile_of(request, row_tile)
             return Meeting(g, counter_ref, tile, leaving=count, merging=2 * count)
 
+        def rows_of(request, row_tile):
+            """A tile's rows in the output."""
+            total = num_queries * num_heads
+            return Rows.of_tile(request, row_tile * rows, rows, total=total, rows_per_tile=rows)
+
         kv_blocks = blocks(g, table_ref, kv_ref)
 
         # ---------------------------------------------------------------- the loading warpgroup
@@ -192,14 +200,6 @@ def decode_few(
         def release(barrier, slot):
             plgpu.barrier_arrive(barrier.at[slot])
 
-        def clear_tail(v, valid):
-            """V rows past the last token become 0: their P is 0, but 0 * NaN is NaN."""
-            for c in range(0, half, 64):
-                part = v.at[:, pl.ds(c, 64)]
-                kept = g.load_tile(part)
-                token = g.iota((BLOCK, 64), 0)
-                part[...] = jnp.where(token < valid, kept, jnp.zeros_like(kept))
-
         def attend(p, n, piece, o_acc, s_acc):
             request, row_tile, begin, end, out_slot, _, slots_of_tile = piece
             kv_len, query_len = lengths(len_ref, qlen_ref, request)
@@ -209,6 +209,23 @@ def decode_few(
             limit = jnp.minimum(kv_len - query_len + token + 1, kv_len) if causal else kv_len
             limit = jnp.where(token < query_len, limit, 0)
             position = g.iota(tile, 0)
+            shared = kv_len  # keys that every row sees
+            if causal:
+                shared += jnp.minimum(row // num_heads + 1 - query_len, 0)
+
+            def clear_hidden(start, slots, s):
+                """What some row may not see of V becomes finite: its P is 0, but 0 * NaN is NaN.
+
+                s: scores before the mask. A key that is not finite makes every row's score so, and
+                those of the rows that see it stay NaN.
+                """
+
+                @pl.when(shared - start < BLOCK)
+                def _look():
+                    @pl.when(g.any_not_finite(s))
+                    def _clear():
+                        for kv, slot in ((kv_l, slots[1]), (kv_r, slots[2])):
+                            g.clear_not_finite(kv.at[slot], shared - start)
 
             def block(i, carry):
                 m, norm = carry
@@ -223,6 +240,7 @@ def decode_few(
                 release(empty_t, slots[0])
                 start = (begin + i) * BLOCK
                 s = g.read(s_acc) * scale
+                clear_hidden(start, slots, s)
                 s = jnp.where(position + start < limit, s, -jnp.inf)
                 m_new = jnp.maximum(m, g.reduce_rows(s, top_smem, "max"))
                 p = jnp.exp2(s - lax.broadcast_in_dim(m_new, tile, [1]))
@@ -230,13 +248,6 @@ def decode_few(
                 alpha = jnp.exp2(m - m_new)
                 g.scale_columns(o_acc, alpha)
                 norm = norm * lax.broadcast_in_dim(alpha, tile, [1]) + p
-                valid = kv_len - start
-
-                @pl.when(valid < BLOCK)
-                def _clear():
-                    clear_tail(kv_l.at[slots[1]], valid)
-                    clear_tail(kv_r.at[slots[2]], valid)
-
                 plgpu.commit_smem()
                 for part, slot, kv in ((0, slots[1], kv_l), (half, slots[2], kv_r)):
                     g.mma_tt(o_acc, pl.ds(part, half), kv.at[slot], p_smem)
@@ -277,13 +288,16 @@ def decode_few(
             inverse = jnp.where(seen, weight / total, 0.0)
             # (One way only to contract: the same bits in every program.)
             lse = jnp.where(seen, (m + jnp.log(total) * LOG2E) * LN2, -jnp.inf)
-            o = g.read(o_acc) * lax.broadcast_in_dim(inverse, (kv_lora_rank, rows), [1])
-            here = pl.ds(row, rows)
+            # (Chosen, not multiplied: a row of no query may have met a NaN that others see.)
+            whole = (kv_lora_rank, rows)
+            o = g.read(o_acc) * lax.broadcast_in_dim(inverse, whole, [1])
+            o = jnp.where(lax.broadcast_in_dim(seen, whole, [1]), o, 0.0)
+            here = rows_of(request, row_tile)
 
             @pl.when(out_slot == -1)
             def _store():
-                g.store_global_t(o_ref.at[request, here], o.astype(dtype))
-                lse_ref.at[request, here][...] = lse
+                here.store_transposed(g, o_ref, o.astype(dtype))
+                here.store_column_values(g, lse_ref, lse)
 
             def share():
                 """Each of a pair finishes the columns of its number, in what was q's place."""
@@ -293,20 +307,17 @@ def decode_few(
                 peer.wait(sent)
                 got = (q_l.at[buffer], q_r.at[buffer])
                 mine += peer.received_tile(got, 0, (half, rows))
-                columns_here = pl.ds(rank * half, half)
-                g.store_global_t(o_ref.at[request, here, columns_here], mine.astype(dtype))
-
-                @pl.when(rank == 0)
-                def _lse():
-                    lse_ref.at[request, here][...] = lse
+                here.store_transposed(g, o_ref, mine.astype(dtype), rank * half)
+                pl.when(rank == 0)(lambda: here.store_column_values(g, lse_ref, lse))
 
             if in_pairs:
                 pl.when(kept)(share)
 
             @pl.when(out_slot >= 0)
             def _leave():
-                g.store_global_t(po_ref.at[out_slot], o.astype(partial_dtype))
-                plse_ref.at[out_slot][...] = lse
+                left = Rows.of_partial((out_slot,), 0, rows)
+                left.store_transposed(g, po_ref, o.astype(partial_dtype))
+                left.store_column_values(g, plse_ref, lse)
                 if merges:
                     meet(request, row_tile, slots_of_tile).leave()
 
@@ -333,7 +344,7 @@ def decode_few(
                 piece_ref,
                 pieces,
                 meet=meet,
-                place=lambda request, row_tile: Place(request, row_tile * rows, 0),
+                place=lambda request, row_tile: Place(rows_of(request, row_tile), 0),
                 wg=wg,
                 wgs=2,
             )

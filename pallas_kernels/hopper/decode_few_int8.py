@@ -29,6 +29,7 @@ from mla_jax import quantize
 from pallas_kernels.hopper.merge import Meeting, Place, Refs, merge_shares, row_parts
 from pallas_kernels.hopper.narrow import ROW_GROUP, fetch_q
 from pallas_kernels.hopper.primitives import OWN_BARRIERS, WGMMA_OPERAND
+from pallas_kernels.hopper.rows import Rows
 from pallas_kernels.hopper.transposed import COLUMNS, WARPS
 from pallas_kernels.hopper.walk import (
     BLOCK,
@@ -72,7 +73,8 @@ def decode_few_int8(
     """Runs the plan; the plan, results and options as in `decode`.
 
     Args:
-        q: [B, R, d_v + rope] bfloat16, R a multiple of tiles.rows_per_tile.
+        q: [B, R or more, d_v + rope] bfloat16, a multiple of tiles.rows_per_tile rows, of which
+            R = num_queries * num_heads are real.
         pages: [N, page, d_v] int8.
         rope_pages: [N, page, rope] bfloat16.
         scales: [N, page] float32, one a token.
@@ -80,7 +82,7 @@ def decode_few_int8(
     Writes whole tiles to o_ref [B, R, d_v] and lse_ref [B, R]; returns the partial
     (o [slots, rows_per_tile, d_v], lse [slots, rows_per_tile]) of cut tiles.
     """
-    rows_total = q.shape[1]
+    padded_rows = q.shape[1]
     latent = pages.shape[2]
     num_pages, page_size, rope = rope_pages.shape
     lengths = functools.partial(
@@ -89,8 +91,10 @@ def decode_few_int8(
     rows, depth = tiles.rows_per_tile, tiles.kv_stages
     computing = len(tiles.registers) - 1  # warpgroups
     uneven = len(set(tiles.registers)) > 1
-    if rows_total % rows:
-        raise ValueError(f"q must have a multiple of {rows} rows (rows_per_tile), got {rows_total}")
+    if padded_rows % rows:
+        raise ValueError(
+            f"q must have a multiple of {rows} rows (rows_per_tile), got {padded_rows}"
+        )
     half = latent // 2
     groups = half // GROUP  # of wgmma rows in half of O^T
     dtype = q.dtype
@@ -159,6 +163,11 @@ def decode_few_int8(
             tile = plan.tile_of(request, row_tile)
             return Meeting(g, counter_ref, tile, computing * count, computing * count)
 
+        def rows_of(request, row_tile):
+            """A tile's rows in the output."""
+            total = num_queries * num_heads
+            return Rows.of_tile(request, row_tile * rows, rows, total=total, rows_per_tile=rows)
+
         def merge_mine(me):
             merge_shares(
                 row_parts(g, plan, rows, latent, warpgroups=computing),
@@ -166,7 +175,7 @@ def decode_few_int8(
                 piece_ref,
                 pieces(),
                 meet=meet,
-                place=lambda request, row_tile: Place(request, row_tile * rows, 0),
+                place=lambda request, row_tile: Place(rows_of(request, row_tile), 0),
                 wg=me,
                 wgs=computing,
             )
@@ -292,20 +301,19 @@ def decode_few_int8(
 
                 @pl.when(out_slot < 0)
                 def _store():
-                    here = pl.ds(row_tile * rows, rows)
+                    here = rows_of(request, row_tile)
                     for which, o in stored:
-                        destination = o_ref.at[request, here]
-                        g.store_dimensions(destination, o.astype(dtype), which * groups)
+                        here.store_dimensions(g, o_ref, o.astype(dtype), which * groups)
                     if me == 0:
-                        lse_ref.at[request, here][...] = lse
+                        here.store_column_values(g, lse_ref, lse)
 
                 @pl.when(out_slot >= 0)
                 def _leave():
+                    left = Rows.of_partial((out_slot,), 0, rows)
                     for which, o in stored:
-                        destination = po_ref.at[out_slot]
-                        g.store_dimensions(destination, o.astype(partial_dtype), which * groups)
+                        left.store_dimensions(g, po_ref, o.astype(partial_dtype), which * groups)
                     if me == 0:
-                        plse_ref.at[out_slot][...] = lse
+                        left.store_column_values(g, plse_ref, lse)
                     if merges:
                         meet(request, row_tile, slots_of_tile).leave()
 

@@ -19,7 +19,7 @@ has V^T of a block's first tokens ready when P comes, and is done before P of th
 A query is a column of S^T and of O^T. Its sum stays in parts, one in each thread, to a piece's end.
 Its maximum is that of the piece's first block: P of a later one may be as large as 2^64, which
 bfloat16 holds as well as 1. Where a sum says that one may be larger, the piece is made again, with
-care: a vote in each block finds whether some maximum grew by much, and O is rescaled to it.
+care: each block raises the maxima, and O is rescaled to them.
 """
 
 import functools
@@ -35,6 +35,7 @@ from mla_jax import quantize
 from pallas_kernels.hopper.merge import Meeting, Place, Refs, merge_shares, row_parts
 from pallas_kernels.hopper.narrow import fetch_q
 from pallas_kernels.hopper.primitives import OWN_BARRIERS, ROWS, WGMMA_OPERAND
+from pallas_kernels.hopper.rows import Rows
 from pallas_kernels.hopper.transposed import COLUMNS, WARPS
 from pallas_kernels.hopper.walk import (
     BLOCK,
@@ -52,8 +53,7 @@ from pallas_kernels.hopper.widen import GROUP, INT8_OPERAND, WIDENED_UNIT, Widen
 QUERIES = 64  # rows of a tile
 WIDENED = 32  # tokens at a time: what registers allow
 MERGED = 32  # registers of partial O in flight: likewise
-FAR = 2.0**64  # a sum of e^(s - m) that asks for more care,
-LAZY_GROWTH = 8.0  # with which a maximum lags behind the true one by as many log2 units
+FAR = 2.0**64  # a sum of e^(s - m) that asks for more care
 # Of a record in shared memory, behind the plan's: lengths, the first slot, and
 LOST = RECORD + 3  # its keys can't all be had, so its rows are NaN
 LEFT = RECORD + 4  # how many pieces the worker has left, this one included
@@ -93,18 +93,18 @@ def decode_int8(
     partial_dtype=jnp.float32,
     interpret=None,
 ):
-    """Runs the plan; arguments and results as in `decode_few_int8`, R a multiple of 64.
+    """Runs the plan; arguments and results as in `decode_few_int8`, q a multiple of 64 rows.
 
     tiles: `tuning.roles_int8_tiles`. Raises ValueError for other rows, or rope keys that are not 64
     wide.
     """
-    rows_total = q.shape[1]
+    padded_rows = q.shape[1]
     latent = pages.shape[2]
     num_pages, page_size, rope = rope_pages.shape
     lengths = functools.partial(
         valid_lengths, capacity=block_tables.shape[1] * page_size, num_queries=num_queries
     )
-    if rows_total % QUERIES or rope != BLOCK:
+    if padded_rows % QUERIES or rope != BLOCK:
         raise ValueError(
             f"q must have a multiple of {QUERIES} rows and rope_pages {BLOCK} columns, got "
             f"{q.shape} and {rope_pages.shape}"
@@ -204,6 +204,16 @@ def decode_int8(
             counter = plan.tile_of(request, row_tile)
             return Meeting(g, counter_ref, counter, (MAKERS + 1) * count, MAKERS * count)
 
+        def rows_of(request, row_tile):
+            """A tile's rows in the output."""
+            total = num_queries * num_heads
+            return Rows.of_tile(
+                request, row_tile * QUERIES, QUERIES, total=total, rows_per_tile=QUERIES
+            )
+
+        def left_rows(slot):
+            return Rows.of_partial((slot,), 0, QUERIES)
+
         # -------------------------------------------------------------------- who loads
         def with_lengths(piece):
             return (*piece, *lengths(len_ref, qlen_ref, jnp.maximum(piece[0], 0)))
@@ -269,7 +279,8 @@ def decode_int8(
             token = (g.iota_line(QUERIES, COLUMNS) + row_tile * QUERIES) // num_heads
             keys = kv_len - query_len + token + 1 if causal else kv_len
             keys_smem.at[0][...] = jnp.where(token < query_len, keys, 0)
-            top_smem.at[0][...] = g.full((QUERIES,), 0.0, COLUMNS)  # (for the first block to raise)
+            for i, value in enumerate((0.0, 1.0)):  # (for the first block to raise)
+                top_smem.at[i][...] = g.full((QUERIES,), value, COLUMNS)
             plgpu.commit_smem()
             plgpu.barrier_arrive(q_fetched(row_tile))
 
@@ -298,9 +309,6 @@ def decode_int8(
                 g.wait_mma(0)
                 return tuple(map(g.landed, products))
 
-            def much_above(above):
-                return g.any_above(above, LAZY_GROWTH)
-
             def block(last, i, carry):
                 """P of a block whose S is there, and then S of the next one."""
                 norm, slot, (s_halves, s_rope) = carry
@@ -311,25 +319,32 @@ def decode_int8(
                 above = s * down(steps) - down(top)  # the running maxima, in log2 units
 
                 def hide(above, token_scale):
-                    """(Chosen, not multiplied: what is past the last token may be NaN.)"""
+                    """(Chosen, not multiplied: what a row may not see may be NaN. The scale of such
+                    a token becomes 0, and scores of the rows that see it stay NaN.)"""
                     position = g.iota_line(BLOCK, ROWS) + i * BLOCK
                     visible = across(position) < down(g.load_columns(keys_smem.at[zero]))
-                    exists = position < piece_smem[RECORD]
-                    return jnp.where(visible, above, -jnp.inf), jnp.where(exists, token_scale, 0.0)
+                    finite = jnp.abs(token_scale) < jnp.inf
+                    usable = finite & (position < piece_smem[RECORD])
+                    return jnp.where(visible, above, -jnp.inf), jnp.where(usable, token_scale, 0.0)
 
                 both = above, token_scale
                 above, token_scale = lax.cond(i >= unmasked, hide, lambda *both: both, *both)
-                first = i == begin
-                grew = first | lax.cond(careful, much_above, lambda _: jnp.bool(False), above)
+                grew = (i == begin) | careful
 
                 def rise(above, norm):
-                    """Maxima by what the block has above them: at first all of them."""
-                    top = g.load_columns(top_smem.at[zero])
+                    """Maxima by what the block has above them.
+
+                    A row's first finite score sets its maximum, whichever block has it. Without
+                    care that is the first block or none: then NO_KEY makes a later sum infinite.
+                    """
+                    top, unseen = (g.load_columns(top_smem.at[zero + n]) for n in range(2))
                     most = g.reduce_rows(above, meeting_smem, "max")
-                    much = jnp.where(most > LAZY_GROWTH, most, 0.0)
-                    rises = jnp.where(first, jnp.maximum(most, NO_KEY), much)
+                    none = most == -jnp.inf
+                    set_to = jnp.where(none, jnp.where(careful, 0.0, NO_KEY), most)
+                    rises = jnp.where(unseen > 0.0, set_to, jnp.maximum(most, 0.0))
                     factor = jnp.exp2(jnp.minimum(-rises, 0.0))  # (O and norm are 0 at first)
                     top_smem.at[zero][...] = top + rises
+                    top_smem.at[zero + 1][...] = jnp.where(none, unseen, 0.0)
                     factor_smem.at[slot][...] = factor
                     return above - down(rises), norm * factor
 
@@ -379,11 +394,11 @@ def decode_int8(
 
             @pl.when(out_slot < 0)
             def _store():
-                lse_ref.at[request, pl.ds(row_tile * QUERIES, QUERIES)][...] = lse
+                rows_of(request, row_tile).store_column_values(g, lse_ref, lse)
 
             @pl.when((out_slot >= 0) & (out_slot < NOWHERE))
             def _leave():
-                plse_ref.at[out_slot][...] = lse
+                left_rows(out_slot).store_column_values(g, plse_ref, lse)
                 if merges:
                     meet(request, row_tile, slots_of_tile).leave()
 
@@ -434,12 +449,13 @@ def decode_int8(
 
             @pl.when(out_slot < 0)
             def _store():
-                rows = pl.ds(row_tile * QUERIES, QUERIES)
-                g.store_dimensions(o_ref.at[request, rows], o.astype(dtype), me * groups)
+                rows = rows_of(request, row_tile)
+                rows.store_dimensions(g, o_ref, o.astype(dtype), me * groups)
 
             @pl.when((out_slot >= 0) & (out_slot < NOWHERE))
             def _leave():
-                g.store_dimensions(po_ref.at[out_slot], o.astype(partial_dtype), me * groups)
+                rows = left_rows(out_slot)
+                rows.store_dimensions(g, po_ref, o.astype(partial_dtype), me * groups)
                 if merges:
                     meet(request, row_tile, slots_of_tile).leave()
 
@@ -471,7 +487,7 @@ def decode_int8(
                     piece_ref,
                     pieces(),
                     meet=meet,
-                    place=lambda request, row_tile: Place(request, row_tile * QUERIES, 0),
+                    place=lambda request, row_tile: Place(rows_of(request, row_tile), 0),
                     wg=me,
                     wgs=MAKERS,
                 )
@@ -503,7 +519,7 @@ def decode_int8(
             wide(slots, BLOCK, rope),
             plgpu.SMEM((slots, BLOCK, QUERIES), dtype, transforms=P_OPERAND),  # P^T
             floats(slots, BLOCK),
-            floats(1, QUERIES),  # maxima
+            floats(2, QUERIES),  # maxima, and 1 where no score has set one
             floats(WARPS, QUERIES),
             floats(slots, QUERIES),  # factors
             plgpu.SMEM((slots,), jnp.int32),  # whether any is not 1

@@ -12,8 +12,10 @@ from pallas_kernels.hopper.decode_few_int8 import decode_few_int8
 from pallas_kernels.hopper.decode_int8 import decode_int8
 from pallas_kernels.hopper.tuning import tile_plan_of_height
 from pallas_kernels.hopper.walk import BLOCK
+from pallas_kernels.modes import jit_with_defaults
 
 
+@jit_with_defaults("num_heads", "softmax_scale", "causal", "partial_dtype", "tiles", "interpret")
 def attend_int8(
     q: jax.Array,
     pages: jax.Array,
@@ -53,16 +55,15 @@ def attend_int8(
     tiles = tiles or tile_plan_of_height(
         plan.rows_per_tile, cache="int8", kv_lora_rank=latent, rope_dim=rope_pages.shape[2]
     )
-    q = pad_rows(q, plan.rows_per_tile)
     return launch(
         decode_few_int8 if plan.rows_per_tile < BLOCK else decode_int8,
-        (q, pages, rope_pages, scales),
+        (pad_rows(q, plan.rows_per_tile), pages, rope_pages, scales),
         block_tables,
         seq_lens,
         query_lens,
         plan,
-        jax.ShapeDtypeStruct((*q.shape[:2], latent), q.dtype),
         rows=rows,
+        kv_lora_rank=latent,
         num_heads=num_heads,
         tiles=tiles,
         partial_dtype=jnp.float32 if partial_dtype is None else partial_dtype,

@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.split_kv import SplitPlan
 from pallas_kernels.hopper.primitives import ROWS, Backend
+from pallas_kernels.hopper.rows import Rows
 from pallas_kernels.hopper.walk import BLOCK, FIRST_SLOT, NO_KEY, SLOTS, pieces_of
 
 LOADS_IN_FLIGHT = 64  # registers a thread
@@ -39,15 +40,14 @@ class Refs(NamedTuple):
     partial_o: Any  # rows [slots, rows, d_v], or blocks [slots, ctas, d_v / 8, 512]
     partial_lse: Any  # [slots, rows]
     o: Any  # [B, R, d_v]
-    lse: Any  # [B, R or more]
+    lse: Any  # [B, R]
     partial_units: Any = None  # [slots, 2, rows]: what 1 counts in each half of the columns
 
 
 class Place(NamedTuple):
-    """Where in the output the rows of a CTA's tile begin."""
+    """Where a CTA's part of a tile goes in the output."""
 
-    request: Any
-    row: Any
+    rows: Rows
     cta: Any  # which of the CTAs that share the tile
 
 
@@ -143,12 +143,13 @@ def _row_parts(
     layout = plgpu.Layout.WG_STRIDED((columns,), vec_size=columns // 128)
 
     def lanes(refs: Refs, place: Place, part: Any) -> list[Lane]:
-        real_rows = jnp.minimum(rows, refs.o.shape[1] - place.row)
+        real_rows = jnp.minimum(rows, place.rows.count)
         top, index = (part // across) * group, part % across
         column = pl.ds(index * columns, columns)
 
         def lane(i: int) -> Lane:
             row = jnp.minimum(top + i, real_rows - 1)  # the last one again, and not written
+            output = place.rows.row(row)
 
             def o(slot):
                 value = g.load_strided(refs.partial_o.at[slot, row, column], layout)
@@ -157,12 +158,8 @@ def _row_parts(
             def write(lse, o):
                 @pl.when(top + i < real_rows)
                 def _write_row():
-                    target = refs.o.at[place.request, place.row + row, column]
-                    target[...] = o.astype(refs.o.dtype)
-
-                    @pl.when(index == 0)
-                    def _write_lse():
-                        refs.lse[place.request, place.row + row] = lse
+                    output.store_strided(refs.o, o.astype(refs.o.dtype), column)
+                    pl.when(index == 0)(lambda: output.store_scalar(refs.lse, lse))
 
             zeros = g.full((columns,), 0.0, layout)
             return Lane(
@@ -196,15 +193,10 @@ def _block_parts(g: Backend, width: int, warpgroups: int, pieces: int, at_once: 
 
     def lanes(refs: Refs, place: Place, part: Any) -> list[Lane]:
         column = part * columns
-        rows = pl.ds(place.row, BLOCK)
 
         def write(lse, o):
-            target = refs.o.at[place.request, rows, pl.ds(column, columns)]
-            g.store_rows(target, o.astype(refs.o.dtype), refs.o.shape[1] - place.row)
-
-            @pl.when(part == 0)
-            def _write_lse():
-                refs.lse.at[place.request, rows][...] = lse
+            place.rows.store_tile(g, refs.o, o.astype(refs.o.dtype), column)
+            pl.when(part == 0)(lambda: place.rows.store_values(g, refs.lse, lse))
 
         def o(slot):
             blocks = pl.ds(column // BLOCK_COLUMNS, columns // BLOCK_COLUMNS)
@@ -366,11 +358,13 @@ def merge(
     plan: SplitPlan,
     walks: tuple[Any, Any],
     *,
+    num_rows: int,
     interpret: Any = None,
 ) -> None:
-    """Writes merged rows into o_ref [B, R, d_v] and lse_ref [B, R or more], in place.
+    """Writes merged rows into o_ref [B, R, d_v] and lse_ref [B, R], in place.
 
     Args:
+        num_rows: R, the rows of a request; an output may have more, which stay as they are.
         partials: as a decode kernel leaves them: o of any float dtype, lse, and units if it has.
         plan: whose slots these are.
         walks: the plan's `records`: what is kept there has been merged.
@@ -391,13 +385,21 @@ def merge(
         g.wait_for_previous_kernel()
         g.let_next_kernel_start()
         worker, cta = lax.axis_index("worker"), lax.axis_index("cta")
+
+        def place(request, row_tile):
+            first = (row_tile * ctas + cta) * rows
+            part = Rows.of_tile(
+                request, first, rows, total=num_rows, rows_per_tile=plan.rows_per_tile
+            )
+            return Place(part, cta)
+
         merge_shares(
             ways,
             Refs(po_ref, plse_ref, o_ref, lse_ref, *units_ref),
             piece_ref,
             pieces_of(walk_ref.at[worker]),
             meet=lambda *_: None,
-            place=lambda request, row_tile: Place(request, (row_tile * ctas + cta) * rows, cta),
+            place=place,
             wg=lax.axis_index("wg"),
             wgs=warpgroups,
         )

@@ -70,7 +70,7 @@ def own_four() -> ir.Value:
     return arith.muli(thread, mgpu.utils.c(4, thread.type))
 
 
-def _element(ref: ir.Value, index: ir.Value) -> ir.Value:
+def element_pointer(ref: ir.Value, index: ir.Value) -> ir.Value:
     """Pointer to the element (i32) of a GMEM ref, counted from its first one."""
     start = llvm.addrspacecast(ir.Type.parse("!llvm.ptr<1>"), mgpu.utils.memref_ptr(ref))
     return mgpu.utils.getelementptr(start, [index], ir.MemRefType(ref.type).element_type)
@@ -106,6 +106,12 @@ def _voted_in_warp(mine: Any) -> mgpu.FragmentedArray:
         has_side_effects=True,
     )
     return mgpu.FragmentedArray.splat(voted, shape=(), is_signed=True)
+
+
+def _opaque(number: int) -> ir.Value:
+    """A constant (i32) that the compiler does not see: a loop of so many turns stays a loop."""
+    i32 = ir.IntegerType.get_signless(32)
+    return llvm.inline_asm(i32, [], f"mov.u32 $0, {number};", "=r", has_side_effects=True)
 
 
 def _read_number(ptx: str) -> jax.Array:
@@ -286,38 +292,6 @@ class Backend:
     def load_strided(self, ref, layout) -> jax.Array:
         return ref[...] if self.interpreting else plgpu.load(ref, layout=layout, optimized=False)
 
-    def store_rows(self, ref, value, count) -> None:
-        """The first `count` rows, a multiple of 8, of a (64, n) WGMMA tile to a GMEM ref."""
-        if self.interpreting:
-            for row in range(0, 64, 8):
-                rows = pl.ds(row, 8)
-
-                @pl.when(row < count)
-                def _write(rows=rows, row=row):
-                    ref.at[rows][...] = value[row : row + 8]
-
-            return
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, SCALAR))
-        def store(ctx, target, tile, rows):
-            del ctx
-            (stride, _), _ = ir.MemRefType(target.type).get_strides_and_offset()
-            row, column = place_in_tile()
-            constant = mgpu.utils.c
-            start = _element(
-                target, arith.addi(arith.muli(row, constant(stride, row.type)), column)
-            )
-            limit = rows.registers.item()
-            for lower in (0, 1):
-                upper_row = arith.addi(row, constant(8 * lower, row.type))
-                with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.slt, upper_row, limit)):
-                    for j, register in enumerate(tile.registers.reshape(-1, 2)[:, lower]):
-                        offset = 8 * lower * stride + 8 * j
-                        place = mgpu.utils.getelementptr(start, [offset], tile.mlir_dtype)
-                        llvm.store(register, place)
-
-        store(ref, value, count)
-
     # A (64, n) tile in the order of the registers that hold it: for every 8 columns 4 neighbouring
     # values a thread. Whole sectors, no shared memory; for what only `load_blocks` reads again.
     def store_blocks(self, ref, value, count) -> None:
@@ -329,7 +303,7 @@ class Backend:
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, SCALAR))
         def store(ctx, target, tile, rows):
             del ctx
-            start = _element(target, own_four())
+            start = element_pointer(target, own_four())
             used = arith.cmpi(arith.CmpIPredicate.slt, _first_row_of_warp(), rows.registers.item())
             with mgpu.utils.when(used):
                 for j, (upper, lower) in enumerate(tile.registers.reshape(-1, 2)):
@@ -354,7 +328,7 @@ class Backend:
         def load(ctx, source):
             del ctx
             dtype = ir.MemRefType(source.type).element_type
-            start = _element(source, own_four())
+            start = element_pointer(source, own_four())
             registers = np.empty((blocks, 2), dtype=object)
             four = ir.VectorType.get((4,), dtype)
             for j in range(blocks):
@@ -417,6 +391,86 @@ class Backend:
 
         return vote(x) > 0
 
+    def any_not_finite(self, x) -> jax.Array:
+        """One flag for the warpgroup: is any float32 of a WGMMA tile NaN or infinite?"""
+        if self.interpreting:
+            return ~jnp.all(jnp.isfinite(x))
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.Layout.WGMMA,),
+            return_type=plgpu.ShapeDtypeStruct((), jnp.int32, SCALAR),
+        )
+        def vote(ctx, tile):
+            del ctx
+            # 0 times a number is 0, and times anything else NaN, which a sum keeps.
+            zero = mgpu.utils.c(0.0, ir.F32Type.get())
+            total = zero
+            for register in tile.registers.flat:
+                for i in range(2):
+                    value = vector.extract(register, [], [i])
+                    total = arith.addf(arith.mulf(value, zero), total)
+            odd = arith.cmpf(arith.CmpFPredicate.UNO, total, total)
+            return _voted(odd, broadcast=False)
+
+        return vote(x) > 0
+
+    def clear_not_finite(self, ref, first) -> None:
+        """What is not finite in rows from `first` on of a 16-bit SMEM tile (64, n) becomes 0.
+
+        ref: tiled as WGMMA_OPERAND. `commit_smem` must stand between this and what reads it next.
+        (A loop of little code: it runs hardly ever, and an SM's instruction cache is small.)
+        """
+        if self.interpreting:
+            kept = ref[...]
+            clean = jnp.isfinite(kept) | (jnp.arange(64)[:, None] < first)
+            ref[...] = jnp.where(clean, kept, jnp.zeros_like(kept))
+            return
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(WGMMA_OPERAND), SCALAR))
+        def clear(ctx, target, first):
+            del ctx
+            i32 = ir.IntegerType.get_signless(32)
+            element = ir.MemRefType(target.type).element_type
+            exponent = 0x7F80 if element == ir.BF16Type.get() else 0x7C00
+
+            def constant(value):
+                return mgpu.utils.c(value, i32)
+
+            # Lines of 128 bytes lie one after the other: 8 rows of a tile, then the next tile.
+            groups, tiles, rows, line = ir.MemRefType(target.type).shape
+            four = ir.VectorType.get((4,), i32)
+            lines_at_once = 128 // 8  # by 128 threads, eight to a line
+            thread = _thread()
+            start = mgpu.utils.memref_ptr(target)
+            turns = _opaque(groups * tiles * rows // lines_at_once)
+
+            @mgpu.utils.fori(turns, [])
+            def turn(i, _):
+                chunk = arith.addi(arith.muli(i, constant(128)), thread)
+                number = arith.divui(chunk, constant(8))  # of the line
+                group = arith.divui(number, constant(rows * tiles))
+                row = arith.addi(
+                    arith.muli(group, constant(rows)), arith.remui(number, constant(rows))
+                )
+                hidden = arith.cmpi(arith.CmpIPredicate.sge, row, first.registers.item())
+                place = mgpu.utils.getelementptr(start, [chunk], four)
+                words = llvm.load(four, place, alignment=CHUNK_BYTES)
+                kept = []
+                for k in range(4):
+                    word = vector.extract(words, [], [k])
+                    for shift in (0, 16):
+                        bits = constant(exponent << shift)
+                        odd = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(word, bits), bits)
+                        rest = arith.andi(word, constant(0xFFFF << (16 - shift)))
+                        word = arith.select(arith.andi(odd, hidden), rest, word)
+                    kept.append(word)
+                llvm.store(vector.from_elements(four, kept), place, alignment=CHUNK_BYTES)
+                return []
+
+            assert line * mgpu.utils.bytewidth(element) == 8 * CHUNK_BYTES
+
+        clear(ref, first)
+
     # -- gathering ------------------------------------------------------------------------------
     # 128 threads copy 64 rows, 16 bytes at a time: threads 8 i .. 8 i + 7 a line of a swizzled tile
     # of rows i, 16 + i, 32 + i and 48 + i. A warp has 16 rows so; each of its threads finds out
@@ -440,7 +494,7 @@ class Backend:
             del ctx
             place = places.registers.item()
             i32 = ir.IntegerType.get_signless(32)
-            value = llvm.load(i32, _element(source, vector.extract(place, [], [0])))
+            value = llvm.load(i32, element_pointer(source, vector.extract(place, [], [0])))
             registers = np.full_like(places.registers, vector.broadcast(place.type, value))
             return mgpu.FragmentedArray(
                 _registers=registers, _layout=places.layout, _is_signed=True
@@ -507,7 +561,7 @@ class Backend:
                 arith.addi(arith.muli(row, constant(line_stride)), swizzled),
             )
             to = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(target), [place], dtype)
-            start = _element(source, arith.muli(chunk, constant(line // 8)))
+            start = element_pointer(source, arith.muli(chunk, constant(line // 8)))
             found = vector.extract(rows.registers.item(), [], [0])
             quarter = arith.divui(arith.remui(thread, constant(32)), constant(8))
             for i in range(groups // 2):
@@ -568,7 +622,7 @@ class Backend:
             _one_thread(
                 ("fence.acq_rel.gpu; " if publishes else "")
                 + "red.relaxed.gpu.global.inc.u32 [$0], $1;",
-                _element(target, place.registers.item()),
+                element_pointer(target, place.registers.item()),
                 last,
             )
 
@@ -584,7 +638,7 @@ class Backend:
                 "{ .reg .pred less; .reg .u32 seen;"
                 " again: ld.acquire.gpu.global.u32 seen, [$0];"
                 " setp.lt.u32 less, seen, $1; @less bra again; }",
-                _element(target, place.registers.item()),
+                element_pointer(target, place.registers.item()),
                 wanted.registers.item(),
             )
             mgpu.utils.warpgroup_barrier()

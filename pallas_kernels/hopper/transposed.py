@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm, vector
+from jax._src.lib.mlir.dialects import arith, vector
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -46,35 +46,6 @@ class TransposedBackend(Backend):
         else:
             tile = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
             ref.transpose((1, 0))[...] = tile
-
-    def store_global_t(self, ref, value) -> None:
-        """ref[...] = value.T for an (m, n) WGMMA tile and a row-major (n, m) GMEM ref.
-
-        Eight lanes write eight neighbours: 32-byte sectors of float32, no shared memory.
-        """
-        if self.interpreting:
-            ref[...] = value.T
-            return
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
-        def store(ctx, target, tile):
-            del ctx
-            # One pointer a thread and constant offsets: the compiler keeps other addresses, one
-            # for each element, in registers around the caller's loop.
-            (stride, _), _ = ir.MemRefType(target.type).get_strides_and_offset()
-            m, n = tile.shape
-            row, column = place_in_tile()
-            first = arith.addi(arith.muli(column, mgpu.utils.c(stride, row.type)), row)
-            start = llvm.addrspacecast(ir.Type.parse("!llvm.ptr<1>"), mgpu.utils.memref_ptr(target))
-            start = mgpu.utils.getelementptr(start, [first], tile.mlir_dtype)
-            registers = tile.registers.reshape(m // 64, n // 8, 2)
-            for (i, j, lower), register in np.ndenumerate(registers):
-                for pair in range(2):
-                    offset = (8 * j + pair) * stride + 64 * i + 8 * lower
-                    place = mgpu.utils.getelementptr(start, [offset], tile.mlir_dtype)
-                    llvm.store(vector.extract(register, [], [pair]), place)
-
-        store(ref, value)
 
     # A value a column in parts, as COLUMNS: each thread's of the two rows that it holds.
     def column_parts(self, x, kind: str) -> jax.Array:

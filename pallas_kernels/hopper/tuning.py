@@ -76,7 +76,6 @@ def seesaw_tiles(
             BufferUse("shared", "kv rope / P", BLOCK * max(rope_dim, BLOCK) * ITEMSIZE, 2),
             BufferUse("shared", "row max", ALIGNMENT),
             BufferUse("shared", "row sum", ALIGNMENT),
-            BufferUse("shared", "lse", ALIGNMENT),
             BufferUse("shared", "piece record", ALIGNMENT),
             BufferUse("shared", "row max and sum of the peer", ALIGNMENT, 2 * pairs),
             # q full and empty, l ready; full (in two ways) of the three kinds of slots, empty of

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 BLOCK = 64  # KV tokens a block: the height of a wgmma tile
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
-NO_KEY = -1e30  # a running maximum (log2 units) that no score has raised yet
+NO_KEY = -3e38  # a running maximum (log2 units) that no score has raised yet: below them all
 PIECE = ("request", "row_tile", "block_start", "block_end", "slot")  # a record of the plan
 SLOT = PIECE.index("slot")
 FIRST_SLOT, SLOTS = len(PIECE), len(PIECE) + 1  # behind them: the slots of the piece's tile

@@ -9,7 +9,8 @@ Spreading: byte ^ 0x80 is u = x + 128 in 0 .. 255, and the bfloat16 with bits 0x
 (a subnormal, or one of the first binade above, which lie on one line). One fused multiply-add gives
 (u - 128) / 64 = x / 64, exactly. So V comes out in units of WIDENED_UNIT.
 
-The rows of O^T come in an order of their own, that of `dimension`; `store_dimensions` undoes it.
+The rows of O^T are in an order of their own (`place_in_dimensions`); `Rows.store_dimensions` undoes
+it.
 """
 
 import dataclasses
@@ -42,6 +43,18 @@ def _thread_of_warpgroup() -> tuple[ir.Value, ir.Value]:
     constant, i32 = mgpu.utils.c, ir.IntegerType.get_signless(32)
     thread = arith.remui(mgpu.utils.thread_idx(), constant(128, i32))
     return arith.divui(thread, constant(32, i32)), arith.remui(thread, constant(32, i32))
+
+
+def place_in_dimensions() -> tuple[ir.Value, ir.Value]:
+    """Dimension and query (i32) of the first element that a thread holds of O^T (see above)."""
+    i32, constant = ir.IntegerType.get_signless(32), mgpu.utils.c
+    warp, lane = _thread_of_warpgroup()
+    query = arith.muli(arith.remui(lane, constant(4, i32)), constant(2, i32))
+    dimension = arith.addi(
+        arith.muli(warp, constant(128, i32)),
+        arith.muli(arith.divui(lane, constant(4, i32)), constant(2, i32)),
+    )
+    return dimension, query
 
 
 def _bytes_layout(tokens: int) -> tuple[tuple[int], Any]:
@@ -170,7 +183,7 @@ class WideningBackend(TransposedBackend):
         """The bytes of rows 64 * group .. of V^T as `_widened` takes them, of some tokens.
 
         A row of V^T is a dimension: all of them once over the groups, in the order that
-        `store_dimensions` knows.
+        `Rows.store_dimensions` knows.
         """
         shape, layout = _bytes_layout(tokens)
 
@@ -223,41 +236,6 @@ class WideningBackend(TransposedBackend):
             return array_of(registers, shape, mgpu.fragmented_array.WGMMA_LAYOUT)
 
         return widen(four_bytes)
-
-    def store_dimensions(self, ref, value, first_group: int) -> None:
-        """The rows of O^T from groups first_group .., (m, n), to row-major GMEM ref (n, d_v)."""
-        m, n = value.shape
-        if self.interpreting:
-            ref[:, GROUP * first_group : GROUP * first_group + m] = value.T
-            return
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
-        def store(ctx, target, tile):
-            del ctx
-            i32, constant = ir.IntegerType.get_signless(32), mgpu.utils.c
-            (stride, _), _ = ir.MemRefType(target.type).get_strides_and_offset()
-            warp, lane = _thread_of_warpgroup()
-            query = arith.muli(arith.remui(lane, constant(4, i32)), constant(2, i32))
-            dimension = arith.addi(
-                arith.muli(warp, constant(128, i32)),
-                arith.muli(arith.divui(lane, constant(4, i32)), constant(2, i32)),
-            )
-            first = arith.addi(arith.muli(query, constant(stride, i32)), dimension)
-            start = llvm.addrspacecast(ir.Type.parse("!llvm.ptr<1>"), mgpu.utils.memref_ptr(target))
-            start = mgpu.utils.getelementptr(start, [first], tile.mlir_dtype)
-            registers = tile.registers.reshape(m // GROUP, n // 8, 2)
-            for i in range(m // GROUP):
-                for j in range(n // 8):
-                    for lane_pair in range(2):
-                        both = [
-                            vector.extract(registers[i, j, h], [], [lane_pair]) for h in range(2)
-                        ]
-                        value = vector.from_elements(ir.VectorType.get((2,), tile.mlir_dtype), both)
-                        offset = (8 * j + lane_pair) * stride + 16 * (first_group + i)
-                        place = mgpu.utils.getelementptr(start, [offset], tile.mlir_dtype)
-                        llvm.store(value, place)
-
-        store(ref, value)
 
     # -- between two warpgroups -----------------------------------------------------------------
     def hand_over(self, ref, value) -> None:

@@ -1,0 +1,43 @@
+"""Kernels are traced alike whatever JAX's global switches say."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+
+@contextlib.contextmanager
+def _defaults() -> Iterator[None]:
+    """JAX's defaults of the switches that would change what is traced."""
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        jax.disable_jit(False),
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+    ):
+        yield
+
+
+def jit_with_defaults(*static_argnames: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates a function with `jax.jit` that traces and runs it with JAX's defaults.
+
+    A kernel has 32-bit types throughout, so `jax_enable_x64` has nothing to widen in it; partial
+    results may be NaN where nobody reads them, so `jax_debug_nans` has nothing to find; and a
+    kernel can't run primitive by primitive, as `jax_disable_jit` would have it.
+    """
+
+    def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
+        jitted = jax.jit(function, static_argnames=static_argnames)
+
+        @functools.wraps(function)
+        def with_defaults(*args: Any, **kwargs: Any) -> Any:
+            with _defaults():
+                return jitted(*args, **kwargs)
+
+        return with_defaults
+
+    return decorated
