@@ -223,11 +223,10 @@ def _checked_scale(softmax_scale: Any) -> float:
         raise TypeError(
             f"softmax_scale must be a number, got {got}; it must be real and known at trace time"
         ) from None
-    limits = np.finfo(np.float32)
-    if not limits.tiny <= number <= limits.max:
+    low, high = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+    if not low <= number <= high:
         raise ValueError(
-            f"softmax_scale must be in {limits.tiny} .. {limits.max}, what float32 holds, "
-            f"got {number}"
+            f"softmax_scale must be in {low} .. {high}, what float32 holds, got {number}"
         )
     return number
 

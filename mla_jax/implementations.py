@@ -27,6 +27,7 @@ from mla_jax.problem import AttentionProblem
 from mla_jax.pure_jax import attend_reference, attend_split_kv, attend_xla
 
 BLOCKWISE_SCORES = 2**20  # at most, in a call: interpret mode takes a second or so for them
+_KERNELS = Path(__file__).resolve().parents[1] / "pallas_kernels"  # ours, should another shadow it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +56,11 @@ class Target:
         """What a lowering rule is asked for; platform: the rule's own, None: of no certain one."""
         module = context.module_context
         platform = platform or (context.platforms or module.platforms)[0]
-        axes = module.axis_context
-        # Only the shards of a shard_map over all axes are whole to the compiler.
-        partitioned = getattr(axes, "num_devices", 1) > 1
-        if hasattr(axes, "manual_axes"):
+        axes: Any = module.axis_context
+        if hasattr(axes, "manual_axes"):  # in a shard_map: whole for each device if over all axes
             partitioned = len(axes.manual_axes) < len(axes.mesh.axis_names)
+        else:
+            partitioned = axes.num_devices > 1
         devices = getattr(axes, "device_assignment", None) or ()
         device = next((one for one in devices if _platform(one) == platform), None)
         if device is None:
@@ -87,26 +88,34 @@ def _runs_anywhere(_: Target) -> str | None:
 
 def _kernels_missing(name: str) -> str | None:
     """Why `pallas_kernels.name` can't be imported; None where it can."""
-    package = "pallas_kernels"
-    ours = Path(__file__).resolve().parents[1] / package
-    loaded = sys.modules.get(package)
+    loaded = sys.modules.get(f"{_KERNELS.name}.{name}")
+    if loaded is not None and _is_in_kernels(str(loaded.__file__)):
+        return None
+    package = sys.modules.get(_KERNELS.name)
     try:
-        spec = importlib.util.find_spec(package) if loaded is None else loaded.__spec__
+        spec = importlib.util.find_spec(_KERNELS.name) if package is None else package.__spec__
     except ValueError:  # a module that was put into sys.modules without a spec
         spec = None
-    found = [] if spec is None else [*(spec.submodule_search_locations or [spec.origin])]
-    found = [Path(place).resolve() for place in found if place]
-    if ours.is_dir() and ours not in found:
-        by = ", ".join(map(str, found)) or "a module without a file"
+    places: list[str | None] = (
+        [] if spec is None else [*(spec.submodule_search_locations or [spec.origin])]
+    )
+    found = [place for place in places if place]
+    if _KERNELS.is_dir() and not any(map(_is_in_kernels, found)):
         return (
-            f"its package {package} is shadowed by {by}, which Python finds before {ours}: "
-            "rename that one, or take its parent folder from the front of sys.path"
+            f"its package {_KERNELS.name} is shadowed by {', '.join(found) or 'another module'}, "
+            f"which Python finds before {_KERNELS}: rename that one, or take the folder that it "
+            "is in from the front of sys.path"
         )
     try:
-        importlib.import_module(f"{package}.{name}")
+        importlib.import_module(f"{_KERNELS.name}.{name}")
     except ImportError as error:
-        return f"{package}.{name} can't be imported: {error}"
+        return f"{_KERNELS.name}.{name} can't be imported: {error}"
     return None
+
+
+@functools.cache
+def _is_in_kernels(path: str) -> bool:
+    return Path(path).resolve().is_relative_to(_KERNELS)
 
 
 def _attend_hopper(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
@@ -245,7 +254,7 @@ def check_names(implementation: Any) -> tuple[str, ...]:
     """
     if implementation is None:
         return _PREFERRED
-    wanted = f"None, one of {', '.join(IMPLEMENTATIONS)}, or a list of some of them"
+    wanted = f"None or one of {', '.join(IMPLEMENTATIONS)}, or a list or tuple of them"
     names = [implementation] if isinstance(implementation, str) else implementation
     if not isinstance(names, list | tuple):
         raise TypeError(f"implementation must be {wanted}, got {implementation!r}")
@@ -263,17 +272,16 @@ def check_names(implementation: Any) -> tuple[str, ...]:
 class Choice:
     """The implementations that can take a problem, of those that were asked for, in order."""
 
-    names: tuple[str, ...]
-    refused: tuple[tuple[str, str], ...]  # the others, and why not
+    names: tuple[str, ...]  # up to the first that runs on any target
+    asked: tuple[tuple[str, str | None], ...]  # all, and why each can't take the problem
 
     def on(self, target: Target) -> Implementation:
         """The first that can run on the target; ValueError with every reason if none can."""
-        reasons = dict(self.refused)
+        reasons = dict(self.asked)
         for name in self.names:
-            reason = IMPLEMENTATIONS[name].lacks(target)
-            if reason is None:
+            reasons[name] = IMPLEMENTATIONS[name].lacks(target)
+            if reasons[name] is None:
                 return IMPLEMENTATIONS[name]
-            reasons[name] = reason
         if len(reasons) == 1:
             [(name, reason)] = reasons.items()
             raise ValueError(f"implementation {name!r} can't run this: {reason}")
@@ -286,20 +294,26 @@ def choose(names: Sequence[str], problem: AttentionProblem) -> Choice:
 
     Where nothing is traced, the machine has been asked too.
     """
-    reasons = {name: IMPLEMENTATIONS[name].refuses(problem) for name in names}
-    fit = [name for name, reason in reasons.items() if reason is None]
-    # Behind one that runs on any target none can be the first that can.
-    anywhere = [i for i, name in enumerate(fit) if IMPLEMENTATIONS[name].lacks is _runs_anywhere]
-    fit = fit[: anywhere[0] + 1] if anywhere else fit
-    choice = Choice(tuple(fit), tuple((n, why) for n, why in reasons.items() if why is not None))
-    if not fit or not (anywhere or _is_traced(problem)):
+    asked = {name: IMPLEMENTATIONS[name].refuses(problem) for name in names}
+    fit = []
+    for name, reason in asked.items():
+        if reason is None:
+            fit.append(name)
+            if _runs_on_any_target(name):
+                break
+    choice = Choice(tuple(fit), tuple(asked.items()))
+    if not fit or not (_runs_on_any_target(fit[-1]) or _is_traced(problem)):
         choice.on(Target.here(problem))
     return choice
 
 
+def _runs_on_any_target(name: str) -> bool:
+    return IMPLEMENTATIONS[name].lacks is _runs_anywhere
+
+
 def compute(problem: AttentionProblem, choice: Choice) -> tuple[jax.Array, jax.Array]:
     """o and lse by the first of the choice that can run on what the call is lowered for."""
-    if len(choice.names) == 1 and IMPLEMENTATIONS[choice.names[0]].lacks is _runs_anywhere:
+    if _runs_on_any_target(choice.names[0]):
         return IMPLEMENTATIONS[choice.names[0]].compute(problem)
     if jax.config.jax_disable_jit and not _is_traced(problem):
         return choice.on(Target.here(problem)).compute(problem)

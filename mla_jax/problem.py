@@ -72,7 +72,7 @@ def _valid_or_minus_one(problem: AttentionProblem) -> jax.Array:
     block_tables, seq_lens = problem.block_tables, problem.seq_lens
     page_size, num_pages = problem.cache.page_size, problem.cache.num_pages
     max_pages = block_tables.shape[1]
-    pages = seq_lens // page_size + (seq_lens % page_size > 0)
+    pages = -(-seq_lens // page_size)
     used = jnp.arange(max_pages, dtype=jnp.int32) < pages[:, None]
     capacity = min(max_pages * page_size, np.iinfo(np.int32).max)
     exists = (block_tables >= 0) & (block_tables < num_pages)
