@@ -96,9 +96,9 @@ def _kernels_missing(name: str) -> str | None:
         spec = importlib.util.find_spec(_KERNELS.name) if package is None else package.__spec__
     except ValueError:  # a module that was put into sys.modules without a spec
         spec = None
-    places: list[str | None] = (
-        [] if spec is None else [*(spec.submodule_search_locations or [spec.origin])]
-    )
+    places: list[str | None] = []
+    if spec is not None:
+        places.extend(spec.submodule_search_locations or [spec.origin])
     found = [place for place in places if place]
     if _KERNELS.is_dir() and not any(map(_is_in_kernels, found)):
         return (

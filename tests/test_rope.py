@@ -115,17 +115,11 @@ def test_refuses_wrong_shapes():
     ("name", "value", "error", "message"),
     [
         ("positions", [[0, 1, 2]], TypeError, "positions must be an array, got"),
-        (
-            "positions",
-            np.zeros((2, 3)),
-            TypeError,
-            "positions must be an array of integers, got fl",
-        ),
+        ("positions", np.zeros((2, 3)), TypeError, "positions must be .*integers, got float64"),
         ("positions", np.ones((2, 3), bool), TypeError, "positions must be .*integers, got bool"),
         ("positions", np.full((2, 3), -7), ValueError, "positions must be at least 0, got -7"),
         ("x", [0.0] * 64, TypeError, "x must be an array, got .* of type list"),
         ("x", np.zeros((2, 3, 64), int), TypeError, "x must be an array of float32, .* got int64"),
-        ("x", np.float32(1) * np.ones(()), TypeError, "x must be an array of .*float64"),
         ("config", None, TypeError, "config must be an MLAConfig, got NoneType"),
     ],
 )
