@@ -343,10 +343,10 @@ def _compute_leaves(name: str, tree: Any, *leaves: jax.Array) -> tuple[jax.Array
     return IMPLEMENTATIONS[name].compute(jax.tree.unflatten(tree, leaves))
 
 
-# One call of the op by the first of `choice` that can run on what it is lowered for. Its parameter
-# `last` is the last of them, traced: it says what comes out, and stands for the whole choice under
-# jvp and vmap, which what needs a certain platform does not know. The others are traced only where
-# they are lowered: a CPU's programs don't wait for the kernels of a GPU.
+# One call of the op by the first of `choice` that can run on what it is lowered for. The parameter
+# `last` is the last of them, traced: it gives the outputs' shapes, dtypes and shardings, and stands
+# for the whole choice under jvp and vmap, because the kernels of a GPU have no such rules. The
+# others are traced only where they are lowered, so that a CPU's programs don't wait for them.
 _choice_p = core.Primitive("paged_mla_attention")
 _choice_p.multiple_results = True
 

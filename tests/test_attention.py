@@ -573,7 +573,7 @@ def test_the_card_that_is_lowered_for_counts(marked, half_batch, monkeypatch):
 
 
 def test_a_call_over_several_devices_needs_no_shard_map(marked, half_batch):
-    """The compiler can't partition a kernel: the choice is xla, but in the shards of a shard_map."""
+    """The compiler can partition no kernel: the choice is xla, but in the shards of a shard_map."""
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     heads, whole = jax.P(None, None, "x"), jax.P()
     specs = (heads, whole, whole, whole)
@@ -633,7 +633,7 @@ def test_the_first_of_several_that_can_run():
     for names in (["hopper", "reference"], ("hopper", "reference", "xla")):
         wanted = attend(*batch.args, implementation="reference")
         chex.assert_trees_all_equal(attend(*batch.args, implementation=names), wanted)
-    with pytest.raises(ValueError, match="implementation 'hopper' can't run this: .*float32"):
+    with pytest.raises(ValueError, match=r"implementation 'hopper' can't run this: .*float32"):
         attend(*batch.args, implementation=["hopper"])
     int8 = make_batch(np.random.default_rng(21), [40, 7], [1, 1], dtype="int8", page_size=16)
     for run in (attend, jax.jit(attend, static_argnames="implementation")):
