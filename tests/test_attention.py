@@ -563,7 +563,7 @@ def test_the_card_that_is_lowered_for_counts(marked, half_batch, monkeypatch):
         jax, "devices", lambda name=None: [Card()] if name == "cuda" else devices(name)
     )
     assert cosines(attend, *half_batch.args) == 0
-    with pytest.raises(ValueError, match="here is compute capability 8.0"):
+    with pytest.raises(ValueError, match=r"here is compute capability 8\.0"):
         cosines(functools.partial(attend, implementation="hopper"), *half_batch.args)
     monkeypatch.setattr(Card, "compute_capability", "9.0")
     assert cosines(attend, *half_batch.args) == 1

@@ -365,9 +365,9 @@ def test_refuses_what_does_not_fit():
         ValueError, match=r"seq_lens\[0\] must be at least 9: without query_lens all 9 .*, got 8"
     ):
         mla_layer(params, SMALL, x, cache, tables, jnp.array([8, 9], jnp.int32))
+    short = {"seq_lens": jnp.array([8, 4], jnp.int32), "query_lens": jnp.array([2, 5], jnp.int32)}
     with pytest.raises(ValueError, match=r"query_lens\[1\] must be in 0 .. 4 \(x has 9 tokens"):
-        short = {"query_lens": jnp.array([2, 5], jnp.int32)}
-        mla_layer(params, SMALL, x, cache, tables, jnp.array([8, 4], jnp.int32), **short)
+        mla_layer(params, SMALL, x, cache, tables, **short)
     assert not np.any(cache.pages)  # nothing was written, and the cache is still there
 
 
