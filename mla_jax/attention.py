@@ -1,5 +1,6 @@
 """The one op: absorbed MLA over a paged latent cache, whatever computes it, and its checks."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 
 from mla_jax import checks
 from mla_jax.cache import PagedKVCache
-from mla_jax.implementations import choose
+from mla_jax.implementations import Choice, check_names, choose, compute
 from mla_jax.online_softmax import RESCALES
 from mla_jax.problem import AttentionProblem
 from mla_jax.split_kv import SplitPlan, covered_requests
@@ -24,7 +25,7 @@ def paged_mla_attention(
     softmax_scale: float,
     query_lens: jax.Array | None = None,
     causal: bool = True,
-    implementation: str | None = None,
+    implementation: str | Sequence[str] | None = None,
     plan: SplitPlan | None = None,
     rescale: str = "multiply",
     partial_dtype: Any = None,
@@ -42,7 +43,7 @@ def paged_mla_attention(
     softmax_scale: float,
     query_lens: jax.Array | None = None,
     causal: bool = True,
-    implementation: str | None = None,
+    implementation: str | Sequence[str] | None = None,
     plan: SplitPlan | None = None,
     rescale: str = "multiply",
     partial_dtype: Any = None,
@@ -59,7 +60,7 @@ def paged_mla_attention(
     softmax_scale: float,
     query_lens: jax.Array | None = None,
     causal: bool = True,
-    implementation: str | None = None,
+    implementation: str | Sequence[str] | None = None,
     plan: SplitPlan | None = None,
     rescale: str = "multiply",
     partial_dtype: Any = None,
@@ -76,11 +77,15 @@ def paged_mla_attention(
             the plain-JAX implementations read the rows dequantised, in float32.
         block_tables: [B, max_pages] int32; slots past a request's length may hold anything.
         seq_lens: [B] int32, keys of each request, its new tokens included; 0: none.
-        softmax_scale: multiplies the scores (`MLAConfig.softmax_scale`).
-        query_lens: [B] int32, how many of the S tokens are real, left aligned; None: all. Token i
-            stands at position seq_lens - query_lens + i.
+        softmax_scale: multiplies the scores (`MLAConfig.softmax_scale`); above 0 and known at
+            trace time.
+        query_lens: [B] int32, how many of the S tokens are real, left aligned; None: all S. Token i
+            stands at position seq_lens - query_lens + i. Without query_lens S may be more than
+            seq_lens: tokens before position 0 see no key.
         causal: whether a token sees only the keys up to its own position.
-        implementation: a name from `available_implementations()`; None: the best here.
+        implementation: a name from `available_implementations()`, or a list or tuple of names: the
+            first that can run the problem on the platform that the call is lowered for. None:
+            ("hopper", "xla"). See "The choice" below.
         plan: for implementations that split the keys, from `plan_splits` or `plan_fixed` for these
             seq_lens; None: they plan for themselves. Others take no notice.
         rescale: "multiply" or "exponent_add" (AMLA), see `online_softmax`.
@@ -95,15 +100,64 @@ def paged_mla_attention(
         lse: [B, S, H] float32, natural log of the sum of e^(scaled score).
         Rows past query_lens and rows that see no key have o_latent = 0 and lse = -inf.
 
+    The choice: what an implementation refuses about the problem (dtypes, layouts, sizes) is known
+    when the call is traced. What it refuses about the machine is asked for the platform and device
+    that the program is lowered for: an eager call's arrays or `jax.default_device`, jit's devices,
+    the platforms of `jax.export`. Where a program for CUDA is exported on a machine without an
+    NVIDIA GPU, the machine refuses nothing: the program is for a Hopper GPU with 132 SMs. For
+    other cards name "xla". Under `jax.jvp` and `jax.vmap` the last of the names that can take the
+    problem runs, for None "xla".
+
     Raises:
-        TypeError: a dtype other than those above.
-        ValueError: shapes, heads or options that don't fit, an implementation that can't run; and,
+        TypeError: an argument of another type, or a dtype other than those above.
+        ValueError: shapes, heads or options that don't fit, implementations of which none can run
+            (when the call is traced, or when it is lowered if only the machine is the reason); and,
             unless they are traced, lengths that are negative, past the block table or shorter than
             their queries, pages in use that the cache does not have, or a plan for other lengths.
             Traced, such a request's rows are NaN.
     """
+    return_lse = checks.require_bool("return_lse", return_lse)
+    o, lse = compute(
+        *prepare(
+            q,
+            cache,
+            block_tables,
+            seq_lens,
+            softmax_scale=softmax_scale,
+            query_lens=query_lens,
+            causal=causal,
+            implementation=implementation,
+            plan=plan,
+            rescale=rescale,
+            partial_dtype=partial_dtype,
+        )
+    )
+    return (o, lse) if return_lse else o
+
+
+def prepare(
+    q: jax.Array,
+    cache: PagedKVCache,
+    block_tables: jax.Array,
+    seq_lens: jax.Array,
+    *,
+    softmax_scale: float,
+    query_lens: jax.Array | None = None,
+    causal: bool = True,
+    implementation: str | Sequence[str] | None = None,
+    plan: SplitPlan | None = None,
+    rescale: str = "multiply",
+    partial_dtype: Any = None,
+) -> tuple[AttentionProblem, Choice]:
+    """All checks of `paged_mla_attention`, with its arguments, and no work: what `compute` takes.
+
+    Where nothing is traced, a choice that comes back can run here.
+    """
     _check_arrays(q, cache, block_tables, seq_lens, query_lens)
-    _check_options(softmax_scale, rescale, partial_dtype, plan, q)
+    causal = checks.require_bool("causal", causal)
+    names = check_names(implementation)
+    softmax_scale = _checked_scale(softmax_scale)
+    dtype = _check_options(rescale, partial_dtype, plan, q)
     _check_values(q, cache, block_tables, seq_lens, query_lens, plan)
     block_tables, seq_lens, query_lens = map(checks.snapshot, (block_tables, seq_lens, query_lens))
     problem = AttentionProblem(
@@ -113,14 +167,26 @@ def paged_mla_attention(
         seq_lens=seq_lens,
         query_lens=query_lens,
         plan=plan,
-        softmax_scale=float(softmax_scale),
-        causal=bool(causal),
+        softmax_scale=softmax_scale,
+        causal=causal,
         rescale=rescale,
-        partial_dtype=None if partial_dtype is None else jnp.dtype(partial_dtype),
+        partial_dtype=dtype,
     )
-    chosen = choose(implementation, problem)
-    o, lse = chosen.run(problem if chosen.finds_invalid else problem.mark_invalid())
-    return (o, lse) if return_lse else o
+    return problem, choose(names, problem)
+
+
+def require_query_lens(count: int, of: str, seq_lens: Any, query_lens: Any) -> None:
+    """Raises ValueError where concrete query_lens are not in 0 .. min(count, seq_lens).
+
+    of: the array that has `count` tokens for each request.
+    """
+    queries, lengths = np.asarray(query_lens), np.asarray(seq_lens)
+    limit = np.minimum(lengths, count)
+    for request in np.flatnonzero((queries < 0) | (queries > limit)):
+        raise ValueError(
+            f"query_lens[{request}] must be in 0 .. {limit[request]} ({of} has {count} "
+            f"tokens, seq_lens[{request}] = {lengths[request]}), got {queries[request]}"
+        )
 
 
 def _check_arrays(
@@ -129,35 +195,63 @@ def _check_arrays(
     if not isinstance(cache, PagedKVCache):
         raise TypeError(f"cache must be a PagedKVCache, got {type(cache).__name__}")
     cache.check()
+    checks.require_array("q", q)
     checks.require_shape(
         "q", q, "[B, S, H, kv_lora_rank + rope_dim]", None, None, None, cache.latent_dim
     )
     checks.require_float("q", q)
     if 0 in q.shape:
         raise ValueError(f"q must have no dim of 0, got shape {list(q.shape)}")
+    checks.require_array("block_tables", block_tables)
     checks.require_shape("block_tables", block_tables, "[B, max_pages]", q.shape[0], None)
     checks.require_int32("block_tables", block_tables)
     checks.require_positive("max_pages of block_tables", block_tables.shape[1])
     lengths = {"seq_lens": seq_lens} | ({} if query_lens is None else {"query_lens": query_lens})
     for name, value in lengths.items():
+        checks.require_array(name, value)
         checks.require_shape(name, value, "[B]", q.shape[0])
         checks.require_int32(name, value)
 
 
-def _check_options(
-    softmax_scale: Any, rescale: Any, partial_dtype: Any, plan: Any, q: jax.Array
-) -> None:
-    if not isinstance(softmax_scale, int | float | np.number):
-        raise TypeError(f"softmax_scale must be a number, got {type(softmax_scale).__name__}")
+def _checked_scale(softmax_scale: Any) -> float:
+    """The scale as a Python float; above 0 and finite in float32, as the scores are."""
+    try:
+        number = checks.require_number("softmax_scale", softmax_scale, above=0)
+    except TypeError:
+        got = "a traced one" if not checks.is_concrete(softmax_scale) else None
+        got = got or f"{type(softmax_scale).__name__} {softmax_scale!r}"
+        raise TypeError(
+            f"softmax_scale must be a number, got {got}; it must be real and known at trace time"
+        ) from None
+    low, high = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+    if not low <= number <= high:
+        raise ValueError(
+            f"softmax_scale must be in {low} .. {high}, what float32 holds, got {number}"
+        )
+    return number
+
+
+def _check_options(rescale: Any, partial_dtype: Any, plan: Any, q: jax.Array) -> Any:
+    """partial_dtype as a dtype, or None."""
+    if not isinstance(rescale, str):
+        raise TypeError(f"rescale must be one of {', '.join(RESCALES)}, got {rescale!r}")
     checks.require_one_of("rescale", rescale, RESCALES)
-    if partial_dtype is not None:
-        try:
-            name = jnp.dtype(partial_dtype).name
-        except TypeError:
-            name = str(partial_dtype)
-        checks.require_one_of("partial_dtype", name, checks.FLOAT_DTYPES)
-    if plan is None:
-        return
+    if plan is not None:
+        _check_plan(plan, q)
+    if partial_dtype is None:
+        return None
+    try:
+        dtype = jnp.dtype(partial_dtype)
+    except TypeError:
+        options = ", ".join(checks.FLOAT_DTYPES)
+        # The name of a dtype that there is not is a wrong value, all else of a wrong type.
+        kind = ValueError if isinstance(partial_dtype, str) else TypeError
+        raise kind(f"partial_dtype must be one of {options}, got {partial_dtype!r}") from None
+    checks.require_one_of("partial_dtype", dtype.name, checks.FLOAT_DTYPES)
+    return dtype
+
+
+def _check_plan(plan: Any, q: jax.Array) -> None:
     if not isinstance(plan, SplitPlan):
         raise TypeError(f"plan must be a SplitPlan, got {type(plan).__name__}")
     rows = q.shape[1] * q.shape[2]
@@ -179,13 +273,7 @@ def _check_values(
         return
     checks.require_pages("seq_lens", seq_lens, block_tables, cache.page_size, cache.num_pages)
     if query_lens is not None:
-        queries, lengths = np.asarray(query_lens), np.asarray(seq_lens)
-        limit = np.minimum(lengths, q.shape[1])
-        for request in np.flatnonzero((queries < 0) | (queries > limit)):
-            raise ValueError(
-                f"query_lens[{request}] must be in 0 .. {limit[request]} (q has {q.shape[1]} "
-                f"tokens, seq_lens[{request}] = {lengths[request]}), got {queries[request]}"
-            )
+        require_query_lens(q.shape[1], "q", seq_lens, query_lens)
     if plan is not None and checks.is_concrete(*jax.tree.leaves(plan)):
         with jax.ensure_compile_time_eval():  # known now, under an outer jit too
             covered = np.asarray(covered_requests(plan, seq_lens))

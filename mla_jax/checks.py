@@ -22,6 +22,12 @@ def snapshot(value: Any) -> Any:
     return value.copy() if isinstance(value, np.ndarray) else value
 
 
+def require_array(name: str, value: Any) -> None:
+    """Raises TypeError unless value is a JAX or numpy array, traced or not."""
+    if not isinstance(value, jax.Array | np.ndarray):
+        raise TypeError(f"{name} must be an array, got {_described(value)}")
+
+
 def require_shape(name: str, value: Any, spec: str, *wanted: int | None) -> None:
     """Raises ValueError unless value.shape is `wanted` (None: any size), in words `spec`."""
     shape = np.shape(value)

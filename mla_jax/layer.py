@@ -9,17 +9,22 @@ The three operators, in the names of the field (Ascend):
 does; it computes the same function.
 """
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mla_jax import checks
-from mla_jax.attention import paged_mla_attention
+from mla_jax.attention import prepare, require_query_lens
 from mla_jax.cache import PagedKVCache
 from mla_jax.config import MLAConfig
-from mla_jax.rope import apply_rope
+from mla_jax.implementations import compute
+from mla_jax.rope import apply_rope, check_positions
+from mla_jax.split_kv import SplitPlan
 from mla_jax.weights import MLAParams, check_params
 
 
@@ -32,7 +37,12 @@ def mla_layer(
     seq_lens: jax.Array,
     *,
     query_lens: jax.Array | None = None,
-    **options: Any,
+    donate: bool = True,
+    causal: bool = True,
+    implementation: str | Sequence[str] | None = None,
+    plan: SplitPlan | None = None,
+    rescale: str = "multiply",
+    partial_dtype: Any = None,
 ) -> tuple[jax.Array, PagedKVCache]:
     """One step of the layer for a ragged batch: prefill, a chunk of it, decode or MTP.
 
@@ -42,27 +52,42 @@ def mla_layer(
         cache: holds the earlier tokens' latents; use the returned one from here on.
         block_tables: [B, max_pages] int32, with room for the new tokens.
         seq_lens: [B] int32, tokens of each request including the new ones.
-        query_lens: [B] int32, how many of the S tokens are real; None: all.
-        **options: of `paged_mla_attention`, e.g. implementation, plan, rescale.
+        query_lens: [B] int32, how many of the S tokens are real, 0 .. min(S, seq_lens); None: all
+            S, so that seq_lens must be at least S.
+        donate: whether an eager call uses up `cache` and hands its memory to the returned one:
+            its arrays are deleted then, and a later use of them raises. False: `cache` stays as
+            it is, and the call copies it. Under an outer jit it has no effect: donate there.
+        causal, implementation, plan, rescale, partial_dtype: as in `paged_mla_attention`.
 
     Returns:
         out: [B, S, hidden], x.dtype; past query_lens it is the output bias or 0.
         cache: with the new tokens appended.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or lengths that don't fit; names the argument.
+        ValueError, TypeError: shapes, dtypes, options or lengths that don't fit; names the
+            argument, and nothing has been written then. Of traced lengths that don't fit
+            the request's rows of `out` are NaN, and its tokens are not written.
     """
-    checks.require_shape("x", x, "[B, S, hidden_size]", None, None, config.hidden_size)
-    batch, count = x.shape[:2]
-    if query_lens is None:
-        query_lens = jnp.full(batch, count, jnp.int32)
-    for name, lengths in (("seq_lens", seq_lens), ("query_lens", query_lens)):
-        checks.require_shape(name, lengths, "[B]", batch)
-        checks.require_int32(name, lengths)
-    positions = (seq_lens - query_lens)[:, None] + jnp.arange(count, dtype=jnp.int32)
-    q, kv = preprocess(params, config, x, positions)
+    _check_input(params, config, x)
+    _check_heads(config, cache)
+    query_lens = _all_query_lens("x", x, seq_lens, query_lens)
+    seq_lens, query_lens = map(checks.snapshot, (seq_lens, query_lens))
+    positions = (seq_lens - query_lens)[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
+    q, kv = _absorbed(params, config, x, positions)
     o_latent, cache = attend(
-        config, q, kv, cache, block_tables, seq_lens, query_lens=query_lens, **options
+        config,
+        q,
+        kv,
+        cache,
+        block_tables,
+        seq_lens,
+        query_lens=query_lens,
+        donate=donate,
+        causal=causal,
+        implementation=implementation,
+        plan=plan,
+        rescale=rescale,
+        partial_dtype=partial_dtype,
     )
     return project_output(params, o_latent).astype(x.dtype), cache
 
@@ -81,12 +106,14 @@ def preprocess(
         kv: [B, S, kv_lora + rope] = [c_kv | k_rope].
 
     Raises:
-        ValueError: params, x or positions of the wrong shape.
+        TypeError: params, config, x or positions of another type, or positions of floats.
+        ValueError: params, x or positions of the wrong shape, or a position that is negative and
+            not traced.
     """
-    _check_input(params, config, x, positions)
-    q_nope, q_rope = _queries(params, config, x, positions)
-    q_latent = _einsum("bshn,hnc->bshc", q_nope, params.w_uk)
-    return jnp.concatenate([q_latent, q_rope], -1), _latents(params, config, x, positions)
+    _check_input(params, config, x)
+    check_positions(positions)
+    checks.require_shape("positions", positions, "[B, S]", *x.shape[:2])
+    return _absorbed(params, config, x, positions)
 
 
 def attend(
@@ -97,39 +124,58 @@ def attend(
     block_tables: jax.Array,
     seq_lens: jax.Array,
     *,
-    query_lens: jax.Array,
-    **options: Any,
+    query_lens: jax.Array | None = None,
+    donate: bool = True,
+    causal: bool = True,
+    implementation: str | Sequence[str] | None = None,
+    plan: SplitPlan | None = None,
+    rescale: str = "multiply",
+    partial_dtype: Any = None,
 ) -> tuple[jax.Array, PagedKVCache]:
     """MLAPA: appends kv [B, S, D] to the cache and attends with q [B, S, H, D] over all of it.
 
-    Arguments as in `mla_layer`. Returns (o_latent [B, S, H, kv_lora], the new cache).
+    Arguments and errors as in `mla_layer`; kv is rounded to the dtype of the cache's rows.
+    Returns (o_latent [B, S, H, kv_lora], the new cache).
     """
-    widths = {"kv_lora_rank": config.kv_lora_rank, "rope_dim": config.qk_rope_head_dim}
-    for name, wanted in widths.items():
-        if getattr(cache, name) != wanted:
-            raise ValueError(f"cache.{name} must be {wanted}, got {getattr(cache, name)}")
-    attention = functools.partial(
-        paged_mla_attention,
-        block_tables=block_tables,
-        seq_lens=seq_lens,
+    _check_heads(config, cache)
+    donate = checks.require_bool("donate", donate)
+    checks.require_array("q", q)
+    checks.require_shape("q", q, "[B, S, H, D]", None, None, None, config.latent_dim)
+    checks.require_array("kv", kv)
+    checks.require_float("kv", kv)
+    checks.require_shape("kv", kv, "[B, S, D]", *q.shape[:2], config.latent_dim)
+    query_lens = _all_query_lens("q", q, seq_lens, query_lens)
+    # What is refused is refused before anything is written, and the cache used up.
+    problem, choice = prepare(
+        q,
+        cache,
+        block_tables,
+        seq_lens,
         softmax_scale=config.softmax_scale,
         query_lens=query_lens,
-        return_lse=True,
-        **options,
+        causal=causal,
+        implementation=implementation,
+        plan=plan,
+        rescale=rescale,
+        partial_dtype=partial_dtype,
     )
-    jax.eval_shape(attention, q, cache)  # what it refuses it refuses before anything is written
-    cache = cache.append(
-        kv.astype(cache.row_dtype), block_tables, seq_lens - query_lens, query_lens
-    )
-    o_latent, _ = attention(q, cache)
+    jax.eval_shape(functools.partial(compute, choice=choice), problem)
+    kv = kv.astype(cache.row_dtype)
+    before = problem.seq_lens - query_lens
+    cache = cache.append(kv, problem.block_tables, before, query_lens, donate=donate)
+    o_latent, _ = compute(dataclasses.replace(problem, cache=cache), choice)
     return o_latent, cache
 
 
 def project_output(params: MLAParams, o_latent: jax.Array) -> jax.Array:
     """Einsum: o_latent [B, S, H, kv_lora] through W_UV of its head, then W_O: [B, S, hidden].
 
-    Raises ValueError where the heads or the rank are not those of `params`.
+    Raises TypeError or ValueError where an argument is of another type, or the heads or the rank
+    are not those of `params`.
     """
+    _check_params_type(params)
+    checks.require_array("o_latent", o_latent)
+    checks.require_float("o_latent", o_latent)
     heads, rank = params.w_uv.shape[:2]
     checks.require_shape("o_latent", o_latent, "[B, S, H, kv_lora_rank]", None, None, heads, rank)
     values = _einsum("bshc,hcv->bshv", o_latent, params.w_uv)
@@ -148,12 +194,15 @@ def naive_mla_layer(
 
     Returns:
         [B, S, hidden], x.dtype.
+
+    Raises as `preprocess` does.
     """
-    checks.require_shape("x", x, "[B, S, hidden_size]", None, None, config.hidden_size)
+    _check_input(params, config, x)
     batch, length = x.shape[:2]
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    _check_input(params, config, x, positions)
+    check_positions(positions)
+    checks.require_shape("positions", positions, "[B, S]", batch, length)
     q = jnp.concatenate(_queries(params, config, x, positions), -1)  # [B, S, H, nope + rope]
     c_kv, k_rope = jnp.split(_latents(params, config, x, positions), [config.kv_lora_rank], -1)
     k_nope = _einsum("btc,hnc->bthn", c_kv, params.w_uk)
@@ -167,6 +216,15 @@ def naive_mla_layer(
     values = _einsum("bhst,bthv->bshv", weights, v)
     out = _add_bias(_einsum("bshv,hvd->bsd", values, params.w_o), params.b_o)
     return out.astype(x.dtype)
+
+
+def _absorbed(
+    params: MLAParams, config: MLAConfig, x: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`preprocess` of arguments that have been checked."""
+    q_nope, q_rope = _queries(params, config, x, positions)
+    q_latent = _einsum("bshn,hnc->bshc", q_nope, params.w_uk)
+    return jnp.concatenate([q_latent, q_rope], -1), _latents(params, config, x, positions)
 
 
 def _queries(
@@ -213,8 +271,59 @@ def _add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
     return x if bias is None else x + bias
 
 
-def _check_input(params: MLAParams, config: MLAConfig, x: jax.Array, positions: jax.Array) -> None:
+def _check_input(params: Any, config: Any, x: Any) -> None:
+    if not isinstance(config, MLAConfig):
+        raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
+    _check_params_type(params)
     check_params(params, config)
+    checks.require_array("x", x)
     checks.require_shape("x", x, "[B, S, hidden_size]", None, None, config.hidden_size)
     checks.require_float("x", x)
-    checks.require_shape("positions", positions, "[B, S]", *x.shape[:2])
+    if 0 in x.shape:
+        raise ValueError(f"x must have no dim of 0, got shape {list(x.shape)}")
+
+
+def _check_params_type(params: Any) -> None:
+    if not isinstance(params, MLAParams):
+        raise TypeError(f"params must be an MLAParams, got {type(params).__name__}")
+    for field in dataclasses.fields(params):
+        value = getattr(params, field.name)
+        if value is not None:
+            checks.require_array(f"params.{field.name}", value)
+            checks.require_float(f"params.{field.name}", value)
+
+
+def _check_heads(config: Any, cache: Any) -> None:
+    """Raises where config or cache is of another type, or the cache's rows are not the config's."""
+    if not isinstance(config, MLAConfig):
+        raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
+    if not isinstance(cache, PagedKVCache):
+        raise TypeError(f"cache must be a PagedKVCache, got {type(cache).__name__}")
+    widths = {"kv_lora_rank": config.kv_lora_rank, "rope_dim": config.qk_rope_head_dim}
+    for name, wanted in widths.items():
+        if getattr(cache, name) != wanted:
+            raise ValueError(f"cache.{name} must be {wanted}, got {getattr(cache, name)}")
+
+
+def _all_query_lens(name: str, tokens: Any, seq_lens: Any, query_lens: Any) -> Any:
+    """query_lens [B], or all S for None, checked as far as they are known.
+
+    name: what the caller calls the array `tokens` [B, S, ...] of the new tokens.
+    """
+    batch, count = tokens.shape[:2]
+    lengths = {"seq_lens": seq_lens} | ({} if query_lens is None else {"query_lens": query_lens})
+    for argument, value in lengths.items():
+        checks.require_array(argument, value)
+        checks.require_shape(argument, value, "[B]", batch)
+        checks.require_int32(argument, value)
+    if query_lens is not None:
+        if checks.is_concrete(seq_lens, query_lens):
+            require_query_lens(count, name, seq_lens, query_lens)
+        return query_lens
+    if checks.is_concrete(seq_lens):
+        for request in np.flatnonzero(np.asarray(seq_lens) < count):
+            raise ValueError(
+                f"seq_lens[{request}] must be at least {count}: without query_lens all {count} "
+                f"tokens of {name} count, got {seq_lens[request]}"
+            )
+    return jnp.full(batch, count, jnp.int32)

@@ -13,8 +13,22 @@ from mla_jax.weights import MLAParams
 
 
 def layer_float64(config: MLAConfig, params: MLAParams, x: np.ndarray) -> np.ndarray:
-    """x [B, S, hidden] -> out [B, S, hidden], causal, positions from 0, float64."""
-    return np.stack([_sequence(config, params, request) for request in np.asarray(x, np.float64)])
+    """x [B, S, hidden] -> out [B, S, hidden], causal, positions from 0, float64.
+
+    Raises TypeError for a config or params of another type, ValueError for an x of another shape or
+    with a dim of 0.
+    """
+    if not isinstance(config, MLAConfig):
+        raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
+    if not isinstance(params, MLAParams):
+        raise TypeError(f"params must be an MLAParams, got {type(params).__name__}")
+    x = np.asarray(x, np.float64)
+    if x.ndim != 3 or x.shape[2] != config.hidden_size or 0 in x.shape:
+        raise ValueError(
+            f"x must be [B, S, hidden_size] = [any, any, {config.hidden_size}] with no dim of 0, "
+            f"got shape {list(x.shape)}"
+        )
+    return np.stack([_sequence(config, params, request) for request in x])
 
 
 def _sequence(config: MLAConfig, params: MLAParams, x: np.ndarray) -> np.ndarray:

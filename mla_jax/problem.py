@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mla_jax.cache import PagedKVCache
 from mla_jax.split_kv import SplitPlan
@@ -71,9 +72,11 @@ def _valid_or_minus_one(problem: AttentionProblem) -> jax.Array:
     block_tables, seq_lens = problem.block_tables, problem.seq_lens
     page_size, num_pages = problem.cache.page_size, problem.cache.num_pages
     max_pages = block_tables.shape[1]
-    used = jnp.arange(max_pages) * page_size < seq_lens[:, None]
+    pages = -(-seq_lens // page_size)
+    used = jnp.arange(max_pages, dtype=jnp.int32) < pages[:, None]
+    capacity = min(max_pages * page_size, np.iinfo(np.int32).max)
     exists = (block_tables >= 0) & (block_tables < num_pages)
-    valid = (seq_lens >= 0) & (seq_lens <= max_pages * page_size)
+    valid = (seq_lens >= 0) & (seq_lens <= capacity)
     valid &= jnp.all(exists | ~used, axis=1)
     if problem.query_lens is not None:
         most = jnp.minimum(seq_lens, problem.q.shape[1])

@@ -7,11 +7,13 @@ can tell.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mla_jax import checks
 from mla_jax.config import MLAConfig, YarnScaling
 
 
@@ -50,6 +52,18 @@ def _yarn_ramp(scaling: YarnScaling, width: int, theta: float) -> np.ndarray:
     return np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1)
 
 
+def check_positions(positions: Any) -> None:
+    """Raises TypeError unless positions are an array of integers, ValueError for a negative one.
+
+    Traced ones are not looked at: there a negative position turns the channels backwards.
+    """
+    checks.require_array("positions", positions)
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise TypeError(f"positions must be an array of integers, got {positions.dtype}")
+    if checks.is_concrete(positions) and positions.size and np.min(positions) < 0:
+        raise ValueError(f"positions must be at least 0, got {np.min(positions)}")
+
+
 def apply_rope(x: jax.Array, positions: jax.Array, config: MLAConfig) -> jax.Array:
     """Turns the channels of each token by its position, times YaRN's rotation scale.
 
@@ -62,9 +76,17 @@ def apply_rope(x: jax.Array, positions: jax.Array, config: MLAConfig) -> jax.Arr
         Same shape and dtype as `x`; computed in float32.
 
     Raises:
-        ValueError: `x` is not qk_rope_head_dim wide, or `positions` aren't its leading axes.
+        TypeError: `x` is not an array of floats, `positions` not one of integers, or `config` no
+            MLAConfig.
+        ValueError: `x` is not qk_rope_head_dim wide, `positions` aren't its leading axes, or a
+            position is negative and not traced.
     """
-    if x.shape[-1] != config.qk_rope_head_dim:
+    if not isinstance(config, MLAConfig):
+        raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
+    checks.require_array("x", x)
+    checks.require_float("x", x)
+    check_positions(positions)
+    if x.ndim == 0 or x.shape[-1] != config.qk_rope_head_dim:
         raise ValueError(f"x must end in qk_rope_head_dim = {config.qk_rope_head_dim}: {x.shape}")
     if positions.shape != x.shape[: positions.ndim] or positions.ndim >= x.ndim:
         raise ValueError(f"positions {positions.shape} must be the leading axes of x {x.shape}")

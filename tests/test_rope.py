@@ -109,3 +109,22 @@ def test_refuses_wrong_shapes():
         apply_rope(x[..., :32], jnp.zeros((2, 3), int), V3)
     with pytest.raises(ValueError, match=r"positions \(3, 2\) must be the leading axes of x"):
         apply_rope(x, jnp.zeros((3, 2), int), V3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("positions", [[0, 1, 2]], TypeError, "positions must be an array, got"),
+        ("positions", np.zeros((2, 3)), TypeError, "positions must be .*integers, got float64"),
+        ("positions", np.ones((2, 3), bool), TypeError, "positions must be .*integers, got bool"),
+        ("positions", np.full((2, 3), -7), ValueError, "positions must be at least 0, got -7"),
+        ("x", [0.0] * 64, TypeError, "x must be an array, got .* of type list"),
+        ("x", np.zeros((2, 3, 64), int), TypeError, "x must be an array of float32, .* got int64"),
+        ("config", None, TypeError, "config must be an MLAConfig, got NoneType"),
+    ],
+)
+def test_refuses_arguments_of_another_kind(name, value, error, message):
+    good = {"x": jnp.zeros((2, 3, 64)), "positions": np.zeros((2, 3), np.int64), "config": V3}
+    apply_rope(**good)
+    with pytest.raises(error, match=message):
+        apply_rope(**(good | {name: value}))

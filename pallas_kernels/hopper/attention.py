@@ -29,19 +29,38 @@ PAGE_SIZES = {  # by what the cache holds
 RESCALES = {"multiply": "lazy", "exponent_add": "exponent_add"}  # of the op -> of the kernel
 
 
-def machine_lacks() -> str | None:
-    """Why the kernels can't run on the default device; None where they can."""
-    device = jax.devices()[0]
+def card() -> jax.Device | None:
+    """The first NVIDIA GPU of this machine, the default device or not; None: it has none."""
+    try:
+        return jax.devices("cuda")[0]
+    except RuntimeError:
+        return None
+
+
+def target_lacks(platform: str, device: jax.Device | None) -> str | None:
+    """Why a program for that platform can't have the kernels; None where it can.
+
+    device: that the program is for; None: not known, e.g. where it is exported.
+    """
+    if platform == "cuda" and device is None:
+        return None
     capability = getattr(device, "compute_capability", None)
-    if device.platform != "gpu" or capability != "9.0":
-        found = f"compute capability {capability}" if capability else device.platform
+    if platform != "cuda" or capability != "9.0":
+        found = f"compute capability {capability}" if capability else platform
         return f"it needs an NVIDIA GPU of compute capability 9.0 (H100, H200), here is {found}"
     return None
 
 
+def machine_lacks() -> str | None:
+    """Why the kernels can't run on this machine; None where they can."""
+    device = card()
+    return target_lacks("cuda" if device else jax.devices()[0].platform, device)
+
+
 def num_sms() -> int:
-    """SMs of the default device; without a Hopper GPU those of an H100 or H200 SXM."""
-    return jax.devices()[0].core_count if machine_lacks() is None else 132
+    """SMs of this machine's GPU; without a Hopper GPU those of an H100 or H200 SXM."""
+    device = card()
+    return device.core_count if device is not None and machine_lacks() is None else 132
 
 
 def refuses(q_dtype: Any, cache: PagedKVCache, rescale: str, plan: SplitPlan | None) -> str | None:
