@@ -175,27 +175,31 @@ class PagedKVCache:
         block_tables: jax.Array,
         seq_lens: jax.Array,
         query_lens: jax.Array | None = None,
+        *,
+        donate: bool = True,
     ) -> "PagedKVCache":
         """Writes new tokens behind those that the requests have: decode, MTP or a chunk.
-
-        The pages are donated: called eagerly, this cache is used up and the returned one takes
-        its memory; under an outer jit, donate the cache there.
 
         Args:
             kv: [B, S, D], of the cache's dtype; for an int8 cache float32, bfloat16 or float16.
             block_tables: [B, max_pages] int32, pages for the new tokens included.
             seq_lens: [B] int32, tokens of each request BEFORE this append.
             query_lens: [B] int32, how many of the S tokens are real (left aligned); None: all.
+            donate: whether an eager call hands this cache's memory to the one that it returns;
+                this one is used up then. False: this cache stays as it is, and the call copies
+                it. Under an outer jit it has no effect: donate the cache there.
 
         Raises:
-            TypeError: a dtype other than those above.
+            TypeError: a dtype other than those above, or a donate that is no bool.
             ValueError: shapes that don't fit; and, unless they are traced, lengths that are
                 negative or past the block table, pages in use that the cache does not have, or
                 two tokens with one place. Nothing is written then. Traced, the tokens of a
                 request that does not fit are not written, and attending to it gives NaN.
         """
+        donate = checks.require_bool("donate", donate)
         self._check_append(kv, block_tables, seq_lens, query_lens)
-        return _append(self, *map(checks.snapshot, (kv, block_tables, seq_lens, query_lens)))
+        write = _append_in_place if donate else _append_to_copy
+        return write(self, *map(checks.snapshot, (kv, block_tables, seq_lens, query_lens)))
 
     def gather(
         self, block_tables: jax.Array, *, max_len: int, seq_lens: jax.Array | None = None
@@ -379,7 +383,6 @@ def _write(array: jax.Array, page: jax.Array, offset: jax.Array, rows: jax.Array
     return array.at[page, :, offset, :].set(fractals, mode="drop")
 
 
-@functools.partial(jax.jit, donate_argnums=0)
 def _append(
     cache: PagedKVCache,
     kv: jax.Array,
@@ -403,6 +406,10 @@ def _append(
     for name, rows in cache._encode(kv).items():
         arrays[name] = _write(arrays[name], page, offset, rows)
     return dataclasses.replace(cache, **arrays)
+
+
+_append_in_place = jax.jit(_append, donate_argnums=0)
+_append_to_copy = jax.jit(_append)
 
 
 @functools.partial(jax.jit, static_argnames="max_len")

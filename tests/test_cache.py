@@ -149,6 +149,17 @@ def test_append_is_donated(layout):
     assert cache.pages.unsafe_buffer_pointer() == address
 
 
+@pytest.mark.parametrize("layout", ["ND", "NZ"])
+def test_append_without_donation_leaves_the_cache_as_it_is(layout):
+    before = create(layout=layout).append(jnp.ones((1, 1, WIDTH)), i32([7]), i32(0))
+    after = before.append(jnp.full((1, 1, WIDTH), 2.0), i32([7]), i32(1), donate=False)
+    assert not before.pages.is_deleted()
+    assert np.asarray(before.pages).sum() == WIDTH
+    np.testing.assert_array_equal(after.gather(i32([7]), max_len=2)[0, :, 0], [1, 2])
+    with pytest.raises(TypeError, match="donate must be True or False, got 0 of type int"):
+        before.append(jnp.ones((1, 1, WIDTH)), i32([7]), i32(1), donate=0)
+
+
 def test_donation_through_an_outer_jit():
     @jax.jit
     def keeps(cache):
