@@ -11,7 +11,7 @@ from mla_jax.cache import PagedKVCache
 from mla_jax.implementations import choose
 from mla_jax.online_softmax import RESCALES
 from mla_jax.problem import AttentionProblem
-from mla_jax.split_kv import SplitPlan, covered_requests
+from mla_jax.split_kv import SplitPlan
 
 
 @overload
@@ -160,6 +160,7 @@ def _check_options(
         return
     if not isinstance(plan, SplitPlan):
         raise TypeError(f"plan must be a SplitPlan, got {type(plan).__name__}")
+    plan.check()
     rows = q.shape[1] * q.shape[2]
     row_tiles = -(-rows // plan.rows_per_tile)
     if (plan.num_row_tiles, plan.num_tiles) != (row_tiles, q.shape[0] * row_tiles):
@@ -186,11 +187,5 @@ def _check_values(
                 f"query_lens[{request}] must be in 0 .. {limit[request]} (q has {q.shape[1]} "
                 f"tokens, seq_lens[{request}] = {lengths[request]}), got {queries[request]}"
             )
-    if plan is not None and checks.is_concrete(*jax.tree.leaves(plan)):
-        with jax.ensure_compile_time_eval():  # known now, under an outer jit too
-            covered = np.asarray(covered_requests(plan, seq_lens))
-        for request in np.flatnonzero(~covered):
-            raise ValueError(
-                f"plan must be made for these seq_lens, got one that does not cover request "
-                f"{request} of {np.asarray(seq_lens)[request]} keys"
-            )
+    if plan is not None:
+        plan.check_covers(seq_lens)
