@@ -40,6 +40,12 @@ def require_int32(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an int32 array, got {dtype or type(value).__name__}")
 
 
+def require_array(name: str, value: Any) -> None:
+    """Raises TypeError unless value is an array: it has a shape and a dtype."""
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        raise TypeError(f"{name} must be an array, got {type(value).__name__}")
+
+
 def require_float(name: str, value: Any) -> None:
     """Raises TypeError unless value is an array of one of FLOAT_DTYPES."""
     dtype = getattr(value, "dtype", None)
