@@ -395,6 +395,11 @@ def _new_scales(
         raise ValueError(f"scale must be {wanted} with scale_granularity {granularity}")
     if scale is None:
         return jnp.zeros(_scale_shape(tokens, kv_lora_rank, granularity), jnp.float32)
+    return _checked_scale(scale)
+
+
+def _checked_scale(scale: Any) -> jax.Array:
+    """A scale as it is stored: [] float32. One that is traced and out of range becomes NaN."""
     checks.require_shape("scale", scale, "a number")
     dtype = np.asarray(scale).dtype if checks.is_concrete(scale) else scale.dtype
     if not (jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer)):
