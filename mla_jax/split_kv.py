@@ -27,7 +27,14 @@ import numpy as np
 from mla_jax import checks
 from mla_jax.online_softmax import merge_states
 from mla_jax.split_costs import MOST_WORK, SplitCosts, split_costs
-from mla_jax.split_plan import SlowPlanWarning, SplitPlan, check_plan, covered_requests, num_blocks
+from mla_jax.split_plan import (
+    SlowPlanWarning,
+    SplitPlan,
+    check_plan,
+    covered_requests,
+    num_blocks,
+    require_lengths,
+)
 
 __all__ = [
     "PAIR_OVERHEAD",
@@ -178,7 +185,6 @@ def plan_loads(
             f"rows must be those of the plan, {plan.num_row_tiles} tiles of {plan.rows_per_tile}, "
             f"got {rows}"
         )
-    _check_lengths(seq_lens)
     return _plan_loads(plan, checks.snapshot(seq_lens), costs)
 
 
@@ -442,18 +448,11 @@ def _check(seq_lens: Any, num_workers: Any, costs: SplitCosts, max_seq_len: int 
     if num_workers > _MOST_WORKERS:
         raise ValueError(f"num_workers must be at most {_MOST_WORKERS}, got {num_workers}")
     costs.require_work(len(seq_lens))
-    _check_lengths(seq_lens)
+    require_lengths(seq_lens)
     longest = np.max(seq_lens) if checks.is_concrete(seq_lens) else 0
     if max_seq_len is not None and longest > max_seq_len:
         raise ValueError(f"seq_lens must be at most max_seq_len = {max_seq_len}, got {longest}")
     return num_workers
-
-
-def _check_lengths(seq_lens: Any) -> None:
-    if checks.is_concrete(seq_lens):
-        lengths = np.asarray(seq_lens)
-        for request in np.flatnonzero(lengths < 0):
-            raise ValueError(f"seq_lens[{request}] must be at least 0, got {lengths[request]}")
 
 
 def _check_max_seq_len(max_seq_len: Any) -> int:

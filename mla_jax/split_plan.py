@@ -127,6 +127,7 @@ def check_plan(plan: Any, seq_lens: Any) -> None:
     batch = plan.num_tiles // plan.num_row_tiles
     checks.require_shape("seq_lens", seq_lens, "[B of the plan]", batch)
     checks.require_int32("seq_lens", seq_lens)
+    require_lengths(seq_lens)
     plan.check_covers(seq_lens)
 
 
@@ -141,6 +142,14 @@ def covered_requests(plan: SplitPlan, seq_lens: jax.Array) -> jax.Array:
     taken = jnp.where(plan.request >= 0, plan.block_end - plan.block_start, 0)
     taken = jax.ops.segment_sum(taken, plan.request, batch)  # drops request = -1
     return taken == num_blocks(seq_lens, plan.block_size) * plan.num_row_tiles
+
+
+def require_lengths(seq_lens: jax.Array) -> None:
+    """Raises ValueError for a length below 0, unless they are traced."""
+    if checks.is_concrete(seq_lens):
+        lengths = np.asarray(seq_lens)
+        for request in np.flatnonzero(lengths < 0):
+            raise ValueError(f"seq_lens[{request}] must be at least 0, got {lengths[request]}")
 
 
 def num_blocks(seq_lens: jax.Array, block_size: int) -> jax.Array:
