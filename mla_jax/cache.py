@@ -6,7 +6,9 @@ PagedAttention, arXiv 2309.06180). Two layouts of a page:
 - "NZ": [D / C0, page_size, C0] with C0 = 32 bytes of values, the fractal of Ascend's matrix unit
   ("PA_NZ"): element (t, d) at ((d / C0) * page_size + t) * C0 + d % C0.
 An int8 cache keeps c_kv as int8 with float32 scales (`quantize`) and k_rope beside it in bfloat16,
-in pages of the same numbers; no kernel of a peer on NVIDIA GPUs has one, Ascend's have.
+in pages of the same numbers; no kernel of a peer on NVIDIA GPUs has one, Ascend's have. A token
+with NaN or an infinity in c_kv has scales of NaN there or, with one scale for the whole cache, a
+rope part of NaN: c_kv reads as NaN, and so does the output of every row that sees the token.
 Only pages that a length reaches are ever looked at; the other slots of a block table, and the
 rows of a page past the length, may hold anything.
 """
@@ -28,7 +30,7 @@ _ROPE_DTYPE = jnp.bfloat16  # of an int8 cache
 _FRACTAL_BYTES = 32
 _INT32 = np.iinfo(np.int32)
 _SMALLEST_SCALE = np.finfo(np.float32).tiny  # below it processors may take a number for 0
-_LARGEST_SCALE = np.finfo(np.float32).max / np.float32(quantize.LARGEST)
+_LARGEST_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(quantize.LARGEST), 0)
 
 
 @functools.partial(
@@ -74,8 +76,8 @@ class PagedKVCache:
             scale_granularity: of an int8 cache, one of `quantize.GRANULARITIES`; None: "token".
             scale: for "tensor": what one step of int8 is worth, from calibration
                 (`quantize.scales_of`), a number that is normal and 127 times finite in float32.
-                Tokens written later saturate at 127 times it; one with NaN or an infinity in its
-                latent is NaN throughout. A traced scale that is none of that becomes NaN.
+                Values written later saturate at 127 times it, which is quantisation; NaN and
+                infinities stay visible. A traced scale that is none of that becomes NaN.
 
         Raises TypeError for sizes that are no integers, a dtype that is none and a scale that is no
         real number; ValueError for sizes that are not positive, a page size, dtype, layout or
@@ -286,13 +288,15 @@ class PagedKVCache:
             return {"pages": kv}
         latent, rope = jnp.split(kv, [self.kv_lora_rank], axis=-1)
         rope, scales = rope.astype(_ROPE_DTYPE), self.scales
-        if granularity == "tensor":  # int8 has no NaN, and no scale per token holds it
-            finite = jnp.isfinite(latent).all(axis=-1, keepdims=True)
-            rope = jnp.where(finite, rope, jnp.asarray(jnp.nan, _ROPE_DTYPE))
-        else:
-            scales = quantize.scales_of(latent, granularity)
+        # int8 has no NaN: what belongs to the token alone holds it, its scales or else its rope
+        # part. (XLA's maximum on a CPU may leave out NaN, so that scales say nothing of it.)
+        finite = jnp.isfinite(latent).all(axis=-1)
+        if granularity == "tensor":
+            rope = _or_nan(finite, rope)
+            return {"rope_pages": rope, "pages": quantize.quantize(latent, scales)}
+        scales = quantize.scales_of(latent, granularity)
         stored = {"rope_pages": rope, "pages": quantize.quantize(latent, scales)}
-        return stored if granularity == "tensor" else stored | {"scales": scales}
+        return stored | {"scales": _or_nan(finite, scales)}
 
     def _decode(self, stored: dict[str, jax.Array]) -> jax.Array:
         """Rows [..., D] of `row_dtype` from what `stored_rows` gave."""
@@ -301,8 +305,7 @@ class PagedKVCache:
         latent = quantize.dequantize(stored["pages"], stored["scales"])
         rope = stored["rope_pages"].astype(latent.dtype)
         if self.scale_granularity == "tensor":
-            lost = jnp.isnan(rope).all(axis=-1, keepdims=True)  # as `_encode` marks it
-            latent = jnp.where(lost, jnp.float32(jnp.nan), latent)
+            latent = _or_nan(~jnp.isnan(rope).all(axis=-1), latent)  # as `_encode` marks it
         return jnp.concatenate([latent, rope], axis=-1)
 
     def _check_tables(self, block_tables: Any) -> None:
@@ -447,6 +450,12 @@ def _checked_positions(positions: Any, count: int) -> jax.Array:
     own = jnp.iinfo(positions.dtype)
     low, high = max(own.min, _INT32.min), min(own.max, _INT32.max)
     return jnp.clip(positions, low, high).astype(jnp.int32)
+
+
+def _or_nan(keeps: jax.Array, values: jax.Array) -> jax.Array:
+    """values [N, T, ...], NaN where keeps [N, T] is False."""
+    keeps = keeps.reshape(*keeps.shape, *[1] * (values.ndim - keeps.ndim))
+    return jnp.where(keeps, values, jnp.asarray(jnp.nan, values.dtype))
 
 
 def _read(array: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
