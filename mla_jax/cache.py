@@ -444,12 +444,12 @@ def _checked_positions(positions: Any, count: int) -> jax.Array:
         raise TypeError(f"positions must be of an integer dtype, got {positions.dtype}")
     rows = 1 if np.shape(positions)[:1] == (1,) else count
     checks.require_shape("positions", positions, "[N, T] or [1, T]", rows, None)
-    positions = jnp.asarray(checks.snapshot(positions))
-    if positions.dtype == jnp.int32:
-        return positions
-    own = jnp.iinfo(positions.dtype)
-    low, high = max(own.min, _INT32.min), min(own.max, _INT32.max)
-    return jnp.clip(positions, low, high).astype(jnp.int32)
+    if positions.dtype != np.int32:
+        own = jnp.iinfo(positions.dtype)
+        low, high = max(own.min, _INT32.min), min(own.max, _INT32.max)
+        clip = np.clip if isinstance(positions, np.ndarray) else jnp.clip  # JAX would cut off bits
+        positions = clip(positions, low, high).astype(np.int32)
+    return jnp.asarray(checks.snapshot(positions))
 
 
 def _or_nan(keeps: jax.Array, values: jax.Array) -> jax.Array:
