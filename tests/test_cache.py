@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paged_batch import RANK, ROPE, element
 
+from mla_jax import quantize
 from mla_jax.cache import PAGE_SIZES, PagedKVCache
 from mla_jax.reference import read_pages_float64
 
@@ -352,3 +353,23 @@ def test_traced_lengths_at_the_end_of_int32_write_nothing():
     lengths = i32(2**31 - 1, 2**31 - 2, -(2**31), 2**31 - 1, 0)
     cache = append(cache, tables, lengths, i32(2, 2, 2, 2**31 - 1, 3))
     assert not np.asarray(cache.pages).any()
+
+
+@pytest.mark.parametrize("granularity", [None, *quantize.GRANULARITIES])
+def test_dtypes_do_not_hang_on_the_modes_of_jax(granularity):
+    """With 64 bits as JAX's default width and no implicit promotion."""
+    options = {"dtype": "int8" if granularity else "float32", "page_size": 16, "rope_dim": ROPE}
+    scale = 0.5 if granularity == "tensor" else None
+    tables = GOOD["block_tables"]
+
+    def run(kv, lengths):
+        cache = PagedKVCache.create(
+            4, kv_lora_rank=128, scale_granularity=granularity, scale=scale, **options
+        )
+        cache = cache.append(kv, tables, lengths, lengths)
+        return cache, cache.gather(tables, max_len=9), cache.rows(tables, lengths[:, None])
+
+    arguments = np.ones((2, 3, 128 + ROPE), np.float32), i32(1, 2)
+    wanted = jax.eval_shape(run, *arguments)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(run, *arguments), wanted)
