@@ -3,12 +3,16 @@
 It counts pages and tokens and holds no cache: allocate or extend first, then write.
 """
 
+import threading
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 
 from mla_jax import checks
 from mla_jax.cache import PagedKVCache
+
+_INT32 = np.iinfo(np.int32)
 
 
 class OutOfPagesError(RuntimeError):
@@ -19,66 +23,83 @@ class PageAllocator:
     """Free pages, and the pages and token count of each live request.
 
     Freed pages are handed out again last-in first-out, while they are still in a processor's cache.
+    Threads may share an allocator: each call sees and leaves it whole. A copy (`copy.deepcopy`,
+    `pickle`) is independent.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
-        checks.require_positive("num_pages", num_pages)
-        checks.require_positive("page_size", page_size)
-        self.num_pages = num_pages
-        self.page_size = page_size
-        self._free = list(reversed(range(num_pages)))
+        self.num_pages = checks.require_positive("num_pages", num_pages)
+        self.page_size = checks.require_positive("page_size", page_size)
+        if self.num_pages > _INT32.max:
+            raise ValueError(
+                f"num_pages must be at most {_INT32.max}, as block tables are int32, "
+                f"got {num_pages}"
+            )
+        self._free = list(reversed(range(self.num_pages)))
         self._pages: dict[Hashable, list[int]] = {}
         self._tokens: dict[Hashable, int] = {}
+        self._lock = threading.RLock()
 
     @property
     def num_free(self) -> int:
         """Pages that no request holds."""
-        return len(self._free)
+        with self._lock:
+            return len(self._free)
 
     @property
     def requests(self) -> tuple[Hashable, ...]:
         """The live requests, oldest first."""
-        return tuple(self._pages)
+        with self._lock:
+            return tuple(self._pages)
 
     def num_tokens(self, request_id: Hashable) -> int:
         """Tokens that the request has room for by its own count. KeyError if it is not live."""
-        self._require_live(request_id)
-        return self._tokens[request_id]
+        with self._lock:
+            self._require_live(request_id)
+            return self._tokens[request_id]
 
     def pages(self, request_id: Hashable) -> tuple[int, ...]:
         """The request's pages in token order. KeyError if it is not live."""
-        self._require_live(request_id)
-        return tuple(self._pages[request_id])
+        with self._lock:
+            self._require_live(request_id)
+            return tuple(self._pages[request_id])
 
     def allocate(self, request_id: Hashable, num_tokens: int) -> None:
         """Makes a request of num_tokens (0 or more) live.
 
-        Raises ValueError if it is live already or the count is negative, OutOfPagesError if its
-        pages are not free; nothing has changed then.
+        Raises TypeError for an id that is not hashable or a count that is no integer, ValueError if
+        the request is live already or the count is negative, OutOfPagesError if its pages are not
+        free; nothing has changed then.
         """
-        if request_id in self._pages:
-            raise ValueError(f"request_id must be a new one, got {request_id!r}, which is live")
-        self._grow(request_id, num_tokens)
+        _require_hashable(request_id)
+        num_tokens = checks.require_int("num_tokens", num_tokens, 0)
+        with self._lock:
+            if request_id in self._pages:
+                raise ValueError(f"request_id must be a new one, got {request_id!r}, which is live")
+            self._grow(request_id, num_tokens)
 
     def extend(self, request_id: Hashable, num_tokens: int) -> None:
         """Grows a live request to num_tokens in all (not fewer than it has).
 
-        Raises KeyError if it is not live, ValueError if it would shrink, OutOfPagesError if the
-        pages are not free; nothing has changed then.
+        Raises KeyError if it is not live, TypeError for a count that is no integer, ValueError if
+        it would shrink, OutOfPagesError if the pages are not free; nothing has changed then.
         """
-        self._require_live(request_id)
-        if num_tokens < self._tokens[request_id]:
-            raise ValueError(
-                f"num_tokens must be at least the {self._tokens[request_id]} that request "
-                f"{request_id!r} has, got {num_tokens}"
-            )
-        self._grow(request_id, num_tokens)
+        with self._lock:
+            self._require_live(request_id)
+            num_tokens = checks.require_int("num_tokens", num_tokens, 0)
+            if num_tokens < self._tokens[request_id]:
+                raise ValueError(
+                    f"num_tokens must be at least the {self._tokens[request_id]} that request "
+                    f"{request_id!r} has, got {num_tokens}"
+                )
+            self._grow(request_id, num_tokens)
 
     def free(self, request_id: Hashable) -> None:
         """Gives a request's pages back. KeyError if it is not live."""
-        self._require_live(request_id)
-        del self._tokens[request_id]
-        self._free.extend(reversed(self._pages.pop(request_id)))
+        with self._lock:
+            self._require_live(request_id)
+            del self._tokens[request_id]
+            self._free.extend(reversed(self._pages.pop(request_id)))
 
     def block_tables(
         self,
@@ -90,32 +111,63 @@ class PageAllocator:
     ) -> np.ndarray:
         """[len(request_ids), max_pages] int32: each request's pages, then `fill` in unused slots.
 
-        Raises KeyError for a request that is not live, ValueError for one with more pages, or for
-        a `cache` (if it is given, the one that the tables are for) of another page size or of
-        fewer pages than this allocator hands out.
+        Raises KeyError for a request that is not live, TypeError for ids that are no sequence, a
+        size or fill that is no integer or a cache that is no PagedKVCache, ValueError for a request
+        with more pages than max_pages, a fill that is no int32, or a `cache` (if it is given, the
+        one that the tables are for) of another page size or of fewer pages than this allocator
+        hands out.
         """
-        if cache is not None and cache.page_size != self.page_size:
-            raise ValueError(
-                f"page_size must be that of the cache = {cache.page_size}, got {self.page_size}"
+        if not _is_sequence(request_ids):
+            raise TypeError(
+                "request_ids must be a sequence of request ids, "
+                f"got {request_ids!r} of type {type(request_ids).__name__}"
             )
-        if cache is not None and cache.num_pages < self.num_pages:
-            raise ValueError(
-                f"num_pages must be at most the cache's {cache.num_pages}, got {self.num_pages}"
-            )
-        tables = np.full((len(request_ids), max_pages), fill, np.int32)
-        for row, request_id in zip(tables, request_ids, strict=True):
-            pages = self.pages(request_id)
+        max_pages = checks.require_positive("max_pages", max_pages)
+        fill = checks.require_int("fill", fill, _INT32.min, _INT32.max)
+        self._check_cache(cache)
+        with self._lock:
+            held = [self.pages(request_id) for request_id in request_ids]
+        for request_id, pages in zip(request_ids, held, strict=True):
             if len(pages) > max_pages:
                 raise ValueError(
                     f"max_pages must be at least the {len(pages)} of request {request_id!r}, "
                     f"got {max_pages}"
                 )
+        tables = np.full((len(held), max_pages), fill, np.int32)
+        for row, pages in zip(tables, held, strict=True):
             row[: len(pages)] = pages
         return tables
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes over: everything but the lock."""
+        with self._lock:
+            state = self.__dict__ | {
+                "_free": list(self._free),
+                "_pages": {request: list(pages) for request, pages in self._pages.items()},
+                "_tokens": dict(self._tokens),
+            }
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+
+    def _check_cache(self, cache: Any) -> None:
+        if cache is None:
+            return
+        if not isinstance(cache, PagedKVCache):
+            raise TypeError(f"cache must be a PagedKVCache or None, got {type(cache).__name__}")
+        if cache.page_size != self.page_size:
+            raise ValueError(
+                f"page_size must be that of the cache = {cache.page_size}, got {self.page_size}"
+            )
+        if cache.num_pages < self.num_pages:
+            raise ValueError(
+                f"num_pages must be at most the cache's {cache.num_pages}, got {self.num_pages}"
+            )
+
     def _grow(self, request_id: Hashable, num_tokens: int) -> None:
-        if num_tokens < 0:
-            raise ValueError(f"num_tokens must be at least 0, got {num_tokens}")
         held = self._pages.get(request_id, [])
         wanted = -(-num_tokens // self.page_size) - len(held)
         if wanted > len(self._free):
@@ -128,5 +180,22 @@ class PageAllocator:
         self._tokens[request_id] = num_tokens
 
     def _require_live(self, request_id: Hashable) -> None:
+        _require_hashable(request_id)
         if request_id not in self._pages:
             raise KeyError(f"request {request_id!r} is not live")
+
+
+def _require_hashable(request_id: Any) -> None:
+    try:
+        hash(request_id)
+    except TypeError as error:
+        raise TypeError(
+            f"request_id must be hashable, got {request_id!r} of type {type(request_id).__name__}"
+        ) from error
+
+
+def _is_sequence(value: Any) -> bool:
+    """Whether it is a sequence of ids: a str is one of characters, and a set has no order."""
+    if isinstance(value, np.ndarray):
+        return value.ndim == 1
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)

@@ -12,7 +12,7 @@ from mla_jax.cache import PagedKVCache
 from mla_jax.implementations import Choice, check_names, choose, compute
 from mla_jax.online_softmax import RESCALES
 from mla_jax.problem import AttentionProblem
-from mla_jax.split_kv import SplitPlan, covered_requests
+from mla_jax.split_kv import SplitPlan
 
 
 @overload
@@ -254,6 +254,7 @@ def _check_options(rescale: Any, partial_dtype: Any, plan: Any, q: jax.Array) ->
 def _check_plan(plan: Any, q: jax.Array) -> None:
     if not isinstance(plan, SplitPlan):
         raise TypeError(f"plan must be a SplitPlan, got {type(plan).__name__}")
+    plan.check()
     rows = q.shape[1] * q.shape[2]
     row_tiles = -(-rows // plan.rows_per_tile)
     if (plan.num_row_tiles, plan.num_tiles) != (row_tiles, q.shape[0] * row_tiles):
@@ -274,11 +275,5 @@ def _check_values(
     checks.require_pages("seq_lens", seq_lens, block_tables, cache.page_size, cache.num_pages)
     if query_lens is not None:
         require_query_lens(q.shape[1], "q", seq_lens, query_lens)
-    if plan is not None and checks.is_concrete(*jax.tree.leaves(plan)):
-        with jax.ensure_compile_time_eval():  # known now, under an outer jit too
-            covered = np.asarray(covered_requests(plan, seq_lens))
-        for request in np.flatnonzero(~covered):
-            raise ValueError(
-                f"plan must be made for these seq_lens, got one that does not cover request "
-                f"{request} of {np.asarray(seq_lens)[request]} keys"
-            )
+    if plan is not None:
+        plan.check_covers(seq_lens)

@@ -6,7 +6,9 @@ PagedAttention, arXiv 2309.06180). Two layouts of a page:
 - "NZ": [D / C0, page_size, C0] with C0 = 32 bytes of values, the fractal of Ascend's matrix unit
   ("PA_NZ"): element (t, d) at ((d / C0) * page_size + t) * C0 + d % C0.
 An int8 cache keeps c_kv as int8 with float32 scales (`quantize`) and k_rope beside it in bfloat16,
-in pages of the same numbers; no kernel of a peer on NVIDIA GPUs has one, Ascend's have.
+in pages of the same numbers; no kernel of a peer on NVIDIA GPUs has one, Ascend's have. A token
+with NaN or an infinity in c_kv has scales of NaN there or, with one scale for the whole cache, a
+rope part of NaN: c_kv reads as NaN, and so does the output of every row that sees the token.
 Only pages that a length reaches are ever looked at; the other slots of a block table, and the
 rows of a page past the length, may hold anything.
 """
@@ -26,6 +28,9 @@ LAYOUTS = ("ND", "NZ")
 DTYPES = (*checks.FLOAT_DTYPES, "int8")
 _ROPE_DTYPE = jnp.bfloat16  # of an int8 cache
 _FRACTAL_BYTES = 32
+_INT32 = np.iinfo(np.int32)
+_SMALLEST_SCALE = np.finfo(np.float32).tiny  # below it processors may take a number for 0
+_LARGEST_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(quantize.LARGEST), 0)
 
 
 @functools.partial(
@@ -70,23 +75,29 @@ class PagedKVCache:
             dtype: of the values, or int8: of c_kv.
             scale_granularity: of an int8 cache, one of `quantize.GRANULARITIES`; None: "token".
             scale: for "tensor": what one step of int8 is worth, from calibration
-                (`quantize.scales_of`); tokens written later saturate at 127 times it.
+                (`quantize.scales_of`), a number that is normal and 127 times finite in float32.
+                Values written later saturate at 127 times it, which is quantisation; NaN and
+                infinities stay visible. A traced scale that is none of that becomes NaN.
 
-        Raises ValueError for sizes that are not positive, a page size, dtype, layout or granularity
-        that is not one of PAGE_SIZES, DTYPES, LAYOUTS and GRANULARITIES, a scale that is not
-        positive, or missing, or there without need, and in NZ rows of no multiple of 32 bytes.
+        Raises TypeError for sizes that are no integers, a dtype that is none and a scale that is no
+        real number; ValueError for sizes that are not positive, a page size, dtype, layout or
+        granularity that is not one of PAGE_SIZES, DTYPES, LAYOUTS and GRANULARITIES, a scale out of
+        range, or missing, or there without need, and in NZ rows of no multiple of 32 bytes.
         """
-        checks.require_positive("num_pages", num_pages)
-        checks.require_positive("kv_lora_rank", kv_lora_rank)
-        checks.require_positive("rope_dim", rope_dim)
+        num_pages = checks.require_positive("num_pages", num_pages)
+        if num_pages > _INT32.max:
+            raise ValueError(f"num_pages must be at most {_INT32.max}, got {num_pages}")
+        kv_lora_rank = checks.require_positive("kv_lora_rank", kv_lora_rank)
+        rope_dim = checks.require_positive("rope_dim", rope_dim)
+        page_size = checks.require_positive("page_size", page_size)
         checks.require_one_of("page_size", page_size, PAGE_SIZES)
         checks.require_one_of("layout", layout, LAYOUTS)
-        checks.require_one_of("dtype", jnp.dtype(dtype).name, DTYPES)
+        dtype = _checked_dtype(dtype)
         geometry = (kv_lora_rank, rope_dim, page_size, layout)
-        if jnp.dtype(dtype) != jnp.int8:
+        if dtype != jnp.int8:
             if scale_granularity is not None or scale is not None:
                 name = "scale" if scale_granularity is None else "scale_granularity"
-                raise ValueError(f"{name} is for dtype int8, got dtype {jnp.dtype(dtype).name}")
+                raise ValueError(f"{name} is for dtype int8, got dtype {dtype.name}")
             words = "kv_lora_rank + rope_dim"
             page = _page_shape(words, page_size, kv_lora_rank + rope_dim, dtype, layout)
             return PagedKVCache(jnp.zeros((num_pages, *page), dtype), *geometry)
@@ -140,7 +151,11 @@ class PagedKVCache:
     def check(self) -> None:
         """Raises ValueError or TypeError where an array is not what the other fields say."""
         checks.require_one_of("cache.layout", self.layout, LAYOUTS)
-        checks.require_one_of("cache.dtype", self.dtype.name, DTYPES)
+        for name in ("kv_lora_rank", "rope_dim", "page_size"):
+            checks.require_positive(f"cache.{name}", getattr(self, name))
+        for name, array in self.arrays().items():
+            checks.require_array(f"cache.{name}", array)
+        checks.require_one_of("cache.dtype", jnp.dtype(self.dtype).name, DTYPES)
         quantized = self.dtype == jnp.int8
         for name in ("rope_pages", "scales"):
             if (getattr(self, name) is not None) != quantized:
@@ -214,7 +229,7 @@ class PagedKVCache:
         Raises TypeError or ValueError naming the argument that doesn't fit.
         """
         self._check_tables(block_tables)
-        checks.require_positive("max_len", max_len)
+        max_len = checks.require_positive("max_len", max_len)
         capacity = block_tables.shape[1] * self.page_size
         if max_len > capacity:
             raise ValueError(
@@ -224,7 +239,8 @@ class PagedKVCache:
         if seq_lens is not None:
             checks.require_shape("seq_lens", seq_lens, "[B]", block_tables.shape[0])
             checks.require_int32("seq_lens", seq_lens)
-        return _gather(self, block_tables, seq_lens, max_len=max_len)
+        tables, lengths = map(checks.snapshot, (block_tables, seq_lens))
+        return _gather(self, tables, lengths, max_len=max_len)
 
     def rows(
         self, block_tables: jax.Array, positions: jax.Array, requests: jax.Array | None = None
@@ -242,11 +258,23 @@ class PagedKVCache:
 
         Args:
             block_tables: [B, max_pages] int32.
-            positions: [N, T] or [1, T] int32.
+            positions: [N, T] or [1, T], of any integer dtype.
             requests: [N] int32, whose rows; None: every request once (N = B).
+
+        Raises TypeError or ValueError naming the argument that doesn't fit; unless they are traced,
+        also for requests that are not in 0 .. B - 1.
         """
+        self._check_tables(block_tables)
+        batch = block_tables.shape[0]
         if requests is None:
-            requests = jnp.arange(block_tables.shape[0], dtype=jnp.int32)
+            requests = jnp.arange(batch, dtype=jnp.int32)
+        checks.require_shape("requests", requests, "[N]", None)
+        checks.require_int32("requests", requests)
+        if checks.is_concrete(requests):
+            for at in np.flatnonzero((np.asarray(requests) < 0) | (np.asarray(requests) >= batch)):
+                raise ValueError(f"requests[{at}] must be in 0 .. {batch - 1}, got {requests[at]}")
+        positions = _checked_positions(positions, len(requests))
+        block_tables, requests = (jnp.asarray(checks.snapshot(x)) for x in (block_tables, requests))
         slot = jnp.clip(positions // self.page_size, 0, block_tables.shape[1] - 1)
         page = block_tables.at[requests[:, None], slot].get(mode="promise_in_bounds")
         page = jnp.clip(page, 0, self.num_pages - 1)
@@ -259,18 +287,26 @@ class PagedKVCache:
         if self.scales is None or granularity is None:
             return {"pages": kv}
         latent, rope = jnp.split(kv, [self.kv_lora_rank], axis=-1)
-        stored = {"rope_pages": rope.astype(_ROPE_DTYPE)}
-        scales = self.scales
-        if granularity != "tensor":
-            stored["scales"] = scales = quantize.scales_of(latent, granularity)
-        return stored | {"pages": quantize.quantize(latent, scales)}
+        rope, scales = rope.astype(_ROPE_DTYPE), self.scales
+        # int8 has no NaN: what belongs to the token alone holds it, its scales or else its rope
+        # part. (XLA's maximum on a CPU may leave out NaN, so that scales say nothing of it.)
+        finite = jnp.isfinite(latent).all(axis=-1)
+        if granularity == "tensor":
+            rope = _or_nan(finite, rope)
+            return {"rope_pages": rope, "pages": quantize.quantize(latent, scales)}
+        scales = quantize.scales_of(latent, granularity)
+        stored = {"rope_pages": rope, "pages": quantize.quantize(latent, scales)}
+        return stored | {"scales": _or_nan(finite, scales)}
 
     def _decode(self, stored: dict[str, jax.Array]) -> jax.Array:
         """Rows [..., D] of `row_dtype` from what `stored_rows` gave."""
         if self.scale_granularity is None:
             return stored["pages"]
         latent = quantize.dequantize(stored["pages"], stored["scales"])
-        return jnp.concatenate([latent, stored["rope_pages"].astype(latent.dtype)], axis=-1)
+        rope = stored["rope_pages"].astype(latent.dtype)
+        if self.scale_granularity == "tensor":
+            latent = _or_nan(~jnp.isnan(rope).all(axis=-1), latent)  # as `_encode` marks it
+        return jnp.concatenate([latent, rope], axis=-1)
 
     def _check_tables(self, block_tables: Any) -> None:
         self.check()
@@ -281,7 +317,10 @@ class PagedKVCache:
     def _check_append(self, kv: Any, block_tables: Any, seq_lens: Any, query_lens: Any) -> None:
         self._check_tables(block_tables)
         batch = block_tables.shape[0]
+        checks.require_array("kv", kv)
         checks.require_shape("kv", kv, "[B, S, D]", batch, None, self.latent_dim)
+        if 0 in kv.shape:
+            raise ValueError(f"kv must have no dim of 0, got shape {list(kv.shape)}")
         if self.scale_granularity is not None:
             checks.require_float("kv", kv)
         elif kv.dtype != self.dtype:
@@ -294,7 +333,7 @@ class PagedKVCache:
             checks.require_int32(name, value)
         if not checks.is_concrete(block_tables, *lengths.values()):
             return
-        before = np.asarray(seq_lens)
+        before = np.asarray(seq_lens).astype(np.int64)
         new = np.full(batch, kv.shape[1]) if query_lens is None else np.asarray(query_lens)
         for request in np.flatnonzero((new < 0) | (new > kv.shape[1])):
             raise ValueError(
@@ -347,7 +386,7 @@ def _new_scales(
     scale: jax.Array | float | None,
 ) -> jax.Array:
     """Those of a new int8 cache of tokens = (pages, page size)."""
-    granularity = granularity or "token"
+    granularity = "token" if granularity is None else granularity
     checks.require_one_of("scale_granularity", granularity, quantize.GRANULARITIES)
     if granularity == "group" and kv_lora_rank % quantize.GROUP:
         raise ValueError(
@@ -359,10 +398,64 @@ def _new_scales(
         raise ValueError(f"scale must be {wanted} with scale_granularity {granularity}")
     if scale is None:
         return jnp.zeros(_scale_shape(tokens, kv_lora_rank, granularity), jnp.float32)
+    return _checked_scale(scale)
+
+
+def _checked_scale(scale: Any) -> jax.Array:
+    """A scale as it is stored: [] float32. One that is traced and out of range becomes NaN."""
     checks.require_shape("scale", scale, "a number")
-    if checks.is_concrete(scale) and not 0 < float(scale) < np.inf:
-        raise ValueError(f"scale must be positive and finite, got {scale}")
-    return jnp.array(scale, jnp.float32)  # a copy: appending donates it
+    dtype = np.asarray(scale).dtype if checks.is_concrete(scale) else scale.dtype
+    if not (jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer)):
+        raise TypeError(
+            f"scale must be a real number, got {scale!r} of type {type(scale).__name__}"
+        )
+    if not checks.is_concrete(scale):
+        scale = scale.astype(jnp.float32)
+        fits = (scale >= _SMALLEST_SCALE) & (scale <= _LARGEST_SCALE)
+        return jnp.where(fits, scale, jnp.float32(jnp.nan))
+    with np.errstate(over="ignore"):
+        stored = np.float32(float(scale))
+    if not _SMALLEST_SCALE <= stored <= _LARGEST_SCALE:
+        raise ValueError(
+            f"scale must be positive and finite, in {_SMALLEST_SCALE} .. {_LARGEST_SCALE} as "
+            f"float32, got {scale}"
+        )
+    return jnp.array(stored)  # a copy: appending donates it
+
+
+def _checked_dtype(dtype: Any) -> Any:
+    """The np.dtype of a cache that has this dtype; raises TypeError or ValueError if none can."""
+    if dtype is None:
+        raise TypeError("dtype must be a dtype, got None")
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError as error:
+        if isinstance(dtype, str):
+            checks.require_one_of("dtype", dtype, DTYPES)
+        raise TypeError(f"dtype must be a dtype, got {dtype!r}") from error
+    checks.require_one_of("dtype", dtype.name, DTYPES)
+    return dtype
+
+
+def _checked_positions(positions: Any, count: int) -> jax.Array:
+    """positions [count, T] or [1, T] as int32, saturated; raises TypeError or ValueError."""
+    checks.require_array("positions", positions)
+    if not jnp.issubdtype(positions.dtype, np.integer):
+        raise TypeError(f"positions must be of an integer dtype, got {positions.dtype}")
+    rows = 1 if np.shape(positions)[:1] == (1,) else count
+    checks.require_shape("positions", positions, "[N, T] or [1, T]", rows, None)
+    if positions.dtype != np.int32:
+        own = jnp.iinfo(positions.dtype)
+        low, high = max(own.min, _INT32.min), min(own.max, _INT32.max)
+        clip = np.clip if isinstance(positions, np.ndarray) else jnp.clip  # JAX would cut off bits
+        positions = clip(positions, low, high).astype(np.int32)
+    return jnp.asarray(checks.snapshot(positions))
+
+
+def _or_nan(keeps: jax.Array, values: jax.Array) -> jax.Array:
+    """values [N, T, ...], NaN where keeps [N, T] is False."""
+    keeps = keeps.reshape(*keeps.shape, *[1] * (values.ndim - keeps.ndim))
+    return jnp.where(keeps, values, jnp.asarray(jnp.nan, values.dtype))
 
 
 def _read(array: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
@@ -395,7 +488,8 @@ def _append(
     if query_lens is None:
         query_lens = jnp.full(batch, count, jnp.int32)
     token = jnp.arange(count, dtype=jnp.int32)
-    fits = (seq_lens >= 0) & (seq_lens + query_lens <= max_pages * cache.page_size)
+    room = min(max_pages * cache.page_size, int(_INT32.max)) - jnp.maximum(seq_lens, 0)
+    fits = (seq_lens >= 0) & (query_lens <= jnp.minimum(room, count))
     written = (token < query_lens[:, None]) & fits[:, None]
     positions = seq_lens[:, None] + token
     slot = jnp.clip(positions // cache.page_size, 0, max_pages - 1)

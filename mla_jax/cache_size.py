@@ -7,6 +7,9 @@ what both sides of the first number are made of; `decompose` takes it apart.
 
 import dataclasses
 import math
+from typing import Any
+
+import numpy as np
 
 from mla_jax import checks, quantize
 from mla_jax.config import MLAConfig
@@ -24,7 +27,8 @@ BITS_PER_VALUE: dict[str, float] = {
 class CacheSize:
     """The KV cache of a model: `layers` layers that keep `values` values of `bits` bits a token.
 
-    Raises ValueError naming the field that isn't positive.
+    Raises TypeError naming the field that is no number (values and layers: no integer), ValueError
+    for one that isn't positive.
     """
 
     scheme: str
@@ -33,28 +37,38 @@ class CacheSize:
     layers: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("values", "bits", "layers"):
-            _require_positive(name, getattr(self, name))
+        if not isinstance(self.scheme, str):
+            raise TypeError(f"scheme must be a str, got {self.scheme!r}")
+        for name in ("values", "layers"):  # frozen: a numpy scalar becomes a Python int
+            object.__setattr__(self, name, checks.require_positive(name, getattr(self, name)))
+        object.__setattr__(self, "bits", _require_positive("bits", self.bits))
 
     @staticmethod
     def mha(num_heads: int, head_dim: int, *, bits: float = 16, layers: int = 1) -> "CacheSize":
         """Multi-head attention: a key and a value of `head_dim` for every head."""
+        num_heads = checks.require_positive("num_heads", num_heads)
+        head_dim = checks.require_positive("head_dim", head_dim)
         return CacheSize("MHA", 2 * num_heads * head_dim, bits, layers)
 
     @staticmethod
     def gqa(num_kv_heads: int, head_dim: int, *, bits: float = 16, layers: int = 1) -> "CacheSize":
         """Grouped-query attention: a key and a value for every group of heads."""
+        num_kv_heads = checks.require_positive("num_kv_heads", num_kv_heads)
+        head_dim = checks.require_positive("head_dim", head_dim)
         return CacheSize(f"GQA-{num_kv_heads}", 2 * num_kv_heads * head_dim, bits, layers)
 
     @staticmethod
     def mqa(head_dim: int, *, bits: float = 16, layers: int = 1) -> "CacheSize":
         """Multi-query attention: one key and one value for all heads."""
+        head_dim = checks.require_positive("head_dim", head_dim)
         return CacheSize("MQA", 2 * head_dim, bits, layers)
 
     @staticmethod
     def mla(config: MLAConfig, *, bits: float = 16, layers: int | None = None) -> "CacheSize":
         """Multi-head latent attention: [c_kv | k_rope]; `layers` is the config's if not given."""
-        return CacheSize("MLA", config.latent_dim, bits, layers or config.num_hidden_layers)
+        _require_is("config", config, MLAConfig)
+        layers = config.num_hidden_layers if layers is None else layers
+        return CacheSize("MLA", config.latent_dim, bits, layers)
 
     @staticmethod
     def mla_int8(
@@ -64,6 +78,7 @@ class CacheSize:
 
         `bits` is the mean over the values.
         """
+        _require_is("config", config, MLAConfig)
         checks.require_one_of("scale_granularity", scale_granularity, quantize.GRANULARITIES)
         scales = {"token": 1, "group": config.kv_lora_rank / quantize.GROUP, "tensor": 0}
         bits = 8.0 * config.kv_lora_rank + 16 * config.qk_rope_head_dim
@@ -81,6 +96,7 @@ class CacheSize:
 
     def reduction_from(self, other: "CacheSize") -> float:
         """The share of `other`'s bytes a token that this cache saves: 0.933 for 93.3 %."""
+        _require_is("other", other, CacheSize)
         return 1 - self.bytes_per_token / other.bytes_per_token
 
 
@@ -90,6 +106,8 @@ def schemes(config: MLAConfig, *, bits: float = 16, gqa_heads: int = 8) -> tuple
     The three that it does not have keep keys and values of `qk_nope_head_dim` for every head or
     group, as the rope channels of MLA only exist because they can't be absorbed.
     """
+    _require_is("config", config, MLAConfig)
+    gqa_heads = checks.require_positive("gqa_heads", gqa_heads)
     head_dim, layers = config.qk_nope_head_dim, config.num_hidden_layers
     return (
         CacheSize.mha(config.num_heads, head_dim, bits=bits, layers=layers),
@@ -118,6 +136,8 @@ def decompose(before: CacheSize, after: CacheSize) -> tuple[Part, ...]:
 
     Raises ValueError where both take the same bytes a token: there is nothing to share out.
     """
+    _require_is("before", before, CacheSize)
+    _require_is("after", after, CacheSize)
     steps = (
         (f"{before.scheme} to {after.scheme}", before.values / after.values),
         (f"{before.layers} to {after.layers} layers", before.layers / after.layers),
@@ -143,8 +163,10 @@ class Machine:
     bandwidth: float
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be a str, got {self.name!r}")
         for name in ("memory", "bandwidth"):
-            _require_positive(name, getattr(self, name))
+            object.__setattr__(self, name, _require_positive(name, getattr(self, name)))
 
 
 def largest_batch(
@@ -152,9 +174,13 @@ def largest_batch(
 ) -> int:
     """How many requests of that length fit, in whole requests, beside `weights` in `memory` bytes.
 
-    Raises ValueError where the weights alone don't fit or the length isn't positive.
+    Raises TypeError for what is no number, ValueError where the weights alone don't fit or the
+    memory or the length isn't positive.
     """
-    _require_positive("tokens_per_request", tokens_per_request)
+    _require_is("cache", cache, CacheSize)
+    memory = _require_positive("memory", memory)
+    weights = _require_number("weights", weights)
+    tokens_per_request = _require_positive("tokens_per_request", tokens_per_request)
     if not 0 <= weights < memory:
         raise ValueError(f"weights must be 0 to memory = {memory:g} bytes, got {weights:g}")
     return int((memory - weights) // (cache.bytes_per_token * tokens_per_request))
@@ -168,15 +194,37 @@ def throughput_ceiling(
     A larger batch always raises it, so the largest that fits gives the ceiling of a machine. It
     says nothing of arithmetic, communication or scheduling, which measured numbers include. Of a
     mixture of experts `weights` are all of them: a large batch meets every expert.
+
+    Raises TypeError for what is no number (batch: no integer), ValueError for a batch or weights
+    below 0, and a length or bandwidth that isn't positive.
     """
-    _require_positive("bandwidth", bandwidth)
+    _require_is("cache", cache, CacheSize)
+    batch = checks.require_int("batch", batch, 0)
+    weights = _require_number("weights", weights)
+    if weights < 0:
+        raise ValueError(f"weights must be at least 0, got {weights!r}")
+    tokens_per_request = _require_positive("tokens_per_request", tokens_per_request)
+    bandwidth = _require_positive("bandwidth", bandwidth)
     step_bytes = weights + batch * tokens_per_request * cache.bytes_per_token
     return batch * bandwidth / step_bytes if batch else 0.0
 
 
-def _require_positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
+def _require_is(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
+
+
+def _require_number(name: str, value: Any) -> float:
+    """The value as a finite number; a Python int stays one, so that a count has no `.0`."""
+    number = checks.require_number(name, value)
+    return int(value) if isinstance(value, int | np.integer) else number
+
+
+def _require_positive(name: str, value: Any) -> float:
+    number = _require_number(name, value)
+    if number <= 0:
         raise ValueError(f"{name} must be positive, got {value!r}")
+    return number
 
 
 # Both as in the 93.3 %: DeepSeek 67B (arXiv 2401.02954, table 2) in bf16, DeepSeek-V2 as deployed.

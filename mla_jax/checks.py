@@ -80,6 +80,7 @@ def require_int(name: str, value: Any, low: int, high: int | None = None) -> int
         raise TypeError(f"{name} must be an integer, got {_described(value)}")
     if value < low or (high is not None and value > high):
         wanted = f"at least {low}" if high is None else f"in {low} .. {high}"
+        wanted = "a positive integer" if (low, high) == (1, None) else wanted
         raise ValueError(f"{name} must be {wanted}, got {value}")
     return int(value)
 

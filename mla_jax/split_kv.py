@@ -9,12 +9,16 @@ once a step and traces once.
 Cuts lie at the block edge nearest to an equal share of the cost (`split_costs` has the models).
 One that would leave a piece of less than a third of its own overhead (with 5: a single block)
 moves to the tile's edge: that saves a piece and its merge, and costs the neighbour a block.
+
+All sums are int32 whatever the lengths are. Where the cost of all blocks could leave it, blocks
+are counted in units of a power of two of them, the smallest with which it does not: such a plan
+cuts at multiples of the unit, 2^-30 of the work or less, and still takes every block once.
 """
 
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,68 +26,33 @@ import numpy as np
 
 from mla_jax import checks
 from mla_jax.online_softmax import merge_states
-from mla_jax.split_costs import SplitCosts, split_costs
+from mla_jax.split_costs import MOST_WORK, SplitCosts, split_costs
+from mla_jax.split_plan import (
+    SlowPlanWarning,
+    SplitPlan,
+    check_plan,
+    covered_requests,
+    num_blocks,
+    require_lengths,
+)
+
+__all__ = [
+    "PAIR_OVERHEAD",
+    "SlowPlanWarning",
+    "SplitPlan",
+    "check_plan",
+    "covered_requests",
+    "merge_partials",
+    "plan_fixed",
+    "plan_loads",
+    "plan_splits",
+]
 
 PAIR_OVERHEAD = 1  # blocks that it costs two workers to merge in their shared memories
-_BEYOND = np.int32(2**31 - 1)  # sorts behind every place on the line
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "request",
-        "row_tile",
-        "block_start",
-        "block_end",
-        "slot",
-        "worker_start",
-        "tile_slot_start",
-    ],
-    meta_fields=["block_size", "rows_per_tile", "num_row_tiles", "num_slots", "fixed"],
-)
-@dataclasses.dataclass(frozen=True, eq=False)
-class SplitPlan:
-    """Who computes what: P pieces, in the order of the line; all arrays int32.
-
-    Worker w walks pieces worker_start[w] .. worker_start[w + 1]. A piece without a slot is a whole
-    tile and gives the tile's output; the pieces of a cut tile leave (o, lse) in their slots, and
-    tile t's output is the merge of slots tile_slot_start[t] .. tile_slot_start[t + 1], which are
-    in KV order. A request of length 0 has a piece of 0 blocks. Unused pieces, at the end, have
-    request = -1.
-    """
-
-    request: jax.Array  # [P]
-    row_tile: jax.Array  # [P] rows row_tile * rows_per_tile ... of the request
-    block_start: jax.Array  # [P]
-    block_end: jax.Array  # [P]
-    slot: jax.Array  # [P] -1: none
-    worker_start: jax.Array  # [W + 1]
-    tile_slot_start: jax.Array  # [num_tiles + 1]
-    block_size: int  # KV tokens a block
-    rows_per_tile: int
-    num_row_tiles: int  # a request
-    num_slots: int  # upper bound of the slots in use
-    fixed: bool = False  # made by plan_fixed: how a request is cut and merged is its own affair
-
-    def tile_of(self, request: jax.Array, row_tile: jax.Array) -> jax.Array:
-        """A tile's number. Row tiles of one request lie far apart on the line, so that workers
-        read its keys at the same time and, with luck, once from memory."""
-        return row_tile * (self.num_tiles // self.num_row_tiles) + request
-
-    @property
-    def num_workers(self) -> int:
-        """W."""
-        return self.worker_start.shape[0] - 1
-
-    @property
-    def num_pieces(self) -> int:
-        """P, unused ones included."""
-        return self.request.shape[0]
-
-    @property
-    def num_tiles(self) -> int:
-        """Requests times num_row_tiles."""
-        return self.tile_slot_start.shape[0] - 1
+_MOST_WORKERS = 2**15  # so that the product of two counts of workers is an int32
+_MOST_COST = 2**30  # of the blocks on a line; MOST_WORK more is still an int32
+_LARGEST = 2**31 - 1
+_BEYOND = np.int32(_LARGEST)  # sorts behind every place on the line
 
 
 def plan_splits(
@@ -97,6 +66,7 @@ def plan_splits(
     overhead: int = 5,
     merge_overhead: int = 0,
     in_pairs: bool = False,
+    max_seq_len: int | None = None,
 ) -> SplitPlan:
     """A balanced plan: shares that are equal within about one overhead and one block.
 
@@ -117,13 +87,15 @@ def plan_splits(
             CTAs, through their shared memories): whole tiles for pairs are tried, too, each pair's
             cut in the middle, and kept if more than PAIR_OVERHEAD cheaper. Like whole tiles, not
             with an overhead of 0 or "fia".
+        max_seq_len: the longest length there may be, if that is known, which makes planning
+            cheaper where the work of all requests of that length fits int32; None: any. If a
+            traced length is past it, its last piece is longer: right, but not balanced.
 
     Returns:
         A plan of num_tiles + num_workers pieces and 2 * (num_workers - 1) slots.
 
     Raises TypeError or ValueError naming the argument that can't be.
     """
-    _check(seq_lens, num_workers)
     costs = split_costs(
         cost_model,
         rows=rows,
@@ -131,11 +103,18 @@ def plan_splits(
         block_size=block_size,
         overhead=overhead,
     )
-    if merge_overhead < 0:
-        raise ValueError(f"merge_overhead must be at least 0, got {merge_overhead}")
+    if max_seq_len is not None:
+        max_seq_len = _check_max_seq_len(max_seq_len)
+    num_workers = _check(seq_lens, num_workers, costs, max_seq_len)
+    merge_overhead = checks.require_int("merge_overhead", merge_overhead, 0)
+    if merge_overhead > MOST_WORK // 2:
+        raise ValueError(f"merge_overhead must be at most {MOST_WORK // 2}, got {merge_overhead}")
+    in_pairs = checks.require_bool("in_pairs", in_pairs)
     if in_pairs and num_workers % 2:
         raise ValueError(f"num_workers must be even where they are in pairs, got {num_workers}")
-    return _plan_splits(seq_lens, num_workers, costs, merge_overhead, in_pairs)
+    seq_lens = checks.snapshot(seq_lens)
+    most = math.ceil((max_seq_len or _LARGEST) / costs.block_size)
+    return _plan_splits(seq_lens, num_workers, costs, merge_overhead, in_pairs, most)
 
 
 def plan_fixed(
@@ -163,34 +142,25 @@ def plan_fixed(
     Raises TypeError or ValueError naming the argument that can't be. If a traced length is past
     max_seq_len, its last piece is longer than split_size: right, but not balanced.
     """
-    _check(seq_lens, num_workers)
-    checks.require_positive("split_size", split_size)
-    checks.require_positive("max_seq_len", max_seq_len)
+    split_size = checks.require_positive("split_size", split_size)
+    max_seq_len = _check_max_seq_len(max_seq_len)
     costs = split_costs(
         "blocks", rows=rows, rows_per_tile=rows_per_tile, block_size=block_size, overhead=overhead
     )
-    if split_size % block_size:
+    if split_size % costs.block_size:
         raise ValueError(
             f"split_size must be a multiple of block_size = {block_size}, got {split_size}"
         )
-    if checks.is_concrete(seq_lens) and np.max(seq_lens, initial=0) > max_seq_len:
-        raise ValueError(
-            f"seq_lens must be at most max_seq_len = {max_seq_len}, got {np.max(seq_lens)}"
-        )
+    num_workers = _check(seq_lens, num_workers, costs, max_seq_len)
+    split_blocks = min(split_size, _LARGEST) // costs.block_size
     most = math.ceil(max_seq_len / split_size)
-    return _plan_fixed(seq_lens, num_workers, costs, split_size // block_size, most)
-
-
-@jax.jit
-def covered_requests(plan: SplitPlan, seq_lens: jax.Array) -> jax.Array:
-    """[B] bool: whether the plan's pieces cover each request's blocks, no more and no less.
-
-    False for a plan made for other lengths.
-    """
-    batch = plan.num_tiles // plan.num_row_tiles
-    taken = jnp.where(plan.request >= 0, plan.block_end - plan.block_start, 0)
-    taken = jax.ops.segment_sum(taken, plan.request, batch)  # drops request = -1
-    return taken == _num_blocks(seq_lens, plan.block_size) * plan.num_row_tiles
+    pieces = len(seq_lens) * costs.num_row_tiles * most
+    if pieces > MOST_WORK:
+        raise ValueError(
+            f"max_seq_len / split_size must give at most {MOST_WORK} pieces, got {most} for each "
+            f"of {pieces // most} tiles"
+        )
+    return _plan_fixed(checks.snapshot(seq_lens), num_workers, costs, split_blocks, most)
 
 
 def plan_loads(
@@ -202,6 +172,7 @@ def plan_loads(
     overhead: int = 5,
 ) -> jax.Array:
     """[W] float32: what each worker's pieces cost under a model; arguments as in `plan_splits`."""
+    check_plan(plan, seq_lens)
     costs = split_costs(
         cost_model,
         rows=rows,
@@ -209,16 +180,12 @@ def plan_loads(
         block_size=plan.block_size,
         overhead=overhead,
     )
-    seq_lens = jnp.asarray(seq_lens)
-    request = jnp.maximum(plan.request, 0)
-    full, last = costs.block_costs(seq_lens)
-    full, last = full[plan.row_tile], last[request, plan.row_tile]
-    blocks = plan.block_end - plan.block_start
-    has_last = (blocks > 0) & (plan.block_end * plan.block_size >= seq_lens[request])
-    cost = costs.overhead + blocks * full + jnp.where(has_last, last - full, 0)
-    cost = jnp.where(plan.request >= 0, cost, 0)
-    before = jnp.append(jnp.zeros(1, jnp.int32), jnp.cumsum(cost))
-    return jnp.diff(before[plan.worker_start]).astype(jnp.float32)
+    if costs.num_row_tiles != plan.num_row_tiles:
+        raise ValueError(
+            f"rows must be those of the plan, {plan.num_row_tiles} tiles of {plan.rows_per_tile}, "
+            f"got {rows}"
+        )
+    return _plan_loads(plan, checks.snapshot(seq_lens), costs)
 
 
 def merge_partials(
@@ -254,10 +221,12 @@ def merge_partials(
 class _Line(NamedTuple):
     """All tiles in a row, measured in cost and in places.
 
-    A place counts blocks, and 1 for a tile without any, so that each tile's edge is its own.
+    A place counts `unit` blocks, and 1 for a tile without any, so that each tile's edge is its own.
     """
 
-    blocks: jax.Array  # [T]
+    kv_blocks: jax.Array  # [T] of each tile
+    unit: jax.Array | int  # KV blocks that count as one on the line
+    blocks: jax.Array  # [T] of each tile, in units
     edge: jax.Array  # [T] the place where the tile starts
     length: jax.Array  # places in all
     cost_start: jax.Array  # [T] what stands before the tile
@@ -267,15 +236,28 @@ class _Line(NamedTuple):
     costs: SplitCosts
 
     @staticmethod
-    def lay(seq_lens: jax.Array, costs: SplitCosts) -> "_Line":
+    def lay(seq_lens: jax.Array, costs: SplitCosts, unit: jax.Array | int, most: int) -> "_Line":
+        """The line of these lengths; what a request has past `most` units is not measured."""
+        seq_lens = jnp.maximum(seq_lens, 0)
+        kv_blocks = num_blocks(seq_lens, costs.block_size)
         full, last = costs.block_costs(seq_lens)
         full, last = jnp.repeat(full, len(seq_lens)), last.T.ravel()
-        blocks = jnp.tile(_num_blocks(seq_lens, costs.block_size), costs.num_row_tiles)
+        kv_blocks = jnp.tile(kv_blocks, costs.num_row_tiles)
+        blocks = jnp.minimum((kv_blocks - 1) // unit + 1, most)
         cost = jnp.where(blocks > 0, (blocks - 1) * full + last, 0) + costs.overhead
         places = jnp.maximum(blocks, 1)
-        end, cost_end = jnp.cumsum(places), jnp.cumsum(cost)
+        end, cost_end = _running_sum(places), _running_sum(cost)
         return _Line(
-            blocks, end - places, end[-1], cost_end - cost, cost_end[-1], full, last, costs
+            kv_blocks=kv_blocks,
+            unit=unit,
+            blocks=blocks,
+            edge=end - places,
+            length=end[-1],
+            cost_start=cost_end - cost,
+            cost_total=cost_end[-1],
+            full=full,
+            last=last,
+            costs=costs,
         )
 
     def tile_at(self, places: jax.Array) -> jax.Array:
@@ -291,21 +273,22 @@ class _Line(NamedTuple):
         share = _shares(self.cost_total, num_workers, count)
         tile = _find(self.cost_start, share, side="right") - 1
         cost = self.cost_of_blocks(tile)
-        exact = jnp.arange(num_workers + 1) * (self.cost_total / count)
-        part = (exact - self.cost_start[tile]) / (cost + self.costs.overhead)
+        worker = jnp.arange(num_workers + 1, dtype=jnp.int32)
+        exact = _float32(worker) * (_float32(self.cost_total) / _float32(count))
+        part = (exact - _float32(self.cost_start[tile])) / _float32(cost + self.costs.overhead)
         inside = jnp.where(
             spread,
-            jnp.round(part * cost).astype(jnp.int32),
+            jnp.round(part * _float32(cost)).astype(jnp.int32),
             share - self.cost_start[tile] - self.costs.overhead,
         )
         place = self.place_in(tile, inside)
-        return jnp.where(jnp.arange(num_workers + 1) >= count, self.length, place).at[0].set(0)
+        return jnp.where(worker >= count, self.length, place).at[0].set(0)
 
     def place_in(self, tile: jax.Array, inside: jax.Array) -> jax.Array:
         """The places in tiles that so much cost of their blocks stands before, or an edge."""
         blocks, full, last = self.blocks[tile], self.full[tile], self.last[tile]
-        taken = jnp.clip((2 * inside + full) // (2 * full), 0, jnp.maximum(blocks - 1, 0))
-        whole = (blocks > 0) & (2 * (inside - (blocks - 1) * full) >= last)
+        taken = jnp.clip((inside + full // 2) // full, 0, jnp.maximum(blocks - 1, 0))
+        whole = (blocks > 0) & (inside - (blocks - 1) * full >= last - last // 2)
         shortest = max(1, -(-self.costs.overhead // 3))
         taken = jnp.where(taken < shortest, 0, taken)
         taken = jnp.where(whole | ((taken > 0) & (blocks - taken < shortest)), blocks, taken)
@@ -314,7 +297,8 @@ class _Line(NamedTuple):
     def cut_at_edges(self, num_workers: int) -> jax.Array:
         """Places [W + 1] that give every worker whole tiles: the edges nearest to equal shares."""
         share = _shares(self.cost_total, num_workers, jnp.int32(num_workers))
-        middle = (self.cost_start + jnp.append(self.cost_start[1:], self.cost_total)) // 2
+        cost_end = jnp.append(self.cost_start[1:], self.cost_total)
+        middle = self.cost_start + (cost_end - self.cost_start) // 2
         edges = jnp.append(self.edge, self.length)
         return edges[_find(middle, share)].at[-1].set(self.length)
 
@@ -354,18 +338,27 @@ class _Line(NamedTuple):
         return jnp.where(cuts[1:] > cuts[:-1], again[:-1] + jnp.diff(before), 0).max()
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _plan_splits(
-    seq_lens: jax.Array, num_workers: int, costs: SplitCosts, merge_overhead: int, in_pairs: bool
+    seq_lens: jax.Array,
+    num_workers: int,
+    costs: SplitCosts,
+    merge_overhead: int,
+    in_pairs: bool,
+    most: int,
 ) -> SplitPlan:
-    line = _Line.lay(seq_lens, costs)
+    """The plan of `plan_splits`; most: blocks of a request."""
+    blocks = num_blocks(seq_lens, costs.block_size)
+    total = _float32(blocks).sum() * np.float32(sum(costs.full))
+    unit = _unit(total, len(seq_lens) * most * sum(costs.full))
+    line = _Line.lay(seq_lens, costs, unit, most)
     counts = jnp.tile(jnp.arange(1, num_workers + 1, dtype=jnp.int32), 2 if costs.overhead else 1)
     spread = jnp.arange(len(counts)) >= num_workers
     all_cuts = jax.vmap(functools.partial(line.cut, num_workers))(counts, spread)
-    fewest = jnp.sqrt(line.blocks.sum().astype(jnp.float32)).astype(jnp.int32)
+    fewest = jnp.sqrt(_float32(line.blocks.sum(dtype=jnp.int32))).astype(jnp.int32)
     tried = counts >= jnp.minimum(fewest, num_workers)
     largest = jnp.where(tried, jax.vmap(line.largest_load)(all_cuts), _BEYOND)
-    inner = jax.vmap(line.inner)(all_cuts).sum(axis=1)
+    inner = jax.vmap(line.inner)(all_cuts).sum(axis=1, dtype=jnp.int32)
     cuts = all_cuts[jnp.argmin(jnp.where(largest == largest.min(), inner, _BEYOND))]
     if costs.overhead:
         whole = line.cut_at_edges(num_workers)
@@ -383,18 +376,37 @@ def _plan_splits(
 def _plan_fixed(
     seq_lens: jax.Array, num_workers: int, costs: SplitCosts, split_blocks: int, most: int
 ) -> SplitPlan:
-    line = _Line.lay(seq_lens, costs)
-    offset = jnp.arange(most, dtype=jnp.int32) * split_blocks
-    exists = (offset < line.blocks[:, None]) | (offset == 0)
-    starts = jnp.sort(jnp.where(exists, line.edge[:, None] + offset, _BEYOND).ravel())
+    """The plan of `plan_fixed`: every place on the line is a piece; most: pieces of a tile."""
+    line = _Line.lay(seq_lens, costs, split_blocks, most)
+    place = jnp.arange(len(line.blocks) * most, dtype=jnp.int32)
+    starts = jnp.where(place < line.length, place, _BEYOND)
+    num_slots = len(place) if most > 1 else 0
+    unbalanced = jnp.zeros(num_workers + 1, jnp.int32)
+    plan = _assemble(line, starts, unbalanced, num_slots, fixed=True)
     # Worker w starts at the first piece whose middle lies past w equal shares of the cost.
-    places = jnp.diff(jnp.minimum(starts, line.length), append=line.length)
-    cost = jnp.where(starts < line.length, places + costs.overhead, 0)
-    end = jnp.cumsum(cost)
+    blocks = jnp.clip(plan.block_end - plan.block_start, 1, split_blocks)
+    total = _float32(blocks).sum() + np.float32(len(place) * costs.overhead)
+    unit = _unit(total, len(place) * (split_blocks + costs.overhead))
+    cost = (blocks - 1) // unit + 1 + (costs.overhead + unit - 1) // unit
+    cost = jnp.where(starts < line.length, cost, 0)
+    end = _running_sum(cost)
     share = _shares(end[-1], num_workers, jnp.int32(num_workers))
-    worker_start = _find(2 * end - cost, 2 * share).at[-1].set(_find(starts, line.length))
-    num_slots = line.blocks.shape[0] * most if most > 1 else 0
-    return _assemble(line, starts, worker_start, num_slots, fixed=True)
+    worker_start = _find(end - (cost + 1) // 2, share).at[-1].set(line.length)
+    return dataclasses.replace(plan, worker_start=worker_start)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _plan_loads(plan: SplitPlan, seq_lens: jax.Array, costs: SplitCosts) -> jax.Array:
+    seq_lens = jnp.maximum(seq_lens, 0)
+    request = jnp.maximum(plan.request, 0)
+    full, last = (_float32(cost) for cost in costs.block_costs(seq_lens))
+    full, last = full[plan.row_tile], last[request, plan.row_tile]
+    blocks = plan.block_end - plan.block_start
+    has_last = (blocks > 0) & (plan.block_end == num_blocks(seq_lens, plan.block_size)[request])
+    cost = np.float32(costs.overhead) + _float32(blocks) * full
+    cost = jnp.where(plan.request >= 0, cost + jnp.where(has_last, last - full, 0), 0)
+    worker = _find(plan.worker_start, jnp.arange(plan.num_pieces, dtype=jnp.int32), "right") - 1
+    return jax.ops.segment_sum(cost, worker, plan.num_workers)  # drops unused pieces
 
 
 def _assemble(
@@ -408,13 +420,14 @@ def _assemble(
     until = jnp.minimum(jnp.append(starts[1:], _BEYOND), line.length)
     end = jnp.where(used, jnp.minimum(until - line.edge[tile], line.blocks[tile]), 0)
     partial = used & ((begin > 0) | (end < line.blocks[tile]))
-    slots = jnp.cumsum(partial, dtype=jnp.int32)
+    slots = _running_sum(partial)
     before = jnp.append(jnp.zeros(1, jnp.int32), slots)
+    to_tile_end = used & (end == line.blocks[tile])
     return SplitPlan(
         request=jnp.where(used, tile % batch, -1),
         row_tile=jnp.where(used, tile // batch, 0),
-        block_start=begin,
-        block_end=end,
+        block_start=begin * line.unit,
+        block_end=jnp.where(to_tile_end, line.kv_blocks[tile], end * line.unit),
         slot=jnp.where(partial, slots - 1, -1),
         worker_start=worker_start,
         tile_slot_start=before[_find(starts, jnp.append(line.edge, line.length))],
@@ -426,25 +439,54 @@ def _assemble(
     )
 
 
-def _check(seq_lens: jax.Array, num_workers: int) -> None:
+def _check(seq_lens: Any, num_workers: Any, costs: SplitCosts, max_seq_len: int | None) -> int:
+    """The number of workers as a Python int, if lengths and workers are what a planner takes."""
     checks.require_shape("seq_lens", seq_lens, "[B]", None)
     checks.require_int32("seq_lens", seq_lens)
     checks.require_positive("B of seq_lens", seq_lens.shape[0])
-    checks.require_positive("num_workers", num_workers)
-    if checks.is_concrete(seq_lens):
-        lengths = np.asarray(seq_lens)
-        for request in np.flatnonzero(lengths < 0):
-            raise ValueError(f"seq_lens[{request}] must be at least 0, got {lengths[request]}")
+    num_workers = checks.require_positive("num_workers", num_workers)
+    if num_workers > _MOST_WORKERS:
+        raise ValueError(f"num_workers must be at most {_MOST_WORKERS}, got {num_workers}")
+    costs.require_work(len(seq_lens))
+    require_lengths(seq_lens)
+    longest = np.max(seq_lens) if checks.is_concrete(seq_lens) else 0
+    if max_seq_len is not None and longest > max_seq_len:
+        raise ValueError(f"seq_lens must be at most max_seq_len = {max_seq_len}, got {longest}")
+    return num_workers
 
 
-def _num_blocks(seq_lens: jax.Array, block_size: int) -> jax.Array:
-    return jnp.maximum(seq_lens + (block_size - 1), 0) // block_size
+def _check_max_seq_len(max_seq_len: Any) -> int:
+    max_seq_len = checks.require_positive("max_seq_len", max_seq_len)
+    if max_seq_len > _LARGEST:
+        raise ValueError(f"max_seq_len must be at most {_LARGEST}, got {max_seq_len}")
+    return max_seq_len
+
+
+def _unit(total: jax.Array, bound: int) -> jax.Array | int:
+    """The smallest power of two with which total / unit is _MOST_COST or less.
+
+    total: float32, a sum that may be past int32. bound: its largest value as far as that is known
+    beforehand; one that is small enough leaves nothing to compute.
+    """
+    if bound <= _MOST_COST:
+        return 1
+    limits = np.float32(_MOST_COST) * np.exp2(np.arange(30, dtype=np.float32))
+    return jnp.left_shift(jnp.int32(1), (total > limits).sum(dtype=jnp.int32))
 
 
 def _shares(total: jax.Array, num_workers: int, count: jax.Array) -> jax.Array:
-    """[W + 1] int32: w * total / count, without the overflow of that product."""
+    """[W + 1] int32: w * total / count, without the overflow of that product; w <= count."""
     w = jnp.arange(num_workers + 1, dtype=jnp.int32)
     return w * (total // count) + w * (total % count) // count
+
+
+def _running_sum(values: jax.Array) -> jax.Array:
+    """int32, whatever JAX's width of a sum of integers is."""
+    return jnp.cumsum(values, dtype=jnp.int32)
+
+
+def _float32(values: jax.Array) -> jax.Array:
+    return values.astype(jnp.float32)
 
 
 def _find(values: jax.Array, queries: jax.Array, side: str = "left") -> jax.Array:

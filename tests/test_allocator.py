@@ -1,5 +1,11 @@
 """The page allocator: never a page twice, never a page lost, nothing changed on an error."""
 
+import copy
+import pickle
+import sys
+import threading
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -108,3 +114,126 @@ def test_any_life_keeps_every_page_once(num_pages, page_size, steps):
         allocator.free(r)
     allocator.allocate("all", num_pages * page_size)
     assert sorted(allocator.pages("all")) == list(range(num_pages))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint32, np.int8, np.int64])
+def test_numpy_integers_count_as_what_they_are(kind):
+    """Negated or added up in their own types they wrap: 17 tokens took 242 pages."""
+    allocator = PageAllocator(kind(100), kind(16))
+    allocator.allocate("a", kind(17))
+    allocator.allocate("b", kind(0))
+    allocator.extend("b", kind(127))
+    assert [len(allocator.pages(r)) for r in "ab"] == [2, 8]
+    assert allocator.num_free == 90
+    tables = allocator.block_tables(["a"], kind(3), fill=kind(99))
+    assert (tables.dtype, tables.shape, tables[0, 2]) == (np.int32, (1, 3), 99)
+    state = allocator.num_pages, allocator.page_size, *map(allocator.num_tokens, "ab")
+    assert state == (100, 16, 17, 127)
+    assert {type(value) for value in state} == {int}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda a: PageAllocator(3.0, 16), TypeError, "num_pages must be an integer, got 3.0"),
+        (lambda a: PageAllocator(True, 16), TypeError, "num_pages must be an integer, got True"),
+        (lambda a: PageAllocator(2**31, 16), ValueError, "num_pages must be at most 2147483647"),
+        (lambda a: PageAllocator(3, "16"), TypeError, "page_size must be an integer, got '16'"),
+        (lambda a: a.allocate("b", 1.0), TypeError, "num_tokens must be an integer, got 1.0"),
+        (lambda a: a.allocate("b", np.nan), TypeError, "num_tokens must be an integer, got nan"),
+        (lambda a: a.allocate("b", None), TypeError, "num_tokens must be an integer, got None"),
+        (lambda a: a.extend("a", 30.5), TypeError, "num_tokens must be an integer, got 30.5"),
+        (lambda a: a.extend("a", True), TypeError, "num_tokens must be an integer, got True"),
+        (lambda a: a.allocate(["b"], 1), TypeError, r"request_id must be hashable, got \['b'\]"),
+        (lambda a: a.free({}), TypeError, r"request_id must be hashable, got \{\} of type dict"),
+        (lambda a: a.block_tables("a", 2), TypeError, "request_ids must be a sequence .*got 'a'"),
+        (lambda a: a.block_tables({"a"}, 2), TypeError, "request_ids must be a sequence .* set"),
+        (lambda a: a.block_tables(None, 2), TypeError, "request_ids must be a sequence"),
+        (lambda a: a.block_tables(["a"], 2.0), TypeError, "max_pages must be an integer"),
+        (lambda a: a.block_tables(["a"], 0), ValueError, "max_pages must be a positive integer"),
+        (lambda a: a.block_tables(["a"], 2, fill=2**40), ValueError, "fill must be in -2147483648"),
+        (lambda a: a.block_tables(["a"], 2, fill=np.nan), TypeError, "fill must be an integer"),
+        (lambda a: a.block_tables(["a"], 2, fill=True), TypeError, "fill must be an integer"),
+        (lambda a: a.block_tables(["a"], 2, cache=3), TypeError, "cache must be a PagedKVCache or"),
+    ],
+)
+def test_wrong_types_and_ranges_are_named(call, error, message):
+    allocator = PageAllocator(3, page_size=16)
+    allocator.allocate("a", 20)
+    with pytest.raises(error, match=message):
+        call(allocator)
+    assert (allocator.num_free, allocator.requests) == (1, ("a",))
+
+
+def test_a_copy_is_independent():
+    allocator = PageAllocator(4, 16)
+    allocator.allocate("a", 20)
+    for other in (copy.deepcopy(allocator), copy.copy(allocator)):
+        other.extend("a", 64)
+        other.free("a")
+        other.allocate("b", 1)
+    other = pickle.loads(pickle.dumps(allocator))
+    other.allocate("b", 1)
+    assert (other.pages("a"), allocator.requests) == (allocator.pages("a"), ("a",))
+    assert allocator.num_free == 2
+
+
+def test_threads_lose_no_page():
+    """Threads that change places often: without a lock some runs end with pages held by nobody."""
+    allocator = PageAllocator(64, 1)
+    errors = []
+
+    def live(name):
+        try:
+            for turn in range(60):
+                try:
+                    allocator.allocate((name, turn), 12)
+                    allocator.extend((name, turn), 24)
+                    assert (allocator.block_tables([(name, turn)], 24) >= 0).all()
+                except OutOfPagesError:
+                    pass
+                if (name, turn) in allocator.requests:
+                    allocator.free((name, turn))
+        except BaseException as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=live, args=(name,)) for name in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+    assert (allocator.num_free, allocator.requests) == (64, ())
+    allocator.allocate("all", 64)
+    assert sorted(allocator.pages("all")) == list(range(64))
+
+
+class SlowToHash(str):
+    """An id at whose every look-up another thread gets its turn."""
+
+    def __hash__(self):
+        time.sleep(1e-3)
+        return super().__hash__()
+
+
+def test_of_threads_that_allocate_one_request_one_does():
+    allocator, refused = PageAllocator(64, 1), []
+
+    def allocate():
+        try:
+            allocator.allocate(SlowToHash("a"), 5)
+        except ValueError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=allocate) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 3, refused
+    assert allocator.num_free == 64 - 5

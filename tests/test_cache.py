@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paged_batch import RANK, ROPE, element
 
+from mla_jax import quantize
 from mla_jax.cache import PAGE_SIZES, PagedKVCache
 from mla_jax.reference import read_pages_float64
 
@@ -212,11 +213,43 @@ def test_describes_itself():
         ({"kv_lora_rank": -1}, "kv_lora_rank must be a positive integer, got -1"),
         ({"rope_dim": 0}, "rope_dim must be a positive integer, got 0"),
         ({"rope_dim": 8, "layout": "NZ"}, "rope_dim must be a multiple of 16 in layout NZ"),
+        ({"num_pages": 2**31}, "num_pages must be at most 2147483647, got 2147483648"),
+        ({"layout": 3}, "layout must be one of ND, NZ, got 3"),
+        ({"dtype": "x"}, "dtype must be one of .*, int8, got 'x'"),
+        ({"dtype": float}, "dtype must be one of .*, int8, got 'float64'"),
+        ({"scale_granularity": ""}, "scale_granularity is for dtype int8, got dtype bfloat16"),
     ],
 )
 def test_create_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         PagedKVCache.create(**({"num_pages": 1} | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_pages": 1.0}, "num_pages must be an integer, got 1.0"),
+        ({"num_pages": True}, "num_pages must be an integer, got True"),
+        ({"page_size": 64.0}, "page_size must be an integer, got 64.0"),
+        ({"kv_lora_rank": "512"}, "kv_lora_rank must be an integer, got '512'"),
+        ({"rope_dim": None}, "rope_dim must be an integer, got None"),
+        ({"dtype": None}, "dtype must be a dtype, got None"),
+        ({"dtype": 3}, "dtype must be a dtype, got 3"),
+    ],
+)
+def test_create_refuses_other_types(options, message):
+    with pytest.raises(TypeError, match=message):
+        PagedKVCache.create(**({"num_pages": 1} | options))
+
+
+def test_numpy_integers_count_as_what_they_are():
+    """kv_lora_rank + rope_dim was 44 of uint8."""
+    sizes = {"page_size": np.uint8(128), "kv_lora_rank": np.uint8(200), "rope_dim": np.uint8(100)}
+    cache = PagedKVCache.create(np.uint8(2), **sizes)
+    assert (cache.pages.shape, cache.latent_dim) == ((2, 128, 300), 300)
+    state = (cache.num_pages, cache.page_size, cache.kv_lora_rank, cache.rope_dim)
+    assert {type(value) for value in state} == {int}
+    assert cache.gather(i32([0, 1]), max_len=np.uint8(200)).shape == (1, 200, 300)
 
 
 GOOD = {
@@ -246,6 +279,11 @@ GOOD = {
         ("query_lens", i32(0, 4), ValueError, r"query_lens\[1\] must be in 0 .. 3"),
         ("query_lens", i32(-1, 0), ValueError, r"query_lens\[0\] must be in 0 .. 3 .* got -1"),
         ("query_lens", i32([1]), ValueError, r"query_lens must be \[B\]"),
+        ("kv", None, TypeError, "kv must be an array, got NoneType"),
+        ("kv", GOOD["kv"].tolist(), TypeError, "kv must be an array, got list"),
+        ("kv", GOOD["kv"][:, :0], ValueError, r"kv must have no dim of 0, got shape \[2, 0, 48\]"),
+        ("seq_lens", np.zeros(2, np.int64), TypeError, "seq_lens must be an int32 .* int64"),
+        ("seq_lens", i32(0, 2**31 - 1), ValueError, r"seq_lens \+ query_lens\[1\] .* 2147483649"),
     ],
 )
 def test_append_refuses_and_writes_nothing(name, value, error, message):
@@ -266,3 +304,72 @@ def test_gather_refuses():
         cache.gather(tables, max_len=4, seq_lens=i32(1))
     with pytest.raises(ValueError, match="block_tables must be"):
         cache.gather(tables[0], max_len=4)
+    with pytest.raises(TypeError, match=r"max_len must be an integer, got 4\.0"):
+        cache.gather(tables, max_len=4.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"positions": np.zeros((1, 2))}, TypeError, "positions must be of an integer .* float64"),
+        (
+            {"positions": np.ones((1, 2), bool)},
+            TypeError,
+            "positions must be of an integer .* bool",
+        ),
+        ({"positions": [[0, 1]]}, TypeError, "positions must be an array, got list"),
+        ({"positions": None}, TypeError, "positions must be an array, got NoneType"),
+        ({"positions": i32(0, 1)}, ValueError, r"positions must be \[N, T\] or \[1, T\]"),
+        ({"positions": i32([0], [1], [2])}, ValueError, r"positions must be .* = \[2, any\]"),
+        ({"requests": i32(0, 2)}, ValueError, r"requests\[1\] must be in 0 .. 1, got 2"),
+        ({"requests": i32(-1)}, ValueError, r"requests\[0\] must be in 0 .. 1, got -1"),
+        ({"requests": [0]}, TypeError, "requests must be an int32 array, got list"),
+        ({"requests": np.zeros(1)}, TypeError, "requests must be an int32 array, got float64"),
+        ({"block_tables": [[0, 1]]}, TypeError, "block_tables must be an int32 array, got list"),
+        ({"block_tables": None}, ValueError, r"block_tables must be \[B, max_pages\]"),
+    ],
+)
+def test_rows_refuse(change, error, message):
+    arguments = {"block_tables": GOOD["block_tables"], "positions": i32([0, 1])} | change
+    for method in (PagedKVCache.rows, PagedKVCache.stored_rows):
+        with pytest.raises(error, match=message):
+            method(create(4), **arguments)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint32, np.int64])
+def test_positions_of_any_integer_dtype(dtype):
+    kv = jnp.arange(2 * 32 * WIDTH, dtype=jnp.float32).reshape(2, 32, WIDTH)
+    cache = create(4).append(kv, GOOD["block_tables"], i32(0, 0))
+    positions = np.array([[0, 17, 2**40 if dtype == np.int64 else 31]], dtype)
+    rows = cache.rows(GOOD["block_tables"], positions)
+    np.testing.assert_array_equal(rows, kv[:, [0, 17, 31]])
+
+
+def test_traced_lengths_at_the_end_of_int32_write_nothing():
+    """seq_lens + query_lens past it was negative, so it seemed to fit and wrote into page 0."""
+    cache = create(4)
+    append = jax.jit(lambda cache, *args: cache.append(jnp.ones((5, 2, WIDTH)), *args))
+    tables = i32([0, 1], [2, 3], [-1, -1], [4, GARBAGE], [1, 2])
+    lengths = i32(2**31 - 1, 2**31 - 2, -(2**31), 2**31 - 1, 0)
+    cache = append(cache, tables, lengths, i32(2, 2, 2, 2**31 - 1, 3))
+    assert not np.asarray(cache.pages).any()
+
+
+@pytest.mark.parametrize("granularity", [None, *quantize.GRANULARITIES])
+def test_dtypes_do_not_hang_on_the_modes_of_jax(granularity):
+    """With 64 bits as JAX's default width and no implicit promotion."""
+    options = {"dtype": "int8" if granularity else "float32", "page_size": 16, "rope_dim": ROPE}
+    scale = 0.5 if granularity == "tensor" else None
+    tables = GOOD["block_tables"]
+
+    def run(kv, lengths):
+        cache = PagedKVCache.create(
+            4, kv_lora_rank=128, scale_granularity=granularity, scale=scale, **options
+        )
+        cache = cache.append(kv, tables, lengths, lengths)
+        return cache, cache.gather(tables, max_len=9), cache.rows(tables, lengths[:, None])
+
+    arguments = np.ones((2, 3, 128 + ROPE), np.float32), i32(1, 2)
+    wanted = jax.eval_shape(run, *arguments)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(run, *arguments), wanted)

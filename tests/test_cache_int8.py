@@ -11,6 +11,7 @@ import pytest
 from paged_batch import OPTIMISED
 
 from mla_jax import quantize
+from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import PAGE_SIZES, PagedKVCache
 from mla_jax.reference import read_pages_float64
 
@@ -211,6 +212,12 @@ def test_describes_itself():
         ({"scale_granularity": "tensor", "scale": 0.0}, "scale must be positive and finite"),
         ({"scale_granularity": "tensor", "scale": np.nan}, "scale must be positive .* got nan"),
         ({"scale_granularity": "tensor", "scale": np.ones(2)}, "scale must be a number"),
+        ({"scale_granularity": "tensor", "scale": 1e-60}, "scale must be positive .* got 1e-60"),
+        ({"scale_granularity": "tensor", "scale": 1e-40}, "scale must be positive .* got 1e-40"),
+        ({"scale_granularity": "tensor", "scale": 1e300}, "scale must be positive .* got 1e[+]300"),
+        ({"scale_granularity": "tensor", "scale": 1e38}, "scale must be positive .* got 1e[+]38"),
+        ({"scale_granularity": "tensor", "scale": np.int64(-3)}, "scale must be .* got -3"),
+        ({"scale_granularity": ""}, "scale_granularity must be one of token, group, tensor"),
         ({"scale_granularity": "group", "kv_lora_rank": 96}, "kv_lora_rank must be .* of 128"),
         ({"kv_lora_rank": 48, "layout": "NZ"}, "kv_lora_rank must be a multiple of 32 .* got 48"),
         ({"rope_dim": 8, "layout": "NZ"}, "rope_dim must be a multiple of 16 .* got 8"),
@@ -223,9 +230,64 @@ def test_create_refuses(options, message):
         PagedKVCache.create(1, **({"dtype": "int8"} | options))
 
 
+@pytest.mark.parametrize("scale", ["1", True, 1j, np.bool_(1), b"1", 10**400, object()])
+def test_a_scale_is_a_real_number(scale):
+    with pytest.raises(TypeError, match="scale must be a real number, got"):
+        PagedKVCache.create(1, dtype="int8", scale_granularity="tensor", scale=scale)
+
+
+def test_scales_are_checked_as_they_are_stored():
+    """The smallest and the largest, numpy's and JAX's; a traced one out of range becomes NaN."""
+
+    def stored(scale):
+        options = {"dtype": "int8", "kv_lora_rank": 1, "rope_dim": 1}
+        return PagedKVCache.create(1, scale_granularity="tensor", scale=scale, **options).scales
+
+    largest = np.nextafter(np.finfo(np.float32).max / np.float32(127), 0)
+    assert np.isfinite(largest * np.float32(127))
+    for scale in (2.0**-126, largest, np.float16(0.5), jnp.bfloat16(0.5), 3, np.uint8(3)):
+        assert stored(scale).dtype == jnp.float32
+        assert stored(scale) == np.float32(scale)
+    traced = jax.jit(stored)
+    assert [float(traced(x)) for x in (0.5, 3)] == [0.5, 3]
+    assert np.isnan([traced(x) for x in (0.0, -1.0, np.nan, np.inf, 1e38)]).all()
+    with pytest.raises(TypeError, match="scale must be a real number"):
+        traced(True)
+
+
+@pytest.mark.parametrize("granularity", quantize.GRANULARITIES)
+@pytest.mark.parametrize("layout", ["ND", "NZ"])
+def test_what_is_not_finite_stays_visible(layout, granularity):
+    """NaN or an infinity in a latent makes all of it NaN; other tokens keep their bits."""
+    kv = np.array(np.random.default_rng(3).standard_normal((1, 16, WIDTH)), np.float32)
+    tables, clean = i32([3]), create(layout=layout, granularity=granularity)
+    clean = clean.append(kv, tables, i32(0)).gather(tables, max_len=16)
+    bad = {2: (0, np.nan), 5: (RANK - 1, np.inf), 7: (130, -np.inf), 11: (RANK, np.nan)}
+    for token, (column, value) in bad.items():
+        kv[0, token, column] = value
+    cache = create(layout=layout, granularity=granularity).append(kv, tables, i32(0))
+    rows = np.asarray(cache.gather(tables, max_len=16))[0]
+    good = np.setdiff1d(np.arange(16), list(bad))
+    np.testing.assert_array_equal(rows[good], clean[0, good])
+    for token, (column, _) in bad.items():
+        assert np.isnan(rows[token, column:RANK]).all(), token
+        assert np.isnan(rows[token]).any(), token
+
+    if layout == "NZ":
+        return  # attention reads it through the same rows
+    q = jnp.ones((1, 16, 1, WIDTH), jnp.float32)  # token i sees keys up to i
+    o, lse = paged_mla_attention(q, cache, tables, i32(16), softmax_scale=0.1, implementation="xla")
+    assert np.isnan(lse[0, 2:]).all()
+    assert np.isnan(o[0, 2:]).any(axis=-1).all()
+    assert np.isfinite(lse[0, :2]).all()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"pages": [0]}, TypeError, "cache.pages must be an array, got list"),
+        ({"page_size": 0}, ValueError, "cache.page_size must be a positive integer, got 0"),
+        ({"kv_lora_rank": 256.0}, TypeError, "cache.kv_lora_rank must be an integer, got 256.0"),
         ({"scales": None}, ValueError, "cache.scales must be an array where dtype is int8"),
         ({"rope_pages": None}, ValueError, "cache.rope_pages must be an array where .* int8"),
         (

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from mla_jax.cache import PagedKVCache
@@ -111,3 +112,75 @@ def test_throughput_ceiling_of_a_full_memory_is_the_ratio_of_the_batches():
 def test_bad_arguments_are_named(call, named):
     with pytest.raises(ValueError, match=f"^{named} must be"):
         call()
+
+
+V3 = MLAConfig.preset("deepseek-v3")
+SERVED = {"batch": 1, "weights": 1, "tokens_per_request": 1, "bandwidth": 1}
+HELD = {"memory": 9, "weights": 1, "tokens_per_request": 1}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "named"),
+    [
+        (lambda: CacheSize.mla(V3, layers=0), ValueError, "layers"),
+        (lambda: CacheSize.mla_int8(V3, layers=0), ValueError, "layers"),
+        (lambda: CacheSize.mla(V3, layers=1.5), TypeError, "layers"),
+        (lambda: CacheSize.mla("deepseek-v3"), TypeError, "config"),
+        (lambda: CacheSize.mla_int8(None), TypeError, "config"),
+        (lambda: schemes({}), TypeError, "config"),
+        (lambda: schemes(V3, gqa_heads=0), ValueError, "gqa_heads"),
+        (lambda: schemes(V3, bits="16"), TypeError, "bits"),
+        (lambda: CacheSize(3, 1), TypeError, "scheme"),
+        (lambda: CacheSize("MHA", 1.5), TypeError, "values"),
+        (lambda: CacheSize("MHA", True), TypeError, "values"),
+        (lambda: CacheSize("MHA", 1, bits=math.inf), ValueError, "bits"),
+        (lambda: CacheSize.mha(-8, -128), ValueError, "num_heads"),
+        (lambda: CacheSize.mha(8, 1.0), TypeError, "head_dim"),
+        (lambda: CacheSize.gqa(0, 128), ValueError, "num_kv_heads"),
+        (lambda: CacheSize.mqa(None), TypeError, "head_dim"),
+        (lambda: DEEPSEEK_V2.reduction_from(3), TypeError, "other"),
+        (lambda: decompose(3, DEEPSEEK_V2), TypeError, "before"),
+        (lambda: decompose(DEEPSEEK_V2, None), TypeError, "after"),
+        (lambda: Machine(None, 1, 1), TypeError, "name"),
+        (lambda: Machine("none", "1", 1), TypeError, "memory"),
+        (lambda: Machine("none", 1, True), TypeError, "bandwidth"),
+        (lambda: largest_batch(576, **HELD), TypeError, "cache"),
+        (lambda: largest_batch(DEEPSEEK_V2, **HELD | {"memory": math.inf}), ValueError, "memory"),
+        (lambda: largest_batch(DEEPSEEK_V2, **HELD | {"weights": "1"}), TypeError, "weights"),
+        (lambda: largest_batch(DEEPSEEK_V2, **HELD | {"weights": math.nan}), ValueError, "weights"),
+        (lambda: throughput_ceiling(576, **SERVED), TypeError, "cache"),
+        (lambda: throughput_ceiling(DEEPSEEK_V2, **SERVED | {"batch": -5}), ValueError, "batch"),
+        (lambda: throughput_ceiling(DEEPSEEK_V2, **SERVED | {"batch": 1.5}), TypeError, "batch"),
+        (
+            lambda: throughput_ceiling(DEEPSEEK_V2, **SERVED | {"batch": math.nan}),
+            TypeError,
+            "batch",
+        ),
+        (
+            lambda: throughput_ceiling(DEEPSEEK_V2, **SERVED | {"weights": -1}),
+            ValueError,
+            "weights",
+        ),
+        (
+            lambda: throughput_ceiling(DEEPSEEK_V2, **SERVED | {"tokens_per_request": math.nan}),
+            ValueError,
+            "tokens_per_request",
+        ),
+    ],
+)
+def test_wrong_types_and_ranges_are_named(call, error, named):
+    with pytest.raises(error, match=f"^{named} must be"):
+        call()
+
+
+def test_numpy_integers_count_as_what_they_are():
+    narrow = CacheSize.mha(np.uint8(128), np.uint8(128), bits=np.uint8(16), layers=np.uint8(61))
+    assert narrow == CacheSize.mha(128, 128, layers=61)
+    assert {type(narrow.values), type(narrow.bits), type(narrow.layers)} == {int}
+    assert narrow.bytes_per_token == 61 * 2 * 128 * 128 * 2
+    at = {"weights": np.uint8(200), "tokens_per_request": np.uint8(200)}
+    of = CacheSize.mqa(np.uint8(200), bits=8)
+    assert largest_batch(of, memory=np.uint32(200 + 80_000 * 3), **at) == 3
+    assert throughput_ceiling(of, batch=np.uint8(200), bandwidth=8e4, **at) == pytest.approx(
+        200 * 8e4 / (200 + 200 * 80_000)
+    )

@@ -1,7 +1,11 @@
 """The Hopper kernels' tile plans: what fits, what is refused, the table, and how it is made."""
 
+import functools
 import json
+import warnings
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +14,8 @@ from hypothesis import strategies as st
 from experiments import tune_hopper
 from mla_jax import PagedKVCache, paged_mla_attention
 from mla_jax.hal import PROFILES, Problem, TilePlanError, plan_tiles
-from pallas_kernels.hopper import attention
+from mla_jax.split_kv import SlowPlanWarning, plan_fixed, plan_splits
+from pallas_kernels.hopper import attention, int8
 from pallas_kernels.hopper.tuning import (
     choose_tile_plan,
     few_tokens,
@@ -208,3 +213,60 @@ def test_the_stopwatch_checks_what_it_times(monkeypatch, right: bool) -> None:
     else:
         with pytest.raises(RuntimeError, match=r"16 heads, .* 2 x 100, .*: wrong with .*split"):
             stopwatch(entries, 16)
+
+
+def shapes(make, lens, **options):
+    """The plan but for its values: what a kernel can know of it when it is traced."""
+    return jax.eval_shape(functools.partial(make, **options), lens)
+
+
+class TestPlansOfOthers:
+    """A plan with other tiles or workers than the kernel is tuned for is said, and only that."""
+
+    LENS = np.full(8, 4096, np.int32)
+
+    @pytest.mark.parametrize(("rows", "cache"), [(16, "float"), (128, "float"), (128, "int8")])
+    def test_the_right_plan_is_silent(self, rows, cache):
+        plan = shapes(attention.plan_decode, self.LENS, rows=rows, capacity=8192, cache=cache)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            attention.warn_if_slow(plan, rows, capacity=8192, cache=cache)
+
+    @pytest.mark.parametrize("cache", ["float", "int8"])
+    def test_another_plan_is_said(self, cache, monkeypatch):
+        """Also by the function that runs it, once it knows the shapes."""
+        height = 64 if cache == "float" else 16
+        plan = shapes(plan_splits, self.LENS, num_workers=132, rows=128, rows_per_tile=height)
+        message = f"plan has rows_per_tile {height} and 132 workers, .* for 8 requests of 128 rows"
+        with pytest.warns(SlowPlanWarning, match=message):
+            attention.warn_if_slow(plan, 128, capacity=8192, cache=cache)
+
+        for module in (attention, int8):
+            monkeypatch.setattr(module, "launch", lambda *_, **__: "launched")
+        options = {"num_heads": 128, "softmax_scale": 1.0, "causal": True}
+        tables, pages = jnp.zeros((8, 128), jnp.int32), np.zeros((1, 64, 512), np.int8)
+        work = tables, self.LENS, None, plan
+        q = jnp.zeros((8, 128, 576), jnp.bfloat16)
+        attend = functools.partial(attention.attend, q, q[:1, :64], kv_lora_rank=512)
+        if cache == "int8":
+            attend = functools.partial(int8.attend_int8, q, pages, q[:1, :64, :64], None)
+        with pytest.warns(SlowPlanWarning, match=message):
+            assert attend(*work, **options) == "launched"
+
+    def test_workers_count_too(self):
+        plan = shapes(plan_splits, self.LENS, num_workers=6, rows=128, rows_per_tile=128)
+        with pytest.warns(
+            SlowPlanWarning, match="6 workers.* tuned for rows_per_tile 128 and 66 w"
+        ):
+            attention.warn_if_slow(plan, 128, capacity=8192)
+
+    def test_a_fixed_plan_may_have_the_tiles_of_any_batch(self):
+        lens, options = np.full(1, 64, np.int32), {"split_size": 64, "max_seq_len": 64}
+        assert choose_tile_plan(128, batch=1, capacity=64).rows_per_tile < 128
+        plan = shapes(plan_fixed, lens, num_workers=66, rows=128, rows_per_tile=128, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            attention.warn_if_slow(plan, 128, capacity=64)
+        plan = shapes(plan_splits, lens, num_workers=66, rows=128, rows_per_tile=128)
+        with pytest.warns(SlowPlanWarning, match="for 1 requests of 128 rows and up to 64 keys"):
+            attention.warn_if_slow(plan, 128, capacity=64)

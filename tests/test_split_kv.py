@@ -1,6 +1,7 @@
 """Split plans: every block once, balanced as the schedulers they come from are, and executed."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 from paged_batch import OPTIMISED, SCALE, assert_matches, make_batch
 
 from mla_jax.attention import paged_mla_attention
+from mla_jax.cache import PagedKVCache
 from mla_jax.split_kv import SplitPlan, covered_requests, plan_fixed, plan_loads, plan_splits
+from mla_jax.split_plan import check_plan as check_sound
 
 WORKERS = (1, 2, 7, 40)
 ROWS, ROWS_PER_TILE = 150, 64  # three row tiles, the last of 22 rows
@@ -64,7 +67,8 @@ def check_plan(plan, seq_lens, rows):
             slot += piece - first
     assert piece == used
     assert p.tile_slot_start[-1] == slot <= p.num_slots
-    assert np.asarray(covered_requests(plan, jnp.asarray(seq_lens))).all()
+    assert np.asarray(covered_requests(plan, i32(*seq_lens))).all()
+    check_sound(plan, i32(*seq_lens))
 
 
 def flash_mla_largest(blocks, num_workers, overhead):
@@ -284,7 +288,32 @@ def test_fixed_plan_takes_a_traced_length_past_its_maximum_whole():
         ({"num_workers": 0}, ValueError, "num_workers must be a positive integer, got 0"),
         ({"rows": 0}, ValueError, "rows must be a positive integer, got 0"),
         ({"rows_per_tile": -1}, ValueError, "rows_per_tile must be a positive integer, got -1"),
-        ({"block_size": 1.5}, ValueError, "block_size must be a positive integer, got 1.5"),
+        ({"block_size": 1.5}, TypeError, "block_size must be an integer, got 1.5"),
+        ({"block_size": 2**31}, ValueError, "block_size must be at most 2147483647, got 21474836"),
+        ({"rows_per_tile": 0}, ValueError, "rows_per_tile must be a positive integer, got 0"),
+        ({"rows_per_tile": 4.0}, TypeError, "rows_per_tile must be an integer, got 4.0"),
+        ({"rows": True}, TypeError, "rows must be an integer, got True"),
+        ({"rows": 2**40}, ValueError, "row tiles, rows / rows_per_tile, must be at most"),
+        ({"num_workers": 2.0}, TypeError, "num_workers must be an integer, got 2.0"),
+        ({"num_workers": 2**16}, ValueError, "num_workers must be at most 32768, got 65536"),
+        ({"overhead": math.nan}, TypeError, "overhead must be an integer, got nan"),
+        ({"overhead": 1.5}, TypeError, "overhead must be an integer, got 1.5"),
+        ({"overhead": 2**31}, ValueError, "overhead must be at most 536870912, got 2147483648"),
+        ({"overhead": 2**28, "rows": 256}, ValueError, "seq_lens, rows, block_size and overhead"),
+        ({"cost_model": "fia", "overhead": 0.5}, TypeError, "overhead must be an integer"),
+        ({"merge_overhead": math.nan}, TypeError, "merge_overhead must be an integer, got nan"),
+        ({"merge_overhead": 2**31}, ValueError, "merge_overhead must be at most 268435456"),
+        ({"in_pairs": "no"}, TypeError, "in_pairs must be True or False, got 'no'"),
+        ({"in_pairs": 1}, TypeError, "in_pairs must be True or False, got 1"),
+        ({"seq_lens": [1]}, TypeError, "seq_lens must be an int32 array, got list"),
+        ({"seq_lens": np.ones(1, np.int64)}, TypeError, "seq_lens must be an int32 .* int64"),
+        ({"max_seq_len": 0}, ValueError, "max_seq_len must be a positive integer, got 0"),
+        ({"max_seq_len": 2**31}, ValueError, "max_seq_len must be at most 2147483647, got"),
+        (
+            {"seq_lens": i32(7), "max_seq_len": 6},
+            ValueError,
+            "seq_lens must be at most max_seq_len = 6, got 7",
+        ),
         ({"overhead": -1}, ValueError, "overhead must be at least 0, got -1"),
         ({"merge_overhead": -1}, ValueError, "merge_overhead must be at least 0, got -1"),
         ({"cost_model": "x"}, ValueError, "cost_model must be one of blocks, fia, got 'x'"),
@@ -308,12 +337,262 @@ def test_plan_splits_refuses(options, error, message):
         ({"split_size": 0}, "split_size must be a positive integer, got 0"),
         ({"max_seq_len": 0}, "max_seq_len must be a positive integer, got 0"),
         ({"max_seq_len": 9}, "seq_lens must be at most max_seq_len = 9, got 10"),
+        ({"max_seq_len": 2**31}, "max_seq_len must be at most 2147483647, got 2147483648"),
+        ({"max_seq_len": 2**31 - 1, "rows": 4096}, "max_seq_len / split_size must give at most"),
     ],
 )
 def test_plan_fixed_refuses(options, message):
     options = {"split_size": 64, "max_seq_len": 64, "num_workers": 2, "rows": 4} | options
     with pytest.raises(ValueError, match=message):
         plan_fixed(i32(10), **options)
+
+
+# ----------------------------------------------------------------------- every length, every mode
+
+
+LONGEST = ([2**31 - 1] * 5, {"block_size": 1, "rows": 150, "overhead": 2, "in_pairs": True})
+
+
+@pytest.mark.parametrize(
+    ("seq_lens", "options"),
+    [
+        ([2**31 - 1] * 2, {}),
+        ([2**31 - 1, 0, 7, 2**31 - 1, 2**30], {"cost_model": "fia", "rows": 150}),
+        LONGEST,
+        ([1000, 0, 70, 3, 5], {"overhead": 2**26, "merge_overhead": 2**28, "in_pairs": True}),
+    ],
+)
+def test_no_sum_leaves_int32(seq_lens, options):
+    """Work past int32, which wrapped: every block once, in shares that are as equal as ever."""
+    options = {"num_workers": 6, "rows": 1} | options
+    lens = i32(*seq_lens)
+    plan = plan_splits(lens, **options)  # no value is looked at but whether it is below 0
+    check_plan(plan, seq_lens, options["rows"])
+    names = ("rows", "cost_model", "overhead")
+    model = {name: options[name] for name in names if name in options}
+    loads = np.asarray(plan_loads(plan, lens, **model), np.float64)
+
+    by_rows = [math.ceil(min(64, options["rows"] - 64 * i) / 16) for i in range(plan.num_row_tiles)]
+    blocks = [math.ceil(length / plan.block_size) for length in seq_lens]
+    pieces = int((np.asarray(plan.request) >= 0).sum())
+    if options.get("cost_model") == "fia":
+        cost = [6 * rows + 10 * math.ceil(plan.block_size / 64) for rows in by_rows]
+        total, overhead = sum(blocks) * sum(cost), 0
+    else:
+        total = sum(blocks) * len(by_rows)
+        overhead = options.get("overhead", 5)
+    assert loads.sum() == pytest.approx(total + pieces * overhead, rel=1e-5)
+    if sum(blocks) > 1000:
+        assert loads.max() <= (total + pieces * overhead) / 6 * 1.001 + 2 * overhead + 60
+
+
+def test_fixed_plan_of_the_longest_lengths():
+    """Pieces at multiples of split_size whatever the others are, and balanced past int32, too."""
+    seq_lens = i32(2**31 - 1, 5, 2**31 - 1, 0, 2**30)
+    options = {"split_size": 2**27, "max_seq_len": 2**31 - 1, "num_workers": 4, "rows": 1}
+    plan = jax.jit(functools.partial(plan_fixed, block_size=1, **options))(seq_lens)
+    check_plan(plan, seq_lens.tolist(), 1)
+    start, end = np.asarray(plan.block_start)[:42], np.asarray(plan.block_end)[:42]
+    assert not (start % 2**27).any()
+    assert (end - start <= 2**27).all()
+    loads = np.asarray(plan_loads(plan, seq_lens, rows=1))
+    assert loads.max() <= loads.sum() / 4 + 2**27 + 5
+
+
+def test_a_traced_length_past_the_maximum_is_covered():
+    seq_lens = i32(128, 300, 64)
+    plan = jax.jit(functools.partial(plan_splits, max_seq_len=128, num_workers=3, rows=64))(
+        seq_lens
+    )
+    check_plan(plan, seq_lens, 64)
+
+
+def test_plans_do_not_hang_on_the_modes_of_jax():
+    """int32 and the same bits, with 64 bits as JAX's default width and no implicit promotion."""
+    lens = i32(*LONGEST[0])
+    pairs = functools.partial(plan_splits, num_workers=6, **LONGEST[1])
+    others = [
+        functools.partial(plan_splits, num_workers=2, rows=150, cost_model="fia", block_size=1),
+        functools.partial(
+            plan_fixed, num_workers=2, rows=150, split_size=2**24, max_seq_len=2**31 - 1
+        ),
+    ]
+    wanted = pairs(lens)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        got = pairs(lens)
+        for make in (pairs, *others):
+            plan = jax.eval_shape(make, lens)
+            assert {leaf.dtype for leaf in jax.tree.leaves(plan)} == {np.dtype(np.int32)}
+            loads = jax.eval_shape(
+                functools.partial(plan_loads, rows=64 * plan.num_row_tiles), plan, lens
+            )
+            assert loads.dtype == np.float32
+            assert jax.eval_shape(covered_requests, plan, lens).dtype == bool
+    chex.assert_trees_all_equal(got, wanted)
+    chex.assert_trees_all_equal_dtypes(got, wanted)
+
+
+def test_numpy_integers_count_as_what_they_are():
+    narrow = np.uint8
+    make = functools.partial(
+        plan_splits,
+        num_workers=narrow(200),
+        rows=narrow(200),
+        rows_per_tile=narrow(64),
+        block_size=narrow(128),
+        overhead=narrow(255),
+        merge_overhead=narrow(255),
+        in_pairs=np.bool_(True),
+        max_seq_len=np.int16(1000),
+    )
+    plan = jax.eval_shape(make, i32(1000, 0, 70))
+    static = plan.block_size, plan.rows_per_tile, plan.num_row_tiles, plan.num_slots
+    assert static == (128, 64, 4, 398)
+    assert {type(value) for value in static} == {int}
+
+
+LENGTHS = i32(1000, 70, 0)
+CUT = jax.tree.map(np.asarray, plan_splits(LENGTHS, num_workers=3, rows=64, overhead=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"seq_lens": np.ones(3)}, TypeError, "seq_lens must be an int32 array, got float64"),
+        ({"seq_lens": i32(100, -1, 0)}, ValueError, r"seq_lens\[1\] must be at least 0, got -1"),
+        ({"seq_lens": i32(1, 2)}, ValueError, r"seq_lens must be .* = \[3\], got shape \[2\]"),
+        ({"seq_lens": i32(1000, 9, 0)}, ValueError, "plan must be made for these seq_lens"),
+        ({"plan": None}, TypeError, "plan must be a SplitPlan, got NoneType"),
+        ({"rows": 65}, ValueError, "rows must be those of the plan, 1 tiles of 64, got 65"),
+        ({"overhead": 0.5}, TypeError, "overhead must be an integer, got 0.5"),
+        ({"cost_model": None}, ValueError, "cost_model must be one of"),
+    ],
+)
+def test_plan_loads_refuses(change, error, message):
+    arguments = {"seq_lens": LENGTHS, "plan": CUT, "rows": 64} | change
+    with pytest.raises(error, match=message):
+        plan_loads(arguments.pop("plan"), arguments.pop("seq_lens"), **arguments)
+
+
+# --------------------------------------------------------------------------------- what is refused
+
+
+def changed(name, at, value):
+    """CUT with other values in one of its arrays."""
+    array = getattr(CUT, name).copy()
+    array[at] = value
+    return dataclasses.replace(CUT, **{name: array})
+
+
+@pytest.mark.parametrize(
+    ("plan", "error", "message"),
+    [
+        (changed("block_start", slice(1, 3), [5, 10]), ValueError, r"plan.block_start\[1\] must"),
+        (changed("block_start", 0, 1), ValueError, r"plan.block_start\[0\] must be 0, got 1"),
+        (changed("block_end", 0, 5), ValueError, r"plan.block_start\[1\] must be 5, got 6"),
+        (
+            dataclasses.replace(
+                changed("block_end", 0, 0), block_start=changed("block_start", 1, 0).block_start
+            ),
+            ValueError,
+            "plan.block_end must be past block_start",
+        ),
+        (changed("worker_start", slice(None), 0), ValueError, r"plan.worker_start\[3\] must be 5"),
+        (changed("worker_start", 0, 1), ValueError, r"plan.worker_start\[0\] must be 0, got 1"),
+        (changed("worker_start", 1, 4), ValueError, "plan.worker_start must be in rising order"),
+        (changed("slot", slice(0, 3), 0), ValueError, r"plan.slot\[1\] must be 1, got 0"),
+        (changed("slot", slice(0, 3), -1), ValueError, r"plan.slot\[0\] must be 0, got -1"),
+        (changed("slot", 4, 3), ValueError, r"plan.slot\[4\] must be -1, got 3"),
+        (changed("tile_slot_start", 1, 2), ValueError, r"plan.tile_slot_start\[1\] must be 3"),
+        (changed("request", 4, 3), ValueError, "plan.request must be below the 3 requests, got 3"),
+        (changed("request", 4, 1), ValueError, "plan.request must name all 3 tiles, got 2"),
+        (changed("request", 3, 2), ValueError, "row_tile must be of the tiles 0, 1, .* got 2 at 3"),
+        (changed("request", 2, -1), ValueError, "plan.request must be -1 at the end only"),
+        (changed("request", 5, -2), ValueError, r"plan.request\[5\] must be -1, got -2"),
+        (changed("row_tile", 0, 1), ValueError, "plan.row_tile must be in 0 .. 0, got 1 at 0"),
+        (changed("block_end", 5, 1), ValueError, r"plan.block_end\[5\] must be 0, got 1"),
+        (
+            changed("block_end", 3, 1),
+            ValueError,
+            "plan must be made for these seq_lens.* request 1",
+        ),
+        (
+            dataclasses.replace(CUT, num_slots=2),
+            ValueError,
+            "plan.num_slots must be at least the 3",
+        ),
+        (dataclasses.replace(CUT, block_size=0), ValueError, "plan.block_size must be a positive"),
+        (
+            dataclasses.replace(CUT, block_size=64.0),
+            TypeError,
+            "plan.block_size must be an integer",
+        ),
+        (
+            dataclasses.replace(CUT, block_size=32),
+            ValueError,
+            "plan must be made for these seq_len",
+        ),
+        (
+            dataclasses.replace(CUT, rows_per_tile=0),
+            ValueError,
+            "plan.rows_per_tile must be a posi",
+        ),
+        (
+            dataclasses.replace(CUT, num_row_tiles=2),
+            ValueError,
+            "multiple of num_row_tiles = 2, got",
+        ),
+        (dataclasses.replace(CUT, num_slots=-1), ValueError, "plan.num_slots must be at least 0"),
+        (dataclasses.replace(CUT, fixed=1), TypeError, "plan.fixed must be True or False, got 1"),
+        (
+            dataclasses.replace(CUT, slot=CUT.slot[:-1]),
+            ValueError,
+            r"plan.slot must be \[P\] = \[6",
+        ),
+        (dataclasses.replace(CUT, slot=[-1] * 6), TypeError, "plan.slot must be an int32 array"),
+        (
+            dataclasses.replace(CUT, request=CUT.request.astype(np.int64)),
+            TypeError,
+            "plan.request must be an int32 array, got int64",
+        ),
+        (
+            dataclasses.replace(CUT, worker_start=CUT.worker_start[:1]),
+            ValueError,
+            "workers of plan.worker_start must be a positive integer, got 0",
+        ),
+        (
+            dataclasses.replace(CUT, worker_start=np.int32(0)),
+            ValueError,
+            r"plan.worker_start must be \[W \+ 1\]",
+        ),
+        (
+            dataclasses.replace(CUT, tile_slot_start=CUT.tile_slot_start[:1]),
+            ValueError,
+            "plan.tile_slot_start must be of num_tiles",
+        ),
+    ],
+)
+def test_a_forged_plan_is_refused(plan, error, message):
+    tables = np.arange(3 * 63, dtype=np.int32).reshape(3, 63)
+    with pytest.raises(error, match=message):
+        paged_mla_attention(
+            np.zeros((3, 1, 64, 48), np.float32),
+            PagedKVCache.create(
+                3 * 63, page_size=16, kv_lora_rank=32, rope_dim=16, dtype="float32"
+            ),
+            tables,
+            LENGTHS,
+            softmax_scale=1.0,
+            implementation="split_kv",
+            plan=plan,
+        )
+
+
+def test_a_forged_plan_is_refused_whatever_the_lengths_are():
+    """Its pieces are known where the lengths are traced."""
+    forged = changed("slot", slice(0, 3), 0)
+    with pytest.raises(ValueError, match=r"plan.slot\[1\] must be 1, got 0"):
+        jax.eval_shape(functools.partial(plan_loads, forged, rows=64), LENGTHS)
 
 
 # ----------------------------------------------------------------------------------- execution

@@ -1,6 +1,7 @@
 """Paged absorbed MLA on a Hopper GPU: what it takes, how it is planned, decode and merge."""
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from mla_jax.cache import PagedKVCache
 from mla_jax.hal import TilePlan, TilePlanError
-from mla_jax.split_kv import SplitPlan, plan_splits
+from mla_jax.split_kv import SlowPlanWarning, SplitPlan, plan_splits
 from pallas_kernels.hopper.decode import decode
 from pallas_kernels.hopper.decode_few import decode_few
 from pallas_kernels.hopper.merge import merge
@@ -117,16 +118,48 @@ def plan_decode(
     tiles = tiles or choose_tile_plan(
         rows, batch=seq_lens.shape[0], capacity=capacity, cache=cache, rescale=rescale
     )
-    num_workers = num_sms() // tiles.cluster
     return plan_splits(
         seq_lens,
-        num_workers=num_workers - num_workers % 2 if tiles.pairs else num_workers,
+        num_workers=_workers_for(tiles),
         rows=rows,
         rows_per_tile=tiles.rows_per_tile,
         overhead=tiles.split_overhead,
         merge_overhead=tiles.merge_overhead,
         in_pairs=tiles.pairs,
+        max_seq_len=None if capacity is None else min(capacity, 2**31 - 1),
     )
+
+
+def warn_if_slow(
+    plan: SplitPlan, rows: int, *, capacity: int, cache: str = "float", rescale: str = "multiply"
+) -> None:
+    """Warns, with SlowPlanWarning, of a plan with other tiles or workers than `plan_decode` takes.
+
+    A plan of `plan_fixed` may have the tiles that suit an unknown batch: it is for results that do
+    not depend on the batch. Arguments as in `plan_decode`.
+    """
+    batch = plan.num_tiles // plan.num_row_tiles
+    choose = functools.partial(choose_tile_plan, rows, cache=cache, rescale=rescale)
+    best = choose(batch=batch, capacity=capacity)
+    if plan.fixed and plan.rows_per_tile != best.rows_per_tile:
+        best = choose()
+    workers = _workers_for(best)
+    if (plan.rows_per_tile, plan.num_workers) == (best.rows_per_tile, workers):
+        return
+    warnings.warn(
+        f"plan has rows_per_tile {plan.rows_per_tile} and {plan.num_workers} workers, with which "
+        f"the kernel is slower than it can be: for {batch} requests of {rows} rows and up to "
+        f"{capacity} keys it is tuned for rows_per_tile {best.rows_per_tile} and {workers} "
+        "workers. With plan=None it plans for itself",
+        SlowPlanWarning,
+        stacklevel=2,
+    )
+
+
+def _workers_for(tiles: TilePlan) -> int:
+    """Workers of this GPU: CTAs or clusters, in pairs an even number of them."""
+    workers = num_sms() // tiles.cluster
+    return workers - workers % 2 if tiles.pairs else workers
 
 
 @jit_with_defaults(
@@ -176,10 +209,12 @@ def attend(
         o [B, R, kv_lora_rank] of q's dtype and lse [B, R] float32, natural log.
     """
     rows = q.shape[1]
+    capacity = block_tables.shape[1] * pages.shape[1]
     if plan is None:
-        capacity = block_tables.shape[1] * pages.shape[1]
         lengths = jnp.clip(seq_lens, 0, capacity)
         plan = plan_decode(lengths, rows, capacity=capacity, rescale=rescale, tiles=tiles)
+    elif tiles is None:
+        warn_if_slow(plan, rows, capacity=capacity, rescale=rescale)
     tiles = tiles or tile_plan_of_height(
         plan.rows_per_tile,
         num_tiles=plan.num_tiles,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from mla_jax.hal import TilePlan
 from mla_jax.split_kv import SplitPlan
-from pallas_kernels.hopper.attention import launch, pad_rows, plan_decode
+from pallas_kernels.hopper.attention import launch, pad_rows, plan_decode, warn_if_slow
 from pallas_kernels.hopper.decode_few_int8 import decode_few_int8
 from pallas_kernels.hopper.decode_int8 import decode_int8
 from pallas_kernels.hopper.tuning import tile_plan_of_height
@@ -48,10 +48,12 @@ def attend_int8(
     """
     _, page_size, latent = pages.shape
     rows = q.shape[1]
+    capacity = block_tables.shape[1] * page_size
     if plan is None:
-        capacity = block_tables.shape[1] * page_size
         lengths = jnp.clip(seq_lens, 0, capacity)
         plan = plan_decode(lengths, rows, capacity=capacity, cache="int8", tiles=tiles)
+    elif tiles is None:
+        warn_if_slow(plan, rows, capacity=capacity, cache="int8")
     tiles = tiles or tile_plan_of_height(
         plan.rows_per_tile, cache="int8", kv_lora_rank=latent, rope_dim=rope_pages.shape[2]
     )

@@ -1,0 +1,223 @@
+"""What a split-KV plan is: which worker computes what, as int32 arrays, and whether it is sound."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mla_jax import checks
+
+_OF_PIECES = ("request", "row_tile", "block_start", "block_end", "slot")
+
+
+class SlowPlanWarning(UserWarning):
+    """A plan is right for a problem, but the kernel that runs it would be faster with another."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[*_OF_PIECES, "worker_start", "tile_slot_start"],
+    meta_fields=["block_size", "rows_per_tile", "num_row_tiles", "num_slots", "fixed"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class SplitPlan:
+    """Who computes what: P pieces, in the order of the line; all arrays int32.
+
+    Worker w walks pieces worker_start[w] .. worker_start[w + 1]. A piece without a slot is a whole
+    tile and gives the tile's output; the pieces of a cut tile leave (o, lse) in their slots, and
+    tile t's output is the merge of slots tile_slot_start[t] .. tile_slot_start[t + 1], which are
+    in KV order. A request of length 0 has a piece of 0 blocks. Unused pieces, at the end, have
+    request = slot = -1 and 0 elsewhere.
+    """
+
+    request: jax.Array  # [P]
+    row_tile: jax.Array  # [P] rows row_tile * rows_per_tile ... of the request
+    block_start: jax.Array  # [P]
+    block_end: jax.Array  # [P]
+    slot: jax.Array  # [P] -1: none
+    worker_start: jax.Array  # [W + 1]
+    tile_slot_start: jax.Array  # [num_tiles + 1]
+    block_size: int  # KV tokens a block
+    rows_per_tile: int
+    num_row_tiles: int  # a request
+    num_slots: int  # upper bound of the slots in use
+    fixed: bool = False  # made by plan_fixed: how a request is cut and merged is its own affair
+
+    def tile_of(self, request: jax.Array, row_tile: jax.Array) -> jax.Array:
+        """A tile's number. Row tiles of one request lie far apart on the line, so that workers
+        read its keys at the same time and, with luck, once from memory."""
+        return row_tile * (self.num_tiles // self.num_row_tiles) + request
+
+    @property
+    def num_workers(self) -> int:
+        """W."""
+        return self.worker_start.shape[0] - 1
+
+    @property
+    def num_pieces(self) -> int:
+        """P, unused ones included."""
+        return self.request.shape[0]
+
+    @property
+    def num_tiles(self) -> int:
+        """Requests times num_row_tiles."""
+        return self.tile_slot_start.shape[0] - 1
+
+    def arrays(self) -> dict[str, jax.Array]:
+        """The plan's arrays, by name."""
+        names = (*_OF_PIECES, "worker_start", "tile_slot_start")
+        return {name: getattr(self, name) for name in names}
+
+    def check(self) -> None:
+        """Raises TypeError or ValueError where the plan is not what its description says.
+
+        Types, shapes and sizes are checked always, the pieces themselves unless they are traced.
+        For which lengths the plan is, `check_covers` looks.
+        """
+        for name in ("block_size", "rows_per_tile", "num_row_tiles"):
+            checks.require_positive(f"plan.{name}", getattr(self, name))
+        checks.require_int("plan.num_slots", self.num_slots, 0)
+        checks.require_bool("plan.fixed", self.fixed)
+        for name, array in self.arrays().items():
+            checks.require_int32(f"plan.{name}", array)
+            size = len(self.request) if name in _OF_PIECES and np.ndim(self.request) == 1 else None
+            words = "[P]" if name in _OF_PIECES else "[W + 1]"
+            words = "[num_tiles + 1]" if name == "tile_slot_start" else words
+            checks.require_shape(f"plan.{name}", array, words, size)
+        checks.require_positive("workers of plan.worker_start", self.num_workers)
+        if self.num_tiles < 1 or self.num_tiles % self.num_row_tiles:
+            raise ValueError(
+                f"plan.tile_slot_start must be of num_tiles + 1 values, with num_tiles a positive "
+                f"multiple of num_row_tiles = {self.num_row_tiles}, got {self.num_tiles + 1} values"
+            )
+        if checks.is_concrete(*self.arrays().values()):
+            _check_pieces(self, **jax.device_get(self.arrays()))
+
+    def check_covers(self, seq_lens: jax.Array) -> None:
+        """Raises ValueError where a plan that `check` passes is for other lengths than these.
+
+        seq_lens: [B] int32; nothing is checked if they or the plan are traced.
+        """
+        if not checks.is_concrete(seq_lens, *self.arrays().values()):
+            return
+        names = ("request", "row_tile", "block_end")
+        request, row_tile, end = jax.device_get(tuple(getattr(self, name) for name in names))
+        lengths, used = np.asarray(seq_lens).astype(np.int64), request >= 0
+        until = np.zeros((self.num_row_tiles, len(lengths)), np.int64)
+        until[row_tile[used], request[used]] = end[used]  # a tile's last piece is written last
+        blocks = -(-np.maximum(lengths, 0) // self.block_size)
+        for number in np.flatnonzero((until != blocks).any(axis=0)):
+            raise ValueError(
+                f"plan must be made for these seq_lens, got one that does not cover request "
+                f"{number} of {lengths[number]} keys"
+            )
+
+
+def check_plan(plan: Any, seq_lens: Any) -> None:
+    """Raises TypeError or ValueError unless a plan is sound and covers these lengths, [B] int32.
+
+    What is traced, of either, is not looked at.
+    """
+    if not isinstance(plan, SplitPlan):
+        raise TypeError(f"plan must be a SplitPlan, got {type(plan).__name__}")
+    plan.check()
+    batch = plan.num_tiles // plan.num_row_tiles
+    checks.require_shape("seq_lens", seq_lens, "[B of the plan]", batch)
+    checks.require_int32("seq_lens", seq_lens)
+    require_lengths(seq_lens)
+    plan.check_covers(seq_lens)
+
+
+@jax.jit
+def covered_requests(plan: SplitPlan, seq_lens: jax.Array) -> jax.Array:
+    """[B] bool: whether the plan's pieces hold as many blocks as each request has.
+
+    False for a plan made for other lengths. It counts and does not look where the blocks are:
+    `check_plan` does that for a plan that is not traced.
+    """
+    batch = plan.num_tiles // plan.num_row_tiles
+    taken = jnp.where(plan.request >= 0, plan.block_end - plan.block_start, 0)
+    taken = jax.ops.segment_sum(taken, plan.request, batch)  # drops request = -1
+    return taken == num_blocks(seq_lens, plan.block_size) * plan.num_row_tiles
+
+
+def require_lengths(seq_lens: jax.Array) -> None:
+    """Raises ValueError for a length below 0, unless they are traced."""
+    if checks.is_concrete(seq_lens):
+        lengths = np.asarray(seq_lens)
+        for request in np.flatnonzero(lengths < 0):
+            raise ValueError(f"seq_lens[{request}] must be at least 0, got {lengths[request]}")
+
+
+def num_blocks(seq_lens: jax.Array, block_size: int) -> jax.Array:
+    """Blocks of each length, int32; a length below 0 counts as 0."""
+    return (jnp.maximum(seq_lens, 0) - 1) // block_size + 1
+
+
+def _check_pieces(
+    plan: SplitPlan,
+    request: np.ndarray,
+    row_tile: np.ndarray,
+    block_start: np.ndarray,
+    block_end: np.ndarray,
+    slot: np.ndarray,
+    worker_start: np.ndarray,
+    tile_slot_start: np.ndarray,
+) -> None:
+    """Raises ValueError for a piece, a worker or a slot that can't be where it is."""
+    used = int((request >= 0).sum())
+    batch = plan.num_tiles // plan.num_row_tiles
+    _require("request", request, np.arange(len(request)) < used, request >= 0, "-1 at the end only")
+    unused = np.zeros(len(request) - used, np.int32)
+    for name, array in (("request", request), ("slot", slot)):
+        _require_equal(name, array[used:], unused - 1, used)
+    for name, array in (
+        ("row_tile", row_tile),
+        ("block_start", block_start),
+        ("block_end", block_end),
+    ):
+        _require_equal(name, array[used:], unused, used)
+
+    request, row_tile = request[:used].astype(np.int64), row_tile[:used].astype(np.int64)
+    start, end = block_start[:used], block_end[:used]
+    _require("request", request, request < batch, True, f"below the {batch} requests")
+    rows = (row_tile >= 0) & (row_tile < plan.num_row_tiles)
+    _require("row_tile", row_tile, rows, True, f"in 0 .. {plan.num_row_tiles - 1}")
+    tile = row_tile * batch + request
+    first = np.diff(tile, prepend=-1) != 0  # pieces that begin a tile
+    in_order = tile == np.cumsum(first) - 1
+    words = "of the tiles 0, 1, ... (row_tile * B + request) in order"
+    _require("request and plan.row_tile", tile, in_order, True, words)
+    if used == 0 or tile[-1] != plan.num_tiles - 1:
+        got = tile[-1] + 1 if used else 0
+        raise ValueError(f"plan.request must name all {plan.num_tiles} tiles, got {got}")
+    _require_equal("block_start", start, np.where(first, 0, np.append(0, end[:-1])), 0)
+    pieces = np.bincount(tile, minlength=plan.num_tiles)
+    least = start.astype(np.int64) + (pieces[tile] > 1)
+    _require("block_end", end, end >= least, True, "past block_start where a tile is cut")
+
+    steps = np.diff(worker_start)
+    _require("worker_start", worker_start, np.append(True, steps >= 0), True, "in rising order")
+    for at, wanted in ((0, 0), (plan.num_workers, used)):
+        _require_equal("worker_start", worker_start[[at]], np.array([wanted]), at)
+    cut = pieces[tile] > 1
+    _require_equal("slot", slot[:used], np.where(cut, np.cumsum(cut) - 1, -1), 0)
+    slots = np.where(pieces > 1, pieces, 0)
+    _require_equal("tile_slot_start", tile_slot_start, np.append(0, np.cumsum(slots)), 0)
+    if slots.sum() > plan.num_slots:
+        raise ValueError(
+            f"plan.num_slots must be at least the {slots.sum()} in use, got {plan.num_slots}"
+        )
+
+
+def _require(name: str, values: np.ndarray, got: Any, wanted: Any, words: str) -> None:
+    for at in np.flatnonzero(got != wanted):
+        raise ValueError(f"plan.{name} must be {words}, got {values[at]} at {at}")
+
+
+def _require_equal(name: str, values: np.ndarray, wanted: np.ndarray, offset: int) -> None:
+    for at in np.flatnonzero(values != wanted):
+        raise ValueError(f"plan.{name}[{offset + at}] must be {wanted[at]}, got {values[at]}")
