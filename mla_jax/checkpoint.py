@@ -18,6 +18,7 @@ import safetensors
 from mla_jax.config_json import (
     CheckpointError,
     config_json_path,
+    excerpt,
     language_model_config,
     parse_json_object,
     read_json_object,
@@ -130,16 +131,17 @@ class Checkpoint:
                 if name.startswith(module) and _QUANTISED.fullmatch(name, len(module))
             ]
             if stored:
+                listed = excerpt(", ".join(sorted(stored)))
                 raise CheckpointError(
-                    f"{self.folder}: {prefix}{module} is quantised as {', '.join(sorted(stored))}, "
-                    f"which is not supported{self._quantisation_name()}"
+                    f"{self.folder}: {prefix}{module} is quantised as {listed}, which is not "
+                    f"supported{self._quantisation_name()}"
                 )
         for name in names:
             self._file(prefix + name)
         known = {*names, *(f"{name}_scale_inv" for name in names)}
         others = sorted(name for name in here if name not in known and not _HARMLESS.search(name))
         if others:
-            listed = ", ".join(others[:6]) + (", ..." if len(others) > 6 else "")
+            listed = excerpt(", ".join(others))
             raise CheckpointError(
                 f"{self.folder}: {prefix}* holds tensors that its config.json does not ask for: "
                 f"{listed}"
@@ -355,7 +357,9 @@ def _read_header(path: Path) -> dict[str, Any]:
             length = int.from_bytes(file.read(8), "little")
             header = parse_json_object(file.read(length))
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a sound safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{path} is not a sound safetensors file: {excerpt(error)}"
+        ) from error
     header.pop("__metadata__", None)
     for entry in header.values():
         entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]

@@ -20,6 +20,7 @@ from mla_jax.config_json import (
     WRAPPERS,
     CheckpointError,
     config_json_path,
+    excerpt,
     language_model_config,
     read_json_object,
     shown,
@@ -268,7 +269,8 @@ def config_from_json(raw: Mapping[str, Any], where: str) -> MLAConfig:
     try:
         config = _config(inner, model_type)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        key = " (num_attention_heads)" if str(error).startswith("num_heads ") else ""
+        raise CheckpointError(f"{where}: {error}{key}") from error
     contradictions = [key for level in levels for key in foreign_shapes(level, config)]
     if contradictions:
         raise CheckpointError(
@@ -333,7 +335,7 @@ def _rope_from_hf(raw: Mapping[str, Any], max_position: int) -> tuple[Any, YarnS
     for key, value in rope.items():
         if key not in known and value is not None:
             raise ValueError(
-                f"{name}.{key} = {shown(value)} is not known for rope type "
+                f"{name}.{excerpt(key, 60)} = {shown(value)} is not known for rope type "
                 f"{'yarn' if is_yarn else 'default'}"
                 + ("" if kinds else f" ({name}.rope_type is missing)")
             )
@@ -359,7 +361,7 @@ def _required(raw: Mapping[str, Any], key: str, name: str | None = None) -> Any:
     if key in raw:
         return raw[key]
     nested = [k for k, v in raw.items() if isinstance(v, Mapping) and "kv_lora_rank" in v]
-    where = f"; is it in {', '.join(map(shown, nested))}? Known are {', '.join(WRAPPERS)}"
+    where = f"; is it in {excerpt(', '.join(map(str, nested)))}? Known are {', '.join(WRAPPERS)}"
     raise ValueError(f"{name or key} is missing" + (where if nested else ""))
 
 

@@ -19,7 +19,13 @@ def shown(value: Any) -> str:
         text = repr(value)
     except (ValueError, RecursionError):  # more digits, or deeper, than Python prints
         text = f"a {type(value).__name__} that is too long to print"
-    return text if len(text) <= 60 else text[:57] + "..."
+    return excerpt(text, 60)
+
+
+def excerpt(text: object, length: int = 200) -> str:
+    """The first characters of a text that a file, or a library's error, made."""
+    text = str(text)
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -37,7 +43,7 @@ def parse_json_object(text: bytes) -> dict[str, Any]:
     try:
         raw = json.loads(text.decode("utf-8"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not JSON: {error}") from error
+        raise ValueError(f"is not JSON: {excerpt(error)}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"must hold a JSON object, got {type(raw).__name__}")
     return raw

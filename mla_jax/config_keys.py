@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mla_jax.config_json import WRAPPERS, shown
+from mla_jax.config_json import WRAPPERS, excerpt, shown
 
 
 def _names(text: str) -> frozenset[str]:
@@ -118,8 +118,10 @@ _NEUTRAL: dict[str, Callable[[Any], bool]] = {
 }
 
 # Of these a shape tells the neutral values.
-_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_query_groups", "n_head")
-_HEADS += ("n_heads", "num_heads", "n_head_kv", "multi_query_group_num")
+_HEADS = (
+    *("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv", "num_query_groups"),
+    *("num_heads", "n_heads", "n_head", "multi_query_group_num"),
+)
 _WIDTHS = ("head_dim", "kv_channels", "d_head", "head_size", "attention_head_dim", "d_kv")
 _SHAPED = frozenset((*_HEADS, *_WIDTHS, "qk_head_dim", "rotary_dim", "rope_head_dim"))
 
@@ -128,7 +130,7 @@ def foreign_keys(raw: Mapping[str, Any]) -> list[str]:
     """The keys that ask for another attention, as "key = value"; a shape decides about the rest."""
     slides = raw.get("use_sliding_window") is not False  # what Qwen's configs say of an unused one
     return [
-        f"{key} = {shown(value)}"
+        f"{excerpt(key, 60)} = {shown(value)}"
         for key, value in raw.items()
         if _is_of_attention(key)
         and key not in _SHAPED

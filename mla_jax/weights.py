@@ -298,7 +298,8 @@ def load_hf(
 
 def _as_dtype(name: str, value: np.ndarray, dtype: np.dtype) -> jax.Array:
     """The tensor in another dtype; raises CheckpointError where a finite value would overflow."""
-    converted = jnp.asarray(value, dtype)
+    with np.errstate(over="ignore"):  # looked for below
+        converted = jnp.asarray(value, dtype)
     if jnp.finfo(value.dtype).max > jnp.finfo(dtype).max:
         lost = np.isfinite(value) & ~np.isfinite(np.asarray(converted))
         if lost.any():
