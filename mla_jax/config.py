@@ -345,16 +345,11 @@ def _rope_from_hf(raw: Mapping[str, Any], max_position: int) -> tuple[Any, YarnS
         "original_max_position_embeddings",
         rope.get("original_max_position_embeddings", max_position),
     )
-    original = _positive_int(f"{name}.original_max_position_embeddings", original)
-    factor = _required(rope, "factor", f"{name}.factor")
-    optional = {key: rope[key] for key in _YARN_KEYS & rope.keys() if rope[key] is not None}
-    return theta, YarnScaling(
-        **optional
-        | {
-            "factor": max_position / original if factor is None else factor,
-            "original_max_position_embeddings": original,
-        }
-    )
+    numbers: dict[str, Any] = {
+        key: rope[key] for key in _YARN_KEYS & rope.keys() if rope[key] is not None
+    }
+    numbers["factor"] = _required(rope, "factor", f"{name}.factor")
+    return theta, YarnScaling(**numbers | {"original_max_position_embeddings": original})
 
 
 def _required(raw: Mapping[str, Any], key: str, name: str | None = None) -> Any:

@@ -166,6 +166,9 @@ def rotate_latent(params: MLAParams) -> MLAParams:
         checks.require_float(f"params.{field}", getattr(params, field))
     checks.require_shape("params.norm_kv", params.norm_kv, "[kv_lora]", None)
     rank = params.norm_kv.shape[0]
+    checks.require_shape("params.w_dkv", params.w_dkv, "[hidden, kv_lora + rope]", None, None)
+    checks.require_shape("params.w_uk", params.w_uk, "[H, nope, kv_lora]", None, None, rank)
+    checks.require_shape("params.w_uv", params.w_uv, "[H, kv_lora, v]", None, rank, None)
     turn = jnp.asarray(quantize.hadamard(rank), jnp.float32)
     norm = params.norm_kv.astype(jnp.float32)
 

@@ -365,7 +365,8 @@ def test_wrappers_that_are_refused(raw, message):
         *[(yarn(attention_factor=v), "attention_factor must be") for v in (0, -1, 1e-308, 1e300)],
         *[(yarn(beta_fast=v), "beta_fast must be") for v in (0, 1e-308, 1e300, "32", 0.5)],
         *[(yarn(beta_slow=v), "beta_slow must be") for v in (0, 1e-308, math.inf, False)],
-        *[(yarn(factor=v), "factor must be") for v in (0, 0.5, 1e300, math.nan, True, 10**400)],
+        *[(yarn(factor=v), "factor must be") for v in (0, 0.5, 1e300, math.nan, True, None)],
+        (yarn(factor=10**400), "factor must be a positive number, got 1000"),
         *[(v3(rope_theta=v), "rope_theta must be a number above 1") for v in (1, "1e4", 1e300)],
         *[(v3(hidden_size=v), "hidden_size must be a pos") for v in (True, 7168.0, 10**400, None)],
         (v3(max_position_embeddings=None), "max_position_embeddings must be a positive integer"),
@@ -393,7 +394,7 @@ def test_values_are_taken_by_type_and_range(raw, message):
         {"factor": 1, "mscale": 0, "mscale_all_dim": 0, "beta_fast": 1, "beta_slow": 1},
         {"factor": 1e6, "mscale": 100, "mscale_all_dim": None, "beta_fast": 1e6, "beta_slow": 1e-3},
         {"factor": 1e6, "mscale": 1e-3, "mscale_all_dim": 100, "original": 1},
-        {"factor": None, "attention_factor": 1e-3, "mscale_all_dim": 100, "original": 2**31 - 1},
+        {"factor": 2, "attention_factor": 1e-3, "mscale_all_dim": 100, "original": 2**31 - 1},
     ],
 )
 @pytest.mark.parametrize("theta", [math.nextafter(1, 2), 1e4, 1e30])

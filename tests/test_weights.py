@@ -78,10 +78,9 @@ def test_init_has_the_shapes_of_the_config(config):
 
 def test_init_is_seeded_and_keeps_unit_variance():
     wide = MLAConfig(hidden_size=256, num_heads=4, q_lora_rank=128, kv_lora_rank=128)
-    init = jax.jit(init_params, static_argnums=1)
-    params = init(jax.random.key(1), wide)
-    chex.assert_trees_all_equal(params, init(jax.random.key(1), wide))
-    assert not np.array_equal(params.w_uk, init(jax.random.key(2), wide).w_uk)
+    params = init_params(jax.random.key(1), wide)
+    chex.assert_trees_all_equal(params, init_params(jax.random.key(1), wide))
+    assert not np.array_equal(params.w_uk, init_params(jax.random.key(2), wide).w_uk)
     for weight, fan_in in ((params.w_dq, 256), (params.w_uk, 128), (params.w_o, 4 * 128)):
         assert float(jnp.std(weight)) == pytest.approx(fan_in**-0.5, rel=0.05)
 
@@ -381,6 +380,7 @@ def test_load_refuses_a_dtype_that_is_no_float(checkpoint):
         ),
         (lambda f: rotate_latent(None), TypeError, "params must be MLAParams, got None"),
         (lambda f: rotate_latent(but(w_uk=None)), TypeError, "params.w_uk must be an array"),
+        (lambda f: rotate_latent(but(w_uk=PARAMS.w_uv)), ValueError, "params.w_uk must be .H, nop"),
         (lambda f: init_params(KEY, CONFIG, jnp.int8), ValueError, "dtype must be .* got 'int8'"),
         (lambda f: init_params(KEY, CONFIG, bool), ValueError, "dtype must be .* got 'bool'"),
         (lambda f: init_params(KEY, CONFIG, "x"), TypeError, "dtype must be .* got 'x'"),
