@@ -7,11 +7,25 @@ Papers: DeepSeek-V2 (arXiv 2405.04434, section 2.1), DeepSeek-V3 (arXiv 2412.194
 """
 
 import dataclasses
-import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from mla_jax import checks
+from mla_jax.config_json import (
+    WRAPPERS,
+    CheckpointError,
+    config_json_path,
+    excerpt,
+    language_model_config,
+    read_json_object,
+    shown,
+)
+from mla_jax.config_keys import READ, foreign_keys, foreign_shapes
 
 # What an absent `rope_interleave` means, by model type. DeepSeek-V2's code rotates interleaved
 # pairs and reads no such key; V3's class defaults to it; Kimi-K2 ships V3's code.
@@ -39,16 +53,26 @@ class YarnScaling:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        _require_positive_number("rope_scaling.factor", self.factor)
-        _require_positive_int(
-            "rope_scaling.original_max_position_embeddings", self.original_max_position_embeddings
-        )
-        _require_positive_number("rope_scaling.beta_fast", self.beta_fast)
-        _require_positive_number("rope_scaling.beta_slow", self.beta_slow)
-        for name in ("mscale", "mscale_all_dim", "attention_factor"):
+        for name, kind, low, high in (
+            ("factor", "a positive number", 1.0, 1e6),
+            ("beta_fast", "a positive number", 1e-3, 1e6),
+            ("beta_slow", "a positive number", 1e-3, 1e6),
+            ("mscale", "a number or null", 0.0, 100.0),  # 0.7 to 1 are published
+            ("mscale_all_dim", "a number or null", 0.0, 100.0),
+            ("attention_factor", "a number or null", 1e-3, 1e3),
+        ):
             value = getattr(self, name)
-            if value is not None and not _is_number(value):
-                raise ValueError(f"rope_scaling.{name} must be a number or null, got {value!r}")
+            if value is not None or not kind.endswith("null"):
+                _store(self, name, _number(f"rope_scaling.{name}", value, kind, low, high))
+        original = self.original_max_position_embeddings
+        name = "original_max_position_embeddings"
+        _store(self, name, _positive_int(f"rope_scaling.{name}", original))
+        _store(self, "truncate", checks.require_bool("rope_scaling.truncate", self.truncate))
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(
+                f"rope_scaling.beta_fast must be at least beta_slow = {self.beta_slow}, "
+                f"got {self.beta_fast}"
+            )
 
     @property
     def rotation_scale(self) -> float:
@@ -83,7 +107,8 @@ class MLAConfig:
     does `from_hf`. `attention_bias` puts a bias on the two down-projections and the output.
     `num_hidden_layers` only says how many such layers the model has.
 
-    Raises ValueError naming the field that can't be.
+    Integers and floats may be numpy's; they are stored as Python's. Raises TypeError or ValueError
+    naming the field that can't be.
     """
 
     hidden_size: int
@@ -112,14 +137,22 @@ class MLAConfig:
             "max_position_embeddings",
             "num_hidden_layers",
         ):
-            _require_positive_int(name, getattr(self, name))
+            _store(self, name, _positive_int(name, getattr(self, name)))
         if self.q_lora_rank is not None:
-            _require_positive_int("q_lora_rank", self.q_lora_rank)
+            _store(self, "q_lora_rank", _positive_int("q_lora_rank", self.q_lora_rank))
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even, got {self.qk_rope_head_dim}")
-        if not _is_number(self.rope_theta) or self.rope_theta <= 1:
-            raise ValueError(f"rope_theta must be a number above 1, got {self.rope_theta!r}")
-        _require_positive_number("rms_norm_eps", self.rms_norm_eps)
+        for name, kind, low, high in (
+            ("rope_theta", "a number above 1", math.nextafter(1, 2), 1e30),
+            ("rms_norm_eps", "a positive number", 1e-30, 1.0),
+        ):
+            _store(self, name, _number(name, getattr(self, name), kind, low, high))
+        for name in ("rope_interleave", "attention_bias"):
+            _store(self, name, checks.require_bool(name, getattr(self, name)))
+        if not isinstance(self.rope_scaling, YarnScaling | None):
+            raise TypeError(
+                f"rope_scaling must be a YarnScaling or None, got {shown(self.rope_scaling)}"
+            )
 
     @property
     def qk_head_dim(self) -> int:
@@ -145,7 +178,7 @@ class MLAConfig:
 
         Raises ValueError where the heads don't divide.
         """
-        _require_positive_int("tensor_parallel", tensor_parallel)
+        tensor_parallel = checks.require_positive("tensor_parallel", tensor_parallel)
         if self.num_heads % tensor_parallel:
             raise ValueError(
                 f"tensor_parallel must divide num_heads = {self.num_heads}, got {tensor_parallel}"
@@ -155,44 +188,31 @@ class MLAConfig:
     @staticmethod
     def preset(name: str) -> "MLAConfig":
         """A published model's config by name, e.g. "deepseek-v3"; see `PRESETS`."""
-        if name not in PRESETS:
-            raise ValueError(f"name must be one of {', '.join(PRESETS)}, got {name!r}")
+        checks.require_one_of("name", name, tuple(PRESETS))
         return PRESETS[name]
 
     @staticmethod
     def from_hf(source: str | Path | Mapping[str, Any]) -> "MLAConfig":
         """Reads a published config: a config.json, the folder it is in, or its dict.
 
-        Takes `rope_scaling` and the newer `rope_parameters`, and a `text_config` around both.
-        Raises FileNotFoundError without a config.json, ValueError naming the key that is missing,
-        malformed, or asks for what this library does not do (model type, rope type, ...).
+        Takes `rope_scaling` and the newer `rope_parameters`, and a `text_config`,
+        `language_config` or `llm_config` around both.
+
+        Raises:
+            FileNotFoundError: no config.json.
+            CheckpointError (a ValueError): the file is not JSON, or a key is missing, malformed,
+                or asks for what this library does not compute: another model or rope type, sparse
+                attention, a sliding window, ... (see `config_keys`). The message names file and
+                key.
         """
-        raw = text_config(source if isinstance(source, Mapping) else read_config_json(source))
-        model_type = raw.get("model_type", "deepseek_v3")
-        if model_type not in ROPE_INTERLEAVE_DEFAULT:
-            raise ValueError(
-                f"config.json: model_type must be one of {', '.join(ROPE_INTERLEAVE_DEFAULT)}, "
-                f"got {model_type!r}"
+        if isinstance(source, Mapping):
+            return config_from_json(source, "config.json")
+        if not isinstance(source, str | os.PathLike):
+            raise TypeError(
+                f"source must be a path or the dict of a config.json, got {shown(source)}"
             )
-        interleave = ROPE_INTERLEAVE_DEFAULT[model_type]
-        if model_type != "deepseek_v2":  # V2's code has no such switch
-            interleave = bool(raw.get("rope_interleave", interleave))
-        rope_theta, rope_scaling = _rope_from_hf(raw)
-        return MLAConfig(
-            hidden_size=_required(raw, "hidden_size"),
-            num_heads=_required(raw, "num_attention_heads"),
-            q_lora_rank=_required(raw, "q_lora_rank"),
-            kv_lora_rank=_required(raw, "kv_lora_rank"),
-            qk_nope_head_dim=_required(raw, "qk_nope_head_dim"),
-            qk_rope_head_dim=_required(raw, "qk_rope_head_dim"),
-            v_head_dim=_required(raw, "v_head_dim"),
-            rope_theta=rope_theta,
-            rope_interleave=interleave,
-            rope_scaling=rope_scaling,
-            max_position_embeddings=raw.get("max_position_embeddings", 4096),
-            num_hidden_layers=raw.get("num_hidden_layers", 1),
-            attention_bias=bool(raw.get("attention_bias", False)),
-        )
+        path = config_json_path(source)
+        return config_from_json(read_json_object(path), str(path))
 
     def to_hf(self) -> dict[str, Any]:
         """The dict of a config.json that `from_hf` and `transformers` read back as this config.
@@ -229,84 +249,152 @@ class MLAConfig:
         }
 
 
-def read_config_json(path: str | Path) -> dict[str, Any]:
-    """The dict in a config.json, given the file or its folder."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no config.json at {path}")
+def config_from_json(raw: Mapping[str, Any], where: str) -> MLAConfig:
+    """`MLAConfig.from_hf` of a config.json's dict; `where` is what errors call the file."""
+    inner, around = language_model_config(raw, where)
+    levels = [outer for _, outer in around] + [inner]
+    foreign = [key for level in levels for key in foreign_keys(level)]
+    model_type = inner.get("model_type", "deepseek_v3")
+    if not isinstance(model_type, str) or model_type not in ROPE_INTERLEAVE_DEFAULT:
+        raise CheckpointError(
+            f"{where}: model_type must be one of {', '.join(ROPE_INTERLEAVE_DEFAULT)}, "
+            f"got {shown(model_type)}" + (f" (with {', '.join(foreign)})" if foreign else "")
+        )
+    if foreign:
+        raise CheckpointError(f"{where}: asks for an attention not computed here: {_list(foreign)}")
+    for key, outer in around:
+        for name in sorted((READ - {"model_type"}) & outer.keys()):
+            if outer[name] is not None and (name not in inner or outer[name] != inner[name]):
+                raise CheckpointError(f"{where}: {name} is not the same beside {key} and in it")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(raw).__name__}")
-    return raw
+        config = _config(inner, model_type)
+    except (TypeError, ValueError) as error:
+        key = " (num_attention_heads)" if str(error).startswith("num_heads ") else ""
+        raise CheckpointError(f"{where}: {error}{key}") from error
+    contradictions = [key for level in levels for key in foreign_shapes(level, config)]
+    if contradictions:
+        raise CheckpointError(
+            f"{where}: does not fit multi-head latent attention: {_list(contradictions)}"
+        )
+    return config
 
 
-def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a config (multimodal models nest it in `text_config`)."""
-    nested = raw.get("text_config")
-    return nested if isinstance(nested, Mapping) else raw
+def _config(raw: Mapping[str, Any], model_type: str) -> MLAConfig:
+    """The config of a language model's dict; errors don't name the file."""
+    max_position = _positive_int(
+        "max_position_embeddings", raw.get("max_position_embeddings", 4096)
+    )
+    interleave = checks.require_bool(
+        "rope_interleave", raw.get("rope_interleave", ROPE_INTERLEAVE_DEFAULT[model_type])
+    )
+    rope_theta, rope_scaling = _rope_from_hf(raw, max_position)
+    return MLAConfig(
+        hidden_size=_required(raw, "hidden_size"),
+        num_heads=_required(raw, "num_attention_heads"),
+        q_lora_rank=_required(raw, "q_lora_rank"),
+        kv_lora_rank=_required(raw, "kv_lora_rank"),
+        qk_nope_head_dim=_required(raw, "qk_nope_head_dim"),
+        qk_rope_head_dim=_required(raw, "qk_rope_head_dim"),
+        v_head_dim=_required(raw, "v_head_dim"),
+        rope_theta=rope_theta,
+        # V2's code has no such switch.
+        rope_interleave=True if model_type == "deepseek_v2" else interleave,
+        rope_scaling=rope_scaling,
+        max_position_embeddings=max_position,
+        num_hidden_layers=raw.get("num_hidden_layers", 1),
+        attention_bias=raw.get("attention_bias", False),
+    )
 
 
-def _rope_from_hf(raw: Mapping[str, Any]) -> tuple[float, YarnScaling | None]:
+_ROPE_KEYS = frozenset({"type", "rope_type", "rope_theta", "partial_rotary_factor", "finetuned"})
+_ROPE_KEYS |= {"original_max_position_embeddings"}
+_YARN_KEYS = frozenset(field.name for field in dataclasses.fields(YarnScaling))
+
+
+def _rope_from_hf(raw: Mapping[str, Any], max_position: int) -> tuple[Any, YarnScaling | None]:
     """(rope_theta, scaling) of a config dict; a non-empty `rope_scaling` outranks
     `rope_parameters`, a theta inside them the one beside them, as in `transformers`."""
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    given = [key for key in ("rope_scaling", "rope_parameters") if raw.get(key) not in (None, {})]
+    name = given[0] if given else "rope_scaling"
+    rope = raw[name] if given else {}
     if not isinstance(rope, Mapping) or any(isinstance(v, Mapping) for v in rope.values()):
-        raise ValueError(f"config.json: rope_scaling / rope_parameters must be flat, got {rope!r}")
+        raise ValueError(f"{name} must be flat, an object of numbers, got {shown(rope)}")
     theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
     for where in (rope, raw):
-        if where.get("partial_rotary_factor") not in (None, 1, 1.0):
+        share = where.get("partial_rotary_factor")
+        if share is not None and (isinstance(share, bool) or share != 1):
+            raise ValueError(f"partial_rotary_factor must be absent or 1, got {shown(share)}")
+    kinds = [rope[key] for key in ("rope_type", "type") if key in rope]
+    for kind in kinds:
+        if not isinstance(kind, str) or kind not in ("default", "yarn"):
+            raise ValueError(f"rope type must be 'default' or 'yarn', got {shown(kind)} in {name}")
+    if len(set(kinds)) == 2:
+        raise ValueError(f"{name}.rope_type and {name}.type differ")
+    is_yarn = "yarn" in kinds
+    known = _ROPE_KEYS | _YARN_KEYS if is_yarn else _ROPE_KEYS
+    for key, value in rope.items():
+        if key not in known and value is not None:
             raise ValueError(
-                "config.json: partial_rotary_factor must be absent or 1, "
-                f"got {where['partial_rotary_factor']!r}"
+                f"{name}.{excerpt(key, 60)} = {shown(value)} is not known for rope type "
+                f"{'yarn' if is_yarn else 'default'}"
+                + ("" if kinds else f" ({name}.rope_type is missing)")
             )
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    if not is_yarn:
         return theta, None
-    if kind != "yarn":
-        raise ValueError(f"config.json: rope type must be 'default' or 'yarn', got {kind!r}")
     original = raw.get(
         "original_max_position_embeddings",
-        rope.get("original_max_position_embeddings", raw.get("max_position_embeddings", 4096)),
+        rope.get("original_max_position_embeddings", max_position),
     )
-    _require_positive_int("rope_scaling.original_max_position_embeddings", original)
-    factor = _required(rope, "factor", "rope_scaling.factor")
-    if factor is None:
-        factor = raw.get("max_position_embeddings", 4096) / original
-    return theta, YarnScaling(
-        factor=factor,
-        original_max_position_embeddings=original,
-        beta_fast=rope.get("beta_fast") or 32.0,
-        beta_slow=rope.get("beta_slow") or 1.0,
-        mscale=rope.get("mscale"),
-        mscale_all_dim=rope.get("mscale_all_dim"),
-        attention_factor=rope.get("attention_factor"),
-        truncate=bool(rope.get("truncate", True)),
-    )
+    numbers: dict[str, Any] = {
+        key: rope[key] for key in _YARN_KEYS & rope.keys() if rope[key] is not None
+    }
+    numbers["factor"] = _required(rope, "factor", f"{name}.factor")
+    return theta, YarnScaling(**numbers | {"original_max_position_embeddings": original})
 
 
 def _required(raw: Mapping[str, Any], key: str, name: str | None = None) -> Any:
-    if key not in raw:
-        raise ValueError(f"config.json: {name or key} is missing")
-    return raw[key]
+    if key in raw:
+        return raw[key]
+    nested = [k for k, v in raw.items() if isinstance(v, Mapping) and "kv_lora_rank" in v]
+    where = f"; is it in {excerpt(', '.join(map(str, nested)))}? Known are {', '.join(WRAPPERS)}"
+    raise ValueError(f"{name or key} is missing" + (where if nested else ""))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _list(found: list[str]) -> str:
+    """At most 8 entries of an error message, each once."""
+    found = list(dict.fromkeys(found))
+    return ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
 
 
-def _require_positive_number(name: str, value: Any) -> None:
-    if not _is_number(value) or value <= 0:
-        raise ValueError(f"{name} must be a positive number, got {value!r}")
+def _store(instance: Any, name: str, value: Any) -> None:
+    """Sets a field of a frozen dataclass, in its __post_init__ only."""
+    object.__setattr__(instance, name, value)
 
 
-def _require_positive_int(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+def _number(name: str, value: Any, kind: str, low: float, high: float) -> float:
+    """The value as a Python float in low .. high, within which each derived number is a normal
+    float32: frequencies, temperatures and the softmax scale."""
+    try:
+        number = checks.require_number(name, value)
+    except TypeError:
+        raise TypeError(f"{name} must be {kind}, got {shown(value)}") from None
+    except ValueError:  # NaN or infinity
+        number = math.nan
+    if not low <= number <= high:
+        raise ValueError(
+            f"{name} must be {kind}, got {shown(value)}, which is not in {low:g} .. {high:g}"
+        )
+    return number
+
+
+def _positive_int(name: str, value: Any) -> int:
+    """The value as a Python int that an int32 holds."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a positive integer, got {shown(value)}")
+    if not 0 < value < 2**31:
+        limit = "" if value <= 0 else ", which is not below 2^31"
+        raise ValueError(f"{name} must be a positive integer, got {shown(value)}{limit}")
+    return int(value)
 
 
 _V2_YARN = YarnScaling(

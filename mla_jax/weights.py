@@ -5,7 +5,7 @@ tensors are called `model.layers.{layer}.self_attn.q_a_proj.weight` and so on; m
 """
 
 import dataclasses
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from safetensors.numpy import save_file
 
 from mla_jax import checks, quantize
-from mla_jax.checkpoint import Checkpoint
-from mla_jax.config import MLAConfig
+from mla_jax.checkpoint import Checkpoint, CheckpointError
+from mla_jax.checkpoint_write import write_layer
+from mla_jax.config import MLAConfig, config_from_json
+from mla_jax.config_json import shown
 
 Shape = tuple[int, ...]
 
@@ -66,16 +67,71 @@ def param_shapes(config: MLAConfig) -> dict[str, Shape | None]:
 
 
 def check_params(params: MLAParams, config: MLAConfig) -> None:
-    """Raises ValueError naming the first field of `params` that is not of `config`'s shape."""
+    """Raises TypeError or ValueError naming the first field of `params` that does not fit `config`.
+
+    Each must be an array of float32, bfloat16 or float16, or None where the config has no such
+    weight.
+    """
+    _require_params(params)
+    _require_config(config)
     for name, wanted in param_shapes(config).items():
         value = getattr(params, name)
-        got = None if value is None else value.shape
+        got = None if value is None else np.shape(value)
         if got != wanted:
             raise ValueError(f"params.{name} must be {wanted} for this config, got {got}")
+        if value is not None:
+            checks.require_float(f"params.{name}", value)
+
+
+def _require_params(params: MLAParams) -> None:
+    if not isinstance(params, MLAParams):
+        raise TypeError(f"params must be MLAParams, got {shown(params)}")
+
+
+def _require_config(config: MLAConfig) -> None:
+    if not isinstance(config, MLAConfig):
+        raise TypeError(f"config must be an MLAConfig, got {shown(config)}")
+
+
+def _float_dtype(name: str, dtype: DTypeLike) -> np.dtype:
+    """The dtype, which must be one of FLOAT_DTYPES."""
+    try:
+        if dtype is None:  # NumPy would take float64
+            raise TypeError
+        found = jnp.dtype(dtype).name
+    except TypeError:
+        raise TypeError(
+            f"{name} must be one of {', '.join(checks.FLOAT_DTYPES)}, got {shown(dtype)}"
+        ) from None
+    checks.require_one_of(name, found, checks.FLOAT_DTYPES)
+    return jnp.dtype(found)
+
+
+def _layer_number(layer: int) -> int:
+    """The number of a layer as a Python int; raises TypeError or ValueError unless it is one."""
+    if not isinstance(layer, int | np.integer) or isinstance(layer, bool):
+        raise TypeError(f"layer must be an integer, got {shown(layer)}")
+    if not 0 <= layer < 10**9:
+        raise ValueError(f"layer must be 0 or more, got {shown(layer)}")
+    return int(layer)
 
 
 def init_params(key: jax.Array, config: MLAConfig, dtype: DTypeLike = jnp.float32) -> MLAParams:
-    """Seeded weights that keep unit variance: normal, fan-in scaled; norms 1, biases 0."""
+    """Seeded weights that keep unit variance: normal, fan-in scaled; norms 1, biases 0.
+
+    Args:
+        key: one key, of `jax.random.key` or `jax.random.PRNGKey`.
+        config: gives the shapes.
+        dtype: float32, bfloat16 or float16.
+    """
+    _require_config(config)
+    dtype = _float_dtype("dtype", dtype)
+    kind, shape = getattr(key, "dtype", None), np.shape(key)
+    if not (
+        (kind is not None and jnp.issubdtype(kind, jax.dtypes.prng_key) and shape == ())
+        or (kind == jnp.uint32 and len(shape) == 1)
+    ):
+        raise TypeError(f"key must be one key of jax.random, got {shown(key)}")
     fan_in = {"w_uk": config.kv_lora_rank, "w_uv": config.kv_lora_rank}
     fan_in["w_o"] = config.num_heads * config.v_head_dim
 
@@ -105,7 +161,14 @@ def rotate_latent(params: MLAParams) -> MLAParams:
 
     Raises ValueError unless kv_lora_rank is a power of 2.
     """
+    _require_params(params)
+    for field in ("norm_kv", "w_dkv", "w_uk", "w_uv"):
+        checks.require_float(f"params.{field}", getattr(params, field))
+    checks.require_shape("params.norm_kv", params.norm_kv, "[kv_lora]", None)
     rank = params.norm_kv.shape[0]
+    checks.require_shape("params.w_dkv", params.w_dkv, "[hidden, kv_lora + rope]", None, None)
+    checks.require_shape("params.w_uk", params.w_uk, "[H, nope, kv_lora]", None, None, rank)
+    checks.require_shape("params.w_uv", params.w_uv, "[H, kv_lora, v]", None, rank, None)
     turn = jnp.asarray(quantize.hadamard(rank), jnp.float32)
     norm = params.norm_kv.astype(jnp.float32)
 
@@ -194,7 +257,11 @@ def params_to_hf(params: MLAParams, config: MLAConfig) -> dict[str, np.ndarray]:
 
 
 def load_hf(
-    folder: str | Path, layer: int | None = None, dtype: DTypeLike = jnp.float32
+    folder: str | Path,
+    layer: int | None = None,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    prefix: str | None = None,
 ) -> tuple[MLAConfig, MLAParams]:
     """Reads one attention layer of a published checkpoint; only its own bytes leave the disk.
 
@@ -202,43 +269,64 @@ def load_hf(
         folder: holds config.json and the safetensors file or shards.
         layer: which layer, from 0; layers past num_hidden_layers (MTP modules) are fine. None:
             the lowest that is there.
-        dtype: of the returned weights (float32, bfloat16, float16), whatever the file stores.
+        dtype: of the returned weights (float32, bfloat16, float16), whatever the file stores. NaN
+            and infinity are loaded as they are.
+        prefix: chooses among several models in the folder that have such a layer: what stands
+            before "layers." in the names of its tensors, e.g. "model." or "draft.model.".
 
     Raises:
         FileNotFoundError: no such folder, or no config.json in it.
-        CheckpointError: a file or tensor is missing, corrupt, of a wrong shape or dtype; the
-            message names it.
-        ValueError: `layer` or `dtype` can't be, or config.json asks for what `MLAConfig` can't be.
+        CheckpointError: a file, key or tensor is missing, corrupt, of a wrong shape, dtype or
+            range, is quantised in an unsupported way, or asks for another attention; the message
+            names it.
+        TypeError, ValueError: an argument can't be; the message names it.
     """
-    if layer is not None and layer < 0:
-        raise ValueError(f"layer must be 0 or more, got {layer}")
-    checks.require_one_of("dtype", jnp.dtype(dtype).name, checks.FLOAT_DTYPES)
+    layer = None if layer is None else _layer_number(layer)
+    dtype = _float_dtype("dtype", dtype)
+    if not isinstance(prefix, str | None):
+        raise TypeError(f"prefix must be a string or None, got {shown(prefix)}")
     checkpoint = Checkpoint(folder)
-    config = MLAConfig.from_hf(checkpoint.config)
-    prefix = checkpoint.layer_prefix(min(checkpoint.layers, default=0) if layer is None else layer)
+    config = config_from_json(checkpoint.config, str(checkpoint.config_path))
+    stem = checkpoint.layer_prefix(layer, prefix)
+    shapes = hf_shapes(config)
+    checkpoint.check_names(stem, shapes)
     tensors = {
-        name: jnp.asarray(checkpoint.read(prefix + name, shape), dtype)
-        for name, shape in hf_shapes(config).items()
+        name: _as_dtype(
+            f"{checkpoint.folder}: {stem}{name}", checkpoint.read(stem + name, shape), dtype
+        )
+        for name, shape in shapes.items()
     }
     return config, params_from_hf(tensors, config)
 
 
-def save_hf(folder: str | Path, config: MLAConfig, params: MLAParams, *, layer: int = 0) -> None:
-    """Writes config.json and model.safetensors: a checkpoint of one attention layer, as published.
+def _as_dtype(name: str, value: np.ndarray, dtype: np.dtype) -> jax.Array:
+    """The tensor in another dtype; raises CheckpointError where a finite value would overflow."""
+    with np.errstate(over="ignore"):  # looked for below
+        converted = jnp.asarray(value, dtype)
+    if jnp.finfo(value.dtype).max > jnp.finfo(dtype).max:
+        lost = np.isfinite(value) & ~np.isfinite(np.asarray(converted))
+        if lost.any():
+            raise CheckpointError(
+                f"{name} holds {value[lost][0]}, which is past the range of {dtype.name}"
+            )
+    return converted
 
-    Creates the folder; replaces those two files. Before it writes anything, raises ValueError where
-    `params` aren't of `config`'s shapes or the format can't express `config`, FileExistsError
-    where a sharded checkpoint is in the folder.
+
+def save_hf(folder: str | Path, config: MLAConfig, params: MLAParams, *, layer: int = 0) -> None:
+    """Adds one attention layer to a checkpoint in the published format, and makes a new one first.
+
+    The first layer is in model.safetensors. Each further layer is in a file of its own, and
+    model.safetensors.index.json says where. A layer that is there is replaced. Each file is
+    replaced as a whole, the index last: whoever reads meanwhile, or after a crash, finds the old
+    layers or the new. One process at a time may write.
+
+    Raises, before it writes anything:
+        TypeError, ValueError: an argument can't be, `params` aren't of `config`'s shapes, the
+            format can't express `config`, or the folder's config.json is of another config.
+        FileExistsError: the folder holds weights that `save_hf` did not write.
     """
-    if layer < 0:
-        raise ValueError(f"layer must be 0 or more, got {layer}")
-    text = json.dumps(config.to_hf(), indent=2) + "\n"
-    prefix = f"model.layers.{layer}.self_attn."
-    tensors = {prefix + name: value for name, value in params_to_hf(params, config).items()}
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        raise FileExistsError(f"{index}: a sharded checkpoint is here already")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "np"})
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    layer = _layer_number(layer)
+    _require_config(config)
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"folder must be a path, got {shown(folder)}")
+    write_layer(Path(folder), config, layer, params_to_hf(params, config))

@@ -4,9 +4,12 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 
+from mla_jax.checkpoint import CheckpointError
 from mla_jax.config import PRESETS, MLAConfig, YarnScaling
+from mla_jax.rope import rope_frequencies
 
 # The keys that matter of the published DeepSeek-V3 / R1 config.json.
 DEEPSEEK_V3 = {
@@ -179,6 +182,285 @@ def yarn(**changes):
 def test_from_hf_refuses(raw, message):
     with pytest.raises(ValueError, match=message):
         MLAConfig.from_hf(raw)
+
+
+# Published configs and what else is in them, without what test_from_hf_refuses has.
+REST_OF_V3 = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_dropout": 0.1,
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 0,
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 8,
+    "num_nextn_predict_layers": 1,
+    "pretraining_tp": 1,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.33.1",
+    "use_cache": True,
+    "vocab_size": 129280,
+}
+# What older and newer versions of transformers add when they save a config again.
+RESAVED = {
+    "_attn_implementation_autoset": True,
+    "add_cross_attention": False,
+    "chunk_size_feed_forward": 0,
+    "cross_attention_hidden_size": None,
+    "head_dim": 64,
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "mlp_layer_types": ["dense", "sparse"],
+    "output_attentions": False,
+    "pruned_heads": {},
+    "qk_head_dim": 192,
+    "remove_invalid_values": False,
+    "temperature": 1.0,
+    "top_k": 50,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        REST_OF_V3,
+        REST_OF_V3 | RESAVED,
+        {"attn_module_list_cfg": [], "some_new_moe_option": 3, "rms_norm_eps": 1e-5},
+        {"sliding_window": None, "layer_types": ["full_attention"] * 61, "attn_output_gate": False},
+        {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 61},
+        {"use_mla": True, "lm_head": True, "rm_head": False, "is_causal": True},
+        {"final_logit_softcapping": 30.0, "index_topk": 0, "linear_attn_config": None},
+        {"rope_interleave": np.bool_(True), "hidden_size": np.int32(7168)},
+    ],
+)
+def test_keys_that_leave_attention_alone(changes):
+    assert MLAConfig.from_hf(v3(**changes)) == MLAConfig.preset("deepseek-v3")
+
+
+FOREIGN = {
+    "index_topk": 2048,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "indexer_rope_interleave": True,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+    "attention_sink": True,
+    "use_attn_sinks": 1,
+    "attn_logit_softcapping": 50.0,
+    "query_pre_attn_scalar": 256,
+    "attention_multiplier": 0.0078125,
+    "attention_chunk_size": 8192,
+    "attn_temperature_tuning": True,
+    "use_qk_norm": True,
+    "qk_layernorm": True,
+    "k_norm": True,
+    "q_norm": "rms",
+    "attn_output_gate": True,
+    "layer_types": ["full_attention", "linear_attention"],
+    "layers_block_type": ["attention", "mamba"],
+    "hybrid_override_pattern": "M*M*",
+    "full_attention_interval": 4,
+    "layer_group_size": 8,
+    "linear_attn_config": {"kda_layers": [1, 2, 3], "full_attn_layers": [4]},
+    "mla_use_nope": True,
+    "mla_scale_q_lora": True,
+    "mla_scale_kv_lora": True,
+    "no_rope_layers": [1, 1, 0],
+    "nope_layer_interval": 4,
+    "alibi": True,
+    "position_embedding_type": "alibi",
+    "rotary_pct": 0.25,
+    "use_mla": False,
+    "is_causal": False,
+    "use_bidirectional_attention": True,
+    "compress_ratios": [4, 128],
+    "o_lora_rank": 1024,
+    "clip_qkv": 8,
+    "num_kv_shared_layers": 4,
+    "useAlibi": "yes",
+    "softmax_scale": 0.1,
+    "num_key_value_heads": 8,
+    "head_dim": 100,
+    "qk_head_dim": 576,
+    "rotary_dim": 32,
+}
+
+
+@pytest.mark.parametrize("key", FOREIGN)
+def test_keys_of_another_attention_are_named(key):
+    with pytest.raises(CheckpointError, match=rf"^config\.json: .*\b{key} = "):
+        MLAConfig.from_hf(v3(**{key: FOREIGN[key]}))
+    if key not in DEEPSEEK_V3:
+        with pytest.raises(CheckpointError, match=rf"\b{key} = "):
+            MLAConfig.from_hf({"text_config": DEEPSEEK_V3, key: FOREIGN[key]})
+
+
+def test_another_model_type_is_named_with_its_keys():
+    with pytest.raises(CheckpointError, match=r"got 'deepseek_v32' \(with index_topk = 2048\)"):
+        MLAConfig.from_hf(v3(model_type="deepseek_v32", index_topk=2048))
+
+
+@pytest.mark.parametrize("key", ["text_config", "language_config", "llm_config"])
+def test_the_language_models_part_is_found(key):
+    outer = {"model_type": "kimi_vl", "vision_config": {"hidden_size": 3}, "image_token_index": 5}
+    outer |= {"use_unified_vision_chunk": True, "global_view_pos": "head", "text_config": None}
+    assert MLAConfig.from_hf(outer | {key: DEEPSEEK_V3}) == MLAConfig.preset("deepseek-v3")
+    nested = {"text_config": {key: DEEPSEEK_V3}}
+    assert MLAConfig.from_hf(nested) == MLAConfig.preset("deepseek-v3")
+    both = {"llm_config": DEEPSEEK_V3, "text_config": dict(DEEPSEEK_V3)} | DEEPSEEK_V3
+    assert MLAConfig.from_hf(both) == MLAConfig.preset("deepseek-v3")
+    assert MLAConfig.from_hf(v3(**{key: {}})) == MLAConfig.preset("deepseek-v3")
+
+
+CIRCLE: dict = {}
+CIRCLE["text_config"] = CIRCLE
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"text_config": DEEPSEEK_V3, "language_config": v3(hidden_size=3)}, "and .* differ"),
+        ({"text_config": "x"}, "text_config must be an object, got 'x'"),
+        (
+            {"my_config": DEEPSEEK_V3},
+            r"hidden_size is missing; is it in my_config\? Known are text",
+        ),
+        (CIRCLE, "text_config is nested more than 8 times"),
+        ({"text_config": DEEPSEEK_V3, "rope_theta": 5e5}, "rope_theta is not the same beside text"),
+        ({"text_config": without("rope_theta"), "rope_theta": 5e5}, "rope_theta is not the same"),
+    ],
+)
+def test_wrappers_that_are_refused(raw, message):
+    with pytest.raises(CheckpointError, match=message):
+        MLAConfig.from_hf(raw)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        *[(v3(attention_bias=value), "attention_bias must be True or") for value in ("false", 0)],
+        *[(v3(rope_interleave=value), "rope_interleave must be") for value in ("false", 1, None)],
+        (
+            v3(model_type="deepseek_v2", rope_interleave="x"),
+            "rope_interleave must be True or False",
+        ),
+        (yarn(truncate="false"), r"rope_scaling.truncate must be True or False, got 'false'"),
+        *[(yarn(mscale_all_dim=v), r"mscale_all_dim must be") for v in (-100, 1e300, True, [])],
+        *[(yarn(mscale=v), r"rope_scaling.mscale must be") for v in (-1, 1e300, 10**400, True)],
+        *[(yarn(attention_factor=v), "attention_factor must be") for v in (0, -1, 1e-308, 1e300)],
+        *[(yarn(beta_fast=v), "beta_fast must be") for v in (0, 1e-308, 1e300, "32", 0.5)],
+        *[(yarn(beta_slow=v), "beta_slow must be") for v in (0, 1e-308, math.inf, False)],
+        *[(yarn(factor=v), "factor must be") for v in (0, 0.5, 1e300, math.nan, True, None)],
+        (yarn(factor=10**400), "factor must be a positive number, got 1000"),
+        *[(v3(rope_theta=v), "rope_theta must be a number above 1") for v in (1, "1e4", 1e300)],
+        *[(v3(hidden_size=v), "hidden_size must be a pos") for v in (True, 7168.0, 10**400, None)],
+        (v3(max_position_embeddings=None), "max_position_embeddings must be a positive integer"),
+        (v3(num_hidden_layers=2**31), "num_hidden_layers must be .* not below 2"),
+        (v3(num_attention_heads="x"), r"num_heads must be .*, got 'x' \(num_attention_heads\)"),
+        *[(v3(model_type=v), "model_type must be one of") for v in ([], {}, None, 3, "x" * 5000)],
+        *[(v3(rope_scaling=v), "must be flat") for v in (False, 0, "", "yarn", [1])],
+        (yarn(type=[]), r"rope type must be 'default' or 'yarn', got \[\]"),
+        (yarn(rope_type="default"), "rope_scaling.rope_type and rope_scaling.type differ"),
+        (yarn(llama_4_scaling_beta=0.1), "llama_4_scaling_beta = 0.1 is not known for rope type y"),
+        (v3(rope_scaling={"factor": 40}), "rope_scaling.factor .*rope_scaling.rope_type is missin"),
+        (v3(rope_scaling={"type": "default", "mscale": 2}), "rope_scaling.mscale = 2 is not known"),
+        (v3(partial_rotary_factor=True), "partial_rotary_factor must be absent or 1, got True"),
+    ],
+)
+def test_values_are_taken_by_type_and_range(raw, message):
+    with pytest.raises(CheckpointError, match=rf"^config\.json: .*{message}") as caught:
+        MLAConfig.from_hf(raw)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"factor": 1, "mscale": 0, "mscale_all_dim": 0, "beta_fast": 1, "beta_slow": 1},
+        {"factor": 1e6, "mscale": 100, "mscale_all_dim": None, "beta_fast": 1e6, "beta_slow": 1e-3},
+        {"factor": 1e6, "mscale": 1e-3, "mscale_all_dim": 100, "original": 1},
+        {"factor": 2, "attention_factor": 1e-3, "mscale_all_dim": 100, "original": 2**31 - 1},
+    ],
+)
+@pytest.mark.parametrize("theta", [math.nextafter(1, 2), 1e4, 1e30])
+def test_at_the_limits_all_derived_numbers_are_normal(changes, theta):
+    changes = {
+        k.replace("original", "original_max_position_embeddings"): v for k, v in changes.items()
+    }
+    raw = yarn(**changes) | {"rope_theta": theta, "max_position_embeddings": 2**31 - 1}
+    config = MLAConfig.from_hf(raw)
+    assert config.rope_scaling is not None
+    derived = [config.softmax_scale, config.rope_scaling.rotation_scale, *rope_frequencies(config)]
+    assert np.isfinite(np.asarray(derived, np.float32)).all()
+    assert (np.asarray(derived, np.float32) >= np.finfo(np.float32).tiny).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        *[({"num_heads": v}, TypeError) for v in (True, 4.0, "4", None)],
+        *[({"num_heads": v}, ValueError) for v in (0, -1, 2**31, np.int64(-1))],
+        *[({"rope_theta": v}, TypeError) for v in (True, "1e4", None, 1j)],
+        *[({"rms_norm_eps": v}, ValueError) for v in (0, math.nan, 1e-60, 1e300)],
+        *[({"attention_bias": v}, TypeError) for v in (0, "no", None)],
+        ({"rope_scaling": {"factor": 2}}, TypeError),
+        ({"q_lora_rank": False}, TypeError),
+    ],
+)
+def test_fields_are_named(changes, error):
+    [name] = changes
+    with pytest.raises(error, match=rf"^{name} must be "):
+        dataclasses.replace(MLAConfig.preset("deepseek-v3"), **changes)
+
+
+def test_numpys_numbers_become_pythons():
+    shape = {"hidden_size": np.uint8(200), "num_heads": np.int64(16), "q_lora_rank": np.int32(8)}
+    config = MLAConfig(**shape, rope_theta=np.float32(500), attention_bias=np.bool_(True))
+    kinds = {type(getattr(config, name)) for name in shape}
+    assert (kinds, type(config.rope_theta), config.attention_bias) == ({int}, float, True)
+    assert type(YarnScaling(np.int16(4), np.int16(64)).factor) is float
+    assert config.shard(np.uint8(2)).num_heads == 8
+
+
+@pytest.mark.parametrize("name", [[], None, 3, "DeepSeek-V3"])
+def test_presets_are_strings_of_the_list(name):
+    with pytest.raises(ValueError, match="name must be one of deepseek-v2-lite, "):
+        MLAConfig.preset(name)
+
+
+@pytest.mark.parametrize("value", [None, 3, [], b"config.json"])
+def test_from_hf_takes_a_path_or_a_dict(value):
+    with pytest.raises(TypeError, match="source must be a path or the dict"):
+        MLAConfig.from_hf(value)
+
+
+@pytest.mark.parametrize("value", [True, 2.0, "2", 0])
+def test_shard_takes_a_positive_integer(value):
+    with pytest.raises((TypeError, ValueError), match="tensor_parallel must be a"):
+        MLAConfig.preset("deepseek-v3").shard(value)
+
+
+def test_errors_name_the_file(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(v3(index_topk=2048)))
+    with pytest.raises(CheckpointError) as caught:
+        MLAConfig.from_hf(tmp_path)
+    assert str(caught.value).startswith(f"{path}: ")
 
 
 def test_from_hf_refuses_broken_files(tmp_path):

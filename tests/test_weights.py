@@ -22,6 +22,7 @@ from mla_jax.weights import (
     param_shapes,
     params_from_hf,
     params_to_hf,
+    rotate_latent,
     save_hf,
 )
 
@@ -41,6 +42,12 @@ CONFIGS = {
     "direct_q_bias": dataclasses.replace(CONFIG, q_lora_rank=None, attention_bias=True),
 }
 PREFIX = "model.layers.0.self_attn."
+PARAMS = random_params(CONFIG)
+KEY = jax.random.key(0)
+
+
+def but(**changes):
+    return dataclasses.replace(PARAMS, **changes)
 
 
 @pytest.fixture
@@ -308,7 +315,9 @@ def test_folder_without_files(tmp_path):
 
 @pytest.mark.parametrize("block", [None, 128, [128], [128, 0], ["a", 1]])
 def test_broken_block_size(checkpoint, block):
-    edit_config(checkpoint, quantization_config={"weight_block_size": block})
+    edit_config(checkpoint, quantization_config={"quant_method": "fp8", "weight_block_size": block})
+    chex.assert_trees_all_equal(load_hf(checkpoint)[1], random_params(CONFIG))  # no use of blocks
+    to_fp8(checkpoint, (128, 128))
     with pytest.raises(CheckpointError, match="weight_block_size must be two positive integers"):
         load_hf(checkpoint)
 
@@ -334,6 +343,73 @@ def test_save_refuses_a_folder_with_shards(checkpoint):
 def test_load_refuses_a_dtype_that_is_no_float(checkpoint):
     with pytest.raises(ValueError, match=r"dtype must be one of float32, .*, got 'int8'"):
         load_hf(checkpoint, dtype=jnp.int8)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda f: load_hf(f, layer="0"), TypeError, "layer must be an integer, got '0'"),
+        (lambda f: load_hf(f, layer=True), TypeError, "layer must be an integer, got True"),
+        (lambda f: load_hf(f, layer=1.0), TypeError, "layer must be an integer, got 1.0"),
+        (lambda f: load_hf(f, layer=10**5000), ValueError, "layer must be 0 or more, got a int"),
+        (lambda f: load_hf(f, dtype="x"), TypeError, "dtype must be one of float32, .* got 'x'"),
+        (lambda f: load_hf(f, dtype=None), TypeError, "dtype must be one of .* got None"),
+        (lambda f: load_hf(f, dtype=[3]), TypeError, r"dtype must be one of .* got \[3\]"),
+        (lambda f: load_hf(f, dtype=jnp.int8), ValueError, "dtype must be one of .* got 'int8'"),
+        (lambda f: load_hf(f, dtype="float64"), ValueError, "dtype must be one of"),
+        (lambda f: load_hf(f, prefix=3), TypeError, "prefix must be a string or None, got 3"),
+        (lambda f: load_hf(None), TypeError, "folder must be a path, got None"),
+        (lambda f: load_hf(f / "config.json"), CheckpointError, "folder must be .* is a file"),
+        (lambda f: load_hf(f / "missing"), FileNotFoundError, "no config.json at .*missing"),
+        (lambda f: load_hf("x" * 5000), FileNotFoundError, "no config.json at"),
+        (lambda f: load_hf("a\0b"), FileNotFoundError, "no config.json at"),
+        (lambda f: save_hf(f, CONFIG, PARAMS, layer="0"), TypeError, "layer must be an integer"),
+        (lambda f: save_hf(f, CONFIG, PARAMS, layer=-1), ValueError, "layer must be 0 or more"),
+        (lambda f: save_hf(None, CONFIG, PARAMS), TypeError, "folder must be a path, got None"),
+        (lambda f: save_hf(f, None, PARAMS), TypeError, "config must be an MLAConfig, got None"),
+        (lambda f: save_hf(f, CONFIG, {}), TypeError, "params must be MLAParams, got {}"),
+        (lambda f: save_hf(f / "config.json", CONFIG, PARAMS), FileExistsError, "folder must be"),
+        (lambda f: check_params(None, CONFIG), TypeError, "params must be MLAParams, got None"),
+        (lambda f: check_params(PARAMS, {}), TypeError, "config must be an MLAConfig, got {}"),
+        (lambda f: check_params(but(w_dkv=[1.0]), CONFIG), ValueError, r"params.w_dkv must be \("),
+        (lambda f: check_params(but(norm_kv=[1.0] * 14), CONFIG), TypeError, "params.norm_kv must"),
+        (
+            lambda f: check_params(but(norm_kv=np.ones(14, np.int8)), CONFIG),
+            TypeError,
+            "params.norm_kv must be an array of float32, .* got int8",
+        ),
+        (lambda f: rotate_latent(None), TypeError, "params must be MLAParams, got None"),
+        (lambda f: rotate_latent(but(w_uk=None)), TypeError, "params.w_uk must be an array"),
+        (lambda f: rotate_latent(but(w_uk=PARAMS.w_uv)), ValueError, "params.w_uk must be .H, nop"),
+        (lambda f: init_params(KEY, CONFIG, jnp.int8), ValueError, "dtype must be .* got 'int8'"),
+        (lambda f: init_params(KEY, CONFIG, bool), ValueError, "dtype must be .* got 'bool'"),
+        (lambda f: init_params(KEY, CONFIG, "x"), TypeError, "dtype must be .* got 'x'"),
+        (lambda f: init_params(KEY, None), TypeError, "config must be an MLAConfig, got None"),
+        (lambda f: init_params(0, CONFIG), TypeError, "key must be one key of jax.random, got 0"),
+        (lambda f: init_params(jnp.ones(2), CONFIG), TypeError, "key must be one key"),
+    ],
+)
+def test_arguments_are_named(checkpoint, call, error, message):
+    with pytest.raises(error, match=message):
+        call(checkpoint)
+    chex.assert_trees_all_equal(load_hf(checkpoint)[1], PARAMS)
+
+
+def test_layers_and_dtypes_may_be_numpys_and_names(checkpoint):
+    for layer, dtype in ((np.uint8(0), "bfloat16"), (np.int64(0), np.dtype("bfloat16"))):
+        params = load_hf(checkpoint, layer, dtype)[1]
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_nan_is_loaded_and_overflow_is_not(checkpoint):
+    name = PREFIX + "o_proj.weight"
+    rewrite(checkpoint, lambda t: t[name].__setitem__((0, 0), np.nan))
+    for dtype in (jnp.float32, jnp.float16):
+        assert np.isnan(np.asarray(load_hf(checkpoint, dtype=dtype)[1].w_o)[0, 0, 0])
+    rewrite(checkpoint, lambda t: t[name].__setitem__((0, 1), 1e5))
+    assert np.asarray(load_hf(checkpoint)[1].w_o)[0, 1, 0] == 1e5
+    with pytest.raises(CheckpointError, match=rf"{name} holds 100000.0, .* range of float16"):
+        load_hf(checkpoint, dtype=jnp.float16)
 
 
 def test_check_params_names_what_is_missing():
