@@ -131,6 +131,7 @@ def draw(path: Path, batch: Batch, results: Sequence[Result], bytes_per_token: i
             label = f"all of it in {result.cache}"
             right.plot(steps, whole, color="black", linestyle="--", label=label)
             right.legend(loc="upper left", bbox_to_anchor=(0, 0.92))
+        right.set_ylim(0, 1.15 * kib.sum(0).max())
         right.set_ylabel("KiB in the cache")
         right.set_title(f"The cache ({first}) fills, a colour per request")
         for axes in (left, right):

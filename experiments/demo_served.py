@@ -38,9 +38,9 @@ COLUMNS = {
     "phase": "phase",
     "batch": "batch",
     "heads": "heads",
-    "implementation": "implementation",
+    "implementation": "by",
     "ms": "ms per layer",
-    "speed_over_xla": "times as fast as xla",
+    "speed_over_xla": "x xla's speed",
     "tflops": "TFLOPS",
     "gb_per_s": "GB/s",
     "error": "error",
@@ -61,10 +61,9 @@ def phase(shape: Shape) -> str:
 
 
 def words(shape: Shape) -> str:
-    """The batch in words."""
-    if shape.s_q == 1:
-        return f"{shape.batch} x {shape.kv_len} keys, 1 token each"
-    return f"{shape.batch} x {shape.s_q} tokens"
+    """The batch in words: keys that one token per request meets, or tokens that are prefilled."""
+    unit = "keys" if shape.s_q == 1 else "tokens"
+    return f"{shape.batch} x {shape.kv_len} {unit}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,12 +261,13 @@ def show(rows: Sequence[Row], device: str) -> None:
 def summary(rows: Sequence[Row]) -> str:
     """How many times as fast as `xla` each other contender is, per shape."""
     parts = [
-        f"{row['phase']} of {row['batch']}, {row['heads']} heads: {row['implementation']} "
-        f"{row['ms']:.3g} ms, {row['speed_over_xla']:.1f} times as fast as {BASELINE}"
+        f"{row['implementation']} takes {row['ms']:.3g} ms for the {row['phase']} of "
+        f"{row['batch']} with {row['heads']} heads, {row['speed_over_xla']:.1f} times as fast as "
+        f"{BASELINE}"
         for row in rows
         if "speed_over_xla" in row
     ]
-    return "; ".join(parts)
+    return f"Attention as it is served: {'; '.join(parts)}." if parts else ""
 
 
 def draw(path: Path, rows: Sequence[Row], device: str) -> None:
@@ -296,7 +296,7 @@ def draw(path: Path, rows: Sequence[Row], device: str) -> None:
                 bar = axes.barh(y, ms, height * 0.92, color=plotting.look(i)["color"], label=label)
                 label = None
                 speed = mine[group].get("speed_over_xla")
-                text = f" {ms:.3g} ms" + (f", {speed:.1f} times as fast" if speed else "")
+                text = f" {ms:.3g} ms" + (f", {speed:.1f} x as fast as {BASELINE}" if speed else "")
                 axes.bar_label(bar, [text], fontsize=9)
         axes.set_xscale("log")
         axes.set_xlim(left, plotting.highest(times) * 4)
