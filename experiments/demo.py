@@ -105,7 +105,7 @@ def run(options: Options, output: Output) -> Outcome:
     rows = [result.row() for result in results]
     rows += [{"implementation": name, "note": why} for name, why in plan.not_run.items()]
     show(results, rows, plan.dtype, machine.kind)
-    draw(output.path("demo.png"), batch, results, shown[0].cache.bytes_per_token)
+    draw(output.path("demo.png"), batch, results, plan.dtype, shown[0].cache.bytes_per_token)
     if served:
         demo_served.show(served, machine.kind)
         demo_served.draw(output.path("served.png"), served, machine.kind)

@@ -117,7 +117,9 @@ def show(results: Sequence[Result], rows: list[Row], dtype: str, device: str) ->
             say(f"{what}: {row['note']}")
 
 
-def draw(path: Path, batch: Batch, results: Sequence[Result], bytes_per_token: int) -> None:
+def draw(
+    path: Path, batch: Batch, results: Sequence[Result], dtype: str, bytes_per_token: int
+) -> None:
     """Every step's error, and how the cache fills."""
     title = "A ragged batch through one attention layer"
     with plotting.figure(path, title, columns=2, size=(13, 4.8)) as (left, right):
@@ -125,15 +127,14 @@ def draw(path: Path, batch: Batch, results: Sequence[Result], bytes_per_token: i
         lengths = np.stack([step.seq_lens for step in batch.steps], axis=1)
         kib, steps = lengths * bytes_per_token / 1024, np.arange(len(batch.steps))
         right.stackplot(steps, kib, colors=plotting.COLOURS, edgecolor="white", linewidth=0.5)
-        first = results[0].cache
-        for result in [r for r in results if r.cache != first][:1]:
+        for result in [r for r in results if r.cache != dtype][:1]:
             whole = lengths.sum(0) * (result.cache_bytes / sum(batch.totals)) / 1024
             label = f"all of it in {result.cache}"
             right.plot(steps, whole, color="black", linestyle="--", label=label)
             right.legend(loc="upper left", bbox_to_anchor=(0, 0.92))
         right.set_ylim(0, 1.15 * kib.sum(0).max())
         right.set_ylabel("KiB in the cache")
-        right.set_title(f"The cache ({first}) fills, a colour per request")
+        right.set_title(f"The cache ({dtype}) fills, a colour per request")
         for axes in (left, right):
             axes.set_xlabel("step")
             axes.set_xlim(-0.5, len(steps) - 0.5)
@@ -150,13 +151,12 @@ def _draw_errors(axes: Any, results: Sequence[Result]) -> None:
         errors = [m.error for m in result.measured]
         label = plotting.name(result.label, 60)
         axes.plot(steps, errors, **plotting.points(i), label=label, markersize=7)
-    bounds = {result.bound for result in results}
+    bounds = sorted({result.bound for result in results})
     for bound in bounds:
         axes.axhline(bound, color=plotting.GREY, linestyle="--")
     axes.set_yscale("log")
     errors = [m.error for result in results for m in result.measured]
-    low = min(plotting.lowest(errors, min(bounds)), min(bounds)) / 3
-    axes.set_ylim(low, max(plotting.highest(errors, max(bounds)), max(bounds)) * 3)
+    axes.set_ylim(plotting.lowest(errors + bounds) / 3, plotting.highest(errors + bounds) * 3)
     axes.set_ylabel("relative error of the layer's output")
     axes.set_title("Every step against float64 (dashed: the bounds)")
     plotting.legend(axes)

@@ -86,6 +86,11 @@ def highest(values: Iterable[Any], default: float = 1.0) -> float:
     return max((v for v in numbers(values) if math.isfinite(v) and v > 0), default=default)
 
 
+def several(axes: Any) -> list[Any]:
+    """What `figure` yields as a list: matplotlib gives one of them without it."""
+    return list(axes.flat) if hasattr(axes, "flat") else [axes]
+
+
 def legend(axes: Any) -> None:
     """A legend below everything in the picture, which grows by its height; none where nothing has a
     label."""
@@ -117,7 +122,7 @@ def figure(
         FigureCanvasAgg(picture)
         heading = name(title, max(20, int(10 * size[0])))
         picture.suptitle(heading, x=0.01, ha="left", fontsize=13, fontweight="bold")
-        yield picture.subplots(rows, columns)
+        yield picture.subplots(max(1, rows), max(1, columns))
         _show_dollars(picture)
         picture.savefig(path, dpi=min(150, MOST_PIXELS / max(size)))
 
