@@ -20,6 +20,7 @@ from experiments import (
     plotting,
     published,
     sweep,
+    timing,
 )
 from experiments.demo_batch import PHASES, Batch
 from experiments.experiment import Output
@@ -49,6 +50,16 @@ def launched(tmp_path, *arguments):
     argv = ["launch", "--experiment=demo", f"--output_dir={tmp_path}", *TINY, *arguments]
     status = launch.main(argv)
     return status, json.loads((tmp_path / "demo" / "result.json").read_text())
+
+
+@pytest.fixture
+def cheap_layer(monkeypatch):
+    """A layer that compiles at once: its output is 0, and it counts steps in the cache's pages."""
+
+    def layer(params, config, x, cache, block_tables, seq_lens, *, query_lens, implementation):
+        return x * 0, dataclasses.replace(cache, pages=cache.pages + 1)
+
+    monkeypatch.setattr(demo, "mla_layer", layer)
 
 
 class TestPlan:
@@ -94,9 +105,9 @@ class TestPlan:
         assert (asked.implementations, asked.dtype, asked.served) == (("xla",), "float16", ())
 
 
-def test_on_a_machine_that_says_it_is_an_h200(tmp_path, monkeypatch, capsys):
-    """All that a GPU would run, with `xla` in the place of the kernels and a small served batch;
-    a compiler's failure takes nothing but its own row."""
+def test_on_a_machine_that_says_it_is_an_h200(tmp_path, monkeypatch, capsys, cheap_layer):
+    """All that a GPU would run, with `xla` in the place of the kernels, a small served batch and
+    a layer of no worth; a compiler's failure takes nothing but its own row."""
     fake = dataclasses.replace(IMPLEMENTATIONS["xla"], name="hopper")
     monkeypatch.setitem(IMPLEMENTATIONS, "hopper", fake)
     monkeypatch.setattr(demo_plan.Machine, "here", staticmethod(lambda: H200))
@@ -107,6 +118,13 @@ def test_on_a_machine_that_says_it_is_an_h200(tmp_path, monkeypatch, capsys):
     setup = dataclasses.replace(demo_plan.served_setup(None), kv_lora_rank=32, rope_dim=16,
                                 usual_layers=2, launches=2, rounds=1)  # fmt: skip
     monkeypatch.setattr(demo_plan, "served_setup", lambda memory: setup)
+
+    def time_once(bursts, **_):
+        return {
+            name: timing.Timing(1e6 * b.run(1)[1], 1.0, 2.0, False) for name, b in bursts.items()
+        }
+
+    monkeypatch.setattr(demo_served, "time_bursts", time_once)
     compile_job = demo_served.Job.compile
 
     def compile_some(job):
@@ -116,7 +134,7 @@ def test_on_a_machine_that_says_it_is_an_h200(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(demo_served.Job, "compile", compile_some)
     status, result = launched(tmp_path, "--noint8")
-    assert status == 1  # the row that did not compile
+    assert status == 1
     assert result["files"] == ["demo.png", "served.png"]
     assert [r["implementation"] for r in result["rows"] if "cache" in r] == ["hopper", "xla"]
     decode, decode_xla, prefill, prefill_xla = result["served"]
@@ -170,7 +188,7 @@ def test_the_served_check_sees_wrong_numbers(monkeypatch):
 
 
 class TestRefused:
-    def test_a_refused_step_has_no_numbers(self, tmp_path, monkeypatch, capsys):
+    def test_a_refused_step_has_no_numbers(self, tmp_path, monkeypatch, capsys, cheap_layer):
         """`blockwise` with prefill refused over float32 and everything over int8. Alone, so that
         another one must fill its cache, which shows nowhere."""
         blockwise = IMPLEMENTATIONS["blockwise"]
@@ -180,25 +198,25 @@ class TestRefused:
                 return "it takes no prompts"
             return blockwise.unavailable(problem)
 
-        patched = dataclasses.replace(blockwise, run=IMPLEMENTATIONS["xla"].run)
-        monkeypatch.setitem(
-            IMPLEMENTATIONS, "blockwise", dataclasses.replace(patched, unavailable=refuses)
-        )
+        patched = dataclasses.replace(blockwise, unavailable=refuses)
+        monkeypatch.setitem(IMPLEMENTATIONS, "blockwise", patched)
         ran = []
         run = demo.Runner.run
 
         def spied(self, program, index, step, wanted):
+            done = float(self.cache.pages.astype("float32").max())  # steps that its cache has seen
             ran.append((self.name, self.cache_dtype, step.phase))
+            assert done == index
             return run(self, program, index, step, wanted)
 
         monkeypatch.setattr(demo.Runner, "run", spied)
         status, result = launched(tmp_path, "--implementations=blockwise")
-        assert status == 0
+        assert status == 1  # the layer is of no worth
         float32, int8 = (row for row in result["rows"] if row["implementation"] == "blockwise")
         assert float32["prefill_error"] == "refused: it takes no prompts"
         assert float32["prefill_ms"] == "refused"
-        assert max(float32["decode_error"], float32["MTP_error"]) < 2e-5
-        assert float32["passed"] is True
+        assert float32["decode_error"] == float32["MTP_error"] == 1
+        assert float32["passed"] is False
         assert int8["passed"] is None
         assert int8["decode_error"].startswith("refused: it takes caches of floating point")
         for phase in PHASES:
@@ -273,12 +291,12 @@ class TestPictures:
     def test_accuracy(self, tmp_path, monkeypatch, count):
         errors = [
             {"distribution": name, "hard": False} | {n: self.value(i, count) for n in names(count)}
-            for i, name in enumerate(names(count))
+            for i, name in enumerate(names(min(count, 8)))
         ]
         monkeypatch.setattr(int8_accuracy, "SHOWN", names(count))
         spreads = [row | {"distribution": "1"} for row in errors]
         int8_accuracy.draw(tmp_path / "a.png", errors, spreads)
-        monkeypatch.setattr(amla_accuracy, "METHODS", dict.fromkeys(names(count)))
+        monkeypatch.setattr(amla_accuracy, "METHODS", dict.fromkeys(names(min(count, 12))))
         rows = [
             {"distribution": "N(0, 1)" if i % 2 else "ramp", "rise": 1.0, "rescales": 3}
             | {n: self.value(i, count) for n in names(count)}
