@@ -54,7 +54,8 @@ class Batch:
     @property
     def first_steps(self) -> dict[str, Step]:
         """The first step of each phase; all steps of a phase have the same shapes."""
-        return {step.phase: step for step in reversed(self.steps)}
+        first = {step.phase: step for step in reversed(self.steps)}
+        return {phase: first[phase] for phase in PHASES}
 
     @staticmethod
     def draw(options: Any, config: MLAConfig, dtype: str) -> "Batch":

@@ -100,7 +100,7 @@ class Result:
 
 def show(results: Sequence[Result], rows: list[Row], dtype: str, device: str) -> None:
     """Errors and times by phase, then who refused or did not run what, and why."""
-    columns = {"implementation": "implementation", "cache": "cache"}
+    columns = {"implementation": "by", "cache": "cache"}
     columns |= {f"{phase}_error": f"{phase} error" for phase in PHASES}
     columns |= {f"{phase}_ms": f"{phase} ms" for phase in PHASES}
     columns |= {"cache_bytes": "cache bytes", "passed": "in bound"}
