@@ -165,22 +165,23 @@ def draw(path: Path, rows: list[Row]) -> None:
         for i, method in enumerate(METHODS):
             places = [place + (i - 1) * 0.27 for place in range(len(shown))]
             heights = [row[method] for row in shown]
-            bars = left.bar(places, heights, 0.25, label=method, color=plotting.COLOURS[i])
+            bars = left.bar(
+                places, heights, 0.25, label=plotting.name(method), color=plotting.look(i)["color"]
+            )
             left.bar_label(bars, [f"{h * 1e4:.1f}" for h in heights], fontsize=8, padding=2)
         left.set_xticks(range(len(shown)), [row["distribution"] for row in shown])
         left.ticklabel_format(axis="y", style="sci", scilimits=(-4, -4))
         left.set_ylabel("relative error against float64")
         left.set_title("By distribution")
-        left.legend()
+        plotting.legend(left)
 
         ramps = [row for row in rows if row["distribution"] not in DISTRIBUTIONS]
         for i, method in enumerate(METHODS):
             right.plot(
                 range(len(ramps)),
                 [row[method] for row in ramps],
-                marker=plotting.MARKERS[i],
-                color=plotting.COLOURS[i],
-                label=method,
+                **plotting.look(i),
+                label=plotting.name(method),
             )
         labels = [f"{row['rise']:g}\n({row['rescales']})" for row in ramps]
         right.set_xticks(range(len(ramps)), labels)
@@ -188,4 +189,3 @@ def draw(path: Path, rows: list[Row]) -> None:
         right.ticklabel_format(axis="y", style="sci", scilimits=(-4, -4))
         right.set_xlabel("rise of the scores, nats a block (rescales)")
         right.set_title("Ramped keys")
-        right.legend()

@@ -3,7 +3,7 @@
 import dataclasses
 
 from experiments.console import show_table, track
-from experiments.experiment import Outcome, Output, Row
+from experiments.experiment import InputError, Outcome, Output, Row, reading
 from experiments.machine_options import MachineOptions, machine_and_problem, report_row
 from experiments.options import flag
 from mla_jax.hal import AscendOrder, HardwareProfile, Problem, TilePlanError, plan_tiles, simulate
@@ -22,7 +22,8 @@ class Options(MachineOptions):
 
 def run(options: Options, output: Output) -> Outcome:
     profile, problem = machine_and_problem(options)
-    default = simulate(profile, problem, DEFAULT[profile.family])
+    with reading("profile"):
+        default = simulate(profile, problem, DEFAULT[profile.family])
     rows: list[Row] = []
     for kernel in track(candidates(profile, problem), "search"):
         try:
@@ -32,7 +33,9 @@ def run(options: Options, output: Output) -> Outcome:
         rows.append({"name": kernel.name, "block_kv": kernel.block_kv} | report_row(report)
                     | {"gain": default.seconds / report.seconds})  # fmt: skip
     rows.sort(key=lambda row: row["us"])
-    columns = ("name", "block_kv", "us", "gain", "bound_by", "utilisation")
+    if not rows:
+        raise InputError(f"--profile: no kernel fits on {profile.name} with these sizes")
+    columns = ("name", "block_kv", "us", "gain", "bound_by", "of_matrix_peak")
     show_table(f"Best of {len(rows)} on {profile.name}", rows[: options.show],
                {c: c.replace("_", " ") for c in columns})  # fmt: skip
     best = rows[0]

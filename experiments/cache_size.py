@@ -178,7 +178,7 @@ def _draw_schemes(axes: Any, rows: list[Row], model: str) -> None:
     for i, dtype in enumerate(dtypes):
         kib = [row["bytes_per_token"] / 1024 for row in rows if row["dtype"] == dtype]
         places = [place + (i - 1) * 0.27 for place in range(len(names))]
-        bars = axes.bar(places, kib, 0.25, label=dtype, color=plotting.COLOURS[i])
+        bars = axes.bar(places, kib, 0.25, label=dtype, color=plotting.look(i)["color"])
         axes.bar_label(bars, [f"{x:,.0f}" for x in kib], fontsize=8, padding=2)
     axes.set_yscale("log")
     axes.set_xticks(range(len(names)), names)

@@ -28,25 +28,39 @@ def run(options: Options, output: Output) -> Outcome:
     names = options.schedules or _DEFAULTS[profile.family]
     if len(set(names)) < 2:
         raise InputError("--schedules must name two schedules or more")
+    names = tuple(dict.fromkeys(names))
     with reading("schedules"):
         reports = [simulate(profile, problem, name) for name in names]
     rows = [{"name": n} | report_row(r) for n, r in zip(names, reports, strict=True)]
-    columns = ("name", "us", "bound_by", "tflops", "gb_per_s", "utilisation",
-               "bubble_head", "bubble_steady", "bubble_tail")  # fmt: skip
-    show_table(f"Schedules on {profile.name}", rows, {c: c.replace("_", " ") for c in columns})
+    show_table(
+        f"Schedules on {profile.name}; busy and idle: a core's matrix unit, of its longest piece",
+        rows,
+        {
+            "name": "name",
+            "us": "us",
+            "bound_by": "bound by",
+            "tflops": "TFLOPS",
+            "gb_per_s": "GB/s",
+            "utilisation": "busy",
+            "bubble_head": "idle: head",
+            "bubble_steady": "between",
+            "bubble_tail": "tail",
+            "bubble_in_steps": "in steps",
+        },
+    )
     until = max(report.timeline.total for report in reports)
     lanes = sum(len(report.timeline.schedule.units) for report in reports)
     title = f"Schedules on {profile.name}, one core's longest piece"
     size = (15.0, 1.1 * len(reports) + 0.42 * lanes)
     path = output.path("compare.png")
     with plotting.figure(path, title, rows=len(reports), size=size) as axes:
-        for ax, name, report in zip(axes, names, reports, strict=True):
+        for ax, name, report in zip(plotting.several(axes), names, reports, strict=True):
             draw_gantt(ax, report.timeline, until=until)
             ax.set_title(
                 f"{name}: {report.timeline.total * 1e6:.1f} µs a core, "
                 f"{report.seconds * 1e6:.1f} µs in all, bound by {report.bound_by}",
                 fontsize=10,
             )
-        axes[0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+        plotting.several(axes)[0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
     best = min(rows, key=lambda row: row["us"])
     return Outcome(True, f"fastest on {profile.name}: {best['name']}, {best['us']:.1f} us", rows)

@@ -186,13 +186,10 @@ def draw(path: Path, rows: list[Row], names: list[str]) -> None:
             mine = [row for row in rows if row["implementation"] == name]
             axes.plot(
                 range(len(cells)),
-                [np.nan if row["error"] is None else row["error"] for row in mine],
-                plotting.MARKERS[i],
-                color=plotting.COLOURS[i],
-                label=name,
+                plotting.numbers(row["error"] for row in mine),
+                **plotting.points(i),
+                label=plotting.name(name) + _refused_share(mine),
                 markersize=7,
-                markerfacecolor="none",
-                markeredgewidth=1.6,
             )
         bounds = [OUTPUT_BOUND[cell[0]] for cell in cells]
         axes.step(
@@ -215,5 +212,11 @@ def draw(path: Path, rows: list[Row], names: list[str]) -> None:
             axes.text(
                 np.mean(places), 1.02, dtype, ha="center", transform=axes.get_xaxis_transform()
             )
-        axes.set_xlim(-0.5, len(cells) - 0.5)
-        axes.legend(loc="lower right", ncols=len(names) + 1)
+        axes.set_xlim(-0.5, max(1, len(cells)) - 0.5)
+        plotting.legend(axes)
+
+
+def _refused_share(rows: list[Row]) -> str:
+    """What a legend adds to a name that has fewer points than there are cells."""
+    refused = sum(row["error"] is None for row in rows)
+    return f", refused {refused} of {len(rows)}" if refused else ""

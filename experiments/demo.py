@@ -1,31 +1,36 @@
 """The main job: a DeepSeek attention layer serves a ragged batch, every step checked.
 
 It loads a layer from a Hugging Face folder, prefills prompts of different lengths in chunks into a
-paged cache, decodes one token at a time, then two at a time as multi-token prediction (MTP) does,
-with every implementation that this machine has, each on a cache of its own, of the layer's dtype
-and of int8, and compares every step's output with the whole layer in float64.
+paged cache, decodes one token at a time, then two at a time as multi-token prediction (MTP) does.
+Each implementation has a cache of its own, of the layer's dtype and of int8, and the output of
+every step is compared with the whole layer in float64. On a GPU the attention of a batch of a size
+that people serve is timed too. `demo_plan` says which implementations run where.
 """
 
 import dataclasses
+import functools
+import os
 import time
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import plotting
-from experiments.console import say, show_table, track
+from experiments import demo_plan, demo_served
+from experiments.console import say, track
+from experiments.demo_batch import Batch, Step
+from experiments.demo_results import Measurement, Result, draw, show
 from experiments.errors import LAYER_BOUND, relative_error
-from experiments.experiment import Outcome, Output, Row, reading
+from experiments.experiment import Outcome, Output, reading
 from experiments.implementations import chosen, implementations_flag
 from experiments.options import flag
 from mla_jax import checks
-from mla_jax.allocator import PageAllocator
 from mla_jax.cache import LAYOUTS, PAGE_SIZES, PagedKVCache
 from mla_jax.config import MLAConfig
-from mla_jax.implementations import IMPLEMENTATIONS, available_implementations
+from mla_jax.implementations import IMPLEMENTATIONS
 from mla_jax.layer import mla_layer
 from mla_jax.layer_reference import layer_float64
 from mla_jax.problem import AttentionProblem
@@ -33,8 +38,7 @@ from mla_jax.weights import MLAParams, init_params, load_hf, save_hf
 
 SUMMARY = "load a layer, prefill a ragged batch, decode, MTP; every step against float64"
 
-GARBAGE_PAGE = 2**31 - 1
-PHASES = ("prefill", "decode", "MTP")
+FILLER = "xla"  # that fills the cache where nobody chosen can
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Options:
     )
     implementations: tuple[str, ...] = implementations_flag()
     int8: bool = flag(True, "whether to serve from an int8 cache too")
+    served: bool = flag(True, "whether to time a batch as it is served, where there is a GPU")
     seed: int = flag(0, "of the checkpoint, the prompts' lengths and the hidden states")
 
 
@@ -67,52 +72,78 @@ def small_config() -> MLAConfig:
 
 
 def run(options: Options, output: Output) -> Outcome:
-    names = chosen(options.implementations)
-    dtype = options.dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
-    config, params = load(options, output, dtype)
-    batch = Batch.draw(options, config, dtype)
-    say(
-        f"{config.num_heads} heads, {config.latent_dim} values a token in the cache, {dtype}, on "
-        f"{jax.devices()[0].device_kind}; prompts of {', '.join(map(str, batch.prompts))} tokens"
+    if options.implementations:
+        chosen(options.implementations)
+    machine = demo_plan.Machine.here()
+    plan = demo_plan.plan(
+        machine,
+        dtype=options.dtype,
+        implementations=options.implementations,
+        served=options.served,
     )
+    config, params = load(options, output, plan.dtype)
+    batch = Batch.draw(options, config, plan.dtype)
+    say(
+        f"{config.num_heads} heads, {config.latent_dim} values per token in the cache, "
+        f"{plan.dtype}, on {machine.kind}; prompts of {', '.join(map(str, batch.prompts))} tokens"
+    )
+    caches = [plan.dtype, "int8"] if options.int8 else [plan.dtype]
+    lanes = [(name, cache) for cache in caches for name in plan.implementations]
+    runners = make_runners(lanes, options, config, params, batch)
+    setup = demo_plan.served_setup(machine.memory)
+    jobs = demo_served.jobs_of(plan.served, plan.timed, setup)
+    programs = compile_all(runners, jobs)
     wanted = [
         layer_float64(config, params, np.asarray(x)[None])[0]
         for x in track(batch.hidden, "the whole layer in float64")
     ]
-    caches = [dtype, "int8"] if options.int8 else [dtype]
-    runners = [
-        Runner(name, cache, options, config, params, batch) for cache in caches for name in names
-    ]
-    for step in track(batch.steps, "prefill, decode, MTP"):
-        for runner in runners:
-            runner.step(step, wanted)
+    measured = serve(runners, batch, programs, wanted)
+    served = demo_served.run(jobs, programs) if jobs else []
 
-    rows = [runner.row() for runner in runners]
-    reasons = available_implementations()
-    rows += [{"implementation": name, "note": why} for name, why in reasons.items() if why]
-    show(rows, dtype)
-    draw(output.path("demo.png"), batch, runners)
-    by_cache = {runner.cache_dtype: runner for runner in runners}
-    worst = ", ".join(
-        f"{max(np.max(r.errors) for r in runners if r.cache_dtype == cache):.1e} with a cache in "
-        f"{cache} (bound {one.bound:.0e})"
-        for cache, one in by_cache.items()
-    )
-    cached = " or ".join(f"{one.cache_bytes:,} ({cache})" for cache, one in by_cache.items())
-    expanded = config.num_heads * (config.qk_head_dim + config.v_head_dim) / config.latent_dim
+    shown = [runner for runner in runners if (runner.name, runner.cache_dtype) in lanes]
+    results = [Result.of(runner, measured) for runner in shown]
+    rows = [result.row() for result in results]
+    rows += [{"implementation": name, "note": why} for name, why in plan.not_run.items()]
+    show(results, rows, plan.dtype, machine.kind)
+    draw(output.path("demo.png"), batch, results, plan.dtype, shown[0].cache.bytes_per_token)
+    if served:
+        demo_served.show(served, machine.kind)
+        demo_served.draw(output.path("served.png"), served, machine.kind)
+    verdicts = [row["passed"] for row in [*rows, *served] if row.get("passed") is not None]
     return Outcome(
-        passed=all(row["passed"] for row in rows if "passed" in row),
-        summary=(
-            f"{len(batch.steps)} steps with {len(names)} implementations: the largest error "
-            f"against float64 is {worst}. {sum(batch.totals)} tokens take {cached} bytes a layer; "
-            f"expanded keys and values in {dtype} would take {expanded:.1f} times the first."
-        ),
+        passed=any(result.row()["passed"] for result in results) and all(verdicts),
+        summary=" ".join(
+            [summary(batch, results, config, plan), demo_served.summary(served)]
+        ).strip(),
         rows=rows,
         headline={
-            "bounds": {cache: one.bound for cache, one in by_cache.items()},
+            "bounds": {result.cache: result.bound for result in results},
             "prompts": batch.prompts,
-            "dtype": dtype,
-        },
+            "dtype": plan.dtype,
+        }
+        | ({"served": served} if served else {}),
+    )
+
+
+def summary(
+    batch: Batch, results: Sequence[Result], config: MLAConfig, plan: demo_plan.Plan
+) -> str:
+    """The largest errors, and what the caches take."""
+    by_cache: dict[str, list[Result]] = {}
+    for result in results:
+        by_cache.setdefault(result.cache, []).append(result)
+    worst = []
+    for cache, mine in by_cache.items():
+        errors = [m.error for result in mine for m in result.measured]
+        if errors:
+            worst.append(f"{np.max(errors):.1e} with a cache in {cache} (bound {mine[0].bound:g})")
+    sizes = [f"{mine[0].cache_bytes:,} ({cache})" for cache, mine in by_cache.items()]
+    expanded = config.num_heads * (config.qk_head_dim + config.v_head_dim) / config.latent_dim
+    return (
+        f"{len(batch.steps)} steps with {', '.join(plan.implementations)}: the largest error "
+        f"against float64 is {', '.join(worst) or 'unknown, all was refused'}. "
+        f"{sum(batch.totals)} tokens take {' or '.join(sizes)} bytes per layer; expanded keys and "
+        f"values in {plan.dtype} would take {expanded:.1f} times the first."
     )
 
 
@@ -129,75 +160,12 @@ def load(options: Options, output: Output, dtype: str) -> tuple[MLAConfig, MLAPa
         return load_hf(folder, layer=options.layer, dtype=dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """What every request does in one step; all [B] int32 but block_tables."""
-
-    phase: str
-    width: int  # S, tokens that a request may have in this step
-    query_lens: np.ndarray
-    seq_lens: np.ndarray  # after it
-    block_tables: np.ndarray  # [B, max_pages]
-
-    def tokens(self, hidden: list[np.ndarray]) -> np.ndarray:
-        """x [B, S, hidden], left aligned; NaN where there is no token."""
-        x = np.full((len(hidden), self.width, hidden[0].shape[1]), np.nan, hidden[0].dtype)
-        for row, states, count, end in zip(x, hidden, self.query_lens, self.seq_lens, strict=True):
-            row[:count] = states[end - count : end]
-        return x
-
-    def outputs(self, wanted: list[np.ndarray]) -> np.ndarray:
-        """The oracle's outputs for the tokens of this step, one after the other."""
-        spans = zip(wanted, self.query_lens, self.seq_lens, strict=True)
-        return np.concatenate([out[end - count : end] for out, count, end in spans])
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """The requests' hidden states and the steps in which they are served."""
-
-    prompts: list[int]
-    hidden: list[np.ndarray]  # of each request [tokens, hidden]
-    steps: list[Step]
-    num_pages: int
-
-    @property
-    def totals(self) -> list[int]:
-        """Tokens of each request at the end."""
-        return [len(states) for states in self.hidden]
-
-    @staticmethod
-    def draw(options: Options, config: MLAConfig, dtype: str) -> "Batch":
-        rng = np.random.default_rng(options.seed)
-        prompts = rng.integers(1, options.max_prompt + 1, options.requests)
-        prompts[0] = options.max_prompt
-        totals = prompts + options.decode_steps + 2 * options.mtp_steps
-        hidden = [
-            rng.normal(size=(total, config.hidden_size)).astype(jnp.dtype(dtype))
-            for total in totals
-        ]
-        max_pages = -(-int(totals.max()) // options.page_size) + 1
-        num_pages = int((-(-totals // options.page_size)).sum())
-        allocator = PageAllocator(num_pages, options.page_size)
-        for request in range(options.requests):
-            allocator.allocate(request, 0)
-
-        widths = [("prefill", options.chunk)] * -(-options.max_prompt // options.chunk)
-        widths += [("decode", 1)] * options.decode_steps + [("MTP", 2)] * options.mtp_steps
-        steps, lengths = [], np.zeros(options.requests, np.int64)
-        for phase, width in widths:
-            ends = np.minimum(lengths + width, prompts if phase == "prefill" else totals)
-            for request, end in enumerate(ends):
-                allocator.extend(request, int(end))
-            tables = allocator.block_tables(range(options.requests), max_pages, fill=GARBAGE_PAGE)
-            counts = (ends - lengths).astype(np.int32)
-            steps.append(Step(phase, width, counts, ends.astype(np.int32), tables))
-            lengths = ends
-        return Batch(prompts.tolist(), hidden, steps, num_pages)
-
-
 class Runner:
-    """Serves the batch with one implementation, on its own cache, and keeps errors and times."""
+    """Serves the batch with one implementation, on its own cache.
+
+    `refused` says, by phase, why the implementation can't compute it. Nothing computes such a phase
+    in its place: the runner later takes over a cache that another one has filled.
+    """
 
     def __init__(
         self,
@@ -220,58 +188,51 @@ class Runner:
                 dtype=cache_dtype,
                 layout=options.layout,
             )
-        self.errors: list[float] = []
-        self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
-        self.refused: dict[str, str] = {}
-        self._step = jax.jit(
+        reasons = {
+            phase: IMPLEMENTATIONS[name].unavailable(self._problem(step))
+            for phase, step in batch.first_steps.items()
+        }
+        self.refused = {phase: reason for phase, reason in reasons.items() if reason is not None}
+
+    def compile(self, phase: str) -> Callable[..., Any]:
+        """The layer's step for a phase that is not refused."""
+        step = jax.jit(
             mla_layer, static_argnames=("config", "implementation"), donate_argnames="cache"
         )
-
-    def step(self, step: Step, wanted: list[np.ndarray]) -> None:
-        """One step of the layer; where the implementation can't run it, with the best that can."""
-        reason = IMPLEMENTATIONS[self.name].unavailable(self._problem(step))
-        if reason is not None:
-            self.refused[step.phase] = reason
-        arguments: dict[str, Any] = jax.device_put(
-            {
-                "x": step.tokens(self.batch.hidden),
-                "block_tables": step.block_tables,
-                "seq_lens": step.seq_lens,
-                "query_lens": step.query_lens,
-            }
-        )
-        start = time.perf_counter()
-        out, self.cache = self._step(
+        lowered = step.lower(
             self.params,
             config=self.config,
             cache=self.cache,
-            implementation=None if reason else self.name,
-            **arguments,
+            implementation=self.name,
+            **self._arguments(self.batch.first_steps[phase]),
         )
+        return lowered.compile()
+
+    def run(
+        self, program: Callable[..., Any], index: int, step: Step, wanted: list[np.ndarray]
+    ) -> Measurement:
+        """One step of the layer, by this implementation's program."""
+        arguments = jax.device_put(self._arguments(step))
+        start = time.perf_counter()
+        out, self.cache = program(self.params, cache=self.cache, **arguments)
         out.block_until_ready()
-        self.seconds[step.phase].append(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
         real = np.arange(step.width) < step.query_lens[:, None]
-        self.errors.append(relative_error(np.asarray(out)[real], step.outputs(wanted)))
+        error = relative_error(np.asarray(out)[real], step.outputs(wanted))
+        return Measurement(self.name, self.cache_dtype, index, step.phase, error, seconds)
 
     @property
     def cache_bytes(self) -> int:
         """Of all tokens at the end, one layer."""
         return sum(self.batch.totals) * self.cache.bytes_per_token
 
-    def row(self) -> Row:
-        """The largest error of each phase and the median time of a step, compilation left out."""
-        row: Row = {"implementation": self.name, "cache": self.cache_dtype}
-        for phase in PHASES:
-            errors = [
-                e for e, s in zip(self.errors, self.batch.steps, strict=True) if s.phase == phase
-            ]
-            row[f"{phase}_error"] = float(np.max(errors))
-        for phase in PHASES:
-            row[f"{phase}_ms"] = float(np.median(self.seconds[phase][1:] or [np.nan])) * 1e3
-        row["cache_bytes"] = self.cache_bytes
-        row["passed"] = bool(np.max(self.errors) <= self.bound)
-        row["note"] = "; ".join(f"{phase}: {reason}" for phase, reason in self.refused.items())
-        return row
+    def _arguments(self, step: Step) -> dict[str, Any]:
+        return {
+            "x": step.tokens(self.batch.hidden),
+            "block_tables": step.block_tables,
+            "seq_lens": step.seq_lens,
+            "query_lens": step.query_lens,
+        }
 
     def _problem(self, step: Step) -> AttentionProblem:
         """What the attention will be asked, in shapes and dtypes."""
@@ -290,60 +251,59 @@ class Runner:
         )
 
 
-def show(rows: list[Row], dtype: str) -> None:
-    """Errors and times by phase, then who could not run what, and why."""
-    columns = {"implementation": "implementation", "cache": "cache"}
-    columns |= {f"{phase}_error": f"{phase} error" for phase in PHASES}
-    columns |= {f"{phase}_ms": f"{phase} ms" for phase in PHASES}
-    columns |= {"cache_bytes": "cache bytes", "passed": "in bound"}
-    device = jax.devices()[0].device_kind
-    title = f"{dtype} on {device}: largest error against float64, median ms of a step"
-    show_table(title, [row for row in rows if "passed" in row], columns)
-    for row in rows:
-        if row["note"]:
-            what = " on ".join(row[key] for key in ("implementation", "cache") if key in row)
-            say(f"{what} can't run here: {row['note']}")
+def make_runners(
+    lanes: Sequence[tuple[str, str]],
+    options: Options,
+    config: MLAConfig,
+    params: MLAParams,
+    batch: Batch,
+) -> list[Runner]:
+    """A runner per (implementation, cache dtype), and one that fills the cache where each of the
+    others refuses a phase and some can go on after it."""
+    runners = [Runner(name, cache, options, config, params, batch) for name, cache in lanes]
+    for cache in dict.fromkeys(cache for _, cache in lanes):
+        mine = [runner for runner in runners if runner.cache_dtype == cache]
+        if all(runner.refused for runner in mine) and any(map(_goes_on, mine)):
+            runners.append(Runner(FILLER, cache, options, config, params, batch))
+    return runners
 
 
-def draw(path: Path, batch: Batch, runners: list[Runner]) -> None:
-    title = "A ragged batch through one attention layer"
-    with plotting.figure(path, title, columns=2, size=(13, 4.8)) as (left, right):
-        steps = np.arange(len(batch.steps))
-        for i, runner in enumerate(runners):
-            left.plot(
-                steps,
-                runner.errors,
-                plotting.MARKERS[i],
-                color=plotting.COLOURS[i],
-                label=f"{runner.name}, {runner.cache_dtype}",
-                markersize=7,
-                markerfacecolor="none",
-                markeredgewidth=1.5,
-            )
-        bounds = {runner.bound for runner in runners}
-        for bound in bounds:
-            left.axhline(bound, color=plotting.GREY, linestyle="--")
-        left.set_yscale("log")
-        left.set_ylim(min(bounds) / 300, max(bounds) * 3)
-        left.set_ylabel("relative error of the layer's output")
-        left.set_title("Every step against float64 (dashed: the bounds)")
-        left.legend(loc="lower right", ncols=2)
+def _goes_on(runner: Runner) -> bool:
+    """Whether it computes a phase although it refuses another."""
+    return 0 < len(runner.refused) < len(runner.batch.first_steps)
 
-        lengths = np.stack([step.seq_lens for step in batch.steps], axis=1)
-        kib = lengths * runners[0].cache.bytes_per_token / 1024
-        right.stackplot(steps, kib, colors=plotting.COLOURS, edgecolor="white", linewidth=0.5)
-        for runner in [r for r in runners if r.cache_dtype != runners[0].cache_dtype][:1]:
-            whole = lengths.sum(0) * runner.cache.bytes_per_token / 1024
-            label = f"all of it in {runner.cache_dtype}"
-            right.plot(steps, whole, color="black", linestyle="--", label=label)
-            right.legend(loc="upper left", bbox_to_anchor=(0, 0.92))
-        right.set_ylabel("KiB in the cache")
-        right.set_title(f"The cache ({runners[0].cache_dtype}) fills, a colour a request")
-        for axes in (left, right):
-            axes.set_xlabel("step")
-            axes.set_xlim(-0.5, len(steps) - 0.5)
-            for phase in PHASES:
-                mine = [i for i, step in enumerate(batch.steps) if step.phase == phase]
-                axes.axvline(mine[-1] + 0.5, color=plotting.GREY, linewidth=0.7)
-                top = axes.get_xaxis_transform()
-                axes.text(np.mean(mine), 0.98, phase, ha="center", va="top", transform=top)
+
+def compile_all(runners: Sequence[Runner], jobs: Sequence[demo_served.Job]) -> dict[Any, Any]:
+    """All programs, in threads: by (runner, phase) where it is not refused, and by job."""
+    work: dict[Any, Callable[[], Any]] = {}
+    for runner in runners:
+        for phase in runner.batch.first_steps:
+            if phase not in runner.refused:
+                work[runner, phase] = functools.partial(runner.compile, phase)
+    work |= {job: demo_served.compiling(job) for job in jobs if job.refused is None}
+    with ThreadPoolExecutor(os.cpu_count() or 1) as executor:
+        futures = {key: executor.submit(compile_one) for key, compile_one in work.items()}
+        for _ in track(as_completed(futures.values()), "compiling", total=len(futures)):
+            pass
+    return {key: future.result() for key, future in futures.items()}
+
+
+def serve(
+    runners: Sequence[Runner],
+    batch: Batch,
+    programs: Mapping[Any, Any],
+    wanted: list[np.ndarray],
+) -> list[Measurement]:
+    """Every step with every runner that computes it."""
+    measured = []
+    whole = {runner.cache_dtype: runner for runner in reversed(runners) if not runner.refused}
+    behind = dict.fromkeys(runners, False)  # whether its cache lacks the steps that it refused
+    for index, step in enumerate(track(batch.steps, "prefill, decode, MTP")):
+        ready = [runner for runner in runners if step.phase not in runner.refused]
+        for runner in ready:
+            if behind[runner]:  # before anyone writes this step's tokens
+                runner.cache = jax.tree.map(jnp.copy, whole[runner.cache_dtype].cache)
+        for runner in ready:
+            measured.append(runner.run(programs[runner, step.phase], index, step, wanted))
+        behind = {runner: step.phase in runner.refused for runner in runners}
+    return measured

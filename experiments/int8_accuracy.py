@@ -273,30 +273,27 @@ def draw(path: Path, errors: list[Row], spreads: list[Row]) -> None:
         for i, method in enumerate(SHOWN):
             left.plot(
                 range(len(errors)),
-                [row[method] for row in errors],
-                plotting.MARKERS[i],
-                color=plotting.COLOURS[i],
-                label=method,
-                markerfacecolor="none",
-                markeredgewidth=1.6,
+                plotting.numbers(row.get(method) for row in errors),
+                **plotting.points(i),
+                label=plotting.name(method),
             )
-        labels = [row["distribution"] for row in errors]
+        labels = [plotting.name(row["distribution"]) for row in errors]
         left.set_xticks(range(len(errors)), labels, rotation=30, ha="right")
         hard = [i for i, row in enumerate(errors) if row["hard"]]
-        left.axvspan(min(hard) - 0.5, max(hard) + 0.5, color="#f4f4f6", zorder=-1)
-        left.text(max(hard) + 0.4, 0.98, "hard", ha="right", va="top",
-                  transform=left.get_xaxis_transform())  # fmt: skip
+        if hard:
+            left.axvspan(min(hard) - 0.5, max(hard) + 0.5, color="#f4f4f6", zorder=-1)
+            left.text(max(hard) + 0.4, 0.98, "hard", ha="right", va="top",
+                      transform=left.get_xaxis_transform())  # fmt: skip
         left.set_title("By data and method")
-        left.legend(fontsize=8, ncols=2)
+        plotting.legend(left)
 
         for i, method in enumerate(SHOWN):
-            if method in spreads[0] and "rotated" not in method:
+            if any(method in row for row in spreads) and "rotated" not in method:
                 right.plot(
                     [float(row["distribution"]) for row in spreads],
-                    [row[method] for row in spreads],
-                    marker=plotting.MARKERS[i],
-                    color=plotting.COLOURS[i],
-                    label=method,
+                    plotting.numbers(row.get(method) for row in spreads),
+                    **plotting.look(i),
+                    label=plotting.name(method),
                 )
         right.set_xscale("log")
         right.set_xlabel("standard deviation of the scores, nats")

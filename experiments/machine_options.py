@@ -25,13 +25,18 @@ def machine_and_problem(options: Any) -> tuple[HardwareProfile, Problem]:
         profile = load_profile(options.profile)
     heads = options.heads or (128 if profile.family == "ascend" else 64)
     small = Problem((1,), heads, options.s_q, options.dtype)
-    block = plan_tiles(profile, small).block_kv
+    with reading("profile"):  # which may have buffers that hold no tile
+        block = plan_tiles(profile, small).block_kv
     lengths = (options.kv_len or 8 * block,) * (options.batch or profile.cores)
     return profile, Problem(lengths, heads, options.s_q, options.dtype)
 
 
 def report_row(report: Report) -> Row:
-    """A report as a row of result.json."""
+    """A report as a row of result.json.
+
+    `utilisation` and the bubbles are shares of a core's time, of its matrix unit, and add up to 1;
+    `of_matrix_peak` is of the whole call and device.
+    """
     return {
         "schedule": report.timeline.schedule.name,
         "kernel": report.name,
@@ -40,6 +45,7 @@ def report_row(report: Report) -> Row:
         "engine": report.engine,
         "tflops": report.tflops,
         "gb_per_s": report.gb_per_s,
-        "utilisation": report.utilisation,
-        **{f"bubble_{where}": share for where, share in report.bubbles.items()},
+        "of_matrix_peak": report.utilisation,
+        "utilisation": report.matrix_busy,
+        **{f"bubble_{w.replace(' ', '_')}": share for w, share in report.bubbles.items()},
     }

@@ -169,9 +169,9 @@ def show_constants() -> None:
 
 def draw(path: Path, rows: list[Row]) -> None:
     tables = list(dict.fromkeys(row["table"] for row in rows))
-    size = (5.2 * len(tables), 4.8)
+    size = (5.2 * max(1, len(tables)), 4.8)
     with plotting.figure(path, "Model against published", columns=len(tables), size=size) as axes:
-        for ax, table in zip([axes] if len(tables) == 1 else axes, tables, strict=True):
+        for ax, table in zip(plotting.several(axes), tables, strict=False):
             _draw_table(ax, [row for row in rows if row["table"] == table])
 
 
@@ -183,17 +183,17 @@ def _draw_table(axes: Any, rows: list[Row]) -> None:
             [r["published"] for r in mine],
             [r["predicted"] for r in mine],
             s=16,
-            color=plotting.COLOURS[i % 8],
-            marker=plotting.MARKERS[i % 8],
-            label=variant,
+            color=plotting.look(i)["color"],
+            marker=plotting.look(i)["marker"],
+            label=plotting.name(variant, 32),
         )
     values = [row[key] for row in rows for key in ("published", "predicted")]
-    ends = [min(values) * 0.9, max(values) * 1.1]
+    ends = [plotting.lowest(values) * 0.9, plotting.highest(values) * 1.1]
     axes.plot(ends, ends, color=plotting.GREY, linewidth=0.8)
     if ends[1] / ends[0] > 10:
         axes.set_xscale("log")
         axes.set_yscale("log")
     axes.set_xlabel(f"published, {rows[0]['quantity']}")
     axes.set_ylabel(f"model, {rows[0]['quantity']}")
-    axes.set_title(f"{rows[0]['table']}, MAPE {mean_error(rows):.1f} %", fontsize=9)
+    axes.set_title(f"{plotting.name(rows[0]['table'])}, MAPE {mean_error(rows):.1f} %", fontsize=9)
     axes.legend(fontsize=7)

@@ -228,7 +228,7 @@ def _draw_efficiency(axes: Any, rows: list[Row], model: str) -> None:
     for i, planner in enumerate(PLANNERS):
         values = [row[f"efficiency_{model}"] for row in rows if row["planner"] == planner]
         places = [place + (i - 1.5) * 0.2 for place in range(len(names))]
-        bars = axes.bar(places, values, 0.18, label=planner, color=plotting.COLOURS[i])
+        bars = axes.bar(places, values, 0.18, label=planner, color=plotting.look(i)["color"])
         axes.bar_label(bars, [f"{value:.0%}" for value in values], fontsize=8, padding=2)
     axes.set_xticks(range(len(names)), names)
     axes.set_ylim(0, 1.1)

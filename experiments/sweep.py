@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from experiments import plotting
 from experiments.console import show_table
-from experiments.experiment import Outcome, Output, Row, reading
+from experiments.experiment import InputError, Outcome, Output, Row, reading
 from experiments.machine_options import MachineOptions, machine_and_problem
 from experiments.options import flag
 from mla_jax.hal import HardwareProfile, Problem, TilePlanError, plan_tiles, simulate
@@ -53,6 +53,8 @@ def run(options: Options, output: Output) -> Outcome:
         {c: c.replace("_", " ") for c in ("knob", "value", "us", "of_default", "bound_by")},
     )
     spread = spreads(rows)
+    if not spread:
+        raise InputError("--schedule: none of the values fits on this profile")
     _draw(output, f"{options.schedule} on {profile.name}: what the time is sensitive to", rows)
     most = max(spread, key=lambda knob: spread[knob])
     return Outcome(True, f"most sensitive to {most}: {spread[most]:.2f} times from best to worst",
@@ -112,16 +114,18 @@ def spreads(rows: list[Row]) -> dict[str, float]:
 
 def _draw(output: Output, title: str, rows: list[Row]) -> None:
     names = list(dict.fromkeys(row["knob"] for row in rows))
-    with plotting.figure(
-        output.path("sweep.png"), title, columns=len(names), size=(4 * len(names), 4)
-    ) as axes:
-        for i, (ax, knob) in enumerate(zip(axes, names, strict=True)):
+    size = (4 * max(1, len(names)), 4)
+    with plotting.figure(output.path("sweep.png"), title, columns=len(names), size=size) as axes:
+        for i, (ax, knob) in enumerate(zip(plotting.several(axes), names, strict=False)):
             mine = [row for row in rows if row["knob"] == knob and row["us"] is not None]
             values = [r["value"] / r["default"] for r in mine]
-            ax.plot(values, [r["us"] for r in mine], marker="o", color=plotting.COLOURS[i])
+            ax.set_xlabel(knob if "." not in knob else f"{knob}, of the profile's")
+            ax.set_ylabel("µs")
+            ax.set_ylim(0, plotting.highest(r["us"] for r in rows) * 1.05)
+            if not mine:
+                ax.text(0.5, 0.5, "no value fits", ha="center", transform=ax.transAxes)
+                continue
+            ax.plot(values, [r["us"] for r in mine], marker="o", color=plotting.look(i)["color"])
             ax.set_xscale("log", base=2)
             ax.minorticks_off()
             ax.set_xticks(values, [f"{value:.3g}" for value in values], fontsize=8)
-            ax.set_ylim(0, max(r["us"] for r in rows if r["us"] is not None) * 1.05)
-            ax.set_xlabel(knob if mine[0]["default"] == 1 else f"{knob}, of the profile's")
-            ax.set_ylabel("µs")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mla_jax.hal import PROFILES, HardwareProfile, Number, load_profile, read_profile, save_profile
@@ -114,4 +115,102 @@ def test_unknown_fields_families_and_names(tmp_path: Path) -> None:
         load_profile(path)
     path.write_text('{"name": "x", "family": "nvidia"}')
     with pytest.raises(ValueError, match="numbers is missing"):
+        load_profile(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "error", "message"),
+    [
+        ("H200_SXM", "core.count", 0.5, ValueError, "at least 1"),
+        ("H200_SXM", "core.count", 131.5, ValueError, "whole"),
+        ("H200_SXM", "core.count", 1e12, ValueError, "at most"),
+        ("H200_SXM", "latency.launch", 1e300, ValueError, "at most"),
+        ("H200_SXM", "core.clock", -1.98e9, ValueError, "at least"),
+        ("H200_SXM", "engine.copy", float("inf"), ValueError, "finite"),
+        ("H200_SXM", "buffer.shared", 1024.5, ValueError, "whole"),
+        ("Ascend910C", "core.dies", 7, ValueError, "does not divide"),
+        ("Ascend910C", "memory.hbm_bandwidth", 1e9, ValueError, "at least"),
+        ("Ascend910C", "engine.dma_scale", True, TypeError, "real number"),
+        ("Ascend910C", "engine.fixpipe", "7e10", TypeError, "real number"),
+        ("Ascend910C", "core.clock", None, TypeError, "real number"),
+        ("Ascend910C", "core.clock", 10**400, TypeError, "real number"),
+        ("Ascend910C", "core.clock", np.array([1e9]), TypeError, "real number"),
+    ],
+)
+def test_a_number_out_of_range_or_of_another_type_is_refused(
+    name: str, field: str, value: object, error: type[Exception], message: str
+) -> None:
+    for change in (_changed, lambda n, f, v: PROFILES[n].with_values({f: v})):
+        with pytest.raises(error, match=rf"{name}: {field}.*{message}"):
+            change(name, field, value)  # type: ignore[arg-type]
+
+
+def test_numbers_are_stored_as_python_floats() -> None:
+    for value in (np.float32(64), np.int16(64), 64, np.array(64)):
+        stored = PROFILES["H200_SXM"].with_values({"core.count": value}).numbers["core.count"].value  # type: ignore[dict-item]
+        assert type(stored) is float
+        assert stored == 64
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"name": None}, TypeError, "name must be a string, got None"),
+        ({"name": " "}, ValueError, "name must not be empty"),
+        ({"numbers": []}, TypeError, "numbers must be a mapping"),
+        ({"numbers": {}}, ValueError, "is missing"),
+        ({"numbers": {"core.count": 3}}, TypeError, "core.count must be a Number"),
+        ({"family": []}, ValueError, "family is "),
+        ({"note": 3}, TypeError, "note must be a string"),
+        ({"fitted_on": None}, TypeError, "fitted_on must be a string"),
+    ],
+)
+def test_other_parts_are_checked(change: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        dataclasses.replace(PROFILES["H200_SXM"], **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": None}, "name must be a string, got None"),
+        ({"numbers": []}, "numbers must be an object"),
+        ({"numbers": None}, "numbers must be an object"),
+        ({"colour": "red"}, "'colour' is no key"),
+        ({"family": 3}, "family is 3"),
+        ({"note": []}, "note must be a string"),
+        ({"core.clock": 3}, "core.clock must be an object"),
+        ({"core.clock": {"value": True}}, r"core\.clock must be a real number, got True"),
+        ({"core.clock": {"value": "1e9"}}, r"core\.clock must be a real number"),
+        ({"core.clock": {"value": 10**400}}, r"core\.clock must be a real number"),
+        ({"core.clock": {"value": float("nan")}}, r"core\.clock = nan"),
+        ({"core.clock": {"unit": 3}}, r"core\.clock has a unit that must be a string"),
+        ({"core.clock": {"source": ""}}, r"core\.clock has no source"),
+        ({"core.clock": {"certainty": []}}, r"core\.clock has a certainty that must be a string"),
+        ({"core.clock": {"colour": "red"}}, r"core\.clock: 'colour' is no key"),
+    ],
+)
+def test_a_file_is_checked_by_name(tmp_path: Path, change: dict, message: str) -> None:
+    path = tmp_path / "mine.json"
+    save_profile(PROFILES["H200_SXM"], path)
+    data = json.loads(path.read_text())
+    clock = change.get("core.clock")
+    if isinstance(clock, dict):
+        data["numbers"]["core.clock"] |= clock
+    elif clock is not None:
+        data["numbers"]["core.clock"] = clock
+    else:
+        data |= change
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=message):
+        load_profile(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "3", "null", "[" * 100_000, "\xff", '{"name": 1' + "0" * 5000]
+)
+def test_a_file_that_holds_no_profile_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"mine\.json"):
         load_profile(path)

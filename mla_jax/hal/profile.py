@@ -7,11 +7,12 @@ simulated time all read the same profile.
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+from mla_jax import checks
 
 Certainty = Literal[
     "official", "document", "paper", "community", "derived", "measured", "fitted", "assumed"
@@ -88,13 +89,32 @@ _NESTED = [
     ("buffer.shared", "buffer.l2"),
     ("buffer.l2", "memory.hbm_bytes"),
 ]
-_RATIOS = [
-    "memory.hbm_efficiency",
-    "engine.tensor_efficiency",
-    "engine.mma_sync_share",
-    "engine.cuda_efficiency",
-    "engine.shared_efficiency",
-]
+# Lowest and highest value by field, else by unit: far beyond any machine, so that what lies outside
+# is a mistake of the unit or a typing error.
+_RANGES: dict[str, tuple[float, float]] = {
+    "core.count": (1, 1e5),
+    "core.vector_cores": (1, 1e3),
+    "core.dies": (1, 64),
+    "buffer.registers": (1, 1e9),
+    "memory.hbm_bandwidth": (1e10, 1e16),
+    "memory.l2_bandwidth": (1e10, 1e17),
+    "memory.hbm_efficiency": (1e-3, 1),
+    "engine.tensor_efficiency": (1e-3, 1),
+    "engine.mma_sync_share": (1e-3, 1),
+    "engine.cuda_efficiency": (1e-3, 1),
+    "engine.shared_efficiency": (1e-3, 1),
+    "engine.dma_scale": (1e-3, 1e3),
+    "Hz": (1e7, 1e11),
+    "B": (1, 1e16),
+    "B/s": (1e7, 1e15),
+    "s": (1e-12, 0.1),
+    "cycle": (1e-3, 1e6),
+    "flop/cycle": (1e-3, 1e8),
+    "op/cycle": (1e-3, 1e8),
+    "element/cycle": (1e-3, 1e8),
+    "B/cycle": (1e-3, 1e8),
+}
+_WHOLE = ("core.count", "core.vector_cores", "core.dies", "buffer.registers")  # bytes are, too
 
 
 @dataclass(frozen=True)
@@ -109,10 +129,12 @@ class Number:
 
 @dataclass(frozen=True)
 class HardwareProfile:
-    """One device. Raises ValueError naming the field when the numbers describe no machine.
+    """One device. Raises an error that names the field where the numbers describe no machine:
+    TypeError for a wrong type, ValueError for a wrong value.
 
-    `fitted_on` names the device whose published rows fixed the fitted numbers: its own name, a
-    relative's, or "" when nothing was fitted.
+    Values are converted to Python floats before they are checked. `fitted_on` names the device
+    whose published rows fixed the fitted numbers: its own name, a relative's, or "" when nothing
+    was fitted.
     """
 
     name: str
@@ -122,36 +144,39 @@ class HardwareProfile:
     note: str = ""
 
     def __post_init__(self) -> None:
-        if self.family not in FIELDS:
-            raise ValueError(f"{self.name}: family is {self.family!r}, wanted one of {set(FIELDS)}")
+        _require_text("name", self.name)
+        for field in ("fitted_on", "note"):
+            _require_text(f"{self.name}: {field}", getattr(self, field), empty=True)
+        if not isinstance(self.family, str) or self.family not in FIELDS:
+            raise ValueError(
+                f"{self.name}: family is {self.family!r}, wanted one of {', '.join(FIELDS)}"
+            )
+        if not isinstance(self.numbers, Mapping):
+            raise TypeError(
+                f"{self.name}: numbers must be a mapping of field names to Number, "
+                f"got {type(self.numbers).__name__}"
+            )
         fields = FIELDS[self.family]
         for field in self.numbers:
             if field not in fields:
                 raise ValueError(f"{self.name}: {field} is no field of family {self.family!r}")
+        numbers = {}
         for field, unit in fields.items():
             if field not in self.numbers:
                 raise ValueError(f"{self.name}: {field} is missing (wanted a number in {unit})")
-            number = self.numbers[field]
-            if number.unit != unit:
-                raise ValueError(f"{self.name}: {field} has unit {number.unit!r}, wanted {unit!r}")
-            if number.certainty not in get_args(Certainty):
-                raise ValueError(
-                    f"{self.name}: {field} has certainty {number.certainty!r}, "
-                    f"wanted one of {get_args(Certainty)}"
-                )
-            if not number.source:
-                raise ValueError(f"{self.name}: {field} has no source")
-            if not (math.isfinite(number.value) and number.value > 0):
-                raise ValueError(f"{self.name}: {field} = {number.value} {unit}, wanted above zero")
+            numbers[field] = _checked(self.name, field, unit, self.numbers[field])
+        object.__setattr__(self, "numbers", numbers)
         for inner, outer in _NESTED:
             if inner in fields and outer in fields and self[inner] > self[outer]:
                 raise ValueError(
                     f"{self.name}: {inner} = {self[inner]:.0f} B is larger than "
                     f"{outer} = {self[outer]:.0f} B"
                 )
-        for field in _RATIOS:
-            if field in fields and self[field] > 1:
-                raise ValueError(f"{self.name}: {field} = {self[field]}, wanted at most 1")
+        if "core.dies" in fields and self.cores % int(self["core.dies"]):
+            raise ValueError(
+                f"{self.name}: core.dies = {self['core.dies']:.0f} does not divide "
+                f"core.count = {self.cores}"
+            )
 
     def __getitem__(self, field: str) -> float:
         return self.numbers[field].value
@@ -178,7 +203,7 @@ class HardwareProfile:
     def with_values(
         self, values: Mapping[str, float], source: str = "changed by the user"
     ) -> "HardwareProfile":
-        """A copy with some fields changed."""
+        """A copy with some fields changed; values are checked as those of a new profile."""
         numbers = dict(self.numbers)
         for field, value in values.items():
             if field not in numbers:
@@ -194,6 +219,43 @@ class HardwareProfile:
         ]
 
 
+def _require_text(what: str, value: Any, *, empty: bool = False) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{what} must be a string, got {value!r} of type {type(value).__name__}")
+    if not empty and not value.strip():
+        raise ValueError(f"{what} must not be empty, got {value!r}")
+
+
+def _checked(name: str, field: str, unit: str, number: Any) -> Number:
+    """The number of a field with its value as a Python float, or an error that names the field."""
+    where = f"{name}: {field}"
+    if not isinstance(number, Number):
+        raise TypeError(f"{where} must be a Number, got {type(number).__name__}")
+    for part in ("unit", "source", "certainty"):
+        _require_text(f"{where} has a {part} that", getattr(number, part), empty=True)
+    if number.unit != unit:
+        raise ValueError(f"{where} has unit {number.unit!r}, wanted {unit!r}")
+    if number.certainty not in get_args(Certainty):
+        raise ValueError(
+            f"{where} has certainty {number.certainty!r}, wanted one of {get_args(Certainty)}"
+        )
+    if not number.source.strip():
+        raise ValueError(f"{where} has no source")
+    try:
+        value = checks.require_number(where, number.value)
+    except ValueError as error:
+        raise ValueError(f"{where} = {number.value}, wanted a finite number") from error
+    shown = "" if unit == "1" else f" {unit}"
+    low, high = _RANGES[field if field in _RANGES else unit]
+    if not low <= value <= high:
+        raise ValueError(
+            f"{where} = {value}{shown}, wanted at least {low:g} and at most {high:g}{shown}"
+        )
+    if (unit == "B" or field in _WHOLE) and not value.is_integer():
+        raise ValueError(f"{where} = {value}{shown}, wanted a whole number")
+    return dataclasses.replace(number, value=value)
+
+
 def save_profile(profile: HardwareProfile, path: str | Path) -> None:
     """Writes a profile as JSON."""
     Path(path).write_text(json.dumps(dataclasses.asdict(profile), indent=2) + "\n")
@@ -203,24 +265,34 @@ def read_profile(path: str | Path) -> HardwareProfile:
     """Reads a profile that `save_profile` or a user wrote. ValueError names what is wrong."""
     path = Path(path)
     try:
-        data = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name}: not JSON ({error})") from error
-    for key in ("name", "family", "numbers"):
-        if key not in data:
-            raise ValueError(f"{path.name}: {key} is missing")
+    _require_keys(path.name, data, ("name", "family", "numbers"), ("fitted_on", "note"))
+    if not isinstance(data["numbers"], dict):
+        raise ValueError(
+            f"{path.name}: numbers must be an object with a field's name for each number, "
+            f"got {data['numbers']!r:.60}"
+        )
     numbers = {}
     for field, entry in data["numbers"].items():
-        missing = {"value", "unit", "source", "certainty"} - set(entry)
-        if missing:
-            raise ValueError(f"{data['name']}: {field} has no {sorted(missing)[0]}")
-        numbers[field] = Number(
-            float(entry["value"]), entry["unit"], entry["source"], entry["certainty"]
-        )
-    return HardwareProfile(
-        name=data["name"],
-        family=data["family"],
-        numbers=numbers,
-        fitted_on=data.get("fitted_on", ""),
-        note=data.get("note", ""),
-    )
+        _require_keys(f"{data['name']}: {field}", entry, ("value", "unit", "source", "certainty"))
+        numbers[field] = Number(**entry)
+    try:
+        return HardwareProfile(**data | {"numbers": numbers})
+    except TypeError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+def _require_keys(
+    where: str, data: Any, needed: tuple[str, ...], allowed: tuple[str, ...] = ()
+) -> None:
+    """Raises ValueError unless data is an object with what is needed and nothing past `allowed`."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} must be an object with {', '.join(needed)}, got {data!r:.60}")
+    for key in needed:
+        if key not in data:
+            raise ValueError(f"{where} has no {key}: {key} is missing")
+    for key in data:
+        if key not in (*needed, *allowed):
+            raise ValueError(f"{where}: {key!r} is no key, wanted {', '.join((*needed, *allowed))}")

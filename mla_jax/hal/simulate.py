@@ -5,7 +5,7 @@ timeline of the longest piece, which is what the Gantt picture draws.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -41,8 +41,10 @@ class Report:
     """What a call costs. Seconds; shares are of the core's time.
 
     bound_by: "matrix", "vector", "memory" or "sync", and `engine` the busiest one.
-    bubbles: the matrix unit's idle share before its first step ("head"), between ("steady") and
-    after its last ("tail"), in the longest piece.
+    bubbles: the matrix unit's idle share of the longest piece: before its first step ("head"),
+    between steps ("steady"), after its last ("tail"), and in steps that another engine holds longer
+    ("in steps"). With `matrix_busy` they add up to 1.
+    utilisation: of the device's matrix peak, over the whole call.
     """
 
     name: str
@@ -58,6 +60,11 @@ class Report:
     engine_share: dict[str, float]
     bubbles: dict[str, float]
     timeline: Timeline
+
+    @property
+    def matrix_busy(self) -> float:
+        """The share of the longest piece in which the matrix unit computes."""
+        return self.engine_share[matrix_engine(self.engine_share)]
 
     @property
     def tflops(self) -> float:
@@ -264,8 +271,13 @@ def verdict(share: dict[str, float], running: float) -> tuple[str, str]:
     return ("sync" if share[engine] * running < 0.5 else ENGINE_KIND[engine]), engine
 
 
+def matrix_engine(engines: Iterable[str]) -> str:
+    """The matrix unit's name among a core's engines."""
+    return next(engine for engine in engines if engine in ("cube", "tensor"))
+
+
 def matrix_bubbles(timeline: Timeline) -> dict[str, float]:
-    """The (first CTA's) matrix unit's idle share of a timeline: head, steady, tail."""
+    """The (first CTA's) matrix unit's idle share of a timeline: head, steady, tail, in steps."""
     spans = sorted(
         (start, end)
         for step, start, end in zip(
@@ -273,13 +285,15 @@ def matrix_bubbles(timeline: Timeline) -> dict[str, float]:
         )
         if step.stage.startswith(("QK", "PV")) and "@" not in step.stage
     )
-    busy = reach = 0.0
+    taken = reach = 0.0
     for start, end in spans:
-        busy += max(end - max(start, reach), 0.0)
+        taken += max(end - max(start, reach), 0.0)
         reach = max(reach, end)
     total, first = timeline.total, spans[0][0]
+    busy = timeline.engine_busy()
     return {
         "head": first / total,
-        "steady": max(reach - first - busy, 0.0) / total,
+        "steady": max(reach - first - taken, 0.0) / total,
         "tail": (total - reach) / total,
+        "in steps": max(taken - busy[matrix_engine(busy)], 0.0) / total,
     }

@@ -104,6 +104,7 @@ def describe(report: Report) -> list[str]:
         f"{report.cores * 1e6:.1f}, merge {report.merge * 1e6:.1f}",
         f"{report.tflops:.0f} TFLOPS, {report.gb_per_s:.0f} GB/s, {report.utilisation:.1%} of the "
         "matrix-only peak",
-        f"matrix unit idle: {idle}",
+        f"matrix unit of a core: busy {report.matrix_busy:.1%}, idle {1 - report.matrix_busy:.1%} "
+        f"({idle})",
         f"engines busy: {busy}",
     ]
