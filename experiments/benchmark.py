@@ -437,7 +437,8 @@ def _draw_device(
         path = output.path(f"roofline{suffix}.png")
         with plotting.figure(path, f"Roofline, {device}", size=(9, 6)) as axes:
             _draw_roofline(axes, below, highest, look)
-    usual = [row for row in rows if row["lengths"] == "uniform" and row["dtype"] == "bf16"]
+    wanted = {"lengths": "uniform", "dtype": "bf16", "s_q": 1}
+    usual = [row for row in rows if all(row[axis] == value for axis, value in wanted.items())]
     if usual:
         _draw_lines(
             output.path(f"time_by_batch{suffix}.png"), f"Time by batch, {device}", usual, look,
@@ -487,7 +488,7 @@ def _draw_lines(
 ) -> None:  # fmt: skip
     """A panel for each head count: a line for each implementation and value of `hold`."""
     page = 64 if any(row["page_size"] == 64 for row in rows) else rows[0]["page_size"]
-    rows = [row for row in rows if row["s_q"] == 1 and row["page_size"] == page]
+    rows = [row for row in rows if row["page_size"] == page]
     heads = sorted({row["heads"] for row in rows})
     columns = min(2, len(heads))
     lines = -(-len(heads) // columns)

@@ -1,9 +1,10 @@
 """Runs rows of decode benchmarks: compiles in threads, checks, times, and can go on where it ended.
 
-Every row is written to `rows.jsonl` (see journal.py) as soon as it is known. Where that file is there
-already, its measured and failed rows are not run again; skipped ones are looked at anew. Pools of many rows go
-first, so that time which ends early leaves little undone. Who computes a shape takes turns with the
-others, and so do pages of other sizes: a card's speed changes from minute to minute.
+Every row is written to `rows.jsonl` (see journal.py) as soon as it is known. Where that file is
+there already, its measured and failed rows are not run again; skipped ones are looked at anew.
+Pools of many rows go first, so that time which ends early leaves little undone. Who computes a
+shape takes turns with the others, and so do pages of other sizes: a card's speed changes from
+minute to minute.
 """
 
 import dataclasses

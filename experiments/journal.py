@@ -156,8 +156,8 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def check_row(row: Any, sessions: int) -> None:
-    """Raises ValueError unless this is a row of a benchmark that has so many sessions."""
+def check_row(row: Any, sessions: int | None) -> None:
+    """Raises ValueError unless this is a row of a benchmark of so many sessions (None: unknown)."""
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object, got {short(row)}")
     Shape.of(row)
@@ -166,11 +166,11 @@ def check_row(row: Any, sessions: int) -> None:
     status, session = row.get("status"), row.get("session")
     if status not in STATUSES:
         raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {short(status)}")
-    if type(session) is not int or not 0 <= session < sessions:
+    if sessions is not None and (type(session) is not int or not 0 <= session < sessions):
         raise ValueError(f"session must be one of {sessions} before it, got {short(session)}")
     us = row.get("us")
     is_number = isinstance(us, int | float) and not isinstance(us, bool)
-    if status == "measured" and not (is_number and 0 < us < float("inf")):
+    if status == "measured" and not (is_number and 0 < float(us) < float("inf")):
         raise ValueError(f"us of a measured row must be a number above 0, got {short(us)}")
     if status != "measured" and not isinstance(row.get("reason"), str):
         raise ValueError(f"a {status} row must have a reason, got {short(row.get('reason'))}")

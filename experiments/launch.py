@@ -1,7 +1,8 @@
 """Runs an experiment: python -m experiments.launch --experiment=NAME --output_dir=DIR
 
 It writes DIR/NAME/result.json and the pictures beside it. Exit status: 0 passed, 1 the experiment
-ran and did not pass, 2 it could not run as asked (flags, input, a full disk), 130 Ctrl-C, 143 killed.
+ran and did not pass, 2 it could not run as asked (flags, input, a full disk), 130 Ctrl-C, 143
+SIGTERM.
 """
 
 import dataclasses

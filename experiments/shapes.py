@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from experiments.best_when import AXES
 from experiments.experiment import Row
@@ -51,7 +52,8 @@ class Shape:
     @staticmethod
     def of(row: Row) -> "Shape":
         """The shape of a result's row. ValueError where it has none, or one that can't be."""
-        shape = Shape(**{axis: row.get(axis) for axis in AXES})
+        values: dict[str, Any] = {axis: row.get(axis) for axis in AXES}
+        shape = Shape(**values)
         for axis in AXES:
             value = getattr(shape, axis)
             if axis in ("dtype", "lengths"):

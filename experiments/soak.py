@@ -71,9 +71,10 @@ def run(options: Options, output: Output) -> Outcome:
     return Outcome(
         passed=not server.failures,
         summary=(
-            f"{options.steps} steps with {name}, {counts['tokens']} tokens, {counts['evicted']} evictions, "
-            f"{np.mean(server.occupancy):.0%} of the pages in use on average: "
-            f"{len(server.failures)} failures, largest error {server.largest_error:.1e}."
+            f"{options.steps} steps with {name}, {counts['tokens']} tokens, "
+            f"{counts['evicted']} evictions, {np.mean(server.occupancy):.0%} of the pages in use "
+            f"on average: {len(server.failures)} failures, largest error "
+            f"{server.largest_error:.1e}."
         ),
         rows=server.failures,
         headline={
