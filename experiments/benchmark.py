@@ -393,19 +393,22 @@ def _cell(value: Any) -> str:
 
 
 def best_words(table: Sequence[Row]) -> str:
-    """Who is fastest on how many shapes of a device."""
-    fastest: dict[str, int] = {}
+    """Who is fastest how often, among shapes that more than one ran on the same device."""
     by_shape: dict[tuple[str, Shape], list[Row]] = {}
     for row in table:
         if row["status"] == "measured":
             by_shape.setdefault((row["device"], Shape.of(row)), []).append(row)
-    for rows in by_shape.values():
+    races = [rows for rows in by_shape.values() if len(rows) > 1]
+    if not races:
+        return (
+            f"{len(by_shape)} shapes, no two times of one" if by_shape else "nothing was measured"
+        )
+    fastest: dict[str, int] = {}
+    for rows in races:
         name = min(rows, key=lambda row: row["us"])["implementation"]
         fastest[name] = fastest.get(name, 0) + 1
-    if not fastest:
-        return "nothing was measured"
     ordered = sorted(fastest.items(), key=lambda item: -item[1])
-    return f"fastest of {len(by_shape)} shapes: {', '.join(f'{w} {n}' for w, n in ordered)}"
+    return f"fastest of {len(races)} shapes: {', '.join(f'{w} {n}' for w, n in ordered)}"
 
 
 def draw(output: Output, table: Sequence[Row], journal: Journal) -> None:

@@ -103,7 +103,7 @@ def main(argv: list[str]) -> int:
     except (flags.Error, InputError) as error:
         return _refuse(str(error))
     except OSError as error:
-        return _refuse(f"{running} stopped: {error}")
+        return _refuse(f"{running} stopped, which writes to {chosen.output_dir}: {error}")
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
         return _refuse(f"{running} stopped: {what} (traceback: {_keep_traceback()})")

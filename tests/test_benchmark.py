@@ -486,7 +486,7 @@ class TestBeside:
         journal._keep(self.row())
         table = benchmark.finished(journal, Setup(1 << 30))
         assert not any("speed_over_jnp" in row for row in table if row["session"] == 0)
-        assert benchmark.best_words(table).startswith("fastest of 2 shapes")
+        assert benchmark.best_words(table) == "2 shapes, no two times of one"
         output = Output(tmp_path)
         benchmark.draw(output, table, journal)
         assert output.files == ["roofline.png", "time_by_batch.png", "roofline_2.png",

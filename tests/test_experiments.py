@@ -4,16 +4,19 @@ import dataclasses
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import correctness, demo, int8_accuracy, launch, soak
+from experiments import cache_size, correctness, demo, int8_accuracy, launch, soak
 from experiments.errors import lse_error, relative_error
+from experiments.experiment import Outcome
 from experiments.options import define_flags, flag, read_options
 from experiments.results import SCHEMA, environment, validate_result, write_result
 from mla_jax.allocator import PageAllocator
@@ -58,7 +61,28 @@ def run(tmp_path, name, *arguments):
     """(exit status, result.json or None) of an experiment."""
     status = launch.main(["launch", f"--experiment={name}", f"--output_dir={tmp_path}", *arguments])
     path = tmp_path / name / "result.json"
-    return status, json.loads(path.read_text()) if path.exists() else None
+    return status, json.loads(path.read_text()) if path.is_file() else None
+
+
+def wrong_values(options):
+    """(flag, text) for each kind of text that is no value of it."""
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        kinds = {k for hint in [hints[field.name]] for k in (hint, *typing.get_args(hint))}
+        low, high = (field.metadata.get(f"{end}_bound") for end in ("lower", "upper"))
+        values = ["maybe"] if bool in kinds else []
+        if int in kinds:
+            values += ["many", "1.5", "nan", "", *([f"{low - 1}"] if low is not None else [])]
+            values += [f"{high + 1}"] if high is not None else []
+        if float in kinds:
+            values += ["many", "nan", "inf", *(["-1"] if low is not None else [])]
+        if field.metadata.get("choices"):
+            values += ["no such"]
+        is_tuple = typing.get_origin(hints[field.name]) is tuple
+        if is_tuple and field.metadata["may_be_empty"]:
+            values = [value for value in values if value]
+        values += ["1,,2", "1,1"] if is_tuple else []
+        yield from ((field.name, value) for value in values)
 
 
 class TestLauncher:
@@ -98,6 +122,129 @@ class TestLauncher:
         assert launch.main(["launch", f"--output_dir={output}", *arguments]) == 2
         assert named in capsys.readouterr().err
         assert not output.exists()
+
+    @pytest.mark.parametrize("name", launch.EXPERIMENTS)
+    def test_every_wrong_value_of_every_flag_is_one_line(self, tmp_path, capsys, name):
+        """By type and bounds; the experiment itself must not start."""
+        for flag_name, value in wrong_values(launch.load(name).Options):
+            argument = f"--{flag_name}={value}"
+            assert run(tmp_path / "out", name, argument) == (2, None), argument
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1, said
+            assert f"--{flag_name}" in said
+            assert "stopped" not in said
+        assert not (tmp_path / "out").exists()
+
+    def test_flags_count_after_a_word_that_is_none(self, capsys):
+        assert launch.main(["launch", "--steps", "3", "--experiment=soak", "--help"]) == 0
+        assert soak.SUMMARY in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("arguments", "named"),
+        [
+            (("soak", "--implementation=hopper"), "hopper can't run this here: it needs"),
+            (("soak", "--implementation=blockwise", "--max_tokens=768", "--slots=9",
+              "--chunk=99"), "blockwise can't run this here"),
+            (("parity", f"--checkpoint={V2_LITE}", "--implementation=hopper"), "hopper can't run"),
+            (("soak", "--layout=NZ", "--rope_dim=7"), "--layout: kv_lora_rank + rope_dim must"),
+            (("correctness", "--layouts=NZ", "--rope_dim=7", "--heads=1"), "--layouts: kv_lora"),
+            (("correctness", "--dtypes="), "--dtypes=: must have one element"),
+            (("benchmark", "--implementations=xla,xla"), "has xla twice"),
+            (("report", "--results="), "--results must name a folder"),
+            (("soak", "--output_dir="), "--output_dir must name a folder"),
+        ],
+    )  # fmt: skip
+    def test_what_cannot_run_is_refused_in_one_line(self, tmp_path, capsys, arguments, named):
+        name, *flags = arguments
+        assert run(tmp_path / "out", name, *flags) == (2, None)
+        said = capsys.readouterr().err
+        assert (said.count("\n"), named in said) == (1, True), said
+        assert not (tmp_path / "out").exists()
+
+    def test_an_output_folder_that_is_none_is_one_line(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(cache_size, "run", lambda *_: pytest.fail("it was run"))
+        (tmp_path / "file").write_text("")
+        (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "at all")
+        (tmp_path / "held" / "cache_size" / "result.json").mkdir(parents=True)
+        for name in ("file", "dangling", "held", "x" * 300):
+            arguments = ["--experiment=cache_size", f"--output_dir={tmp_path / name}"]
+            assert launch.main(["launch", *arguments]) == 2, name
+            said = capsys.readouterr().err
+            assert said.startswith("error: --output_dir: ")
+            assert said.count("\n") == 1
+        assert {p.name for p in tmp_path.iterdir()} == {"file", "dangling", "held"}
+
+    def test_a_full_disk_is_one_line_and_keeps_the_old_result(self, tmp_path, capsys, monkeypatch):
+        found = Outcome(True, "found", [])
+        monkeypatch.setattr(cache_size, "run", lambda *_: found)
+        assert run(tmp_path, "cache_size")[0] == 0
+        path = tmp_path / "cache_size" / "result.json"
+        before = path.read_bytes()
+        path.with_name("result.json.part").symlink_to("/dev/full")
+        capsys.readouterr()
+        assert run(tmp_path, "cache_size")[0] == 2
+        said = capsys.readouterr().err
+        assert "No space left on device" in said
+        assert said.count("\n") == 1
+        assert path.read_bytes() == before
+        assert [p.name for p in path.parent.iterdir()] == ["result.json"]
+
+    def test_an_error_of_the_experiment_is_one_line_and_a_traceback_elsewhere(
+        self, tmp_path, capsys, monkeypatch
+    ):
+        def broken(*_):
+            raise RuntimeError("no\nluck \ud800")
+
+        monkeypatch.setattr(cache_size, "run", broken)
+        monkeypatch.setattr(launch.tempfile, "tempdir", str(tmp_path))
+        assert run(tmp_path / "out", "cache_size") == (2, None)
+        said = capsys.readouterr().err
+        assert said.startswith("error: cache_size stopped: RuntimeError: no luck ")
+        assert said.count("\n") == 1
+        (kept,) = tmp_path.iterdir()
+        assert str(kept) in said
+        assert "raise RuntimeError" in kept.read_text()
+
+    def test_two_launches_in_one_folder_are_refused(self, tmp_path, capsys, monkeypatch):
+        """The first is another process, as a lock is between processes; it dies by a signal."""
+        monkeypatch.setattr(cache_size, "run", lambda *_: Outcome(True, "found", []))
+        code = (
+            "import time\nfrom pathlib import Path\nfrom experiments.experiment import Output\n"
+            f"with Output.opened(Path({str(tmp_path / 'cache_size')!r})):\n"
+            "    print('locked', flush=True); time.sleep(60)\n"
+        )
+        command = [sys.executable, "-c", code]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+            assert first.stdout.readline() == "locked\n"
+            assert run(tmp_path, "cache_size") == (2, None)
+            assert "another launch is writing to" in capsys.readouterr().err
+            first.kill()
+        assert run(tmp_path, "cache_size")[0] == 0
+
+    @pytest.mark.parametrize(("signal_name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+    def test_a_signal_is_one_line_that_says_how_to_go_on(self, tmp_path, signal_name, status):
+        """A launch with rows that waits for more, in a process of its own and without JAX."""
+        code = (
+            "import signal, sys, time, types, experiments.launch as launch\n"
+            "def run(options, output):\n"
+            "    output.rows_path().write_text('a row')\n"
+            "    print('running', flush=True)\n"
+            "    time.sleep(60)\n"
+            "Options = __import__('dataclasses').make_dataclass('Options', [], frozen=True)\n"
+            "launch.load = lambda name: types.SimpleNamespace(Options=Options, run=run)\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            f"sys.argv = ['launch', '--experiment=benchmark', {f'--output_dir={tmp_path}'!r}]\n"
+            "launch.command()\n"
+        )
+        command, pipes = [sys.executable, "-c", code], {"stdout": -1, "stderr": -1, "text": True}
+        with subprocess.Popen(command, **pipes) as launched:
+            assert launched.stdout.readline() == "running\n"
+            launched.send_signal(signal.Signals[signal_name])
+            _, said = launched.communicate(timeout=30)
+        assert launched.returncode == status
+        assert said.startswith("interrupted: the rows so far are in ")
+        assert said.count("\n") == 1
+        assert (tmp_path / "benchmark" / "rows.jsonl").read_text() == "a row"
 
     def test_as_a_command_without_matplotlib(self):
         """Exit status of the process; and drawing is what loads matplotlib, not importing."""
