@@ -451,7 +451,8 @@ def _draw_device(
     if faster:
         _draw_lines(
             output.path(f"speed_by_length{suffix}.png"), f"Speed over jnp under XLA, {device}",
-            faster, look, x="kv_len", y="speed_over_jnp", hold="batch", y_label="times faster",
+            faster, look, x="kv_len", y="speed_over_jnp", hold="batch",
+            y_label="speed over jnp (above 1: faster)",
         )  # fmt: skip
 
 

@@ -10,16 +10,28 @@ import sys
 import typing
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cache_size, correctness, demo, int8_accuracy, launch, soak
+from experiments import (
+    cache_size,
+    correctness,
+    demo,
+    int8_accuracy,
+    launch,
+    soak,
+    timing,
+)
+from experiments.decode_bench import Setup
+from experiments.decode_runner import Runner
 from experiments.errors import lse_error, relative_error
 from experiments.experiment import Outcome
 from experiments.options import define_flags, flag, read_options
 from experiments.results import SCHEMA, environment, validate_result, write_result
 from mla_jax.allocator import PageAllocator
+from mla_jax.implementations import IMPLEMENTATIONS
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 V2_LITE = GOLDEN / "v2_lite"
@@ -52,6 +64,12 @@ SMALL = {
     ),
 }
 
+ON_A_GPU = {  # those that ask for devices or implementations
+    "demo": (*SMALL["demo"][:-1], "--noint8"),
+    "correctness": SMALL["correctness"],
+    "benchmark": ("--preset=quick",),
+    "kernel_bench": ("--preset=quick", "--variants=multiply"),
+}
 NEED_A_GPU = {"kernel_bench"}
 NEED_RESULTS = {"report"}  # tests/test_report.py
 STARTS = {".png": b"\x89PNG", ".json": b"{", ".jsonl": b"{", ".csv": b"batch,", ".md": b"|"}
@@ -83,6 +101,79 @@ def wrong_values(options):
             values = [value for value in values if value]
         values += ["1,,2", "1,1"] if is_tuple else []
         yield from ((field.name, value) for value in values)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeGpu:
+    """What experiments ask a device for."""
+
+    device_kind: str = "NVIDIA H200"
+    platform: str = "gpu"
+    compute_capability: str = "9.0"
+    core_count: int = 132
+    id: int = 0
+
+    def memory_stats(self):
+        return {"bytes_limit": 100 << 30}
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """A GPU by its description, with 14 implementations.
+
+    Two of them run, XLA's code under two names; the others refuse every problem that they are
+    shown. Benchmarks have times without measuring any.
+    """
+
+    def refuses(problem=None, *_, **__):
+        return None if problem is None else "it is odd"
+
+    def time_nothing(self, pool, tasks, peer_names):
+        for i, (row, who) in enumerate(tasks):
+            self.journal.add(row, who.name, "measured", us=100.0 + i, error=1e-3)
+
+    monkeypatch.setattr(jax, "devices", lambda *_: [FakeGpu()])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    xla = IMPLEMENTATIONS["xla"]
+    names = [name for name in IMPLEMENTATIONS if name != "xla"]
+    for name in [*names, *(f"odd {i}" for i in range(13 - len(names)))]:
+        unavailable = xla.unavailable if name == "hopper" else refuses
+        fake = dataclasses.replace(xla, name=name, unavailable=unavailable)
+        monkeypatch.setitem(IMPLEMENTATIONS, name, fake)
+    rates = {"copy": 4000.0, "read": 4000.0, "matmul": 700.0, "matmul_int8": 1400.0}
+    monkeypatch.setattr(timing, "ceilings", lambda **_: rates)
+    monkeypatch.setattr(Runner, "_run_pool", time_nothing)
+
+
+class TestMachines:
+    """Experiments on a machine that is described and not there, with many implementations.
+
+    Those whose code asks neither for devices nor for implementations run on it in TestResult.
+    """
+
+    @pytest.mark.parametrize("name", ON_A_GPU)
+    def test_a_gpu_with_many_implementations(self, tmp_path, fake_gpu, name):
+        status, result = run(tmp_path, name, *ON_A_GPU[name])
+        assert status == 0, result["summary"]
+        validate_result(result)
+        assert result["environment"]["devices"] == ["NVIDIA H200"]
+        assert all((tmp_path / name / file).exists() for file in result["files"])
+        ran = {"xla", "hopper", "jnp", "hopper multiply"}
+        refused = [row for row in result["rows"] if row["implementation"] not in ran]
+        assert not any(numbers_of(row) for row in refused)
+        if name != "kernel_bench":
+            assert {row["implementation"] for row in refused} == set(IMPLEMENTATIONS) - ran
+        assert run(tmp_path / "page", "report", f"--results={tmp_path}")[0] == 0
+
+    def test_memory_is_what_the_device_says(self, monkeypatch):
+        monkeypatch.setattr(jax, "devices", lambda *_: [FakeGpu()])
+        assert Setup.here(0, 512, 64, 0).memory == 60 << 30
+
+
+def numbers_of(row):
+    """Errors, times and rates of a row."""
+    computed = {"error", "ms", "us", "tflops", "ceiling", "speed"}
+    return [k for k, v in row.items() if v is not None and set(k.split("_")) & computed]
 
 
 class TestLauncher:
@@ -264,7 +355,9 @@ class TestResult:
         assert set(SMALL) | NEED_A_GPU | NEED_RESULTS == set(launch.EXPERIMENTS)
 
     @pytest.mark.parametrize("name", [name for name in launch.EXPERIMENTS if name in SMALL])
-    def test_every_experiment_in_small(self, tmp_path, name):
+    def test_every_experiment_in_small(self, tmp_path, request, name):
+        if name not in ON_A_GPU:
+            request.getfixturevalue("fake_gpu")
         status, result = run(tmp_path, name, *SMALL[name])
         assert status == 0, result["summary"]
         validate_result(result)
