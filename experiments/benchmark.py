@@ -415,13 +415,17 @@ def draw(output: Output, table: Sequence[Row], journal: Journal) -> None:
     """The roofline with every row, time by batch, speed-up over `jnp` by length.
 
     A set of pictures for each device that rows are of: times of one mean nothing beside another's.
+    Who was skipped in all rows stands in the legends, with no times.
     """
+    skipped = {row["implementation"] for row in table if row["status"] == "skipped"}
+    absent = sorted(skipped - {row["implementation"] for row in table if "device" in row})
     devices: dict[str, list[Row]] = {}
     for row in table:
         if row["status"] == "measured":
             devices.setdefault(row["device"], []).append(row)
     for i, (device, rows) in enumerate(devices.items()):
-        _draw_device(output, device, rows, roofs_of(table, journal), f"_{i + 1}" if i else "")
+        _draw_device(output, device, rows, roofs_of(table, journal), absent,
+                     f"_{i + 1}" if i else "")  # fmt: skip
 
 
 def _draw_device(
@@ -429,6 +433,7 @@ def _draw_device(
     device: str,
     rows: Sequence[Row],
     roofs: Sequence[Mapping[str, float]],
+    absent: Sequence[str],
     suffix: str,
 ) -> None:
     names = list(dict.fromkeys(row["implementation"] for row in rows))
@@ -440,18 +445,20 @@ def _draw_device(
         path = output.path(f"roofline{suffix}.png")
         with plotting.figure(path, f"Roofline, {device}", size=(9, 6)) as axes:
             _draw_roofline(axes, below, highest, look)
+            _name_absent(axes, absent)
+            axes.legend(fontsize=8)
     wanted = {"lengths": "uniform", "dtype": "bf16", "s_q": 1}
     usual = [row for row in rows if all(row[axis] == value for axis, value in wanted.items())]
     if usual:
         _draw_lines(
             output.path(f"time_by_batch{suffix}.png"), f"Time by batch, {device}", usual, look,
-            x="batch", y="us", hold="kv_len", y_label="us per launch",
+            absent, x="batch", y="us", hold="kv_len", y_label="us per launch",
         )  # fmt: skip
     faster = [row for row in usual if row.get("speed_over_jnp") and row["implementation"] != "jnp"]
     if faster:
         _draw_lines(
             output.path(f"speed_by_length{suffix}.png"), f"Speed over jnp under XLA, {device}",
-            faster, look, x="kv_len", y="speed_over_jnp", hold="batch",
+            faster, look, absent, x="kv_len", y="speed_over_jnp", hold="batch",
             y_label="speed over jnp (above 1: faster)",
         )  # fmt: skip
 
@@ -461,6 +468,12 @@ def _look(i: int) -> dict[str, str]:
     colours, markers = plotting.COLOURS, plotting.MARKERS
     turn, place = divmod(i, len(colours))
     return {"color": colours[place], "marker": markers[(place + turn) % len(markers)]}
+
+
+def _name_absent(axes: Any, names: Sequence[str]) -> None:
+    """A line of the legend, and no mark, for each."""
+    for name in names:
+        axes.plot([], [], " ", label=f"{name}: skipped")
 
 
 def _draw_roofline(axes: Any, rows: Sequence[Row], roof: Mapping[str, float], look: Any) -> None:
@@ -483,12 +496,11 @@ def _draw_roofline(axes: Any, rows: Sequence[Row], roof: Mapping[str, float], lo
     axes.set_yscale("log")
     axes.set_xlabel("operations per byte (KV, q and o counted once)")
     axes.set_ylabel("TFLOP/s")
-    axes.legend(fontsize=8)
 
 
 def _draw_lines(
-    path: Path, title: str, rows: Sequence[Row], look: Any, *, x: str, y: str, hold: str,
-    y_label: str,
+    path: Path, title: str, rows: Sequence[Row], look: Any, absent: Sequence[str], *, x: str,
+    y: str, hold: str, y_label: str,
 ) -> None:  # fmt: skip
     """A panel for each head count: a line for each implementation and value of `hold`."""
     page = 64 if any(row["page_size"] == 64 for row in rows) else rows[0]["page_size"]
@@ -526,6 +538,7 @@ def _draw_lines(
             axes.set_title(f"{count} heads")
         for axes in panels[::columns]:
             axes.set_ylabel(y_label)
+        _name_absent(panels[0], absent)
         labelled = {
             line.get_label(): line
             for axes in panels

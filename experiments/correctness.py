@@ -200,14 +200,13 @@ def draw(path: Path, rows: list[Row], names: list[str]) -> None:
     with plotting.figure(path, title, size=(11, 4.4)) as axes:
         for i, name in enumerate(names):
             mine = [row for row in rows if row["implementation"] == name]
-            if all(row["error"] is None for row in mine):
-                continue  # It refused everything, and has no place in the legend either.
+            refused = all(row["error"] is None for row in mine)
             axes.plot(
                 range(len(cells)),
                 [np.nan if row["error"] is None else row["error"] for row in mine],
                 plotting.MARKERS[i % len(plotting.MARKERS)],
                 color=plotting.COLOURS[i % len(plotting.COLOURS)],
-                label=name,
+                label=f"{name}: refused" if refused else name,
                 markersize=7,
                 markerfacecolor="none",
                 markeredgewidth=1.6,

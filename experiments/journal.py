@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments.console import say
 from experiments.experiment import InputError, Made, Row
-from experiments.results import environment, plain, short, validate_session
+from experiments.results import check_values, environment, plain, short, validate_session
 from experiments.shapes import Shape
 
 STATUSES = ("measured", "failed", "skipped")
@@ -160,6 +160,7 @@ def check_row(row: Any, sessions: int | None) -> None:
     """Raises ValueError unless this is a row of a benchmark of so many sessions (None: unknown)."""
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object, got {short(row)}")
+    check_values(row, "row")
     Shape.of(row)
     if not isinstance(row.get("implementation"), str):
         raise ValueError(f"implementation must be a name, got {short(row.get('implementation'))}")
@@ -169,8 +170,8 @@ def check_row(row: Any, sessions: int | None) -> None:
     if sessions is not None and (type(session) is not int or not 0 <= session < sessions):
         raise ValueError(f"session must be one of {sessions} before it, got {short(session)}")
     us = row.get("us")
-    is_number = isinstance(us, int | float) and not isinstance(us, bool)
-    if status == "measured" and not (is_number and 0 < float(us) < float("inf")):
+    is_time = isinstance(us, int | float) and not isinstance(us, bool) and 0 < us < float("inf")
+    if status == "measured" and not is_time:
         raise ValueError(f"us of a measured row must be a number above 0, got {short(us)}")
     if status != "measured" and not isinstance(row.get("reason"), str):
         raise ValueError(f"a {status} row must have a reason, got {short(row.get('reason'))}")

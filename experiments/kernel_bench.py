@@ -151,14 +151,19 @@ def variant(name: str) -> Contender:
 
 
 def with_pages(table: list[Row]) -> list[Row]:
-    """The rows, with `speed_over_page_64` where that is known."""
+    """The rows, with `speed_over_page_64` where that is known of the same device."""
+
+    def key(row: Row) -> tuple:
+        same = dataclasses.replace(Shape.of(row), page_size=64)
+        return row.get("device"), same, row["implementation"]
+
     known = {
-        (Shape.of(row), row["implementation"]): row["us"]
+        key(row): row["us"]
         for row in table
         if row["status"] == "measured" and row["page_size"] == 64
     }
     for row in table:
-        base = known.get((dataclasses.replace(Shape.of(row), page_size=64), row["implementation"]))
+        base = known.get(key(row))
         if row["status"] == "measured" and base is not None:
             row["speed_over_page_64"] = base / row["us"]
     return table
@@ -190,7 +195,9 @@ def cost_rows(table: Sequence[Row]) -> list[Row]:
     """Time against the default options, smallest and largest, and the largest error."""
     first, *others = (variant(name).name for name in VARIANTS)
     measured = {
-        (Shape.of(row), row["implementation"]): row for row in table if row["status"] == "measured"
+        ((row.get("device"), Shape.of(row)), row["implementation"]): row
+        for row in table
+        if row["status"] == "measured"
     }
     found: list[Row] = []
     for name in (first, *others):

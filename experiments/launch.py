@@ -102,6 +102,8 @@ def main(argv: list[str]) -> int:
         return _run(chosen.experiment, options, Path(chosen.output_dir))
     except (flags.Error, InputError) as error:
         return _refuse(str(error))
+    except BrokenPipeError as error:
+        return _refuse(f"{running} stopped: {error}")
     except OSError as error:
         return _refuse(f"{running} stopped, which writes to {chosen.output_dir}: {error}")
     except Exception as error:

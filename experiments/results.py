@@ -61,7 +61,7 @@ def environment() -> dict[str, Any]:
 def validate_result(result: dict[str, Any]) -> None:
     """Raises ValueError naming the key that is missing, or not what the schema says."""
     _check_keys(result, SCHEMA, "")
-    _check_values(result, "", DEEPEST)
+    check_values(result, "")
     _check_environment(result["environment"], "environment.")
     if result["schema_version"] != SCHEMA_VERSION:
         raise ValueError(f"schema_version must be {SCHEMA_VERSION}, got {result['schema_version']}")
@@ -85,7 +85,7 @@ def validate_session(session: Any, where: str) -> None:
     """Raises ValueError unless this is a session of a benchmark: when, on what, its ceilings."""
     if not isinstance(session, dict):
         raise ValueError(f"{where} must be an object, got {short(session)}")
-    _check_values(session, f"{where}.", DEEPEST)
+    check_values(session, f"{where}.")
     _check_keys(session, SESSION, f"{where}.")
     _check_environment(session["environment"], f"{where}.environment.")
     if not session["environment"]["devices"]:
@@ -135,15 +135,15 @@ def _check_environment(found: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where}devices[{i}] must be a string, got {short(kind)}")
 
 
-def _check_values(value: Any, where: str, depth: int) -> None:
+def check_values(value: Any, where: str, depth: int = DEEPEST) -> None:
     """Raises ValueError for what no reader could show, or JSON does not have."""
     where = where.removesuffix(".")
     if isinstance(value, dict | list):
         if depth == 0:
             raise ValueError(f"{where[:80]} is nested more than {DEEPEST} deep")
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            _check_values(key, f"a key of {where}", 1)
-            _check_values(item, f"{where}.{key}" if where else str(key), depth - 1)
+            check_values(key, f"a key of {where}", 1)
+            check_values(item, f"{where}.{key}" if where else str(key), depth - 1)
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"{where} must be finite or null, got {value}")

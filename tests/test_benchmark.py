@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import sys
 import types
 
@@ -314,6 +316,18 @@ class TestRuns:
             journal.path.write_bytes(damaged + first + second)
             with pytest.raises(benchmark.InputError, match="line 1"):
                 Journal.open(journal.path)
+
+    def test_a_full_disk_ends_the_run_in_one_line(self, tmp_path, capsys, monkeypatch):
+        def full(_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr("experiments.journal.os.fsync", full)
+        assert run(tmp_path, *SMALL, "--batch=1", "--implementations=xla") == (2, None)
+        assert "No space left on device" in capsys.readouterr().err
+        (tmp_path / "benchmark" / "rows.jsonl").unlink()
+        (tmp_path / "benchmark" / "rows.jsonl").symlink_to("/dev/full")  # endless to a reader
+        assert run(tmp_path, *SMALL, "--batch=1", "--implementations=xla") == (2, None)
+        assert "rows.jsonl is not a file" in capsys.readouterr().err
 
     def test_what_ran_is_summed_over_sessions(self, tmp_path, monkeypatch):
         clock = 0.0

@@ -17,6 +17,7 @@ import pytest
 
 from experiments import (
     cache_size,
+    console,
     correctness,
     demo,
     int8_accuracy,
@@ -435,6 +436,28 @@ def test_errors_are_loud():
     assert lse_error(empty + 1e-3, empty) == pytest.approx(1e-3)
     assert lse_error(np.zeros(2), empty) == np.inf
     assert np.isnan(lse_error(np.array([np.nan, -np.inf]), empty))
+
+
+def test_progress_has_a_total(monkeypatch, capsys):
+    monkeypatch.setattr(console, "_PLAIN_INTERVAL", -1.0)
+    items = {"a": 1, "b": 2}
+    for sized in (items.values(), items, {3, 4}, range(2), [5, 6]):
+        assert len(list(console.track(sized, "work"))) == 2
+        assert [line[:12] for line in capsys.readouterr().out.splitlines()] == [
+            "work: 0 of 2", "work: 1 of 2",
+        ]  # fmt: skip
+    assert list(console.track(iter("xy"), "work", total=2)) == ["x", "y"]
+    with pytest.raises(TypeError, match="work: items without a length need a total"):
+        list(console.track(iter("xy"), "work"))
+
+
+def test_a_reader_that_leaves_is_not_a_failed_experiment():
+    code = "import sys, experiments.launch as l; sys.exit(l.main(['launch', '--help']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True) as done:
+        done.stdout.close()
+        said = done.stderr.read()
+    assert done.returncode == 2
+    assert said == "error: the launcher stopped: nobody reads the output any more\n"
 
 
 class TestParity:
