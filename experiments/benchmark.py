@@ -446,7 +446,7 @@ def _draw_device(
         with plotting.figure(path, f"Roofline, {device}", size=(9, 6)) as axes:
             _draw_roofline(axes, below, highest, look)
             _name_absent(axes, absent)
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     wanted = {"lengths": "uniform", "dtype": "bf16", "s_q": 1}
     usual = [row for row in rows if all(row[axis] == value for axis, value in wanted.items())]
     if usual:

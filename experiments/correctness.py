@@ -204,7 +204,7 @@ def draw(path: Path, rows: list[Row], names: list[str]) -> None:
             axes.plot(
                 range(len(cells)),
                 [np.nan if row["error"] is None else row["error"] for row in mine],
-                plotting.MARKERS[i % len(plotting.MARKERS)],
+                " " if refused else plotting.MARKERS[i % len(plotting.MARKERS)],
                 color=plotting.COLOURS[i % len(plotting.COLOURS)],
                 label=f"{name}: refused" if refused else name,
                 markersize=7,
@@ -233,4 +233,5 @@ def draw(path: Path, rows: list[Row], names: list[str]) -> None:
                 np.mean(places), 1.02, dtype, ha="center", transform=axes.get_xaxis_transform()
             )
         axes.set_xlim(-0.5, len(cells) - 0.5)
-        axes.legend(loc="lower right", ncols=min(len(names) + 1, 6))
+        # Beside the axes: it hides no mark, however many implementations there are.
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
