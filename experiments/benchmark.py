@@ -438,13 +438,13 @@ def _draw_device(
 ) -> None:
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     look = {name: _look(i) for i, name in enumerate(names)}
-    below = [row for row in rows if "of_ceiling" in row]
-    if below:
-        mine = [roofs[i] for i in sorted({row["session"] for row in below})]
-        highest = {key: max(roof[key] for roof in mine) for key in mine[0]}
-        path = output.path(f"roofline{suffix}.png")
-        with plotting.figure(path, f"Roofline, {device}", size=(9, 6)) as axes:
-            _draw_roofline(axes, below, highest, look)
+    rated = [row for row in rows if "tflops" in row]
+    if rated:
+        mine = [roofs[i] for i in sorted({row["session"] for row in rated}) if roofs[i]]
+        highest = {key: max(roof[key] for roof in mine) for key in mine[0]} if mine else {}
+        title = f"Roofline, {device}" if mine else f"Rates, {device}, which has no ceiling"
+        with plotting.figure(output.path(f"roofline{suffix}.png"), title, size=(9, 6)) as axes:
+            _draw_roofline(axes, rated, highest, look)
             _name_absent(axes, absent)
             axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     wanted = {"lengths": "uniform", "dtype": "bf16", "s_q": 1}
@@ -477,11 +477,11 @@ def _name_absent(axes: Any, names: Sequence[str]) -> None:
 
 
 def _draw_roofline(axes: Any, rows: Sequence[Row], roof: Mapping[str, float], look: Any) -> None:
-    """Each row below the roof of its dtype, with one roof for each dtype that rows have."""
+    """Each row below the roof of its dtype, with one for each dtype that rows have; {}: no roof."""
     intensity = {id(row): row["tflops"] * 1e3 / row["gb_per_s"] for row in rows}
     ends = [min(intensity.values()) / 2, max(intensity.values()) * 2]
     for dtype, dashes in (("bf16", "-"), ("int8", "--")):
-        if any(row["dtype"] == dtype for row in rows):
+        if roof and any(row["dtype"] == dtype for row in rows):
             knee = roof[dtype] * 1e3 / roof["read"]
             line = sorted({*ends, min(max(knee, ends[0]), ends[1])})
             height = [min(roof[dtype], x * roof["read"] / 1e3) for x in line]

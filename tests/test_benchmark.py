@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import types
+import unittest.mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -476,7 +477,15 @@ class TestBeside:
         monkeypatch.setattr(timing, "ceilings", lambda **_: pytest.fail("measured a ceiling"))
         assert benchmark.measured_ceilings() == {}
         monkeypatch.setattr(benchmark, "_draw_lines", lambda *_, **__: None)
-        output = Output(tmp_path)
+        roofs, output = [], Output(tmp_path)
+        monkeypatch.setattr(
+            benchmark, "_draw_roofline", lambda axes, rows, roof, look: roofs.append(roof)
+        )
+        monkeypatch.setattr(
+            benchmark.plotting,
+            "figure",
+            lambda path, title, **_: contextlib.nullcontext(unittest.mock.MagicMock()),
+        )
         for session in ({"environment": {"devices": ["cpu"], "backend": "cpu"},
                          "ceilings": {"read": 1.0, "matmul": 1.0}},
                         {"environment": {"devices": ["cpu"]}, "ceilings": {}}):  # fmt: skip
@@ -487,7 +496,8 @@ class TestBeside:
             assert row["gb_per_s"] > 0
             assert not {"of_read", "of_matmul", "of_ceiling"} & set(row)
             benchmark.draw(output, table, journal)
-        assert output.files == ["time_by_batch.png"] * 2
+        assert roofs == [{}, {}]
+        assert output.files == ["roofline.png", "time_by_batch.png"] * 2
 
     def test_devices_are_not_compared_with_each_other(self, tmp_path, monkeypatch):
         monkeypatch.setattr(benchmark, "_draw_lines", lambda *_, **__: None)
