@@ -20,7 +20,7 @@ from experiments.console import say, show_table, track
 from experiments.errors import LAYER_BOUND, relative_error
 from experiments.experiment import Outcome, Output, Row, reading
 from experiments.implementations import chosen, implementations_flag
-from experiments.options import flag
+from experiments.options import flag, seed_flag
 from mla_jax import checks
 from mla_jax.allocator import PageAllocator
 from mla_jax.cache import LAYOUTS, PAGE_SIZES, PagedKVCache
@@ -55,7 +55,7 @@ class Options:
     )
     implementations: tuple[str, ...] = implementations_flag()
     int8: bool = flag(True, "whether to serve from an int8 cache too")
-    seed: int = flag(0, "of the checkpoint, the prompts' lengths and the hidden states")
+    seed: int = seed_flag("of the checkpoint, the prompts' lengths and the hidden states")
 
 
 def small_config() -> MLAConfig:
