@@ -218,7 +218,9 @@ class TestLauncher:
     @pytest.mark.parametrize("name", launch.EXPERIMENTS)
     def test_every_wrong_value_of_every_flag_is_one_line(self, tmp_path, capsys, name):
         """By type and bounds; the experiment itself must not start."""
-        for flag_name, value in wrong_values(launch.load(name).Options):
+        options = launch.load(name).Options
+        seeds = [("seed", value) for value in (-1, 2**31) if hasattr(options, "seed")]
+        for flag_name, value in [*wrong_values(options), *seeds]:
             argument = f"--{flag_name}={value}"
             assert run(tmp_path / "out", name, argument) == (2, None), argument
             said = capsys.readouterr().err
