@@ -65,8 +65,7 @@ SMALL = {
     ),
 }
 
-ON_A_GPU = {  # those that ask for devices or implementations
-    "demo": (*SMALL["demo"][:-1], "--noint8"),
+ON_A_GPU = {  # those that ask for devices or implementations; the demo is in test_demo.py
     "correctness": SMALL["correctness"],
     "benchmark": ("--preset=quick",),
     "kernel_bench": ("--preset=quick", "--variants=multiply"),
@@ -359,7 +358,7 @@ class TestResult:
 
     @pytest.mark.parametrize("name", [name for name in launch.EXPERIMENTS if name in SMALL])
     def test_every_experiment_in_small(self, tmp_path, request, name):
-        if name not in ON_A_GPU:
+        if name not in (*ON_A_GPU, "demo"):
             request.getfixturevalue("fake_gpu")
         status, result = run(tmp_path, name, *SMALL[name])
         assert status == 0, result["summary"]
