@@ -200,13 +200,12 @@ def draw(path: Path, rows: list[Row], names: list[str]) -> None:
     with plotting.figure(path, title, size=(11, 4.4)) as axes:
         for i, name in enumerate(names):
             mine = [row for row in rows if row["implementation"] == name]
-            refused = all(row["error"] is None for row in mine)
             axes.plot(
                 range(len(cells)),
                 [np.nan if row["error"] is None else row["error"] for row in mine],
-                " " if refused else plotting.MARKERS[i % len(plotting.MARKERS)],
-                color=plotting.COLOURS[i % len(plotting.COLOURS)],
-                label=f"{name}: refused" if refused else name,
+                plotting.MARKERS[i],
+                color=plotting.COLOURS[i],
+                label=name,
                 markersize=7,
                 markerfacecolor="none",
                 markeredgewidth=1.6,
@@ -233,5 +232,4 @@ def draw(path: Path, rows: list[Row], names: list[str]) -> None:
                 np.mean(places), 1.02, dtype, ha="center", transform=axes.get_xaxis_transform()
             )
         axes.set_xlim(-0.5, len(cells) - 0.5)
-        # Beside the axes: it hides no mark, however many implementations there are.
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        axes.legend(loc="lower right", ncols=len(names) + 1)
