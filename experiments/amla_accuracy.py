@@ -22,7 +22,7 @@ from experiments import plotting
 from experiments.console import show_table, track
 from experiments.errors import relative_error
 from experiments.experiment import InputError, Outcome, Output, Row
-from experiments.options import flag
+from experiments.options import flag, seed_flag
 from mla_jax.online_softmax import finalize, init_state, update
 from mla_jax.reference import attention_float64
 
@@ -53,7 +53,7 @@ class Options:
     keys: int = flag(4096, "KV length (T), a multiple of the block", lower_bound=1)
     block: int = flag(512, "keys a block", lower_bound=1)
     repeats: int = flag(3, "draws of each distribution", lower_bound=1)
-    seed: int = flag(0, "of the draws")
+    seed: int = seed_flag("of the draws")
 
 
 def run(options: Options, output: Output) -> Outcome:

@@ -23,11 +23,13 @@ from experiments import peers, plotting, timing
 from experiments.best_when import AXES, PEERS
 from experiments.console import say, show_table
 from experiments.decode_bench import Contender, Setup, contender
-from experiments.decode_runner import Journal, Runner, Task
+from experiments.decode_runner import Runner, Task
 from experiments.experiment import InputError, Outcome, Output, Row
 from experiments.implementations import chosen
-from experiments.options import flag
+from experiments.journal import Journal
+from experiments.options import flag, seed_flag
 from experiments.predictions import FOLDER, read_table
+from experiments.results import write_whole
 from experiments.shapes import (
     DTYPES,
     LENGTHS,
@@ -40,6 +42,7 @@ from mla_jax.hal import PROFILES, HardwareProfile, Problem, simulate
 
 SUMMARY = "times decode attention over a grid beside XLA, peers, ceilings and the simulator"
 
+DEEPSEEK_WIDTHS = (512, 64)  # (kv_lora_rank, rope_dim) that rates, peers and the simulator are of
 MEASURED = FOLDER.parent / "measured"  # CARD_decode.json: ours and peers, timed in one process
 SIMULATED = {  # implementation -> the simulator's kernel of the same structure
     "hopper": "flashmla_dense",
@@ -70,7 +73,7 @@ class Options:
     memory_gib: float = flag(0.0, "for caches; 0: six tenths of the device's", lower_bound=0)
     kv_lora_rank: int = flag(512, "of the cache", lower_bound=16)
     rope_dim: int = flag(64, "of the cache", lower_bound=16)
-    seed: int = flag(0, "of all random numbers")
+    seed: int = seed_flag("of all random numbers")
 
 
 def run(options: Options, output: Output) -> Outcome:
@@ -86,17 +89,19 @@ def run(options: Options, output: Output) -> Outcome:
         left = missing(journal, tasks_of(rows, [contender(who) for who in who_ran], name))
     else:
         tasks = tasks_of(rows, contenders_of(options.implementations), name)
-        journal = Journal.open(output.path("rows.jsonl"))
+        journal = Journal.open(output.rows_path())
         runner = Runner(setup, journal, options.seconds)
-        journal.begin(measured_ceilings())
+        journal.begin(measured_ceilings(), setup.widths)
         reason = peers.unavailable() if options.peers else "none was asked for"
         say(f"peers: {', '.join(options.peers) if reason is None else reason}")
         left = runner.run(tasks, options.peers if reason is None else ())
     table = finished(journal, setup)
     show(table)
     write_csv(output.path("benchmark.csv"), table)
-    output.path("benchmark.md").write_text(markdown(table), encoding="utf-8")
+    write_whole(output.path("benchmark.md"), markdown(table))
     draw(output, table, journal)
+    if not options.collect:
+        journal.end()
     counts = {s: sum(r["status"] == s for r in table) for s in ("measured", "failed", "skipped")}
     said = ", ".join(f"{count} {status}" for status, count in counts.items())
     return Outcome(
@@ -110,6 +115,7 @@ def run(options: Options, output: Output) -> Outcome:
             "peers_missing": reason,
             "sessions": journal.sessions,
         },
+        made=journal.made,
     )
 
 
@@ -117,7 +123,10 @@ def collected(output: Output) -> Journal:
     """What the folder holds."""
     if not (output.folder / "rows.jsonl").exists():
         raise InputError(f"--collect: there is no rows.jsonl in {output.folder}")
-    return Journal.open(output.path("rows.jsonl"), skipped=True)
+    journal = Journal.open(output.rows_path(), skipped=True)
+    if not journal.sessions:
+        raise InputError(f"--collect: there is no session in {journal.path}")
+    return journal
 
 
 def missing(journal: Journal, tasks: Iterable[Task]) -> int:
@@ -163,55 +172,93 @@ def tasks_of(rows: Sequence[Shape], contenders: Sequence[Contender], preset: str
 
 
 def measured_ceilings() -> dict[str, float]:
-    """Of this device, by XLA: copy, read (GB/s), matmul (TFLOPS), matmul_int8 (TOPS)."""
-    if jax.default_backend() == "cpu":
-        return timing.ceilings(gib=2**-6, size=512)
-    return timing.ceilings()
+    """Of this device, by XLA: copy, read (GB/s), matmul (TFLOPS), matmul_int8 (TOPS).
+
+    None on a CPU: its caches are faster than its memory, its vector units differ by dtype, and a
+    launch may use some of its threads, so that no rate that one program reaches bounds another's.
+    """
+    return {} if jax.default_backend() == "cpu" else timing.ceilings()
 
 
 def finished(journal: Journal, setup: Setup) -> list[Row]:
     """The journal's rows in order, with all that follows from them and stands beside them."""
     rows = sorted(journal.rows.values(), key=lambda r: (Shape.of(r), r["implementation"]))
+    rank, rope = journal.widths or setup.widths
+    setup = dataclasses.replace(setup, kv_lora_rank=rank, rope_dim=rope)
+    table = [_with_rates(dict(row), journal, setup) for row in rows]
     baseline = {
-        Shape.of(row).without_pages: row["us"]
-        for row in rows
+        (row["device"], Shape.of(row).without_pages): row["us"]
+        for row in table
         if (row["implementation"], row["status"]) == ("jnp", "measured")
     }
+    roofs = roofs_of(table, journal)
     published = published_times()
-    return [_finished(dict(row), journal, setup, baseline, published) for row in rows]
+    return [
+        _beside(row, roofs[row["session"]], baseline, published) if "device" in row else row
+        for row in table
+    ]
 
 
-def _finished(
-    row: Row,
-    journal: Journal,
-    setup: Setup,
-    baseline: Mapping[Shape, float],
-    published: Mapping[tuple, list[Row]],
-) -> Row:
+def _with_rates(row: Row, journal: Journal, setup: Setup) -> Row:
+    """A measured row with its device and, of DeepSeek's widths, its rates; others as they are."""
     if row["status"] != "measured":
         return row
-    shape, session = Shape.of(row), journal.sessions[row["session"]]
-    ceilings, lens = session["ceilings"], shape.seq_lens
-    row["device"] = session["environment"]["devices"][0]
-    queries = {"heads": shape.heads, "seq_q": shape.s_q}
-    scale = setup.width + setup.kv_lora_rank  # decode_rates counts DeepSeek's 576 + 512
-    if scale == 1088:
+    shape = Shape.of(row)
+    row["device"] = journal.sessions[row["session"]]["environment"]["devices"][0]
+    if setup.widths == DEEPSEEK_WIDTHS:
         row["tflops"], row["gb_per_s"] = timing.decode_rates(
-            row["us"], lens, token_bytes=setup.token_bytes(shape.dtype), **queries
-        )
-        row["of_read"] = row["gb_per_s"] / ceilings["read"]
-        row["of_matmul"] = row["tflops"] / ceilings["matmul"]
+            row["us"], shape.seq_lens, heads=shape.heads, seq_q=shape.s_q,
+            token_bytes=setup.token_bytes(shape.dtype),
+        )  # fmt: skip
+    return row
+
+
+def roofs_of(table: Iterable[Row], journal: Journal) -> list[dict[str, float]]:
+    """The roof of each session: its `read` (GB/s), `bf16` and `int8` (TFLOPS); {} without ceilings.
+
+    A roof is the highest rate that anything reached in that session: one of the probes of
+    `measured_ceilings`, or a row itself. So no row is above it.
+    """
+    roofs: list[dict[str, float]] = []
+    for session in journal.sessions:
+        rates, backend = session["ceilings"], session["environment"].get("backend")
+        if backend == "cpu" or "read" not in rates or "matmul" not in rates:
+            roofs.append({})
+            continue
+        read = max(rates["read"], rates.get("copy", 0.0))
+        int8 = max(rates["matmul"], rates.get("matmul_int8", 0.0))
+        roofs.append({"read": read, "bf16": rates["matmul"], "int8": int8})
+    for row in table:
+        if roofs and "tflops" in row and (roof := roofs[row["session"]]):
+            roof["read"] = max(roof["read"], row["gb_per_s"])
+            # An int8 cache is multiplied in int8 and in bf16; the faster of both bounds it.
+            for dtype in ("bf16", "int8") if row["dtype"] == "bf16" else ("int8",):
+                roof[dtype] = max(roof[dtype], row["tflops"])
+    return roofs
+
+
+def _beside(
+    row: Row,
+    roof: Mapping[str, float],
+    baseline: Mapping[tuple[str, Shape], float],
+    published: Mapping[tuple, list[Row]],
+) -> Row:
+    """A measured row with what it is compared with: roof, `jnp`, peers, the simulator."""
+    shape = Shape.of(row)
+    if roof and "tflops" in row:
+        row["of_read"] = row["gb_per_s"] / roof["read"]
+        row["of_matmul"] = row["tflops"] / roof[shape.dtype]
         row["of_ceiling"] = max(row["of_read"], row["of_matmul"])
     same = dataclasses.replace(shape, dtype="bf16")
-    if same.without_pages in baseline:
-        row["speed_over_jnp"] = baseline[same.without_pages] / row["us"]
+    if (row["device"], same.without_pages) in baseline:
+        row["speed_over_jnp"] = baseline[row["device"], same.without_pages] / row["us"]
     profile = profile_of(row["device"])
-    if profile is None or scale != 1088:
+    if profile is None or "tflops" not in row:
         return row
     row |= beside(shape, row, published.get((profile.name, same), []))
     kernel = SIMULATED.get(row["implementation"])
     if kernel is not None and shape.dtype == "bf16":
-        problem = Problem(lens, shape.heads, shape.s_q, "bf16", shape.page_size)
+        problem = Problem(shape.seq_lens, shape.heads, shape.s_q, "bf16", shape.page_size)
         row["predicted_us"] = simulate(profile, problem, kernel).seconds * 1e6
         row["prediction_error_percent"] = (row["predicted_us"] / row["us"] - 1) * 100
     return row
@@ -346,77 +393,118 @@ def _cell(value: Any) -> str:
 
 
 def best_words(table: Sequence[Row]) -> str:
-    """Who is fastest how often, among rows that more than one has run."""
-    fastest: dict[str, int] = {}
-    by_shape: dict[Shape, list[Row]] = {}
+    """Who is fastest how often, among shapes that more than one ran on the same device."""
+    by_shape: dict[tuple[str, Shape], list[Row]] = {}
     for row in table:
         if row["status"] == "measured":
-            by_shape.setdefault(Shape.of(row), []).append(row)
-    for rows in by_shape.values():
+            by_shape.setdefault((row["device"], Shape.of(row)), []).append(row)
+    races = [rows for rows in by_shape.values() if len(rows) > 1]
+    if not races:
+        return (
+            f"{len(by_shape)} shapes, no two times of one" if by_shape else "nothing was measured"
+        )
+    fastest: dict[str, int] = {}
+    for rows in races:
         name = min(rows, key=lambda row: row["us"])["implementation"]
         fastest[name] = fastest.get(name, 0) + 1
-    if not fastest:
-        return "nothing was measured"
     ordered = sorted(fastest.items(), key=lambda item: -item[1])
-    return f"fastest of {len(by_shape)} shapes: {', '.join(f'{w} {n}' for w, n in ordered)}"
+    return f"fastest of {len(races)} shapes: {', '.join(f'{w} {n}' for w, n in ordered)}"
 
 
 def draw(output: Output, table: Sequence[Row], journal: Journal) -> None:
-    """The roofline with every row, time by batch, speed-up over `jnp` by length."""
-    rows = [row for row in table if row["status"] == "measured"]
-    if not rows:
-        return
-    device = rows[0].get("device", "")
+    """The roofline with every row, time by batch, speed-up over `jnp` by length.
+
+    A set of pictures for each device that rows are of: times of one mean nothing beside another's.
+    Who was skipped in all rows stands in the legends, with no times.
+    """
+    skipped = {row["implementation"] for row in table if row["status"] == "skipped"}
+    absent = sorted(skipped - {row["implementation"] for row in table if "device" in row})
+    devices: dict[str, list[Row]] = {}
+    for row in table:
+        if row["status"] == "measured":
+            devices.setdefault(row["device"], []).append(row)
+    for i, (device, rows) in enumerate(devices.items()):
+        _draw_device(output, device, rows, roofs_of(table, journal), absent,
+                     f"_{i + 1}" if i else "")  # fmt: skip
+
+
+def _draw_device(
+    output: Output,
+    device: str,
+    rows: Sequence[Row],
+    roofs: Sequence[Mapping[str, float]],
+    absent: Sequence[str],
+    suffix: str,
+) -> None:
     names = list(dict.fromkeys(row["implementation"] for row in rows))
-    look = {
-        name: {"color": plotting.COLOURS[i % 8], "marker": plotting.MARKERS[i % 8]}
-        for i, name in enumerate(names)
-    }
-    if "tflops" in rows[0]:
-        path = output.path("roofline.png")
-        with plotting.figure(path, f"Roofline, {device}", size=(9, 6)) as axes:
-            _draw_roofline(axes, rows, journal.sessions[rows[-1]["session"]]["ceilings"], look)
-    usual = [row for row in rows if row["lengths"] == "uniform" and row["dtype"] == "bf16"]
+    look = {name: _look(i) for i, name in enumerate(names)}
+    rated = [row for row in rows if "tflops" in row]
+    if rated:
+        mine = [roofs[i] for i in sorted({row["session"] for row in rated}) if roofs[i]]
+        highest = {key: max(roof[key] for roof in mine) for key in mine[0]} if mine else {}
+        title = f"Roofline, {device}" if mine else f"Rates, {device}, which has no ceiling"
+        with plotting.figure(output.path(f"roofline{suffix}.png"), title, size=(9, 6)) as axes:
+            _draw_roofline(axes, rated, highest, look)
+            _name_absent(axes, absent)
+            axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    wanted = {"lengths": "uniform", "dtype": "bf16", "s_q": 1}
+    usual = [row for row in rows if all(row[axis] == value for axis, value in wanted.items())]
     if usual:
         _draw_lines(
-            output.path("time_by_batch.png"), f"Time by batch, {device}", usual, look,
-            x="batch", y="us", hold="kv_len", y_label="us a launch",
+            output.path(f"time_by_batch{suffix}.png"), f"Time by batch, {device}", usual, look,
+            absent, x="batch", y="us", hold="kv_len", y_label="us per launch",
         )  # fmt: skip
     faster = [row for row in usual if row.get("speed_over_jnp") and row["implementation"] != "jnp"]
     if faster:
         _draw_lines(
-            output.path("speed_by_length.png"), f"Speed over jnp under XLA, {device}",
-            faster, look, x="kv_len", y="speed_over_jnp", hold="batch", y_label="times faster",
+            output.path(f"speed_by_length{suffix}.png"), f"Speed over jnp under XLA, {device}",
+            faster, look, absent, x="kv_len", y="speed_over_jnp", hold="batch",
+            y_label="speed over jnp (above 1: faster)",
         )  # fmt: skip
 
 
-def _draw_roofline(
-    axes: Any, rows: Sequence[Row], ceilings: Mapping[str, float], look: Any
-) -> None:
+def _look(i: int) -> dict[str, str]:
+    """Colour and marker of series `i`, of any number: a colour comes back with another marker."""
+    colours, markers = plotting.COLOURS, plotting.MARKERS
+    turn, place = divmod(i, len(colours))
+    return {"color": colours[place], "marker": markers[(place + turn) % len(markers)]}
+
+
+def _name_absent(axes: Any, names: Sequence[str]) -> None:
+    """A line of the legend, and no mark, for each."""
+    for name in names:
+        axes.plot([], [], " ", label=f"{name}: skipped")
+
+
+def _draw_roofline(axes: Any, rows: Sequence[Row], roof: Mapping[str, float], look: Any) -> None:
+    """Each row below the roof of its dtype, with one for each dtype that rows have; {}: no roof."""
     intensity = {id(row): row["tflops"] * 1e3 / row["gb_per_s"] for row in rows}
     ends = [min(intensity.values()) / 2, max(intensity.values()) * 2]
-    knee = ceilings["matmul"] * 1e3 / ceilings["read"]
-    line = sorted({*ends, min(max(knee, ends[0]), ends[1])})
-    roof = [min(ceilings["matmul"], x * ceilings["read"] / 1e3) for x in line]
-    axes.plot(line, roof, color=plotting.GREY, label="measured read and bf16 matmul")
+    for dtype, dashes in (("bf16", "-"), ("int8", "--")):
+        if roof and any(row["dtype"] == dtype for row in rows):
+            knee = roof[dtype] * 1e3 / roof["read"]
+            line = sorted({*ends, min(max(knee, ends[0]), ends[1])})
+            height = [min(roof[dtype], x * roof["read"] / 1e3) for x in line]
+            label = f"highest rates reached, {dtype}"
+            axes.plot(line, height, dashes, color=plotting.GREY, label=label)
     for name, style in look.items():
         mine = [row for row in rows if row["implementation"] == name]
-        axes.scatter([intensity[id(r)] for r in mine], [r["tflops"] for r in mine], s=22,
-                     label=name, **style)  # fmt: skip
+        if mine:
+            axes.scatter([intensity[id(r)] for r in mine], [r["tflops"] for r in mine], s=22,
+                         label=name, **style)  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("operations a byte (KV, q and o counted once)")
+    axes.set_xlabel("operations per byte (KV, q and o counted once)")
     axes.set_ylabel("TFLOP/s")
-    axes.legend(fontsize=8)
 
 
 def _draw_lines(
-    path: Path, title: str, rows: Sequence[Row], look: Any, *, x: str, y: str, hold: str,
-    y_label: str,
+    path: Path, title: str, rows: Sequence[Row], look: Any, absent: Sequence[str], *, x: str,
+    y: str, hold: str, y_label: str,
 ) -> None:  # fmt: skip
     """A panel for each head count: a line for each implementation and value of `hold`."""
     page = 64 if any(row["page_size"] == 64 for row in rows) else rows[0]["page_size"]
-    rows = [row for row in rows if row["s_q"] == 1 and row["page_size"] == page]
+    rows = [row for row in rows if row["page_size"] == page]
     heads = sorted({row["heads"] for row in rows})
     columns = min(2, len(heads))
     lines = -(-len(heads) // columns)
@@ -450,6 +538,7 @@ def _draw_lines(
             axes.set_title(f"{count} heads")
         for axes in panels[::columns]:
             axes.set_ylabel(y_label)
+        _name_absent(panels[0], absent)
         labelled = {
             line.get_label(): line
             for axes in panels

@@ -1,8 +1,9 @@
 """What the experiments print: progress and tables, plain lines where the output is no terminal."""
 
+import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Any, NoReturn
 
 import rich.box
 from rich.console import Console
@@ -14,13 +15,17 @@ _PLAIN_INTERVAL = 5.0  # seconds between two lines of progress there
 
 
 def say(message: str, *, style: str | None = None, stderr: bool = False) -> None:
-    """Prints a line, as it is."""
-    _console(stderr).print(message, style=style, markup=False, highlight=False, soft_wrap=True)
+    """Prints a line, as it is; what the output's encoding lacks as an escape."""
+    console = _console(stderr)
+    printable = message.encode(console.encoding, "backslashreplace").decode(console.encoding)
+    console.print(printable, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def track[T](items: Iterable[T], label: str, *, total: int | None = None) -> Iterator[T]:
-    """The items, with the progress through them shown; `total` if they have no length."""
-    count = len(items) if isinstance(items, Sequence) else total
+    """The items, with the progress through them shown; `total` if and only if they have no len."""
+    count = len(items) if isinstance(items, Sized) else total
+    if count is None:
+        raise TypeError(f"{label}: items without a length need a total")
     if _console().is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeElapsedColumn(), console=_console()) as progress:
@@ -66,6 +71,14 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> NoReturn:
+        """Where rich would exit with 1, which says that an experiment did not pass."""
+        # Python flushes what is left in the buffer when it ends, and would complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+        raise BrokenPipeError("nobody reads the output any more")
+
+
 def _console(stderr: bool = False) -> Console:
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=_PLAIN_WIDTH)
+    console = _Console(stderr=stderr)
+    return console if console.is_terminal else _Console(stderr=stderr, width=_PLAIN_WIDTH)

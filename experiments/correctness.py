@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import plotting
-from experiments.console import show_table, track
+from experiments.console import say, show_table, track
 from experiments.errors import LSE_BOUND, OUTPUT_BOUND, lse_error, relative_error
-from experiments.experiment import Outcome, Output, Row
+from experiments.experiment import Outcome, Output, Row, reading
 from experiments.implementations import chosen, implementations_flag
-from experiments.options import flag
+from experiments.options import flag, seed_flag
 from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import LAYOUTS, PAGE_SIZES, PagedKVCache
 from mla_jax.implementations import available_implementations
@@ -36,15 +36,17 @@ GARBAGE_PAGE = -(2**31)
 @dataclasses.dataclass(frozen=True)
 class Options:
     implementations: tuple[str, ...] = implementations_flag()
-    layouts: tuple[str, ...] = flag(LAYOUTS, "page layouts", choices=LAYOUTS)
-    page_sizes: tuple[int, ...] = flag(PAGE_SIZES, "tokens a page", choices=PAGE_SIZES)
+    layouts: tuple[str, ...] = flag(LAYOUTS, "page layouts", choices=LAYOUTS, may_be_empty=False)
+    page_sizes: tuple[int, ...] = flag(
+        PAGE_SIZES, "tokens a page", choices=PAGE_SIZES, may_be_empty=False
+    )
     dtypes: tuple[str, ...] = flag(
-        tuple(OUTPUT_BOUND), "of queries and cache", choices=tuple(OUTPUT_BOUND)
+        tuple(OUTPUT_BOUND), "of queries and cache", choices=tuple(OUTPUT_BOUND), may_be_empty=False
     )
     heads: int = flag(16, "query heads", lower_bound=1)
     kv_lora_rank: int = flag(512, "width of V", lower_bound=1)
     rope_dim: int = flag(64, "width of the rope part", lower_bound=1)
-    seed: int = flag(0, "of queries, latents and page order")
+    seed: int = seed_flag("of queries, latents and page order")
 
 
 def run(options: Options, output: Output) -> Outcome:
@@ -59,6 +61,8 @@ def run(options: Options, output: Output) -> Outcome:
     for cell in track(cells, "dtype, page size, layout"):
         rows += check_cell(options, names, *cell)
     show_table("Relative error of o against float64", _by_implementation(rows))
+    for line in _refusals(rows):
+        say(line)
     draw(output.path("correctness.png"), rows, names)
 
     ran = [row for row in rows if row["error"] is not None]
@@ -126,14 +130,15 @@ def make_problem(
     for table, count in zip(tables, pages, strict=True):
         table[:count] = [next(order) for _ in range(count)]
 
-    cache = PagedKVCache.create(
-        num_pages,
-        page_size=page_size,
-        kv_lora_rank=options.kv_lora_rank,
-        rope_dim=options.rope_dim,
-        dtype=dtype,
-        layout=layout,
-    )
+    with reading("layouts"):
+        cache = PagedKVCache.create(
+            num_pages,
+            page_size=page_size,
+            kv_lora_rank=options.kv_lora_rank,
+            rope_dim=options.rope_dim,
+            dtype=dtype,
+            layout=layout,
+        )
     cache = dataclasses.replace(cache, pages=jnp.full_like(cache.pages, jnp.nan))
     block_tables = jnp.asarray(tables)
     cache = cache.append(kv, block_tables, jnp.zeros(batch, jnp.int32), jnp.asarray(seq_lens))
@@ -167,14 +172,25 @@ def _oracle(options: Options, q: jax.Array, kv: jax.Array) -> tuple[np.ndarray, 
 
 
 def _by_implementation(rows: list[Row]) -> list[Row]:
-    """For the eye: one line a cell, one column an implementation, and whether all passed."""
+    """For the eye: one line a cell, one column an implementation, and whether all that ran passed
+    (None: none ran)."""
     lines: dict[tuple, Row] = {}
     for row in rows:
         cell = {key: row[key] for key in ("dtype", "page_size", "layout", "bound")}
-        line = lines.setdefault(tuple(cell.values()), cell | {"passed": True})
-        line[row["implementation"]] = row["error"]
-        line["passed"] &= row["passed"] is not False
+        line = lines.setdefault(tuple(cell.values()), cell | {"passed": None})
+        line[row["implementation"]] = "refused" if row["error"] is None else row["error"]
+        if row["passed"] is not None:
+            line["passed"] = row["passed"] and line["passed"] is not False
     return list(lines.values())
+
+
+def _refusals(rows: list[Row]) -> list[str]:
+    """Who refused how many combinations, and why."""
+    reasons = [(row["implementation"], row["reason"]) for row in rows if row["reason"]]
+    return [
+        f"{name} refused {reasons.count((name, reason))}: {reason}"
+        for name, reason in dict.fromkeys(reasons)
+    ]
 
 
 def draw(path: Path, rows: list[Row], names: list[str]) -> None:

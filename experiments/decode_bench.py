@@ -58,6 +58,11 @@ class Setup:
     seed: int = 0
 
     @property
+    def widths(self) -> tuple[int, int]:
+        """(kv_lora_rank, rope_dim), as sessions have it."""
+        return self.kv_lora_rank, self.rope_dim
+
+    @property
     def width(self) -> int:
         """D."""
         return self.kv_lora_rank + self.rope_dim

@@ -1,20 +1,18 @@
 """Runs rows of decode benchmarks: compiles in threads, checks, times, and can go on where it ended.
 
-Every row is written to `rows.jsonl` as soon as it is known. Where that file is there already, its
-measured and failed rows are not run again; skipped ones are looked at anew. Pools of many rows go
-first, so that time which ends early leaves little undone. Who computes a shape takes turns with the
-others, and so do pages of other sizes: a card's speed changes from minute to minute.
+Every row is written to `rows.jsonl` (see journal.py) as soon as it is known. Where that file is
+there already, its measured and failed rows are not run again; skipped ones are looked at anew.
+Pools of many rows go first, so that time which ends early leaves little undone. Who computes a
+shape takes turns with the others, and so do pages of other sizes: a card's speed changes from
+minute to minute.
 """
 
 import dataclasses
-import datetime
 import functools
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,72 +35,15 @@ from experiments.decode_bench import (
     lacks_memory,
     time_bursts,
 )
-from experiments.experiment import InputError, Row
-from experiments.results import environment, plain
+from experiments.experiment import Row
+from experiments.journal import Journal, Key
 from experiments.shapes import Shape
 from mla_jax.reference import attention_float64
 
 WORKS_AT_A_TIME = 8  # whose programs are compiled before they are timed
 
-Key = tuple[Shape, str]
 Task = tuple[Shape, Contender]
 Entry = tuple[dict[str, timing.Burst], Row]  # by the column of their time; what is known before it
-
-
-@dataclasses.dataclass
-class Journal:
-    """rows.jsonl: a line a session (machine, versions, ceilings) and a line a row."""
-
-    path: Path
-    sessions: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    rows: dict[Key, Row] = dataclasses.field(default_factory=dict)
-
-    @staticmethod
-    def open(path: Path, *, skipped: bool = False) -> "Journal":
-        """Reads what an earlier run left; a last line that was cut off is dropped.
-
-        skipped: rows that were skipped too, which another run would look at anew.
-        """
-        journal = Journal(path)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        for number, line in enumerate(lines):
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                if number == len(lines) - 1:
-                    break
-                raise InputError(f"{path}, line {number + 1}: {error}") from error
-            if "session" in record:
-                journal.sessions.append(record["session"])
-            elif skipped or record["row"]["status"] != "skipped":
-                journal._keep(record["row"])
-        return journal
-
-    def begin(self, ceilings: dict[str, float]) -> None:
-        """A session on this machine."""
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.sessions.append({"started": now, "environment": environment(), "ceilings": ceilings})
-        self._append({"session": self.sessions[-1]})
-
-    def add(self, row: Shape, name: str, status: str, **columns: Any) -> None:
-        """A row: measured, failed or skipped."""
-        record = plain({
-            **dataclasses.asdict(row), "implementation": name, "status": status,
-            "session": len(self.sessions) - 1, **columns,
-        })  # fmt: skip
-        self._keep(record)
-        self._append({"row": record})
-
-    def _keep(self, record: Row) -> None:
-        self.rows[Shape.of(record), record["implementation"]] = record
-
-    def _append(self, record: dict[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_bytes() if self.path.exists() else b""
-        with self.path.open("a", encoding="utf-8") as file:
-            if lines and not lines.endswith(b"\n"):
-                file.write("\n")
-            file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 class DeviceLostError(Exception):
@@ -206,8 +147,12 @@ class Runner:
                 jobs[who.name, work.key] = functools.partial(work.compile, who, rows)
         with ThreadPoolExecutor(os.cpu_count() or 1) as executor:
             futures = {key: executor.submit(job) for key, job in jobs.items()}
-            for _ in track(as_completed(futures.values()), "compiling", total=len(futures)):
-                pass
+            try:
+                for _ in track(as_completed(futures.values()), "compiling", total=len(futures)):
+                    pass
+            except BaseException:  # An interrupt waits for none of them.
+                executor.shutdown(wait=False, cancel_futures=True)
+                raise
         return futures
 
     def _run_match(

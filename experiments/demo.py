@@ -26,7 +26,7 @@ from experiments.demo_results import Measurement, Result, draw, show
 from experiments.errors import LAYER_BOUND, relative_error
 from experiments.experiment import Outcome, Output, reading
 from experiments.implementations import chosen, implementations_flag
-from experiments.options import flag
+from experiments.options import flag, seed_flag
 from mla_jax import checks
 from mla_jax.cache import LAYOUTS, PAGE_SIZES, PagedKVCache
 from mla_jax.config import MLAConfig
@@ -60,7 +60,7 @@ class Options:
     implementations: tuple[str, ...] = implementations_flag()
     int8: bool = flag(True, "whether to serve from an int8 cache too")
     served: bool = flag(True, "whether to time a batch as it is served, where there is a GPU")
-    seed: int = flag(0, "of the checkpoint, the prompts' lengths and the hidden states")
+    seed: int = seed_flag("of the checkpoint, the prompts' lengths and the hidden states")
 
 
 def small_config() -> MLAConfig:

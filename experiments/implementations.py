@@ -5,6 +5,7 @@ from typing import Any
 from experiments.experiment import InputError
 from experiments.options import flag
 from mla_jax.implementations import available_implementations
+from mla_jax.problem import AttentionProblem
 
 
 def implementations_flag() -> Any:
@@ -21,3 +22,10 @@ def chosen(wanted: tuple[str, ...]) -> list[str]:
         if reasons[name] is not None:
             raise InputError(f"--implementations: {name} can't run here: {reasons[name]}")
     return list(wanted) or [name for name, reason in reasons.items() if reason is None]
+
+
+def require_runs(wanted: str | None, problem: AttentionProblem | None = None) -> None:
+    """Raises InputError unless --implementation, if given, can run here, and run the problem."""
+    reason = None if wanted is None else available_implementations(problem)[wanted]
+    if reason is not None:
+        raise InputError(f"--implementation: {wanted} can't run this here: {reason}")

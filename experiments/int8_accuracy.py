@@ -30,7 +30,7 @@ from experiments.console import show_table, track
 from experiments.demo import small_config
 from experiments.errors import lse_error, relative_error
 from experiments.experiment import Outcome, Output, Row
-from experiments.options import flag
+from experiments.options import flag, seed_flag
 from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import PagedKVCache
 from mla_jax.int8_dataflow import attend_int8
@@ -64,9 +64,12 @@ class Options:
     keys: int = flag(4096, "T of most rows", lower_bound=64)
     long_keys: int = flag(65536, "T of the long context", lower_bound=64)
     spreads: tuple[float, ...] = flag(
-        (0.1, 0.3, 1.0, 1.7, 3.0, 6.0), "standard deviations of the scores, for the picture"
+        (0.1, 0.3, 1.0, 1.7, 3.0, 6.0),
+        "standard deviations of the scores, for the picture",
+        lower_bound=1e-3,
+        may_be_empty=False,
     )
-    seed: int = flag(0, "of queries and keys")
+    seed: int = seed_flag("of queries and keys")
 
 
 @dataclasses.dataclass(frozen=True)

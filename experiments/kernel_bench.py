@@ -21,9 +21,11 @@ from experiments.benchmark import (
 from experiments.best_when import PEERS
 from experiments.console import show_table
 from experiments.decode_bench import Contender, Setup, contender
-from experiments.decode_runner import Journal, Runner
+from experiments.decode_runner import Runner
 from experiments.experiment import InputError, Outcome, Output, Row
-from experiments.options import flag
+from experiments.journal import Journal
+from experiments.options import flag, seed_flag
+from experiments.results import write_whole
 from experiments.shapes import PRESETS, Shape, preset
 from mla_jax.implementations import IMPLEMENTATIONS
 
@@ -46,7 +48,7 @@ class Options:
     peers: tuple[str, ...] = flag((), "which to run beside it", choices=PEERS)
     seconds: float = flag(0.0, "begin nothing new after as many; 0: no limit", lower_bound=0)
     memory_gib: float = flag(0.0, "for caches; 0: six tenths of the device's", lower_bound=0)
-    seed: int = flag(0, "of all random numbers")
+    seed: int = seed_flag("of all random numbers")
     collect: bool = flag(False, "run nothing: the result of the rows that the folder has")
 
 
@@ -116,9 +118,9 @@ def run(options: Options, output: Output) -> Outcome:
         reason = IMPLEMENTATIONS[KERNEL].unavailable(None)
         if reason is not None:
             raise InputError(f"kernel_bench runs the implementation {KERNEL!r}: {reason}")
-        journal = Journal.open(output.path("rows.jsonl"))
+        journal = Journal.open(output.rows_path())
         runner = Runner(setup, journal, options.seconds)
-        journal.begin(measured_ceilings())
+        journal.begin(measured_ceilings(), setup.widths)
         left = runner.run(tasks, options.peers if peers.unavailable() is None else ())
     table = with_pages(finished(journal, setup))
     show(table)
@@ -126,7 +128,9 @@ def run(options: Options, output: Output) -> Outcome:
     show_table("Bars", bars)
     show_table("What options cost, against the first", costs)
     write_csv(output.path("kernel_bench.csv"), table)
-    output.path("kernel_bench.md").write_text(markdown(table), encoding="utf-8")
+    write_whole(output.path("kernel_bench.md"), markdown(table))
+    if not options.collect:
+        journal.end()
     failed = sum(row["status"] == "failed" for row in table)
     measured = sum(row["status"] == "measured" for row in table)
     met = sum(bar["met"] is True for bar in bars)
@@ -136,6 +140,7 @@ def run(options: Options, output: Output) -> Outcome:
         f"{f', {left} left for another run' if left else ''}",
         rows=table,
         headline={"bars": bars, "costs": costs, "left": left, "sessions": journal.sessions},
+        made=journal.made,
     )
 
 
@@ -146,14 +151,19 @@ def variant(name: str) -> Contender:
 
 
 def with_pages(table: list[Row]) -> list[Row]:
-    """The rows, with `speed_over_page_64` where that is known."""
+    """The rows, with `speed_over_page_64` where that is known of the same device."""
+
+    def key(row: Row) -> tuple:
+        same = dataclasses.replace(Shape.of(row), page_size=64)
+        return row.get("device"), same, row["implementation"]
+
     known = {
-        (Shape.of(row), row["implementation"]): row["us"]
+        key(row): row["us"]
         for row in table
         if row["status"] == "measured" and row["page_size"] == 64
     }
     for row in table:
-        base = known.get((dataclasses.replace(Shape.of(row), page_size=64), row["implementation"]))
+        base = known.get(key(row))
         if row["status"] == "measured" and base is not None:
             row["speed_over_page_64"] = base / row["us"]
     return table
@@ -185,7 +195,9 @@ def cost_rows(table: Sequence[Row]) -> list[Row]:
     """Time against the default options, smallest and largest, and the largest error."""
     first, *others = (variant(name).name for name in VARIANTS)
     measured = {
-        (Shape.of(row), row["implementation"]): row for row in table if row["status"] == "measured"
+        ((row.get("device"), Shape.of(row)), row["implementation"]): row
+        for row in table
+        if row["status"] == "measured"
     }
     found: list[Row] = []
     for name in (first, *others):

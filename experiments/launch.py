@@ -1,23 +1,28 @@
 """Runs an experiment: python -m experiments.launch --experiment=NAME --output_dir=DIR
 
 It writes DIR/NAME/result.json and the pictures beside it. Exit status: 0 passed, 1 the experiment
-ran and did not pass, 2 it could not run as asked (flags, input).
+ran and did not pass, 2 it could not run as asked (flags, input, a full disk), 130 Ctrl-C, 143
+SIGTERM.
 """
 
 import dataclasses
 import datetime
 import importlib
+import os
+import signal
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
-from typing import Any, cast
+from types import FrameType
+from typing import Any, NoReturn, cast
 
 from absl import flags
 
 from experiments.console import say
-from experiments.experiment import Experiment, InputError, Output
+from experiments.experiment import Experiment, InputError, Made, Outcome, Output
 from experiments.options import define_flags, read_options
-from experiments.results import SCHEMA_VERSION, environment, write_result
 
 # To add an experiment, write its module (see experiment.py) and name it here.
 EXPERIMENTS = (
@@ -40,13 +45,44 @@ EXPERIMENTS = (
 )
 
 
+class Interrupted(KeyboardInterrupt):
+    """A launch was stopped from outside; the message says what is left of it."""
+
+
 def load(name: str) -> Experiment:
     """The module of an experiment."""
     return cast(Experiment, importlib.import_module(f"experiments.{name}"))
 
 
+def command() -> NoReturn:
+    """Runs `main` as this process: a signal that ends it is a line, not a traceback."""
+    stopped_by = signal.SIGINT
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        nonlocal stopped_by
+        stopped_by = signal.SIGTERM
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        status = main(sys.argv)
+    except KeyboardInterrupt as stopped:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        say(f"interrupted: {stopped or 'nothing was begun'}", style="red", stderr=True)
+        status = 128 + stopped_by
+    if status < 128:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # Threads that compile would be waited for otherwise, for minutes.
+
+
 def main(argv: list[str]) -> int:
-    """Runs what `argv` (program name first) asks for; returns the exit status."""
+    """Runs what `argv` (program name first) asks for; returns the exit status.
+
+    Raises KeyboardInterrupt where it is interrupted, with what to do about it as its message.
+    """
+    running = "the launcher"
     try:
         chosen = _launcher_flags()
         chosen(argv, known_only=True)
@@ -59,27 +95,71 @@ def main(argv: list[str]) -> int:
             return 0
         if chosen.experiment is None:
             raise InputError(f"--experiment must be given, one of {', '.join(EXPERIMENTS)}")
+        if not chosen.output_dir.strip():
+            raise InputError("--output_dir must name a folder, got an empty name")
+        running = chosen.experiment
         options = _parse(load(chosen.experiment), argv)
         return _run(chosen.experiment, options, Path(chosen.output_dir))
     except (flags.Error, InputError) as error:
-        say(f"error: {error}", style="red", stderr=True)
-        return 2
+        return _refuse(str(error))
+    except BrokenPipeError as error:
+        return _refuse(f"{running} stopped: {error}")
+    except OSError as error:
+        return _refuse(f"{running} stopped, which writes to {chosen.output_dir}: {error}")
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        return _refuse(f"{running} stopped: {what} (traceback: {_keep_traceback()})")
+
+
+def _refuse(message: str) -> int:
+    """Says in one line why the launch could not run; returns its status."""
+    say(f"error: {' '.join(message.split())}", style="red", stderr=True)
+    return 2
+
+
+def _keep_traceback() -> str:
+    """Where the traceback of the error that is being handled was written: not to the results."""
+    try:
+        handle, path = tempfile.mkstemp(".txt", "mla_jax_traceback_")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            traceback.print_exc(file=file)
+    except OSError as error:
+        return f"none, {error}"
+    return path
 
 
 def _run(name: str, options: Any, output_dir: Path) -> int:
-    output = Output(output_dir / name)
-    started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
-    outcome = load(name).run(options, output)
+    with Output.opened(output_dir / name) as output:
+        started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
+        try:
+            outcome = load(name).run(options, output)
+            return _finish(name, options, output, outcome, started, time.monotonic() - clock)
+        except KeyboardInterrupt as error:
+            raise Interrupted(_what_is_left(output)) from error
+
+
+def _finish(
+    name: str,
+    options: Any,
+    output: Output,
+    outcome: Outcome,
+    started: datetime.datetime,
+    duration_s: float,
+) -> int:
+    """Writes result.json and says the verdict; returns the exit status."""
+    from experiments.results import SCHEMA_VERSION, environment, write_result
+
+    made = outcome.made or Made(started.isoformat(timespec="seconds"), duration_s, environment())
     result = {
         "schema_version": SCHEMA_VERSION,
         "experiment": name,
         "passed": outcome.passed,
         "summary": outcome.summary,
         **outcome.headline,
-        "started": started.isoformat(timespec="seconds"),
-        "duration_s": round(time.monotonic() - clock, 3),
+        "started": made.started,
+        "duration_s": round(made.duration_s, 3),
         "options": dataclasses.asdict(options),
-        "environment": environment(),
+        "environment": made.environment,
         "rows": outcome.rows,
         "files": output.files,
     }
@@ -93,8 +173,19 @@ def _run(name: str, options: Any, output_dir: Path) -> int:
     return 0 if outcome.passed else 1
 
 
+def _what_is_left(output: Output) -> str:
+    """What an interrupted launch leaves, and how to go on."""
+    if output.rows_file is not None and output.rows_file.exists():
+        return (
+            f"the rows so far are in {output.rows_file}; the same command goes on from there, and "
+            "with --collect it makes a result of them"
+        )
+    return f"no result was written to {output.folder}; the same command starts again"
+
+
 def _launcher_flags() -> flags.FlagValues:
     values = flags.FlagValues()
+    values.set_gnu_getopt(True)  # Flags count after a word that is none, too.
     where: dict[str, Any] = {"flag_values": values, "module_name": "launcher"}
     flags.DEFINE_enum("experiment", None, EXPERIMENTS, "what to run", **where)
     flags.DEFINE_string("output_dir", "out", "its results go to a folder in this one", **where)
@@ -122,4 +213,4 @@ def _help(name: str | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    command()

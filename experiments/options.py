@@ -1,6 +1,7 @@
 """An experiment's flags: the fields of a frozen dataclass, read from the command line by absl."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,14 +16,28 @@ def flag(
     *,
     choices: Sequence[Any] | None = None,
     lower_bound: float | None = None,
+    upper_bound: float | None = None,
+    may_be_empty: bool = True,
 ) -> Any:
     """A field of an experiment's Options, and so a flag of the same name.
 
     The annotation gives the type: str, int, float, bool, one of them or None, or a tuple of them
-    (written --name=a,b). `choices` and `lower_bound` hold for each element.
+    (written --name=a,b), whose elements differ. `choices` and the bounds hold for each element;
+    floats are finite. `may_be_empty`: whether a tuple may have no element (--name=).
     """
-    metadata = {"help": help, "choices": choices, "lower_bound": lower_bound}
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "lower_bound": lower_bound,
+        "upper_bound": upper_bound,
+        "may_be_empty": may_be_empty,
+    }
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def seed_flag(help: str) -> Any:
+    """The seed of random numbers, in the range that every generator takes."""
+    return flag(0, help, lower_bound=0, upper_bound=2**31 - 1)
 
 
 def define_flags(options: type, values: flags.FlagValues) -> None:
@@ -53,24 +68,38 @@ class _FieldParser(flags.ArgumentParser):
         (kind,) = (a for a in alternatives if a is not types.NoneType)
         self._is_tuple = typing.get_origin(kind) is tuple
         self._kind = typing.get_args(kind)[0] if self._is_tuple else kind
-        self._choices, self._lower_bound = metadata["choices"], metadata["lower_bound"]
+        self._choices, self._may_be_empty = metadata["choices"], metadata["may_be_empty"]
+        self._lower_bound, self._upper_bound = metadata["lower_bound"], metadata["upper_bound"]
 
     def parse(self, argument: Any) -> Any:
         if not isinstance(argument, str):  # a default
             return argument
         if not self._is_tuple:
             return self._element(argument)
-        return tuple(self._element(part.strip()) for part in argument.split(",") if part.strip())
+        parts = [part.strip() for part in argument.split(",")] if argument.strip() else []
+        if not parts and not self._may_be_empty:
+            raise ValueError("must have one element or more")
+        elements = tuple(self._element(part) for part in parts)
+        for element in elements:
+            if elements.count(element) > 1:
+                raise ValueError(f"has {element} twice")
+        return elements
 
     def flag_type(self) -> str:
         return self._kind.__name__
 
     def _element(self, text: str) -> Any:
+        if not text and self._is_tuple:
+            raise ValueError("has an empty element")
         value = self._kind(text)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError("must be finite")
         if self._choices is not None and value not in self._choices:
             raise ValueError(f"must be one of {', '.join(map(str, self._choices))}")
         if self._lower_bound is not None and not value >= self._lower_bound:
             raise ValueError(f"must be {self._lower_bound} or more")
+        if self._upper_bound is not None and not value <= self._upper_bound:
+            raise ValueError(f"must be {self._upper_bound} or less")
         return value
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 MANY_ROWS = 12  # from which a table gets a field that filters it
 PICTURES = {".png": "image/png", ".svg": "image/svg+xml"}
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"IEND"
 
 _HERE = Path(__file__).parent
 # The browser itself is told to fetch nothing.
@@ -41,17 +42,25 @@ def document(title: str, body: str) -> str:
 
 def text(value: Any) -> str:
     """A value in words, escaped: numbers short, None empty."""
+    if isinstance(value, Link):
+        return f'<a href="#{html.escape(value.anchor)}">{html.escape(value.words)}</a>'
+    return html.escape(words(value))
+
+
+def words(value: Any) -> str:
+    """A value in words, not escaped yet."""
     if value is None:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    if isinstance(value, float):
-        return number(value)
-    if isinstance(value, Link):
-        return f'<a href="#{html.escape(value.anchor)}">{html.escape(value.words)}</a>'
-    return html.escape(str(value))
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def printable(name: str) -> str:
+    """The name of a file or folder, whatever bytes it has, as text that can be written."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def number(value: float) -> str:
@@ -113,10 +122,13 @@ def pairs(values: Mapping[str, Any]) -> str:
     return f"<p>{' &middot; '.join(words)}</p>\n" if words else ""
 
 
-def picture(path: Path, caption: str) -> str:
-    """The file, inlined. OSError where it can't be read."""
-    content = path.read_bytes()
-    kind, data = PICTURES[path.suffix], base64.b64encode(content).decode()
+def picture(content: bytes, suffix: str, caption: str) -> str:
+    """The content of a picture file, inlined. ValueError where it is not of the suffix's kind."""
+    if suffix == ".png" and not (content.startswith(PNG_START) and PNG_END in content[-12:]):
+        raise ValueError(f"{caption} is not a whole PNG")
+    if suffix == ".svg" and b"<svg" not in content:
+        raise ValueError(f"{caption} is not an SVG")
+    kind, data = PICTURES[suffix], base64.b64encode(content).decode()
     wide = ' class="wide"' if _is_wide(content) else ""
     return (
         f'<figure><div class="picture" tabindex="0"><img{wide} alt="{text(caption)}" '
@@ -136,7 +148,7 @@ def folded(label: str, content: str) -> str:
 
 def _is_wide(content: bytes) -> bool:
     """Whether this is a PNG more than twice as wide as high: a phone shows it by scrolling."""
-    if not content.startswith(b"\x89PNG"):
+    if not content.startswith(PNG_START):
         return False
     width, height = struct.unpack(">II", content[16:24])
     return width > 2 * height

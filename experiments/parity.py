@@ -16,6 +16,7 @@ import numpy as np
 from experiments.console import show_table
 from experiments.errors import relative_error
 from experiments.experiment import InputError, Outcome, Output, Row, reading
+from experiments.implementations import require_runs
 from experiments.options import flag
 from mla_jax.cache import LAYOUTS, PAGE_SIZES, PagedKVCache
 from mla_jax.config import MLAConfig
@@ -44,6 +45,7 @@ class Options:
 def run(options: Options, output: Output) -> Outcome:
     if options.checkpoint is None:
         raise InputError("--checkpoint must be given")
+    require_runs(options.implementation)
     with reading("checkpoint"):
         config, params = load_hf(options.checkpoint, layer=options.layer)
     x, out = read_golden(Path(options.checkpoint), config)

@@ -30,9 +30,15 @@ Row = Mapping[str, str]
 def read_table(path: Path) -> list[dict[str, str]]:
     """The rows of a table. ValueError when its columns are not those of a published one."""
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        try:
+            rows = list(csv.DictReader(file))
+        except csv.Error as error:
+            raise ValueError(f"{path.name} is no CSV: {error}") from error
     if not rows:
         raise ValueError(f"{path.name} has no rows")
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise ValueError(f"{path.name}, row {number} has not one cell for each column")
     quantity = published_quantity(rows[0])
     missing = [column for column in _NEEDED[quantity] if column not in rows[0]]
     if missing:

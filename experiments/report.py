@@ -3,7 +3,8 @@
     python -m experiments.launch --experiment=report --results=out --output_dir=out
 
 It takes every result.json under the folder, whatever experiment wrote it, with the pictures that
-stand beside it. docs/reading_the_report.md says how to read it.
+stand beside it. What can't be shown is left out and named; nothing outside the folder is read.
+docs/reading_the_report.md says how to read it.
 """
 
 import dataclasses
@@ -16,9 +17,11 @@ from typing import Any
 from experiments import page
 from experiments.benchmark import COLUMNS
 from experiments.best_when import AXES, best_when
+from experiments.console import say
 from experiments.experiment import InputError, Outcome, Output, Row
+from experiments.journal import check_row
 from experiments.options import flag
-from experiments.results import SCHEMA, validate_result
+from experiments.results import SCHEMA, validate_result, write_whole
 
 SUMMARY = "one HTML page of all results in a folder: tables, pictures, what is best when"
 
@@ -31,7 +34,10 @@ GROUPS = {  # in the order of the page; what is in none of them comes last
 OTHER = "Other"
 BEST = "What is best when"
 RAN = "What ran"
+LEFT_OUT = "Left out"
+LARGEST = 64 << 20  # bytes of a result.json or picture
 NOT_MEASURED = ("failed", "skipped")
+CEILING_SHARES = ("of_read", "of_matmul", "of_ceiling")
 FEW = 8  # numbers by name that stand in a line
 
 
@@ -42,11 +48,11 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A result.json, with the folder it stands in and its name for people and links."""
+    """A result.json, with its name for people and links, and what its pictures hold by name."""
 
-    folder: Path
     name: str
     content: dict[str, Any]
+    pictures: dict[str, bytes]
 
     @property
     def anchor(self) -> str:
@@ -69,56 +75,111 @@ class Result:
 
 
 def run(options: Options, output: Output) -> Outcome:
-    folder = Path(options.results)
-    results = read_results(folder)
-    html = render(results, folder.resolve().name)
+    if not options.results.strip():
+        raise InputError("--results must name a folder, got an empty name")
+    folder, left_out = Path(options.results), list[Row]()
+    results = read_results(folder, left_out)
+    for row in left_out:
+        say(f"left out: {row['file']}: {row['reason']}", style="red", stderr=True)
+    html = render(results, page.printable(folder.resolve().name), left_out)
     path = output.path("report.html")
-    path.write_text(html, encoding="utf-8")
+    write_whole(path, html)
     rows: list[Row] = [
         {"name": r.name, "experiment": r.content["experiment"], "passed": r.content["passed"]}
         for r in results
     ]
     size = len(html.encode()) / 2**20
-    return Outcome(True, f"{len(results)} results, {size:.1f} MiB: {path}", rows)
+    said = f", {len(left_out)} left out" if left_out else ""
+    summary = f"{len(results)} results{said}, {size:.1f} MiB: {path}"
+    return Outcome(True, summary, rows, {"left_out": left_out})
 
 
-def read_results(folder: Path) -> list[Result]:
-    """Every result under the folder but reports. InputError that names all files that are bad."""
-    found, wrong = [], []
+def read_results(folder: Path, left_out: list[Row] | None = None) -> list[Result]:
+    """Every result under the folder but reports. InputError where there is none.
+
+    left_out: gets a row for each file that can't be shown, with the reason.
+    """
+    found: list[Result] = []
+    wrong: list[Row] = [] if left_out is None else left_out
     for path in sorted(folder.rglob("result.json")):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(content, dict):
-                raise ValueError("must hold an object")
-            validate_result(content)
-            missing = [name for name in pictures(content) if not (path.parent / name).is_file()]
-            if missing:
-                raise ValueError(f"names pictures that are not there: {', '.join(missing)}")
-        except (ValueError, OSError) as error:
-            wrong.append(f"{path}: {error}")
-            continue
-        if content["experiment"] != "report":
-            name = path.parent.relative_to(folder).as_posix()
-            found.append(
-                Result(path.parent, content["experiment"] if name == "." else name, content)
+            result = _read(path, folder)
+            if result.content["experiment"] != "report":
+                render([result], "")  # Whatever a page would stumble over shows here.
+                found.append(result)
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            if not isinstance(error, ValueError | OSError):
+                reason = f"{type(error).__name__}: {error}"
+            wrong.append(
+                {"file": page.printable(str(path)), "reason": page.printable(reason)[:500]}
             )
-    if wrong:
-        raise InputError("--results: " + "; ".join(wrong))
     if not found:
-        raise InputError(f"--results: no result.json under {folder}")
+        said = "; ".join(f"{row['file']}: {row['reason']}" for row in wrong)
+        where = page.printable(str(folder))
+        raise InputError(f"--results: no result.json under {where}{said and f', but {said}'}")
     return found
 
 
+def _read(path: Path, folder: Path) -> Result:
+    """A result. ValueError or OSError where it can't be shown."""
+    content = json.loads(_content(path, folder).decode("utf-8"), parse_constant=_no_number)
+    if not isinstance(content, dict):
+        raise ValueError("must hold an object")
+    validate_result(content)
+    for i, row in enumerate(content["rows"]) if content["experiment"] in GROUPS["Speed"] else ():
+        try:
+            check_row(row, len(content["sessions"]) if "sessions" in content else None)
+        except ValueError as error:
+            raise ValueError(f"rows[{i}]: {error}") from error
+    content["rows"] = [_under_its_roof(row) for row in content["rows"]]
+    missing = [name for name in pictures(content) if not (path.parent / name).is_file()]
+    if missing:
+        raise ValueError(f"names pictures that are not there: {', '.join(missing)}")
+    read = {name: _content(path.parent / name, path.parent) for name in pictures(content)}
+    name = path.parent.relative_to(folder).as_posix()
+    name = content["experiment"] if name == "." else page.printable(name)
+    return Result(name, content, read)
+
+
+def _under_its_roof(row: Row) -> Row:
+    """The row without shares of a ceiling that it exceeds: older results measured it by XLA alone,
+    on a CPU too, where that is none."""
+    shares = [row.get(key) for key in CEILING_SHARES]
+    if any(isinstance(share, float) and share > 1 for share in shares):
+        return {key: value for key, value in row.items() if key not in CEILING_SHARES}
+    return row
+
+
+def _no_number(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _content(path: Path, folder: Path) -> bytes:
+    """What a file holds. ValueError where it is none, lies outside the folder, or is too large."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{path} leads out of {folder}")
+    if not path.is_file():
+        raise ValueError("is not a file")
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{path} has more than {LARGEST >> 20} MiB")
+    return path.read_bytes()
+
+
 def pictures(content: dict[str, Any]) -> list[str]:
-    """The names of a result's pictures."""
+    """The names of a result's pictures. ValueError where a name leads out of its folder."""
+    for name in content["files"]:
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise ValueError(f"names a file outside its folder: {name}")
     return [name for name in content["files"] if Path(name).suffix in page.PICTURES]
 
 
-def render(results: Sequence[Result], title: str) -> str:
+def render(results: Sequence[Result], title: str, left_out: Sequence[Row] = ()) -> str:
     """The page."""
     sections = {RAN: ran(results), BEST: best(results), "Errors against float64": accuracy(results)}
     for group in (*GROUPS, OTHER):
         sections[group] = "".join(article(r) for r in results if r.group == group)
+    sections[LEFT_OUT] = page.table(left_out)
     sections = {heading: content for heading, content in sections.items() if content}
     ids = {heading: heading.lower().replace(" ", "-") for heading in sections}
     links = "".join(f'<a href="#{ids[h]}">{page.text(h)}</a>' for h in sections)
@@ -176,8 +237,8 @@ def best(results: Sequence[Result]) -> str:
     about = (
         "<p>Shapes in classes. A ratio is time over our time, so above 1 ours is faster: the "
         "geometric mean, then least and largest. A peer's time is the best of those that ran here "
-        "and of the published and measured ones in benchmarks/. The ceiling is the larger of this "
-        "device's own read bandwidth and matmul rate that was reached.</p>\n"
+        "and of the published and measured ones in benchmarks/. Of the ceiling: the larger share "
+        "of the highest read bandwidth and matmul rate that anything reached in the session.</p>\n"
     )
     content = "".join(f"<h4>{page.text(d)}</h4>\n{t}" for d, t in tables.items() if t)
     return about + content if content else ""
@@ -222,14 +283,15 @@ def article(result: Result) -> str:
     extra = {k: v for k, v in content.items() if k not in SCHEMA and k != "sessions"}
     parts.append(page.pairs({k: v for k, v in extra.items() if not isinstance(v, list | dict)}))
     parts += [_nested(name.replace("_", " "), value) for name, value in extra.items() if value]
-    for name in pictures(content):
-        parts.append(page.picture(result.folder / name, f"{content['experiment']}: {name}"))
+    for name, picture in result.pictures.items():
+        suffix = Path(name).suffix
+        parts.append(page.picture(picture, suffix, f"{content['experiment']}: {name}"))
     parts.append(rows_of(content))
     if "sessions" in content:
         ceilings = [{"started": s["started"], "device": _devices(s["environment"]), **s["ceilings"]}
-                    for s in content["sessions"]]  # fmt: skip
-        heading = "<h4>Ceilings, measured in the same run (GB/s, TFLOPS)</h4>\n"
-        parts.append(heading + page.table(ceilings))
+                    for s in content["sessions"] if s["ceilings"]]  # fmt: skip
+        heading = "<h4>Rates of XLA, measured in the same session (GB/s, TFLOPS)</h4>\n"
+        parts.append(heading + page.table(ceilings) if ceilings else "")
     options = {k: v for k, v in content["options"].items() if v not in (None, [], "")}
     parts.append(page.folded("Flags", page.pairs(options)))
     return "".join(parts) + "</article>\n"
@@ -266,7 +328,7 @@ def _nested(name: str, value: Any) -> str:
             return heading + page.table(value)
         if all(isinstance(item, str) for item in value):
             return heading + page.listing(value)
-        return page.pairs({name: ", ".join(map(page.text, value))})
+        return page.pairs({name: ", ".join(map(page.words, value))})
     if not isinstance(value, dict):
         return ""  # a scalar, which stands in front
     if any(isinstance(item, dict) for item in value.values()):
@@ -276,7 +338,7 @@ def _nested(name: str, value: Any) -> str:
         )
     if len(value) > FEW:
         return heading + page.table({"name": key, "value": item} for key, item in value.items())
-    words = ", ".join(f"{key.replace('_', ' ')} {page.text(item)}" for key, item in value.items())
+    words = ", ".join(f"{key.replace('_', ' ')} {page.words(item)}" for key, item in value.items())
     return page.pairs({name: words})
 
 

@@ -4,6 +4,7 @@ Every result holds the keys of `SCHEMA`; an experiment may add others at the top
 `steps`, ...), its headline. JSON has no NaN or infinity: a number that isn't finite is null.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -12,10 +13,10 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 SCHEMA_VERSION = 1
+DEEPEST = 32  # lists and objects within one another
 
 SCHEMA: dict[str, type] = {
     "schema_version": int,
@@ -36,10 +37,17 @@ ENVIRONMENT: dict[str, type] = {
     "machine": str,
     "cpu_count": int,
 }
+SESSION: dict[str, type] = {
+    "started": str,
+    "environment": dict,
+    "ceilings": dict,  # rates by name; none where none was measured
+}
 
 
 def environment() -> dict[str, Any]:
     """What the numbers were made with."""
+    import jax  # Only here: an interrupt while it loads must find the launcher ready for it.
+
     packages = ("mla-jax", "jax", "jaxlib", "numpy")
     return {
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
@@ -53,15 +61,38 @@ def environment() -> dict[str, Any]:
 def validate_result(result: dict[str, Any]) -> None:
     """Raises ValueError naming the key that is missing, or not what the schema says."""
     _check_keys(result, SCHEMA, "")
-    _check_keys(result["environment"], ENVIRONMENT, "environment.")
+    check_values(result, "")
+    _check_environment(result["environment"], "environment.")
     if result["schema_version"] != SCHEMA_VERSION:
         raise ValueError(f"schema_version must be {SCHEMA_VERSION}, got {result['schema_version']}")
     for i, row in enumerate(result["rows"]):
         if not isinstance(row, dict):
-            raise ValueError(f"rows[{i}] must be a dict, got {row!r}")
+            raise ValueError(f"rows[{i}] must be a dict, got {short(row)}")
         for column, value in row.items():
             if not isinstance(value, str | int | float | None):
-                raise ValueError(f"rows[{i}].{column} must be a scalar, got {value!r}")
+                raise ValueError(f"rows[{i}].{column} must be a scalar, got {short(value)}")
+    for i, name in enumerate(result["files"]):
+        if not isinstance(name, str):
+            raise ValueError(f"files[{i}] must be a name, got {short(name)}")
+    sessions = result.get("sessions", [])
+    if not isinstance(sessions, list):
+        raise ValueError(f"sessions must be a list, got {short(sessions)}")
+    for i, session in enumerate(sessions):
+        validate_session(session, f"sessions[{i}]")
+
+
+def validate_session(session: Any, where: str) -> None:
+    """Raises ValueError unless this is a session of a benchmark: when, on what, its ceilings."""
+    if not isinstance(session, dict):
+        raise ValueError(f"{where} must be an object, got {short(session)}")
+    check_values(session, f"{where}.")
+    _check_keys(session, SESSION, f"{where}.")
+    _check_environment(session["environment"], f"{where}.environment.")
+    if not session["environment"]["devices"]:
+        raise ValueError(f"{where}.environment.devices is empty")
+    for name, rate in session["ceilings"].items():
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not rate > 0:
+            raise ValueError(f"{where}.ceilings.{name} must be a number above 0, got {short(rate)}")
 
 
 def write_result(path: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -69,10 +100,61 @@ def write_result(path: Path, result: dict[str, Any]) -> dict[str, Any]:
     found = plain(result)
     validate_result(found)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".json.part")
-    draft.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_whole(path, json.dumps(found, indent=2, allow_nan=False) + "\n")
     return found
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Writes a file whole or not at all, whatever ends the process, and through to the disk."""
+    draft = path.with_name(path.name + ".part")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
+
+
+def short(value: Any) -> str:
+    """A value in an error message."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check_environment(found: dict[str, Any], where: str) -> None:
+    _check_keys(found, ENVIRONMENT, where)
+    for name, version in found["versions"].items():
+        if not isinstance(version, str):
+            raise ValueError(f"{where}versions.{name} must be a string, got {short(version)}")
+    for i, kind in enumerate(found["devices"]):
+        if not isinstance(kind, str):
+            raise ValueError(f"{where}devices[{i}] must be a string, got {short(kind)}")
+
+
+def check_values(value: Any, where: str, depth: int = DEEPEST) -> None:
+    """Raises ValueError for what no reader could show, or JSON does not have."""
+    where = where.removesuffix(".")
+    if isinstance(value, dict | list):
+        if depth == 0:
+            raise ValueError(f"{where[:80]} is nested more than {DEEPEST} deep")
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            check_values(key, f"a key of {where}", 1)
+            check_values(item, f"{where}.{key}" if where else str(key), depth - 1)
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{where} must be finite or null, got {value}")
+    elif isinstance(value, int):
+        if abs(value) >= 2**63:
+            raise ValueError(f"{where} must be an integer of 64 bits, got {len(str(value))} digits")
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where} holds half a character: {error.reason}") from error
 
 
 def _check_keys(found: dict[str, Any], wanted: dict[str, type], where: str) -> None:
@@ -80,7 +162,9 @@ def _check_keys(found: dict[str, Any], wanted: dict[str, type], where: str) -> N
         if key not in found:
             raise ValueError(f"{where}{key} is missing")
         if type(found[key]) is not kind:
-            raise ValueError(f"{where}{key} must be of type {kind.__name__}, got {found[key]!r}")
+            raise ValueError(
+                f"{where}{key} must be of type {kind.__name__}, got {short(found[key])}"
+            )
 
 
 def plain(value: Any) -> Any:

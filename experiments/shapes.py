@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+from experiments.best_when import AXES
 from experiments.experiment import Row
 from experiments.predictions import lengths_of
 
@@ -49,8 +51,18 @@ class Shape:
 
     @staticmethod
     def of(row: Row) -> "Shape":
-        """The shape of a result's row."""
-        return Shape(**{field.name: row[field.name] for field in dataclasses.fields(Shape)})
+        """The shape of a result's row. ValueError where it has none, or one that can't be."""
+        values: dict[str, Any] = {axis: row.get(axis) for axis in AXES}
+        shape = Shape(**values)
+        for axis in AXES:
+            value = getattr(shape, axis)
+            if axis in ("dtype", "lengths"):
+                wanted = DTYPES if axis == "dtype" else LENGTHS
+                if not isinstance(value, str) or value not in wanted:
+                    raise ValueError(f"{axis} must be one of {', '.join(wanted)}, got {value!r}")
+            elif type(value) is not int or value < 1:
+                raise ValueError(f"{axis} must be an integer of 1 or more, got {value!r}")
+        return shape
 
 
 def shapes(

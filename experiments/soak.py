@@ -17,12 +17,14 @@ import numpy as np
 
 from experiments.console import show_table, track
 from experiments.errors import LSE_BOUND, OUTPUT_BOUND, lse_error, relative_error
-from experiments.experiment import InputError, Outcome, Output
-from experiments.options import flag
+from experiments.experiment import InputError, Outcome, Output, reading
+from experiments.implementations import require_runs
+from experiments.options import flag, seed_flag
 from mla_jax.allocator import OutOfPagesError, PageAllocator
 from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import LAYOUTS, PAGE_SIZES, PagedKVCache
-from mla_jax.implementations import IMPLEMENTATIONS
+from mla_jax.implementations import IMPLEMENTATIONS, choose
+from mla_jax.problem import AttentionProblem
 from mla_jax.reference import attention_float64
 
 SUMMARY = "a small server on a nearly full cache: growth, eviction; every step checked"
@@ -31,7 +33,7 @@ SUMMARY = "a small server on a nearly full cache: growth, eviction; every step c
 @dataclasses.dataclass(frozen=True)
 class Options:
     steps: int = flag(300, "of the server's life", lower_bound=1)
-    seed: int = flag(0, "of everything that is random")
+    seed: int = seed_flag("of everything that is random")
     pages: int = flag(48, "in the cache", lower_bound=1)
     page_size: int = flag(16, "tokens a page", choices=PAGE_SIZES)
     layout: str = flag("ND", "of the pages", choices=LAYOUTS)
@@ -53,7 +55,11 @@ def run(options: Options, output: Output) -> Outcome:
             f"--max_tokens must fit in the cache of {options.pages} pages of {options.page_size}, "
             f"got {options.max_tokens}"
         )
-    server = Server(options)
+    require_runs(options.implementation)
+    with reading("layout"):
+        server = Server(options)
+    require_runs(options.implementation, server.problem())
+    name = choose(options.implementation, server.problem()).name
     for step in track(range(options.steps), "steps"):
         server.step(step)
     server.shut_down()
@@ -65,13 +71,15 @@ def run(options: Options, output: Output) -> Outcome:
     return Outcome(
         passed=not server.failures,
         summary=(
-            f"{options.steps} steps, {counts['tokens']} tokens, {counts['evicted']} evictions, "
-            f"{np.mean(server.occupancy):.0%} of the pages in use on average: "
-            f"{len(server.failures)} failures, largest error {server.largest_error:.1e}."
+            f"{options.steps} steps with {name}, {counts['tokens']} tokens, "
+            f"{counts['evicted']} evictions, {np.mean(server.occupancy):.0%} of the pages in use "
+            f"on average: {len(server.failures)} failures, largest error "
+            f"{server.largest_error:.1e}."
         ),
         rows=server.failures,
         headline={
             "steps": options.steps,
+            "implementation": name,
             "failures": len(server.failures),
             "counts": counts,
             "largest_error": server.largest_error,
@@ -120,6 +128,24 @@ class Server:
         self.traces = 0
         self._attend = jax.jit(self._attend_traced, donate_argnums=0)
         self._poison = jax.jit(_poison, donate_argnums=0)
+
+    def problem(self) -> AttentionProblem:
+        """What the attention is asked in every step, in shapes and dtypes."""
+        o = self.options
+        q = jnp.zeros((o.slots, o.chunk, o.heads, o.kv_lora_rank + o.rope_dim), self._dtype)
+        counts = jnp.zeros(o.slots, jnp.int32)
+        return AttentionProblem(
+            q=q,
+            cache=self.cache,
+            block_tables=jnp.zeros((o.slots, self.max_pages), jnp.int32),
+            seq_lens=counts,
+            query_lens=counts,
+            plan=None,
+            softmax_scale=self._scale,
+            causal=True,
+            rescale="multiply",
+            partial_dtype=None,
+        )
 
     def step(self, step: int) -> None:
         """One round: who comes and goes, who gets how many tokens, the attention, the checks."""

@@ -24,7 +24,7 @@ import numpy as np
 from experiments import plotting
 from experiments.console import show_table, track
 from experiments.experiment import InputError, Outcome, Output, Row
-from experiments.options import flag
+from experiments.options import flag, seed_flag
 from mla_jax.split_kv import SplitPlan, plan_fixed, plan_loads, plan_splits
 
 SUMMARY = "balance of ragged batches: naive, fixed splits, planner a (blocks), planner b (fia)"
@@ -45,7 +45,7 @@ class Options:
     )
     rows: int = flag(128, "query rows of a request: heads x query tokens", lower_bound=1)
     split_size: int = flag(1024, "tokens of a piece of `fixed`", lower_bound=64)
-    seed: int = flag(0, "of the lengths")
+    seed: int = seed_flag("of the lengths")
 
 
 def run(options: Options, output: Output) -> Outcome:

@@ -23,6 +23,7 @@ import numpy as np
 
 import pallas_kernels.hopper
 from experiments.decode_bench import SCALE, Inputs, Pool, Setup, Work, cache_struct, errors_of
+from experiments.results import write_whole
 from experiments.shapes import Shape
 from experiments.timing import Burst, ModelProgram, compile_model, measure
 from mla_jax.hal import TilePlan, TilePlanError
@@ -208,7 +209,7 @@ def write_table(path: Path, classes: Sequence[Entry], device: str | None) -> Non
     lines = [f'  "{name}": {json.dumps(value)}' for name, value in head.items()]
     entries = ",\n".join(f"    {json.dumps(entry)}" for entry in classes)
     lines.append(f'  "classes": [\n{entries}\n  ]')
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    write_whole(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def main(names: Sequence[str], time_all: Timer | None = None, path: Path | None = None) -> None:

@@ -2,9 +2,12 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import sys
 import types
+import unittest.mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +16,7 @@ import pytest
 from experiments import benchmark, decode_bench, decode_runner, kernel_bench, launch, peers, timing
 from experiments.decode_bench import Contender, Inputs, Pool, Setup, Work, contender
 from experiments.decode_runner import Journal, Runner
+from experiments.experiment import Output
 from experiments.results import validate_result
 from experiments.shapes import HEADS, PRESETS, Shape, preset, shapes
 from mla_jax.hal import PROFILES
@@ -168,6 +172,9 @@ class TestRuns:
         status, result = run(tmp_path, *SMALL, "--batch=1,4", "--collect")
         assert (status, result["left"], len(result["rows"])) == (0, 1, 1)
         assert len(result["sessions"]) == 1
+        last = json.loads((tmp_path / "benchmark" / "rows.jsonl").read_text().splitlines()[-1])
+        assert result["duration_s"] == last["at_s"]
+        assert result["started"] == result["sessions"][0]["started"]
         assert run(tmp_path / "other", *SMALL, "--collect") == (2, None)
         assert "no rows.jsonl in" in capsys.readouterr().err
         assert not (tmp_path / "other").exists()
@@ -266,18 +273,85 @@ class TestRuns:
         assert named in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
-    def test_a_line_cut_off_is_dropped_and_another_is_an_error(self, tmp_path):
+    def test_a_last_line_cut_anywhere_is_dropped_and_the_file_goes_on(self, tmp_path):
         journal = Journal(tmp_path / "rows.jsonl")
         journal.begin({"read": 1.0})
-        row = next(shapes())
-        journal.add(row, "xla", "measured", us=1.0)
-        with journal.path.open("a") as file:
-            file.write('{"row": {"ba')
-        again = Journal.open(journal.path)
-        assert list(again.rows) == [(row, "xla")]
-        again.add(row, "jnp", "measured", us=2.0)
-        with pytest.raises(benchmark.InputError, match="line 3"):
-            Journal.open(journal.path)
+        first, second = shapes(batch=(1, 2))
+        journal.add(first, "xla", "measured", us=1.0)
+        start = journal.path.stat().st_size
+        journal.add(second, "xla", "failed", reason="bad luck")
+        # Another program's JSON may hold characters as they are, of several bytes each.
+        whole = journal.path.read_bytes().replace(b"bad luck", "Pech, März".encode())
+        for end in range(start, len(whole) + 1):
+            journal.path.write_bytes(whole[:end])
+            again = Journal.open(journal.path)
+            kept = [(first, "xla"), (second, "xla")][: 1 + (end >= len(whole) - 1)]
+            assert list(again.rows) == kept, end
+            assert journal.path.read_bytes() == whole[:end]  # reading changes nothing
+            if end % 16 and end < len(whole) - 2:
+                continue
+            again.add(first, "jnp", "measured", us=2.0)
+            for _ in range(2):
+                assert list(Journal.open(journal.path).rows) == [*kept, (first, "jnp")]
+
+    def test_a_damaged_row_is_run_again_and_a_damaged_session_is_an_error(self, tmp_path, capsys):
+        journal = Journal(tmp_path / "rows.jsonl")
+        journal.begin({"read": 1.0})
+        rows = list(shapes(batch=(1, 2)))
+        for row in rows:
+            journal.add(row, "xla", "measured", us=1.0)
+        session, first, second = journal.path.read_bytes().splitlines(keepends=True)
+        for damaged in (
+            first[:30] + b"\n",  # what older versions left in the middle
+            first.replace(b'"us": 1.0', b'"us": "x"'),
+            first.replace(b'"session": 0', b'"session": 3'),
+            first.replace(b'"batch": 1', b'"batch": null'),
+            b'{"row": 7}\n',
+            b'{"row": \xff}\n',
+            b'{"row": ' + b"[" * 100_000 + b"\n",
+        ):
+            journal.path.write_bytes(session + damaged + second)
+            assert list(Journal.open(journal.path).rows) == [(rows[1], "xla")]
+            assert "rows.jsonl, line 2" in capsys.readouterr().err
+        for damaged in (session[:30] + b"\n", b'{"session": 3}\n', b"3\n", b"\xff\n"):
+            journal.path.write_bytes(damaged + first + second)
+            with pytest.raises(benchmark.InputError, match="line 1"):
+                Journal.open(journal.path)
+
+    def test_a_full_disk_ends_the_run_in_one_line(self, tmp_path, capsys, monkeypatch):
+        def full(_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr("experiments.journal.os.fsync", full)
+        assert run(tmp_path, *SMALL, "--batch=1", "--implementations=xla") == (2, None)
+        assert "No space left on device" in capsys.readouterr().err
+        (tmp_path / "benchmark" / "rows.jsonl").unlink()
+        (tmp_path / "benchmark" / "rows.jsonl").symlink_to("/dev/full")  # endless to a reader
+        assert run(tmp_path, *SMALL, "--batch=1", "--implementations=xla") == (2, None)
+        assert "rows.jsonl is not a file" in capsys.readouterr().err
+
+    def test_what_ran_is_summed_over_sessions(self, tmp_path, monkeypatch):
+        clock = 0.0
+        monkeypatch.setattr("experiments.journal.time.monotonic", lambda: clock)
+        first, second = shapes(batch=(1, 2))
+        for row, seconds in ((first, 300.0), (second, 100.0)):  # the first one was killed
+            journal = Journal.open(tmp_path / "rows.jsonl")
+            journal.begin({"read": 1.0})
+            clock += seconds
+            journal.add(row, "xla", "measured", us=1.0)
+        clock += 5.0
+        journal.end()
+        for found in (journal, Journal.open(journal.path)):
+            assert found.made.duration_s == pytest.approx(405)
+            assert found.made.started == journal.sessions[0]["started"]
+
+    def test_rows_of_other_widths_are_not_gone_on_with(self, tmp_path, capsys):
+        arguments = (*SMALL, "--batch=1", "--implementations=xla", "--seconds=1e-9")
+        assert run(tmp_path, *arguments)[0] == 1
+        before = (tmp_path / "benchmark" / "rows.jsonl").read_bytes()
+        assert run(tmp_path, *arguments, "--rope_dim=32")[0] == 2
+        assert "(kv_lora_rank, rope_dim) = (32, 16), not (32, 32)" in capsys.readouterr().err
+        assert (tmp_path / "benchmark" / "rows.jsonl").read_bytes() == before
 
     def test_programs_are_shared_by_rows_of_other_lengths(self, tmp_path, monkeypatch):
         compiled = []
@@ -381,6 +455,66 @@ class TestBeside:
         assert 120 < ours["predicted_us"] < 180
         error = (ours["predicted_us"] / 150 - 1) * 100
         assert ours["prediction_error_percent"] == pytest.approx(error)
+
+    def test_nothing_is_above_its_roof(self, tmp_path):
+        """Faster than XLA's own probes: the rows are the roof then, int8 has its own."""
+        rows = [
+            self.row(us=100.0),
+            self.row(us=90.0, implementation="faster"),
+            self.row(us=25.0, dtype="int8", heads=128, kv_len=1024),
+            self.row(us=60.0, kv_len=1024, heads=128),
+            self.row(us=1e6, implementation="slow"),
+        ]
+        table = self.table(tmp_path, *rows)
+        shares = [row[key] for row in table for key in ("of_read", "of_matmul", "of_ceiling")]
+        assert max(shares) == 1
+        assert min(shares) > 0
+        fastest = next(row for row in table if row["implementation"] == "faster")
+        assert fastest["of_read"] == 1
+        assert fastest["gb_per_s"] > 4400
+
+    def test_a_cpu_has_no_ceiling(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(timing, "ceilings", lambda **_: pytest.fail("measured a ceiling"))
+        assert benchmark.measured_ceilings() == {}
+        monkeypatch.setattr(benchmark, "_draw_lines", lambda *_, **__: None)
+        roofs, output = [], Output(tmp_path)
+        monkeypatch.setattr(
+            benchmark, "_draw_roofline", lambda axes, rows, roof, look: roofs.append(roof)
+        )
+        monkeypatch.setattr(
+            benchmark.plotting,
+            "figure",
+            lambda path, title, **_: contextlib.nullcontext(unittest.mock.MagicMock()),
+        )
+        for session in ({"environment": {"devices": ["cpu"], "backend": "cpu"},
+                         "ceilings": {"read": 1.0, "matmul": 1.0}},
+                        {"environment": {"devices": ["cpu"]}, "ceilings": {}}):  # fmt: skip
+            journal = Journal(tmp_path / "rows.jsonl")
+            journal.sessions = [session]
+            journal._keep(self.row())
+            (row,) = table = benchmark.finished(journal, Setup(1 << 30))
+            assert row["gb_per_s"] > 0
+            assert not {"of_read", "of_matmul", "of_ceiling"} & set(row)
+            benchmark.draw(output, table, journal)
+        assert roofs == [{}, {}]
+        assert output.files == ["roofline.png", "time_by_batch.png"] * 2
+
+    def test_devices_are_not_compared_with_each_other(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(benchmark, "_draw_lines", lambda *_, **__: None)
+        journal = Journal(tmp_path / "rows.jsonl")
+        journal.sessions = [
+            {"environment": {"devices": [name]}, "ceilings": {"read": 4400.0, "matmul": 700.0}}
+            for name in ("NVIDIA H200", "NVIDIA L40")
+        ]
+        journal._keep(self.row(implementation="jnp", us=600.0, session=1))
+        journal._keep(self.row())
+        table = benchmark.finished(journal, Setup(1 << 30))
+        assert not any("speed_over_jnp" in row for row in table if row["session"] == 0)
+        assert benchmark.best_words(table) == "2 shapes, no two times of one"
+        output = Output(tmp_path)
+        benchmark.draw(output, table, journal)
+        assert output.files == ["roofline.png", "time_by_batch.png", "roofline_2.png",
+                                "time_by_batch_2.png"]  # fmt: skip
 
     def test_another_device_has_no_peers_beside_it(self, tmp_path):
         (row,) = self.table(tmp_path, self.row(), device="cpu")

@@ -4,19 +4,35 @@ import dataclasses
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import correctness, demo, int8_accuracy, launch, soak
+from experiments import (
+    cache_size,
+    console,
+    correctness,
+    demo,
+    int8_accuracy,
+    launch,
+    soak,
+    timing,
+)
+from experiments.decode_bench import Setup
+from experiments.decode_runner import Runner
 from experiments.errors import lse_error, relative_error
+from experiments.experiment import Outcome
 from experiments.options import define_flags, flag, read_options
 from experiments.results import SCHEMA, environment, validate_result, write_result
 from mla_jax.allocator import PageAllocator
+from mla_jax.implementations import IMPLEMENTATIONS
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 V2_LITE = GOLDEN / "v2_lite"
@@ -49,6 +65,11 @@ SMALL = {
     ),
 }
 
+ON_A_GPU = {  # those that ask for devices or implementations; the demo is in test_demo.py
+    "correctness": SMALL["correctness"],
+    "benchmark": ("--preset=quick",),
+    "kernel_bench": ("--preset=quick", "--variants=multiply"),
+}
 NEED_A_GPU = {"kernel_bench"}
 NEED_RESULTS = {"report"}  # tests/test_report.py
 STARTS = {".png": b"\x89PNG", ".json": b"{", ".jsonl": b"{", ".csv": b"batch,", ".md": b"|"}
@@ -58,7 +79,101 @@ def run(tmp_path, name, *arguments):
     """(exit status, result.json or None) of an experiment."""
     status = launch.main(["launch", f"--experiment={name}", f"--output_dir={tmp_path}", *arguments])
     path = tmp_path / name / "result.json"
-    return status, json.loads(path.read_text()) if path.exists() else None
+    return status, json.loads(path.read_text()) if path.is_file() else None
+
+
+def wrong_values(options):
+    """(flag, text) for each kind of text that is no value of it."""
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        kinds = {k for hint in [hints[field.name]] for k in (hint, *typing.get_args(hint))}
+        low, high = (field.metadata.get(f"{end}_bound") for end in ("lower", "upper"))
+        values = ["maybe"] if bool in kinds else []
+        if int in kinds:
+            values += ["many", "1.5", "nan", "", *([f"{low - 1}"] if low is not None else [])]
+            values += [f"{high + 1}"] if high is not None else []
+        if float in kinds:
+            values += ["many", "nan", "inf", *(["-1"] if low is not None else [])]
+        if field.metadata.get("choices"):
+            values += ["no such"]
+        is_tuple = typing.get_origin(hints[field.name]) is tuple
+        if is_tuple and field.metadata["may_be_empty"]:
+            values = [value for value in values if value]
+        values += ["1,,2", "1,1"] if is_tuple else []
+        yield from ((field.name, value) for value in values)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeGpu:
+    """What experiments ask a device for."""
+
+    device_kind: str = "NVIDIA H200"
+    platform: str = "gpu"
+    compute_capability: str = "9.0"
+    core_count: int = 132
+    id: int = 0
+
+    def memory_stats(self):
+        return {"bytes_limit": 100 << 30}
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """A GPU by its description, with 14 implementations.
+
+    Two of them run, XLA's code under two names; the others refuse every problem that they are
+    shown. Benchmarks have times without measuring any.
+    """
+
+    def refuses(problem=None, *_, **__):
+        return None if problem is None else "it is odd"
+
+    def time_nothing(self, pool, tasks, peer_names):
+        for i, (row, who) in enumerate(tasks):
+            self.journal.add(row, who.name, "measured", us=100.0 + i, error=1e-3)
+
+    monkeypatch.setattr(jax, "devices", lambda *_: [FakeGpu()])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    xla = IMPLEMENTATIONS["xla"]
+    names = [name for name in IMPLEMENTATIONS if name != "xla"]
+    for name in [*names, *(f"odd {i}" for i in range(13 - len(names)))]:
+        unavailable = xla.unavailable if name == "hopper" else refuses
+        fake = dataclasses.replace(xla, name=name, unavailable=unavailable)
+        monkeypatch.setitem(IMPLEMENTATIONS, name, fake)
+    rates = {"copy": 4000.0, "read": 4000.0, "matmul": 700.0, "matmul_int8": 1400.0}
+    monkeypatch.setattr(timing, "ceilings", lambda **_: rates)
+    monkeypatch.setattr(Runner, "_run_pool", time_nothing)
+
+
+class TestMachines:
+    """Experiments on a machine that is described and not there, with many implementations.
+
+    Those whose code asks neither for devices nor for implementations run on it in TestResult.
+    """
+
+    @pytest.mark.parametrize("name", ON_A_GPU)
+    def test_a_gpu_with_many_implementations(self, tmp_path, fake_gpu, name):
+        status, result = run(tmp_path, name, *ON_A_GPU[name])
+        assert status == 0, result["summary"]
+        validate_result(result)
+        assert result["environment"]["devices"] == ["NVIDIA H200"]
+        assert all((tmp_path / name / file).exists() for file in result["files"])
+        ran = {"xla", "hopper", "jnp", "hopper multiply"}
+        refused = [row for row in result["rows"] if row["implementation"] not in ran]
+        assert not any(numbers_of(row) for row in refused)
+        if name != "kernel_bench":
+            assert {row["implementation"] for row in refused} == set(IMPLEMENTATIONS) - ran
+        assert run(tmp_path / "page", "report", f"--results={tmp_path}")[0] == 0
+
+    def test_memory_is_what_the_device_says(self, monkeypatch):
+        monkeypatch.setattr(jax, "devices", lambda *_: [FakeGpu()])
+        assert Setup.here(0, 512, 64, 0).memory == 60 << 30
+
+
+def numbers_of(row):
+    """Errors, times and rates of a row."""
+    computed = {"error", "ms", "us", "tflops", "ceiling", "speed"}
+    return [k for k, v in row.items() if v is not None and set(k.split("_")) & computed]
 
 
 class TestLauncher:
@@ -99,6 +214,131 @@ class TestLauncher:
         assert named in capsys.readouterr().err
         assert not output.exists()
 
+    @pytest.mark.parametrize("name", launch.EXPERIMENTS)
+    def test_every_wrong_value_of_every_flag_is_one_line(self, tmp_path, capsys, name):
+        """By type and bounds; the experiment itself must not start."""
+        options = launch.load(name).Options
+        seeds = [("seed", value) for value in (-1, 2**31) if hasattr(options, "seed")]
+        for flag_name, value in [*wrong_values(options), *seeds]:
+            argument = f"--{flag_name}={value}"
+            assert run(tmp_path / "out", name, argument) == (2, None), argument
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1, said
+            assert f"--{flag_name}" in said
+            assert "stopped" not in said
+        assert not (tmp_path / "out").exists()
+
+    def test_flags_count_after_a_word_that_is_none(self, capsys):
+        assert launch.main(["launch", "--steps", "3", "--experiment=soak", "--help"]) == 0
+        assert soak.SUMMARY in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("arguments", "named"),
+        [
+            (("soak", "--implementation=hopper"), "hopper can't run this here: it needs"),
+            (("soak", "--implementation=blockwise", "--max_tokens=768", "--slots=9",
+              "--chunk=99"), "blockwise can't run this here"),
+            (("parity", f"--checkpoint={V2_LITE}", "--implementation=hopper"), "hopper can't run"),
+            (("soak", "--layout=NZ", "--rope_dim=7"), "--layout: kv_lora_rank + rope_dim must"),
+            (("correctness", "--layouts=NZ", "--rope_dim=7", "--heads=1"), "--layouts: kv_lora"),
+            (("correctness", "--dtypes="), "--dtypes=: must have one element"),
+            (("benchmark", "--implementations=xla,xla"), "has xla twice"),
+            (("report", "--results="), "--results must name a folder"),
+            (("soak", "--output_dir="), "--output_dir must name a folder"),
+        ],
+    )  # fmt: skip
+    def test_what_cannot_run_is_refused_in_one_line(self, tmp_path, capsys, arguments, named):
+        name, *flags = arguments
+        assert run(tmp_path / "out", name, *flags) == (2, None)
+        said = capsys.readouterr().err
+        assert (said.count("\n"), named in said) == (1, True), said
+        assert not (tmp_path / "out").exists()
+
+    def test_an_output_folder_that_is_none_is_one_line(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(cache_size, "run", lambda *_: pytest.fail("it was run"))
+        (tmp_path / "file").write_text("")
+        (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "at all")
+        (tmp_path / "held" / "cache_size" / "result.json").mkdir(parents=True)
+        for name in ("file", "dangling", "held", "x" * 300):
+            arguments = ["--experiment=cache_size", f"--output_dir={tmp_path / name}"]
+            assert launch.main(["launch", *arguments]) == 2, name
+            said = capsys.readouterr().err
+            assert said.startswith("error: --output_dir: ")
+            assert said.count("\n") == 1
+        assert {p.name for p in tmp_path.iterdir()} == {"file", "dangling", "held"}
+
+    def test_a_full_disk_is_one_line_and_keeps_the_old_result(self, tmp_path, capsys, monkeypatch):
+        found = Outcome(True, "found", [])
+        monkeypatch.setattr(cache_size, "run", lambda *_: found)
+        assert run(tmp_path, "cache_size")[0] == 0
+        path = tmp_path / "cache_size" / "result.json"
+        before = path.read_bytes()
+        path.with_name("result.json.part").symlink_to("/dev/full")
+        capsys.readouterr()
+        assert run(tmp_path, "cache_size")[0] == 2
+        said = capsys.readouterr().err
+        assert "No space left on device" in said
+        assert said.count("\n") == 1
+        assert path.read_bytes() == before
+        assert [p.name for p in path.parent.iterdir()] == ["result.json"]
+
+    def test_an_error_of_the_experiment_is_one_line_and_a_traceback_elsewhere(
+        self, tmp_path, capsys, monkeypatch
+    ):
+        def broken(*_):
+            raise RuntimeError("no\nluck \ud800")
+
+        monkeypatch.setattr(cache_size, "run", broken)
+        monkeypatch.setattr(launch.tempfile, "tempdir", str(tmp_path))
+        assert run(tmp_path / "out", "cache_size") == (2, None)
+        said = capsys.readouterr().err
+        assert said.startswith("error: cache_size stopped: RuntimeError: no luck ")
+        assert said.count("\n") == 1
+        (kept,) = tmp_path.iterdir()
+        assert str(kept) in said
+        assert "raise RuntimeError" in kept.read_text()
+
+    def test_two_launches_in_one_folder_are_refused(self, tmp_path, capsys, monkeypatch):
+        """The first is another process, as a lock is between processes; it dies by a signal."""
+        monkeypatch.setattr(cache_size, "run", lambda *_: Outcome(True, "found", []))
+        code = (
+            "import time\nfrom pathlib import Path\nfrom experiments.experiment import Output\n"
+            f"with Output.opened(Path({str(tmp_path / 'cache_size')!r})):\n"
+            "    print('locked', flush=True); time.sleep(60)\n"
+        )
+        command = [sys.executable, "-c", code]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+            assert first.stdout.readline() == "locked\n"
+            assert run(tmp_path, "cache_size") == (2, None)
+            assert "another launch is writing to" in capsys.readouterr().err
+            first.kill()
+        assert run(tmp_path, "cache_size")[0] == 0
+
+    @pytest.mark.parametrize(("signal_name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+    def test_a_signal_is_one_line_that_says_how_to_go_on(self, tmp_path, signal_name, status):
+        """A launch with rows that waits for more, in a process of its own and without JAX."""
+        code = (
+            "import signal, sys, time, types, experiments.launch as launch\n"
+            "def run(options, output):\n"
+            "    output.rows_path().write_text('a row')\n"
+            "    print('running', flush=True)\n"
+            "    time.sleep(60)\n"
+            "Options = __import__('dataclasses').make_dataclass('Options', [], frozen=True)\n"
+            "launch.load = lambda name: types.SimpleNamespace(Options=Options, run=run)\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            f"sys.argv = ['launch', '--experiment=benchmark', {f'--output_dir={tmp_path}'!r}]\n"
+            "launch.command()\n"
+        )
+        command, pipes = [sys.executable, "-c", code], {"stdout": -1, "stderr": -1, "text": True}
+        with subprocess.Popen(command, **pipes) as launched:
+            assert launched.stdout.readline() == "running\n"
+            launched.send_signal(signal.Signals[signal_name])
+            _, said = launched.communicate(timeout=30)
+        assert launched.returncode == status
+        assert said.startswith("interrupted: the rows so far are in ")
+        assert said.count("\n") == 1
+        assert (tmp_path / "benchmark" / "rows.jsonl").read_text() == "a row"
+
     def test_as_a_command_without_matplotlib(self):
         """Exit status of the process; and drawing is what loads matplotlib, not importing."""
         code = (
@@ -117,7 +357,9 @@ class TestResult:
         assert set(SMALL) | NEED_A_GPU | NEED_RESULTS == set(launch.EXPERIMENTS)
 
     @pytest.mark.parametrize("name", [name for name in launch.EXPERIMENTS if name in SMALL])
-    def test_every_experiment_in_small(self, tmp_path, name):
+    def test_every_experiment_in_small(self, tmp_path, request, name):
+        if name not in (*ON_A_GPU, "demo"):
+            request.getfixturevalue("fake_gpu")
         status, result = run(tmp_path, name, *SMALL[name])
         assert status == 0, result["summary"]
         validate_result(result)
@@ -195,6 +437,28 @@ def test_errors_are_loud():
     assert lse_error(empty + 1e-3, empty) == pytest.approx(1e-3)
     assert lse_error(np.zeros(2), empty) == np.inf
     assert np.isnan(lse_error(np.array([np.nan, -np.inf]), empty))
+
+
+def test_progress_has_a_total(monkeypatch, capsys):
+    monkeypatch.setattr(console, "_PLAIN_INTERVAL", -1.0)
+    items = {"a": 1, "b": 2}
+    for sized in (items.values(), items, {3, 4}, range(2), [5, 6]):
+        assert len(list(console.track(sized, "work"))) == 2
+        assert [line[:12] for line in capsys.readouterr().out.splitlines()] == [
+            "work: 0 of 2", "work: 1 of 2",
+        ]  # fmt: skip
+    assert list(console.track(iter("xy"), "work", total=2)) == ["x", "y"]
+    with pytest.raises(TypeError, match="work: items without a length need a total"):
+        list(console.track(iter("xy"), "work"))
+
+
+def test_a_reader_that_leaves_is_not_a_failed_experiment():
+    code = "import sys, experiments.launch as l; sys.exit(l.main(['launch', '--help']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True) as done:
+        done.stdout.close()
+        said = done.stderr.read()
+    assert done.returncode == 2
+    assert said == "error: the launcher stopped: nobody reads the output any more\n"
 
 
 class TestParity:

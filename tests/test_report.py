@@ -1,14 +1,16 @@
-"""The report: everything is in the page, nothing is fetched, and a bad file is named."""
+"""The report: everything is in the page, nothing is fetched, a bad file is named and left out."""
 
+import copy
 import html.parser
 import json
+import random
 import re
 
 import pytest
 
 from experiments import launch, page
 from experiments.best_when import best_when, ratio_words
-from experiments.report import read_results
+from experiments.report import read_results, render
 from experiments.results import environment, validate_result, write_result
 
 PIXEL = bytes.fromhex(  # a PNG of one pixel
@@ -71,6 +73,32 @@ def run(tmp_path, folder):
     return status, path.read_text() if path.exists() else None
 
 
+def mutated(valid, rng):
+    """The JSON of a result with one value replaced or gone, or with its bytes cut or changed."""
+    numbers = (3, -1, 1e308, 10**400, float("nan"), float("-inf"), True, None)
+    words = ("", "x", "y" * 10_000, "../x.png", "\ud800")
+    odd = (*numbers, *words, [], {}, [3], [[]], [None], {"jax": 3}, {"a": {"b": []}})
+    kind = rng.random()
+    if kind < 0.15:
+        data = bytearray(json.dumps(valid).encode())
+        for _ in range(rng.randrange(1, 4)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        return bytes(data[: rng.randrange(len(data)) if kind < 0.05 else None])
+    content = copy.deepcopy(valid)
+    places, queue = [], [content]
+    while queue:
+        inner = queue.pop()
+        for key in inner if isinstance(inner, dict) else range(len(inner)):
+            places.append((inner, key))
+            queue += [inner[key]] if isinstance(inner[key], dict | list) else []
+    inner, key = rng.choice(places)
+    if kind < 0.3:
+        del inner[key]
+    else:
+        inner[key] = rng.choice(odd)
+    return json.dumps(content).encode()
+
+
 class Reader(html.parser.HTMLParser):
     """Tags with their attributes, open elements, text."""
 
@@ -128,20 +156,125 @@ class TestPage:
         errors = text[text.index('id="errors-') : text.index('id="speed"')]
         assert re.search(r"parity</a></td>.*1\.0e-03", errors)
 
-    def test_each_bad_file_is_named_in_one_error(self, tmp_path, folder, capsys):
+    def test_each_bad_file_is_named_and_left_out(self, tmp_path, folder, capsys):
         (folder / "a" / "pipeline" / "pipeline.png").unlink()
         (folder / "broken").mkdir()
         (folder / "broken" / "result.json").write_text('{"schema')
         write_result(folder / "old" / "result.json", result("soak"))
         old = json.loads((folder / "old" / "result.json").read_text())
         (folder / "old" / "result.json").write_text(json.dumps(old | {"schema_version": 7}))
-        assert run(tmp_path, folder) == (2, None)
-        said = " ".join(capsys.readouterr().err.split())
-        assert said.count("error:") == 1
-        assert "a/pipeline/result.json: names pictures that are not there: pipeline.png" in said
-        assert "broken/result.json" in said
-        assert "old/result.json: schema_version must be 1" in said
-        assert not (tmp_path / "out").exists()
+        (folder / "folder" / "result.json").mkdir(parents=True)
+        status, text = run(tmp_path, folder)
+        assert status == 0
+        reasons = {
+            "a/pipeline/result.json": "names pictures that are not there: pipeline.png",
+            "broken/result.json": "Unterminated string",
+            "folder/result.json": "is not a file",
+            "old/result.json": "schema_version must be 1",
+        }
+        said = capsys.readouterr().err
+        found = json.loads((tmp_path / "out" / "report" / "result.json").read_text())
+        lines = [f"{row['file']}: {row['reason']}" for row in found["left_out"]]
+        for line, (name, reason) in zip(lines, reasons.items(), strict=True):
+            assert line.startswith(f"{folder / name}: ")
+            assert reason in line
+            assert f"left out: {line}\n" in said
+            assert name in text[text.index('id="left-out"') :]
+        assert [row["name"] for row in found["rows"]] == ["benchmark", "parity"]
+
+    def test_nothing_outside_a_results_folder_is_read(self, tmp_path, folder):
+        secret = tmp_path / "secret.png"
+        secret.write_bytes(PIXEL)
+        names = {"absolute": str(secret), "up": "../pipeline/../../../secret.png", "link": "l.png",
+                 "linked": "sub/secret.png"}  # fmt: skip
+        for name, file in names.items():
+            write_result(folder / name / "result.json", result("soak", files=[file]))
+        (folder / "link" / "l.png").symlink_to(secret)
+        (folder / "linked" / "sub").symlink_to(tmp_path)
+        (tmp_path / "result.json").write_text(json.dumps(result("soak")))
+        (folder / "other").mkdir()
+        (folder / "other" / "result.json").symlink_to(tmp_path / "result.json")
+        left_out = []
+        found = read_results(folder, left_out)
+        assert [r.name for r in found] == ["a/pipeline", "benchmark", "parity"]
+        assert len(left_out) == 5
+        assert all("outside" in row["reason"] or "leads out" in row["reason"] for row in left_out)
+
+    @pytest.mark.parametrize(
+        ("change", "named"),
+        [
+            ({"sessions": 3}, "sessions must be a list, got 3"),
+            ({"sessions": [{"started": 1}]}, "sessions[0].started must be"),
+            ({"files": [3]}, "files[0] must be a name, got 3"),
+            ({"environment": {"versions": {"jax": 3}}}, "environment.versions.jax must be"),
+            ({"environment": {"devices": [None]}}, "environment.devices[0] must be"),
+            ({"rows": [{"error": float("nan")}]}, "NaN"),
+            ({"rows": [{"error": 1e999}]}, "Infinity is not JSON"),
+            ({"files": ["picture.png"]}, "not a whole PNG"),
+            ({"more": 10**400}, "more must be an integer of 64 bits"),
+            ({"more": "\ud800"}, "more holds half a character"),
+            ({"experiment": "benchmark", "rows": [{"us": 1.0}]}, "rows[0]: batch must be"),
+            ({"experiment": "benchmark", "rows": [bench_row("xla", "1")]}, "us of a measured row"),
+            (
+                {"experiment": "benchmark", "rows": [bench_row("xla", 1.0)], "sessions": []},
+                "rows[0]: session must be one of 0",
+            ),
+        ],
+    )
+    def test_one_odd_file_is_named_and_the_others_are_there(self, folder, change, named):
+        odd = result("soak")
+        odd["environment"] = odd["environment"] | change.get("environment", {})
+        odd |= {key: value for key, value in change.items() if key != "environment"}
+        (folder / "odd").mkdir()
+        (folder / "odd" / "picture.png").write_bytes(b"\x89PNG")
+        (folder / "odd" / "result.json").write_text(json.dumps(odd))
+        left_out = []
+        assert len(read_results(folder, left_out)) == 3
+        (row,) = left_out
+        assert row["file"] == str(folder / "odd" / "result.json")
+        assert named in row["reason"]
+
+    @pytest.mark.parametrize("depth", [40, 900, 100_000])
+    def test_deep_json_is_named(self, folder, depth):
+        text = json.dumps(result("soak", deep="here")).replace('"here"', "[" * depth + "]" * depth)
+        (folder / "deep").mkdir()
+        (folder / "deep" / "result.json").write_text(text)
+        left_out = []
+        assert len(read_results(folder, left_out)) == 3
+        assert len(left_out) == 1
+        assert "deep" in left_out[0]["file"]
+
+    def test_whatever_a_file_holds_the_others_are_shown(self, tmp_path):
+        """200 random changes of a valid file: each is shown or named, and ends nothing."""
+        rng = random.Random(0)
+        session = {"started": "2026-11-21", "ceilings": {"read": 4300.0},
+                   "environment": environment()}  # fmt: skip
+        rows = [bench_row("hopper", 100.0, peer_us=95.0, of_ceiling=0.5), bench_row("jnp", 450.0),
+                {**bench_row("xla", None), "status": "skipped", "reason": "slow"}]  # fmt: skip
+        valid = result("benchmark", rows, ["a.png"], sessions=[session], steps={"a": 1.0},
+                       tables=[{"x": 1, "y": "z"}], left=0)  # fmt: skip
+        write_result(tmp_path / "good" / "result.json", result("parity", [{"error": 1e-3}]))
+        path = tmp_path / "odd" / "result.json"
+        write_result(path, valid)
+        (tmp_path / "odd" / "a.png").write_bytes(PIXEL)
+        assert len(read_results(tmp_path)) == 2
+        named = 0
+        for _ in range(200):
+            path.write_bytes(mutated(valid, rng))
+            left_out = []
+            found = read_results(tmp_path, left_out)
+            names = ["good"] if left_out else ["good", "odd"]
+            assert [r.name for r in found] == names
+            assert [row["file"] for row in left_out] == [str(path)] * len(left_out)
+            render(found, "title", left_out).encode()
+            named += len(left_out)
+        assert 50 < named < 190  # some changes are harmless
+
+    def test_a_share_of_a_ceiling_that_is_none_is_not_shown(self, folder):
+        row = bench_row("xla", 1.0, of_ceiling=1.65, of_read=1.65, of_matmul=0.1)
+        write_result(folder / "cpu" / "result.json", result("benchmark", [row], sessions=[
+            {"started": "x", "ceilings": {}, "environment": environment()}]))  # fmt: skip
+        assert "165" not in render(read_results(folder / "cpu"), "cpu")
 
     def test_a_folder_without_results_is_named(self, tmp_path, capsys):
         assert run(tmp_path, tmp_path / "nothing") == (2, None)
