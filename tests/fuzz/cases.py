@@ -14,7 +14,11 @@ OTHER_WIDTHS = ((128, 64), (256, 64), (384, 64), (384, 128), (256, 192))  # that
 PLAIN_WIDTHS = ((32, 16), (128, 32), (48, 8))
 BLOCK = 64  # tokens of a block of the Hopper kernels
 # The tile heights of the Hopper kernels: by the kind of the cache, and with exponent_add.
-HEIGHTS = {"float": (8, 16, 24, 32, 64, 128), "int8": (8, 16, 24, 32, 64), "exponent_add": (64, 128)}
+HEIGHTS = {
+    "float": (8, 16, 24, 32, 64, 128),
+    "int8": (8, 16, 24, 32, 64),
+    "exponent_add": (64, 128),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Limits:
 # A call of the largest sizes takes an H200 some 50 ms and 3 GB, most of both for the reference.
 GPU = Limits(20, 6, 130, 16384, 100_000_000, 65536, 1 << 17)
 CPU = Limits(4, 4, 20, 320, 100_000, 640, 512)
-INTERPRETER = Limits(3, 3, 130, 150, 60_000, 300, 256)
+INTERPRETER = Limits(2, 3, 130, 200, 100_000, 400, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +104,8 @@ class Case:
             plan += f"{self.block_size}" + (", in pairs)" if self.in_pairs else ")")
         words = [
             self.label,
-            f"q {self.q_dtype} [{self.batch}, {self.tokens}, {self.heads}, {self.rank}+{self.rope}]",
+            f"q {self.q_dtype} [{self.batch}, {self.tokens}, {self.heads}]",
+            f"widths {self.rank}+{self.rope}",
             f"{self.num_pages} pages of {self.page_size} {self.layout}, {self.max_pages} a table",
             f"longest {self.longest}",
             self.rescale,
@@ -112,7 +117,9 @@ class Case:
         return ", ".join(words)
 
 
-def draw_case(rng: np.random.Generator, implementation: str, limits: Limits, **fixed: object) -> Case:
+def draw_case(
+    rng: np.random.Generator, implementation: str, limits: Limits, **fixed: object
+) -> Case:
     """A random case that the implementation takes.
 
     fixed: `cache_dtype`, `rescale`, `rows_per_tile` (then by a plan) or other fields to be kept.
@@ -120,8 +127,7 @@ def draw_case(rng: np.random.Generator, implementation: str, limits: Limits, **f
     kernel = implementation in ("hopper", INTERPRETED)
     cache_dtype = fixed.get("cache_dtype") or _dtype(rng, implementation)
     int8 = cache_dtype == "int8"
-    tall = bool(fixed.get("rows_per_tile", 0) and fixed["rows_per_tile"] >= 64)
-    tokens, heads = _rows(rng, limits, tall)
+    tokens, heads = _rows(rng, limits, int(fixed.get("rows_per_tile", 0)))
     layout, granularity, page_size = "ND", None, int(rng.choice(PAGE_SIZES))
     widths = WIDTHS if rng.random() < 0.8 else OTHER_WIDTHS
     if int8:
@@ -136,12 +142,14 @@ def draw_case(rng: np.random.Generator, implementation: str, limits: Limits, **f
             granularity = str(rng.choice(GRANULARITIES))
             widths = ((256, 16),) if granularity == "group" else widths
     rank, rope = widths[rng.integers(len(widths))]
+    if rank % 32 or rope % 16:  # rows of NZ are multiples of 32 bytes
+        layout = "ND"
     rescale = "exponent_add" if rng.random() < 0.25 and not (int8 and kernel) else "multiply"
     rescale = fixed.get("rescale", rescale)
 
     # Requests, and keys that they may have: as many as the reference has time for.
-    longest = int(limits.longest * 2.0 ** -rng.uniform(0, 5))
-    longest = int(max(16, min(longest, limits.scores // (tokens * heads))))
+    longest = int(BLOCK * (limits.longest / BLOCK) ** rng.random())
+    longest = max(16, min(longest, limits.scores // (tokens * heads)))
     batch = int(rng.integers(1, limits.batch + 1))
     batch = max(1, min(batch, limits.scores // (tokens * heads * longest)))
     max_pages = -(-longest // page_size)
@@ -151,7 +159,7 @@ def draw_case(rng: np.random.Generator, implementation: str, limits: Limits, **f
         max_pages += 1 + int(rng.integers(max(1, limits.reach // page_size)))
     wanted = batch * -(-longest // page_size) + int(rng.integers(1, 4))
     num_pages = min(wanted, max(limits.cached // page_size, 2))
-    plan = _plan(rng, implementation, tokens * heads, limits)
+    plan = _plan(rng, implementation, longest)
     if "rows_per_tile" in fixed and plan["plan"] not in ("splits", "fixed"):
         plan["plan"] = "splits"
     options = {
@@ -163,7 +171,9 @@ def draw_case(rng: np.random.Generator, implementation: str, limits: Limits, **f
         "softmax_scale": float(rng.choice((192**-0.5, 0.2, 576**-0.5))),
     }
     if kernel:
-        heights = HEIGHTS["exponent_add" if rescale == "exponent_add" else "int8" if int8 else "float"]
+        heights = HEIGHTS[
+            "exponent_add" if rescale == "exponent_add" else "int8" if int8 else "float"
+        ]
         if plan["rows_per_tile"] not in heights:
             plan["rows_per_tile"] = int(rng.choice(heights))
         plan["block_size"] = BLOCK
@@ -184,22 +194,25 @@ def _dtype(rng: np.random.Generator, implementation: str) -> str:
     return str(rng.choice((*FLOATS, "int8")))
 
 
-def _rows(rng: np.random.Generator, limits: Limits, tall: bool) -> tuple[int, int]:
-    """Tokens and heads; their product is often near a multiple of what tiles are made of."""
+def _rows(rng: np.random.Generator, limits: Limits, rows_per_tile: int) -> tuple[int, int]:
+    """Tokens and heads; their product is often near a multiple of what tiles are made of.
+
+    rows_per_tile: where it is fixed (0: it is not), rows of at most two tiles and a half.
+    """
     tokens = int(rng.integers(1, limits.tokens + 1)) if rng.random() < 0.6 else 1
-    if rng.random() < 0.35 and not tall:
-        heads = int(rng.integers(1, limits.heads + 1))
-    else:
-        unit = int(rng.choice((64, 128) if tall else (8, 16, 32, 64, 128)))
-        most = max(1, min(4 if tall else 6, tokens * limits.heads // unit))
-        rows = unit * int(rng.integers(1, most + 1)) + int(rng.choice((-1, 0, 1, unit // 2)))
-        heads = min(max(1, round(rows / tokens)), limits.heads)
-    return tokens, heads
+    most_heads = limits.heads
+    if rows_per_tile:
+        most_heads = max(1, min(most_heads, 5 * rows_per_tile // 2 // tokens))
+    if rng.random() < 0.35:
+        return tokens, int(rng.integers(1, most_heads + 1))
+    unit = int(rng.choice((8, 16, 32, 64, 128)))
+    unit = max(unit, rows_per_tile // 2)
+    most = max(1, min(6, tokens * most_heads // unit))
+    rows = unit * int(rng.integers(1, most + 1)) + int(rng.choice((-1, 0, 1, unit // 2)))
+    return tokens, min(max(1, round(rows / tokens)), most_heads)
 
 
-def _plan(
-    rng: np.random.Generator, implementation: str, rows: int, limits: Limits
-) -> dict[str, object]:
+def _plan(rng: np.random.Generator, implementation: str, longest: int) -> dict[str, object]:
     plans = {
         "hopper": ("none", "none", "none", "decode", "splits", "splits", "fixed"),
         INTERPRETED: ("splits", "splits", "fixed"),  # the others are for 132 CTAs: too many here
@@ -215,7 +228,8 @@ def _plan(
         "workers": workers,
         "rows_per_tile": int(rng.choice(heights)),
         "block_size": block,
-        "split_size": block * int(rng.integers(1, max(2, limits.longest // 4 // block))),
+        # 32 pieces at most, whose partial outputs there is memory for.
+        "split_size": block * -(-longest // (block * int(rng.integers(1, 33)))),
         "in_pairs": in_pairs,
     }
 

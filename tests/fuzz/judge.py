@@ -10,8 +10,8 @@ part. Independent errors of relative size e in the p_i change o by e * spread.
 - Scores are sums of exact products in float32. They are off by SUM_ERROR * u(float32) times their
   size |scale * q| |k| / sqrt(D), D values of no common direction, and by a rounding or two of the
   largest score. An int8 kernel rounds q's latent part to 14 bits, in steps of amax / 2^12 at most,
-  which costs scale * step / sqrt(12) * |k_latent|. `logit` is their sum, for one key. A row's lse is
-  off by TAIL * logit at most, and its weights by as much, relatively, so that o is off by that
+  which costs scale * step / sqrt(12) * |k_latent|. `logit` is their sum, for one key. A row's lse
+  is off by TAIL * logit at most, and its weights by as much, relatively, so that o is off by that
   times (spread + |o|).
 - P is rounded to the values' type (int8 kernels: bfloat16), partial outputs to the partials'
   type: each u * (spread + |o|), once more u(P) for AMLA, whose residual is rounded to P's type as
@@ -38,7 +38,12 @@ SUBNORMAL = {"bfloat16": 2.0**-133, "float16": 2.0**-25, "float32": 2.0**-149}
 
 
 def judge(
-    xp: Any, case: Case, q: Any, arrays: dict[str, Any], call: dict[str, Any], results: dict[str, Any]
+    xp: Any,
+    case: Case,
+    q: Any,
+    arrays: dict[str, Any],
+    call: dict[str, Any],
+    results: dict[str, Any],
 ) -> dict[str, Any]:
     """What is wrong with results, {"o", "lse"} (no lse where none was asked for).
 
