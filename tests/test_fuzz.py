@@ -14,7 +14,7 @@ from fuzz.cases import CPU, INTERPRETED, INTERPRETER, Case, draw_case
 from fuzz.main import number_or_random
 from fuzz.runner import Program, draw, run_call
 
-CALLS = 25  # of each program in plain JAX
+CALLS = 15  # of each program in plain JAX
 # A kernel each. Two calls of one take 10 s, most of it before the first ends.
 KERNELS = (
     {"cache_dtype": "bfloat16", "rescale": "multiply", "rows_per_tile": 16},
@@ -22,7 +22,7 @@ KERNELS = (
     {"cache_dtype": "int8", "rows_per_tile": 64},
 )
 PLAIN = (
-    ("reference", "float16"), ("reference", "int8"),
+    ("reference", "int8"),
     ("xla", "float32"), ("xla", "bfloat16"), ("xla", "int8"),
     ("split_kv", "bfloat16"), ("split_kv", "float16"), ("split_kv", "int8"),
     ("blockwise", "float32"), ("blockwise", "bfloat16"),
@@ -34,9 +34,9 @@ def seed(request: pytest.FixtureRequest) -> int:
     return number_or_random(request.config.getoption("--seed"))
 
 
-def check(case: Case, seed: int, calls: range) -> None:
+def check(case: Case, seed: int, calls: range, odd: float = 0.3) -> None:
     program = Program(case, on_device=False)
-    outcomes = [run_call(program, f"{seed}/{seed}.{i}", draw(case, seed, i)) for i in calls]
+    outcomes = [run_call(program, f"{seed}.{i}", draw(case, seed, i, odd)) for i in calls]
     failed = [outcome.line() for outcome in outcomes if outcome.failures]
     assert not failed, f"{len(failed)} of {len(outcomes)} calls:\n" + "\n".join(failed)
 
@@ -53,7 +53,7 @@ def test_plain(seed: int, implementation: str, dtype: str) -> None:
 def test_kernels_interpreted(seed: int, kernel: dict) -> None:
     number = 100 + KERNELS.index(kernel)
     case = draw_case(np.random.default_rng([seed, 0, number]), INTERPRETED, INTERPRETER, **kernel)
-    check(case, seed, range(2 * number, 2 * number + 2))
+    check(case, seed, range(2 * number, 2 * number + 2), odd=0.8)  # few, so much in each
 
 
 def made(case: Case, call: Call) -> tuple:
@@ -69,8 +69,8 @@ def made(case: Case, call: Call) -> tuple:
 
 # What a test of the rule computes itself: whole requests of a size that a GPU gets, nothing odd.
 SOUND = Case(
-    implementation="hopper", batch=2, tokens=2, heads=8, rank=512, rope=64, page_size=64,
-    max_pages=32, num_pages=64, longest=2048, q_dtype="bfloat16", cache_dtype="bfloat16",
+    implementation="hopper", batch=2, tokens=2, heads=6, rank=512, rope=64, page_size=64,
+    max_pages=12, num_pages=24, longest=768, q_dtype="bfloat16", cache_dtype="bfloat16",
     granularity=None, layout="ND", rescale="multiply", partial_dtype=None, causal=True,
     return_lse=True, ragged=True, plan="none", workers=1, rows_per_tile=16, block_size=64,
     split_size=64, in_pairs=False, softmax_scale=192**-0.5,
@@ -78,14 +78,14 @@ SOUND = Case(
 
 
 def sound_call(deviation: float) -> Call:
-    lens = np.array([2048, 700], np.int32)
-    stored = np.zeros((64, 64), np.uint8)
-    tables = np.arange(64, dtype=np.int32).reshape(2, 32)
+    lens = np.array([768, 500], np.int32)
+    stored = np.zeros((24, 64), np.uint8)
+    tables = np.arange(24, dtype=np.int32).reshape(2, 12)
     for request, length in enumerate(lens):
-        stored[request * 32 : (request + 1) * 32].reshape(-1)[:length] = 1
+        stored[request * 12 :].reshape(-1)[:length] = 1
     return Call(
         lens, np.array([2, 1], np.int32), tables, stored, np.ones(2, bool),
-        np.zeros((2, 2, 8), bool), deviation, 1.0, 7, {},
+        np.zeros((2, 2, 6), bool), deviation, 1.0, 7, {},
     )  # fmt: skip
 
 
@@ -123,22 +123,20 @@ def test_the_rule_fails_small_faults(deviation: float) -> None:
     assert verdict(case, call, q, arrays, right) == set()
     o, lse = right["o"], right["lse"]
 
-    # The key of largest weight of one row is not seen, here and in all rows of the request.
-    def without(place: int, request: int) -> dict[str, np.ndarray]:
-        pages = arrays["pages"].copy()
-        pages[call.block_tables[request, place // 64], place % 64, case.rank] = -np.inf
-        return reference(case, call, q, {"pages": pages})
-
-    assert "lse" in verdict(case, call, q, arrays, without(2046, 0))
-    assert "lse" in verdict(case, call, q, arrays, without(0, 1))
+    # A kernel that does not see one key, that of largest weight for one row.
+    pages = arrays["pages"].copy()
+    keys = pages[:12].reshape(768, case.width)[:767].astype(np.float32)
+    missed = np.argmax(keys @ q[0, 0, 0].astype(np.float32))
+    pages[missed // 64, missed % 64, case.rank] = -np.inf
     faults = {
+        "a key that is not seen": reference(case, call, q, {"pages": pages}),
         "a neighbour's row": {"o": np.roll(o, 1, axis=2), "lse": lse},
         "a neighbour's lse": {"o": o, "lse": np.roll(lse, 1, axis=2)},
         "lse 1 % off": {"o": o, "lse": lse * np.float32(1.01)},
         "lse in another base": {"o": o, "lse": lse / np.float32(np.log(2))},
         "o 2 % off": {"o": (o.astype(np.float32) * 1.02).astype(o.dtype), "lse": lse},
         "NaN in a row without a token": {"o": o, "lse": np.where(lse == -np.inf, np.nan, lse)},
-        "a row that was not written": {"o": np.where(np.arange(8)[:, None] == 3, 0, o), "lse": lse},
+        "a row that was not written": {"o": np.where(np.arange(6)[:, None] == 3, 0, o), "lse": lse},
     }
     one = o.copy()
     one[0, 0, 2, 17] += 0.2 * np.abs(o[0, 0, 2].astype(np.float32)).max()
@@ -152,9 +150,9 @@ def test_the_rule_fails_small_faults(deviation: float) -> None:
 
 def test_the_rule_knows_who_sees_what() -> None:
     case, call = SOUND, sound_call(1.0)
-    call.stored[31, 63] = 2  # NaN in the last key of request 0, which its second token sees
+    call.stored[11, 63] = 2  # NaN in the last key of request 0, which its second token sees
     q, arrays = made(case, call)
-    call.stored[31, 63] = 1
+    call.stored[11, 63] = 1
     right = reference(case, call, q, arrays)
     clean_q, clean = made(case, call)
     assert np.array_equal(clean_q, q, equal_nan=True)

@@ -34,7 +34,8 @@ class Call:
     features: Counter[str]
 
 
-def draw_call(rng: np.random.Generator, case: Case) -> Call:
+def draw_call(rng: np.random.Generator, case: Case, odd: float = 0.3) -> Call:
+    """A random call. odd: how likely it has each of a hidden NaN, scores of -inf, bad requests."""
     features: Counter[str] = Counter()
     seq_lens = _lengths(rng, case)
     queries = np.full(case.batch, case.tokens, np.int32)
@@ -45,9 +46,13 @@ def draw_call(rng: np.random.Generator, case: Case) -> Call:
     else:  # a length below S is a request whose new tokens are not all cached
         seq_lens = np.where(seq_lens > 0, np.maximum(seq_lens, case.tokens), 0).astype(np.int32)
     tables, stored = _pages(rng, case, seq_lens, features)
-    _hide_nan(rng, case, seq_lens, queries, tables, stored, features)
-    _put_minus_inf(rng, case, seq_lens, tables, stored, features)
-    valid = _spoil(rng, case, seq_lens, queries, tables, features)
+    if rng.random() < odd:
+        _hide_nan(rng, case, seq_lens, queries, tables, stored, features)
+    if rng.random() < odd:
+        _put_minus_inf(rng, case, seq_lens, tables, stored, features)
+    valid = np.ones(case.batch, bool)
+    if rng.random() < odd:
+        valid = _spoil(rng, case, seq_lens, queries, tables, features)
     nan_query = np.zeros((case.batch, case.tokens, case.heads), bool)
     if rng.random() < 0.1:
         place = tuple(rng.integers(n) for n in nan_query.shape)
@@ -138,8 +143,6 @@ def _hide_nan(
     features: Counter[str],
 ) -> None:
     """NaN in a cached token that only later tokens of its request may see."""
-    if rng.random() > 0.3:
-        return
     for request in np.flatnonzero((queries > 1) & (rng.random(case.batch) < 0.6)):
         from_the_end = int(rng.integers(1, queries[request]))
         place = np.array([seq_lens[request] - from_the_end])
@@ -158,8 +161,6 @@ def _put_minus_inf(
     features: Counter[str],
 ) -> None:
     """Keys whose scores are -inf: the first block, one in the middle, the last, any, or all."""
-    if rng.random() > 0.3:
-        return
     block = int(rng.choice(BLOCKS))
     for request in np.flatnonzero((seq_lens > 0) & (rng.random(case.batch) < 0.7)):
         length = int(seq_lens[request])
@@ -188,8 +189,6 @@ def _spoil(
 ) -> np.ndarray:
     """Makes some requests impossible, in place; which are not."""
     valid = np.ones(case.batch, bool)
-    if rng.random() > 0.3:
-        return valid
     for request in np.flatnonzero(rng.random(case.batch) < 0.4):
         length = int(seq_lens[request])
         ways = ["negative length", "length past the table"]

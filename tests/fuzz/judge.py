@@ -167,8 +167,8 @@ def compare(xp: Any, case: Case, wanted: dict[str, Any], results: dict[str, Any]
         wrong = (wanted["nan"] & ~xp.isnan(lse)) | (wanted["none"] & (lse != -xp.inf))
         wrong = wrong | (finite & ~xp.isfinite(lse))
         found["place"] = place | wrong
-        off = xp.where(finite & ~wrong, xp.abs(lse - wanted["lse"]), 0.0)
-        largest = xp.where(finite, xp.abs(wanted["lse"]), 0.0)
+        lse, expected = (xp.where(finite & ~wrong, x, 0.0) for x in (lse, wanted["lse"]))
+        off, largest = xp.abs(lse - expected), xp.abs(expected)
         found["lse"] = off / (TAIL * wanted["logit"] + UNIT["float32"] * (REST + 2 * largest))
     else:
         found["lse"] = xp.zeros_like(found["o"])

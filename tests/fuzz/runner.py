@@ -31,9 +31,9 @@ class Drawn:
         return draw_case(rng, str(rng.choice(self.implementations)), self.limits)
 
 
-def draw(case: Case, seed: int, index: int) -> Call:
+def draw(case: Case, seed: int, index: int, odd: float = 0.3) -> Call:
     """Call number `index` of a data seed."""
-    return draw_call(np.random.default_rng([seed, 1, index]), case)
+    return draw_call(np.random.default_rng([seed, 1, index]), case, odd)
 
 
 @dataclasses.dataclass
