@@ -36,7 +36,7 @@ GPU_JOBS_sweep ?= 6
 GPU_JOBS_sanitizer ?= 2
 GPU_JOBS = $(if $(and $(XDIST),$(GPU_JOBS_$*)),-n $(GPU_JOBS_$*) --dist worksteal)
 
-.PHONY: demo test test-gpu $(SHARDS:%=test-gpu-%) lint format clean
+.PHONY: demo test test-gpu $(SHARDS:%=test-gpu-%) fuzz lint format clean
 
 demo: $(ENVIRONMENT)  ## the main job: load a layer, prefill, decode, compare with float64
 	$(PYTHON) -m experiments.launch --experiment=demo --output_dir=$(OUTPUT) $(ARGS)
@@ -57,6 +57,9 @@ endif
 
 $(SHARDS:%=test-gpu-%): test-gpu-%:
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest $(GPU_JOBS) -m "$(MARKED)" --durations=5 $(ARGS)
+
+fuzz:  ## random calls on an H200, by ARGS: "--calls=700 --data-seeds=random,random,random", "--help"
+	PYTHONPATH=".:tests$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m fuzz $(ARGS)
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .

@@ -5,5 +5,6 @@ with numpy from a seed. `arrays` makes the operands, `judge` computes the float6
 pass rule; both run in numpy on a CPU and under `jax.jit` on a GPU. `runner` compiles and runs,
 `pool` does so in several processes. Nothing but `runner` uses the library.
 
-    PYTHONPATH=.:tests python -m fuzz --calls=700 --data-seeds=1,2,3 --json=fuzz.json
+    make fuzz PYTHON=python3 ARGS="--calls=700 --data-seeds=1,2,3 --json=fuzz.json"
+    make fuzz PYTHON=python3 ARGS="--replay=21.17/3.177"
 """

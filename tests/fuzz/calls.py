@@ -9,7 +9,7 @@ from .cases import BLOCK, Case
 
 # What a token of the cache holds.
 UNUSED, USED, HIDDEN_NAN, MINUS_INF = range(4)
-BLOCKS = (BLOCK, 2 * BLOCK, 4 * BLOCK)  # keys that implementations take at a time
+BLOCKS = (BLOCK, BLOCK, 2 * BLOCK, 4 * BLOCK)  # keys that implementations take at a time
 DEVIATIONS = (0.1, 1.0, 1.0, 3.0, 3.0, 10.0, 100.0, 1e3, 1e4)  # of the scores
 
 
@@ -164,7 +164,7 @@ def _put_minus_inf(
     block = int(rng.choice(BLOCKS))
     for request in np.flatnonzero((seq_lens > 0) & (rng.random(case.batch) < 0.7)):
         length = int(seq_lens[request])
-        where = rng.choice(("first", "first", "middle", "last", "any", "all"))
+        where = rng.choice(("first", "first", "first", "middle", "last", "any", "all"))
         last = (length - 1) // block
         begin, end = {
             "first": (0, block),

@@ -1,6 +1,7 @@
 """What is static in a call: shapes, dtypes, options. Each case is one compilation."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,7 @@ class Limits:
 # A call of the largest sizes takes an H200 some 50 ms and 3 GB, most of both for the reference.
 GPU = Limits(20, 6, 130, 16384, 100_000_000, 65536, 1 << 17)
 CPU = Limits(4, 4, 20, 320, 100_000, 640, 512)
-INTERPRETER = Limits(2, 3, 130, 200, 100_000, 400, 256)
+INTERPRETER = Limits(2, 3, 130, 192, 100_000, 400, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +118,11 @@ class Case:
         return ", ".join(words)
 
 
-def draw_case(
-    rng: np.random.Generator, implementation: str, limits: Limits, **fixed: object
-) -> Case:
+def draw_case(rng: np.random.Generator, implementation: str, limits: Limits, **fixed: Any) -> Case:
     """A random case that the implementation takes.
 
-    fixed: `cache_dtype`, `rescale`, `rows_per_tile` (then by a plan) or other fields to be kept.
+    fixed: fields of the case that are given, `rows_per_tile` by a plan; of sizes only batch,
+    tokens, heads and page_size, since others hang on these.
     """
     kernel = implementation in ("hopper", INTERPRETED)
     cache_dtype = fixed.get("cache_dtype") or _dtype(rng, implementation)
@@ -142,6 +142,8 @@ def draw_case(
             granularity = str(rng.choice(GRANULARITIES))
             widths = ((256, 16),) if granularity == "group" else widths
     rank, rope = widths[rng.integers(len(widths))]
+    page_size = int(fixed.get("page_size", page_size))
+    tokens, heads = int(fixed.get("tokens", tokens)), int(fixed.get("heads", heads))
     if rank % 32 or rope % 16:  # rows of NZ are multiples of 32 bytes
         layout = "ND"
     rescale = "exponent_add" if rng.random() < 0.25 and not (int8 and kernel) else "multiply"
@@ -150,7 +152,7 @@ def draw_case(
     # Requests, and keys that they may have: as many as the reference has time for.
     longest = int(BLOCK * (limits.longest / BLOCK) ** rng.random())
     longest = max(16, min(longest, limits.scores // (tokens * heads)))
-    batch = int(rng.integers(1, limits.batch + 1))
+    batch = int(fixed.get("batch", rng.integers(1, limits.batch + 1)))
     batch = max(1, min(batch, limits.scores // (tokens * heads * longest)))
     max_pages = -(-longest // page_size)
     if rng.random() < 0.6:  # lengths reach the end of the table; else it is longer than needed
@@ -183,7 +185,7 @@ def draw_case(
         "num_pages": num_pages, "longest": longest, "q_dtype": q_dtype,
         "cache_dtype": cache_dtype, "granularity": granularity, "layout": layout,
     }  # fmt: skip
-    return Case(**{**shape, **options, **plan, **fixed})  # type: ignore[arg-type]
+    return Case(**{**shape, **options, **plan, **fixed})
 
 
 def _dtype(rng: np.random.Generator, implementation: str) -> str:
@@ -197,12 +199,12 @@ def _dtype(rng: np.random.Generator, implementation: str) -> str:
 def _rows(rng: np.random.Generator, limits: Limits, rows_per_tile: int) -> tuple[int, int]:
     """Tokens and heads; their product is often near a multiple of what tiles are made of.
 
-    rows_per_tile: where it is fixed (0: it is not), rows of at most two tiles and a half.
+    rows_per_tile: where it is fixed (0: it is not), rows of at most a tile and a half.
     """
     tokens = int(rng.integers(1, limits.tokens + 1)) if rng.random() < 0.6 else 1
     most_heads = limits.heads
     if rows_per_tile:
-        most_heads = max(1, min(most_heads, 5 * rows_per_tile // 2 // tokens))
+        most_heads = max(1, min(most_heads, 3 * rows_per_tile // 2 // tokens))
     if rng.random() < 0.35:
         return tokens, int(rng.integers(1, most_heads + 1))
     unit = int(rng.choice((8, 16, 32, 64, 128)))

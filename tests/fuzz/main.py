@@ -28,7 +28,7 @@ def fuzz(
     implementations: tuple[str, ...] = (),
     sizes: str = "gpu",
     processes: int = 16,
-    seconds: float = 530,
+    seconds: float = 480,
     replay: str = "",
     json: str = "",
 ) -> Report:

@@ -104,7 +104,6 @@ class _Member:
 
     def __init__(self, context: Any, drawn: Drawn, tasks: list[Task]):
         self.tasks, self.drawn, self.ready, self.why = tasks, drawn, False, "was too slow"
-        self.compiled = 0
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, drawn, tasks), daemon=True)
         self.process.start()
@@ -136,11 +135,10 @@ class _Member:
         self.process.join()
 
     def lost(self) -> Iterator[Outcome]:
-        """Failures for the calls without an outcome."""
+        """Failures for the calls without an outcome: of the first it is not known why."""
         for number, task in enumerate(self.tasks):
-            said = f"its process {self.why}" + ("" if number == 0 else " before this call")
             case = self.drawn.case(task.shape_seed, task.shape)
-            yield Outcome(task.name, case, [said])
+            yield Outcome(task.name, case, [f"its process {self.why}"], ran=number == 0)
 
 
 def _collect(

@@ -20,9 +20,13 @@ class Report:
         self.features: Counter[str] = Counter()
         self.shapes: dict[str, set[str]] = defaultdict(set)
         self.requests = 0
+        self.not_run = 0
         self.worst: dict[str, dict[str, float]] = {}
 
     def take(self, outcome: Outcome) -> None:
+        if not outcome.ran:
+            self.not_run += 1
+            return
         case, (shape, data) = outcome.case, outcome.name.split("/")
         self.calls[case.label] += 1
         self.by_seed[data.split(".")[0]] += 1
@@ -38,10 +42,15 @@ class Report:
         for error in ERRORS:
             worst[error] = max(worst[error], outcome.worst[error])
 
+    @property
+    def passed(self) -> bool:
+        return not self.failed and not self.not_run
+
     def counts(self) -> dict[str, Any]:
         return {
             "calls": self.calls.total(),
             "failed": len(self.failed),
+            "not run": self.not_run,
             "shapes": sum(map(len, self.shapes.values())),
             "requests": self.requests,
             "calls by data seed": dict(self.by_seed),
@@ -55,7 +64,7 @@ class Report:
         counts = self.counts()
         print(
             f"{counts['calls']} calls ({counts['requests']} requests) over {counts['shapes']} "
-            f"shapes, {counts['failed']} failed; "
+            f"shapes, {counts['failed']} failed, {self.not_run} not run; "
             + ", ".join(f"{what} {took:.0f} s" for what, took in seconds.items())
         )
         for kind, calls in counts["calls by kind"].items():

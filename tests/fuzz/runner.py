@@ -46,6 +46,7 @@ class Outcome:
     worst: dict[str, float] = dataclasses.field(default_factory=dict)  # errors over their bounds
     features: Counter[str] = dataclasses.field(default_factory=Counter)
     crashed: bool = False  # CUDA's context is lost
+    ran: bool = True  # False: the process had ended before
 
     def line(self) -> str:
         features = ", ".join(f"{count} {what}" for what, count in self.features.items() if count)
