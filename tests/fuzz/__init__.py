@@ -6,5 +6,5 @@ pass rule; both run in numpy on a CPU and under `jax.jit` on a GPU. `runner` com
 `pool` does so in several processes. Nothing but `runner` uses the library.
 
     make fuzz PYTHON=python3 ARGS="--calls=700 --data-seeds=1,2,3 --json=fuzz.json"
-    make fuzz PYTHON=python3 ARGS="--replay=21.17/3.177"
+    make fuzz PYTHON=python3 ARGS="--replay=117.17/3.177"
 """
