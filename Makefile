@@ -24,7 +24,19 @@ JOBS ?= 3
 JAX_PLATFORMS ?= $(if $(NVIDIA_GPU),,cpu)
 export JAX_PLATFORMS
 
-.PHONY: demo test test-gpu lint format clean
+# The GPU tests run in shards, each of which ends within 9 minutes on an H200 with 16 cores: `make
+# test-gpu SHARD=fuzz` runs one, without SHARD they run one after the other. A shard is what has the
+# marker of its name; `kernels` is what has none of them. Most of the kernels' time is Python that
+# traces and lowers: with pytest-xdist that runs in several processes on the one GPU.
+SHARDS := kernels sweep fuzz sanitizer demo
+MARKED = gpu and $(if $(filter kernels,$*),not (sweep or fuzz or sanitizer or demo),$*)
+XDIST = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo yes)
+GPU_JOBS_kernels ?= 6
+GPU_JOBS_sweep ?= 6
+GPU_JOBS_sanitizer ?= 2
+GPU_JOBS = $(if $(and $(XDIST),$(GPU_JOBS_$*)),-n $(GPU_JOBS_$*) --dist worksteal)
+
+.PHONY: demo test test-gpu $(SHARDS:%=test-gpu-%) fuzz lint format clean
 
 demo: $(ENVIRONMENT)  ## the main job: load a layer, prefill, decode, compare with float64
 	$(PYTHON) -m experiments.launch --experiment=demo --output_dir=$(OUTPUT) $(ARGS)
@@ -34,8 +46,20 @@ demo: $(ENVIRONMENT)  ## the main job: load a layer, prefill, decode, compare wi
 test: $(TEST_ENVIRONMENT) lint  ## everything that runs without a GPU
 	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" JAX_PLATFORMS=cpu $(TEST_PATH) $(PYTHON) -m pytest -n $(JOBS) --dist worksteal -m "not gpu" $(ARGS)
 
-test-gpu:  ## the third gate, on an H200
-	$(PYTHON) -m pytest -m gpu $(ARGS)
+test-gpu:  ## the third gate, on an H200; SHARD=kernels, sweep, fuzz, sanitizer or demo: that alone
+ifdef SHARD
+	@$(if $(filter $(SHARD),$(SHARDS)),,echo "SHARD must be one of $(SHARDS), got $(SHARD)"; exit 2)
+	$(MAKE) test-gpu-$(SHARD)
+else
+	@failed=; for shard in $(SHARDS); do $(MAKE) test-gpu-$$shard || failed="$$failed $$shard"; done; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+endif
+
+$(SHARDS:%=test-gpu-%): test-gpu-%:
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest $(GPU_JOBS) -m "$(MARKED)" --durations=5 $(ARGS)
+
+fuzz:  ## random calls on an H200, by ARGS: "--calls=700 --data-seeds=random,random,random", "--help"
+	PYTHONPATH=".:tests$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m fuzz $(ARGS)
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .

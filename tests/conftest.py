@@ -2,6 +2,7 @@
 
 import gc
 import os
+import secrets
 
 import hypothesis
 import pytest
@@ -24,6 +25,23 @@ hypothesis.settings.register_profile(
     "here", deadline=None, max_examples=25, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("here")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    fuzz = parser.getgroup("fuzz", "random calls of the attention op (tests/fuzz)")
+    fuzz.addoption("--seed", default="117", help="a number, or random; it is printed")
+    fuzz.addoption("--fuzz-calls", type=int, default=2000, help="on a GPU")
+    fuzz.addoption("--fuzz-shapes", type=int, default=160, help="on a GPU")
+    fuzz.addoption("--replay", default="", help="on a GPU: one call, by the name that it failed by")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.seed == "random":  # (one for all processes of xdist, which get the options)
+        config.option.seed = str(secrets.randbelow(10**9))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"fuzz: --seed={config.option.seed}"
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ SECONDS = 120  # a case takes 7 to 30
 
 
 @pytest.mark.gpu
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_finds_nothing(case: tuple[str, int, int], tool: str) -> None:
