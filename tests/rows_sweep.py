@@ -16,7 +16,11 @@ def failures(tasks: list[tuple[str, int, int]], processes: int | None = None) ->
     count = processes or os.cpu_count()
     with concurrent.futures.ProcessPoolExecutor(count, mp_context=context) as pool:
         results = pool.map(_failure, tasks, chunksize=1)
-        return {" ".join(map(str, task)): found for task, found in zip(tasks, results) if found}
+        return {
+            " ".join(map(str, task)): found
+            for task, found in zip(tasks, results, strict=True)
+            if found
+        }
 
 
 def _failure(task: tuple[str, int, int]) -> str:

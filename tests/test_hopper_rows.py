@@ -40,9 +40,7 @@ class ArrayRef:
         target[...] = value
 
 
-@pytest.mark.parametrize(
-    ("height", "ctas"), [(8, 1), (16, 1), (24, 1), (32, 1), (64, 1), (64, 2)]
-)
+@pytest.mark.parametrize(("height", "ctas"), [(8, 1), (16, 1), (24, 1), (32, 1), (64, 1), (64, 2)])
 def test_rows_are_stored_up_to_the_last_one(height, ctas):
     """The helper alone, for every number of rows: all of them are stored, and no other."""
     g = Backend(interpreting=True)
