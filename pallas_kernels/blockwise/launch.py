@@ -117,11 +117,9 @@ def key_rows(
 def begin_state(state_refs: Sequence[Any], o_ref: Any) -> None:
     """No key seen yet."""
     m_ref, l_ref, residual_ref, lost_ref = state_refs
-    m_ref[...] = jnp.full(m_ref.shape, -jnp.inf)
-    l_ref[...] = jnp.zeros(l_ref.shape)
-    residual_ref[...] = jnp.ones(residual_ref.shape)
-    lost_ref[...] = jnp.ones(lost_ref.shape)
-    o_ref[...] = jnp.zeros(o_ref.shape)
+    m_ref[...] = jnp.full(m_ref.shape, -jnp.inf, m_ref.dtype)
+    for ref, value in ((l_ref, 0), (residual_ref, 1), (lost_ref, 1), (o_ref, 0)):
+        ref[...] = jnp.full(ref.shape, value, ref.dtype)
 
 
 def read_state(state_refs: Sequence[Any], o_ref: Any) -> SoftmaxState:
