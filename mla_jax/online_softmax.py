@@ -242,9 +242,7 @@ def merge_states(o: jax.Array, lse: jax.Array, axis: int = 0) -> tuple[jax.Array
     return weighted.sum(axis).astype(o.dtype), merged_lse
 
 
-def mark_nonfinite(
-    o: jax.Array, lse: jax.Array, seen: jax.Array, values: jax.Array
-) -> jax.Array:
+def mark_nonfinite(o: jax.Array, lse: jax.Array, seen: jax.Array, values: jax.Array) -> jax.Array:
     """o, but NaN where a row sees a key whose value there is infinite or NaN.
 
     Completes attention that took such values as 0, so that they do not reach rows which must not

@@ -59,7 +59,8 @@ def read_pages_float64(cache: Any, block_table: np.ndarray, length: int) -> np.n
     groups = scales.shape[2] if scales.ndim == 3 else 1
     scales = scales[page, t].reshape(length, groups) if scales.ndim else scales.reshape(1, 1)
     latent = _read_array(cache, cache.pages, page, t, rank)
-    latent *= np.repeat(scales, rank // groups, axis=1)
+    with np.errstate(invalid="ignore"):
+        latent *= np.repeat(scales, rank // groups, axis=1)
     return np.append(latent, _read_array(cache, cache.rope_pages, page, t, cache.rope_dim), axis=1)
 
 
