@@ -90,10 +90,11 @@ def attend_split_kv(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
     partial_dtype = jnp.float32 if problem.partial_dtype is None else problem.partial_dtype
     outputs = (
         jnp.zeros((plan.num_tiles, rows[1], width), jnp.float32),
-        jnp.full((plan.num_tiles, rows[1]), -jnp.inf),
+        jnp.full((plan.num_tiles, rows[1]), -jnp.inf, jnp.float32),
         jnp.zeros((max(1, plan.num_slots), rows[1], width), partial_dtype),
-        jnp.full((max(1, plan.num_slots), rows[1]), -jnp.inf),
+        jnp.full((max(1, plan.num_slots), rows[1]), -jnp.inf, jnp.float32),
     )
+    offsets = jnp.arange(plan.block_size, dtype=jnp.int32)
 
     def begin(piece: jax.Array) -> tuple[jax.Array, jax.Array]:
         piece = jnp.minimum(piece, plan.num_pieces - 1)
@@ -105,7 +106,7 @@ def attend_split_kv(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
         here, _ = begin(piece)
         request, end = jnp.maximum(plan.request[here], 0), plan.block_end[here]
         tile = plan.tile_of(request, plan.row_tile[here])
-        positions = block[:, None] * plan.block_size + jnp.arange(plan.block_size)
+        positions = block[:, None] * plan.block_size + offsets
         kv = cache.rows(problem.block_tables, positions, request)
         length = jnp.minimum(seq_lens[request], end * plan.block_size)
         limit = jnp.minimum(visible[tile], length[:, None])
@@ -127,11 +128,13 @@ def attend_split_kv(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
             init_state(rows, width),
             state,
         )
-        piece = piece + done
+        piece = piece + done.astype(jnp.int32)
         return piece, jnp.where(done, begin(piece)[1], block + 1), state, written
 
     steps = jnp.maximum(plan.block_end - plan.block_start, 1)
-    steps = jnp.append(jnp.zeros(1, jnp.int32), jnp.cumsum(steps))[plan.worker_start]
+    steps = jnp.append(jnp.zeros(1, jnp.int32), jnp.cumsum(steps, dtype=jnp.int32))[
+        plan.worker_start
+    ]
     piece = plan.worker_start[:-1]
     carry = (piece, begin(piece)[1], init_state(rows, width), outputs)
     *_, (o, lse, partial_o, partial_lse) = lax.fori_loop(0, jnp.diff(steps).max(), step, carry)

@@ -281,9 +281,8 @@ class TestHiddenAndInfiniteValues:
             for rise in (0.0, 500.0):
                 raised = scores.at[:, 48:].add(rise)
                 o, lse = blockwise(raised, jnp.asarray(values), 16, rescale)
-                np.testing.assert_array_equal(o[:, :3][~np.isfinite(o_wanted[:, :3])],
-                                              o_wanted[:, :3][~np.isfinite(o_wanted[:, :3])])  # fmt: skip
                 finite = np.isfinite(o_wanted)
+                np.testing.assert_array_equal(np.asarray(o)[~finite], o_wanted[~finite])
                 assert np.isfinite(np.asarray(o)[finite]).all()
                 if rise == 0.0:
                     np.testing.assert_allclose(o[finite], o_wanted[finite], rtol=1e-4, atol=1e-5)

@@ -92,11 +92,11 @@ def launch(
     )
 
     @jax.jit  # so that `jax_debug_nans` looks at these two and not at workspace nobody wrote
-    def outputs(*inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def attended(*inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         o, lse, *_ = run(*inputs)
         return o[:, :count], lse[:, :count]
 
-    return outputs(program, *row_inputs, *pages, block_tables, seq_lens, seen)
+    return attended(program, *row_inputs, *pages, block_tables, seq_lens, seen)
 
 
 def key_rows(
