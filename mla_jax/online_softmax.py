@@ -263,6 +263,12 @@ def mark_nonfinite(o: jax.Array, lse: jax.Array, seen: jax.Array, values: jax.Ar
     return lax.cond(nonfinite.any(), marked, lambda: o)
 
 
+def common_dtype(a: jax.Array, b: jax.Array) -> Any:
+    """The dtype that queries and keys of FLOAT_DTYPES are multiplied in, also in strict promotion:
+    theirs, or float32 where it is not the same."""
+    return a.dtype if a.dtype == b.dtype else jnp.dtype(jnp.float32)
+
+
 def weighted_sum(p: jax.Array, values: jax.Array) -> jax.Array:
     """P V: [..., R, T] @ [..., T, D_v], accumulated in float32; float32 inputs stay float32."""
     return jnp.matmul(

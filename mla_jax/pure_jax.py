@@ -9,6 +9,7 @@ from jax import lax
 from mla_jax.online_softmax import (
     SoftmaxState,
     accumulate,
+    common_dtype,
     finalize,
     init_state,
     mark_nonfinite,
@@ -198,7 +199,7 @@ def _mark_drafts(problem: AttentionProblem, o: jax.Array, lse: jax.Array) -> jax
 
 def _scores(q: jax.Array, kv: jax.Array, softmax_scale: float) -> jax.Array:
     """q [N, R, D] . kv [N, T, D] * scale: [N, R, T] float32."""
-    dtype = jnp.promote_types(q.dtype, kv.dtype)
+    dtype = common_dtype(q, kv)
     scores = jnp.einsum(
         "nrd,ntd->nrt",
         q.astype(dtype),

@@ -23,6 +23,7 @@ from mla_jax.hal.orders import ASCEND_ORDERS
 from mla_jax.hal.schedule import Schedule
 from mla_jax.hal.tiling import TilePlan
 from mla_jax.online_softmax import (
+    common_dtype,
     finalize,
     mark_nonfinite,
     rescale_output,
@@ -138,7 +139,7 @@ def _walk(
         return rows["pages"]
 
     def scores(i: jax.Array, kv: jax.Array) -> None:
-        dtype = jnp.promote_types(q_ref.dtype, kv.dtype)
+        dtype = common_dtype(q_ref, kv)
         products = lax.dot_general(
             q_ref[0].astype(dtype), kv.astype(dtype), (((1,), (1,)), ((), ())),
             precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
