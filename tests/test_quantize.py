@@ -209,7 +209,7 @@ def test_rounding_refuses_to_be_differentiated(name):
     x = jnp.ones((2, 128), jnp.float32)
     function = refused_derivatives()[name]
     for derivative in (jax.grad(function), lambda x: jax.jvp(function, (x,), (x,))):
-        with pytest.raises(TypeError, match="rounding to int8 has no derivative.* stop_gradient"):
+        with pytest.raises(TypeError, match=r"rounding to int8 has no derivative.*stop_gradient"):
             jax.eval_shape(derivative, x)
 
 
