@@ -91,10 +91,18 @@ def launch(
         interpret=interpret,
     )
 
+    @jax.custom_jvp
     @jax.jit  # so that `jax_debug_nans` looks at these two and not at workspace nobody wrote
     def attended(*inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         o, lse, *_ = run(*inputs)
         return o[:, :count], lse[:, :count]
+
+    @attended.defjvp
+    def refuse(primals: tuple, tangents: tuple) -> Any:
+        raise TypeError(
+            "the blockwise kernels have no derivative: differentiate implementation reference, xla "
+            "or split_kv, or apply jax.lax.stop_gradient to their arguments"
+        )
 
     return attended(program, *row_inputs, *pages, block_tables, seq_lens, seen)
 
