@@ -14,7 +14,6 @@ from mla_jax.attention import paged_mla_attention
 from mla_jax.int8_dataflow import weights_in_int8
 from mla_jax.reference import attention_float64
 
-IMPLEMENTATIONS = ("reference", "xla", "split_kv", "blockwise")
 PAGE = 16
 # Four draft tokens behind a prefix, a whole prefill, and a request with fewer queries than drafts.
 LENS, QUERIES = [40, 4, 30], [4, 4, 2]
@@ -62,61 +61,72 @@ def assert_agrees(batch: Batch, implementation: str, rescale: str, tolerance: fl
     np.testing.assert_allclose(lse, lse_wanted, rtol=0, atol=1e-2)
 
 
-@pytest.mark.parametrize(
-    ("implementation", "dtype", "rescale"),
-    [
+@pytest.fixture(
+    scope="module",
+    params=[
         ("reference", "bfloat16", "multiply"),
         ("xla", "bfloat16", "multiply"),
         ("xla", "int8", "exponent_add"),
         ("split_kv", "bfloat16", "exponent_add"),
         ("blockwise", "bfloat16", "multiply"),
     ],
+    ids=" ".join,
 )
-def test_a_row_depends_only_on_keys_that_it_may_see(implementation, dtype, rescale):
+def case(request):
+    """Implementation, dtype of the cache, rescale. Its tests run in a row and compile once."""
+    return request.param
+
+
+def rope_of(dtype: str) -> tuple[str, int]:
+    """The array that the rope part of a key is in, and its first column there."""
+    return ("rope_pages", 0) if dtype == "int8" else ("pages", RANK)
+
+
+def test_a_row_depends_only_on_keys_that_it_may_see(case):
     """A later draft, the token past query_lens's, a rope part: hidden they are nothing, seen loud.
 
     Column by column, as float64 has it: an infinite value whose score is -inf makes NaN of its own
     column only.
     """
-    latent, rope = ("scales", "rope_pages") if dtype == "int8" else ("pages", "pages")
-    offset = 0 if dtype == "int8" else RANK
+    implementation, dtype, rescale = case
+    rope, offset = rope_of(dtype)
     for value, position in itertools.product((np.nan, np.inf, -np.inf), (-1, -3)):
         places = {(request, LENS[request] + position): {3: value} for request in (0, 1)}
         rope_places = {(2, LENS[2] - 1): {offset + 5: value}}
-        batch = poke(poke(clean(dtype), latent, places), rope, rope_places)
+        batch = poke(clean(dtype), "scales" if dtype == "int8" else "pages", places)
+        batch = poke(batch, rope, rope_places)
         wanted = batch.oracle()[0]
         assert np.isnan(wanted).any(axis=(1, 2, 3)).all()
         assert not np.isnan(wanted[:2, 0]).any()
         assert_agrees(batch, implementation, rescale, TOLERANCE["bfloat16"])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_scores_of_minus_infinity(implementation):
+def test_scores_of_minus_infinity(case):
     """Whole blocks of them, then finite ones; or for all keys that a row sees: o = 0, lse = -inf.
 
-    A rope column of q is positive, so that -inf in it gives -inf for every row.
+    All of q is positive, so that -inf in a rope column gives -inf for every row.
     """
-    batch = clean("bfloat16")
+    implementation, dtype, rescale = case
+    batch = clean(dtype)
     batch = dataclasses.replace(batch, q=jnp.abs(batch.q))
-    places = {(request, position): {RANK + 3: -np.inf} for request in (0, 1)
+    rope, offset = rope_of(dtype)
+    places = {(request, position): {offset + 3: -np.inf} for request in (0, 1)
               for position in range(32 if request == 0 else 4)}  # fmt: skip
-    batch = poke(batch, "pages", places)
+    batch = poke(batch, rope, places)
     o, lse = batch.oracle()
     assert np.isfinite(lse[0]).all()
     assert np.isneginf(lse[1]).all()
     assert not o[1].any()
-    rescale = "exponent_add" if implementation == "split_kv" else "multiply"  # compiled already
     assert_agrees(batch, implementation, rescale, TOLERANCE["bfloat16"])
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_large_scores_are_normalised_by_their_sum(implementation):
+def test_large_scores_are_normalised_by_their_sum():
     """float32 does not hold the lse of scores past 10^7 to less than 1, o must not hang on it."""
     batch = make_batch(np.random.default_rng(0), [4], [1], heads=5, capacity=48)
     for position in range(4):
         batch = poke(batch, "pages", {(0, position): {RANK: 1e10}})
     q = jnp.zeros_like(batch.q).at[..., RANK].set(3.0)
-    o, _ = compiled(implementation)(q, *batch.args[1:], batch.query_lens)
+    o, _ = compiled("reference")(q, *batch.args[1:], batch.query_lens)
     np.testing.assert_allclose(o, dataclasses.replace(batch, q=q).oracle()[0], rtol=1e-4, atol=1e-6)
 
 
