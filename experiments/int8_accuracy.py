@@ -45,7 +45,7 @@ RANK, ROPE = 512, 64
 PAGE_SIZE = 64
 SOFTMAX_SCALE = 192**-0.5
 BOUND = 1e-2  # of the output, on rows that are not hard
-DATAFLOWS: dict[str, dict[str, str]] = {
+DATAFLOWS: dict[str, dict[str, Any]] = {
     "bf16 P": {"queries": "bfloat16", "weights": "bfloat16"},
     "int8 q, bf16 P": {"queries": "int8", "weights": "bfloat16"},
     "int14 q, bf16 P": {"queries": "int14", "weights": "bfloat16"},

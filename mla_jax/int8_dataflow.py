@@ -36,13 +36,15 @@ def scores_to_scale(products: jax.Array, q_scale: jax.Array, k_scale: jax.Array)
 
 
 def weights_in_int8(p: jax.Array, v_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """P [R, T] with v_scale [..., T] folded in: int8 [..., R, T], and each row's scale [..., R]."""
-    folded = p * v_scale[..., None, :]
+    """P [R, T] with v_scale [..., T] folded in: int8 [..., R, T], and each row's scale [..., R].
+
+    Weights of 0 stay so, whatever the key's scale is: the row may not see the key.
+    """
+    folded = jnp.where(p == 0, 0, p * v_scale[..., None, :])
     p_scale = quantize.scale_for(folded.max(-1))
     return quantize.quantize(folded, p_scale), p_scale
 
 
-@functools.partial(jax.jit, static_argnames=("weights", "queries", "block"))
 def attend_int8(
     q: jax.Array,
     latent: jax.Array,
@@ -66,13 +68,55 @@ def attend_int8(
     Returns:
         o [R, W] and lse [R] (natural log), float32.
 
-    Raises ValueError for other weights or queries, TypeError for a latent that is not int8.
+    Raises ValueError for other weights or queries, or shapes that do not fit; TypeError for arrays
+    of other dtypes, a latent that is not int8 first of all, and where q is differentiated that is
+    rounded to int8.
     """
     checks.require_one_of("weights", weights, WEIGHTS)
     checks.require_one_of("queries", queries, QUERIES)
-    if latent.dtype != jnp.int8:
-        raise TypeError(f"latent must be int8, got {latent.dtype}")
+    block = checks.require_positive("block", block)
+    if getattr(latent, "dtype", None) != jnp.int8:
+        raise TypeError(
+            f"latent must be int8, got {getattr(latent, 'dtype', type(latent).__name__)}"
+        )
+    checks.require_shape("latent", latent, "[T, W]", None, None)
     count, width = latent.shape
+    checks.require_positive("T of latent", count)
+    checks.require_float("k_rope", k_rope)
+    checks.require_shape("k_rope", k_rope, "[T, rope_dim]", count, None)
+    checks.require_float("q", q)
+    checks.require_shape("q", q, "[R, W + rope_dim]", None, width + k_rope.shape[1])
+    if getattr(scales, "dtype", None) != jnp.float32:
+        got = getattr(scales, "dtype", type(scales).__name__)
+        raise TypeError(f"scales must be a float32 array, got {got}")
+    shapes = [(), (count,), (count, width // quantize.GROUP)]
+    if scales.shape not in shapes[: 3 if width % quantize.GROUP == 0 else 2]:
+        raise ValueError(
+            f"scales must be [], [T] or [T, W / {quantize.GROUP}] for a latent of "
+            f"{list(latent.shape)}, got shape {list(scales.shape)}"
+        )
+    if not isinstance(softmax_scale, jax.core.Tracer):
+        softmax_scale = checks.require_number("softmax_scale", softmax_scale)
+    return _attend_int8(
+        q, latent, scales, k_rope, softmax_scale, weights=weights, queries=queries, block=block
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("weights", "queries", "block"))
+def _attend_int8(
+    q: jax.Array,
+    latent: jax.Array,
+    scales: jax.Array,
+    k_rope: jax.Array,
+    softmax_scale: jax.Array | float,
+    *,
+    weights: str,
+    queries: str,
+    block: int,
+) -> tuple[jax.Array, jax.Array]:
+    """`attend_int8`, its arguments checked."""
+    count, width = latent.shape
+    softmax_scale = jnp.asarray(softmax_scale, jnp.float32)
     groups = scales.shape[1] if scales.ndim == 2 else 1
     scales = jnp.broadcast_to(scales.reshape(-1, groups), (count, groups))
     q_nope, q_rope = jnp.split(q.astype(jnp.float32), [width], axis=-1)
@@ -83,7 +127,7 @@ def attend_int8(
     elif queries == "int14":
         *parts, q_scale = quantize.quantize_in_halves(q_nope)
     else:
-        q_scale, parts = jnp.ones(len(q)), (q_nope.astype(jnp.bfloat16),)
+        q_scale, parts = jnp.ones(len(q), jnp.float32), (q_nope.astype(jnp.bfloat16),)
     parts = tuple(_columns(part, groups) for part in parts)
 
     def step(state: SoftmaxState, keys: tuple[jax.Array, ...]) -> tuple[SoftmaxState, None]:

@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mla_jax.online_softmax import SoftmaxState, finalize, init_state, update
+from mla_jax.online_softmax import (
+    SoftmaxState,
+    accumulate,
+    common_dtype,
+    finalize,
+    init_state,
+    mark_nonfinite,
+)
 from mla_jax.problem import AttentionProblem
 from mla_jax.split_kv import SplitPlan, covered_requests, merge_partials, plan_splits
 
@@ -23,13 +30,21 @@ def attend_reference(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
     capacity = problem.block_tables.shape[1] * cache.page_size
     kv = cache.gather(problem.block_tables, max_len=capacity, seq_lens=problem.seq_lens)
     kv = kv.astype(jnp.float32)
+    positions = jnp.arange(capacity, dtype=jnp.int32)
+    seen = positions < problem.visible_keys()[..., None]
     scores = _scores(problem.query_rows(), kv, problem.softmax_scale)
-    unseen = jnp.arange(capacity) >= problem.visible_keys()[..., None]
-    scores = jnp.where(unseen, -jnp.inf, scores)
-    lse = jax.nn.logsumexp(scores, axis=-1)
-    weights = jnp.exp(scores - jnp.where(lse == -jnp.inf, 0.0, lse)[..., None])
-    o = jnp.matmul(weights, kv[..., : cache.kv_lora_rank], precision=lax.Precision.HIGHEST)
-    return problem.outputs(o, lse)
+    scores = jnp.where(seen, scores, -jnp.inf)
+    top = lax.stop_gradient(scores.max(-1, keepdims=True))
+    top = jnp.where(top == -jnp.inf, 0.0, top)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    empty = total == 0
+    total = jnp.where(empty, 1.0, total)
+    values = kv[..., : cache.kv_lora_rank]
+    finite = jnp.where(jnp.isfinite(values), values, 0)
+    o = jnp.matmul(weights / total, finite, precision=lax.Precision.HIGHEST)
+    lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
+    return problem.outputs(mark_nonfinite(o, lse, seen, values), lse)
 
 
 @jax.jit
@@ -47,7 +62,8 @@ def attend_xla(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
 
     state = init_state(q.shape[:2], cache.kv_lora_rank)
     state = lax.fori_loop(0, -(-seq_lens.max() // block), step, state)
-    return problem.outputs(*finalize(state))
+    o, lse = finalize(state)
+    return problem.outputs(_mark_drafts(problem, o, lse), lse)
 
 
 @jax.jit
@@ -75,10 +91,11 @@ def attend_split_kv(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
     partial_dtype = jnp.float32 if problem.partial_dtype is None else problem.partial_dtype
     outputs = (
         jnp.zeros((plan.num_tiles, rows[1], width), jnp.float32),
-        jnp.full((plan.num_tiles, rows[1]), -jnp.inf),
+        jnp.full((plan.num_tiles, rows[1]), -jnp.inf, jnp.float32),
         jnp.zeros((max(1, plan.num_slots), rows[1], width), partial_dtype),
-        jnp.full((max(1, plan.num_slots), rows[1]), -jnp.inf),
+        jnp.full((max(1, plan.num_slots), rows[1]), -jnp.inf, jnp.float32),
     )
+    offsets = jnp.arange(plan.block_size, dtype=jnp.int32)
 
     def begin(piece: jax.Array) -> tuple[jax.Array, jax.Array]:
         piece = jnp.minimum(piece, plan.num_pieces - 1)
@@ -90,7 +107,7 @@ def attend_split_kv(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
         here, _ = begin(piece)
         request, end = jnp.maximum(plan.request[here], 0), plan.block_end[here]
         tile = plan.tile_of(request, plan.row_tile[here])
-        positions = block[:, None] * plan.block_size + jnp.arange(plan.block_size)
+        positions = block[:, None] * plan.block_size + offsets
         kv = cache.rows(problem.block_tables, positions, request)
         length = jnp.minimum(seq_lens[request], end * plan.block_size)
         limit = jnp.minimum(visible[tile], length[:, None])
@@ -112,18 +129,20 @@ def attend_split_kv(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
             init_state(rows, width),
             state,
         )
-        piece = piece + done
+        piece = piece + done.astype(jnp.int32)
         return piece, jnp.where(done, begin(piece)[1], block + 1), state, written
 
     steps = jnp.maximum(plan.block_end - plan.block_start, 1)
-    steps = jnp.append(jnp.zeros(1, jnp.int32), jnp.cumsum(steps))[plan.worker_start]
+    steps = jnp.append(jnp.zeros(1, jnp.int32), jnp.cumsum(steps, dtype=jnp.int32))[
+        plan.worker_start
+    ]
     piece = plan.worker_start[:-1]
     carry = (piece, begin(piece)[1], init_state(rows, width), outputs)
     *_, (o, lse, partial_o, partial_lse) = lax.fori_loop(0, jnp.diff(steps).max(), step, carry)
     o, lse = merge_partials(plan, o, partial_o, lse, partial_lse)
-    return dataclasses.replace(problem, seq_lens=seq_lens).outputs(
-        _without_tiles(o, problem), _without_tiles(lse, problem)
-    )
+    o, lse = _without_tiles(o, problem), _without_tiles(lse, problem)
+    problem = dataclasses.replace(problem, seq_lens=seq_lens)
+    return problem.outputs(_mark_drafts(problem, o, lse), lse)
 
 
 def _attend_block(
@@ -148,12 +167,39 @@ def _attend_block(
     scores = _scores(q, kv, problem.softmax_scale)
     scores = jnp.where(positions[:, None] < visible[..., None], scores, -jnp.inf)
     values = kv[..., : problem.cache.kv_lora_rank]
-    return update(state, scores, values, rescale=problem.rescale)
+    if _has_drafts(problem):
+        # What one row sees and another must not is taken as 0; `_mark_drafts` makes up for it.
+        first_hidden = jnp.where(visible > 0, visible, lengths[:, None]).min(-1, keepdims=True)
+        kept = jnp.isfinite(values) | (positions < first_hidden)[..., None]
+        values = jnp.where(kept, values, 0)
+    return accumulate(state, scores, values, rescale=problem.rescale)
+
+
+def _has_drafts(problem: AttentionProblem) -> bool:
+    """Whether there are keys that some rows of a request see and others must not.
+
+    Only the last S - 1 keys of a request can be such: the tokens that its own queries come from.
+    Rows that see no key at all do not count: `finalize` makes them 0 whatever was summed up.
+    """
+    return problem.causal and problem.q.shape[1] > 1
+
+
+def _mark_drafts(problem: AttentionProblem, o: jax.Array, lse: jax.Array) -> jax.Array:
+    """o [B, R, kv_lora_rank] with `mark_nonfinite` over the keys that `_has_drafts` speaks of."""
+    if not _has_drafts(problem):
+        return o
+    cache, seq_lens = problem.cache, problem.seq_lens[:, None]
+    drafts = problem.q.shape[1] - 1
+    positions = seq_lens - drafts + jnp.arange(drafts, dtype=jnp.int32)
+    values = cache.rows(problem.block_tables, positions)[..., : cache.kv_lora_rank]
+    values = jnp.where((positions >= 0)[..., None], values, 0)
+    seen = positions[:, None] < problem.visible_keys()[..., None]
+    return mark_nonfinite(o, lse, seen, values)
 
 
 def _scores(q: jax.Array, kv: jax.Array, softmax_scale: float) -> jax.Array:
     """q [N, R, D] . kv [N, T, D] * scale: [N, R, T] float32."""
-    dtype = jnp.promote_types(q.dtype, kv.dtype)
+    dtype = common_dtype(q, kv)
     scores = jnp.einsum(
         "nrd,ntd->nrt",
         q.astype(dtype),

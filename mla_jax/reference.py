@@ -23,7 +23,8 @@ def attention_float64(
         kv: [T, D]; V is its first kv_lora_rank columns.
 
     Returns:
-        o [S, H, kv_lora_rank] and lse [S, H] (natural log), float64; without a key 0 and -inf.
+        o [S, H, kv_lora_rank] and lse [S, H] (natural log), float64; without a key, or with scores
+        of -inf only, 0 and -inf. A score of +inf or NaN makes both NaN.
     """
     q, kv = np.asarray(q, np.float64), np.asarray(kv, np.float64)
     o = np.zeros((*q.shape[:2], kv_lora_rank))
@@ -32,12 +33,14 @@ def attention_float64(
         visible = kv[: max(0, len(kv) - len(q) + token + 1)] if causal else kv
         if len(visible) == 0:
             continue
-        scores = softmax_scale * (q[token] @ visible.T)  # [H, keys]
-        top = scores.max(axis=1, keepdims=True)
-        weights = np.exp(scores - top)
-        total = weights.sum(axis=1, keepdims=True)
-        o[token] = (weights / total) @ visible[:, :kv_lora_rank]
-        lse[token] = (top + np.log(total))[:, 0]
+        with np.errstate(invalid="ignore"):
+            scores = softmax_scale * (q[token] @ visible.T)  # [H, keys]
+            top = scores.max(axis=1)
+            some = top != -np.inf  # of NaN, too
+            weights = np.exp(scores[some] - top[some, None])
+            total = weights.sum(axis=1)
+            o[token, some] = (weights / total[:, None]) @ visible[:, :kv_lora_rank]
+            lse[token, some] = top[some] + np.log(total)
     return o, lse
 
 
@@ -56,7 +59,8 @@ def read_pages_float64(cache: Any, block_table: np.ndarray, length: int) -> np.n
     groups = scales.shape[2] if scales.ndim == 3 else 1
     scales = scales[page, t].reshape(length, groups) if scales.ndim else scales.reshape(1, 1)
     latent = _read_array(cache, cache.pages, page, t, rank)
-    latent *= np.repeat(scales, rank // groups, axis=1)
+    with np.errstate(invalid="ignore"):
+        latent *= np.repeat(scales, rank // groups, axis=1)
     return np.append(latent, _read_array(cache, cache.rope_pages, page, t, cache.rope_dim), axis=1)
 
 

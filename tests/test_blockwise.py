@@ -203,3 +203,13 @@ def test_int8_refuses_what_it_can_not_do() -> None:
         int8_attend(ASCEND_ORDERS["int8-2-signals"], "group")
     with pytest.raises(ValueError, match="granularity token or tensor, got bfloat16 with None"):
         attend(ragged(), run=blockwise_mla_int8)
+
+
+def test_refuses_to_be_differentiated() -> None:
+    batch = ragged()
+
+    def run(q: jax.Array) -> jax.Array:
+        return attend(dataclasses.replace(batch, q=q), schedule_named("serial"))[0].sum()
+
+    with pytest.raises(TypeError, match="the blockwise kernels have no derivative"):
+        jax.eval_shape(jax.grad(run), batch.q)

@@ -260,3 +260,176 @@ def test_merge_axis_and_dtype(axis):
 def test_merge_refuses_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match=r"lse must be o's shape without the last = \(2, 3\)"):
         merge_states(jnp.ones((2, 3, 4)), jnp.ones((2, 4)))
+
+
+class TestHiddenAndInfiniteValues:
+    def test_what_a_row_must_not_see_never_reaches_it(self):
+        """Mixed: each key is hidden from one row; inf, -inf, both, and NaN are seen by others."""
+        scores, values = draw(11, rows=4, keys=64)
+        values = np.array(values)
+        values[5, 0], values[6, 1], values[7, 1], values[40, 2] = np.inf, -np.inf, np.inf, np.nan
+        hidden = np.zeros(scores.shape, bool)
+        hidden[0, [5, 6, 7, 40]] = hidden[1, [6, 40]] = hidden[2, [5, 7]] = True
+        scores = jnp.where(hidden, -jnp.inf, scores)
+        wanted = softmax_float64(scores, np.where(np.isfinite(values), values, 0))
+        o_wanted = wanted[0]
+        o_wanted[1, 0], o_wanted[1, 1], o_wanted[2, 1] = np.inf, np.inf, -np.inf
+        o_wanted[2, 2] = np.nan
+        o_wanted[3, :3] = np.inf, np.nan, np.nan
+        for rescale in RESCALES:
+            # The maximum rises by far more than float32 spans: what is infinite stays so.
+            for rise in (0.0, 500.0):
+                raised = scores.at[:, 48:].add(rise)
+                o, lse = blockwise(raised, jnp.asarray(values), 16, rescale)
+                finite = np.isfinite(o_wanted)
+                np.testing.assert_array_equal(np.asarray(o)[~finite], o_wanted[~finite])
+                assert np.isfinite(np.asarray(o)[finite]).all()
+                if rise == 0.0:
+                    np.testing.assert_allclose(o[finite], o_wanted[finite], rtol=1e-4, atol=1e-5)
+                    np.testing.assert_allclose(lse, wanted[1], rtol=0, atol=2e-6)
+
+    @pytest.mark.parametrize("rescale", RESCALES)
+    def test_a_score_of_plus_infinity_makes_its_row_nan(self, rescale):
+        scores, values = draw(12, rows=4, keys=64)
+        o, lse = blockwise(scores.at[1, 20].set(jnp.inf), values, 16, rescale)
+        np.testing.assert_array_equal(np.isnan(lse), [False, True, False, False])
+        np.testing.assert_array_equal(np.isnan(o).all(1), [False, True, False, False])
+        assert np.isfinite(np.asarray(o)[[0, 2, 3]]).all()
+
+    def test_an_infinite_part_stays_so_when_merged(self):
+        o = jnp.array([[[jnp.inf, 1.0]], [[2.0, 3.0]]])
+        merged, _ = merge_states(o, jnp.array([[0.0], [500.0]]))
+        np.testing.assert_array_equal(merged, [[np.inf, 3.0]])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_exponent_add_takes_scores_of_any_size(dtype):
+    """Offsets, spreads and first blocks up to the ends of float32, against float64."""
+    base, values = draw(13, rows=8, keys=128, dim=8, dtype=dtype)
+    far = np.float32(3.4e38)
+    first = np.arange(128) < 32
+    cases = [base * np.float32(size) for size in (1e4, 1e10, 1e20, 1e37)]
+    cases += [jnp.rint(base) * 1024 + np.float32(size) for size in (1e10, -1e10, 1e20, 1e38)]
+    cases += [jnp.where(first, low, base) for low in (-1e30, -far)]
+    cases += [jnp.where(first, base, far), jnp.where(first, -far, far), jnp.full_like(base, far)]
+    for number, scores in enumerate(cases):
+        scores = jnp.broadcast_to(scores, base.shape).astype(jnp.float32)
+        wanted = softmax_float64(scores, values)
+        for rescale in RESCALES:
+            o, lse = blockwise(scores, values, 16, rescale)
+            assert relative_error(o, wanted[0]) < TOLERANCE[dtype], (number, rescale)
+            np.testing.assert_allclose(lse, wanted[1], rtol=3e-7, atol=2e-6)
+
+
+def derivative_float64(scores, values, d_scores, d_values):
+    """Of o and lse, by the softmax's own derivative."""
+    scores, values, d_values = (np.asarray(x, np.float64) for x in (scores, values, d_values))
+    d_scores = np.where(np.isfinite(scores), np.asarray(d_scores, np.float64), 0)
+    p = np.exp(scores - scores.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    d_lse = (p * d_scores).sum(1)
+    return (p * (d_scores - d_lse[:, None])) @ values + p @ d_values, d_lse
+
+
+class TestDerivative:
+    """Through exponent_add it is the multiplication's, over all blocks."""
+
+    def draw(self, seed=14):
+        """Maxima that rise from block to block, hidden first blocks, and tangents."""
+        scores, values = draw(seed, rows=6, keys=64, dim=4)
+        scores = scores + jnp.arange(64) // 16 * 0.7
+        scores = scores.at[::2, :20].set(-jnp.inf)
+        tangents = draw(seed + 1, rows=6, keys=64, dim=4)
+        return (scores, values), tangents
+
+    def test_forward_and_backward_under_scan_match_float64(self):
+        primals, tangents = self.draw()
+
+        def run(scores, values):
+            return blockwise(scores, values, 16, "exponent_add")
+
+        wanted = derivative_float64(*primals, *tangents)
+        _, got = jax.jvp(run, primals, tangents)
+        for one, right in zip(got, wanted, strict=True):
+            assert relative_error(one, right) < 1e-5
+        weights = draw(20, rows=6, keys=4)[0]
+
+        def loss(scores, values):
+            o, lse = run(scores, values)
+            return (weights * o).sum() + lse.sum()
+
+        gradients = jax.grad(loss, argnums=(0, 1))(*primals)
+        along = sum((g * t).sum() for g, t in zip(gradients, tangents, strict=True))
+        right = (np.asarray(weights, np.float64) * wanted[0]).sum() + wanted[1].sum()
+        np.testing.assert_allclose(along, right, rtol=1e-4)
+        assert np.abs(np.asarray(gradients[0])[1::2, :16]).max() > 1e-3  # of the earliest block
+
+    def test_under_vmap(self):
+        """Row by row, each with its tangent, in two blocks."""
+        (scores, values), (d_scores, d_values) = self.draw(16)
+
+        def run(scores, values):
+            state = init_state((1,), 4)
+            for part in (slice(None, 32), slice(32, None)):
+                state = update(state, scores[None, part], values[part], rescale="exponent_add")
+            o, lse = finalize(state)
+            return o[0], lse[0]
+
+        @jax.jit
+        def derivative(row, d_row):
+            return jax.jvp(run, (row, values), (d_row, d_values))[1]
+
+        got = jax.vmap(derivative)(scores, d_scores)
+        wanted = derivative_float64(scores, values, d_scores, d_values)
+        for one, right in zip(got, wanted, strict=True):
+            assert relative_error(one, right) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"rescale": "x"}, ValueError, "rescale must be one of multiply, exponent_add, got 'x'"),
+        ({"compensate": 1}, TypeError, "compensate must be True or False"),
+        ({"state": None}, TypeError, "state must be a SoftmaxState, got NoneType"),
+        ({"scores": [[1.0]]}, TypeError, "scores must be an array, got list"),
+        ({"scores": np.ones((2, 3), np.int32)}, TypeError, "scores must be an array of .* int32"),
+        ({"scores": jnp.ones((2, 3), jnp.bfloat16)}, TypeError, "scores .* float32, got bfloat16"),
+        ({"scores": np.ones((3, 3), np.float32)}, ValueError, r"scores must be .*\[2\].*\[3, 3\]"),
+        ({"scores": np.ones((2, 0), np.float32)}, ValueError, "scores must be .* T at least 1"),
+        ({"values": None}, TypeError, "values must be an array, got NoneType"),
+        ({"values": np.ones((3, 4), np.int8)}, TypeError, "values must be an array of .* int8"),
+        ({"values": np.ones((2, 4), np.float32)}, ValueError, r"values must be .* \[3, 4\], got"),
+        ({"values": np.ones((2, 3, 4), np.float32)}, ValueError, r"values must be .* \[2, 3, 4\]"),
+    ],
+)
+def test_update_refuses(change, error, message):
+    good = {
+        "state": init_state((2,), 4),
+        "scores": np.ones((2, 3), np.float32),
+        "values": np.ones((3, 4), np.float32),
+    }
+    with pytest.raises(error, match=message):
+        update(**(good | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"axis": 7}, ValueError, r"axis must be in -2 .. 1, got 7"),
+        ({"axis": -3}, ValueError, r"axis must be in -2 .. 1, got -3"),
+        ({"axis": 1.0}, TypeError, "axis must be an integer, got 1.0"),
+        ({"axis": None}, TypeError, "axis must be an integer, got None"),
+        ({"o": np.ones((2, 3, 4), np.int32)}, TypeError, "o must be an array of .* got int32"),
+        ({"o": [[[1.0]]]}, TypeError, "o must be an array, got list"),
+        ({"lse": np.ones((2, 3), np.int32)}, TypeError, "lse must be an array of .* got int32"),
+        ({"lse": None}, TypeError, "lse must be an array, got NoneType"),
+        ({"o": np.ones(4, np.float32), "lse": np.ones(1, np.float32)},
+         ValueError, "lse must be o's shape"),
+        ({"o": np.ones((0, 3, 4), np.float32), "lse": np.ones((0, 3), np.float32)},
+         ValueError, "the number of parts must be at least 1"),
+    ],
+)  # fmt: skip
+def test_merge_refuses(change, error, message):
+    good = {"o": np.ones((2, 3, 4), np.float32), "lse": np.ones((2, 3), np.float32)}
+    with pytest.raises(error, match=message):
+        merge_states(**(good | change))

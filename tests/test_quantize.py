@@ -1,5 +1,6 @@
 """int8 and scales, and the integer dataflows, against float64 by the definition."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,13 +9,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from paged_batch import OPTIMISED, assert_matches, relative_error
+from paged_batch import OPTIMISED, assert_matches, make_batch, relative_error
+from paged_batch import SCALE as BATCH_SCALE
 
 from mla_jax import quantize
+from mla_jax.attention import paged_mla_attention
+from mla_jax.cache import PagedKVCache
 from mla_jax.int8_dataflow import WEIGHTS, attend_int8, weights_in_int8
 from mla_jax.reference import attention_float64
 
 RANK, ROPE, SCALE = 256, 32, 0.05
+X = np.ones((2, 256), np.float32)
 SHAPES = {"token": (5, 3), "group": (5, 3, 2), "tensor": ()}
 
 
@@ -178,3 +183,101 @@ def test_attend_int8_refuses():
         attend_int8(q, *keys, softmax_scale=SCALE, weights="int8", queries="fp8")
     with pytest.raises(TypeError, match="latent must be int8, got float32"):
         attend_int8(q, keys[0].astype(jnp.float32), *keys[1:], softmax_scale=SCALE, weights="int8")
+
+
+def refused_derivatives():
+    """name -> a function of x [2, 128] that rounds x to int8 on its way to a float."""
+    scales = jnp.ones(2, jnp.float32)
+    cache = PagedKVCache.create(1, page_size=16, kv_lora_rank=96, rope_dim=32, dtype="int8")
+    tables, zero = np.zeros((1, 1), np.int32), np.zeros(1, np.int32)
+    latent, k_rope = jnp.ones((3, 96), jnp.int8), jnp.ones((3, 32), jnp.float32)
+
+    def attend(x):
+        options = {"softmax_scale": 1.0, "weights": "bfloat16"}
+        return attend_int8(x, latent, jnp.float32(0.1), k_rope, **options)[0].sum()
+
+    return {
+        "round trip": lambda x: quantize.dequantize(quantize.quantize(x, scales), scales).sum(),
+        "halves": lambda x: quantize.quantize_in_halves(x)[2].sum(),
+        "append": lambda x: cache.append(x[None], tables, zero).gather(tables, max_len=2).sum(),
+        "queries": attend,
+    }
+
+
+@pytest.mark.parametrize("name", refused_derivatives())
+def test_rounding_refuses_to_be_differentiated(name):
+    x = jnp.ones((2, 128), jnp.float32)
+    function = refused_derivatives()[name]
+    for derivative in (jax.grad(function), lambda x: jax.jvp(function, (x,), (x,))):
+        with pytest.raises(TypeError, match=r"rounding to int8 has no derivative.*stop_gradient"):
+            jax.eval_shape(derivative, x)
+
+
+def test_the_derivative_by_scales_and_of_queries_over_an_int8_cache_is_right():
+    """By finite differences in float64; queries meet the dequantised rows, which are constants."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 128)), jnp.float32)
+    scales = quantize.scales_of(x, "token")
+    steps = quantize.quantize(x, scales)
+    by_scales = jax.grad(lambda s: quantize.dequantize(quantize.quantize(x, s), s).sum())(scales)
+    np.testing.assert_array_equal(by_scales, steps.astype(jnp.float32).sum(1))
+    batch = make_batch(np.random.default_rng(0), [40, 7], [1, 1], dtype="int8", capacity=48)
+    q = batch.q.astype(jnp.float32)
+    along = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape), jnp.float32)
+    moved = [np.asarray(q, np.float64) + h * np.asarray(along, np.float64) for h in (1e-5, -1e-5)]
+    above, below = (dataclasses.replace(batch, q=x).oracle()[0] for x in moved)
+
+    def run(q):
+        options = {"softmax_scale": BATCH_SCALE, "implementation": "xla", "return_lse": False}
+        return paged_mla_attention(q, *batch.args[1:], rescale="exponent_add", **options)
+
+    _, got = jax.jvp(run, (q,), (along,))
+    assert relative_error(got, (above - below) / 2e-5) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: quantize.scales_of(X, "row"), ValueError, "granularity must be one of token, gr"),
+        (lambda: quantize.scales_of(X[:, :90], "group"), ValueError, "multiple of 128 .* got 90"),
+        (lambda: quantize.scales_of([1.0], "token"), TypeError, "x must be an array, got list"),
+        (
+            lambda: quantize.quantize(X.astype(np.int8), np.float32(1)),
+            TypeError,
+            "x must be .*int8",
+        ),
+        (lambda: quantize.quantize(X, 1.0), TypeError, "scales must be an array, got float"),
+        (lambda: quantize.quantize(X, np.ones(2, np.int32)), TypeError, "scales must be float32"),
+        (lambda: quantize.quantize(X, X[0, :3]), ValueError, r"scales must be .* shape \[3\]"),
+        (lambda: quantize.quantize(X, X[:, :3]), ValueError, r"scales must be .* shape \[2, 3\]"),
+        (lambda: quantize.dequantize(X, np.float32(1)), TypeError, "values must be an int8 array"),
+    ],
+)
+def test_refuses_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"block": 0}, ValueError, "block must be at least 1, got 0"),
+        ({"softmax_scale": np.nan}, ValueError, "softmax_scale must be finite"),
+        ({"latent": None}, TypeError, "latent must be int8, got NoneType"),
+        ({"k_rope": np.ones((4, 32), np.float32)}, ValueError, r"k_rope must be .* = \[3, any\]"),
+        ({"q": np.ones((2, 130), np.float32)}, ValueError, r"q must be .* = \[any, 160\]"),
+        ({"q": np.ones((2, 160), np.int32)}, TypeError, "q must be an array of .* got int32"),
+        ({"scales": np.ones(4, np.float32)}, ValueError, r"scales must be .* got shape \[4\]"),
+        ({"scales": np.ones(3, np.int8)}, TypeError, "scales must be a float32 array, got int8"),
+    ],
+)
+def test_attend_int8_refuses_arguments(change, error, message):
+    good = {
+        "q": np.ones((2, 160), np.float32),
+        "latent": np.ones((3, 128), np.int8),
+        "scales": np.ones(3, np.float32),
+        "k_rope": np.ones((3, 32), np.float32),
+        "softmax_scale": 1.0,
+        "weights": "int8",
+    }
+    with pytest.raises(error, match=message):
+        attend_int8(**(good | change))

@@ -22,7 +22,14 @@ from mla_jax.cache import PagedKVCache
 from mla_jax.hal.orders import ASCEND_ORDERS
 from mla_jax.hal.schedule import Schedule
 from mla_jax.hal.tiling import TilePlan
-from mla_jax.online_softmax import finalize, rescale_output, weigh, weighted_sum
+from mla_jax.online_softmax import (
+    common_dtype,
+    finalize,
+    mark_nonfinite,
+    rescale_output,
+    weigh,
+    weighted_sum,
+)
 from pallas_kernels.blockwise.launch import (
     Workspace,
     begin_state,
@@ -78,11 +85,15 @@ def blockwise_mla(
         }
 
     walk = functools.partial(_walk, meta=cache, softmax_scale=softmax_scale, compensate=compensate)
-    return launch(
+    o, lse = launch(
         walk, order, rows=[q], cache=cache, block_tables=block_tables, seq_lens=seq_lens,
         visible=visible, width=cache.kv_lora_rank, tiles=tiles, kv_dtype="bf16",
         workspace=workspace, interpret=interpret,
     )  # fmt: skip
+    capacity = block_tables.shape[1] * cache.page_size
+    rows = cache.gather(block_tables, max_len=capacity, seq_lens=seq_lens)
+    seen = jnp.arange(capacity, dtype=jnp.int32) < visible[..., None]
+    return mark_nonfinite(o, lse, seen, rows[..., : cache.kv_lora_rank]), lse
 
 
 def _is_amla(schedule: Schedule) -> bool:
@@ -128,7 +139,7 @@ def _walk(
         return rows["pages"]
 
     def scores(i: jax.Array, kv: jax.Array) -> None:
-        dtype = jnp.promote_types(q_ref.dtype, kv.dtype)
+        dtype = common_dtype(q_ref, kv)
         products = lax.dot_general(
             q_ref[0].astype(dtype), kv.astype(dtype), (((1,), (1,)), ((), ())),
             precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
@@ -151,14 +162,15 @@ def _walk(
         p_ref[get("p", i)] = p
         factor_ref[get("p", i)] = factor
 
-    def product(i: jax.Array) -> jax.Array:
-        return weighted_sum(p_ref[get("p", i)], keys(i)[:, :width])
+    def product(i: jax.Array, values: jax.Array) -> jax.Array:
+        finite = jnp.where(jnp.isfinite(values), values, 0)  # `mark_nonfinite` makes up for it
+        return weighted_sum(p_ref[get("p", i)], finite)
 
     def pv(i: jax.Array) -> None:
-        otmp_ref[get("otmp", i)] = product(i)
+        otmp_ref[get("otmp", i)] = product(i, keys(i)[:, :width])
 
     def accumulate(i: jax.Array) -> None:
-        work_ref[...] = work_ref[...] + product(i)
+        work_ref[...] = work_ref[...] + product(i, keys(i)[:, :width])
 
     def add(i: jax.Array) -> None:
         work_ref[...] = rescale_output(work_ref[...], factor_ref[get("p", i)])
@@ -170,8 +182,7 @@ def _walk(
     def pv_half(columns: slice) -> Callable[[jax.Array], None]:
         def run(i: jax.Array) -> None:
             kept = rescale_output(work_ref[:, columns], factor_ref[get("p", i)])
-            values = kv_ref[get("kv", i), :, columns]
-            came = weighted_sum(p_ref[get("p", i)], values)
+            came = product(i, kv_ref[get("kv", i), :, columns])
             work_ref[:, columns] = lax.optimization_barrier(kept) + came
 
         return run
