@@ -276,7 +276,7 @@ def test_merges_tiles_in_two_pieces_and_in_many(races, rows, ctas, width, fixed)
         o, lse = jax.new_ref(o), jax.new_ref(lse)
         interpret = plgpu.InterpretGPUParams(detect_races=True)
         partials = jnp.asarray(left), jnp.asarray(partial_lse)
-        merge(o, lse, partials, plan, records(plan), interpret=interpret)
+        merge(o, lse, partials, plan, records(plan), num_rows=ctas * rows, interpret=interpret)
         return o[...], lse[...]
 
     shape = (5, ctas * rows, width)

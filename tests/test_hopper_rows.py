@@ -3,11 +3,8 @@
 import itertools
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
-from guarded_rows import check_rows
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.primitives import Backend
 from pallas_kernels.hopper.rows import Rows
