@@ -27,13 +27,12 @@ export JAX_PLATFORMS
 # The GPU tests run in shards, each of which ends within 9 minutes on an H200 with 16 cores: `make
 # test-gpu SHARD=fuzz` runs one, without SHARD they run one after the other. A shard is what has the
 # marker of its name; `kernels` is what has none of them. Most of the kernels' time is Python that
-# traces and lowers: with pytest-xdist that runs in several processes on the one GPU.
+# traces and lowers: with pytest-xdist that runs in several processes on the one GPU. (The sweep and
+# the fuzz start processes of their own, and compute-sanitizer wants the GPU for itself.)
 SHARDS := kernels sweep fuzz sanitizer demo
 MARKED = gpu and $(if $(filter kernels,$*),not (sweep or fuzz or sanitizer or demo),$*)
 XDIST = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo yes)
 GPU_JOBS_kernels ?= 6
-GPU_JOBS_sweep ?= 6
-GPU_JOBS_sanitizer ?= 2
 GPU_JOBS = $(if $(and $(XDIST),$(GPU_JOBS_$*)),-n $(GPU_JOBS_$*) --dist worksteal)
 
 .PHONY: demo test test-gpu $(SHARDS:%=test-gpu-%) fuzz lint format clean

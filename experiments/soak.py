@@ -23,7 +23,7 @@ from experiments.options import flag, seed_flag
 from mla_jax.allocator import OutOfPagesError, PageAllocator
 from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import LAYOUTS, PAGE_SIZES, PagedKVCache
-from mla_jax.implementations import IMPLEMENTATIONS, choose
+from mla_jax.implementations import IMPLEMENTATIONS, Target, check_names, choose
 from mla_jax.problem import AttentionProblem
 from mla_jax.reference import attention_float64
 
@@ -59,7 +59,9 @@ def run(options: Options, output: Output) -> Outcome:
     with reading("layout"):
         server = Server(options)
     require_runs(options.implementation, server.problem())
-    name = choose(options.implementation, server.problem()).name
+    problem = server.problem()
+    choice = choose(check_names(options.implementation), problem)
+    name = choice.on(Target.here(problem)).name
     for step in track(range(options.steps), "steps"):
         server.step(step)
     server.shut_down()

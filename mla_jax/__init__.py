@@ -9,7 +9,7 @@ from mla_jax.config import PRESETS, MLAConfig, YarnScaling
 from mla_jax.implementations import available_implementations
 from mla_jax.layer import attend, mla_layer, naive_mla_layer, preprocess, project_output
 from mla_jax.online_softmax import merge_states
-from mla_jax.split_kv import SplitPlan, plan_fixed, plan_loads, plan_splits
+from mla_jax.split_kv import SlowPlanWarning, SplitPlan, plan_fixed, plan_loads, plan_splits
 from mla_jax.weights import MLAParams, init_params, load_hf, rotate_latent, save_hf
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "OutOfPagesError",
     "PageAllocator",
     "PagedKVCache",
+    "SlowPlanWarning",
     "SplitPlan",
     "YarnScaling",
     "attend",

@@ -12,7 +12,9 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import itertools
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from jax.interpreters import ad, batching, mlir
 from mla_jax import checks
 from mla_jax.problem import AttentionProblem
 from mla_jax.pure_jax import attend_reference, attend_split_kv, attend_xla
+from mla_jax.split_plan import SlowPlanWarning
 
 BLOCKWISE_SCORES = 2**20  # at most, in a call: interpret mode takes a second or so for them
 _KERNELS = Path(__file__).resolve().parents[1] / "pallas_kernels"  # ours, should another shadow it
@@ -301,10 +304,26 @@ def choose(names: Sequence[str], problem: AttentionProblem) -> Choice:
             fit.append(name)
             if _runs_on_any_target(name):
                 break
+    _warn_of_plan(problem, fit, asked)
     choice = Choice(tuple(fit), tuple(asked.items()))
     if not fit or not (_runs_on_any_target(fit[-1]) or _is_traced(problem)):
         choice.on(Target.here(problem))
     return choice
+
+
+def _warn_of_plan(problem: AttentionProblem, fit: list[str], asked: dict[str, str | None]) -> None:
+    """Warns where only the plan keeps a preferred implementation from running here."""
+    if problem.plan is None or not fit:
+        return
+    without = dataclasses.replace(problem, plan=None)
+    for name in itertools.takewhile(lambda name: name != fit[0], asked):
+        if IMPLEMENTATIONS[name].unavailable(without) is None:
+            warnings.warn(
+                f"implementation {name!r} does not take this plan, so that {fit[0]!r} runs: "
+                f"{asked[name]}. With plan=None it plans for itself",
+                SlowPlanWarning,
+                stacklevel=4,
+            )
 
 
 def _runs_on_any_target(name: str) -> bool:

@@ -2,9 +2,9 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from guards import run_guarded
 from hopper_batch import GARBAGE_PAGE, SCALE
 
 from mla_jax import PagedKVCache, quantize
@@ -79,23 +79,25 @@ class Int8Batch:
         queries = np.clip(lens, 0, num_queries) if query_lens is None else query_lens
         self.query_lens = jnp.asarray(queries, jnp.int32)
 
-    def jitted(self, plan=None, *, causal=True, requests=slice(None), **options):
-        attend = functools.partial(
-            int8.attend_int8, num_heads=self.heads, softmax_scale=SCALE, causal=causal, **options
-        )
+    def jitted(self, plan=None, *, causal=True, requests=slice(None), interpret=None, **options):
+        """A function that attends; interpreted, it has guards around the outputs."""
+        attend = int8.attend_int8
+        if interpret is not None:
+            attend = functools.partial(run_guarded, attend, interpret=interpret)
         batch, tokens, heads, width = self.q[requests].shape
         return functools.partial(
-            jax.jit(attend),
+            attend,
             self.q[requests].reshape(batch, tokens * heads, width),
             *self.cache.arrays().values(),
             self.block_tables[requests],
             self.seq_lens[requests],
             self.query_lens[requests],
             plan,
+            num_heads=self.heads,
+            softmax_scale=SCALE,
+            causal=causal,
+            **options,
         )
-
-    def attend(self, plan=None, **options):
-        return self.jitted(plan, **options)()
 
     def check(self, o, lse, *, causal=True) -> None:
         """o by FlashMLA's rule (HopperBatch.check) for values of this size, lse as there."""

@@ -28,7 +28,7 @@ from mla_jax.attention import paged_mla_attention, prepare
 from mla_jax.cache import PAGE_SIZES, PagedKVCache
 from mla_jax.implementations import IMPLEMENTATIONS, available_implementations, compute
 from mla_jax.reference import attention_float64
-from mla_jax.split_kv import plan_splits
+from mla_jax.split_kv import SlowPlanWarning, plan_splits
 from pallas_kernels.hopper import attention as hopper
 
 PURE = ("reference", "xla", "split_kv")
@@ -550,6 +550,16 @@ def test_the_choice_is_of_the_platform_that_is_lowered_for(marked, half_batch):
     assert cosines(named, *args) == 1
     with pytest.raises(ValueError, match=r"'hopper' can't run this.* 9\.0 .* here is tpu"):
         cosines(named, *args, platforms=("tpu",))
+
+
+def test_a_plan_that_keeps_the_kernels_away_is_named(half_batch, monkeypatch):
+    """The best implementation here does not take its blocks: another one runs, with a warning."""
+    monkeypatch.setattr(hopper, "target_lacks", lambda platform, device: None)
+    monkeypatch.setattr(hopper, "refuses", lambda *problem: problem[3] and "its blocks are of 16")
+    plan = plan_splits(half_batch.seq_lens, num_workers=2, rows=4, block_size=16)
+    with pytest.warns(SlowPlanWarning, match=r"'hopper' does not .*'xla' runs: its blocks"):
+        got = attend(*half_batch.args, plan=plan)
+    assert_matches(got, half_batch.oracle(), TOLERANCE["bfloat16"], 1e-5)
 
 
 def test_the_card_that_is_lowered_for_counts(marked, half_batch, monkeypatch):

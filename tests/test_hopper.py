@@ -1,12 +1,12 @@
 """The Hopper kernels under the interpreter and compiled for sm_90a; test_hopper_gpu runs them."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from guards import run_guarded
 from hopper_batch import SCALE, HopperBatch, invalid_requests, with_latents_times
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from sass import overwritten_in_flight
@@ -30,7 +30,10 @@ def run(
     batch, *, workers=None, rows_per_tile=None, plan=None, tiles=None,
     rescale="multiply", causal=True, partial_dtype=None,
 ):  # fmt: skip
-    """The kernels under the interpreter, on a plan for a few workers so that tiles are cut."""
+    """The kernels under the interpreter, on a plan for a few workers so that tiles are split.
+
+    The outputs have guards, and numbers of rows vary over the tests: they are rarely whole tiles.
+    """
     requests, tokens, heads, width = batch.q.shape
     plan = plan or plan_splits(
         jnp.maximum(batch.seq_lens, 0),
@@ -39,8 +42,14 @@ def run(
         rows_per_tile=rows_per_tile,
         overhead=1,
     )
-    attend = functools.partial(
+    return run_guarded(
         attention.attend,
+        batch.q.reshape(requests, tokens * heads, width),
+        batch.cache.pages,
+        batch.block_tables,
+        batch.seq_lens,
+        batch.query_lens,
+        plan,
         num_heads=heads,
         kv_lora_rank=batch.cache.kv_lora_rank,
         softmax_scale=SCALE,
@@ -50,50 +59,42 @@ def run(
         tiles=tiles,
         interpret=plgpu.InterpretGPUParams(detect_races=True),
     )
-    return jax.jit(attend)(
-        batch.q.reshape(requests, tokens * heads, width),
-        batch.cache.pages,
-        batch.block_tables,
-        batch.seq_lens,
-        batch.query_lens,
-        plan,
-    )
 
 
 @pytest.mark.parametrize(
     ("seq_lens", "shape", "options"),
     [
-        ([200, 0, -1, 65, 1], {"heads": 16}, {"workers": 2, "rows_per_tile": 16}),
+        ([200, 0, -1, 65, 1], {"heads": 13}, {"workers": 2, "rows_per_tile": 16}),
         (
             [190, 70],
-            {"heads": 8, "num_queries": 2, "query_lens": [2, 1], "dtype": F16},
+            {"heads": 7, "num_queries": 2, "query_lens": [2, 1], "dtype": F16},
             {"workers": 2, "rows_per_tile": 16, "partial_dtype": "float16"},
         ),
         (
             [330, -1, 0, 20],
-            {"heads": 40, "page_size": 128},
+            {"heads": 39, "page_size": 128},
             {"workers": 2, "rows_per_tile": 64, "partial_dtype": "float32"},
         ),
         (
             [140, 260],
-            {"heads": 16, "num_queries": 3, "query_lens": [3, 1]},
+            {"heads": 19, "num_queries": 3, "query_lens": [3, 1]},
             {"workers": 2, "rows_per_tile": 64, "rescale": "exponent_add"},
         ),
-        ([150], {"heads": 128}, {"workers": 1, "rows_per_tile": 128}),
-        ([75, 0, -1, 66], {"heads": 16, "page_size": 1}, {"workers": 2, "rows_per_tile": 16}),
+        ([150], {"heads": 129}, {"workers": 1, "rows_per_tile": 128}),
+        ([75, 0, -1, 66], {"heads": 9, "page_size": 1}, {"workers": 2, "rows_per_tile": 16}),
         (  # several row tiles of the transposed kernel, a token's heads in two of them
             [70, 200],
-            {"heads": 20, "num_queries": 2, "query_lens": [2, 1]},
+            {"heads": 17, "num_queries": 2, "query_lens": [2, 1]},
             {"workers": 3, "rows_per_tile": 16},
         ),
         (
             [190, 70],
             {
-                "heads": 24, "num_queries": 2, "query_lens": [2, 1], "page_size": 8, "dtype": F16,
+                "heads": 31, "num_queries": 2, "query_lens": [2, 1], "page_size": 8, "dtype": F16,
             },
             {"workers": 2, "rows_per_tile": 64},
         ),
-        ([150], {"heads": 128, "page_size": 1}, {"workers": 1, "rows_per_tile": 128}),
+        ([150], {"heads": 65, "page_size": 1}, {"workers": 1, "rows_per_tile": 128}),
     ],
 )  # fmt: skip
 def test_interpreted(races, seq_lens, shape, options):
@@ -107,20 +108,20 @@ def test_interpreted(races, seq_lens, shape, options):
     [
         (  # a short one and a long one for each pair: both workers come to the long one last
             [60, 400],
-            {"heads": 40, "num_queries": 2, "query_lens": [2, 1], "dtype": F16},
+            {"heads": 41, "num_queries": 2, "query_lens": [2, 1], "dtype": F16},
             4,
             "exponent_add",
             False,
         ),
-        ([400], {"heads": 48}, 2, "multiply", True),  # by one of the two
+        ([400], {"heads": 47}, 2, "multiply", True),  # by one of the two
         (  # transposed
             [60, 400, 60, 400],
-            {"heads": 6, "num_queries": 2, "query_lens": [2, 1, 0, 2], "dtype": F16},
+            {"heads": 5, "num_queries": 2, "query_lens": [2, 1, 0, 2], "dtype": F16},
             4,
             "multiply",
             False,
         ),
-        ([400], {"heads": 24}, 2, "multiply", True),
+        ([400], {"heads": 23}, 2, "multiply", True),
     ],
 )
 def test_pairs_of_workers_interpreted(races, seq_lens, shape, workers, rescale, lost):
@@ -150,9 +151,9 @@ def test_pairs_of_workers_interpreted(races, seq_lens, shape, workers, rescale, 
 def test_a_tile_in_two_pieces_interpreted(races, lost):
     """The worker of the first adds what the other has left, another cluster, in global memory."""
     races.in_global = False
-    shape = {"heads": 60, "num_queries": 2, "query_lens": [2, 1, 0], "dtype": F16}
+    shape = {"heads": 33, "num_queries": 2, "query_lens": [2, 1, 0], "dtype": F16}
     batch = HopperBatch(np.random.default_rng(2), [20, 450, 0], **shape)
-    plan = plan_splits(batch.seq_lens, num_workers=2, rows=120, rows_per_tile=128, overhead=1)
+    plan = plan_splits(batch.seq_lens, num_workers=2, rows=66, rows_per_tile=128, overhead=1)
     assert (records(plan, "by_first")[1][:, SLOT] < -1).sum() == 1
     if lost:
         batch.block_tables = batch.block_tables.at[1, 450 // batch.cache.page_size].set(-1)
@@ -177,9 +178,9 @@ def test_units_hold_a_row_as_float16(largest):
 @pytest.mark.parametrize(
     ("heads", "rows_per_tile", "seq_lens", "widths", "pieces", "factor"),
     [
-        (40, 64, [20, 230], {}, 2, 2.0**60),
+        (33, 64, [20, 230], {}, 2, 2.0**60),
         (72, 128, [20, 230], {}, 2, 2.0**-60),
-        (72, 128, [450], {"kv_lora_rank": 128}, 3, 2.0**60),
+        (97, 128, [450], {"kv_lora_rank": 128}, 3, 2.0**60),
     ],
 )
 def test_pieces_of_any_size_interpreted(
@@ -199,20 +200,20 @@ def test_pieces_of_any_size_interpreted(
 @pytest.mark.parametrize("partial_dtype", ["float32", "bfloat16"])
 def test_other_pieces_interpreted(races, partial_dtype):
     """Of tiles of 64 rows, in three pieces."""
-    batch = HopperBatch(np.random.default_rng(3), [450], heads=40, kv_lora_rank=128)
+    batch = HopperBatch(np.random.default_rng(3), [450], heads=63, kv_lora_rank=128)
     options = {"workers": 3, "rows_per_tile": 64, "partial_dtype": partial_dtype}
     batch.check(*run(batch, **options))
     assert not races.found
 
 
-@pytest.mark.parametrize(("heads", "rows_per_tile"), [(16, 16), (40, 64)])
+@pytest.mark.parametrize(("heads", "rows_per_tile"), [(15, 16), (55, 64)])
 def test_pages_of_16_interpreted(heads, rows_per_tile):
     """(The race detector follows one TMA copy a barrier phase only: not asked here.)"""
     batch = HopperBatch(np.random.default_rng(heads), [75, 130], heads=heads, page_size=16)
     batch.check(*run(batch, workers=2, rows_per_tile=rows_per_tile))
 
 
-@pytest.mark.parametrize(("heads", "rows_per_tile"), [(16, 16), (40, 64)])
+@pytest.mark.parametrize(("heads", "rows_per_tile"), [(11, 16), (56, 64)])
 @pytest.mark.parametrize(("kv_lora_rank", "rope_dim"), [(128, 64), (384, 128)])
 def test_other_widths_interpreted(races, kv_lora_rank, rope_dim, heads, rows_per_tile):
     rng = np.random.default_rng(kv_lora_rank)
