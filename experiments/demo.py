@@ -206,7 +206,10 @@ class Runner:
             implementation=self.name,
             **self._arguments(self.batch.first_steps[phase]),
         )
-        return lowered.compile()
+        # (A step's largest cost here is compiling it, of that XLA's search for the fastest matmuls;
+        # what is fast is shown on the served batch.)
+        on_gpu = jax.default_backend() == "gpu"
+        return lowered.compile({"xla_gpu_autotune_level": 0} if on_gpu else None)
 
     def run(
         self, program: Callable[..., Any], index: int, step: Step, wanted: list[np.ndarray]

@@ -77,17 +77,15 @@ class TestPlan:
         assert set(plan.not_run) == {"reference", "split_kv", "blockwise"}
         found = {(s.heads, s.batch, s.s_q, s.kv_len, s.dtype) for s in plan.served}
         assert found == {
-            (heads, batch, tokens, length, "bf16")
-            for heads in (16, 128)
-            for batch, tokens, length in ((128, 1, 4096), (4, 1024, 1024))
-        }
+            (16, 128, 1, 4096, "bf16"), (128, 128, 1, 4096, "bf16"), (128, 4, 1024, 1024, "bf16"),
+        }  # fmt: skip
 
     def test_a_gpu_without_hopper(self):
         plan = demo_plan.plan(A100)
         assert plan.implementations == ("xla", "reference")
         assert plan.timed == ("xla",)
         assert plan.not_run["hopper"] == "it needs 9.0"
-        assert len(plan.served) == 4
+        assert len(plan.served) == 3
 
     @pytest.mark.parametrize("memory", [None, 2 * GIB, 8 * GIB, 24 * GIB])
     def test_a_served_batch_fits(self, memory):

@@ -112,24 +112,24 @@ class Rows:
         """Stores WGMMA tiles (64, 64) side by side to ref [..., R, d], from a column on.
 
         By TMA, through a SMEM ref (64, n) that `WGMMA_OPERAND` tiles; it may be written again when
-        this returns. TMA takes rows by eights: a tile that ends elsewhere goes from registers.
+        this returns. TMA takes arrays with rows by eights: others are stored from registers.
         """
         columns = range(0, BLOCK * len(parts), BLOCK)
+        if self.total % SWIZZLED_ROWS:
+            for c, part in zip(columns, parts, strict=True):
+                self.store_tile(g, ref, part, column + c)
+            return
+        for c, part in zip(columns, parts, strict=True):
+            staging.at[:, pl.ds(c, BLOCK)][...] = part
+        plgpu.commit_smem()
 
-        def store(there: int) -> None:
-            if there % SWIZZLED_ROWS:
-                for c, part in zip(columns, parts, strict=True):
-                    self.store_tile(g, ref, part, column + c)
-                return
+        def copy(there: int) -> None:
             source = staging if there == self.height else staging.at[pl.ds(0, there)]
             rows = pl.ds(self.first, there)
             target = ref.at[*self.at, rows, pl.ds(column, BLOCK * len(parts))]
             plgpu.copy_smem_to_gmem(source, target)
 
-        for c, part in zip(columns, parts, strict=True):
-            staging.at[:, pl.ds(c, BLOCK)][...] = part
-        plgpu.commit_smem()
-        self.when_there(store)
+        self.when_there(copy)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     # -- a value per row ------------------------------------------------------------------------
