@@ -261,13 +261,14 @@ class Rows:
                     for _, element, register in stores:
                         _put(start, element, register, array.mlir_dtype)
                     return
+                # (One number to compare with: beside a tile there are few registers.)
+                room = arith.subi(limit[0].registers.item(), row)
                 by_row: dict[int, list[tuple[int, ir.Value]]] = {}
                 for further, element, register in stores:
                     by_row.setdefault(further, []).append((element, register))
                 for further, of_row in by_row.items():
-                    this_row = arith.addi(row, mgpu.utils.c(further, row.type))
-                    there = arith.cmpi(arith.CmpIPredicate.slt, this_row, limit[0].registers.item())
-                    with mgpu.utils.when(there):
+                    bound = mgpu.utils.c(further, room.type)
+                    with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.sgt, room, bound)):
                         for element, register in of_row:
                             _put(start, element, register, array.mlir_dtype)
 
