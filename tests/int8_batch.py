@@ -99,6 +99,9 @@ class Int8Batch:
             **options,
         )
 
+    def attend(self, plan=None, **options):
+        return self.jitted(plan, **options)()
+
     def check(self, o, lse, *, causal=True) -> None:
         """o by FlashMLA's rule (HopperBatch.check) for values of this size, lse as there."""
         q, queries = self.expected_q, np.asarray(self.query_lens)

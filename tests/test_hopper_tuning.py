@@ -247,9 +247,11 @@ class TestPlansOfOthers:
         tables, pages = jnp.zeros((8, 128), jnp.int32), np.zeros((1, 64, 512), np.int8)
         work = tables, self.LENS, None, plan
         q = jnp.zeros((8, 128, 576), jnp.bfloat16)
-        attend = functools.partial(attention.attend, q, q[:1, :64], kv_lora_rank=512)
+        attend = functools.partial(attention.attend.__wrapped__, q, q[:1, :64], kv_lora_rank=512)
         if cache == "int8":
-            attend = functools.partial(int8.attend_int8, q, pages, q[:1, :64, :64], None)
+            attend = functools.partial(
+                int8.attend_int8.__wrapped__, q, pages, q[:1, :64, :64], None
+            )
         with pytest.warns(SlowPlanWarning, match=message):
             assert attend(*work, **options) == "launched"
 

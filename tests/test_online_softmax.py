@@ -426,7 +426,7 @@ def test_update_refuses(change, error, message):
         ({"o": np.ones(4, np.float32), "lse": np.ones(1, np.float32)},
          ValueError, "lse must be o's shape"),
         ({"o": np.ones((0, 3, 4), np.float32), "lse": np.ones((0, 3), np.float32)},
-         ValueError, "the number of parts must be at least 1"),
+         ValueError, "the number of parts must be a positive integer"),
     ],
 )  # fmt: skip
 def test_merge_refuses(change, error, message):

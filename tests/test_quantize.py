@@ -260,7 +260,7 @@ def test_refuses_arguments(call, error, message):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"block": 0}, ValueError, "block must be at least 1, got 0"),
+        ({"block": 0}, ValueError, "block must be a positive integer, got 0"),
         ({"softmax_scale": np.nan}, ValueError, "softmax_scale must be finite"),
         ({"latent": None}, TypeError, "latent must be int8, got NoneType"),
         ({"k_rope": np.ones((4, 32), np.float32)}, ValueError, r"k_rope must be .* = \[3, any\]"),

@@ -535,10 +535,10 @@ def decode(
 
                 def store(parts):
                     rows = rows_of(request, row_tile)
-                    if me == 0:
-                        rows.store_values(g, lse_ref, lse)
                     parts = [part.astype(dtype) for part in parts]
                     rows.store_parts(g, o_ref, me * half, parts, q_mine.at[opaque(0)])
+                    if me == 0:
+                        rows.store_values(g, lse_ref, lse)
 
                 def left(slot, i):
                     """Where part i of a piece's columns is, or goes, between CTAs."""

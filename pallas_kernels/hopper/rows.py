@@ -5,7 +5,6 @@ two CTAs that share a tile may have none. `Rows` knows how many exist; its metho
 kernel holds, in whatever layout it holds it, to those rows and to no other.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,9 +30,9 @@ BLOCK = 64  # rows of a WGMMA tile, and columns of a part of one
 SWIZZLED_ROWS = 8  # of a tile in shared memory
 # What a thread stores: (row, counted from its first one; element, likewise; the register).
 Store = tuple[int, int, ir.Value]
-# The first row (i32) and the first element (i32) of a thread, its stores, and, where threads hold
-# copies of the same values, a flag (i1) of the one that stores them.
-Places = tuple[ir.Value, ir.Value, Iterator[Store], ir.Value | None]
+# The first row (i32) and the first element (i32) of a thread, and its stores. (Where threads hold
+# copies of a value all of them store it: to choose one takes a register.)
+Places = tuple[ir.Value, ir.Value, Iterator[Store]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,10 +137,9 @@ class Rows:
 
         def places(array: Any, strides: list[int]) -> Places:
             del strides
-            row, column = place_in_tile()
-            first = arith.cmpi(arith.CmpIPredicate.eq, column, mgpu.utils.c(0, column.type))
+            row, _ = place_in_tile()
             stores = ((8 * i, 8 * i, _scalar(x)) for i, x in enumerate(array.registers.flat))
-            return row, row, stores, first
+            return row, row, stores
 
         self._store(g, ref, values, ROWS, places)
 
@@ -150,14 +148,13 @@ class Rows:
 
         def places(array: Any, strides: list[int]) -> Places:
             del strides
-            row, column = place_in_tile()
-            first = arith.cmpi(arith.CmpIPredicate.eq, row, mgpu.utils.c(0, row.type))
+            _, column = place_in_tile()
             stores = (
                 (8 * j + i, 8 * j + i, vector.extract(pair, [], [i]))
                 for j, pair in enumerate(array.registers.flat)
                 for i in range(2)
             )
-            return column, column, stores, first
+            return column, column, stores
 
         self._store(g, ref, values, COLUMNS, places)
 
@@ -173,7 +170,7 @@ class Rows:
                 for lower in (0, 1)
                 for j, register in enumerate(registers[:, lower])
             )
-            return row, _index(row, strides[0], column), stores, None
+            return row, _index(row, strides[0], column), stores
 
         columns = pl.ds(column, value.shape[1])
         self._store(g, ref, value, plgpu.Layout.WGMMA, places, columns)
@@ -197,7 +194,7 @@ class Rows:
                 for (i, j, lower), register in np.ndenumerate(registers)
                 for pair in range(2)
             )
-            return row, _index(row, strides[0], dimension), stores, None
+            return row, _index(row, strides[0], dimension), stores
 
         columns = pl.ds(column, value.shape[0])
         self._store(g, ref, value, plgpu.Layout.WGMMA, places, columns, transposed=True)
@@ -225,7 +222,7 @@ class Rows:
                 for j in range(n // 8)
                 for pair in range(2)
             )
-            return row, _index(row, strides[0], dimension), stores, None
+            return row, _index(row, strides[0], dimension), stores
 
         if g.interpreting:
             columns = pl.ds(GROUP * first_group, value.shape[0])
@@ -244,7 +241,8 @@ class Rows:
         transposed: bool = False,
     ) -> None:
         """Stores from registers, each thread what it holds, row by row where they are ragged."""
-        if g.interpreting:
+        if g.interpreting or not (columns or self.ragged):
+            # (Pallas's own store of a value per row takes fewer registers.)
             self.store(ref, value.T if transposed else value, *columns)
             return
 
@@ -254,23 +252,22 @@ class Rows:
         def store(ctx, target, array, *limit):
             del ctx
             strides, _ = ir.MemRefType(target.type).get_strides_and_offset()
-            row, index, stores, chosen = places(array, strides)
+            row, index, stores = places(array, strides)
             start = element_pointer(target, index)
-            with contextlib.nullcontext() if chosen is None else mgpu.utils.when(chosen):
-                if not limit:
-                    for _, element, register in stores:
+            if not limit:
+                for _, element, register in stores:
+                    _put(start, element, register, array.mlir_dtype)
+                return
+            # (One number to compare with: beside a tile there are few registers.)
+            room = arith.subi(limit[0].registers.item(), row)
+            by_row: dict[int, list[tuple[int, ir.Value]]] = {}
+            for further, element, register in stores:
+                by_row.setdefault(further, []).append((element, register))
+            for further, of_row in by_row.items():
+                bound = mgpu.utils.c(further, room.type)
+                with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.sgt, room, bound)):
+                    for element, register in of_row:
                         _put(start, element, register, array.mlir_dtype)
-                    return
-                # (One number to compare with: beside a tile there are few registers.)
-                room = arith.subi(limit[0].registers.item(), row)
-                by_row: dict[int, list[tuple[int, ir.Value]]] = {}
-                for further, element, register in stores:
-                    by_row.setdefault(further, []).append((element, register))
-                for further, of_row in by_row.items():
-                    bound = mgpu.utils.c(further, room.type)
-                    with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.sgt, room, bound)):
-                        for element, register in of_row:
-                            _put(start, element, register, array.mlir_dtype)
 
         # (A view from the first row on: its size is that of no store.)
         rows = pl.ds(self.first, min(self.height, ref.shape[len(self.at)]))
