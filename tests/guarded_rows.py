@@ -39,7 +39,7 @@ def check_rows(
     assert (np.asarray(plan.slot) >= 0).any()  # so that the merge stores rows as well
     o, lse = run_guarded(
         attend,
-        batch.q.reshape(len(lens), rows, -1),
+        np.asarray(batch.q).reshape(len(lens), rows, -1),
         *batch.cache.arrays().values(),
         batch.block_tables,
         batch.seq_lens,

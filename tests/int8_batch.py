@@ -60,7 +60,7 @@ class Int8Batch:
             q_latent = q_steps * 2.0 ** rng.integers(-5, -1, (*shape, 1))
         else:
             q_latent = rng.standard_normal((*shape, 512)) * 10
-        self.q = jnp.asarray(np.concatenate([q_latent, q_rope], axis=-1), jnp.bfloat16)
+        self.q = jnp.asarray(np.concatenate([q_latent, q_rope], axis=-1).astype(jnp.bfloat16))
         self.expected_q = np.asarray(self.q, np.float64)
         if not exact:
             latent = self.q[..., :512]
@@ -72,7 +72,7 @@ class Int8Batch:
             rope_dim=64,
             page_size=page_size,
             layout="ND",
-            rope_pages=jnp.asarray(rope, jnp.bfloat16),
+            rope_pages=jnp.asarray(rope.astype(jnp.bfloat16)),
             scales=jnp.asarray(scales),
         )
         self.block_tables, self.seq_lens = jnp.asarray(tables), jnp.asarray(lens)
