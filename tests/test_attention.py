@@ -320,15 +320,6 @@ def test_int8_decode_loop_traces_once(implementation):
         assert_matches((got[0][request], got[1][request]), wanted, 2e-5, 1e-5)
 
 
-def test_64_bit_mode_changes_nothing():
-    batch = make_batch(np.random.default_rng(13), *RAGGED)
-    with jax.enable_x64(True):
-        for implementation in PURE:
-            got = attend(*batch.args, query_lens=batch.query_lens, implementation=implementation)
-            assert got[0].dtype == jnp.float32
-            assert_matches(got, batch.oracle(), 2e-5, 1e-5)
-
-
 def test_xla_needs_memory_for_one_block_only():
     def temporary_bytes(capacity):
         batch = make_batch(np.random.default_rng(9), [9], [1], capacity=capacity)

@@ -179,8 +179,7 @@ def test_units_hold_a_row_as_float16(largest):
     ("heads", "rows_per_tile", "seq_lens", "widths", "pieces", "factor"),
     [
         (33, 64, [20, 230], {}, 2, 2.0**60),
-        (72, 128, [20, 230], {}, 2, 2.0**-60),
-        (97, 128, [450], {"kv_lora_rank": 128}, 3, 2.0**60),
+        (97, 128, [450], {"kv_lora_rank": 128}, 3, 2.0**-60),
     ],
 )
 def test_pieces_of_any_size_interpreted(
@@ -197,11 +196,10 @@ def test_pieces_of_any_size_interpreted(
     assert not races.found
 
 
-@pytest.mark.parametrize("partial_dtype", ["float32", "bfloat16"])
-def test_other_pieces_interpreted(races, partial_dtype):
-    """Of tiles of 64 rows, in three pieces."""
+def test_other_pieces_interpreted(races):
+    """Of tiles of 64 rows, in three pieces, which a merge finds in bfloat16."""
     batch = HopperBatch(np.random.default_rng(3), [450], heads=63, kv_lora_rank=128)
-    options = {"workers": 3, "rows_per_tile": 64, "partial_dtype": partial_dtype}
+    options = {"workers": 3, "rows_per_tile": 64, "partial_dtype": "bfloat16"}
     batch.check(*run(batch, **options))
     assert not races.found
 
@@ -213,8 +211,9 @@ def test_pages_of_16_interpreted(heads, rows_per_tile):
     batch.check(*run(batch, workers=2, rows_per_tile=rows_per_tile))
 
 
-@pytest.mark.parametrize(("heads", "rows_per_tile"), [(11, 16), (56, 64)])
-@pytest.mark.parametrize(("kv_lora_rank", "rope_dim"), [(128, 64), (384, 128)])
+@pytest.mark.parametrize(
+    ("kv_lora_rank", "rope_dim", "heads", "rows_per_tile"), [(128, 64, 56, 64), (384, 128, 11, 16)]
+)
 def test_other_widths_interpreted(races, kv_lora_rank, rope_dim, heads, rows_per_tile):
     rng = np.random.default_rng(kv_lora_rank)
     widths = {"kv_lora_rank": kv_lora_rank, "rope_dim": rope_dim}
@@ -238,9 +237,7 @@ def test_a_plan_for_other_lengths_interpreted(heads, rows_per_tile):
     batch.check(o, lse)
 
 
-@pytest.mark.parametrize(
-    ("heads", "rows_per_tile", "page_size"), [(8, 16, 64), (24, 64, 64), (24, 64, 2)]
-)
+@pytest.mark.parametrize(("heads", "rows_per_tile", "page_size"), [(8, 16, 64), (24, 64, 2)])
 def test_finds_invalid_requests_interpreted(heads, rows_per_tile, page_size):
     batch, expected = invalid_requests(heads, page_size)
     expected.check(*run(batch, workers=3, rows_per_tile=rows_per_tile))
@@ -324,12 +321,10 @@ def test_the_pass_rule_fails_what_is_wrong():
         (40, 32, 1, 64, BF16, "multiply", (512, 64)),  # in pairs
         (40, 7, 3, 1, F16, "multiply", (512, 64)),  # in pairs
         (5, 64, 1, 64, BF16, "multiply", (512, 64)),
-        (5, 64, 1, 16, BF16, "multiply", (512, 64)),
         (5, 64, 1, 16, F16, "exponent_add", (512, 64)),
         (5, 41, 1, 1, BF16, "multiply", (512, 64)),
         (5, 128, 1, 64, F16, "multiply", (512, 64)),
         (5, 43, 3, 16, BF16, "exponent_add", (512, 64)),
-        (5, 16, 1, 1, BF16, "multiply", (512, 64)),
         (5, 48, 2, 1, BF16, "multiply", (512, 64)),
     ],
 )
