@@ -25,6 +25,8 @@ from mla_jax.int8_dataflow import QUERIES, WEIGHTS, attend_int8
 from mla_jax.layer import mla_layer, naive_mla_layer
 from mla_jax.online_softmax import RESCALES, finalize, init_state, update
 from mla_jax.split_kv import plan_fixed, plan_splits
+from pallas_kernels.hopper import attention as attention_of_hopper
+from pallas_kernels.hopper import int8
 
 # Flags of JAX's configuration. What fails under one of these two fails under both.
 X64_AND_STRICT = {"jax_enable_x64": True, "jax_numpy_dtype_promotion": "strict"}
@@ -209,3 +211,26 @@ def test_the_same_numbers_in_every_mode(implementation: str, dtype: str, flags: 
         got = run(*args)
     tolerance = TOLERANCE["bfloat16" if dtype == "int8" else dtype]
     assert_matches(got, small_batch(dtype).oracle(), tolerance, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("heads", "cache"), [(16, "float"), (64, "float"), (128, "float"), (16, "int8"), (64, "int8")]
+)
+def test_the_hopper_kernels_are_lowered_in_every_mode(heads: int, cache: str) -> None:
+    """With the plan and the merge; also where nothing may be run outside of jit."""
+    kernel: Any = functools.partial(attention_of_hopper.attend, kv_lora_rank=128)
+    pages, widths = [((9, 64, 192), jnp.bfloat16)], 192
+    if cache == "int8":  # of 512 + 64 alone
+        kernel, widths = int8.attend_int8, 576
+        pages = [((9, 64, 512), jnp.int8), ((9, 64, 64), jnp.bfloat16), ((9, 64), jnp.float32)]
+    ints = [((3, 8), jnp.int32), ((3,), jnp.int32), ((3,), jnp.int32)]
+    shapes = [((3, 2 * heads, widths), jnp.bfloat16), *pages, *ints]
+
+    def run(*args: Any) -> Any:
+        return kernel(*args, None, num_heads=heads, softmax_scale=SCALE, causal=True)
+
+    with mode(X64_AND_STRICT | {"jax_debug_nans": True}):
+        traced = jax.jit(run).trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+        assert [x.dtype.name for x in traced.out_info] == ["bfloat16", "float32"]
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
