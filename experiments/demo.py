@@ -206,8 +206,8 @@ class Runner:
             implementation=self.name,
             **self._arguments(self.batch.first_steps[phase]),
         )
-        # (A step's largest cost here is compiling it, of that XLA's search for the fastest matmuls;
-        # what is fast is shown on the served batch.)
+        # Without XLA's search for the fastest matmuls, which takes most of the time to compile a
+        # step. The served batch shows what is fast.
         on_gpu = jax.default_backend() == "gpu"
         return lowered.compile({"xla_gpu_autotune_level": 0} if on_gpu else None)
 

@@ -288,7 +288,7 @@ def decode_few(
             inverse = jnp.where(seen, weight / total, 0.0)
             # (One way only to contract: the same bits in every program.)
             lse = jnp.where(seen, (m + jnp.log(total) * LOG2E) * LN2, -jnp.inf)
-            # (Chosen, not multiplied: a row of no query may have met a NaN that others see.)
+            # Selected, not multiplied: O of a row without a query may be NaN where others see NaN.
             whole = (kv_lora_rank, rows)
             o = g.read(o_acc) * lax.broadcast_in_dim(inverse, whole, [1])
             o = jnp.where(lax.broadcast_in_dim(seen, whole, [1]), o, 0.0)

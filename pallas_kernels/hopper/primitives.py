@@ -417,8 +417,8 @@ class Backend:
     def clear_not_finite(self, ref, first) -> None:
         """What is not finite in rows from `first` on of a 16-bit SMEM tile (64, n) becomes 0.
 
-        ref: tiled as WGMMA_OPERAND. `commit_smem` must stand between this and what reads it next.
-        (A loop of little code: it runs hardly ever, and an SM's instruction cache is small.)
+        ref: tiled as WGMMA_OPERAND. The caller runs `commit_smem` before anything reads it. This is
+        a loop of little code, since it hardly ever runs and an SM's instruction cache is small.
         """
         if self.interpreting:
             kept = ref[...]

@@ -30,8 +30,8 @@ BLOCK = 64  # rows of a WGMMA tile, and columns of a part of one
 SWIZZLED_ROWS = 8  # of a tile in shared memory
 # What a thread stores: (row, counted from its first one; element, likewise; the register).
 Store = tuple[int, int, ir.Value]
-# The first row (i32) and the first element (i32) of a thread, and its stores. (Where threads hold
-# copies of a value all of them store it: to choose one takes a register.)
+# The first row (i32) and the first element (i32) of a thread, and its stores. Where threads hold
+# copies of a value all of them store it, because choosing one takes a register.
 Places = tuple[ir.Value, ir.Value, Iterator[Store]]
 
 
@@ -52,12 +52,12 @@ class Rows:
 
     @staticmethod
     def of_tile(request: Any, first: Any, height: int, *, total: int, rows_per_tile: int) -> "Rows":
-        """Of an output with `total` rows per request, which tiles of rows_per_tile cover."""
+        """Returns rows of an output with `total` rows per request, in tiles of rows_per_tile."""
         return Rows((request,), first, height, total, total % rows_per_tile != 0)
 
     @staticmethod
     def of_partial(at: tuple[Any, ...], first: Any, height: int) -> "Rows":
-        """Of a partial result, whose array has a row for every row of the tile."""
+        """Returns rows of a partial result, whose array has a row for every row of the tile."""
         return Rows(at, first, height, height, ragged=False)
 
     @property
@@ -242,7 +242,7 @@ class Rows:
     ) -> None:
         """Stores from registers, each thread what it holds, row by row where they are ragged."""
         if g.interpreting or not (columns or self.ragged):
-            # (Pallas's own store of a value per row takes fewer registers.)
+            # Pallas's own store of a value per row takes fewer registers.
             self.store(ref, value.T if transposed else value, *columns)
             return
 
@@ -258,7 +258,7 @@ class Rows:
                 for _, element, register in stores:
                     _put(start, element, register, array.mlir_dtype)
                 return
-            # (One number to compare with: beside a tile there are few registers.)
+            # One number to compare with, since few registers are left beside a tile.
             room = arith.subi(limit[0].registers.item(), row)
             by_row: dict[int, list[tuple[int, ir.Value]]] = {}
             for further, element, register in stores:
@@ -269,7 +269,7 @@ class Rows:
                     for element, register in of_row:
                         _put(start, element, register, array.mlir_dtype)
 
-        # (A view from the first row on: its size is that of no store.)
+        # The view begins at the first row. Its size is not that of the store.
         rows = pl.ds(self.first, min(self.height, ref.shape[len(self.at)]))
         store(ref.at[*self.at, rows, *columns], value, *limit)
 
