@@ -15,7 +15,7 @@ NOT_RUN = "not run before the deadline"
 def failures(
     tasks: list[tuple[str, int, int]], *, processes: int | None = None, seconds: float = 480
 ) -> dict[str, str]:
-    """Runs `check_rows` for (kind, rows, rows_per_tile); what failed, with its last lines.
+    """Runs `check_rows` for (kind, rows, rows_per_tile); what failed, with its error.
 
     Says every 20 s how far it is. What is not run after so many seconds counts as failed: a kernel
     that waits for ever ends this too.
@@ -52,6 +52,6 @@ def _failure(task: tuple[str, int, int]) -> str:
 
     try:
         check_rows(*task, workers=6)
-    except Exception:
-        return "\n".join(traceback.format_exc().splitlines()[-4:])
+    except Exception as error:
+        return "".join(traceback.format_exception_only(error))[:500]
     return ""
