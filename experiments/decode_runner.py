@@ -2,8 +2,8 @@
 
 Every row is written to `rows.jsonl` (see journal.py) as soon as it is known. Where that file is
 there already, its measured and failed rows are not run again; skipped ones are looked at anew.
-Pools of many rows go first, so that time which ends early leaves little undone. Who computes a
-shape takes turns with the others, and so do pages of other sizes: a card's speed changes from
+Pools of many rows go first, so that time which ends early leaves little undone. The
+contenders of a shape take turns, and so do its page sizes, because a card's speed changes from
 minute to minute.
 """
 

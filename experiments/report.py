@@ -2,8 +2,8 @@
 
     python -m experiments.launch --experiment=report --results=out --output_dir=out
 
-It takes every result.json under the folder, whatever experiment wrote it, with the pictures that
-stand beside it. What can't be shown is left out and named; nothing outside the folder is read.
+It takes every result.json under the folder, whatever experiment wrote it, with the pictures in
+the same folder. What can't be shown is left out and named; nothing outside the folder is read.
 docs/reading_the_report.md says how to read it.
 """
 

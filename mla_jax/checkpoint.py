@@ -41,8 +41,8 @@ _MLA_LAYER = re.compile(
 _QUANTISED = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|SCB|weight_(?!scale_inv$)\w+|weight\..+)|[._](blocks|scales)"
 )
-# What may stand beside the weights without changing them: scales of activations and of a cache in
-# fp8, a table of frequencies.
+# Tensors that may accompany the weights without changing them: scales of activations and of an fp8
+# cache, a table of frequencies.
 _HARMLESS = re.compile(r"(^|\.)(input_scale|activation_scale|[qkv]_scale|rotary_emb\.inv_freq)$")
 
 _DTYPES: dict[str, Any] = {
@@ -194,7 +194,7 @@ class Checkpoint:
         return files
 
     def _find_layers(self) -> dict[str, tuple[str, int]]:
-        """Of each layer the prefix of its tensors: what stands before `layers`, and its number."""
+        """Returns, per prefix of tensors, what precedes `layers` in it and the layer's number."""
         layers = {}
         for name in self._files:
             match = _MLA_LAYER.match(name)

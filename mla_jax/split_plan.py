@@ -24,7 +24,7 @@ class SlowPlanWarning(UserWarning):
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class SplitPlan:
-    """Who computes what: P pieces, in the order of the line; all arrays int32.
+    """Assigns work to workers: P pieces, in the order of the line; all arrays int32.
 
     Worker w walks pieces worker_start[w] .. worker_start[w + 1]. A piece without a slot is a whole
     tile and gives the tile's output; the pieces of a cut tile leave (o, lse) in their slots, and

@@ -317,7 +317,7 @@ def save_hf(folder: str | Path, config: MLAConfig, params: MLAParams, *, layer: 
 
     The first layer is in model.safetensors. Each further layer is in a file of its own, and
     model.safetensors.index.json says where. A layer that is there is replaced. Each file is
-    replaced as a whole, the index last: whoever reads meanwhile, or after a crash, finds the old
+    replaced as a whole, the index last: a reader meanwhile, or after a crash, finds the old
     layers or the new. One process at a time may write.
 
     Raises, before it writes anything:

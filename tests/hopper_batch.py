@@ -57,7 +57,7 @@ class HopperBatch:
         q = rng.standard_normal((len(lens), num_queries, heads, width)).astype(np.float32) * 10
         queries = np.clip(lens, 0, num_queries) if query_lens is None else np.asarray(query_lens)
         q[np.arange(num_queries) >= queries[:, None]] = np.nan
-        # (Rounded by numpy: JAX would compile a program for each shape.)
+        # numpy rounds, since JAX would compile a program for each shape.
         self.q = jnp.asarray(q.astype(dtype))
         pages = jnp.asarray(pages.astype(dtype))
         self.cache = PagedKVCache(pages, kv_lora_rank, rope_dim, page_size, "ND")

@@ -149,7 +149,7 @@ def test_on_a_machine_that_says_it_is_an_h200(tmp_path, monkeypatch, capsys, che
 
 
 def test_the_served_check_sees_wrong_numbers(monkeypatch):
-    """Of a program that gives what float64 gives, then of one that is off or not finite."""
+    """A program that gives what float64 gives passes; one that is off or not finite does not."""
     shape = Shape(2, "bf16", 2, 3, 64, "uniform", 64)
     setup = dataclasses.replace(demo_plan.served_setup(None), kv_lora_rank=32, rope_dim=16)
     (job,) = demo_served.jobs_of([shape], ["xla"], setup)

@@ -216,7 +216,7 @@ def test_the_stopwatch_checks_what_it_times(monkeypatch, right: bool) -> None:
 
 
 def shapes(make, lens, **options):
-    """The plan but for its values: what a kernel can know of it when it is traced."""
+    """Returns the plan without its values, which is what is known when a kernel is traced."""
     return jax.eval_shape(functools.partial(make, **options), lens)
 
 

@@ -89,7 +89,7 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """Of the cache: "float" or "int8"."""
+        """The kind of the cache: "float" or "int8"."""
         return "int8" if self.cache_dtype == "int8" else "float"
 
     @property

@@ -38,7 +38,7 @@ def draw(case: Case, seed: int, index: int, odd: float = 0.3) -> Call:
 
 @dataclasses.dataclass
 class Outcome:
-    """Of one call."""
+    """The outcome of one call."""
 
     name: str  # "shape seed.case/data seed.call", for `replay`
     case: Case
