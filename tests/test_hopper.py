@@ -1,6 +1,7 @@
 """The Hopper kernels under the interpreter and compiled for sm_90a; test_hopper_gpu runs them."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -328,7 +329,7 @@ def test_the_pass_rule_fails_what_is_wrong():
         (5, 48, 2, 1, BF16, "multiply", (512, 64)),
     ],
 )
-def test_compiles_for_sm90a(batch, heads, tokens, page_size, dtype, rescale, widths):
+def test_compiles_for_sm90a(h200, batch, heads, tokens, page_size, dtype, rescale, widths):
     """Nothing serialised, ignored or spilled, within the chip's shared memory."""
     kv_lora_rank, rope_dim = widths
 
@@ -372,6 +373,29 @@ def test_compiles_for_sm90a(batch, heads, tokens, page_size, dtype, rescale, wid
     if report.sass is not None:
         assert "HGMMA" in report.sass
         assert overwritten_in_flight(report.sass) == []
+
+
+@pytest.mark.parametrize(("sms", "launches"), [(0, 2), (114, 2), (132, 1)])
+@pytest.mark.parametrize("heads", [8, 64, 128])
+def test_workers_wait_only_where_all_run_at_once(monkeypatch, heads, sms, launches):
+    """Where a card is not known to have an SM for each CTA, the merge is a launch of its own."""
+    monkeypatch.setattr(attention, "resident_ctas", lambda: sms)
+    monkeypatch.setattr(attention, "num_sms", lambda: 132)  # when the plan was made
+    batch = HopperBatch(np.random.default_rng(0), [300, 70], heads=heads)
+    plan = attention.plan_decode(batch.seq_lens, heads)
+    assert plan.num_workers * (1 + (plan.rows_per_tile == 128)) == 132
+    kernel = functools.partial(
+        attention.attend.__wrapped__,
+        tiles=tile_plan_of_height(plan.rows_per_tile, num_tiles=plan.num_tiles),
+        num_heads=heads,
+        kv_lora_rank=512,
+        softmax_scale=SCALE,
+        causal=True,
+    )
+    traced = jax.make_jaxpr(kernel)(
+        batch.q[:, 0], batch.cache.pages, batch.block_tables, batch.seq_lens, None, plan
+    )
+    assert str(traced).count("mpmd_map[") == launches
 
 
 def test_without_a_gpu_it_says_so():

@@ -166,7 +166,7 @@ def test_overwritten_registers_are_found():
 @pytest.mark.parametrize(
     ("heads", "tokens", "requests"), [(15, 1, 4), (16, 2, 4), (75, 1, 4), (128, 1, 1)]
 )
-def test_compiles_for_sm90a(heads, tokens, requests):
+def test_compiles_for_sm90a(h200, heads, tokens, requests):
     """Nothing serialised, ignored or spilled, and operand A stays in its registers.
 
     The fewer tiles, the more pieces of one are merged at once, which takes registers, too.

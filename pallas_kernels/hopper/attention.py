@@ -59,9 +59,18 @@ def machine_lacks() -> str | None:
 
 
 def num_sms() -> int:
-    """SMs of this machine's GPU; without a Hopper GPU those of an H100 or H200 SXM."""
+    """SMs to plan for: of this machine's GPU; without a Hopper GPU those of an H100 or H200 SXM."""
+    return resident_ctas() or 132
+
+
+def resident_ctas() -> int:
+    """CTAs that certainly run at the same time, one on each SM of this machine's Hopper GPU.
+
+    0 where it has none: a program that is exported here may run on a card with fewer SMs than
+    `num_sms` assumes.
+    """
     device = card()
-    return device.core_count if device is not None and machine_lacks() is None else 132
+    return device.core_count if device is not None and machine_lacks() is None else 0
 
 
 def refuses(q_dtype: Any, cache: PagedKVCache, rescale: str, plan: SplitPlan | None) -> str | None:
@@ -278,9 +287,10 @@ def launch(
     """
     q = operands[0]
     o, lse = new_outputs(q.shape[0], rows, kv_lora_rank, q.dtype)
-    # The workers of one launch wait for each other, which takes all of them to be resident.
+    # The workers of one launch wait for each other, so all of them have to run at the same time.
+    # Where that is not certain, `merge` is a launch of its own, in which nothing waits.
     ctas = (plan.num_workers + plan.num_workers % 2 * tiles.pairs) * tiles.cluster
-    resident = interpret is None and ctas <= num_sms()
+    resident = interpret is None and ctas <= resident_ctas()
     merges = plan.num_slots > 0 and resident
     finish = "in_pairs" if tiles.pairs else "merge"
     # (Who waits for a piece needs its worker beside it, or before it, as the interpreter has it.)
