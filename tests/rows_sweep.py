@@ -13,9 +13,15 @@ NOT_RUN = "not run before the deadline"
 
 
 def failures(
-    tasks: list[tuple[str, int, int]], *, processes: int | None = None, seconds: float = 480
+    tasks: list[tuple[str, int, int]],
+    *,
+    workers: int,
+    processes: int | None = None,
+    seconds: float = 480,
 ) -> dict[str, str]:
     """Runs `check_rows` for (kind, rows, rows_per_tile); what failed, with its error.
+
+    workers: of the kernels' plans. processes: of this machine; None: one per core.
 
     Says every 20 s how far it is. What is not run after so many seconds counts as failed: a kernel
     that waits for ever ends this too.
@@ -25,7 +31,7 @@ def failures(
     started = time.monotonic()
     found = dict.fromkeys(tasks, NOT_RUN)
     pool = concurrent.futures.ProcessPoolExecutor(processes, mp_context=context)
-    futures = {pool.submit(_failure, task): task for task in tasks}
+    futures = {pool.submit(_failure, task, workers): task for task in tasks}
     pending = set(futures)
     while pending and time.monotonic() - started < seconds:
         done, pending = concurrent.futures.wait(pending, timeout=20)
@@ -39,19 +45,19 @@ def failures(
             file=sys.stderr,
             flush=True,
         )
-    workers = list(pool._processes.values())
+    running = list(pool._processes.values())
     pool.shutdown(wait=False, cancel_futures=True)
     if pending:
-        for worker in workers:
-            worker.kill()
+        for process in running:
+            process.kill()
     return {" ".join(map(str, task)): text for task, text in found.items() if text}
 
 
-def _failure(task: tuple[str, int, int]) -> str:
+def _failure(task: tuple[str, int, int], workers: int) -> str:
     from guarded_rows import check_rows  # (imports JAX, with this process's environment)
 
     try:
-        check_rows(*task, workers=6)
+        check_rows(*task, workers=workers)
     except Exception as error:
         return "".join(traceback.format_exception_only(error))[:500]
     return ""
