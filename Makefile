@@ -58,7 +58,7 @@ $(SHARDS:%=test-gpu-%): test-gpu-%:
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest $(GPU_JOBS) -m "$(MARKED)" --durations=5 $(ARGS)
 
 fuzz:  ## random calls on an H200, by ARGS: "--calls=700 --data-seeds=random,random,random", "--help"
-	PYTHONPATH=".:tests$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m fuzz $(ARGS)
+	PYTHONPATH=".:tests/support$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m fuzz $(ARGS)
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .

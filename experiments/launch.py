@@ -20,29 +20,22 @@ from typing import Any, NoReturn, cast
 
 from absl import flags
 
-from experiments.console import say
-from experiments.experiment import Experiment, InputError, Made, Outcome, Output
-from experiments.options import define_flags, read_options
+from experiments.framework.console import say
+from experiments.framework.experiment import Experiment, InputError, Made, Outcome, Output
+from experiments.framework.options import define_flags, read_options
 
-# To add an experiment, write its module (see experiment.py) and name it here.
-EXPERIMENTS = (
-    "demo",
-    "correctness",
-    "parity",
-    "soak",
-    "amla_accuracy",
-    "int8_accuracy",
-    "cache_size",
-    "split_kv",
-    "published",
-    "pipeline",
-    "compare",
-    "sweep",
-    "best",
-    "benchmark",
-    "kernel_bench",
-    "report",
-)
+# Experiments by the folder of their module. To add one, write its module (see
+# framework/experiment.py) and name it here.
+FOLDERS = {
+    "serving": ("demo", "soak"),
+    "accuracy": ("correctness", "parity", "amla_accuracy", "int8_accuracy"),
+    "accounting": ("cache_size", "split_kv"),
+    "simulated": ("published", "pipeline", "compare", "sweep", "best"),
+    "speed": ("benchmark", "kernel_bench"),
+    "report": ("report",),
+}
+FOLDER_OF = {name: folder for folder, names in FOLDERS.items() for name in names}
+EXPERIMENTS = tuple(FOLDER_OF)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -51,7 +44,7 @@ class Interrupted(KeyboardInterrupt):
 
 def load(name: str) -> Experiment:
     """The module of an experiment."""
-    return cast(Experiment, importlib.import_module(f"experiments.{name}"))
+    return cast(Experiment, importlib.import_module(f"experiments.{FOLDER_OF[name]}.{name}"))
 
 
 def command() -> NoReturn:
@@ -147,7 +140,7 @@ def _finish(
     duration_s: float,
 ) -> int:
     """Writes result.json and says the verdict; returns the exit status."""
-    from experiments.results import SCHEMA_VERSION, environment, write_result
+    from experiments.framework.results import SCHEMA_VERSION, environment, write_result
 
     made = outcome.made or Made(started.isoformat(timespec="seconds"), duration_s, environment())
     result = {

@@ -4,12 +4,12 @@ from mla_jax import cache_size, online_softmax
 from mla_jax.allocator import OutOfPagesError, PageAllocator
 from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import PagedKVCache
-from mla_jax.checkpoint import CheckpointError
+from mla_jax.checkpoints.read import CheckpointError
 from mla_jax.config import PRESETS, MLAConfig, YarnScaling
-from mla_jax.implementations import available_implementations
 from mla_jax.layer import attend, mla_layer, naive_mla_layer, preprocess, project_output
 from mla_jax.online_softmax import merge_states
-from mla_jax.split_kv import SlowPlanWarning, SplitPlan, plan_fixed, plan_loads, plan_splits
+from mla_jax.registry import available_implementations
+from mla_jax.splits.planner import SlowPlanWarning, SplitPlan, plan_fixed, plan_loads, plan_splits
 from mla_jax.weights import MLAParams, init_params, load_hf, rotate_latent, save_hf
 
 __all__ = [

@@ -9,10 +9,10 @@ import numpy as np
 
 from mla_jax import checks
 from mla_jax.cache import PagedKVCache
-from mla_jax.implementations import Choice, check_names, choose, compute
 from mla_jax.online_softmax import RESCALES
 from mla_jax.problem import AttentionProblem
-from mla_jax.split_kv import SplitPlan
+from mla_jax.registry import Choice, check_names, choose, compute
+from mla_jax.splits.planner import SplitPlan
 
 
 @overload

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mla_jax import checks
-from mla_jax.config_json import (
+from mla_jax.checkpoints.config_json import (
     WRAPPERS,
     CheckpointError,
     config_json_path,
@@ -25,7 +25,7 @@ from mla_jax.config_json import (
     read_json_object,
     shown,
 )
-from mla_jax.config_keys import READ, foreign_keys, foreign_shapes
+from mla_jax.checkpoints.config_keys import READ, foreign_keys, foreign_shapes
 
 # What an absent `rope_interleave` means, by model type. DeepSeek-V2's code rotates interleaved
 # pairs and reads no such key; V3's class defaults to it; Kimi-K2 ships V3's code.

@@ -22,9 +22,9 @@ from mla_jax import checks
 from mla_jax.attention import prepare, require_query_lens
 from mla_jax.cache import PagedKVCache
 from mla_jax.config import MLAConfig
-from mla_jax.implementations import compute
+from mla_jax.registry import compute
 from mla_jax.rope import apply_rope, check_positions
-from mla_jax.split_kv import SplitPlan
+from mla_jax.splits.planner import SplitPlan
 from mla_jax.weights import MLAParams, check_params
 
 

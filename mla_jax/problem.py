@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_jax.cache import PagedKVCache
-from mla_jax.split_kv import SplitPlan
+from mla_jax.splits.planner import SplitPlan
 
 
 @functools.partial(

@@ -16,10 +16,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from mla_jax import checks, quantize
-from mla_jax.checkpoint import Checkpoint, CheckpointError
-from mla_jax.checkpoint_write import write_layer
+from mla_jax.checkpoints.config_json import shown
+from mla_jax.checkpoints.read import Checkpoint, CheckpointError
+from mla_jax.checkpoints.write import write_layer
 from mla_jax.config import MLAConfig, config_from_json
-from mla_jax.config_json import shown
 
 Shape = tuple[int, ...]
 

@@ -28,7 +28,7 @@ hypothesis.settings.load_profile("here")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    fuzz = parser.getgroup("fuzz", "random calls of the attention op (tests/fuzz)")
+    fuzz = parser.getgroup("fuzz", "random calls of the attention op (tests/support/fuzz)")
     fuzz.addoption("--seed", default="117", help="a number, or random; it is printed")
     fuzz.addoption("--fuzz-calls", type=int, default=2000, help="on a GPU")
     fuzz.addoption("--fuzz-shapes", type=int, default=160, help="on a GPU")

@@ -27,9 +27,9 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments.best_when import best_when  # noqa: E402
-from experiments.kernel_bench import KERNEL, bar_rows, variant, with_pages  # noqa: E402
-from experiments.shapes import Shape  # noqa: E402
+from experiments.speed.best_when import best_when  # noqa: E402
+from experiments.speed.kernel_bench import KERNEL, bar_rows, variant, with_pages  # noqa: E402
+from experiments.speed.shapes import Shape  # noqa: E402
 
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "benchmarks"

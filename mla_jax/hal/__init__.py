@@ -9,7 +9,8 @@ and how long that takes.
 
 from pathlib import Path
 
-from mla_jax.hal.ascend import (
+from mla_jax.hal.orders import ASCEND_ORDERS, GPU_ORDERS, AscendOrder, schedule_named
+from mla_jax.hal.profiles.ascend import (
     ASCEND910B1,
     ASCEND910B2,
     ASCEND910B3,
@@ -17,7 +18,7 @@ from mla_jax.hal.ascend import (
     ASCEND910C,
     ASCEND910C_DIE,
 )
-from mla_jax.hal.hopper import (
+from mla_jax.hal.profiles.nvidia import (
     A100_SXM4_40GB,
     A100_SXM4_80GB,
     H20,
@@ -26,8 +27,7 @@ from mla_jax.hal.hopper import (
     H800_SXM5,
     L40,
 )
-from mla_jax.hal.orders import ASCEND_ORDERS, GPU_ORDERS, AscendOrder, schedule_named
-from mla_jax.hal.profile import HardwareProfile, Number, read_profile, save_profile
+from mla_jax.hal.profiles.profile import HardwareProfile, Number, read_profile, save_profile
 from mla_jax.hal.schedule import (
     Access,
     IllegalScheduleError,
@@ -36,7 +36,7 @@ from mla_jax.hal.schedule import (
     Signal,
     Step,
 )
-from mla_jax.hal.simulate import Report, simulate
+from mla_jax.hal.simulator.simulate import Report, simulate
 from mla_jax.hal.tiling import TilePlan, TilePlanError, plan_tiles
 from mla_jax.hal.work import Problem
 

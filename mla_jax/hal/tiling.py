@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from mla_jax.hal.profile import HardwareProfile
+from mla_jax.hal.profiles.profile import HardwareProfile
 from mla_jax.hal.work import ITEMSIZE, Problem
 
 LATENT, ROPE, KEY = 512, 64, 576
@@ -54,8 +54,8 @@ class TilePlan:
     of QK) or "whole"; cluster: cores that share every KV block, each with rows of its own;
     pairs: workers 2i and 2i + 1, in a cluster, merge in their shared memories what only they share;
     num_workers: persistent cores or clusters; split_overhead: blocks that a piece of a split costs
-    on top of its own, merge_overhead: that it costs to cut at all, what `mla_jax.split_kv` balances
-    by; registers: per thread, by warpgroup;
+    on top of its own, merge_overhead: that it costs to cut at all, which
+    `mla_jax.splits.planner` balances by; registers: per thread, by warpgroup;
     tiles: products at every level; uses: what each buffer holds; capacity: bytes (registers: their
     number) of each buffer. Raises TilePlanError when a use is above its capacity.
     """

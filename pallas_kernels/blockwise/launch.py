@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from mla_jax.cache import PagedKVCache
-from mla_jax.hal.ascend import ASCEND910B1
+from mla_jax.hal.profiles.ascend import ASCEND910B1
 from mla_jax.hal.schedule import Schedule
 from mla_jax.hal.tiling import TilePlan, plan_tiles
 from mla_jax.hal.work import Problem

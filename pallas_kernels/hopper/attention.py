@@ -10,17 +10,17 @@ import jax.numpy as jnp
 
 from mla_jax.cache import PagedKVCache
 from mla_jax.hal import TilePlan, TilePlanError
-from mla_jax.split_kv import SlowPlanWarning, SplitPlan, plan_splits
-from pallas_kernels.hopper.decode import decode
-from pallas_kernels.hopper.decode_few import decode_few
-from pallas_kernels.hopper.merge import merge
+from mla_jax.splits.planner import SlowPlanWarning, SplitPlan, plan_splits
+from pallas_kernels.hopper.kernels.decode import decode
+from pallas_kernels.hopper.kernels.decode_transposed import decode_few
+from pallas_kernels.hopper.kernels.merge import merge
 from pallas_kernels.hopper.tuning import (
     ROW_GROUP,
     choose_tile_plan,
     tile_heights,
     tile_plan_of_height,
 )
-from pallas_kernels.hopper.walk import BLOCK, records
+from pallas_kernels.hopper.work_items import BLOCK, records
 from pallas_kernels.modes import jit_with_defaults
 
 PAGE_SIZES = {  # by what the cache holds

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from mla_jax.hal import TilePlan
-from mla_jax.split_kv import SplitPlan
+from mla_jax.splits.planner import SplitPlan
 from pallas_kernels.hopper.attention import launch, pad_rows, plan_decode, warn_if_slow
-from pallas_kernels.hopper.decode_few_int8 import decode_few_int8
-from pallas_kernels.hopper.decode_int8 import decode_int8
+from pallas_kernels.hopper.kernels.decode_int8 import decode_int8
+from pallas_kernels.hopper.kernels.decode_transposed_int8 import decode_few_int8
 from pallas_kernels.hopper.tuning import tile_plan_of_height
-from pallas_kernels.hopper.walk import BLOCK
+from pallas_kernels.hopper.work_items import BLOCK
 from pallas_kernels.modes import jit_with_defaults
 
 

@@ -1,8 +1,8 @@
 """Tile sizes of the Hopper kernels: what each keeps in shared memory, and which suits a problem.
 
 `choose_tile_plan` looks a problem up in `tuned.json` (an entry for each class of query rows, from
-`python -m experiments.tune_hopper`) and returns a `TilePlan` that was checked against the profile:
-shared memory to the byte, registers, and the shapes that the instructions take.
+`python -m experiments.speed.tune_hopper`) and returns a `TilePlan` that was checked against the
+profile: shared memory to the byte, registers, and the shapes that the instructions take.
 """
 
 import functools
@@ -14,7 +14,7 @@ from typing import Any
 from mla_jax.checks import require_one_of
 from mla_jax.hal import HardwareProfile, TilePlan, TilePlanError, load_profile
 from mla_jax.hal.tiling import WGMMA_ROWS, BufferUse, Tile
-from pallas_kernels.hopper.walk import BLOCK
+from pallas_kernels.hopper.work_items import BLOCK
 
 ROW_GROUP = 8  # rows of a swizzled tile in shared memory, and the step of wgmma's n
 MOST_COLUMNS = 32  # rows of the transposed kernels: O^T takes 4 registers a thread for each

@@ -1,0 +1,312 @@
+"""The main job: a DeepSeek attention layer serves a ragged batch, every step checked.
+
+It loads a layer from a Hugging Face folder, prefills prompts of different lengths in chunks into a
+paged cache, decodes one token at a time, then two at a time as multi-token prediction (MTP) does.
+Each implementation has a cache of its own, of the layer's dtype and of int8, and the output of
+every step is compared with the whole layer in float64. On a GPU the attention of a batch of a size
+that people serve is timed too. `demo_plan` says which implementations run where.
+"""
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.framework.console import say, track
+from experiments.framework.errors import LAYER_BOUND, relative_error
+from experiments.framework.experiment import Outcome, Output, reading
+from experiments.framework.implementations import chosen, implementations_flag
+from experiments.framework.options import flag, seed_flag
+from experiments.serving import demo_plan, demo_served
+from experiments.serving.demo_batch import Batch, Step
+from experiments.serving.demo_results import Measurement, Result, draw, show
+from mla_jax import checks
+from mla_jax.cache import LAYOUTS, PAGE_SIZES, PagedKVCache
+from mla_jax.config import MLAConfig
+from mla_jax.layer import mla_layer
+from mla_jax.problem import AttentionProblem
+from mla_jax.reference.layer import layer_float64
+from mla_jax.registry import IMPLEMENTATIONS
+from mla_jax.weights import MLAParams, init_params, load_hf, save_hf
+
+SUMMARY = "load a layer, prefill a ragged batch, decode, MTP; every step against float64"
+
+FILLER = "xla"  # that fills the cache where nobody chosen can
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    checkpoint: str | None = flag(None, "Hugging Face folder; a small seeded one if not given")
+    layer: int | None = flag(
+        None, "which layer of the checkpoint; the lowest if not given", lower_bound=0
+    )
+    requests: int = flag(6, "in the batch", lower_bound=1)
+    max_prompt: int = flag(384, "tokens of the longest prompt", lower_bound=1)
+    chunk: int = flag(64, "tokens that a request prefills a step", lower_bound=1)
+    decode_steps: int = flag(8, "of one token", lower_bound=1)
+    mtp_steps: int = flag(4, "of two tokens", lower_bound=1)
+    page_size: int = flag(64, "tokens a page", choices=PAGE_SIZES)
+    layout: str = flag("ND", "of the pages", choices=LAYOUTS)
+    dtype: str | None = flag(
+        None, "bfloat16 on a GPU, else float32, if not given", choices=checks.FLOAT_DTYPES
+    )
+    implementations: tuple[str, ...] = implementations_flag()
+    int8: bool = flag(True, "whether to serve from an int8 cache too")
+    served: bool = flag(True, "whether to time a batch as it is served, where there is a GPU")
+    seed: int = seed_flag("of the checkpoint, the prompts' lengths and the hidden states")
+
+
+def small_config() -> MLAConfig:
+    """DeepSeek-V3's head and cache widths and YaRN, with 16 heads and a narrow hidden state."""
+    v3 = MLAConfig.preset("deepseek-v3")
+    return dataclasses.replace(
+        v3, hidden_size=1024, num_heads=16, q_lora_rank=384, num_hidden_layers=1
+    )
+
+
+def run(options: Options, output: Output) -> Outcome:
+    if options.implementations:
+        chosen(options.implementations)
+    machine = demo_plan.Machine.here()
+    plan = demo_plan.plan(
+        machine,
+        dtype=options.dtype,
+        implementations=options.implementations,
+        served=options.served,
+    )
+    config, params = load(options, output, plan.dtype)
+    batch = Batch.draw(options, config, plan.dtype)
+    say(
+        f"{config.num_heads} heads, {config.latent_dim} values per token in the cache, "
+        f"{plan.dtype}, on {machine.kind}; prompts of {', '.join(map(str, batch.prompts))} tokens"
+    )
+    caches = [plan.dtype, "int8"] if options.int8 else [plan.dtype]
+    lanes = [(name, cache) for cache in caches for name in plan.implementations]
+    runners = make_runners(lanes, options, config, params, batch)
+    setup = demo_plan.served_setup(machine.memory)
+    jobs = demo_served.jobs_of(plan.served, plan.timed, setup)
+    programs = compile_all(runners, jobs)
+    wanted = [
+        layer_float64(config, params, np.asarray(x)[None])[0]
+        for x in track(batch.hidden, "the whole layer in float64")
+    ]
+    measured = serve(runners, batch, programs, wanted)
+    served = demo_served.run(jobs, programs) if jobs else []
+
+    shown = [runner for runner in runners if (runner.name, runner.cache_dtype) in lanes]
+    results = [Result.of(runner, measured) for runner in shown]
+    rows = [result.row() for result in results]
+    rows += [{"implementation": name, "note": why} for name, why in plan.not_run.items()]
+    show(results, rows, plan.dtype, machine.kind)
+    draw(output.path("demo.png"), batch, results, plan.dtype, shown[0].cache.bytes_per_token)
+    if served:
+        demo_served.show(served, machine.kind)
+        demo_served.draw(output.path("served.png"), served, machine.kind)
+    verdicts = [row["passed"] for row in [*rows, *served] if row.get("passed") is not None]
+    return Outcome(
+        passed=any(result.row()["passed"] for result in results) and all(verdicts),
+        summary=" ".join(
+            [summary(batch, results, config, plan), demo_served.summary(served)]
+        ).strip(),
+        rows=rows,
+        headline={
+            "bounds": {result.cache: result.bound for result in results},
+            "prompts": batch.prompts,
+            "dtype": plan.dtype,
+        }
+        | ({"served": served} if served else {}),
+    )
+
+
+def summary(
+    batch: Batch, results: Sequence[Result], config: MLAConfig, plan: demo_plan.Plan
+) -> str:
+    """The largest errors, and what the caches take."""
+    by_cache: dict[str, list[Result]] = {}
+    for result in results:
+        by_cache.setdefault(result.cache, []).append(result)
+    worst = []
+    for cache, mine in by_cache.items():
+        errors = [m.error for result in mine for m in result.measured]
+        if errors:
+            worst.append(f"{np.max(errors):.1e} with a cache in {cache} (bound {mine[0].bound:g})")
+    sizes = [f"{mine[0].cache_bytes:,} ({cache})" for cache, mine in by_cache.items()]
+    expanded = config.num_heads * (config.qk_head_dim + config.v_head_dim) / config.latent_dim
+    return (
+        f"{len(batch.steps)} steps with {', '.join(plan.implementations)}: the largest error "
+        f"against float64 is {', '.join(worst) or 'unknown, all was refused'}. "
+        f"{sum(batch.totals)} tokens take {' or '.join(sizes)} bytes per layer; expanded keys and "
+        f"values in {plan.dtype} would take {expanded:.1f} times the first."
+    )
+
+
+def load(options: Options, output: Output, dtype: str) -> tuple[MLAConfig, MLAParams]:
+    """The layer, from --checkpoint or from one written first."""
+    folder = options.checkpoint
+    if folder is None:
+        config = small_config()
+        seeded = init_params(jax.random.key(options.seed), config, jnp.bfloat16)
+        folder = str(output.path("checkpoint"))
+        save_hf(folder, config, seeded)
+        say(f"wrote a seeded checkpoint to {folder}")
+    with reading("checkpoint"):
+        return load_hf(folder, layer=options.layer, dtype=dtype)
+
+
+class Runner:
+    """Serves the batch with one implementation, on its own cache.
+
+    `refused` says, by phase, why the implementation can't compute it. Nothing computes such a phase
+    in its place: the runner later takes over a cache that another one has filled.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        cache_dtype: str,
+        options: Options,
+        config: MLAConfig,
+        params: MLAParams,
+        batch: Batch,
+    ) -> None:
+        self.name, self.cache_dtype = name, cache_dtype
+        self.config, self.params, self.batch = config, params, batch
+        self.bound = LAYER_BOUND[cache_dtype]
+        with reading("layout"):
+            self.cache = PagedKVCache.create(
+                batch.num_pages,
+                page_size=options.page_size,
+                kv_lora_rank=config.kv_lora_rank,
+                rope_dim=config.qk_rope_head_dim,
+                dtype=cache_dtype,
+                layout=options.layout,
+            )
+        reasons = {
+            phase: IMPLEMENTATIONS[name].unavailable(self._problem(step))
+            for phase, step in batch.first_steps.items()
+        }
+        self.refused = {phase: reason for phase, reason in reasons.items() if reason is not None}
+
+    def compile(self, phase: str) -> Callable[..., Any]:
+        """The layer's step for a phase that is not refused."""
+        step = jax.jit(
+            mla_layer, static_argnames=("config", "implementation"), donate_argnames="cache"
+        )
+        lowered = step.lower(
+            self.params,
+            config=self.config,
+            cache=self.cache,
+            implementation=self.name,
+            **self._arguments(self.batch.first_steps[phase]),
+        )
+        # Without XLA's search for the fastest matmuls, which takes most of the time to compile a
+        # step. The served batch shows what is fast.
+        on_gpu = jax.default_backend() == "gpu"
+        return lowered.compile({"xla_gpu_autotune_level": 0} if on_gpu else None)
+
+    def run(
+        self, program: Callable[..., Any], index: int, step: Step, wanted: list[np.ndarray]
+    ) -> Measurement:
+        """One step of the layer, by this implementation's program."""
+        arguments = jax.device_put(self._arguments(step))
+        start = time.perf_counter()
+        out, self.cache = program(self.params, cache=self.cache, **arguments)
+        out.block_until_ready()
+        seconds = time.perf_counter() - start
+        real = np.arange(step.width) < step.query_lens[:, None]
+        error = relative_error(np.asarray(out)[real], step.outputs(wanted))
+        return Measurement(self.name, self.cache_dtype, index, step.phase, error, seconds)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of all tokens at the end, one layer."""
+        return sum(self.batch.totals) * self.cache.bytes_per_token
+
+    def _arguments(self, step: Step) -> dict[str, Any]:
+        return {
+            "x": step.tokens(self.batch.hidden),
+            "block_tables": step.block_tables,
+            "seq_lens": step.seq_lens,
+            "query_lens": step.query_lens,
+        }
+
+    def _problem(self, step: Step) -> AttentionProblem:
+        """What the attention will be asked, in shapes and dtypes."""
+        shape = (len(step.seq_lens), step.width, self.config.num_heads, self.config.latent_dim)
+        return AttentionProblem(
+            q=jnp.zeros(shape, self.batch.hidden[0].dtype),
+            cache=self.cache,
+            block_tables=jnp.asarray(step.block_tables),
+            seq_lens=jnp.asarray(step.seq_lens),
+            query_lens=jnp.asarray(step.query_lens),
+            plan=None,
+            softmax_scale=self.config.softmax_scale,
+            causal=True,
+            rescale="multiply",
+            partial_dtype=None,
+        )
+
+
+def make_runners(
+    lanes: Sequence[tuple[str, str]],
+    options: Options,
+    config: MLAConfig,
+    params: MLAParams,
+    batch: Batch,
+) -> list[Runner]:
+    """A runner per (implementation, cache dtype), and one that fills the cache where each of the
+    others refuses a phase and some can go on after it."""
+    runners = [Runner(name, cache, options, config, params, batch) for name, cache in lanes]
+    for cache in dict.fromkeys(cache for _, cache in lanes):
+        mine = [runner for runner in runners if runner.cache_dtype == cache]
+        if all(runner.refused for runner in mine) and any(map(_goes_on, mine)):
+            runners.append(Runner(FILLER, cache, options, config, params, batch))
+    return runners
+
+
+def _goes_on(runner: Runner) -> bool:
+    """Whether it computes a phase although it refuses another."""
+    return 0 < len(runner.refused) < len(runner.batch.first_steps)
+
+
+def compile_all(runners: Sequence[Runner], jobs: Sequence[demo_served.Job]) -> dict[Any, Any]:
+    """All programs, in threads: by (runner, phase) where it is not refused, and by job."""
+    work: dict[Any, Callable[[], Any]] = {}
+    for runner in runners:
+        for phase in runner.batch.first_steps:
+            if phase not in runner.refused:
+                work[runner, phase] = functools.partial(runner.compile, phase)
+    work |= {job: demo_served.compiling(job) for job in jobs if job.refused is None}
+    with ThreadPoolExecutor(os.cpu_count() or 1) as executor:
+        futures = {key: executor.submit(compile_one) for key, compile_one in work.items()}
+        for _ in track(as_completed(futures.values()), "compiling", total=len(futures)):
+            pass
+    return {key: future.result() for key, future in futures.items()}
+
+
+def serve(
+    runners: Sequence[Runner],
+    batch: Batch,
+    programs: Mapping[Any, Any],
+    wanted: list[np.ndarray],
+) -> list[Measurement]:
+    """Every step with every runner that computes it."""
+    measured = []
+    whole = {runner.cache_dtype: runner for runner in reversed(runners) if not runner.refused}
+    behind = dict.fromkeys(runners, False)  # whether its cache lacks the steps that it refused
+    for index, step in enumerate(track(batch.steps, "prefill, decode, MTP")):
+        ready = [runner for runner in runners if step.phase not in runner.refused]
+        for runner in ready:
+            if behind[runner]:  # before anyone writes this step's tokens
+                runner.cache = jax.tree.map(jnp.copy, whole[runner.cache_dtype].cache)
+        for runner in ready:
+            measured.append(runner.run(programs[runner, step.phase], index, step, wanted))
+        behind = {runner: step.phase in runner.refused for runner in runners}
+    return measured

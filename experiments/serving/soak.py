@@ -1,0 +1,323 @@
+"""A small server's life on a nearly full cache, every step of it checked.
+
+Requests arrive, are prefilled in chunks, decode one or two tokens a step, finish, are cancelled,
+and, when a page is wanted and none is free, evicted to start over. Each step's attention is
+compared with the float64 oracle, which keeps its own contiguous copy of every request's latents.
+Freed pages are filled with NaN, unused slots of the block tables with random numbers.
+"""
+
+import collections
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.framework.console import show_table, track
+from experiments.framework.errors import LSE_BOUND, OUTPUT_BOUND, lse_error, relative_error
+from experiments.framework.experiment import InputError, Outcome, Output, reading
+from experiments.framework.implementations import require_runs
+from experiments.framework.options import flag, seed_flag
+from mla_jax.allocator import OutOfPagesError, PageAllocator
+from mla_jax.attention import paged_mla_attention
+from mla_jax.cache import LAYOUTS, PAGE_SIZES, PagedKVCache
+from mla_jax.problem import AttentionProblem
+from mla_jax.reference.attention import attention_float64
+from mla_jax.registry import IMPLEMENTATIONS, Target, check_names, choose
+
+SUMMARY = "a small server on a nearly full cache: growth, eviction; every step checked"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    steps: int = flag(300, "of the server's life", lower_bound=1)
+    seed: int = seed_flag("of everything that is random")
+    pages: int = flag(48, "in the cache", lower_bound=1)
+    page_size: int = flag(16, "tokens a page", choices=PAGE_SIZES)
+    layout: str = flag("ND", "of the pages", choices=LAYOUTS)
+    dtype: str = flag("float32", "of queries and cache", choices=tuple(OUTPUT_BOUND))
+    slots: int = flag(8, "requests that run at a time", lower_bound=1)
+    chunk: int = flag(8, "tokens that a request prefills a step", lower_bound=2)
+    max_tokens: int = flag(320, "of a request", lower_bound=1)
+    heads: int = flag(4, "query heads", lower_bound=1)
+    kv_lora_rank: int = flag(128, "width of V", lower_bound=1)
+    rope_dim: int = flag(32, "width of the rope part", lower_bound=1)
+    implementation: str | None = flag(
+        None, "of the attention; the best here if not given", choices=tuple(IMPLEMENTATIONS)
+    )
+
+
+def run(options: Options, output: Output) -> Outcome:
+    if options.max_tokens > options.pages * options.page_size:
+        raise InputError(
+            f"--max_tokens must fit in the cache of {options.pages} pages of {options.page_size}, "
+            f"got {options.max_tokens}"
+        )
+    require_runs(options.implementation)
+    with reading("layout"):
+        server = Server(options)
+    require_runs(options.implementation, server.problem())
+    problem = server.problem()
+    choice = choose(check_names(options.implementation), problem)
+    name = choice.on(Target.here(problem)).name
+    for step in track(range(options.steps), "steps"):
+        server.step(step)
+    server.shut_down()
+
+    counts = dict(server.counts)
+    show_table("What happened", [{"event": k, "times": v} for k, v in counts.items()])
+    for failure in server.failures[:10]:
+        show_table("Failure", [failure])
+    return Outcome(
+        passed=not server.failures,
+        summary=(
+            f"{options.steps} steps with {name}, {counts['tokens']} tokens, "
+            f"{counts['evicted']} evictions, {np.mean(server.occupancy):.0%} of the pages in use "
+            f"on average: {len(server.failures)} failures, largest error "
+            f"{server.largest_error:.1e}."
+        ),
+        rows=server.failures,
+        headline={
+            "steps": options.steps,
+            "implementation": name,
+            "failures": len(server.failures),
+            "counts": counts,
+            "largest_error": server.largest_error,
+            "mean_occupancy": float(np.mean(server.occupancy)),
+            "peak_occupancy": float(np.max(server.occupancy)),
+            "traces": server.traces,
+        },
+    )
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """A request that wants `latents` in the cache; `prompt` of them may come in chunks."""
+
+    id: int
+    latents: np.ndarray  # [tokens, D]
+    prompt: int
+    done: int = 0  # tokens in the cache
+
+
+class Server:
+    """The cache, its allocator, who is running and who waits; `failures` is what went wrong."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.rng = np.random.default_rng(options.seed)
+        self.allocator = PageAllocator(options.pages, options.page_size)
+        cache = PagedKVCache.create(
+            options.pages,
+            page_size=options.page_size,
+            kv_lora_rank=options.kv_lora_rank,
+            rope_dim=options.rope_dim,
+            dtype=options.dtype,
+            layout=options.layout,
+        )
+        self.cache = dataclasses.replace(cache, pages=jnp.full_like(cache.pages, jnp.nan))
+        self.max_pages = -(-options.max_tokens // options.page_size)
+        self.slots: list[Request | None] = [None] * options.slots
+        self.waiting: collections.deque[Request] = collections.deque()
+        self.counts = collections.Counter(
+            arrived=0, finished=0, cancelled=0, evicted=0, tokens=0, steps_without_room=0
+        )
+        self.failures: list[dict[str, Any]] = []
+        self.occupancy: list[float] = []
+        self.largest_error = 0.0
+        self.traces = 0
+        self._attend = jax.jit(self._attend_traced, donate_argnums=0)
+        self._poison = jax.jit(_poison, donate_argnums=0)
+
+    def problem(self) -> AttentionProblem:
+        """What the attention is asked in every step, in shapes and dtypes."""
+        o = self.options
+        q = jnp.zeros((o.slots, o.chunk, o.heads, o.kv_lora_rank + o.rope_dim), self._dtype)
+        counts = jnp.zeros(o.slots, jnp.int32)
+        return AttentionProblem(
+            q=q,
+            cache=self.cache,
+            block_tables=jnp.zeros((o.slots, self.max_pages), jnp.int32),
+            seq_lens=counts,
+            query_lens=counts,
+            plan=None,
+            softmax_scale=self._scale,
+            causal=True,
+            rescale="multiply",
+            partial_dtype=None,
+        )
+
+    def step(self, step: int) -> None:
+        """One round: who comes and goes, who gets how many tokens, the attention, the checks."""
+        self._arrive()
+        self._cancel()
+        counts = self._grow()
+        self._compute(step, counts)
+        self._finish()
+        self._check_pages(step)
+
+    def shut_down(self) -> None:
+        """Frees everything; every page must be back."""
+        for request in self._running():
+            self.allocator.free(request.id)
+        if self.allocator.num_free != self.allocator.num_pages:
+            lost = self.allocator.num_pages - self.allocator.num_free
+            self._fail(self.options.steps, f"{lost} pages lost at the end")
+
+    def _arrive(self) -> None:
+        """New requests join the queue, and free slots take from it."""
+        if len(self.waiting) < 4 and self.rng.random() < 0.5:
+            tokens = int(self.rng.integers(1, self.options.max_tokens + 1))
+            width = self.options.kv_lora_rank + self.options.rope_dim
+            latents = self.rng.normal(size=(tokens, width)).astype(self._dtype)
+            prompt = int(self.rng.integers(0, tokens + 1))
+            self.waiting.append(Request(self.counts["arrived"], latents, prompt))
+            self.counts["arrived"] += 1
+        for slot, request in enumerate(self.slots):
+            if request is None and self.waiting:
+                newcomer = self.waiting.popleft()
+                self.allocator.allocate(newcomer.id, 0)
+                self.slots[slot] = newcomer
+
+    def _cancel(self) -> None:
+        if self.rng.random() < 0.03 and (running := self._running()):
+            self._release(running[self.rng.integers(len(running))])
+            self.counts["cancelled"] += 1
+
+    def _grow(self) -> np.ndarray:
+        """Pages for the next tokens of each slot; returns how many tokens that is, [slots]."""
+        wanted = {id(request): self._wanted(request) for request in self._running()}
+        for request in self._running():
+            while request in self.slots:  # unless it was evicted for another, or for itself
+                try:
+                    self.allocator.extend(request.id, request.done + wanted[id(request)])
+                    break
+                except OutOfPagesError:
+                    self._evict()
+        return np.array([0 if r is None else wanted[id(r)] for r in self.slots], np.int32)
+
+    def _wanted(self, request: Request) -> int:
+        """A chunk of the prompt, then a token or two; now and then none."""
+        if self.rng.random() < 0.1:
+            return 0
+        prefill = request.prompt - request.done
+        most = min(prefill, self.options.chunk) if prefill > 0 else int(self.rng.integers(1, 3))
+        return min(most, len(request.latents) - request.done)
+
+    def _evict(self) -> None:
+        """A random running request goes to the end of the queue and will start over."""
+        running = [request for request in self._running() if self.allocator.pages(request.id)]
+        victim = running[self.rng.integers(len(running))]
+        self._release(victim)
+        victim.done = 0
+        self.waiting.append(victim)
+        self.counts["evicted"] += 1
+
+    def _compute(self, step: int, counts: np.ndarray) -> None:
+        """Appends the new latents, attends, and compares with the oracle."""
+        o = self.options
+        q = self.rng.normal(size=(o.slots, o.chunk, o.heads, o.kv_lora_rank + o.rope_dim))
+        queries = q.astype(self._dtype)
+        latents = np.zeros((o.slots, o.chunk, o.kv_lora_rank + o.rope_dim), self._dtype)
+        tables = self.rng.integers(-(2**31), 2**31, (o.slots, self.max_pages)).astype(np.int32)
+        lengths = np.zeros(o.slots, np.int32)
+        for slot, (request, count) in enumerate(zip(self.slots, counts, strict=True)):
+            if request is not None:
+                latents[slot, :count] = request.latents[request.done : request.done + count]
+                pages = self.allocator.pages(request.id)
+                tables[slot, : len(pages)] = pages
+                request.done += int(count)
+                lengths[slot] = request.done
+        got, lse, self.cache = self._attend(self.cache, queries, latents, tables, lengths, counts)
+        got, lse = np.asarray(got), np.asarray(lse)
+        self.counts["tokens"] += int(counts.sum())
+        self.counts["steps_without_room"] += bool(self.allocator.num_free == 0)
+
+        for slot, (request, count) in enumerate(zip(self.slots, counts, strict=True)):
+            wanted = np.zeros(got.shape[1:]), np.full(lse.shape[1:], -np.inf)
+            if request is not None:
+                wanted[0][:count], wanted[1][:count] = attention_float64(
+                    queries[slot, :count],
+                    request.latents[: request.done],
+                    softmax_scale=self._scale,
+                    kv_lora_rank=o.kv_lora_rank,
+                )
+            error = relative_error(got[slot], wanted[0])
+            self.largest_error = max(self.largest_error, error)
+            in_bounds = error <= OUTPUT_BOUND[o.dtype]
+            if not (in_bounds and lse_error(lse[slot], wanted[1]) <= LSE_BOUND):
+                self._fail(step, f"slot {slot}: error {error:.2e} with {lengths[slot]} keys")
+
+    def _attend_traced(
+        self,
+        cache: PagedKVCache,
+        q: jax.Array,
+        latents: jax.Array,
+        block_tables: jax.Array,
+        lengths: jax.Array,
+        counts: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, PagedKVCache]:
+        self.traces += 1
+        cache = cache.append(latents, block_tables, lengths - counts, counts)
+        o, lse = paged_mla_attention(
+            q,
+            cache,
+            block_tables,
+            lengths,
+            query_lens=counts,
+            softmax_scale=self._scale,
+            implementation=self.options.implementation,
+        )
+        return o, lse, cache
+
+    def _finish(self) -> None:
+        for request in self._running():
+            if request.done == len(request.latents):
+                self._release(request)
+                self.counts["finished"] += 1
+
+    def _release(self, request: Request) -> None:
+        """Frees a running request's pages and fills them with NaN."""
+        freed = np.zeros(self.allocator.num_pages, bool)
+        freed[list(self.allocator.pages(request.id))] = True
+        self.allocator.free(request.id)
+        self.slots[self.slots.index(request)] = None
+        self.cache = self._poison(self.cache, freed)
+
+    def _check_pages(self, step: int) -> None:
+        """Each page is free or has one owner, and every request has just the pages it needs."""
+        held: collections.Counter[int] = collections.Counter()
+        for request in self._running():
+            pages = self.allocator.pages(request.id)
+            held.update(pages)
+            if len(pages) != -(-request.done // self.options.page_size):
+                self._fail(step, f"request {request.id}: {len(pages)} pages, {request.done} tokens")
+        shared = [page for page, owners in held.items() if owners > 1]
+        if shared:
+            self._fail(step, f"pages {shared} are shared")
+        if len(held) + self.allocator.num_free != self.allocator.num_pages:
+            self._fail(step, f"{len(held)} pages held and {self.allocator.num_free} free")
+        self.occupancy.append(len(held) / self.allocator.num_pages)
+
+    def _fail(self, step: int, what: str) -> None:
+        self.failures.append({"step": step, "what": what})
+
+    def _running(self) -> list[Request]:
+        return [request for request in self.slots if request is not None]
+
+    @functools.cached_property
+    def _dtype(self) -> Any:
+        return jnp.dtype(self.options.dtype)
+
+    @property
+    def _scale(self) -> float:
+        """DeepSeek's, 192^-0.5, at its widths: nope is a quarter of the latent."""
+        return (self.options.kv_lora_rank // 4 + self.options.rope_dim) ** -0.5
+
+
+def _poison(cache: PagedKVCache, freed: jax.Array) -> PagedKVCache:
+    """The cache with NaN in the pages where `freed` [num_pages] is set."""
+    mask = freed.reshape(-1, *[1] * (cache.pages.ndim - 1))
+    return dataclasses.replace(cache, pages=jnp.where(mask, jnp.nan, cache.pages))

@@ -1,0 +1,87 @@
+"""The best schedule and tile for a profile and problem, and by how much it beats the defaults."""
+
+import dataclasses
+
+from experiments.framework.console import show_table, track
+from experiments.framework.experiment import InputError, Outcome, Output, Row, reading
+from experiments.framework.machine_options import MachineOptions, machine_and_problem, report_row
+from experiments.framework.options import flag
+from mla_jax.hal import AscendOrder, HardwareProfile, Problem, TilePlanError, plan_tiles, simulate
+from mla_jax.hal.simulator.ascend_costs import AscendKernel
+from mla_jax.hal.simulator.gpu_costs import KERNELS, Kernel, with_block
+
+SUMMARY = "searches schedule and tile for a device and problem; the gain over the defaults"
+
+DEFAULT = {"ascend": "chunk1", "nvidia": "flashmla_dense"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(MachineOptions):
+    show: int = flag(10, "how many of the best to show", lower_bound=1)
+
+
+def run(options: Options, output: Output) -> Outcome:
+    profile, problem = machine_and_problem(options)
+    with reading("profile"):
+        default = simulate(profile, problem, DEFAULT[profile.family])
+    rows: list[Row] = []
+    for kernel in track(candidates(profile, problem), "search"):
+        try:
+            report = simulate(profile, problem, kernel)
+        except ValueError:  # it does not fit, or needs more row tiles
+            continue
+        rows.append({"name": kernel.name, "block_kv": kernel.block_kv} | report_row(report)
+                    | {"gain": default.seconds / report.seconds})  # fmt: skip
+    rows.sort(key=lambda row: row["us"])
+    if not rows:
+        raise InputError(f"--profile: no kernel fits on {profile.name} with these sizes")
+    columns = ("name", "block_kv", "us", "gain", "bound_by", "of_matrix_peak")
+    show_table(f"Best of {len(rows)} on {profile.name}", rows[: options.show],
+               {c: c.replace("_", " ") for c in columns})  # fmt: skip
+    best = rows[0]
+    return Outcome(
+        passed=True,
+        summary=f"{best['name']} with {best['block_kv']} keys a block: {best['us']:.1f} us, "
+        f"{(best['gain'] - 1) * 100:.1f} % faster than {default.name} "
+        f"({default.seconds * 1e6:.1f} us)",
+        rows=rows,
+        headline={"best": best["name"], "gain": best["gain"], "default": default.name},
+    )
+
+
+def candidates(profile: HardwareProfile, problem: Problem) -> list[Kernel | AscendKernel]:
+    """Every kernel with every KV tile that fits."""
+    if profile.family == "ascend":
+        return [*ascend_candidates(profile, problem)]
+    found: list[Kernel | AscendKernel] = []
+    for make in KERNELS.values():
+        kernel = make(profile)
+        for keys in (16, 32, 64, 128):
+            try:
+                plan_tiles(profile, problem, block_q=kernel.block_q, block_kv=keys, kv_stages=2)
+            except TilePlanError:
+                continue
+            found.append(with_block(kernel, keys))
+    return found
+
+
+def ascend_candidates(profile: HardwareProfile, problem: Problem) -> list[AscendKernel]:
+    """Chunk x preload x update x rescale x signals x KV tile."""
+    orders = [
+        AscendOrder(f"chunk{chunk}-preload{preload}-{update}-{signals}", chunk, preload,
+                    signals=signals, update=update)
+        for chunk in (1, 2, 4, 8)
+        for preload in (0, 1)
+        for update in ("block", "chunk")
+        for signals in ((1, 2) if problem.kv_dtype == "int8" else (1,))
+    ]  # fmt: skip
+    if problem.kv_dtype != "int8":
+        orders += [
+            AscendOrder(f"amla-preload{p}", preload=p, rescale="exponent_add") for p in (0, 1, 2)
+        ]
+    tokens = 2 if problem.s_q > 1 else 1
+    return [
+        AscendKernel(order.name, order, problem.kv_dtype, block_kv=keys, q_tokens=tokens)
+        for order in orders
+        for keys in (128, 256, 512)
+    ]

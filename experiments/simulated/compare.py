@@ -1,0 +1,66 @@
+"""Several schedules side by side on one profile and problem."""
+
+import dataclasses
+
+from experiments.framework import plotting
+from experiments.framework.console import show_table
+from experiments.framework.experiment import InputError, Outcome, Output, reading
+from experiments.framework.machine_options import MachineOptions, machine_and_problem, report_row
+from experiments.framework.options import flag
+from mla_jax.hal import simulate
+from mla_jax.hal.simulator.trace import draw_gantt
+
+SUMMARY = "schedules side by side on one device: Gantt charts and a table"
+
+_DEFAULTS = {
+    "ascend": ("serial", "chunk1", "chunk2", "chunk4", "amla"),
+    "nvidia": ("triton-split", "fa2", "fa3", "fa3-2wg", "four-wg", "seesaw"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(MachineOptions):
+    schedules: tuple[str, ...] = flag((), "orders or kernels; none: the published orders")
+
+
+def run(options: Options, output: Output) -> Outcome:
+    profile, problem = machine_and_problem(options)
+    names = options.schedules or _DEFAULTS[profile.family]
+    if len(set(names)) < 2:
+        raise InputError("--schedules must name two schedules or more")
+    names = tuple(dict.fromkeys(names))
+    with reading("schedules"):
+        reports = [simulate(profile, problem, name) for name in names]
+    rows = [{"name": n} | report_row(r) for n, r in zip(names, reports, strict=True)]
+    show_table(
+        f"Schedules on {profile.name}; busy and idle: a core's matrix unit, of its longest piece",
+        rows,
+        {
+            "name": "name",
+            "us": "us",
+            "bound_by": "bound by",
+            "tflops": "TFLOPS",
+            "gb_per_s": "GB/s",
+            "utilisation": "busy",
+            "bubble_head": "idle: head",
+            "bubble_steady": "between",
+            "bubble_tail": "tail",
+            "bubble_in_steps": "in steps",
+        },
+    )
+    until = max(report.timeline.total for report in reports)
+    lanes = sum(len(report.timeline.schedule.units) for report in reports)
+    title = f"Schedules on {profile.name}, one core's longest piece"
+    size = (15.0, 1.1 * len(reports) + 0.42 * lanes)
+    path = output.path("compare.png")
+    with plotting.figure(path, title, rows=len(reports), size=size) as axes:
+        for ax, name, report in zip(plotting.several(axes), names, reports, strict=True):
+            draw_gantt(ax, report.timeline, until=until)
+            ax.set_title(
+                f"{name}: {report.timeline.total * 1e6:.1f} µs a core, "
+                f"{report.seconds * 1e6:.1f} µs in all, bound by {report.bound_by}",
+                fontsize=10,
+            )
+        plotting.several(axes)[0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+    best = min(rows, key=lambda row: row["us"])
+    return Outcome(True, f"fastest on {profile.name}: {best['name']}, {best['us']:.1f} us", rows)

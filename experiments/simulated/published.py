@@ -1,0 +1,199 @@
+"""Each published row beside the model's figure: error per row, mean absolute error per table."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.framework import plotting
+from experiments.framework.console import say, show_table, track
+from experiments.framework.experiment import InputError, Outcome, Output, Row, reading
+from experiments.framework.options import flag
+from experiments.simulated.fit_profiles import DEVICES, ascend_anchors
+from experiments.simulated.predictions import (
+    ASCEND_DEVICE,
+    FOLDER,
+    TABLES,
+    predict,
+    published_quantity,
+    read_table,
+)
+from mla_jax.hal import Problem, load_profile, simulate
+from mla_jax.hal.profiles.sources import fitted_constants
+from mla_jax.hal.simulator.ascend_costs import ASCEND_KERNELS, INGREDIENTS, with_ingredients
+
+SUMMARY = "the simulator against published and measured rows, or a table like them"
+
+BARS = {  # MAPE in percent, of all rows of a table
+    "h200_mla_decode.csv": 12.0,
+    "flashinfer_mla_decode.csv": 15.0,
+    "ascend_int8_v11_over_v0.csv": 4.0,
+}
+CLOSE = 1.05  # two variants nearer than this need not be told apart
+SAME_CASE = ("device", "lengths", "batch", "kv_len", "heads", "s_q")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    table: str | None = flag(None, "a CSV file with the columns of a published table; none: those")
+
+
+def run(options: Options, output: Output) -> Outcome:
+    paths = [Path(options.table)] if options.table else [FOLDER / name for name in TABLES]
+    rows: list[Row] = []
+    summaries: list[Row] = []
+    for path in paths:
+        with reading("table"):
+            table = read_table(path)
+        predicted = [
+            predicted_row(path.name, i, row) for i, row in enumerate(track(table, path.name))
+        ]
+        rows += predicted
+        summaries.append(summarise(path.name, predicted, own=options.table is None))
+    show_table("Model against published", summaries)
+    draw(output.path("published.png"), rows)
+    mape = mean_error(rows)
+    if options.table:
+        return Outcome(True, f"{paths[0].name}: MAPE {mape:.2f} % over {len(rows)} rows", rows,
+                       {"mape": mape, "tables": summaries})  # fmt: skip
+    points, ablation = text_points(), ablation_rows()
+    show_table("Figures given in text", points)
+    show_table("V11's ingredients, one by one (speed-up over V0)", ablation)
+    show_constants()
+    passed = all(s["mape"] <= BARS[s["table"]] for s in summaries) and all(p["met"] for p in points)
+    parts = ", ".join(f"{s['table']} {s['mape']:.1f} %" for s in summaries)
+    return Outcome(passed, f"MAPE: {parts}", rows, {
+        "mape": mape, "tables": summaries, "points": points, "ablation": ablation,
+        "constants": fitted_constants(),
+    })  # fmt: skip
+
+
+def predicted_row(table: str, index: int, row: dict[str, str]) -> Row:
+    """The row with `predicted`, `published` and `error_percent`. InputError if it can't be told."""
+    try:
+        quantity = published_quantity(row)
+        published, predicted = float(row[quantity]), predict(row)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--table: {table}, row {index + 1}: {error}") from error
+    return {
+        "table": table,
+        **row,
+        "quantity": quantity,
+        "predicted": predicted,
+        "published": published,
+        "error_percent": (predicted / published - 1) * 100,
+    }
+
+
+def mean_error(rows: Sequence[Row]) -> float:
+    """Mean absolute percentage error."""
+    return math.fsum(abs(row["error_percent"]) for row in rows) / len(rows)
+
+
+def summarise(name: str, rows: list[Row], own: bool) -> Row:
+    """MAPE of a table; of its fitted and its other rows where it is the one that was fitted."""
+    right, pairs = faster_named(rows)
+    worst = max(rows, key=lambda row: abs(row["error_percent"]))
+    return {
+        "table": name,
+        "rows": len(rows),
+        "mape": mean_error(rows),
+        "fitted_half": mean_error(rows[::2]) if own else None,
+        "other_half": mean_error(rows[1::2]) if own else None,
+        "worst_percent": worst["error_percent"],
+        "pairs_right": right,
+        "pairs": pairs,
+    }
+
+
+def faster_named(rows: list[Row]) -> tuple[int, int]:
+    """(right, all) of the pairs of variants of one case that differ by more than 5 %."""
+    cases: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if "variant" in row:
+            cases.setdefault(tuple(row.get(key) for key in SAME_CASE), []).append(row)
+    right = pairs = 0
+    for case in cases.values():
+        for i, a in enumerate(case):
+            for b in case[:i]:
+                said = a["published"] / b["published"]
+                if max(said, 1 / said) > CLOSE:
+                    pairs += 1
+                    right += (said > 1) == (a["predicted"] > b["predicted"])
+    return right, pairs
+
+
+def text_points() -> list[Row]:
+    """What the Ascend sources say in text, within how many points, and whether it is met."""
+    margins = (2.0, 2.0, 3.0)
+    found = ascend_anchors(load_profile(ASCEND_DEVICE))
+    return [
+        {"figure": what, "predicted": model * 100, "published": said * 100,
+         "points_off": (model - said) * 100, "allowed": margin,
+         "met": abs(model - said) * 100 <= margin}
+        for (what, model, said), margin in zip(found, margins, strict=True)
+    ]  # fmt: skip
+
+
+def ablation_rows() -> list[Row]:
+    """Speed-up over V0 with each ingredient of V11 alone, and with it and all before it."""
+    profile, first = load_profile(ASCEND_DEVICE), ASCEND_KERNELS["int8-v0"]
+    rows: list[Row] = []
+    names = list(INGREDIENTS)
+    for i, name in enumerate(names):
+        row: Row = {"ingredient": name}
+        for kv_len in (512, 2048, 4096):
+            problem = Problem((kv_len,), 128, kv_dtype="int8")
+            base = simulate(profile, problem, first).seconds
+            alone = simulate(profile, problem, with_ingredients(first, name)).seconds
+            so_far = simulate(profile, problem, with_ingredients(first, *names[: i + 1])).seconds
+            row |= {f"alone_{kv_len}": base / alone, f"so_far_{kv_len}": base / so_far}
+        rows.append(row)
+    return rows
+
+
+def show_constants() -> None:
+    """The fitted constants, with how well each device's rows are met."""
+    for device, fit in fitted_constants().items():
+        say(
+            f"{device}: fitted on {fit['rows']} (MAPE {fit['mape_fitted_rows']} %, the other rows "
+            f"{fit['mape_other_rows']} %)"
+        )
+        for field, value in fit["constants"].items():
+            say(f"    {field:<28}{value:>12.4g} {load_profile(device).numbers[field].unit}")
+    relatives = sorted(set(DEVICES) ^ set(fitted_constants()))
+    if relatives:
+        say(f"not fitted: {', '.join(relatives)}")
+
+
+def draw(path: Path, rows: list[Row]) -> None:
+    tables = list(dict.fromkeys(row["table"] for row in rows))
+    size = (5.2 * max(1, len(tables)), 4.8)
+    with plotting.figure(path, "Model against published", columns=len(tables), size=size) as axes:
+        for ax, table in zip(plotting.several(axes), tables, strict=False):
+            _draw_table(ax, [row for row in rows if row["table"] == table])
+
+
+def _draw_table(axes: Any, rows: list[Row]) -> None:
+    variants = list(dict.fromkeys(row.get("variant", "V11 over V0") for row in rows))
+    for i, variant in enumerate(variants):
+        mine = [row for row in rows if row.get("variant", "V11 over V0") == variant]
+        axes.scatter(
+            [r["published"] for r in mine],
+            [r["predicted"] for r in mine],
+            s=16,
+            color=plotting.look(i)["color"],
+            marker=plotting.look(i)["marker"],
+            label=plotting.name(variant, 32),
+        )
+    values = [row[key] for row in rows for key in ("published", "predicted")]
+    ends = [plotting.lowest(values) * 0.9, plotting.highest(values) * 1.1]
+    axes.plot(ends, ends, color=plotting.GREY, linewidth=0.8)
+    if ends[1] / ends[0] > 10:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+    axes.set_xlabel(f"published, {rows[0]['quantity']}")
+    axes.set_ylabel(f"model, {rows[0]['quantity']}")
+    axes.set_title(f"{plotting.name(rows[0]['table'])}, MAPE {mean_error(rows):.1f} %", fontsize=9)
+    axes.legend(fontsize=7)

@@ -1,0 +1,298 @@
+"""Runs rows of decode benchmarks: compiles in threads, checks, times, and can go on where it ended.
+
+Every row is written to `rows.jsonl` (see journal.py) as soon as it is known. Where that file is
+there already, its measured and failed rows are not run again; skipped ones are looked at anew.
+Pools of many rows go first, so that time which ends early leaves little undone. The
+contenders of a shape take turns, and so do its page sizes, because a card's speed changes from
+minute to minute.
+"""
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.framework.console import say, track
+from experiments.framework.experiment import Row
+from experiments.framework.journal import Journal, Key
+from experiments.speed import baselines as peers
+from experiments.speed import timing
+from experiments.speed.decode_bench import (
+    SCALE,
+    Contender,
+    Inputs,
+    Pool,
+    Programs,
+    Setup,
+    Work,
+    compile_jnp,
+    errors_of,
+    lacks_contiguous_memory,
+    lacks_memory,
+    time_bursts,
+)
+from experiments.speed.shapes import Shape
+from mla_jax.reference.attention import attention_float64
+
+WORKS_AT_A_TIME = 8  # whose programs are compiled before they are timed
+
+Task = tuple[Shape, Contender]
+Entry = tuple[dict[str, timing.Burst], Row]  # by the column of their time; what is known before it
+
+
+class DeviceLostError(Exception):
+    """The device answers nothing any more."""
+
+
+@dataclasses.dataclass
+class Runner:
+    """Times tasks, pool after pool."""
+
+    setup: Setup
+    journal: Journal
+    seconds: float  # after which nothing new is begun; 0: none
+
+    def __post_init__(self) -> None:
+        self._end = time.monotonic() + self.seconds if self.seconds else float("inf")
+
+    def run(self, tasks: Sequence[Task], peer_names: Sequence[str] = ()) -> int:
+        """Runs what is not done yet; returns how many tasks were left for lack of time."""
+        shared: dict[tuple, list[Shape]] = {}
+        for row in dict.fromkeys(row for row, _ in tasks):
+            if lacks_memory(row, self.setup) is None:
+                shared.setdefault((row.batch, row.dtype), []).append(row)
+        pools = {key: Pool.of(rows, self.setup) for key, rows in shared.items()}
+        left = [task for task in tasks if not self._done(task[0], task[1].name)]
+        todo = [task for task in left if not self._skips(task, pools)]
+        say(f"{len(tasks)} tasks: {len(tasks) - len(left)} done before, {len(todo)} to run")
+        try:
+            for key, pool in sorted(pools.items(), key=lambda item: -len(shared[item[0]])):
+                mine = [t for t in todo if (t[0].batch, t[0].dtype) == key]
+                if mine and not self._late():
+                    self._run_pool(pool, mine, peer_names)
+        except DeviceLostError as error:
+            say(f"stopped: {error}", style="red")
+        return sum((row, who.name) not in self.journal.rows for row, who in todo)
+
+    def _late(self) -> bool:
+        return time.monotonic() > self._end
+
+    def _done(self, row: Shape, name: str) -> bool:
+        return (row, name) in self.journal.rows
+
+    def _skips(self, task: Task, pools: Mapping[tuple, Pool]) -> bool:
+        """Notes why a task can't be run, if it can't."""
+        row, who = task
+        reason = lacks_memory(row, self.setup)
+        if reason is None and who.implementation is None:
+            reason = lacks_contiguous_memory(row, self.setup)
+        if reason is None:
+            reason = Work(row, pools[row.batch, row.dtype], self.setup).refuses(who)
+        if reason is None and who.most_tokens and sum(row.seq_lens) > who.most_tokens:
+            reason = f"it is timed up to {who.most_tokens} KV tokens: it defines, it does not race"
+        if reason is not None:
+            self.journal.add(row, who.name, "skipped", reason=reason)
+        return reason is not None
+
+    def _run_pool(self, pool: Pool, tasks: list[Task], peer_names: Sequence[str]) -> None:
+        layers: list[Any] = []
+        for chunk in self._chunks(pool, tasks):
+            if self._late():
+                return
+            programs = self._compile(pool, chunk)
+            layers = layers or pool.fill(self.setup)
+            matches: dict[Shape, list[Task]] = {}
+            for task in (task for group in chunk for task in group):
+                matches.setdefault(task[0].without_pages, []).append(task)
+            label = f"batch {chunk[0][0][0].batch}, {pool.dtype}"
+            for match in track(matches.values(), label):
+                if self._late():
+                    return
+                self._run_match(match, pool, layers, programs, peer_names)
+
+    def _chunks(self, pool: Pool, tasks: Iterable[Task]) -> Iterator[list[list[Task]]]:
+        """WORKS_AT_A_TIME groups of tasks that share programs, or a few more: those that differ in
+        page size alone stay together."""
+        families: dict[tuple, dict[tuple, list[Task]]] = {}
+        for row, who in tasks:
+            key = heads, s_q, _, capacity = Work(row, pool, self.setup).key
+            family = families.setdefault((heads, s_q, capacity), {})
+            family.setdefault(key, []).append((row, who))
+        chunk: list[list[Task]] = []
+        for family in families.values():
+            chunk += family.values()
+            if len(chunk) >= WORKS_AT_A_TIME:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
+
+    def _compile(self, pool: Pool, chunk: Sequence[Sequence[Task]]) -> dict[Any, Future]:
+        """Programs by contender and `Work.key`, of `jnp` by row; in threads."""
+        jobs: dict[Any, Callable[[], Any]] = {}
+        for group in chunk:
+            for who in dict.fromkeys(who for _, who in group):
+                rows = [row for row, other in group if other == who]
+                if who.implementation is None:
+                    for row in rows:
+                        jobs[who.name, row] = functools.partial(compile_jnp, row, self.setup)
+                    continue
+                work = Work(rows[0], pool, self.setup)
+                jobs[who.name, work.key] = functools.partial(work.compile, who, rows)
+        with ThreadPoolExecutor(os.cpu_count() or 1) as executor:
+            futures = {key: executor.submit(job) for key, job in jobs.items()}
+            try:
+                for _ in track(as_completed(futures.values()), "compiling", total=len(futures)):
+                    pass
+            except BaseException:  # An interrupt waits for none of them.
+                executor.shutdown(wait=False, cancel_futures=True)
+                raise
+        return futures
+
+    def _run_match(
+        self,
+        tasks: Sequence[Task],
+        pool: Pool,
+        layers: list[Any],
+        programs: dict[Any, Future],
+        peer_names: Sequence[str],
+    ) -> None:
+        """Times rows that differ in page size alone, all of them in turn."""
+        entries: dict[Key, Entry] = {}
+        for row in dict.fromkeys(row for row, _ in tasks):
+            contenders = [who for other, who in tasks if other == row]
+            entries |= self._enter_row(row, pool, layers, contenders, programs, peer_names)
+
+        def label(key: Key, column: str) -> str:
+            return f"{key[0].label}, {key[1]}, {column}"
+
+        several_sizes = len({row.page_size for row, _ in entries}) > 1
+        try:
+            timings = time_bursts(
+                {
+                    label(key, column): burst
+                    for key, (bursts, _) in entries.items()
+                    for column, burst in bursts.items()
+                },
+                rounds=self.setup.page_rounds if several_sizes else self.setup.rounds,
+                pause=self.setup.pause,
+            )
+        except Exception as error:
+            for row, name in entries:
+                self._fail(row, name, error)
+            return
+        for (row, name), (bursts, columns) in entries.items():
+            for column in bursts:
+                t = timings[label((row, name), column)]
+                columns |= {column: t.us, f"{column}_low": t.low, f"{column}_high": t.high}
+                columns[f"{column}_host_bound"] = t.host_bound
+            self.journal.add(row, name, "measured", launches=bursts["us"].launches, **columns)
+
+    def _enter_row(
+        self,
+        row: Shape,
+        pool: Pool,
+        layers: list[Any],
+        contenders: Iterable[Contender],
+        programs: dict[Any, Future],
+        peer_names: Sequence[str],
+    ) -> dict[Key, Entry]:
+        """Those that are right; a failure is a row of the journal already."""
+        work = Work(row, pool, self.setup)
+        inputs = Inputs.make(row, self.setup, layers, work.capacity)
+        oracles: dict[int, Any] = {}
+
+        def oracle(layer: int) -> Any:
+            if layer not in oracles:
+                oracles[layer] = inputs.oracle(layer)
+            return oracles[layer]
+
+        found: dict[Key, Entry] = {}
+
+        def enter(name: str, make: Callable[[], Entry]) -> None:
+            try:
+                mine, columns = make()
+            except Exception as error:
+                self._fail(row, name, error)
+                return
+            if columns.pop("correct"):
+                found[row, name] = mine, columns
+            else:
+                why = f"wrong: error {columns['error']:.2e}, of lse {columns['lse_error']:.2e}"
+                self.journal.add(row, name, "failed", reason=why, **columns)
+
+        for who in contenders:
+            if who.implementation is None:
+                make = functools.partial(self._enter_jnp, inputs, programs[who.name, row])
+            else:
+                program = programs[who.name, work.key]
+                make = functools.partial(self._enter_op, inputs, program, oracle)
+            enter(who.name, make)
+        bursts = [burst for mine, _ in found.values() for burst in mine.values()]
+        launches = max((burst.launches for burst in bursts), default=0)
+        for name in peer_names if launches else ():
+            if not self._done(row, name) and row.dtype == "bf16":
+                enter(name, functools.partial(_enter_peer, name, inputs, launches, oracle))
+        return found
+
+    def _enter_op(
+        self, inputs: Inputs, compiled: "Future[Programs]", oracle: Callable[[int], Any]
+    ) -> Entry:
+        programs, rows = compiled.result(), []
+        layers = inputs.layers[: programs.layers]
+        arguments, count = (inputs.q, layers, inputs.shared(programs)), len(layers)
+        for program in programs.bursts.values():
+            layer = (program.launches - 1) % count
+            output = program.last_output(*arguments)
+            rows.append(errors_of(output, oracle(layer), inputs.row.dtype))
+        columns = max(rows, key=lambda row: (not row["correct"], row["error"]))
+        tokens = sum(inputs.row.seq_lens) * count
+        rotated = tokens * self.setup.token_bytes(inputs.row.dtype)
+        return (
+            {column: program.burst(*arguments) for column, program in programs.bursts.items()},
+            {**columns, "layers": count, "rotated_mb": rotated / 1e6},
+        )
+
+    def _enter_jnp(self, inputs: Inputs, compiled: "Future[timing.ModelProgram]") -> Entry:
+        """Checked on one request; its KV is in no pages, so the oracle is its own."""
+        program = compiled.result()
+        kv = inputs.contiguous()
+        arguments = inputs.q, kv, inputs.seq_lens
+        o, lse = program.last_output(*arguments)
+        request = inputs.sample()[0]
+        length = inputs.row.seq_lens[request]
+        exact = attention_float64(
+            np.asarray(inputs.q[request]),
+            np.asarray(kv[(program.launches - 1) % len(kv)][request])[:length],
+            softmax_scale=SCALE,
+            kv_lora_rank=self.setup.kv_lora_rank,
+        )
+        columns = errors_of((o, lse), {request: exact}, "bf16")
+        rotated = sum(x.nbytes for x in kv)
+        columns |= {"layers": len(kv), "rotated_mb": rotated / 1e6}
+        return {"us": program.burst(*arguments)}, columns
+
+    def _fail(self, row: Shape, name: str, error: Exception) -> None:
+        """Notes a failure. DeviceLostError where the device is gone: then nothing is noted."""
+        try:
+            jax.block_until_ready(jnp.zeros(8) + 1)
+        except Exception as lost:
+            raise DeviceLostError(
+                f"the device is lost after {row.label}, {name}: {error}"
+            ) from lost
+        reason = f"{type(error).__name__}: {error}".strip()[:500]
+        say(f"failed: {row.label}, {name}: {reason}", style="red")
+        self.journal.add(row, name, "failed", reason=reason)
+
+
+def _enter_peer(name: str, inputs: Inputs, launches: int, oracle: Callable[[int], Any]) -> Entry:
+    peer = peers.FlashInfer(name, inputs)
+    columns = errors_of(peer.output(0), oracle(0), inputs.row.dtype)
+    return peer.bursts(launches), {**columns, "layers": len(inputs.layers)}

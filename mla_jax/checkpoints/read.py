@@ -1,0 +1,366 @@
+"""Reads tensors by name from a published checkpoint folder, without loading the files whole.
+
+A folder holds either one `model.safetensors` or shards with `model.safetensors.index.json`.
+DeepSeek-V3 and R1 store matrices as float8 e4m3 with one float32 factor for each 128 x 128 block
+beside it (`weight_scale_inv`; value = fp8 * factor, the last blocks ragged).
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from mla_jax.checkpoints.config_json import (
+    CheckpointError,
+    config_json_path,
+    excerpt,
+    language_model_config,
+    parse_json_object,
+    read_json_object,
+    shown,
+)
+
+__all__ = ["Checkpoint", "CheckpointError", "dequantize_blocks"]
+
+INDEX = "model.safetensors.index.json"
+
+# A layer of multi-head latent attention has a tensor of one of these names. Encoders of images and
+# layers of another attention, which also call theirs self_attn, have none.
+_MLA_LAYER = re.compile(
+    r"(?P<prefix>(?P<stem>(?:.*\.)?)layers\.(?P<layer>[0-9]+)\.self_attn\.)"
+    r"(?:kv_a_proj_with_mqa|kv_a_layernorm|kv_b_proj|q_a_proj|q_a_layernorm|q_b_proj)\.",
+    re.DOTALL,
+)
+
+# What libraries of quantisation put beside or instead of a matrix's `weight`.
+_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|scales|g_idx|SCB|weight_(?!scale_inv$)\w+|weight\..+)|[._](blocks|scales)"
+)
+# Tensors that may accompany the weights without changing them: scales of activations and of an fp8
+# cache, a table of frequencies.
+_HARMLESS = re.compile(r"(^|\.)(input_scale|activation_scale|[qkv]_scale|rotary_emb\.inv_freq)$")
+
+_DTYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+}
+
+
+class Checkpoint:
+    """A folder of safetensors; opening it reads no tensor, `read` only the bytes of that one.
+
+    Raises FileNotFoundError without folder or config.json, CheckpointError naming the file or
+    tensor that is missing, corrupt, or of a wrong shape or dtype.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        if not isinstance(folder, str | os.PathLike):
+            raise TypeError(f"folder must be a path, got {shown(folder)}")
+        self.folder = Path(folder)
+        self.config_path = config_json_path(self.folder)
+        if self.config_path == self.folder:
+            raise CheckpointError(f"folder must be the folder of a checkpoint, {folder} is a file")
+        self.config = read_json_object(self.config_path)
+        self._quantization = self._find_quantization()
+        self._headers: dict[Path, dict[str, Any]] = {}
+        self._twice: dict[str, Path] = {}
+        self._files = self._find_files()
+        self._layers = self._find_layers()
+
+    @property
+    def files(self) -> Mapping[str, Path]:
+        """Which file each tensor is in."""
+        return self._files
+
+    @property
+    def layers(self) -> list[int]:
+        """The numbers of the layers that have multi-head latent attention here."""
+        return sorted({layer for _, layer in self._layers.values()})
+
+    def layer_prefix(self, layer: int | None = None, prefix: str | None = None) -> str:
+        """`model.layers.{layer}.self_attn.`, or whatever stands before `layers` here.
+
+        Args:
+            layer: None: the lowest that is there.
+            prefix: chooses where several models have that layer: "model." or all of
+                "model.layers.3.self_attn.".
+        """
+        found = self._layers
+        if prefix is not None:
+            wanted = prefix.removesuffix(".")
+            found = {
+                full: (stem, number)
+                for full, (stem, number) in found.items()
+                if wanted in (full.removesuffix("."), stem.removesuffix("."))
+            }
+            if not found:
+                stems = sorted({stem for stem, _ in self._layers.values()})
+                raise CheckpointError(
+                    f"{self.folder}: prefix must be one of {', '.join(map(shown, stems))}, "
+                    f"got {shown(prefix)}"
+                )
+        numbers = sorted({number for _, number in found.values()})
+        if layer is None:
+            layer = min(numbers, default=0)
+        prefixes = [full for full, (_, number) in found.items() if number == layer]
+        if len(prefixes) != 1:
+            listed = f"{prefixes}: choose one by prefix" if prefixes else f"only layers {numbers}"
+            raise CheckpointError(
+                f"{self.folder}: layer {shown(layer)} must be there once, as "
+                f"model.layers.{shown(layer)}.self_attn.* with kv_a_proj_with_mqa; found {listed}"
+            )
+        return prefixes[0]
+
+    def check_names(self, prefix: str, names: Iterable[str]) -> None:
+        """Raises CheckpointError unless the layer has these tensors, and no other that matters."""
+        names = list(names)
+        here = [name.removeprefix(prefix) for name in self._files if name.startswith(prefix)]
+        modules = {name.rpartition(".")[0] for name in names}
+        for module in sorted(modules):
+            stored = [
+                name
+                for name in here
+                if name.startswith(module) and _QUANTISED.fullmatch(name, len(module))
+            ]
+            if stored:
+                listed = excerpt(", ".join(sorted(stored)))
+                raise CheckpointError(
+                    f"{self.folder}: {prefix}{module} is quantised as {listed}, which is not "
+                    f"supported{self._quantisation_name()}"
+                )
+        for name in names:
+            self._file(prefix + name)
+        known = {*names, *(f"{name}_scale_inv" for name in names)}
+        others = sorted(name for name in here if name not in known and not _HARMLESS.search(name))
+        if others:
+            listed = excerpt(", ".join(others))
+            raise CheckpointError(
+                f"{self.folder}: {prefix}* holds tensors that its config.json does not ask for: "
+                f"{listed}"
+            )
+
+    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """The tensor of that name and shape, of the file's dtype; fp8 comes as float32, scaled.
+
+        NaN and infinity are values like others.
+        """
+        value = self._read_raw(name)
+        if value.shape != shape:
+            raise CheckpointError(f"{self.folder}: {name} must be {shape}, got {value.shape}")
+        scale_name = f"{name}_scale_inv"
+        if value.dtype != ml_dtypes.float8_e4m3fn:
+            if scale_name in self._files:
+                raise CheckpointError(
+                    f"{self.folder}: {name} must be fp8, as {scale_name} is there, "
+                    f"got {value.dtype}"
+                )
+            return value
+        if value.ndim != 2:
+            raise CheckpointError(f"{self.folder}: {name} is fp8 but no matrix: {value.shape}")
+        block = self._weight_block_size()
+        scale = self._read_raw(scale_name)
+        blocks = tuple(-(-size // edge) for size, edge in zip(shape, block, strict=True))
+        if scale.shape != blocks:
+            raise CheckpointError(
+                f"{self.folder}: {scale_name} must be {blocks} for blocks of {block}, "
+                f"got {scale.shape}"
+            )
+        if scale.dtype == ml_dtypes.float8_e4m3fn:
+            raise CheckpointError(f"{self.folder}: {scale_name} must be wider than fp8")
+        return dequantize_blocks(value, scale, block)
+
+    def _find_files(self) -> dict[str, Path]:
+        """Which file each tensor is in: as the index says, else as the files' headers do."""
+        index = self.folder / INDEX
+        if os.path.lexists(index):
+            return _read_index(index)
+        single = self.folder / "model.safetensors"
+        paths = [single] if os.path.lexists(single) else sorted(self.folder.glob("*.safetensors"))
+        if not paths:
+            raise CheckpointError(f"{self.folder} has no model.safetensors and no index of shards")
+        files: dict[str, Path] = {}
+        for path in paths:
+            for name in self._header(path):
+                if files.setdefault(name, path) != path:
+                    self._twice[name] = path
+        return files
+
+    def _find_layers(self) -> dict[str, tuple[str, int]]:
+        """Returns, per prefix of tensors, what precedes `layers` in it and the layer's number."""
+        layers = {}
+        for name in self._files:
+            match = _MLA_LAYER.match(name)
+            if match is None:
+                continue
+            if len(match["layer"]) > 9:
+                raise CheckpointError(
+                    f"{self.folder}: tensor {shown(name)} has a layer number of "
+                    f"{len(match['layer'])} digits"
+                )
+            layers[match["prefix"]] = match["stem"], int(match["layer"])
+        return layers
+
+    def _header(self, path: Path) -> dict[str, Any]:
+        if path not in self._headers:
+            self._headers[path] = _read_header(path)
+        return self._headers[path]
+
+    def _file(self, name: str) -> Path:
+        if name not in self._files:
+            raise CheckpointError(
+                f"{self.folder}: tensor {name} is missing{self._quantisation_name()}"
+            )
+        if name in self._twice:
+            raise CheckpointError(
+                f"tensor {name} is in {self._files[name]} and in {self._twice[name]}, "
+                f"and no {INDEX} chooses"
+            )
+        return self._files[name]
+
+    def _read_raw(self, name: str) -> np.ndarray:
+        path = self._file(name)
+        entry = self._header(path).get(name)
+        if entry is None:
+            raise CheckpointError(f"{path}: tensor {name} is missing, though the index has it")
+        if entry["dtype"] not in _DTYPES:
+            raise CheckpointError(
+                f"{path}: {name} must be one of {', '.join(_DTYPES)}, got {entry['dtype']}"
+                + self._quantisation_name()
+            )
+        dtype = np.dtype(_DTYPES[entry["dtype"]])
+        start, end = entry["data_offsets"]
+        try:
+            values = np.fromfile(path, dtype, (end - start) // dtype.itemsize, offset=start)
+            return values.reshape(entry["shape"])
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: {name} can't be read: {error}") from error
+
+    def _find_quantization(self) -> Mapping[str, Any]:
+        """What config.json says of quantisation, beside or in the language model's part.
+
+        Its keys are looked at only where a tensor is quantised.
+        """
+        inner, around = language_model_config(self.config, str(self.config_path))
+        levels = [outer for _, outer in around] + [inner]
+        found = [level["quantization_config"] for level in levels if "quantization_config" in level]
+        found = [value for value in found if value is not None]
+        if not found:
+            return {}
+        if any(value != found[0] for value in found):
+            raise CheckpointError(f"{self.config_path}: two quantization_config differ")
+        if not isinstance(found[0], Mapping):
+            raise CheckpointError(
+                f"{self.config_path}: quantization_config must be an object, got {shown(found[0])}"
+            )
+        return found[0]
+
+    def _quantisation_name(self) -> str:
+        """What config.json calls its quantisation, as the end of an error message."""
+        method = self._quantization.get("quant_method")
+        return "" if method is None else f" (quantization_config.quant_method: {shown(method)})"
+
+    def _weight_block_size(self) -> tuple[int, int]:
+        """The rows and columns that share a factor, by default DeepSeek's 128 x 128."""
+        quantization = self._quantization
+        where = f"{self.config_path}: quantization_config"
+        method = quantization.get("quant_method", "fp8")
+        if method != "fp8":
+            raise CheckpointError(f"{where}.quant_method must be 'fp8', got {shown(method)}")
+        block = quantization.get("weight_block_size", [128, 128])
+        if not (
+            isinstance(block, list)
+            and len(block) == 2
+            and all(type(n) is int and 0 < n < 2**31 for n in block)
+        ):
+            raise CheckpointError(
+                f"{where}.weight_block_size must be two positive integers, got {shown(block)}"
+            )
+        return block[0], block[1]
+
+
+def dequantize_blocks(
+    weight: np.ndarray, scale_inv: np.ndarray, block: tuple[int, int] = (128, 128)
+) -> np.ndarray:
+    """weight * its block's factor, float32.
+
+    Args:
+        weight: [out, in], fp8.
+        scale_inv: [ceil(out / block[0]), ceil(in / block[1])]; DeepSeek's name, yet a multiplier.
+        block: rows and columns of a block; the last ones may be ragged.
+    """
+    rows, columns = weight.shape
+    factors = np.repeat(scale_inv.astype(np.float32), min(block[0], rows), axis=0)[:rows]
+    factors = np.repeat(factors, min(block[1], columns), axis=1)[:, :columns]
+    return weight.astype(np.float32) * factors
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    """The weight_map of an index: tensor -> file, each inside of the index's folder by its name.
+
+    A file may be a symbolic link that leaves the folder, as in the cache of Hugging Face.
+    """
+    try:
+        weight_map = parse_json_object(index.read_bytes()).get("weight_map")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{index} has no sound weight_map: {error}") from error
+    if not isinstance(weight_map, Mapping):
+        raise CheckpointError(f"{index} has no sound weight_map: it is {shown(weight_map)}")
+    paths: dict[str, Path] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise CheckpointError(
+                f"{index} has no sound weight_map: {shown(name)} is in {shown(file)}"
+            )
+        if file not in paths:
+            if not _is_inside(file):
+                raise CheckpointError(
+                    f"{index}: weight_map puts {shown(name)} in {shown(file)}, "
+                    "which is no name of a file in this folder"
+                )
+            paths[file] = index.parent / file
+    return {name: paths[file] for name, file in weight_map.items()}
+
+
+def _is_inside(file: str) -> bool:
+    """Whether a relative path names something below the folder it starts at, on any system."""
+    return (
+        file.isprintable()
+        and not re.search(r'[\\:*?"<>|]', file)
+        and not PurePosixPath(file).is_absolute()
+        and all(
+            part not in ("", ".", "..") and len(part.encode()) <= 255 for part in file.split("/")
+        )
+        and len(file.encode()) <= 1024
+    )
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """name -> {dtype, shape, data_offsets from the start of the file}, as the file's header says.
+
+    The safetensors package checks the file; we read the bytes ourselves, because the package has
+    no numpy type for fp8.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is {'no file' if path.exists() else 'missing'}")
+    try:
+        with safetensors.safe_open(path, framework="np"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = parse_json_object(file.read(length))
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a sound safetensors file: {excerpt(error)}"
+        ) from error
+    header.pop("__metadata__", None)
+    for entry in header.values():
+        entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
+    return header

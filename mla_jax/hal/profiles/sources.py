@@ -1,0 +1,34 @@
+"""Shorthand for profile data: numbers with their sources, and the constants that a fit found."""
+
+import functools
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+
+from mla_jax.hal.profiles.profile import FIELDS, Certainty, HardwareProfile, Number
+
+Entry = tuple[float, str, Certainty]
+
+
+@functools.cache
+def fitted_constants() -> dict[str, dict]:
+    """Returns, per device, the constants that `fit_profiles` wrote and how they were fitted."""
+    return json.loads(files("mla_jax.hal.profiles").joinpath("fitted.json").read_text())
+
+
+def build(
+    name: str, family: str, entries: Mapping[str, Entry], fitted_on: str, note: str = ""
+) -> HardwareProfile:
+    """A profile from (value, source, certainty) entries, with the constants fitted on a device."""
+    units = FIELDS[family]
+    numbers = {
+        f: Number(v, units.get(f, ""), source, sure) for f, (v, source, sure) in entries.items()
+    }
+    fit = fitted_constants().get(fitted_on, {})
+    own = name == fitted_on
+    for field, value in fit.get("constants", {}).items():
+        source = f"fitted on {fit['rows']}" + (
+            "" if own else f" of {fitted_on}, the nearest relative"
+        )
+        numbers[field] = Number(value, units[field], source, "fitted" if own else "assumed")
+    return HardwareProfile(name, family, numbers, fitted_on if fit else "", note)  # type: ignore[arg-type]

@@ -1,0 +1,277 @@
+"""FIA-style MLA kernels for Ascend: an issue order, the ingredients of the int8 kernel's versions,
+and what each stage costs on the engines of a core.
+
+A "core" is one cube core with its two vector cores. Stage times are sums of counted work (cube
+fractals, vector elements, bytes moved) over the profile's rates; see `ascend_costs`.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+from mla_jax.hal.orders import ASCEND_ORDERS, AscendOrder
+from mla_jax.hal.profiles.profile import HardwareProfile
+from mla_jax.hal.schedule import Step
+from mla_jax.hal.simulator.one_core import Costs, StageCost
+from mla_jax.hal.tiling import FRACTAL, LATENT, ROPE, TilePlan
+from mla_jax.hal.work import ITEMSIZE
+
+
+@dataclass(frozen=True)
+class AscendKernel:
+    """An order and the choices that change what a stage costs.
+
+    tail_row_sum: row sums and maxima are kept element-wise over a block and reduced once at its
+        end instead of for every slice of columns.
+    unit_flags: cube, FixPipe and L0C hand tiles over by unit flags, without a set/wait pair a tile.
+    fractal_layout: S and P stay in the cube's fractal layout, so that P needs no conversion on its
+        way to L1.
+    convert_load: the cache is ND and is turned into fractals on load (False: an NZ cache).
+    head_group: query rows that one vector instruction covers.
+    update_ping_pong: UP brings the next rows in while it works on these.
+    q_tokens: query tokens a job takes ("Q2": 2).
+    block_kv: keys of a block; None: as many as fit (512 on all 910s).
+    """
+
+    name: str
+    order: AscendOrder
+    kv_dtype: str = "bf16"
+    tail_row_sum: bool = True
+    unit_flags: bool = True
+    fractal_layout: bool = True
+    convert_load: bool = False
+    head_group: int = 16
+    update_ping_pong: bool = True
+    q_tokens: int = 1
+    block_kv: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.head_group <= 64:
+            raise ValueError(f"{self.name}: head_group = {self.head_group}, wanted 1 to 64")
+        if self.q_tokens not in (1, 2):
+            raise ValueError(f"{self.name}: q_tokens = {self.q_tokens}, wanted 1 or 2")
+        if self.kv_dtype not in ITEMSIZE:
+            raise ValueError(f"{self.name}: kv_dtype = {self.kv_dtype!r}, wanted {set(ITEMSIZE)}")
+        if self.order.rescale == "exponent_add" and self.kv_dtype == "int8":
+            raise ValueError(
+                f"{self.name}: AMLA adds P.V to O in memory, which int32 products can't"
+            )
+        if self.order.signals == 2 and self.kv_dtype != "int8":
+            raise ValueError(
+                f"{self.name}: signals = 2 needs kv_dtype = 'int8', got {self.kv_dtype!r}"
+            )
+
+    @property
+    def job_rows(self) -> int:
+        """Most query rows of one job: int8 keeps two products of QK, so it takes half of them."""
+        return 128 if self.kv_dtype == "int8" else 128 * self.q_tokens
+
+
+_V0 = AscendKernel(
+    "int8-v0",
+    dataclasses.replace(ASCEND_ORDERS["chunk1"], name="int8-v0", update_slots=1),
+    kv_dtype="int8",
+    tail_row_sum=False,
+    unit_flags=False,
+    fractal_layout=False,
+    convert_load=False,
+    head_group=8,
+    update_ping_pong=False,
+)
+_V11_ORDER = AscendOrder("int8-v11", chunk=4, preload=0, signals=2, update="chunk")
+
+# Each of V11's ingredients by itself, in the order in which the ablation switches them on.
+INGREDIENTS: dict[str, dict[str, object]] = {
+    "tail row sum and max": {"tail_row_sum": True},
+    "cube and L0C unit flags": {"unit_flags": True},
+    "S and P layout": {"fractal_layout": True},
+    "larger head groups in SM": {"head_group": 16},
+    "UP ping-pong": {"update_ping_pong": True, "order.update_slots": 2},
+    "two signals after QK": {"order.signals": 2},
+    "chunk 4": {"order.chunk": 4, "order.preload": 0},
+    "one UP a chunk": {"order.update": "chunk"},
+}
+
+
+def with_ingredients(kernel: AscendKernel, *names: str) -> AscendKernel:
+    """`kernel` with some of V11's ingredients switched on."""
+    order: dict[str, object] = {}
+    direct: dict[str, object] = {}
+    for name in names:
+        for key, value in INGREDIENTS[name].items():
+            (order if key.startswith("order.") else direct)[key.removeprefix("order.")] = value
+    changed = dataclasses.replace(kernel.order, **order)  # type: ignore[arg-type]
+    return dataclasses.replace(kernel, order=changed, **direct)  # type: ignore[arg-type]
+
+
+ASCEND_KERNELS = {
+    "int8-v0": _V0,
+    "int8-v11": dataclasses.replace(
+        with_ingredients(_V0, *INGREDIENTS), name="int8-v11", order=_V11_ORDER
+    ),
+    "amla": AscendKernel("amla", ASCEND_ORDERS["amla"], q_tokens=2),
+} | {
+    f"{dtype}-{name}": AscendKernel(f"{dtype}-{name}", order, kv_dtype=dtype)
+    for dtype in ("bf16", "int8")
+    for name, order in ASCEND_ORDERS.items()
+    if (order.signals == 1 if dtype == "bf16" else order.rescale == "multiply")
+}
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Counted work of a stage: bytes by DMA path, cube cycles, vector cycles."""
+
+    cube: float = 0.0
+    l0a: float = 0.0
+    l0b: float = 0.0
+    gm_to_l1: float = 0.0
+    fixpipe: float = 0.0
+    tiles: int = 0
+    vector: float = 0.0
+    gm_to_ub: float = 0.0
+    ub_to_gm: float = 0.0
+    overlapped: bool = True
+    marks: dict[str, float] = field(default_factory=dict)
+
+
+def cube_cycles(rows: int, depth: int, columns: int, itemsize: int, head: float = 6.0) -> float:
+    """Cycles of one L0 multiply: head + ceil(m / 16) * ceil(k bytes / 32) * ceil(n / 16)."""
+    return head + math.ceil(rows / 16) * math.ceil(depth * itemsize / 32) * math.ceil(columns / 16)
+
+
+def _product(plan: TilePlan, rows: int, depth: int, columns: int, item: int, head: float) -> _Work:
+    """rows x depth . depth x columns in L0 tiles, as FIA loops over them."""
+    tiles = {tile.stage: tile for tile in plan.tiles if tile.level == "l0"}
+    side, step = tiles["PV"].n, tiles["QK"].k
+    row_tiles = [min(side, rows - r) for r in range(0, rows, side)]
+    steps = [min(step, depth - k) for k in range(0, depth, step)]
+    column_tiles = math.ceil(columns / side)
+    cycles = column_tiles * sum(
+        cube_cycles(m, k, side, item, head) for m in row_tiles for k in steps
+    )
+    return _Work(
+        cube=cycles,
+        l0a=column_tiles * rows * depth * item,
+        l0b=len(row_tiles) * depth * columns * item,
+        tiles=column_tiles * len(row_tiles),
+    )
+
+
+def ascend_costs(
+    profile: HardwareProfile, kernel: AscendKernel, plan: TilePlan, rows: int, share: float
+) -> Costs:
+    """Seconds of each stage for a tile of `rows` rows and blocks of plan.block_kv keys.
+
+    `share`: bytes per second that the device's memory has for this core while all are at work.
+    """
+    keys, item = plan.block_kv, ITEMSIZE[kernel.kv_dtype]
+    int8 = kernel.kv_dtype == "int8"
+    head, cycle, scale = profile["engine.cube_head"], profile.cycle, profile["engine.dma_scale"]
+    vectors = profile["core.vector_cores"]
+    flag = profile["latency.flag"]
+    from_l2 = profile["memory.l2_bandwidth"] / profile.cores  # QK has just brought the values there
+
+    def passes(wide: float, narrow: float, columns: int) -> float:
+        """Cycles of a vector core for so many passes over rows x columns, by element rate."""
+        elements = rows * columns / vectors
+        instructions = math.ceil(rows / vectors / kernel.head_group) * math.ceil(columns / LATENT)
+        per_pass = instructions * profile["engine.vector_head"]
+        return wide * (elements / profile["engine.vector_wide"] + per_pass) + narrow * (
+            elements / profile["engine.vector_narrow"] + per_pass
+        )
+
+    def matrix(work: _Work, source: float) -> StageCost:
+        load = min(profile["engine.gm_to_l1"] * scale, source)
+        busy = {
+            "cube": work.cube * cycle,
+            "mte1": work.l0a / profile["engine.l1_to_l0a"] + work.l0b / profile["engine.l1_to_l0b"],
+            "mte2": work.gm_to_l1 / load,
+            "fixpipe": work.fixpipe / (profile["engine.fixpipe"] * scale),
+        }
+        waits = 0.0 if kernel.unit_flags else work.tiles * flag
+        return StageCost(busy, hold=profile["latency.job"] + waits)
+
+    def vector(work: _Work) -> StageCost:
+        busy = {
+            "vector": work.vector * cycle,
+            "mte2v": work.gm_to_ub / (profile["engine.gm_to_ub"] * scale * vectors),
+            "mte3": work.ub_to_gm / (profile["engine.ub_to_gm"] * scale * vectors),
+        }
+        exposed = 0.0 if work.overlapped else busy["mte2v"] + busy["mte3"]
+        return StageCost(busy, hold=exposed)
+
+    def scores(depth: int, itemsize: int) -> StageCost:
+        work = _product(plan, rows, depth, keys, itemsize, head)
+        convert = 2.0 if kernel.convert_load else 1.0
+        return matrix(
+            dataclasses.replace(
+                work, gm_to_l1=keys * depth * itemsize * convert, fixpipe=4.0 * rows * keys
+            ),
+            share,
+        )
+
+    def outputs() -> StageCost:
+        work = _product(plan, rows, keys, LATENT, item, head)
+        convert = 1.0 if kernel.fractal_layout else 2.0
+        values = keys * LATENT * item * (2.0 if kernel.convert_load else 1.0)
+        return matrix(dataclasses.replace(
+            work, gm_to_l1=values + rows * keys * item * convert, fixpipe=4.0 * rows * LATENT),
+            from_l2)  # fmt: skip
+
+    def softmax(inputs: float) -> StageCost:
+        # scale, subtract, exponential, max, cast; the sum once more where it is reduced by slices
+        narrow, wide = 5.0, 1.0
+        if not kernel.tail_row_sum:
+            narrow += 1.0
+        if int8:  # dynamic scale of P: multiply and cast
+            narrow, wide = narrow + 1.0, wide + 1.0
+            if kernel.order.signals == 1:
+                narrow, wide = narrow + 2.0, wide + 1.0
+            elif inputs:
+                narrow += 1.0
+        return vector(_Work(vector=passes(wide, narrow, keys), gm_to_ub=inputs * rows * keys,
+                            ub_to_gm=item * rows * keys))  # fmt: skip
+
+    def update(step: Step) -> StageCost:
+        blocks = sum(read.buffer == "Otmp" for read in step.reads)
+        narrow = 1.0 * blocks + (1.0 * blocks if int8 else 0.0)
+        state = 4.0 * rows * LATENT
+        before = state if any(read.buffer == "O" for read in step.reads) else 0.0
+        return vector(_Work(vector=passes(1.0 * blocks, narrow, LATENT),
+                            gm_to_ub=blocks * state + before, ub_to_gm=state,
+                            overlapped=kernel.update_ping_pong))  # fmt: skip
+
+    def stage(step: Step) -> StageCost:
+        match step.stage:
+            case "QK":
+                if not int8:
+                    return scores(LATENT + ROPE, item)
+                nope, rope = scores(LATENT, 1), scores(ROPE, 2)
+                busy = {engine: nope.busy[engine] + rope.busy[engine] for engine in nope.busy}
+                return StageCost(busy, hold=nope.hold)
+            case "QK_NOPE":
+                return scores(LATENT, 1)
+            case "QK_ROPE":
+                rope = scores(ROPE, 2)
+                return StageCost(rope.busy, hold=rope.hold - profile["latency.job"])
+            case "DEQUANT":
+                return vector(_Work(vector=passes(1.0, 1.0, keys), gm_to_ub=4.0 * rows * keys))
+            case "SM":
+                return softmax(8.0 if int8 and kernel.order.signals == 1 else 4.0)
+            case "PV":
+                return outputs()
+            case "UP":
+                return update(step)
+            case "ADD":
+                return vector(_Work(ub_to_gm=4.0 * rows * LATENT))
+        raise ValueError(f"{kernel.name}: no cost for stage {step.stage}")
+
+    return stage
+
+
+def job_rows(kernel: AscendKernel, rows: int) -> list[int]:
+    """Rows of each job of a request: an even split into jobs of at most `job_rows` rows."""
+    jobs = math.ceil(rows / max(kernel.job_rows, FRACTAL))
+    size = math.ceil(rows / jobs)
+    return [min(size, rows - start) for start in range(0, rows, size)]

@@ -1,0 +1,263 @@
+"""The kernels that the published tables measure, each as order + plan + what its stages cost.
+
+Nothing here is fitted: a kernel says how its work is laid out (which instruction multiplies, what
+goes through shared memory, how many barriers a block has, how parts are merged) and the profile
+says how fast the machine does each of these things.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from mla_jax.hal import orders, work
+from mla_jax.hal.profiles.profile import HardwareProfile
+from mla_jax.hal.schedule import Schedule, Step
+from mla_jax.hal.simulator.one_core import Costs, StageCost
+from mla_jax.hal.tiling import KEY, LATENT, ROPE
+from mla_jax.hal.work import ITEMSIZE, Problem, Work
+
+SOFTMAX_OPS = 8  # scale, mask, max, subtract, exponent's multiply, sum, convert, store
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A decode kernel.
+
+    orders: its schedule, or the ones that its warpgroups fall into by readiness (the faster
+    counts); plan: how it cuts the work; matrix: "wgmma" (operands read from shared
+    memory by the tensor core) or "mma_sync" (each warp brings its operands to registers first);
+    copy: "tma", "cp_async" (issued by the computing warps) or "gather" (one address a row looked
+    up first); block_q, block_kv: its tile; warps: that compute; qk: "whole", "sharded" or
+    "duplicated"; barriers: block-wide barriers per KV block; merge: how parts are put together;
+    partial_bytes: of one value of a partial output; multicast: CTAs of a cluster that share
+    the loading of every KV block; value_loads: 2 where the values are loaded again after softmax.
+    """
+
+    name: str
+    orders: tuple[Callable[[int], Schedule], ...]
+    plan: Callable[..., Work]
+    matrix: str
+    copy: str
+    block_q: int
+    block_kv: int
+    warps: int
+    qk: str = "whole"
+    barriers: int = 1
+    merge: str = "none"
+    partial_bytes: int = 4
+    value_loads: int = 1
+    multicast: int = 1
+
+
+def gpu_costs(
+    profile: HardwareProfile, kernel: Kernel, rows: int, split: bool, kv: str, share: float
+) -> Costs:
+    """Seconds of each stage of `kernel` for a tile with `rows` real rows.
+
+    `share`: bytes per second that the device's memory has for this core while all are at work.
+    """
+    cycle = profile.cycle
+    m, keys, item = kernel.block_q, kernel.block_kv, ITEMSIZE[kv]
+    path = 1.0 if kernel.matrix == "wgmma" else profile["engine.mma_sync_share"]
+    flop = cycle / (profile["engine.tensor_bf16"] * profile["engine.tensor_efficiency"] * path)
+    shared = cycle / (profile["engine.shared_pipe"] * profile["engine.shared_efficiency"])
+    cuda = cycle / (profile["engine.cuda"] * profile["engine.cuda_efficiency"])
+    sfu = cycle / profile["engine.sfu"]
+    copy = 1.0 / min(profile["engine.copy"], share)
+    store = 1.0 / min(profile["engine.store"], share)
+    barrier, memory = profile["latency.barrier"], profile["latency.memory"]
+    gather = kernel.copy == "gather"
+
+    def operands(qk: bool) -> float:
+        """Bytes that cross the shared-memory pipe for QK, or for half of PV."""
+        if kernel.matrix == "wgmma":
+            return (m + keys) * KEY * 2 if qk else keys * (m + LATENT // 2) * 2
+        row_warps = m // 16
+        column_warps = kernel.warps // row_warps
+        if not qk:
+            return 16 * keys * 2 * kernel.warps / 2 + row_warps * keys * (LATENT // 2) * 2
+        split_keys = column_warps if kernel.qk == "sharded" else 1
+        return kernel.warps * (16 + keys / split_keys) * KEY * 2
+
+    def load(columns: int) -> StageCost:
+        bytes_ = keys * columns * item
+        return StageCost({"copy": bytes_ * copy}, latency=memory * (2 if gather else 1))
+
+    def stage(step: Step) -> StageCost:
+        match step.stage:
+            case "LOAD_Q":
+                return StageCost({"copy": rows * KEY * 2 * copy}, latency=memory)
+            case "LOAD_L":
+                return load(LATENT // 2 + ROPE)
+            case "LOAD_R":
+                return load(LATENT // 2)
+            case "ISSUE":
+                return StageCost({"shared": keys * KEY * item * shared})
+            case "QK":
+                products = 2.0 * m * keys * KEY * (2 if kernel.qk == "duplicated" else 1)
+                return StageCost({"tensor": products * flop, "shared": operands(True) * shared})
+            case "SM":
+                elements = m * keys * (2 if kernel.qk == "duplicated" else 1)
+                return StageCost(
+                    {"cuda": (elements * SOFTMAX_OPS + m * LATENT) * cuda, "sfu": elements * sfu},
+                    hold=kernel.barriers * barrier + (kernel.value_loads - 1) * memory,
+                )
+            case "PV_L" | "PV_R":
+                products = 2.0 * m * keys * LATENT / 2
+                return StageCost({"tensor": products * flop, "shared": operands(False) * shared})
+            case "WIDEN":
+                return StageCost({"cuda": keys * KEY * cycle / profile["engine.widen"]})
+            case "STORE_L" | "STORE_R":
+                item_out = kernel.partial_bytes if split else 2
+                return StageCost({"copy": rows * LATENT / 2 * item_out * store}, hold=barrier)
+        raise ValueError(f"{kernel.name}: no cost for stage {step.stage}")
+
+    def of_cta(step: Step) -> StageCost:
+        """The second CTA of a cluster has engines of its own."""
+        name, _, cta = step.stage.partition("@")
+        cost = stage(dataclasses.replace(step, stage=name))
+        cta = cta or step.unit.partition("@")[2]
+        if not cta:
+            return cost
+        busy = {f"{engine}@{cta}": seconds for engine, seconds in cost.busy.items()}
+        return dataclasses.replace(cost, busy=busy)
+
+    return of_cta
+
+
+def merge_seconds(profile: HardwareProfile, kernel: Kernel, problem: Problem, plan: Work) -> float:
+    """Seconds from the last piece's end to the last merged row's."""
+    parts = int(plan.parts.max())
+    memory = profile["memory.l2_bandwidth"]
+    rows_split = float(plan.rows[plan.split].sum()) * plan.cluster
+    traffic = rows_split * LATENT * kernel.partial_bytes / memory
+    turn = profile["latency.l2"]
+    if kernel.merge == "none":
+        return 0.0
+    if kernel.merge == "merge_first":
+        # One cluster per tile, two rows at a time.
+        if parts == 1:
+            return profile["latency.grid_sync"]
+        rows = int(plan.rows.max())
+        turns = math.ceil(rows / 2) * parts
+        return profile["latency.grid_sync"] + max(turns * turn, traffic)
+    if kernel.merge == "merge":
+        if parts == 1:
+            return profile["latency.grid_sync"]
+        chunks = max(max(problem.kv_lens) * plan.cluster // plan.limit, 1)
+        rows = math.ceil(int(plan.rows.max()) * plan.cluster / chunks)
+        turns = math.ceil(rows / 4) * parts
+        return profile["latency.grid_sync"] + max(turns * turn, traffic)
+    # A second kernel, one warp a row. FlashMLA's waits on the device (programmatic dependent
+    # launch), Triton's is launched in full.
+    warps = problem.batch * problem.rows
+    waves = math.ceil(warps / (64 * profile.cores))
+    turns = parts if parts > 1 or kernel.merge == "stage2" else 0
+    start = profile["latency.memory" if kernel.merge == "combine" else "latency.second_launch"]
+    return start + max(waves * turns * turn, traffic)
+
+
+def _flashmla(profile: HardwareProfile) -> Kernel:
+    plan = partial(work.walk_parts, tile_rows=64, block_kv=64, workers=profile.cores)
+    both = (orders.seesaw, partial(orders.seesaw, ahead=1, name="seesaw-1-ahead"))
+    return Kernel("flashmla_dense", both, plan, "wgmma", "tma", 64, 64, 8,
+                  barriers=2, merge="combine")  # fmt: skip
+
+
+def _flashinfer_tile(profile: HardwareProfile) -> tuple[int, int]:
+    """(block_kv, stages) that FlashInfer's FA2 template takes for the shared memory there is."""
+    shared = profile.bytes("buffer.shared")
+    return (64, 2) if shared >= 221696 else (32, 2) if shared >= 147968 else (16, 1)
+
+
+def _fa2(profile: HardwareProfile, name: str, qk: str, plan: str) -> Kernel:
+    keys, stages = _flashinfer_tile(profile)
+    qk = "duplicated" if keys == 16 else qk
+    plans: dict[str, Callable[[Problem], Work]] = {
+        "whole": partial(work.whole_tiles, tile_rows=64, block_kv=keys, workers=profile.cores),
+        "first": partial(work.heap_parts, tile_rows=64, block_kv=keys, workers=profile.cores,
+                         steps_of=512),
+        "later": partial(work.heap_parts, tile_rows=64, block_kv=keys, workers=profile.cores,
+                         steps_of=256),
+    }  # fmt: skip
+    merge = {"whole": "none", "first": "merge_first", "later": "merge"}[plan]
+    return Kernel(name, (partial(orders.fa2, stages=stages),), plans[plan], "mma_sync", "cp_async",
+                  64, keys, 8, qk=qk, barriers=4 if qk == "sharded" else 2, merge=merge,
+                  partial_bytes=2 if plan == "later" else 4)  # fmt: skip
+
+
+def _fa3_first(profile: HardwareProfile) -> Kernel:
+    plan = partial(work.heap_parts, tile_rows=64, block_kv=32, workers=profile.cores, steps_of=512)
+    return Kernel("fa3_warp_specialized", (orders.fa3,), plan, "wgmma", "cp_async", 64, 32, 8,
+                  barriers=3, merge="merge_first")  # fmt: skip
+
+
+def _fa3(profile: HardwareProfile, name: str, widen: bool) -> Kernel:
+    plan = partial(work.heap_parts, tile_rows=64, block_kv=64, workers=profile.cores, steps_of=256)
+    order = partial(orders.fa3_two, widen=widen)
+    return Kernel(name, (order,), plan, "wgmma", "cp_async", 64, 64, 8,
+                  barriers=5 if widen else 2, merge="merge", partial_bytes=2)  # fmt: skip
+
+
+def _triton(profile: HardwareProfile) -> Kernel:
+    plan = partial(work.fixed_splits, tile_rows=16, block_kv=32, workers=profile.cores, splits=16)
+    return Kernel("sglang_triton", (orders.split_loop,), plan, "mma_sync", "gather", 16, 32, 4,
+                  qk="sharded", barriers=3, merge="stage2", value_loads=2)  # fmt: skip
+
+
+def _cluster(profile: HardwareProfile) -> Kernel:
+    """FlashMLA's order with two row tiles in a cluster, each KV block multicast to both."""
+    order = orders.seesaw_cluster
+    both = (order, partial(order, ahead=1, name="seesaw-cluster2-1-ahead"))
+    return dataclasses.replace(_flashmla(profile), name="seesaw_cluster2", orders=both, multicast=2)
+
+
+def _four(profile: HardwareProfile) -> Kernel:
+    """An idea to try: load, QK, and the two halves of PV each have a warpgroup."""
+    return dataclasses.replace(
+        _flashmla(profile), name="four_warpgroups", orders=(orders.four_warpgroups,), warps=12
+    )
+
+
+def _fa3_duplicated(profile: HardwareProfile) -> Kernel:
+    """The first FA3 template with QK in both consumers: no gathering of P."""
+    return dataclasses.replace(
+        _fa3_first(profile), name="fa3_qk_duplicated", qk="duplicated", barriers=1
+    )
+
+
+KERNELS: dict[str, Callable[[HardwareProfile], Kernel]] = {
+    "flashmla_dense": _flashmla,
+    "flashinfer_fa2": lambda p: _fa2(p, "flashinfer_fa2", "sharded", "later"),
+    "flashinfer_fa3": lambda p: _fa3(p, "flashinfer_fa3", False),
+    "flashinfer_fa3_fp8kv": lambda p: _fa3(p, "flashinfer_fa3_fp8kv", True),
+    "sglang_triton": _triton,
+    "fa2_qk_shard_allgather_p": lambda p: _fa2(p, "fa2_qk_shard_allgather_p", "sharded", "whole"),
+    "fa2_qk_duplicated": lambda p: _fa2(p, "fa2_qk_duplicated", "duplicated", "whole"),
+    "fa2_no_split_k": lambda p: _fa2(p, "fa2_no_split_k", "sharded", "whole"),
+    "fa2_split_k": lambda p: _fa2(p, "fa2_split_k", "sharded", "first"),
+    "fa3_warp_specialized": _fa3_first,
+    "fa3_qk_duplicated": _fa3_duplicated,
+    "four_warpgroups": _four,
+    "seesaw_cluster2": _cluster,
+}
+KERNEL_OF_ORDER = {
+    "fa2": "flashinfer_fa2",
+    "fa3": "fa3_warp_specialized",
+    "fa3-2wg": "flashinfer_fa3",
+    "four-wg": "four_warpgroups",
+    "seesaw": "flashmla_dense",
+    "seesaw-1-ahead": "flashmla_dense",
+    "seesaw-cluster2": "seesaw_cluster2",
+    "fp8-widen": "flashinfer_fa3_fp8kv",
+    "triton-split": "sglang_triton",
+}
+
+
+def with_block(kernel: Kernel, block_kv: int) -> Kernel:
+    """The kernel with another KV tile, its plan cut to match."""
+    return dataclasses.replace(
+        kernel, block_kv=block_kv, plan=partial(kernel.plan, block_kv=block_kv)
+    )

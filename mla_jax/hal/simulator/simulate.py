@@ -1,0 +1,299 @@
+"""One attention call on a whole device: cut into pieces, each timed on a core, all run together.
+
+`simulate` answers with the total time, what bounds it, where the matrix unit idles and the
+timeline of the longest piece, which is what the Gantt picture draws.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from mla_jax.hal.orders import ASCEND_ORDERS
+from mla_jax.hal.profiles.profile import HardwareProfile
+from mla_jax.hal.schedule import Schedule
+from mla_jax.hal.simulator import many_cores as machine
+from mla_jax.hal.simulator.ascend_costs import ASCEND_KERNELS, AscendKernel, ascend_costs, job_rows
+from mla_jax.hal.simulator.gpu_costs import (
+    KERNEL_OF_ORDER,
+    KERNELS,
+    Kernel,
+    gpu_costs,
+    merge_seconds,
+)
+from mla_jax.hal.simulator.one_core import BlockTimes, Costs, Timeline, run_schedule
+from mla_jax.hal.tiling import plan_tiles
+from mla_jax.hal.work import ITEMSIZE, Problem, Work
+
+ENGINE_KIND = {
+    "tensor": "matrix", "cube": "matrix", "mte1": "matrix",
+    "cuda": "vector", "sfu": "vector", "vector": "vector",
+    "copy": "memory", "shared": "memory", "mte2": "memory", "mte2v": "memory", "mte3": "memory",
+    "fixpipe": "memory",
+}  # fmt: skip
+SHOWN_BLOCKS = 64  # a picture of more says nothing new; shares are taken over as many
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a call costs. Seconds; shares are of the core's time.
+
+    bound_by: "matrix", "vector", "memory" or "sync", and `engine` the busiest one.
+    bubbles: the matrix unit's idle share of the longest piece: before its first step ("head"),
+    between steps ("steady"), after its last ("tail"), and in steps that another engine holds longer
+    ("in steps"). With `matrix_busy` they add up to 1.
+    utilisation: of the device's matrix peak, over the whole call.
+    """
+
+    name: str
+    seconds: float
+    launch: float
+    cores: float
+    merge: float
+    flops: float
+    bytes: float
+    utilisation: float
+    bound_by: str
+    engine: str
+    engine_share: dict[str, float]
+    bubbles: dict[str, float]
+    timeline: Timeline
+
+    @property
+    def matrix_busy(self) -> float:
+        """The share of the longest piece in which the matrix unit computes."""
+        return self.engine_share[matrix_engine(self.engine_share)]
+
+    @property
+    def tflops(self) -> float:
+        return self.flops / self.seconds / 1e12
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.bytes / self.seconds / 1e9
+
+
+def simulate(
+    profile: HardwareProfile, problem: Problem, kernel: str | Kernel | AscendKernel
+) -> Report:
+    """Times one call. `kernel`: a kernel of this family or its name, or an order's name."""
+    if isinstance(kernel, str):
+        kernel = named_kernel(profile, kernel, problem.kv_dtype)
+    if isinstance(kernel, Kernel):
+        if profile.family != "nvidia":
+            raise ValueError(f"kernel {kernel.name} does not run on family {profile.family!r}")
+        return _simulate_gpu(profile, problem, kernel)
+    if profile.family != "ascend":
+        raise ValueError(f"kernel {kernel.name} does not run on family {profile.family!r}")
+    return _simulate_ascend(profile, problem, kernel)
+
+
+def named_kernel(
+    profile: HardwareProfile, name: str, kv_dtype: str = "bf16"
+) -> Kernel | AscendKernel:
+    """A kernel by its own name or its order's. ValueError lists the names on this profile."""
+    if profile.family == "nvidia":
+        name = KERNEL_OF_ORDER.get(name, name)
+        if name in KERNELS:
+            return KERNELS[name](profile)
+        raise _unknown(profile, name, [*KERNELS, *KERNEL_OF_ORDER])
+    if name not in ASCEND_KERNELS and f"{kv_dtype}-{name}" in ASCEND_KERNELS:
+        name = f"{kv_dtype}-{name}"
+    if name in ASCEND_KERNELS:
+        return ASCEND_KERNELS[name]
+    raise _unknown(profile, name, [*ASCEND_KERNELS, *ASCEND_ORDERS])
+
+
+def _unknown(profile: HardwareProfile, name: str, known: list[str]) -> ValueError:
+    return ValueError(f"kernel = {name!r}, wanted one of {', '.join(known)} on {profile.name}")
+
+
+def _fair_share(profile: HardwareProfile, plan: Work, multicast: int = 1) -> float:
+    """Bytes per second for each core while all are at work. Row tiles that read the same KV get
+    it from the L2 cache: HBM serves it once, L2 once for each cluster that shares the loading."""
+    active = min(plan.num_workers, len(plan.blocks)) * plan.cluster
+    memory = profile["memory.hbm_bandwidth"] * profile["memory.hbm_efficiency"]
+    return (
+        min(memory * min(plan.sharers, active) / multicast, profile["memory.l2_bandwidth"]) / active
+    )
+
+
+class _LoadedTimes:
+    """Block times on a memory that this kernel keeps busy for a fraction of the time.
+
+    With all cores at work the memory gives each its share; busy for only a fraction f of the time,
+    it serves a load at share / f. The times are those of the f at which both agree: n blocks take
+    max(time with loads at share / f, bytes / (share * f)), and the smallest over f counts. Each
+    term falls when an engine speeds up, so the result does too.
+    """
+
+    FRACTIONS = (1.0, 0.9, 0.8, 0.71, 0.63, 0.56, 0.5, 0.42, 0.35, 0.28, 0.2, 0.1)
+
+    def __init__(
+        self,
+        orders: tuple[Callable[[int], Schedule], ...],
+        costs_at: Callable[[float], Costs],
+        share: float,
+        bytes_per_block: float,
+        signal: float,
+    ) -> None:
+        self._orders, self._costs_at, self._signal = orders, costs_at, signal
+        self._share, self._bytes = share, bytes_per_block
+        self._times: dict[float, list[BlockTimes]] = {}
+
+    def _at(self, fraction: float, num_blocks: int) -> float:
+        if fraction not in self._times:
+            costs = self._costs_at(self._share / fraction if fraction else math.inf)
+            self._times[fraction] = [BlockTimes(o, costs, self._signal) for o in self._orders]
+        return min(times(num_blocks) for times in self._times[fraction])
+
+    def __call__(self, num_blocks: int) -> tuple[float, float]:
+        """(seconds for so many blocks, the fraction)."""
+        loads = num_blocks * self._bytes / self._share
+        low, high = 0, len(self.FRACTIONS) - 1  # the fraction falls with the index
+        while low < high:
+            middle = (low + high) // 2
+            fraction = self.FRACTIONS[middle]
+            if self._at(fraction, num_blocks) <= loads / fraction:
+                high = middle
+            else:
+                low = middle + 1
+        near = {self.FRACTIONS[max(low - 1, 0)], self.FRACTIONS[low]}
+        return min((max(self._at(f, num_blocks), loads / f), f) for f in near)
+
+    def alone(self, num_blocks: int) -> float:
+        """Seconds with the memory to itself: at most those of all at work."""
+        return min(self._at(0.0, num_blocks), self(num_blocks)[0])
+
+    def timeline(self, num_blocks: int) -> Timeline:
+        """The faster order's timeline at the fraction that so many blocks run at."""
+        costs = self._costs_at(self._share / self(num_blocks)[1])
+        lines = [run_schedule(order(num_blocks), costs, self._signal) for order in self._orders]
+        return min(lines, key=lambda line: line.total)
+
+
+def _simulate_gpu(profile: HardwareProfile, problem: Problem, kernel: Kernel) -> Report:
+    plan = kernel.plan(problem)
+    if plan.sharers < kernel.multicast:
+        raise ValueError(
+            f"kernel {kernel.name} needs {kernel.multicast} row tiles of a request, "
+            f"{problem.rows} rows make {plan.sharers}"
+        )
+    share = _fair_share(profile, plan, kernel.multicast)
+    block_bytes = kernel.block_kv * 576 * ITEMSIZE[problem.kv_dtype] / kernel.multicast
+    signal = profile["latency.barrier"]
+    kinds, which = np.unique(
+        np.stack([plan.blocks, plan.rows, plan.split.astype(int)]), axis=1, return_inverse=True
+    )
+    times: dict[tuple[int, int], _LoadedTimes] = {}
+    seconds = np.zeros((2, kinds.shape[1]))
+    for i, (blocks, rows, split) in enumerate(kinds.T.tolist()):
+        if (rows, split) not in times:
+            costs_at = partial(gpu_costs, profile, kernel, rows, bool(split), problem.kv_dtype)
+            times[rows, split] = _LoadedTimes(kernel.orders, costs_at, share, block_bytes, signal)
+        found = times[rows, split]
+        seconds[:, i] = found(blocks)[0], found.alone(blocks)
+    crowded, alone = seconds[:, which.reshape(-1)]
+    cores = machine.makespan(crowded, alone, plan.worker, plan.num_workers)
+    merge = merge_seconds(profile, kernel, problem, plan)
+
+    longest = int(np.argmax(plan.blocks))
+    shown = times[int(plan.rows[longest]), int(plan.split[longest])]
+    timeline = shown.timeline(min(int(plan.blocks[longest]), SHOWN_BLOCKS))
+    return _report(profile, problem, kernel.name, timeline, cores, merge)
+
+
+def _simulate_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendKernel) -> Report:
+    """Jobs (request, row tile) are handed to free cores; none is cut over the keys."""
+    rows = job_rows(kernel, problem.rows)
+    plan_problem = Problem((512,), heads=max(rows), kv_dtype=kernel.kv_dtype)
+    tile = plan_tiles(profile, plan_problem, block_kv=kernel.block_kv)
+    blocks = np.array([max(math.ceil(n / tile.block_kv), 1) for n in problem.kv_lens])
+    work = Work(
+        blocks=np.repeat(blocks, len(rows)),
+        rows=np.tile(rows, problem.batch),
+        worker=np.full(len(blocks) * len(rows), -1),
+        tile=np.arange(len(blocks) * len(rows)),
+        num_workers=profile.cores,
+        sharers=len(rows),
+    )
+    share = _fair_share(profile, work)
+    signal = profile["latency.cross_core"]
+    block_bytes = tile.block_kv * problem.token_bytes
+    times = {}
+    for r in sorted(set(rows)):
+        costs_at = partial(ascend_costs, profile, kernel, tile, r)
+        times[r] = _LoadedTimes((kernel.order,), costs_at, share, block_bytes, signal)
+    pieces = list(zip(work.rows.tolist(), work.blocks.tolist(), strict=True))
+    crowded = np.array([times[r](b)[0] for r, b in pieces])
+    alone = np.array([times[r].alone(b) for r, b in pieces])
+    cores = machine.makespan(crowded, alone, work.worker, work.num_workers)
+    timeline = times[max(rows)].timeline(min(int(blocks.max()), SHOWN_BLOCKS))
+    return _report(profile, problem, kernel.name, timeline, cores, 0.0)
+
+
+def _report(
+    profile: HardwareProfile,
+    problem: Problem,
+    name: str,
+    timeline: Timeline,
+    cores: float,
+    merge: float,
+) -> Report:
+    launch = profile["latency.launch"]
+    total = launch + cores + merge
+    busy = sorted(timeline.engine_busy().items())
+    share = {engine: s / timeline.total for engine, s in busy if "@" not in engine}
+    bound_by, engine = verdict(share, cores / total)
+    return Report(
+        name=name,
+        seconds=total,
+        launch=launch,
+        cores=cores,
+        merge=merge,
+        flops=problem.flops,
+        bytes=problem.bytes,
+        utilisation=problem.flops / total / profile.matrix_peak,
+        bound_by=bound_by,
+        engine=engine,
+        engine_share=share,
+        bubbles=matrix_bubbles(timeline),
+        timeline=timeline,
+    )
+
+
+def verdict(share: dict[str, float], running: float) -> tuple[str, str]:
+    """(what bounds the call, the busiest engine): "sync" when the busiest engine works for less
+    than half of the call, so that waiting, launching and merging take the rest."""
+    engine = max(share, key=lambda e: share[e])
+    return ("sync" if share[engine] * running < 0.5 else ENGINE_KIND[engine]), engine
+
+
+def matrix_engine(engines: Iterable[str]) -> str:
+    """The matrix unit's name among a core's engines."""
+    return next(engine for engine in engines if engine in ("cube", "tensor"))
+
+
+def matrix_bubbles(timeline: Timeline) -> dict[str, float]:
+    """The (first CTA's) matrix unit's idle share of a timeline: head, steady, tail, in steps."""
+    spans = sorted(
+        (start, end)
+        for step, start, end in zip(
+            timeline.schedule.steps, timeline.start, timeline.end, strict=True
+        )
+        if step.stage.startswith(("QK", "PV")) and "@" not in step.stage
+    )
+    taken = reach = 0.0
+    for start, end in spans:
+        taken += max(end - max(start, reach), 0.0)
+        reach = max(reach, end)
+    total, first = timeline.total, spans[0][0]
+    busy = timeline.engine_busy()
+    return {
+        "head": first / total,
+        "steady": max(reach - first - taken, 0.0) / total,
+        "tail": (total - reach) / total,
+        "in steps": max(taken - busy[matrix_engine(busy)], 0.0) / total,
+    }

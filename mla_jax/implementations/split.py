@@ -1,0 +1,111 @@
+"""The implementation `split_kv`: runs a split plan in plain JAX, in the order of the kernels."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mla_jax.implementations.scores import attend_block, mark_drafts
+from mla_jax.online_softmax import finalize, init_state
+from mla_jax.problem import AttentionProblem
+from mla_jax.splits.plan import SplitPlan, covered_requests
+from mla_jax.splits.planner import merge_partials, plan_splits
+
+WORKERS = 16  # that it plans for if it is given no plan
+ROWS = 64  # of a tile, at most
+BLOCK_TOKENS = 64
+
+
+@jax.jit
+def attend_split_kv(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
+    """Runs a SplitPlan to the letter: all workers step together, each block by block through its
+    pieces; partial results wait in their slots in partial_dtype, and are merged at the end.
+
+    The shapes of a step depend on the plan's workers and tiles, not on the batch, so that with
+    `plan_fixed` a row's bits don't either. A request that the plan doesn't cover comes out NaN.
+    """
+    plan = problem.plan
+    if plan is None:
+        plan = plan_splits(
+            problem.seq_lens,
+            num_workers=WORKERS,
+            rows=problem.num_rows,
+            rows_per_tile=min(ROWS, problem.num_rows),
+            block_size=BLOCK_TOKENS,
+        )
+    covered = covered_requests(plan, problem.seq_lens)
+    cache, seq_lens = problem.cache, jnp.where(covered, problem.seq_lens, -1)
+    q = _row_tiles(problem.query_rows(), plan)  # [T, rows, D]
+    visible = _row_tiles(problem.visible_keys(), plan)  # [T, rows]
+    rows, width = (plan.num_workers, plan.rows_per_tile), cache.kv_lora_rank
+    partial_dtype = jnp.float32 if problem.partial_dtype is None else problem.partial_dtype
+    outputs = (
+        jnp.zeros((plan.num_tiles, rows[1], width), jnp.float32),
+        jnp.full((plan.num_tiles, rows[1]), -jnp.inf, jnp.float32),
+        jnp.zeros((max(1, plan.num_slots), rows[1], width), partial_dtype),
+        jnp.full((max(1, plan.num_slots), rows[1]), -jnp.inf, jnp.float32),
+    )
+    offsets = jnp.arange(plan.block_size, dtype=jnp.int32)
+
+    def begin(piece: jax.Array) -> tuple[jax.Array, jax.Array]:
+        piece = jnp.minimum(piece, plan.num_pieces - 1)
+        return piece, plan.block_start[piece]
+
+    def step(_: jax.Array, carry: tuple) -> tuple:
+        piece, block, state, (o, lse, partial_o, partial_lse) = carry
+        working = piece < plan.worker_start[1:]
+        here, _ = begin(piece)
+        request, end = jnp.maximum(plan.request[here], 0), plan.block_end[here]
+        tile = plan.tile_of(request, plan.row_tile[here])
+        positions = block[:, None] * plan.block_size + offsets
+        kv = cache.rows(problem.block_tables, positions, request)
+        length = jnp.minimum(seq_lens[request], end * plan.block_size)
+        limit = jnp.minimum(visible[tile], length[:, None])
+        state = attend_block(problem, state, q[tile], kv, positions, length, limit)
+
+        done = working & (block + 1 >= end)
+        to_slot, to_tile = done & (plan.slot[here] >= 0), done & (plan.slot[here] < 0)
+        slot = jnp.where(to_slot, plan.slot[here], partial_o.shape[0])  # past the end: dropped
+        tile = jnp.where(to_tile, tile, plan.num_tiles)
+        piece_o, piece_lse = finalize(state)
+        written = (
+            o.at[tile].set(piece_o, mode="drop"),
+            lse.at[tile].set(piece_lse, mode="drop"),
+            partial_o.at[slot].set(piece_o.astype(partial_o.dtype), mode="drop"),
+            partial_lse.at[slot].set(piece_lse, mode="drop"),
+        )
+        state = jax.tree.map(
+            lambda new, old: jnp.where(done.reshape(-1, *[1] * (old.ndim - 1)), new, old),
+            init_state(rows, width),
+            state,
+        )
+        piece = piece + done.astype(jnp.int32)
+        return piece, jnp.where(done, begin(piece)[1], block + 1), state, written
+
+    steps = jnp.maximum(plan.block_end - plan.block_start, 1)
+    steps = jnp.append(jnp.zeros(1, jnp.int32), jnp.cumsum(steps, dtype=jnp.int32))[
+        plan.worker_start
+    ]
+    piece = plan.worker_start[:-1]
+    carry = (piece, begin(piece)[1], init_state(rows, width), outputs)
+    *_, (o, lse, partial_o, partial_lse) = lax.fori_loop(0, jnp.diff(steps).max(), step, carry)
+    o, lse = merge_partials(plan, o, partial_o, lse, partial_lse)
+    o, lse = _without_tiles(o, problem), _without_tiles(lse, problem)
+    problem = dataclasses.replace(problem, seq_lens=seq_lens)
+    return problem.outputs(mark_drafts(problem, o, lse), lse)
+
+
+def _row_tiles(rows: jax.Array, plan: SplitPlan) -> jax.Array:
+    """[B, R, ...] to tiles [T, rows_per_tile, ...], the last of a request filled up with 0."""
+    missing = plan.num_row_tiles * plan.rows_per_tile - rows.shape[1]
+    padded = jnp.pad(rows, [(0, 0), (0, missing)] + [(0, 0)] * (rows.ndim - 2))
+    tiles = padded.reshape(len(rows), plan.num_row_tiles, plan.rows_per_tile, *rows.shape[2:])
+    return tiles.swapaxes(0, 1).reshape(plan.num_tiles, *tiles.shape[2:])
+
+
+def _without_tiles(tiles: jax.Array, problem: AttentionProblem) -> jax.Array:
+    """[T, rows_per_tile, ...] back to [B, R, ...]."""
+    batch = problem.q.shape[0]
+    rows = tiles.reshape(-1, batch, *tiles.shape[1:]).swapaxes(0, 1)
+    return rows.reshape(batch, -1, *tiles.shape[2:])[:, : problem.num_rows]

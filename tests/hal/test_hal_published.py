@@ -1,0 +1,175 @@
+"""The model against the published rows, and the experiments that show simulated machines."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments import launch
+from experiments.simulated.predictions import (
+    FOLDER,
+    TABLES,
+    lengths_of,
+    predict,
+    published_quantity,
+    read_table,
+)
+from experiments.simulated.published import BARS, ablation_rows, text_points
+from mla_jax.hal import PROFILES
+from mla_jax.hal.profiles.sources import fitted_constants
+
+
+def run(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
+    """Exit status and result.json of an experiment."""
+    name = arguments[0]
+    status = launch.main(
+        ["launch", f"--experiment={name}", f"--output_dir={tmp_path}", *arguments[1:]]
+    )
+    path = tmp_path / name / "result.json"
+    return status, json.loads(path.read_text()) if path.exists() else {}
+
+
+def test_published_meets_its_bars(tmp_path: Path) -> None:
+    status, result = run(tmp_path, "published")
+    assert status == 0
+    tables = {table["table"]: table for table in result["tables"]}
+    for name, bar in BARS.items():
+        assert tables[name]["mape"] <= bar
+        assert tables[name]["other_half"] <= bar
+        assert tables[name]["rows"] == len(read_table(FOLDER / name))
+    assert tables["flashinfer_mla_decode.csv"]["pairs_right"] == 30
+    h200 = tables["h200_mla_decode.csv"]
+    assert h200["pairs_right"] >= 0.96 * h200["pairs"]
+    assert len(result["rows"]) == sum(table["rows"] for table in tables.values())
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_from_a_file(tmp_path: Path, table: str) -> None:
+    path = tmp_path / "mine.csv"
+    lines = (FOLDER / table).read_text().splitlines()
+    path.write_text("\n".join([lines[0], *lines[1::7]]) + "\n")
+    status, result = run(tmp_path, "published", f"--table={path}")
+    assert status == 0
+    assert len(result["rows"]) == len(lines[1::7])
+    errors = [abs(row["error_percent"]) for row in result["rows"]]
+    assert result["mape"] == pytest.approx(sum(errors) / len(errors))
+    for row in result["rows"]:
+        assert row["error_percent"] == pytest.approx(
+            (row["predicted"] / row["published"] - 1) * 100
+        )
+
+
+ROW = {"device": "H200_SXM", "variant": "flashmla_dense", "lengths": "uniform", "page_size": "64",
+       "batch": "8", "kv_len": "777", "heads": "32", "s_q": "1", "us": "20"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"device": "H300"}, "row 1: profile = 'H300'"),
+        ({"variant": "mystery"}, "row 1: kernel = 'mystery'"),
+        ({"lengths": "zipf"}, "row 1: lengths = 'zipf'"),
+        ({"batch": "many"}, "row 1: .*'many'"),
+        ({"s_q": None}, "has no column s_q"),
+        ({"us": None}, "no column of us"),
+    ],
+)
+def test_a_row_that_can_not_be_told_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict, message: str
+) -> None:
+    row = {key: value for key, value in {**ROW, **change}.items() if value is not None}
+    path = tmp_path / "odd.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        writer.writeheader()
+        writer.writerow(row)
+    status, result = run(tmp_path, "published", f"--table={path}")
+    assert (status, result) == (2, {})
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+
+
+@pytest.mark.parametrize("device", [n for n, p in PROFILES.items() if p.family == "nvidia"])
+@pytest.mark.parametrize("variant", ["fa2_split_k", "fa2_no_split_k", "flashinfer_fa2"])
+def test_every_gpu_can_be_asked(device: str, variant: str) -> None:
+    """Whatever page size, batch, length or heads; never faster than its memory."""
+    for batch, kv_len, heads, page_size in ((1, 100, 16, 1), (48, 8192, 128, 64)):
+        row = dict(ROW, device=device, variant=variant, page_size=str(page_size))
+        row |= {"batch": str(batch), "kv_len": str(kv_len), "heads": str(heads), "gb_per_s": "1"}
+        del row["us"]
+        assert 0 < predict(row) * 1e9 < PROFILES[device]["memory.hbm_bandwidth"]
+
+
+def test_varlen_is_drawn_as_the_readme_says() -> None:
+    row = {"batch": "128", "kv_len": "4096", "lengths": "varlen", "s_q": "2"}
+    lengths = lengths_of(row)
+    assert len(lengths) == 128
+    assert lengths[:3] == (3719, 4162, 5527)
+    assert sum(lengths) == 526964
+
+
+def test_text_points_are_within_their_margins() -> None:
+    for point in text_points():
+        assert point["met"], point
+
+
+def test_gains_by_length_come_in_the_published_order() -> None:
+    last = ablation_rows()[-1]
+    assert last["so_far_512"] < last["so_far_4096"] < last["so_far_2048"]
+
+
+def test_fits_say_what_they_were_made_of() -> None:
+    for device, fit in fitted_constants().items():
+        table = fit["rows"].rsplit("/", 1)[-1]
+        rows = read_table(FOLDER / table)
+        errors = [
+            abs(predict(row) / float(row[published_quantity(row)]) - 1) * 100 for row in rows[1::2]
+        ]
+        assert sum(errors) / len(errors) == pytest.approx(fit["mape_other_rows"], abs=0.02)
+        profile = PROFILES[device]
+        for field, value in fit["constants"].items():
+            assert profile[field] == value
+            assert profile.numbers[field].certainty == "fitted"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("pipeline", "--profile=H200_SXM", "--schedule=seesaw"),
+        ("pipeline", "--profile=Ascend910B1", "--schedule=chunk4", "--s_q=2"),
+        ("pipeline", "--profile=Ascend910C", "--schedule=int8-v11", "--dtype=int8"),
+        ("compare", "--profile=Ascend910B2"),
+        ("compare", "--profile=A100_SXM4_80GB", "--schedules=fa2,fa2_no_split_k"),
+        ("sweep", "--profile=Ascend910B2", "--schedule=chunk4"),
+        ("sweep", "--profile=H200_SXM", "--schedule=fa3-2wg", "--batch=64", "--kv_len=4096"),
+        ("best", "--profile=Ascend910B3", "--dtype=int8"),
+        ("best", "--profile=L40", "--batch=16", "--kv_len=2048"),
+    ],
+    ids=" ".join,
+)
+def test_experiments_on_machines(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    status, result = run(tmp_path, *arguments)
+    assert status == 0
+    assert result["rows"]
+    for name in result["files"]:
+        assert (tmp_path / arguments[0] / name).stat().st_size > 0
+    if arguments[0] == "pipeline":
+        trace = json.loads((tmp_path / "pipeline" / "trace.json").read_text())
+        assert {event["ph"] for event in trace["traceEvents"]} == {"M", "X"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("pipeline", "--profile=H300"), "--profile: profile = 'H300'"),
+        (("pipeline", "--profile=H200_SXM", "--schedule=chunk4"), "--schedule: kernel = 'chunk4'"),
+        (("compare", "--schedules=seesaw"), "--schedules must name two"),
+    ],
+)
+def test_bad_flags_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    status, result = run(tmp_path, *arguments)
+    assert (status, result) == (2, {})
+    assert message in capsys.readouterr().err.replace("\n", " ")

@@ -1,0 +1,323 @@
+"""The Hopper kernel over an int8 cache: interpreter, compile for sm_90a, (marked gpu) an H200."""
+
+import aot
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hopper_batch import SCALE, SPOILED_LENGTHS, op, spoiled
+from int8_batch import Int8Batch
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from sass import overwritten_in_flight
+
+from mla_jax import plan_fixed, plan_splits
+from mla_jax.hal import load_profile
+from pallas_kernels.hopper import int8
+from pallas_kernels.hopper.tuning import (
+    choose_tile_plan,
+    roles_int8_tiles,
+    transposed_int8_tiles,
+)
+
+
+def tiles(**sizes):
+    return transposed_int8_tiles(load_profile("H200_SXM"), **sizes)
+
+
+def split(batch, workers, rows_per_tile):
+    rows = batch.q.shape[1] * batch.q.shape[2]
+    return plan_splits(
+        jnp.maximum(batch.seq_lens, 0),
+        num_workers=workers, rows=rows, rows_per_tile=rows_per_tile, overhead=1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("seq_lens", "shape", "rows_per_tile", "options"),
+    [
+        ([130, 0, 0, 0, -1, 3], {"heads": 7}, 8, {}),
+        (
+            [70],
+            {"heads": 5, "num_queries": 2, "query_lens": [1]},
+            16,
+            {"tiles": tiles(rows_per_tile=16, computing=1)},
+        ),
+        ([20, 129], {"heads": 31, "page_size": 128}, 24, {"partial_dtype": "bfloat16"}),
+        ([270, -1, 0, 0, 0, 20], {"heads": 65, "page_size": 128}, 64, {}),
+    ],
+)
+def test_interpreted(races, seq_lens, shape, rows_per_tile, options):
+    batch = Int8Batch(np.random.default_rng(seq_lens[0]), seq_lens, **shape)
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    plan = split(batch, 2, rows_per_tile)
+    batch.check(*batch.attend(plan, interpret=interpret, **options))
+    assert not races.found
+
+
+def rising_batch(heads: int, rising: float) -> Int8Batch:
+    """Three requests; in the second, and for every fifth head, rope keys hardly count."""
+    batch = Int8Batch(np.random.default_rng(0), [400, 70, 200], heads=heads, rising=rising)
+    for calm in (np.s_[1, ..., 512:], np.s_[:, :, ::5, 512:]):
+        batch.q = batch.q.at[calm].multiply(2.0**-6)
+    batch.expected_q = np.asarray(batch.q, np.float64)
+    return batch
+
+
+def rises(batch: Int8Batch, request: int) -> np.ndarray:
+    """By how much (log2 units) the largest score of each query and block [blocks, heads] is above
+    all of the blocks before: of 64 tokens, from the second one on."""
+    scores = batch.expected_q[request, 0] @ batch.kv[request].T * SCALE / np.log(2)
+    tops = np.array([scores[:, i : i + 64].max(axis=1) for i in range(0, scores.shape[1], 64)])
+    return tops[1:] - np.maximum.accumulate(tops)[:-1]
+
+
+@pytest.mark.parametrize("rising", [3.0, 40.0])
+def test_maxima_that_rise_interpreted(races, rising):
+    """In several blocks of a piece, for some rows: what O and the sums were so far is rescaled.
+
+    By so much that the kernel of 64 rows makes some pieces twice, and others not (its FAR); and
+    by less.
+    """
+    batch = rising_batch(40, rising)
+    often = (rises(batch, 0) > 8).sum(axis=0)
+    assert often.min() == 0
+    assert often.max() > 1
+    above_first = np.cumsum(rises(batch, 0).clip(0), axis=0)
+    assert (above_first > 128).any() == (rising > 3)  # float32 does not hold 2^128
+    assert (rises(batch, 1) < 8).all()
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    batch.check(*batch.attend(split(batch, 2, 64), interpret=interpret))
+    assert not races.found
+
+
+def test_any_q_interpreted():
+    batch = Int8Batch(np.random.default_rng(64), [1, 70], heads=33, exact=False)
+    batch.check(*batch.attend(split(batch, 2, 64), interpret=plgpu.InterpretGPUParams()))
+
+
+@pytest.mark.parametrize(("heads", "rows_per_tile"), [(16, 16), (64, 64)])
+def test_a_plan_for_other_lengths_interpreted(heads, rows_per_tile):
+    """What it does not cover, or would read past the end, is NaN; the rest is right."""
+    batch = Int8Batch(np.random.default_rng(heads), [200, 130, 64, 0], heads=heads)
+    other = plan_splits(
+        jnp.array([200, 64, 65, 1], jnp.int32),
+        num_workers=2, rows=heads, rows_per_tile=rows_per_tile, overhead=1,
+    )  # fmt: skip
+    o, lse = batch.attend(other, interpret=plgpu.InterpretGPUParams())
+    batch.seq_lens = batch.seq_lens.at[1:].set(-1)
+    batch.check(o, lse)
+
+
+def invalid_requests(heads):
+    rng = np.random.default_rng(heads)
+    return spoiled(Int8Batch(rng, SPOILED_LENGTHS, heads=heads, num_queries=2))
+
+
+def test_finds_invalid_requests_interpreted():
+    batch, expected = invalid_requests(24)
+    plan = split(expected, 3, 64)
+    expected.check(*batch.attend(plan, interpret=plgpu.InterpretGPUParams()))
+
+
+@pytest.mark.parametrize(("heads", "rows_per_tile"), [(16, 16), (40, 64)])
+def test_a_query_of_nan_is_its_own_affair_interpreted(heads, rows_per_tile):
+    batch = Int8Batch(np.random.default_rng(0), [70], heads=heads)
+    plan, interpret = split(batch, 1, rows_per_tile), plgpu.InterpretGPUParams()
+    clean = batch.attend(plan, interpret=interpret)
+    batch.q = batch.q.at[0, 0, 3, 5].set(jnp.nan)
+    for got, wanted in zip(batch.attend(plan, interpret=interpret), clean, strict=True):
+        assert np.isnan(np.asarray(got, np.float32)[0, 3]).all()
+        np.testing.assert_array_equal(got[0, 4:], wanted[0, 4:])
+
+
+@pytest.mark.parametrize(("rows_per_tile", "bad"), [(32, jnp.inf), (64, jnp.nan)])
+def test_a_query_that_is_not_there_may_be_anything_interpreted(rows_per_tile, bad):
+    shape = {"heads": rows_per_tile // 2, "num_queries": 2, "query_lens": [1]}
+    batch = Int8Batch(np.random.default_rng(0), [70], **shape)
+    batch.q = batch.q.at[0, 1].set(bad)
+    plan = split(batch, 1, rows_per_tile)
+    batch.check(*batch.attend(plan, interpret=plgpu.InterpretGPUParams()))
+
+
+def test_the_check_fails_what_is_wrong():
+    batch = Int8Batch(np.random.default_rng(0), [65], heads=8)
+    o, lse = batch.attend(split(batch, 1, 8), interpret=plgpu.InterpretGPUParams())
+    batch.check(o, lse)
+    for wrong in ((o.at[0, 3, 7].add(0.02), lse), (o, lse.at[0, 0].add(1e-3))):
+        with pytest.raises(AssertionError):
+            batch.check(*wrong)
+
+
+# ----------------------------------------------------------------------- compiled for sm_90a
+
+
+def test_overwritten_registers_are_found():
+    code = """
+    -:-:-:Y:03   /*00*/   HGMMA.64x16x16.F32.BF16 R96, R124, gdesc[UR20], R96, gsb0
+    -:-:-:Y:03   /*10*/   HGMMA.64x16x16.F32.BF16 R88, R36, gdesc[UR20], R88, gsb0
+    -:-:-:-:02   /*20*/   WARPGROUP.DEPBAR.LE gsb0, 0x1
+    -:-:1:Y:01   /*30*/   {}
+    """
+    for writes in ("LDSM.16.MT88.4 R33, [R4+UR17]", "@!P1 LOP3.LUT R39, R24, 0xff, RZ, 0xc0, !PT"):
+        assert len(overwritten_in_flight(code.format(writes))) == 1
+    for fine in ("LDSM.16.MT88.4 R32, [R36+UR17]", "SHFL.BFLY PT, R124, R36, 0x4, 0x1f"):
+        assert overwritten_in_flight(code.format(fine)) == []
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "requests"), [(15, 1, 4), (16, 2, 4), (75, 1, 4), (128, 1, 1)]
+)
+def test_compiles_for_sm90a(h200, heads, tokens, requests):
+    """Nothing serialised, ignored or spilled, and operand A stays in its registers.
+
+    The fewer tiles, the more pieces of one are merged at once, which takes registers, too.
+    """
+
+    def attend(*args):
+        return int8.attend_int8(*args, None, num_heads=heads, softmax_scale=SCALE, causal=True)
+
+    def struct(shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    decode = aot.compile_sm90a(
+        attend,
+        struct((requests, tokens * heads, 576), jnp.bfloat16),
+        struct((64, 64, 512), jnp.int8),
+        struct((64, 64, 64), jnp.bfloat16),
+        struct((64, 64), jnp.float32),
+        struct((requests, 4096 // requests)),
+        struct((requests,)),
+        struct((requests,)),
+    )[0]
+    assert not decode.serialized, decode.messages
+    assert not decode.ignores_setmaxnreg, decode.messages
+    assert not decode.misuses_setmaxnreg
+    # A tile plan's bytes are those that the compiler takes.
+    plan = choose_tile_plan(tokens * heads, cache="int8")
+    assert decode.shared_memory == plan.used()["shared"] <= 232_448
+    assert decode.registers <= 255
+    assert decode.spill_stores == decode.spill_loads == 0
+    if decode.sass is not None:
+        assert "IGMMA" in decode.sass
+        assert overwritten_in_flight(decode.sass) == []
+
+
+# -------------------------------------------------------------------- the third gate, on an H200
+
+LENGTHS = [1, 63, 64, 65, 20, 140, 0, -1, 4096, 777]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seq_lens", [[0], [4100], [70, 0, -1, 300]])
+def test_few_tokens_on_the_gpu(seq_lens):
+    batch = Int8Batch(np.random.default_rng(0), seq_lens, heads=64)
+    batch.check(*op(batch, few=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [1, 5, 8, 16, 24, 32, 40, 64, 80, 128])
+@pytest.mark.parametrize("page_size", [64, 128])
+def test_heads_on_the_gpu(heads, page_size):
+    batch = Int8Batch(np.random.default_rng(heads), LENGTHS, heads=heads, page_size=page_size)
+    batch.check(*op(batch))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rising", [3.0, 40.0])
+@pytest.mark.parametrize("heads", [16, 64])
+def test_maxima_that_rise_on_the_gpu(heads, rising):
+    batch = rising_batch(heads, rising)
+    for workers in (1, 4):  # pieces one after another, and cut ones
+        batch.check(*batch.attend(split(batch, workers, heads)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [8, 16, 24, 32, 64, 128])
+def test_any_q_on_the_gpu(heads):
+    batch = Int8Batch(np.random.default_rng(heads), LENGTHS, heads=heads, exact=False)
+    batch.check(*op(batch))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "num_queries"), [(16, 2), (8, 2), (16, 4), (64, 3)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_several_tokens_on_the_gpu(heads, num_queries, causal):
+    rng = np.random.default_rng(num_queries)
+    lens = [length if length > 4 else 0 for length in LENGTHS]
+    queries = [min(length, int(rng.integers(1, num_queries + 1))) for length in lens]
+    batch = Int8Batch(rng, lens, heads=heads, num_queries=num_queries, query_lens=queries)
+    batch.check(*op(batch, causal=causal), causal=causal)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "plan",
+    [  # (made where tests are collected, so that one that does not fit fails on any machine)
+        tiles(rows_per_tile=16, computing=1),
+        tiles(rows_per_tile=16, computing=1, depth=3),
+        tiles(rows_per_tile=16, computing=2, depth=2),
+    ],
+)
+def test_sizes_on_the_gpu(plan):
+    batch = Int8Batch(np.random.default_rng(0), LENGTHS, heads=16)
+    batch.check(*batch.attend(tiles=plan, partial_dtype="bfloat16"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "plan",
+    [roles_int8_tiles(load_profile("H200_SXM"), rows_per_tile=64, depth=2)],
+)
+def test_sizes_of_64_rows_on_the_gpu(plan):
+    batch = Int8Batch(np.random.default_rng(0), LENGTHS, heads=64)
+    batch.check(*batch.attend(tiles=plan, partial_dtype="bfloat16"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [8, 24, 64])
+def test_finds_invalid_requests_on_the_gpu(heads):
+    batch, expected = invalid_requests(heads)
+    expected.check(*op(batch))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [16, 64])
+def test_more_workers_than_sms_on_the_gpu(heads):
+    """They can't wait for each other: the merge is a launch of its own."""
+    batch = Int8Batch(np.random.default_rng(heads), LENGTHS, heads=heads)
+    batch.check(*op(batch, plan=split(batch, 300, heads)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [16, 32, 128])
+def test_long_and_repeated_on_the_gpu(heads):
+    """300 repeats give one set of bits: a moving result would be a race."""
+    batch = Int8Batch(np.random.default_rng(heads), [65536, 4096, 3, 1000], heads=heads)
+    step = batch.jitted()
+    first = step()
+    batch.check(*first)
+    for _ in range(300):
+        for again, once in zip(step(), first, strict=True):
+            assert jnp.array_equal(again, once)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [132, 3])
+@pytest.mark.parametrize("heads", [16, 64])
+def test_batch_invariant_on_the_gpu(heads, workers):
+    """A request's rows have the same bits alone and in a batch, under a fixed split; also where
+    other pieces of its worker stand before it, which decides whose its even blocks are."""
+    batch = Int8Batch(np.random.default_rng(0), [3000, 100, 4096, 1025], heads=heads)
+
+    def attend(requests):
+        plan = plan_fixed(
+            batch.seq_lens[requests], split_size=512, max_seq_len=4096, rows=heads,
+            rows_per_tile=heads, num_workers=workers,
+        )  # fmt: skip
+        return batch.attend(plan, requests=requests)
+
+    together = attend(slice(None))
+    batch.check(*together)
+    for i in range(4):
+        for alone, all_rows in zip(attend(slice(i, i + 1)), together, strict=True):
+            assert jnp.array_equal(alone[0], all_rows[i])

@@ -1,0 +1,162 @@
+"""Poisoned batches for the Hopper kernels, and FlashMLA's rule for passing."""
+
+import copy
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mla_jax import paged_mla_attention
+from mla_jax.cache import PagedKVCache
+from mla_jax.reference.attention import paged_attention_float64
+
+SCALE = 192**-0.5
+GARBAGE_PAGE = 2147480000
+MANY_TOKENS = 1 << 17  # that a table reaches: more than what counts as few
+
+
+class HopperBatch:
+    """Latents and rope keys, of DeepSeek's widths by default, in pages of random order.
+
+    Page tails, unused pages and rows of q past a request's query length hold NaN, unused
+    block-table slots hold GARBAGE_PAGE. A length of -1 stands for a request that the op found
+    invalid.
+    """
+
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        seq_lens: list[int],
+        *,
+        heads: int,
+        num_queries: int = 1,
+        query_lens: list[int] | None = None,
+        page_size: int = 64,
+        dtype: Any = jnp.bfloat16,
+        kv_lora_rank: int = 512,
+        rope_dim: int = 64,
+    ):
+        width = kv_lora_rank + rope_dim
+        lens = np.array(seq_lens, np.int32)
+        pages_of = -(-np.maximum(lens, 0) // page_size)
+        num_pages = int(pages_of.sum()) + 3
+        order = rng.permutation(num_pages)
+        tables = np.full((len(lens), max(1, pages_of.max()) + 2), GARBAGE_PAGE, np.int32)
+        pages = np.full((num_pages, page_size, width), np.nan, np.float32)
+        stop = np.cumsum(pages_of)
+        for row, length, count, end in zip(tables, lens, pages_of, stop, strict=True):
+            row[:count] = order[end - count : end]
+            kv = np.full((count * page_size, width), np.nan, np.float32)
+            kv[: max(length, 0)] = rng.standard_normal((max(length, 0), width)) * 0.1
+            pages[row[:count]] = kv.reshape(count, page_size, width)
+        # KV as large as in FlashMLA's tests, whose absolute tolerance is made for it, and queries
+        # large enough that the softmax is not flat.
+        q = rng.standard_normal((len(lens), num_queries, heads, width)).astype(np.float32) * 10
+        queries = np.clip(lens, 0, num_queries) if query_lens is None else np.asarray(query_lens)
+        q[np.arange(num_queries) >= queries[:, None]] = np.nan
+        # numpy rounds, since JAX would compile a program for each shape.
+        self.q = jnp.asarray(q.astype(dtype))
+        pages = jnp.asarray(pages.astype(dtype))
+        self.cache = PagedKVCache(pages, kv_lora_rank, rope_dim, page_size, "ND")
+        self.block_tables = jnp.asarray(tables)
+        self.seq_lens = jnp.asarray(lens)
+        self.query_lens = jnp.asarray(queries, jnp.int32)
+
+    def check(self, o: Any, lse: Any, *, causal: bool = True) -> None:
+        """FlashMLA's rule, against float64.
+
+        Infinite and NaN places exactly; o within 8e-4 absolute or 2.01/128 relative, cosine
+        difference below 5e-6; lse within 1e-6 absolute or 8.01/65536 relative.
+        """
+        seq_lens, query_lens = np.asarray(self.seq_lens), np.asarray(self.query_lens)
+        invalid = seq_lens < 0
+        expected, expected_lse = paged_attention_float64(
+            self.q,
+            self.cache,
+            np.asarray(self.block_tables),
+            np.maximum(seq_lens, 0),
+            softmax_scale=SCALE,
+            query_lens=np.where(invalid, 0, query_lens),
+            causal=causal,
+        )
+        o = np.asarray(o).astype(np.float64).reshape(expected.shape)
+        lse = np.asarray(lse).astype(np.float64).reshape(expected_lse.shape)
+        assert np.isnan(o[invalid]).all()
+        assert np.isnan(lse[invalid]).all()
+        o, expected, lse, expected_lse = (x[~invalid] for x in (o, expected, lse, expected_lse))
+        finite = np.isfinite(expected_lse)
+        np.testing.assert_array_equal(lse[~finite], -np.inf)
+        np.testing.assert_array_equal(o[~finite], 0.0)
+        assert np.isfinite(o).all()
+        assert np.isfinite(lse[finite]).all()
+        off = np.abs(o - expected)
+        passes = (off < 8e-4) | (off < 2.01 / 128 * np.abs(expected))
+        assert passes.all(), f"{(~passes).sum()} of {passes.size} values off, by {off.max():.2e}"
+        if finite.any():
+            cosine = 2 * (o * expected).sum() / (o**2 + expected**2).sum()
+            assert 1 - cosine < 5e-6, f"cosine difference {1 - cosine:.2e}"
+            off = np.abs(lse[finite] - expected_lse[finite])
+            rule = (off < 1e-6) | (off < 8.01 / 65536 * np.abs(expected_lse[finite]))
+            assert rule.all(), f"lse off by {off.max():.2e}"
+
+
+SPOILED_LENGTHS = [300, 200, 130, 70, 70, 90]
+
+
+def spoiled(batch: Any) -> tuple[Any, Any]:
+    """A batch of SPOILED_LENGTHS and two tokens whose requests 1 to 4 can't be, each in its own
+    way; and what its result is to be checked with."""
+    found, expected = copy.copy(batch), copy.copy(batch)
+    tables, lens, queries = (
+        np.array(x) for x in (batch.block_tables, batch.seq_lens, batch.query_lens)
+    )
+    page_size = batch.cache.page_size
+    tables[1, (lens[1] - 1) // page_size] = batch.cache.num_pages  # the last page in use
+    tables[2, 0] = -1
+    lens[3] = tables.shape[1] * page_size + 1
+    queries[4] = 3
+    found.block_tables, found.seq_lens, found.query_lens = map(jnp.asarray, (tables, lens, queries))
+    expected.seq_lens = batch.seq_lens.at[1:5].set(-1)
+    return found, expected
+
+
+def invalid_requests(heads: int, page_size: int) -> tuple[HopperBatch, HopperBatch]:
+    """`spoiled`, of 16 bits."""
+    rng = np.random.default_rng(heads)
+    shape = {"heads": heads, "num_queries": 2, "page_size": page_size}
+    return spoiled(HopperBatch(rng, SPOILED_LENGTHS, **shape))
+
+
+def with_latents_times(batch: HopperBatch, factor: float) -> HopperBatch:
+    """The same scores, exactly, and `factor` (a power of two) times the outputs."""
+    latent = jnp.arange(batch.q.shape[-1]) < batch.cache.kv_lora_rank
+    scaled = copy.copy(batch)
+    scaled.q = jnp.where(latent, batch.q / factor, batch.q)
+    pages = jnp.where(latent, batch.cache.pages * factor, batch.cache.pages)
+    scaled.cache = dataclasses.replace(batch.cache, pages=pages)
+    return scaled
+
+
+def op(batch: Any, plan: Any = None, *, few: bool = False, **options: Any) -> Any:
+    """The attention op on a batch, under jit.
+
+    few: let it see how far the batch's tables reach, which may be few tokens; else they get
+    unused slots until they reach many.
+    """
+    missing = 0 if few else MANY_TOKENS // batch.cache.page_size - batch.block_tables.shape[1]
+    slots = ((0, 0), (0, max(0, missing)))
+    tables = np.pad(np.asarray(batch.block_tables), slots, constant_values=GARBAGE_PAGE)
+    arrays = batch.q, batch.cache, jnp.asarray(tables), batch.seq_lens, batch.query_lens, plan
+    return _op(*arrays, tuple(options.items()))
+
+
+@functools.partial(jax.jit, static_argnums=6)
+def _op(q, cache, tables, seq_lens, query_lens, plan, options):
+    """(One function, so that a second batch of the same shapes does not compile again.)"""
+    return paged_mla_attention(
+        q, cache, tables, seq_lens, query_lens=query_lens, plan=plan, softmax_scale=SCALE,
+        implementation="hopper", **dict(options),
+    )  # fmt: skip
