@@ -35,7 +35,10 @@ XDIST = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo yes)
 GPU_JOBS_kernels ?= 6
 GPU_JOBS = $(if $(and $(XDIST),$(GPU_JOBS_$*)),-n $(GPU_JOBS_$*) --dist worksteal)
 
-.PHONY: demo test test-gpu $(SHARDS:%=test-gpu-%) fuzz lint format clean
+# What the API reference documents; kernels and their parts are described in docs/hopper_decode.md.
+API := mla_jax mla_jax.hal pallas_kernels.hopper '!pallas_kernels.hopper.(kernels|parts|mosaic)'
+
+.PHONY: demo test test-gpu $(SHARDS:%=test-gpu-%) fuzz docs lint format clean
 
 demo: $(ENVIRONMENT)  ## the main job: load a layer, prefill, decode, compare with float64
 	$(PYTHON) -m experiments.launch --experiment=demo --output_dir=$(OUTPUT) $(ARGS)
@@ -59,6 +62,9 @@ $(SHARDS:%=test-gpu-%): test-gpu-%:
 
 fuzz:  ## random calls on an H200, by ARGS: "--calls=700 --data-seeds=random,random,random", "--help"
 	PYTHONPATH=".:tests/support$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m fuzz $(ARGS)
+
+docs: $(ENVIRONMENT)  ## the API reference, from the docstrings: out/docs/index.html
+	$(PYTHON) -W error -m pdoc --docformat google --output-directory $(OUTPUT)/docs $(API)
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .

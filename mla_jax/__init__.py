@@ -1,6 +1,16 @@
-"""Multi-head latent attention (MLA) for JAX: the public names."""
+"""Multi-head latent attention (MLA) for JAX.
+
+- The op: `paged_mla_attention`, `available_implementations`, `merge_states`.
+- The cache: `PagedKVCache`, `PageAllocator`, `OutOfPagesError`.
+- The layer: `MLAConfig`, `YarnScaling`, `PRESETS` (configs of published models), `mla_layer`, its
+  parts `preprocess`, `attend` and `project_output`, and `naive_mla_layer`, which expands K and V.
+- Weights: `MLAParams`, `init_params`, `load_hf`, `save_hf`, `rotate_latent`, `CheckpointError`.
+- Split plans: `plan_splits`, `plan_fixed`, `plan_loads`, `SplitPlan`, `SlowPlanWarning`.
+- Modules: `cache_size` counts bytes of caches, `online_softmax` computes softmax by blocks of keys.
+"""
 
 from mla_jax import cache_size, online_softmax
+from mla_jax._version import __version__ as __version__
 from mla_jax.allocator import OutOfPagesError, PageAllocator
 from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import PagedKVCache

@@ -434,3 +434,4 @@ PRESETS: dict[str, MLAConfig] = {
         max_position_embeddings=131072,
     ),
 }
+"""The configs of published models by name, as their config.json files have them."""

@@ -98,6 +98,7 @@ def preprocess(
     """MLAPO: hidden states to absorbed queries and to the rows that the cache holds.
 
     Args:
+        params, config: the layer; under jit `config` is static.
         x: [B, S, hidden].
         positions: [B, S] integers, each token's place in its request, from 0.
 
@@ -132,10 +133,21 @@ def attend(
     rescale: str = "multiply",
     partial_dtype: Any = None,
 ) -> tuple[jax.Array, PagedKVCache]:
-    """MLAPA: appends kv [B, S, D] to the cache and attends with q [B, S, H, D] over all of it.
+    """MLAPA: appends kv to the cache and attends with q over all of it.
 
-    Arguments and errors as in `mla_layer`; kv is rounded to the dtype of the cache's rows.
-    Returns (o_latent [B, S, H, kv_lora], the new cache).
+    Args:
+        config: the layer's config; static under jit.
+        q: [B, S, H, D] absorbed queries, as `preprocess` returns them.
+        kv: [B, S, D] rows of the new tokens; rounded to the dtype of the cache's rows.
+        cache: holds the earlier tokens' rows; use the returned one from here on.
+        block_tables, seq_lens, query_lens, donate: as in `mla_layer`.
+        causal, implementation, plan, rescale, partial_dtype: as in `paged_mla_attention`.
+
+    Returns:
+        o_latent: [B, S, H, kv_lora], q.dtype.
+        cache: with the new tokens appended.
+
+    Raises as `mla_layer` does, for q and kv in place of x.
     """
     _check_heads(config, cache)
     donate = checks.require_bool("donate", donate)
@@ -168,7 +180,14 @@ def attend(
 
 
 def project_output(params: MLAParams, o_latent: jax.Array) -> jax.Array:
-    """Einsum: o_latent [B, S, H, kv_lora] through W_UV of its head, then W_O: [B, S, hidden].
+    """Projects attention outputs to hidden states: W_UV of each head, then W_O.
+
+    Args:
+        params: the layer's weights.
+        o_latent: [B, S, H, kv_lora] floats, as `attend` returns them.
+
+    Returns:
+        [B, S, hidden].
 
     Raises TypeError or ValueError where an argument is of another type, or the heads or the rank
     are not those of `params`.
@@ -188,6 +207,7 @@ def naive_mla_layer(
     """The same layer with K and V expanded for every head; contiguous, causal, no cache.
 
     Args:
+        params, config: the layer; under jit `config` is static.
         x: [B, S, hidden].
         positions: [B, S] integers; None: 0 .. S-1. They only turn the rope channels: token i sees
             tokens 0 .. i.

@@ -247,7 +247,12 @@ _PREFERRED = ("hopper", "xla")  # for None: the first of these that can run the 
 
 
 def available_implementations(problem: AttentionProblem | None = None) -> dict[str, str | None]:
-    """Every implementation's name, and why an eager call can't run it here (None: it can)."""
+    """Every implementation's name, and why an eager call can't run it here (None: it can).
+
+    Args:
+        problem: an `mla_jax.problem.AttentionProblem`, for which dtypes, layouts and sizes count
+            too. None: only what this machine lacks counts.
+    """
     return {name: one.unavailable(problem) for name, one in IMPLEMENTATIONS.items()}
 
 

@@ -159,7 +159,8 @@ def rotate_latent(params: MLAParams) -> MLAParams:
     channel then stands out, neither by norm_kv nor by itself. Computed in float32, of the weights'
     dtypes again.
 
-    Raises ValueError unless kv_lora_rank is a power of 2.
+    Raises TypeError for params that are no `MLAParams` of floats, and ValueError for wrong shapes
+    or a kv_lora_rank that is not a power of 2.
     """
     _require_params(params)
     for field in ("norm_kv", "w_dkv", "w_uk", "w_uv"):
@@ -320,7 +321,9 @@ def save_hf(folder: str | Path, config: MLAConfig, params: MLAParams, *, layer: 
     replaced as a whole, the index last: a reader meanwhile, or after a crash, finds the old
     layers or the new. One process at a time may write.
 
-    Raises, before it writes anything:
+    The errors below are raised before anything is written.
+
+    Raises:
         TypeError, ValueError: an argument can't be, `params` aren't of `config`'s shapes, the
             format can't express `config`, or the folder's config.json is of another config.
         FileExistsError: the folder holds weights that `save_hf` did not write.

@@ -138,7 +138,8 @@ def plan_fixed(
     Args:
         split_size: tokens, a multiple of block_size.
         max_seq_len: the longest length there may be; it fixes the plan's shape.
-        Others as in `plan_splits`.
+        seq_lens, num_workers, rows, rows_per_tile, block_size, overhead: as in `plan_splits`, with
+            the cost model "blocks".
 
     Raises TypeError or ValueError naming the argument that can't be. If a traced length is past
     max_seq_len, its last piece is longer than split_size: right, but not balanced.
@@ -172,7 +173,14 @@ def plan_loads(
     cost_model: str = "blocks",
     overhead: int = 5,
 ) -> jax.Array:
-    """[W] float32: what each worker's pieces cost under a model; arguments as in `plan_splits`."""
+    """[W] float32: what each worker's pieces cost under a model.
+
+    Args:
+        plan: from `plan_splits` or `plan_fixed`, for these seq_lens.
+        seq_lens, rows, cost_model, overhead: as in `plan_splits`.
+
+    Raises TypeError or ValueError naming the argument that can't be.
+    """
     check_plan(plan, seq_lens)
     costs = split_costs(
         cost_model,

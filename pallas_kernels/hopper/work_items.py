@@ -68,7 +68,7 @@ def _in_pairs(plan: Any, pieces: Any, tile: Any) -> tuple[Any, Any]:
 def _shared_in_pairs(pieces: Any, tile: Any, worker_start: Any) -> tuple[Any, Any]:
     """Which pairs merge by themselves; the slots of all pieces, with `kept_slot` of theirs.
 
-    (With another merge to come it would only be one more to wait for: benchmarks/log.md.)
+    (With another merge to come it would only be one more to wait for: benchmarks/history.md.)
     """
     slot = pieces[:, SLOT]
     begin, middle, end = worker_start[:-1:2], worker_start[1::2], worker_start[2::2]

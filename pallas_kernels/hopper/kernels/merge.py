@@ -122,7 +122,7 @@ def row_parts(
     """A few rows, or where a tile has more pieces than rows, some columns of one.
 
     in_flight: registers of loads in a kernel that has few. Then there are more turns, even ones.
-    (Turns of LOADS_IN_FLIGHT were a little slower when even: benchmarks/log.md.)
+    (Turns of LOADS_IN_FLIGHT were a little slower when even: benchmarks/history.md.)
     """
     return _ways(plan, functools.partial(_row_parts, g, rows, width, warpgroups, in_flight))
 

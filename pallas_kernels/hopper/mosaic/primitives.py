@@ -80,7 +80,7 @@ def _voted(mine: Any, *, broadcast: bool = True) -> mgpu.FragmentedArray:
     """1 for the warpgroup where any of its threads has a flag (i1), else 0.
 
     broadcast: let a warp agree on its barrier first. That takes a register more, and time in
-    `decode_int8` (benchmarks/log.md).
+    `decode_int8` (benchmarks/history.md).
     """
     i32 = ir.IntegerType.get_signless(32)
     voted = llvm.inline_asm(
