@@ -1,6 +1,7 @@
 """The code blocks of docs/serving.md run, in order, as one program."""
 
 import re
+import tempfile
 from pathlib import Path
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
@@ -13,7 +14,8 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, block.start(1)), block[1]) for block in found]
 
 
-def test_the_code_blocks_run():
+def test_the_code_blocks_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the page makes its checkpoint
     blocks = python_blocks(PAGE.read_text(encoding="utf-8"))
     assert len(blocks) >= 12
     names: dict = {}
