@@ -19,11 +19,11 @@ def data(root: Path) -> list[dict[str, Any]]:
     rows = []
     for shape, found in summary_rows(root):
         ragged = "~" if shape.lengths == "varlen" else ""
-        tokens = f"\n{shape.s_q} tokens" if shape.s_q > 1 else ""
+        tokens = f"\n{shape.s_q} query tokens" if shape.s_q > 1 else ""
         best = fastest(found, COLUMN)
         rows.append({
             "label": f"{shape.heads} heads\n{shape.batch} × {ragged}{shape.kv_len}{tokens}",
-            **{name: round(best / found[name][COLUMN], 3) for name in NAMES},
+            **{name: round(best / found[name][COLUMN], 6) for name in NAMES},
         })  # fmt: skip
     return rows
 
@@ -49,7 +49,7 @@ def draw(root: Path) -> None:
     rows = data(root)
     style = {"svg.hashsalt": "mla-jax", "font.size": 9, "font.family": "DejaVu Sans"}
     with matplotlib.rc_context(style):
-        figure, axes = plt.subplots(figsize=(10, 3.6), layout="constrained")
+        figure, axes = plt.subplots(figsize=(10, 3.8), layout="constrained")
         width = 0.27
         for i, name in enumerate(NAMES):
             places = [row + (i - 1) * width for row in range(len(rows))]
@@ -61,8 +61,9 @@ def draw(root: Path) -> None:
         axes.set_xticks(range(len(rows)), [row["label"] for row in rows], fontsize=8)
         axes.tick_params(axis="x", length=0)
         axes.set_ylabel("speed, faster baseline = 1")
+        axes.set_xlabel("requests × KV tokens per request; ~ marks ragged lengths, by their mean")
         axes.set_title(
-            f"MLA decode on one {CARDS['h200']}, bfloat16 (higher is better)",
+            f"Speed of MLA decode on an {CARDS['h200']}, bfloat16 cache (higher is better)",
             loc="left", fontweight="bold", fontsize=10,
         )  # fmt: skip
         axes.spines[["top", "right"]].set_visible(False)

@@ -41,7 +41,6 @@ PAGES: dict[str, dict[str, Writer]] = {
     "README.md": {
         "support": support,
         "h200_summary": speed.summary,
-        "h200_summary_made": speed.summary_made,
         "accuracy_summary": accuracy.summary,
     },
     "benchmarks/README.md": {

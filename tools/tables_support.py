@@ -32,7 +32,7 @@ def _gpu(capability: str) -> Target:
 DEVICES = {
     "CPU": Target("cpu"),
     "TPU": Target("tpu"),
-    "NVIDIA GPU of compute capability 9.0 (H100, H200)": _gpu("9.0"),
+    "NVIDIA Hopper (H100, H200)": _gpu("9.0"),
     "other NVIDIA GPU": _gpu("8.0"),
 }
 
@@ -114,8 +114,8 @@ def devices(one: Implementation) -> str:
 
 
 def support(_: Path) -> str:
-    """One line per implementation and kind of cache; kinds that are treated alike share one."""
-    lines = []
+    """What implementations take; those, and kinds of cache, that are treated alike share a line."""
+    lines: dict[tuple[str, ...], list[str]] = {}
     for name, one in IMPLEMENTATIONS.items():
         alike: dict[tuple[str, ...], list[str]] = {}
         for cache, options in CACHES.items():
@@ -124,7 +124,8 @@ def support(_: Path) -> str:
                 alike.setdefault(found, []).append(cache)
         for found, caches in alike.items():
             kinds = "any" if len(caches) == len(CACHES) else ", ".join(caches)
-            lines.append([f"`{name}`", devices(one), kinds, *found])
+            lines.setdefault((devices(one), kinds, *found), []).append(f"`{name}`")
     header = ["implementation", "device", "cache dtype", "q dtype", "page sizes", "layouts"]
     header += ["query rows per request"]
-    return table(header, lines, words=len(header))
+    rows = [[", ".join(names), *cells] for cells, names in lines.items()]
+    return table(header, rows, words=len(header))
