@@ -2,6 +2,7 @@
 
 import json
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) 
     numbers = len(header) - words
     lines = [header, [*["---"] * words, *["---:"] * numbers], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def wrapped(text: str) -> str:
+    """A paragraph in lines of at most 119 characters, as all our Markdown."""
+    return "\n".join(textwrap.wrap(text, 119, break_on_hyphens=False, break_long_words=False))
 
 
 SHAPE = ("heads", "query tokens", "requests", "KV tokens per request")

@@ -5,7 +5,17 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from tables_common import CARDS, SHAPE, Row, day, measured, result_of, shape_cells, table
+from tables_common import (
+    CARDS,
+    SHAPE,
+    Row,
+    day,
+    measured,
+    result_of,
+    shape_cells,
+    table,
+    wrapped,
+)
 
 from experiments.best_when import best_when
 from experiments.kernel_bench import KERNEL, bar_rows, variant, with_pages
@@ -17,8 +27,8 @@ COLUMNS = {  # how launches follow each other
     "us": "back to back",
     "us_separated": "with a small dependent kernel between launches, whose time is included",
 }
-# The README's rows: (heads, query tokens, requests, lengths, KV tokens per request). Two of them are
-# rows where a baseline is ahead: 64 ragged requests, and one request of 128 heads.
+# The README's rows: (heads, query tokens, requests, lengths, KV tokens per request). A baseline is
+# ahead in two of them: 64 ragged requests of 64 heads, and one request of 128 heads.
 SUMMARY = (
     (16, 1, 1, "uniform", 16384),
     (16, 1, 16, "uniform", 1024),
@@ -79,8 +89,7 @@ def summary(root: Path) -> str:
     ]
     header = [*SHAPE, "ours, µs", *(f"{name}, µs" for name in BASELINES.values())]
     found = table([*header, "speed over the faster baseline"], lines, words=0)
-    source = f"Measured on {made(root, 'h200')}; each row's three times are of one process."
-    return f"{found}\n\n{source}"
+    return f"{found}\n\n{wrapped(f'{made(root, "h200")}.')}"
 
 
 def _speed(found: dict[str, Row], column: str) -> str:
@@ -92,7 +101,7 @@ def _times(found: dict[str, Row], column: str) -> list[str]:
 
 
 def made(root: Path, card: str) -> str:
-    """Where and when the decode times were measured, as the end of a sentence."""
+    """The GPU, the date and the versions of the decode times."""
     result = measured(root, card)
     versions, rows = result["versions"], result["rows"]
     commits = sorted({row["kernel"] for row in rows if "kernel" in row} or {versions["mla_jax"]})
@@ -100,8 +109,8 @@ def made(root: Path, card: str) -> str:
     libraries += versions["flashinfer"].split()[0]
     noun = "commit" if len(commits) == 1 else "commits"
     return (
-        f"an {CARDS[card]}, {result['date'][:10]}, driver {result['driver']}, "
-        f"jax {versions['jax']}, {libraries}, our kernels at {noun} {' and '.join(commits)}"
+        f"{CARDS[card]}, {result['date'][:10]}, jax {versions['jax']}, {libraries}, our kernels "
+        f"at {noun} {' and '.join(commits)}"
     )
 
 
@@ -119,10 +128,11 @@ def decode(root: Path, card: str, column: str) -> str:
     header = [*SHAPE, "ours", *BASELINES.values(), "speed over the faster baseline"]
     header += ["ours, GB/s"] if column == "us" else []
     header += ["our commit"] if versions else []
-    return (
+    caption = (
         f"Microseconds per launch, {COLUMNS[column]}: bfloat16, pages of 64 tokens, "
-        f"{made(root, card)}.\n\n{table(header, lines, words=0)}"
+        f"{made(root, card)}."
     )
+    return f"{wrapped(caption)}\n\n{table(header, lines, words=0)}"
 
 
 def int8_beside_bf16(root: Path, card: str, column: str) -> str:
@@ -148,11 +158,11 @@ def int8_beside_bf16(root: Path, card: str, column: str) -> str:
         ])  # fmt: skip
     header = [*SHAPE, "bf16", "int8", "speed over bf16"]
     header += ["int8, GB/s", "int8, relative error"] if column == "us" else []
-    return (
-        f"Microseconds per launch, {COLUMNS[column]}: `hopper`, pages of 64 tokens, one "
-        f"{CARDS[card]}, {jax_version(result)}, {', '.join(sorted(dates))}.\n\n"
-        f"{table(header, lines, words=0)}"
+    caption = (
+        f"Microseconds per launch, {COLUMNS[column]}: `hopper`, pages of 64 tokens, "
+        f"{CARDS[card]}, {', '.join(sorted(dates))}, {jax_version(result)}."
     )
+    return f"{wrapped(caption)}\n\n{table(header, lines, words=0)}"
 
 
 def jax_version(result: Row) -> str:
@@ -235,14 +245,14 @@ def classes(root: Path, card: str, folder: str) -> str:
     header = ["heads, requests x KV tokens", "fastest", "shapes", "speed over jnp, mean", "least"]
     header += ["largest", *([share] if has_ceiling else [])]
     left = f" {result['left']} were not run." if result["left"] else ""
-    return (
+    caption = (
         f"The grid `{result['preset']}` on one {CARDS[card]}, {jax_version(result)}: {len(rows)} "
         f"rows measured{_dates(result, rows)}.{left} The table has rows of one query token, bf16, "
         "equal lengths and pages of 64 tokens, in classes. Means are geometric. A ceiling is the "
-        "highest rate of the session: of a copy, a read, a matmul or a row.\n\n"
-        f"{table(header, lines, words=2)}\n\n"
-        f"![Roofline of all rows]({folder}benchmark/roofline.png)"
+        "highest rate of the session: of a copy, a read, a matmul or a row."
     )
+    picture = f"![Roofline of all rows]({folder}benchmark/roofline.png)"
+    return f"{wrapped(caption)}\n\n{table(header, lines, words=2)}\n\n{picture}"
 
 
 def _mean_least_most(words: str) -> list[str]:
