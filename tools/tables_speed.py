@@ -107,10 +107,9 @@ def made(root: Path, card: str) -> str:
     commits = sorted({row["kernel"] for row in rows if "kernel" in row} or {versions["mla_jax"]})
     libraries = f"FlashMLA {versions['flashmla'].split()[0]}, FlashInfer "
     libraries += versions["flashinfer"].split()[0]
-    noun = "commit" if len(commits) == 1 else "commits"
     return (
         f"{CARDS[card]}, {result['date'][:10]}, jax {versions['jax']}, {libraries}, our kernels "
-        f"at {noun} {' and '.join(commits)}"
+        f"at {' and '.join(commits)}"
     )
 
 
@@ -217,11 +216,12 @@ def options(root: Path, card: str) -> str:
         for cost in result["costs"]
     ]  # fmt: skip
     header = ["option", "shapes", "least time ratio", "largest time ratio", "largest error"]
-    found = table(header, lines)
-    if not result["left"]:
-        return found
-    tasks = len(result["rows"]) + result["left"]
-    return f"{found}\n\n{result['left']} of {tasks} tasks were not run."
+    caption = f"The experiment `kernel_bench` on one {CARDS[card]}, {jax_version(result)}, "
+    caption += f"{result['sessions'][-1]['started'][:10]}."
+    if result["left"]:
+        tasks = len(result["rows"]) + result["left"]
+        caption += f" {result['left']} of {tasks} tasks were not run."
+    return f"{wrapped(caption)}\n\n{table(header, lines)}"
 
 
 def classes(root: Path, card: str, folder: str) -> str:

@@ -89,12 +89,11 @@ def takes(one: Implementation, cache: dict[str, Any]) -> tuple[str, ...] | None:
     if len(accepted) != len(each["q"]) * len(each["page_size"]) * len(each["layout"]):
         raise ValueError(f"{one.name} takes no product of {axes} with {cache}: {accepted}")
     rows = _most(lambda n: one.refuses(problem(**cache, **accepted[0], rows=n)) is None)
-    words = {
-        axis: "any" if len(values) == len(axes[axis]) > 2 else ", ".join(map(str, values))
-        for axis, values in each.items()
-    }
+    words = {axis: ", ".join(map(str, values)) for axis, values in each.items()}
     if words["q"] == cache["dtype"]:
         words["q"] = "as the cache"
+    if len(each["q"]) == len(FLOATS):
+        words["q"] = "any"
     return *words.values(), "any" if rows == MOST_ROWS else f"up to {rows:,}"
 
 
