@@ -1,6 +1,6 @@
 """What is best when: the rows of a benchmark in a few classes of shapes, and who wins each.
 
-Standard library only, so that tools/readme_tables.py can use it as it is.
+Standard library only, so that tools/tables.py can use it as it is.
 """
 
 import statistics
