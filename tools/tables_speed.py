@@ -17,9 +17,9 @@ from tables_common import (
     wrapped,
 )
 
-from experiments.best_when import best_when
-from experiments.kernel_bench import KERNEL, bar_rows, variant, with_pages
-from experiments.shapes import Shape
+from experiments.speed.best_when import best_when
+from experiments.speed.kernel_bench import KERNEL, bar_rows, variant, with_pages
+from experiments.speed.shapes import Shape
 
 OURS = "hopper"
 BASELINES = {"flashmla": "FlashMLA", "flashinfer_fa3": "FlashInfer"}

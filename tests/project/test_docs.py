@@ -12,7 +12,7 @@ import pytest
 
 import mla_jax
 from experiments import launch
-from experiments.results import validate_result
+from experiments.framework.results import validate_result
 
 ROOT = next(
     folder for folder in Path(__file__).resolve().parents if (folder / "Makefile").is_file()
