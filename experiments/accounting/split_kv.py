@@ -120,13 +120,13 @@ def naive(options: Options) -> Planner:
             row_tile=tile // len(seq_lens),
             block_start=jnp.zeros_like(tile),
             block_end=-(-seq_lens[tile % len(seq_lens)] // BLOCK),
-            slot=jnp.full_like(tile, -1),
+            partial=jnp.full_like(tile, -1),
             worker_start=worker * tiles // options.workers,
-            tile_slot_start=jnp.zeros(tiles + 1, jnp.int32),
+            tile_partial_start=jnp.zeros(tiles + 1, jnp.int32),
             block_size=BLOCK,
             rows_per_tile=ROWS_PER_TILE,
             num_row_tiles=row_tiles,
-            num_slots=0,
+            num_partials=0,
         )
 
     return plan
@@ -196,7 +196,7 @@ def measure(
         row[f"max_load_{model}"] = largest
         row[f"efficiency_{model}"] = work / (options.workers * largest)
     row["pieces"] = int((plan.request >= 0).sum())
-    row["partial_outputs"] = int((plan.slot >= 0).sum())
+    row["partial_outputs"] = int((plan.partial >= 0).sum())
     row["covers"] = covers_once(plan, np.asarray(seq_lens))
     return row
 

@@ -43,13 +43,13 @@ def attend_split_kv(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
     outputs = (
         jnp.zeros((plan.num_tiles, rows[1], width), jnp.float32),
         jnp.full((plan.num_tiles, rows[1]), -jnp.inf, jnp.float32),
-        jnp.zeros((max(1, plan.num_slots), rows[1], width), partial_dtype),
-        jnp.full((max(1, plan.num_slots), rows[1]), -jnp.inf, jnp.float32),
+        jnp.zeros((max(1, plan.num_partials), rows[1], width), partial_dtype),
+        jnp.full((max(1, plan.num_partials), rows[1]), -jnp.inf, jnp.float32),
     )
     offsets = jnp.arange(plan.block_size, dtype=jnp.int32)
 
     def begin(piece: jax.Array) -> tuple[jax.Array, jax.Array]:
-        piece = jnp.minimum(piece, plan.num_pieces - 1)
+        piece = jnp.minimum(piece, plan.num_items - 1)
         return piece, plan.block_start[piece]
 
     def step(_: jax.Array, carry: tuple) -> tuple:
@@ -65,8 +65,8 @@ def attend_split_kv(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
         state = attend_block(problem, state, q[tile], kv, positions, length, limit)
 
         done = working & (block + 1 >= end)
-        to_slot, to_tile = done & (plan.slot[here] >= 0), done & (plan.slot[here] < 0)
-        slot = jnp.where(to_slot, plan.slot[here], partial_o.shape[0])  # past the end: dropped
+        to_slot, to_tile = done & (plan.partial[here] >= 0), done & (plan.partial[here] < 0)
+        slot = jnp.where(to_slot, plan.partial[here], partial_o.shape[0])  # past the end: dropped
         tile = jnp.where(to_tile, tile, plan.num_tiles)
         piece_o, piece_lse = finalize(state)
         written = (

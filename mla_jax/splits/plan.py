@@ -10,7 +10,7 @@ import numpy as np
 
 from mla_jax import checks
 
-_OF_PIECES = ("request", "row_tile", "block_start", "block_end", "slot")
+_OF_ITEMS = ("request", "row_tile", "block_start", "block_end", "partial")
 
 
 class SlowPlanWarning(UserWarning):
@@ -19,36 +19,40 @@ class SlowPlanWarning(UserWarning):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=[*_OF_PIECES, "worker_start", "tile_slot_start"],
-    meta_fields=["block_size", "rows_per_tile", "num_row_tiles", "num_slots", "fixed"],
+    data_fields=[*_OF_ITEMS, "worker_start", "tile_partial_start"],
+    meta_fields=["block_size", "rows_per_tile", "num_row_tiles", "num_partials", "fixed"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class SplitPlan:
-    """Assigns work to workers: P pieces, in the order of the line; all arrays int32.
+    """Assigns P work items to W workers (CTAs, or clusters of two); all arrays are int32.
 
-    Worker w walks pieces worker_start[w] .. worker_start[w + 1]. A piece without a slot is a whole
-    tile and gives the tile's output; the pieces of a cut tile leave (o, lse) in their slots, and
-    tile t's output is the merge of slots tile_slot_start[t] .. tile_slot_start[t + 1], which are
-    in KV order. A request of length 0 has a piece of 0 blocks. Unused pieces, at the end, have
-    request = slot = -1 and 0 elsewhere.
+    A work item is a range of KV blocks of one tile of query rows. Worker w runs the items
+    worker_start[w] .. worker_start[w + 1]. An item without a partial is a whole tile, and its
+    result is the tile's output. The items of a split tile leave (o, lse) as partial results. The
+    output of tile t is the merge of partials tile_partial_start[t] .. tile_partial_start[t + 1],
+    which are in KV order. A request of length 0 has an item of 0 blocks. Unused items are at the
+    end and have request = partial = -1 and 0 elsewhere.
     """
 
     request: jax.Array  # [P]
     row_tile: jax.Array  # [P] rows row_tile * rows_per_tile ... of the request
     block_start: jax.Array  # [P]
     block_end: jax.Array  # [P]
-    slot: jax.Array  # [P] -1: none
+    partial: jax.Array  # [P] index of its partial result; -1: none, the item is a whole tile
     worker_start: jax.Array  # [W + 1]
-    tile_slot_start: jax.Array  # [num_tiles + 1]
-    block_size: int  # KV tokens a block
+    tile_partial_start: jax.Array  # [num_tiles + 1]
+    block_size: int  # KV tokens per block
     rows_per_tile: int
-    num_row_tiles: int  # a request
-    num_slots: int  # upper bound of the slots in use
-    fixed: bool = False  # made by plan_fixed: how a request is cut and merged is its own affair
+    num_row_tiles: int  # per request
+    num_partials: int  # upper bound of the partials in use
+    fixed: bool = False  # made by plan_fixed: a request is split and merged alike in any batch
 
     def tile_of(self, request: jax.Array, row_tile: jax.Array) -> jax.Array:
-        """A tile's number. Row tiles of one request lie far apart on the line, so that workers
-        read its keys at the same time and, with luck, once from memory."""
+        """Returns a tile's number.
+
+        Row tiles of one request are far apart in the order of tiles, so that several workers read
+        its keys at the same time, mostly from L2.
+        """
         return row_tile * (self.num_tiles // self.num_row_tiles) + request
 
     @property
@@ -57,18 +61,18 @@ class SplitPlan:
         return self.worker_start.shape[0] - 1
 
     @property
-    def num_pieces(self) -> int:
+    def num_items(self) -> int:
         """P, unused ones included."""
         return self.request.shape[0]
 
     @property
     def num_tiles(self) -> int:
         """Requests times num_row_tiles."""
-        return self.tile_slot_start.shape[0] - 1
+        return self.tile_partial_start.shape[0] - 1
 
     def arrays(self) -> dict[str, jax.Array]:
         """The plan's arrays, by name."""
-        names = (*_OF_PIECES, "worker_start", "tile_slot_start")
+        names = (*_OF_ITEMS, "worker_start", "tile_partial_start")
         return {name: getattr(self, name) for name in names}
 
     def check(self) -> None:
@@ -79,22 +83,23 @@ class SplitPlan:
         """
         for name in ("block_size", "rows_per_tile", "num_row_tiles"):
             checks.require_positive(f"plan.{name}", getattr(self, name))
-        checks.require_int("plan.num_slots", self.num_slots, 0)
+        checks.require_int("plan.num_partials", self.num_partials, 0)
         checks.require_bool("plan.fixed", self.fixed)
         for name, array in self.arrays().items():
             checks.require_int32(f"plan.{name}", array)
-            size = len(self.request) if name in _OF_PIECES and np.ndim(self.request) == 1 else None
-            words = "[P]" if name in _OF_PIECES else "[W + 1]"
-            words = "[num_tiles + 1]" if name == "tile_slot_start" else words
+            size = len(self.request) if name in _OF_ITEMS and np.ndim(self.request) == 1 else None
+            words = "[P]" if name in _OF_ITEMS else "[W + 1]"
+            words = "[num_tiles + 1]" if name == "tile_partial_start" else words
             checks.require_shape(f"plan.{name}", array, words, size)
         checks.require_positive("workers of plan.worker_start", self.num_workers)
         if self.num_tiles < 1 or self.num_tiles % self.num_row_tiles:
             raise ValueError(
-                f"plan.tile_slot_start must be of num_tiles + 1 values, with num_tiles a positive "
-                f"multiple of num_row_tiles = {self.num_row_tiles}, got {self.num_tiles + 1} values"
+                f"plan.tile_partial_start must be of num_tiles + 1 values, with num_tiles a "
+                f"positive multiple of num_row_tiles = {self.num_row_tiles}, got "
+                f"{self.num_tiles + 1} values"
             )
         if checks.is_concrete(*self.arrays().values()):
-            _check_pieces(self, **jax.device_get(self.arrays()))
+            _check_items(self, **jax.device_get(self.arrays()))
 
     def check_covers(self, seq_lens: jax.Array) -> None:
         """Raises ValueError where a plan that `check` passes is for other lengths than these.
@@ -157,22 +162,22 @@ def num_blocks(seq_lens: jax.Array, block_size: int) -> jax.Array:
     return (jnp.maximum(seq_lens, 0) - 1) // block_size + 1
 
 
-def _check_pieces(
+def _check_items(
     plan: SplitPlan,
     request: np.ndarray,
     row_tile: np.ndarray,
     block_start: np.ndarray,
     block_end: np.ndarray,
-    slot: np.ndarray,
+    partial: np.ndarray,
     worker_start: np.ndarray,
-    tile_slot_start: np.ndarray,
+    tile_partial_start: np.ndarray,
 ) -> None:
-    """Raises ValueError for a piece, a worker or a slot that can't be where it is."""
+    """Raises ValueError for a work item, a worker or a partial that can't be where it is."""
     used = int((request >= 0).sum())
     batch = plan.num_tiles // plan.num_row_tiles
     _require("request", request, np.arange(len(request)) < used, request >= 0, "-1 at the end only")
     unused = np.zeros(len(request) - used, np.int32)
-    for name, array in (("request", request), ("slot", slot)):
+    for name, array in (("request", request), ("partial", partial)):
         _require_equal(name, array[used:], unused - 1, used)
     for name, array in (
         ("row_tile", row_tile),
@@ -204,12 +209,12 @@ def _check_pieces(
     for at, wanted in ((0, 0), (plan.num_workers, used)):
         _require_equal("worker_start", worker_start[[at]], np.array([wanted]), at)
     cut = pieces[tile] > 1
-    _require_equal("slot", slot[:used], np.where(cut, np.cumsum(cut) - 1, -1), 0)
+    _require_equal("partial", partial[:used], np.where(cut, np.cumsum(cut) - 1, -1), 0)
     slots = np.where(pieces > 1, pieces, 0)
-    _require_equal("tile_slot_start", tile_slot_start, np.append(0, np.cumsum(slots)), 0)
-    if slots.sum() > plan.num_slots:
+    _require_equal("tile_partial_start", tile_partial_start, np.append(0, np.cumsum(slots)), 0)
+    if slots.sum() > plan.num_partials:
         raise ValueError(
-            f"plan.num_slots must be at least the {slots.sum()} in use, got {plan.num_slots}"
+            f"plan.num_partials must be at least the {slots.sum()} in use, got {plan.num_partials}"
         )
 
 

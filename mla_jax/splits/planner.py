@@ -210,7 +210,7 @@ def merge_partials(
 
     Returns o (o's dtype, merged in float32) and lse.
     """
-    first, end = plan.tile_slot_start[:-1], plan.tile_slot_start[1:]
+    first, end = plan.tile_partial_start[:-1], plan.tile_partial_start[1:]
 
     def take(k: jax.Array) -> tuple[jax.Array, jax.Array]:
         slot = jnp.minimum(first + k, partial_lse.shape[0] - 1)
@@ -269,9 +269,9 @@ def _plan_fixed(
     line = Line.lay(seq_lens, costs, split_blocks, most)
     place = jnp.arange(len(line.blocks) * most, dtype=jnp.int32)
     starts = jnp.where(place < line.length, place, _BEYOND)
-    num_slots = len(place) if most > 1 else 0
+    num_partials = len(place) if most > 1 else 0
     unbalanced = jnp.zeros(num_workers + 1, jnp.int32)
-    plan = _assemble(line, starts, unbalanced, num_slots, fixed=True)
+    plan = _assemble(line, starts, unbalanced, num_partials, fixed=True)
     # Worker w starts at the first piece whose middle lies past w equal shares of the cost.
     blocks = jnp.clip(plan.block_end - plan.block_start, 1, split_blocks)
     total = to_float32(blocks).sum() + np.float32(len(place) * costs.overhead)
@@ -294,12 +294,12 @@ def _plan_loads(plan: SplitPlan, seq_lens: jax.Array, costs: SplitCosts) -> jax.
     has_last = (blocks > 0) & (plan.block_end == num_blocks(seq_lens, plan.block_size)[request])
     cost = np.float32(costs.overhead) + to_float32(blocks) * full
     cost = jnp.where(plan.request >= 0, cost + jnp.where(has_last, last - full, 0), 0)
-    worker = find(plan.worker_start, jnp.arange(plan.num_pieces, dtype=jnp.int32), "right") - 1
+    worker = find(plan.worker_start, jnp.arange(plan.num_items, dtype=jnp.int32), "right") - 1
     return jax.ops.segment_sum(cost, worker, plan.num_workers)  # drops unused pieces
 
 
 def _assemble(
-    line: Line, starts: jax.Array, worker_start: jax.Array, num_slots: int, fixed: bool = False
+    line: Line, starts: jax.Array, worker_start: jax.Array, num_partials: int, fixed: bool = False
 ) -> SplitPlan:
     """The plan whose pieces start at the sorted places `starts` (unused ones: _BEYOND)."""
     batch = len(line.blocks) // line.costs.num_row_tiles
@@ -317,13 +317,13 @@ def _assemble(
         row_tile=jnp.where(used, tile // batch, 0),
         block_start=begin * line.unit,
         block_end=jnp.where(to_tile_end, line.kv_blocks[tile], end * line.unit),
-        slot=jnp.where(partial, slots - 1, -1),
+        partial=jnp.where(partial, slots - 1, -1),
         worker_start=worker_start,
-        tile_slot_start=before[find(starts, jnp.append(line.edge, line.length))],
+        tile_partial_start=before[find(starts, jnp.append(line.edge, line.length))],
         block_size=line.costs.block_size,
         rows_per_tile=line.costs.rows_per_tile,
         num_row_tiles=line.costs.num_row_tiles,
-        num_slots=num_slots,
+        num_partials=num_partials,
         fixed=fixed,
     )
 

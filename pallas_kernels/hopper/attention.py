@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,15 +12,16 @@ from mla_jax.cache import PagedKVCache
 from mla_jax.hal import TilePlan, TilePlanError
 from mla_jax.splits.planner import SlowPlanWarning, SplitPlan, plan_splits
 from pallas_kernels.hopper.kernels.decode import decode
-from pallas_kernels.hopper.kernels.decode_transposed import decode_few
+from pallas_kernels.hopper.kernels.decode_transposed import decode_transposed
 from pallas_kernels.hopper.kernels.merge import merge
+from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
 from pallas_kernels.hopper.tuning import (
     ROW_GROUP,
     choose_tile_plan,
     tile_heights,
     tile_plan_of_height,
 )
-from pallas_kernels.hopper.work_items import BLOCK, records
+from pallas_kernels.hopper.work_items import BLOCK, work_list
 from pallas_kernels.modes import jit_with_defaults
 
 PAGE_SIZES = {  # by what the cache holds
@@ -230,13 +231,14 @@ def attend(
         kv_lora_rank=kv_lora_rank,
         rope_dim=q.shape[2] - kv_lora_rank,
     )
-    few = plan.rows_per_tile < BLOCK
+    transposed = plan.rows_per_tile < BLOCK
     if partial_dtype is None:
-        partial_dtype = jnp.float32 if few or q.dtype == jnp.float16 else jnp.float16
-    kernel: Any = decode_few if few else functools.partial(decode, rescale=RESCALES[rescale])
+        exact = transposed or q.dtype == jnp.float16
+        partial_dtype = jnp.float32 if exact else jnp.float16
     return launch(
-        functools.partial(kernel, kv_lora_rank=kv_lora_rank),
-        (pad_rows(q, plan.rows_per_tile if few else ROW_GROUP), pages),
+        decode_transposed if transposed else decode,
+        pad_rows(q, plan.rows_per_tile if transposed else ROW_GROUP),
+        (pages,),
         block_tables,
         seq_lens,
         query_lens,
@@ -249,6 +251,7 @@ def attend(
         interpret=interpret,
         softmax_scale=softmax_scale,
         causal=causal,
+        rescale=RESCALES[rescale],
     )
 
 
@@ -259,66 +262,62 @@ def pad_rows(q: jax.Array, multiple: int) -> jax.Array:
 
 
 def launch(
-    kernel: Callable[..., tuple[jax.Array, ...]],
-    operands: Sequence[jax.Array],
+    kernel: Callable[[DecodeCall], tuple[jax.Array, ...]],
+    q: jax.Array,
+    cache: tuple[jax.Array, ...],
     block_tables: jax.Array,
     seq_lens: jax.Array,
     query_lens: jax.Array | None,
     plan: SplitPlan,
     *,
     rows: int,
-    kv_lora_rank: int,
     num_heads: int,
     tiles: TilePlan,
     partial_dtype: Any,
     interpret: Any,
     **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs a decode kernel, which merges the tiles that the plan has cut, or else `merge`.
+    """Runs a decode kernel, which combines the tiles that the plan has split, or else `merge`.
 
     Args:
-        kernel: `decode` or one that is called as it is, with `operands` in the place of q and
-            pages.
+        q: [B, rows or more, D]; cache: the cache's arrays.
         rows: R, how many rows of q are real.
-        options: for the kernel. Others as in `attend`.
+        options: fields of the `DecodeCall`. Others as in `attend`.
 
     Returns:
         o and lse as `attend` does.
     """
-    q = operands[0]
-    o, lse = new_outputs(q.shape[0], rows, kv_lora_rank, q.dtype)
+    o, lse = new_outputs(q.shape[0], rows, options["kv_lora_rank"], q.dtype)
     # The workers of one launch wait for each other, so all of them have to run at the same time.
     # Where that is not certain, `merge` is a launch of its own, in which nothing waits.
     ctas = (plan.num_workers + plan.num_workers % 2 * tiles.pairs) * tiles.cluster
     resident = interpret is None and ctas <= resident_ctas()
-    merges = plan.num_slots > 0 and resident
+    combines = plan.num_partials > 0 and resident
     finish = "in_pairs" if tiles.pairs else "merge"
-    # (Who waits for a piece needs its worker beside it, or before it, as the interpreter has it.)
-    if tiles.cluster > 1 and (merges or interpret is not None):
+    # A worker that waits for a partial needs the other worker to run at the same time. The
+    # interpreter runs one cluster after the other, the one that is waited for first.
+    if tiles.cluster > 1 and (combines or interpret is not None):
         finish = "by_first"
-    walks = records(plan, finish)
-    # Zeros again at the end: XLA, which takes them for constants, may hand them to every launch.
+    work = work_list(plan, finish)
+    # The kernel leaves zeros: XLA takes these for constants and may pass them to every launch.
     counters = jnp.zeros(plan.num_tiles * tiles.cluster, jnp.int32)
-    partials = kernel(
-        *operands,
-        block_tables,
-        seq_lens,
-        query_lens,
-        plan,
-        walks,
-        counters,
-        o,
-        lse,
+    call = DecodeCall(
+        q=q,
+        cache=cache,
+        requests=Requests(block_tables, seq_lens, query_lens, work, counters),
+        outputs=Outputs(o, lse),
+        plan=plan,
         num_heads=num_heads,
         num_queries=rows // num_heads,
         tiles=tiles,
-        merges=merges,
+        combines=combines,
         partial_dtype=jnp.dtype(partial_dtype),
         interpret=interpret,
         **options,
     )
-    if plan.num_slots and not merges:
-        merge(o, lse, partials, plan, walks, num_rows=rows, interpret=interpret)
+    partials = kernel(call)
+    if plan.num_partials and not combines:
+        merge(o, lse, partials, plan, work, num_rows=rows, interpret=interpret)
     # The barrier keeps XLA from writing the merge's outputs straight into a slice of a larger array
     # (those of a scan, say): its dynamic-slice fusion forgets that they alias the inputs.
     return jax.lax.optimization_barrier((o[...], lse[...]))

@@ -9,7 +9,7 @@ from mla_jax.hal import TilePlan
 from mla_jax.splits.planner import SplitPlan
 from pallas_kernels.hopper.attention import launch, pad_rows, plan_decode, warn_if_slow
 from pallas_kernels.hopper.kernels.decode_int8 import decode_int8
-from pallas_kernels.hopper.kernels.decode_transposed_int8 import decode_few_int8
+from pallas_kernels.hopper.kernels.decode_transposed_int8 import decode_transposed_int8
 from pallas_kernels.hopper.tuning import tile_plan_of_height
 from pallas_kernels.hopper.work_items import BLOCK
 from pallas_kernels.modes import jit_with_defaults
@@ -58,8 +58,9 @@ def attend_int8(
         plan.rows_per_tile, cache="int8", kv_lora_rank=latent, rope_dim=rope_pages.shape[2]
     )
     return launch(
-        decode_few_int8 if plan.rows_per_tile < BLOCK else decode_int8,
-        (pad_rows(q, plan.rows_per_tile), pages, rope_pages, scales),
+        decode_transposed_int8 if plan.rows_per_tile < BLOCK else decode_int8,
+        pad_rows(q, plan.rows_per_tile),
+        (pages, rope_pages, scales),
         block_tables,
         seq_lens,
         query_lens,

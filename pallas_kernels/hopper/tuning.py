@@ -99,7 +99,7 @@ def transposed_tiles(
     kv_lora_rank: int = 512,
     rope_dim: int = 64,
 ) -> TilePlan:
-    """Of `decode_few`: up to 32 rows are columns of S^T = K Q^T; one warpgroup computes, one loads.
+    """Of `decode_transposed`: up to 32 rows are columns of S^T; one warpgroup computes, one loads.
 
     pairs: whether workers are in pairs, which takes clusters of two.
     depths: slots of the left half of the latent, of its right half and of the rope columns.
@@ -160,7 +160,7 @@ def transposed_int8_tiles(
     kv_lora_rank: int = 512,
     rope_dim: int = 64,
 ) -> TilePlan:
-    """Of `decode_few_int8`: up to 32 rows, 16 where two warpgroups compute in turns; one loads.
+    """Of `decode_transposed_int8`: up to 32 rows, 16 where two warpgroups compute by turns; one loads.
 
     computing: warpgroups, 1 or 2. depth: slots of a block, a multiple of `computing`. registers: as
     in `seesaw_tiles`, where two compute; one computing thread can have as many as there are.

@@ -1,140 +1,186 @@
-"""What the decode kernels know of a plan and of pages."""
+"""The work list of a decode launch, and where a KV block lies in its pages.
+
+A split plan says which CTA (or cluster of two CTAs) computes which work items. A work item is a
+range of KV blocks of one tile. `work_list` turns the plan into two integer arrays that kernels
+read: one row per work item, and one row per worker with its range of items.
+"""
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-BLOCK = 64  # KV tokens a block: the height of a wgmma tile
+BLOCK = 64  # KV tokens per block: the height of a wgmma tile
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
 NO_KEY = -3e38  # a running maximum (log2 units) that no score has raised yet: below them all
-PIECE = ("request", "row_tile", "block_start", "block_end", "slot")  # a record of the plan
-SLOT = PIECE.index("slot")
-FIRST_SLOT, SLOTS = len(PIECE), len(PIECE) + 1  # behind them: the slots of the piece's tile
-RECORD = SLOTS + 1
 
 
-def records(plan: Any, finish: str = "merge") -> tuple[Any, Any]:
-    """For each worker (record of its first piece, first piece, end) [W, 9]; all records [P, 7].
+class WorkItem(NamedTuple):
+    """One row of the list: what to compute, and where its result goes.
 
-    A worker's first record stands beside its range, so that it starts with one read, not two; and
-    before it, so that a record's values have the same places in both and one pointer reads either.
+    partial: index of the partial result that the item leaves; -1: the item is a whole tile, and its
+    result is the output; below -1: the worker keeps the result (`kept_partial`) and combines it
+    itself. first_partial, num_partials: those of the item's tile.
+    """
 
-    finish: of cut tiles.
-    "merge": all workers of a tile merge what they have left in slots.
-    "in_pairs": workers 2i and 2i + 1 share a cluster, and merge a tile without slots if only they
-        share it, and no other: then the two records have `kept_slot` of their slots, and the second
-        worker walks backwards, from its last piece to its first, so that both come to the tile
-        last. Rows have one column more, the way from a piece to the next; their number is even.
-    "by_first": of a tile in two pieces the first one's worker, which comes to it last, keeps its
-        own (`kept_slot`) and adds the other's, which that worker, who came to it first, has left
-        long ago: its record has one slot, its own. Not of a fixed plan, where one may have both.
+    request: Any
+    row_tile: Any
+    block_start: Any
+    block_end: Any
+    partial: Any
+    first_partial: Any
+    num_partials: Any
+
+    @staticmethod
+    def read(ref: Any) -> "WorkItem":
+        """Returns the item in the first values of a one-dimensional ref."""
+        return WorkItem(*(ref[i] for i in range(ITEM_FIELDS)))
+
+    @property
+    def own_partial(self) -> Any:
+        """The partial index that the plan gave the item, kept or not."""
+        return jnp.where(self.partial < -1, kept_partial(self.partial), self.partial)
+
+
+PLANNED = WorkItem._fields[:5]  # the fields that a split plan has, by the same names
+ITEM_FIELDS = len(WorkItem._fields)
+PARTIAL = WorkItem._fields.index("partial")
+FIRST_PARTIAL = WorkItem._fields.index("first_partial")
+NUM_PARTIALS = WorkItem._fields.index("num_partials")
+
+
+class WorkList(NamedTuple):
+    """ranges [W, 9 or 10]: per worker its first item, then the range of its items, then the step.
+
+    items [P, 7]: per work item, as `WorkItem`. The first item is beside the range, so that a worker
+    starts with one read, and before it, so that one pointer reads either array.
+    """
+
+    ranges: Any
+    items: Any
+
+
+def work_list(plan: Any, finish: str = "merge") -> WorkList:
+    """Returns the work list of a split plan.
+
+    finish: how split tiles are combined.
+    "merge": all workers of a tile merge the partials that they have left.
+    "in_pairs": workers 2i and 2i + 1 share a cluster. A tile that only these two share is combined
+        in their shared memories, without partials. Its two items have `kept_partial`, and the
+        second worker runs its items backwards, so that both finish with this tile. Ranges have one
+        column more, the step from an item to the next, and an even number of rows.
+    "by_first": of a tile in two items, the first item's worker reaches the tile last. It keeps its
+        own result (`kept_partial`) and adds the other's, which the other worker, which reaches the
+        tile first, has left before: its item has one partial, its own. Not for a fixed plan, in
+        which one worker may have both.
     """
     tile = plan.tile_of(jnp.maximum(plan.request, 0), plan.row_tile)
-    start = plan.tile_slot_start
-    fields = [getattr(plan, field) for field in PIECE]
-    pieces = jnp.stack([*fields, start[tile], start[tile + 1] - start[tile]], axis=1)
+    start = plan.tile_partial_start
+    fields = [getattr(plan, field) for field in PLANNED]
+    items = jnp.stack([*fields, start[tile], start[tile + 1] - start[tile]], axis=1)
     if finish == "in_pairs":
-        return _in_pairs(plan, pieces, tile)
+        return _in_pairs(plan, items, tile)
     if finish == "by_first" and not plan.fixed:
-        slot, first = pieces[:, SLOT], pieces[:, FIRST_SLOT]
-        two = (slot >= 0) & (pieces[:, SLOTS] == 2)
-        keeps, leaves = two & (slot == first), two & (slot > first)
-        pieces = pieces.at[:, SLOT].set(jnp.where(keeps, kept_slot(slot), slot))
-        pieces = pieces.at[:, FIRST_SLOT].set(jnp.where(leaves, slot, first))
-        pieces = pieces.at[:, SLOTS].add(-leaves.astype(jnp.int32))
+        partial, first = items[:, PARTIAL], items[:, FIRST_PARTIAL]
+        two = (partial >= 0) & (items[:, NUM_PARTIALS] == 2)
+        keeps, leaves = two & (partial == first), two & (partial > first)
+        items = items.at[:, PARTIAL].set(jnp.where(keeps, kept_partial(partial), partial))
+        items = items.at[:, FIRST_PARTIAL].set(jnp.where(leaves, partial, first))
+        items = items.at[:, NUM_PARTIALS].add(-leaves.astype(jnp.int32))
     first, stop = plan.worker_start[:-1], plan.worker_start[1:]
-    return jnp.column_stack([pieces[first], first, stop]), pieces
+    return WorkList(jnp.column_stack([items[first], first, stop]), items)
 
 
-def _in_pairs(plan: Any, pieces: Any, tile: Any) -> tuple[Any, Any]:
+def _in_pairs(plan: Any, items: Any, tile: Any) -> WorkList:
     worker_start = plan.worker_start
     if plan.num_workers % 2:
         worker_start = jnp.append(worker_start, worker_start[-1])
     first, stop = worker_start[:-1], worker_start[1:]
     step = jnp.ones_like(first)
-    if not plan.fixed:  # (whose pieces are merged alike, wherever they are)
-        shared, slot = _shared_in_pairs(pieces, tile, worker_start)
-        pieces = pieces.at[:, SLOT].set(slot)
+    if not plan.fixed:  # The items of a fixed plan are merged alike, wherever they are.
+        shared, partial = _shared_in_pairs(items, tile, worker_start)
+        items = items.at[:, PARTIAL].set(partial)
         step = step.at[1::2].set(jnp.where(shared, -1, 1))
     head = jnp.where(step < 0, stop - 1, first)
-    return jnp.column_stack([pieces[head], first, stop, step]), pieces
+    return WorkList(jnp.column_stack([items[head], first, stop, step]), items)
 
 
-def _shared_in_pairs(pieces: Any, tile: Any, worker_start: Any) -> tuple[Any, Any]:
-    """Which pairs merge by themselves; the slots of all pieces, with `kept_slot` of theirs.
+def _shared_in_pairs(items: Any, tile: Any, worker_start: Any) -> tuple[Any, Any]:
+    """Returns which pairs combine a tile by themselves, and all items' partials with those kept.
 
-    (With another merge to come it would only be one more to wait for: benchmarks/history.md.)
+    A pair that has another merge to come does not: that would be one more thing to wait for
+    (benchmarks/history.md).
     """
-    slot = pieces[:, SLOT]
+    partial = items[:, PARTIAL]
     begin, middle, end = worker_start[:-1:2], worker_start[1::2], worker_start[2::2]
     left = jnp.maximum(middle - 1, 0)
     alone = (begin < middle) & (middle < end) & (tile[left] == tile[middle])
-    cut_before = jnp.append(jnp.zeros(1, jnp.int32), jnp.cumsum(slot >= 0))
-    alone &= (pieces[left, SLOTS] == 2) & (cut_before[end] - cut_before[begin] == 2)
-    mine = jnp.where(alone, jnp.stack([left, middle]), len(slot)).ravel()
-    theirs = kept_slot(slot)[jnp.minimum(mine, len(slot) - 1)]
-    return alone, slot.at[mine].set(theirs, mode="drop")
+    split_before = jnp.append(jnp.zeros(1, jnp.int32), jnp.cumsum(partial >= 0))
+    alone &= (items[left, NUM_PARTIALS] == 2) & (split_before[end] - split_before[begin] == 2)
+    mine = jnp.where(alone, jnp.stack([left, middle]), len(partial)).ravel()
+    theirs = kept_partial(partial)[jnp.minimum(mine, len(partial) - 1)]
+    return alone, partial.at[mine].set(theirs, mode="drop")
 
 
-def kept_slot(slot: Any) -> Any:
-    """Below -1, for a slot that is not needed: its piece is kept. Of such a one the slot."""
-    return -2 - slot
+def kept_partial(partial: Any) -> Any:
+    """Maps a partial index to a number below -1 that marks it as kept, and such a number back."""
+    return -2 - partial
 
 
-def pieces_of(mine_ref: Any) -> tuple[Any, Any]:
-    """A worker's pieces (from, to), from its row of the first of `records`."""
-    return mine_ref[RECORD], mine_ref[RECORD + 1]
+def range_of(range_ref: Any) -> tuple[Any, Any]:
+    """Returns a worker's items (from, to), from its row of `WorkList.ranges`."""
+    return range_ref[ITEM_FIELDS], range_ref[ITEM_FIELDS + 1]
 
 
-def first_of(mine_ref: Any) -> Any:
-    """The piece that a worker in a pair begins with."""
-    first, stop = pieces_of(mine_ref)
-    return jnp.where(step_of(mine_ref) < 0, stop - 1, first)
+def first_of(range_ref: Any) -> Any:
+    """Returns the item that a worker in a pair begins with."""
+    first, stop = range_of(range_ref)
+    return jnp.where(step_of(range_ref) < 0, stop - 1, first)
 
 
-def step_of(mine_ref: Any) -> Any:
-    """From one of its pieces to the next."""
-    return mine_ref[RECORD + 2]
+def step_of(range_ref: Any) -> Any:
+    """Returns the step from one of a worker's items to the next, 1 or -1."""
+    return range_ref[ITEM_FIELDS + 2]
 
 
-def walk(
-    pieces: tuple[Any, Any],
-    mine_ref: Any,
-    piece_ref: Any,
-    run: Callable[[Any, Any, Any], None],
+def run_items(
+    items: tuple[Any, Any],
+    range_ref: Any,
+    item_ref: Any,
+    run: Callable[[Any, Any, WorkItem], None],
     *,
     in_pairs: bool = False,
 ) -> None:
-    """run(p, n, piece) for a worker's pieces p.
+    """Calls run(p, n, item) for a worker's items p, after n KV blocks of items before.
 
-    mine_ref, piece_ref: the worker's row of the first of `records`, and the second. piece: the
-    RECORD values of one. n: blocks before the piece. The next record is read before a piece is run,
-    so that nobody waits for it; it takes registers while the piece runs.
+    items: the worker's, from and to. range_ref: its row of `WorkList.ranges`; item_ref:
+    `WorkList.items`. The next item is read before an item is run, so that nothing waits for the
+    read; it takes registers while the item runs.
     """
-    first, stop = pieces
-    start, way = (first_of(mine_ref), step_of(mine_ref)) if in_pairs else (first, 1)
+    first, stop = items
+    start, way = (first_of(range_ref), step_of(range_ref)) if in_pairs else (first, 1)
 
     def step(k, carry):
-        n, *piece = carry
+        n, *item = carry
+        item = WorkItem(*item)
         p = start + k * way
-        following = jnp.clip(p + way, 0, piece_ref.shape[0] - 1)
-        after = tuple(piece_ref[following, i] for i in range(RECORD))
-        run(p, n, piece)
-        return (n + piece[3] - piece[2], *after)
+        following = jnp.clip(p + way, 0, item_ref.shape[0] - 1)
+        after = tuple(item_ref[following, i] for i in range(ITEM_FIELDS))
+        run(p, n, item)
+        return (n + item.block_end - item.block_start, *after)
 
-    head = tuple(mine_ref[i] for i in range(RECORD))
+    head = tuple(range_ref[i] for i in range(ITEM_FIELDS))
     lax.fori_loop(0, stop - first, step, (jnp.int32(0), *head))
 
 
 def valid_lengths(
     len_ref: Any, query_len_ref: Any | None, request: Any, *, capacity: int, num_queries: int
 ) -> tuple[Any, Any]:
-    """(kv length, query length) of a request; a kv length of -1 where the two can't be.
+    """Returns (kv length, query length) of a request; a kv length of -1 where they are invalid.
 
     query_len_ref: None: all of the num_queries tokens. capacity: keys that a block table reaches.
     """
@@ -147,26 +193,26 @@ def valid_lengths(
     return jnp.where(valid, kv_len, -1), query_len
 
 
-def fits(record: Any, kv_len: Any) -> Any:
-    """Whether a piece is of a plan for this length: none of its tile past it, none missing."""
-    _, _, _, end, slot, first_slot, slots = record
+def fits(item: WorkItem, kv_len: Any) -> Any:
+    """Whether an item's plan is for this length: no block past it, and none missing."""
     blocks = (jnp.maximum(kv_len, 0) + (BLOCK - 1)) // BLOCK
-    last = (slot < 0) | (slot == first_slot + slots - 1)
-    return (end == blocks) | ((end < blocks) & ~last)
+    last = (item.partial < 0) | (item.partial == item.first_partial + item.num_partials - 1)
+    return (item.block_end == blocks) | ((item.block_end < blocks) & ~last)
 
 
 def last_page(kv_len: Any, page_size: int) -> Any:
-    """Index of the last valid entry of a request's row of the block table; 0 without one."""
+    """Returns the index of a request's last valid block-table entry; 0 where there is none."""
     return jnp.maximum(kv_len - 1, 0) // page_size
 
 
 def block_sources(
     table_ref: Any, request: Any, block: Any, kv_len: Any, page_size: int, num_pages: int
 ) -> tuple[list[tuple[Any, Any, Any]], Any]:
-    """Where a block lies: (page, rows of the page, rows of the slot or None for all); and whether
-    the cache has all of these pages. One that it does not have is read as page 0.
+    """Returns where a block lies, and whether the cache has all of its pages.
 
-    Pages past the length hold garbage: the last valid one is read in their place, and masked.
+    Where it lies: (page, rows of the page, rows of the stage or None for all) per page. A page that
+    the cache does not have is read as page 0. Entries of the block table past the length hold
+    garbage: the last valid page is read instead, and masked.
     """
     last = last_page(kv_len, page_size)
 

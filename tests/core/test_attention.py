@@ -149,7 +149,7 @@ def test_softmax_scale_and_return_lse(implementation):
 def test_partial_dtype_rounds_cut_tiles_only(partial_dtype):
     batch = make_batch(np.random.default_rng(6), [256, 16], [1, 1])
     plan = plan_splits(batch.seq_lens, num_workers=4, rows=4, rows_per_tile=4, block_size=16)
-    assert plan.tile_slot_start.tolist()[1:] == [3, 3]  # the first request is cut in three
+    assert plan.tile_partial_start.tolist()[1:] == [3, 3]  # the first request is cut in three
     got = attend(*batch.args, implementation="split_kv", plan=plan, partial_dtype=partial_dtype)
     o, lse = batch.oracle()
     error = relative_error(got[0][0], o[0])

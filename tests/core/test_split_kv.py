@@ -40,7 +40,7 @@ def check_plan(plan, seq_lens, rows):
     assert (p.request[used:] == -1).all()
     for unused in (p.block_start, p.block_end):
         assert not unused[used:].any()
-    assert (p.slot[used:] == -1).all()
+    assert (p.partial[used:] == -1).all()
     assert p.worker_start[0] == 0
     assert p.worker_start[-1] == used
     assert (np.diff(p.worker_start) >= 0).all()
@@ -52,7 +52,7 @@ def check_plan(plan, seq_lens, rows):
     for tile in range(p.num_tiles):
         row_tile, request = divmod(tile, len(seq_lens))
         blocks = math.ceil(max(0, seq_lens[request]) / p.block_size)
-        assert p.tile_slot_start[tile] == slot
+        assert p.tile_partial_start[tile] == slot
         at, first = 0, piece
         while piece == first or at < blocks:
             *where, start, end = pieces[piece]
@@ -61,12 +61,12 @@ def check_plan(plan, seq_lens, rows):
             at, piece = end, piece + 1
         assert at == blocks
         if piece - first == 1:
-            assert p.slot[first] == -1
+            assert p.partial[first] == -1
         else:
-            assert p.slot[first:piece].tolist() == list(range(slot, slot + piece - first))
+            assert p.partial[first:piece].tolist() == list(range(slot, slot + piece - first))
             slot += piece - first
     assert piece == used
-    assert p.tile_slot_start[-1] == slot <= p.num_slots
+    assert p.tile_partial_start[-1] == slot <= p.num_partials
     assert np.asarray(covered_requests(plan, i32(*seq_lens))).all()
     check_sound(plan, i32(*seq_lens))
 
@@ -127,8 +127,8 @@ def test_of_plans_with_the_same_maximum_the_fewest_cuts():
 @given(lengths_strategy, st.sampled_from(WORKERS), st.sampled_from(["blocks", "fia"]))
 def test_balanced_plan_takes_every_block_once(seq_lens, num_workers, cost_model):
     plan = plan_splits(i32(*seq_lens), num_workers=num_workers, rows=ROWS, cost_model=cost_model)
-    assert plan.num_pieces == 15 + num_workers
-    assert plan.num_slots == 2 * (num_workers - 1)
+    assert plan.num_items == 15 + num_workers
+    assert plan.num_partials == 2 * (num_workers - 1)
     check_plan(plan, seq_lens, ROWS)
 
 
@@ -148,7 +148,7 @@ def test_blocks_model_balances_as_flash_mla(seq_lens, num_workers):
     assert loads.max() <= flash_mla_largest(tiles, num_workers, 5) + 2
     starts, ends = np.asarray(plan.block_start), np.asarray(plan.block_end)
     last = ends == np.ceil(np.array(seq_lens) / 64)[np.asarray(plan.request)]
-    at_an_end = (np.asarray(plan.slot) >= 0) & ((starts == 0) | last)
+    at_an_end = (np.asarray(plan.partial) >= 0) & ((starts == 0) | last)
     assert (blocks[at_an_end] >= 2).all()  # one block is not worth cutting off
 
 
@@ -238,8 +238,8 @@ def test_cutting_at_all_has_its_price(length, whole):
     lens = i32(*[length] * 64)
     plan = plan_splits(lens, num_workers=132, rows=64, merge_overhead=8)
     check_plan(plan, lens, 64)
-    assert (int(plan.tile_slot_start[-1]) == 0) == whole
-    assert int(plan_splits(lens, num_workers=132, rows=64).tile_slot_start[-1]) > 0
+    assert (int(plan.tile_partial_start[-1]) == 0) == whole
+    assert int(plan_splits(lens, num_workers=132, rows=64).tile_partial_start[-1]) > 0
 
 
 @given(lengths_strategy)
@@ -446,7 +446,7 @@ def test_numpy_integers_count_as_what_they_are():
         max_seq_len=np.int16(1000),
     )
     plan = jax.eval_shape(make, i32(1000, 0, 70))
-    static = plan.block_size, plan.rows_per_tile, plan.num_row_tiles, plan.num_slots
+    static = plan.block_size, plan.rows_per_tile, plan.num_row_tiles, plan.num_partials
     assert static == (128, 64, 4, 398)
     assert {type(value) for value in static} == {int}
 
@@ -500,10 +500,14 @@ def changed(name, at, value):
         (changed("worker_start", slice(None), 0), ValueError, r"plan.worker_start\[3\] must be 5"),
         (changed("worker_start", 0, 1), ValueError, r"plan.worker_start\[0\] must be 0, got 1"),
         (changed("worker_start", 1, 4), ValueError, "plan.worker_start must be in rising order"),
-        (changed("slot", slice(0, 3), 0), ValueError, r"plan.slot\[1\] must be 1, got 0"),
-        (changed("slot", slice(0, 3), -1), ValueError, r"plan.slot\[0\] must be 0, got -1"),
-        (changed("slot", 4, 3), ValueError, r"plan.slot\[4\] must be -1, got 3"),
-        (changed("tile_slot_start", 1, 2), ValueError, r"plan.tile_slot_start\[1\] must be 3"),
+        (changed("partial", slice(0, 3), 0), ValueError, r"plan.partial\[1\] must be 1, got 0"),
+        (changed("partial", slice(0, 3), -1), ValueError, r"plan.partial\[0\] must be 0, got -1"),
+        (changed("partial", 4, 3), ValueError, r"plan.partial\[4\] must be -1, got 3"),
+        (
+            changed("tile_partial_start", 1, 2),
+            ValueError,
+            r"plan.tile_partial_start\[1\] must be 3",
+        ),
         (changed("request", 4, 3), ValueError, "plan.request must be below the 3 requests, got 3"),
         (changed("request", 4, 1), ValueError, "plan.request must name all 3 tiles, got 2"),
         (changed("request", 3, 2), ValueError, "row_tile must be of the tiles 0, 1, .* got 2 at 3"),
@@ -517,9 +521,9 @@ def changed(name, at, value):
             "plan must be made for these seq_lens.* request 1",
         ),
         (
-            dataclasses.replace(CUT, num_slots=2),
+            dataclasses.replace(CUT, num_partials=2),
             ValueError,
-            "plan.num_slots must be at least the 3",
+            "plan.num_partials must be at least the 3",
         ),
         (dataclasses.replace(CUT, block_size=0), ValueError, "plan.block_size must be a positive"),
         (
@@ -542,14 +546,22 @@ def changed(name, at, value):
             ValueError,
             "multiple of num_row_tiles = 2, got",
         ),
-        (dataclasses.replace(CUT, num_slots=-1), ValueError, "plan.num_slots must be at least 0"),
+        (
+            dataclasses.replace(CUT, num_partials=-1),
+            ValueError,
+            "plan.num_partials must be at least 0",
+        ),
         (dataclasses.replace(CUT, fixed=1), TypeError, "plan.fixed must be True or False, got 1"),
         (
-            dataclasses.replace(CUT, slot=CUT.slot[:-1]),
+            dataclasses.replace(CUT, partial=CUT.partial[:-1]),
             ValueError,
-            r"plan.slot must be \[P\] = \[6",
+            r"plan.partial must be \[P\] = \[6",
         ),
-        (dataclasses.replace(CUT, slot=[-1] * 6), TypeError, "plan.slot must be an int32 array"),
+        (
+            dataclasses.replace(CUT, partial=[-1] * 6),
+            TypeError,
+            "plan.partial must be an int32 array",
+        ),
         (
             dataclasses.replace(CUT, request=CUT.request.astype(np.int64)),
             TypeError,
@@ -566,9 +578,9 @@ def changed(name, at, value):
             r"plan.worker_start must be \[W \+ 1\]",
         ),
         (
-            dataclasses.replace(CUT, tile_slot_start=CUT.tile_slot_start[:1]),
+            dataclasses.replace(CUT, tile_partial_start=CUT.tile_partial_start[:1]),
             ValueError,
-            "plan.tile_slot_start must be of num_tiles",
+            "plan.tile_partial_start must be of num_tiles",
         ),
     ],
 )
@@ -590,8 +602,8 @@ def test_a_forged_plan_is_refused(plan, error, message):
 
 def test_a_forged_plan_is_refused_whatever_the_lengths_are():
     """Its pieces are known where the lengths are traced."""
-    forged = changed("slot", slice(0, 3), 0)
-    with pytest.raises(ValueError, match=r"plan.slot\[1\] must be 1, got 0"):
+    forged = changed("partial", slice(0, 3), 0)
+    with pytest.raises(ValueError, match=r"plan.partial\[1\] must be 1, got 0"):
         jax.eval_shape(functools.partial(plan_loads, forged, rows=64), LENGTHS)
 
 
@@ -621,19 +633,21 @@ def run(batch, plan):
 def plan_of_cuts(seq_lens, num_row_tiles, rows_per_tile, cuts, num_workers):
     """A plan whose workers start at any blocks of the line (sorted), built by hand."""
     request, row_tile, start, end, slot, worker_start = [], [], [], [], [], [0]
-    tile_slot_start, line = [0], 0
+    tile_partial_start, line = [0], 0
     for tile in range(len(seq_lens) * num_row_tiles):
         blocks = math.ceil(seq_lens[tile % len(seq_lens)] / BLOCK)
         inner = sorted({c - line for c in cuts if 0 < c - line < blocks})
         edges = [0, *inner, blocks]
         for begin, until in itertools.pairwise(edges):
             whole = len(edges) == 2
-            slot.append(-1 if whole else tile_slot_start[-1] + edges.index(begin))
+            slot.append(-1 if whole else tile_partial_start[-1] + edges.index(begin))
             request.append(tile % len(seq_lens))
             row_tile.append(tile // len(seq_lens))
             start.append(begin)
             end.append(until)
-        tile_slot_start.append(tile_slot_start[-1] + (len(edges) - 1 if len(edges) > 2 else 0))
+        tile_partial_start.append(
+            tile_partial_start[-1] + (len(edges) - 1 if len(edges) > 2 else 0)
+        )
         line += blocks
     position = np.cumsum([0] + [b - a for a, b in zip(start, end, strict=True)])[:-1]
     worker_start += [int(np.searchsorted(position, c)) for c in sorted(cuts)] + [len(request)]
@@ -643,13 +657,13 @@ def plan_of_cuts(seq_lens, num_row_tiles, rows_per_tile, cuts, num_workers):
         row_tile=i32(*row_tile, *[0] * unused),
         block_start=i32(*start, *[0] * unused),
         block_end=i32(*end, *[0] * unused),
-        slot=i32(*slot, *[-1] * unused),
+        partial=i32(*slot, *[-1] * unused),
         worker_start=i32(*worker_start),
-        tile_slot_start=i32(*tile_slot_start),
+        tile_partial_start=i32(*tile_partial_start),
         block_size=BLOCK,
         rows_per_tile=rows_per_tile,
         num_row_tiles=num_row_tiles,
-        num_slots=2 * (num_workers - 1),
+        num_partials=2 * (num_workers - 1),
     )
 
 

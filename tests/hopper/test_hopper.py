@@ -23,7 +23,7 @@ from mla_jax import (
 from pallas_kernels.hopper import attention
 from pallas_kernels.hopper.kernels.merge import merge, units
 from pallas_kernels.hopper.tuning import choose_tile_plan, tile_plan_of_height
-from pallas_kernels.hopper.work_items import SLOT, records
+from pallas_kernels.hopper.work_items import PARTIAL, work_list
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 
@@ -135,7 +135,7 @@ def test_pairs_of_workers_interpreted(races, seq_lens, shape, workers, rescale, 
     plan = plan_splits(
         batch.seq_lens, num_workers=workers, rows=rows, rows_per_tile=rows_per_tile, overhead=1
     )
-    shared = records(plan, "in_pairs")[1][:, SLOT] < -1
+    shared = work_list(plan, "in_pairs")[1][:, PARTIAL] < -1
     assert shared.sum() == workers  # all of them share a tile with their peer
     if lost:
         last_page = (seq_lens[0] - 1) // batch.cache.page_size
@@ -156,7 +156,7 @@ def test_a_tile_in_two_pieces_interpreted(races, lost):
     shape = {"heads": 33, "num_queries": 2, "query_lens": [2, 1, 0], "dtype": F16}
     batch = HopperBatch(np.random.default_rng(2), [20, 450, 0], **shape)
     plan = plan_splits(batch.seq_lens, num_workers=2, rows=66, rows_per_tile=128, overhead=1)
-    assert (records(plan, "by_first")[1][:, SLOT] < -1).sum() == 1
+    assert (work_list(plan, "by_first")[1][:, PARTIAL] < -1).sum() == 1
     if lost:
         batch.block_tables = batch.block_tables.at[1, 450 // batch.cache.page_size].set(-1)
     o, lse = run(batch, plan=plan, partial_dtype="float16")
@@ -192,7 +192,7 @@ def test_pieces_of_any_size_interpreted(
     batch = HopperBatch(np.random.default_rng(heads), seq_lens, heads=heads, **widths)
     options = {"rows": heads, "rows_per_tile": rows_per_tile, "overhead": 1}
     plan = plan_splits(batch.seq_lens, num_workers=3, **options)
-    assert plan.tile_slot_start[-1] == pieces
+    assert plan.tile_partial_start[-1] == pieces
     o, lse = run(with_latents_times(batch, factor), plan=plan)
     batch.check(o / factor, lse)
     assert not races.found
@@ -257,13 +257,13 @@ def test_merges_tiles_in_two_pieces_and_in_many(races, rows, ctas, width, fixed)
         plan = plan_fixed(lens, split_size=192, max_seq_len=64 * 70, **sizes)
     else:
         plan = plan_splits(lens, **sizes)
-    starts = np.asarray(plan.tile_slot_start)
+    starts = np.asarray(plan.tile_partial_start)
     pieces = np.diff(starts)
     assert pieces.max() > 8
     assert 2 in pieces
-    partial_lse = rng.standard_normal((plan.num_slots, ctas * rows)).astype(np.float32) * 3
+    partial_lse = rng.standard_normal((plan.num_partials, ctas * rows)).astype(np.float32) * 3
     partial_lse[0, 3] = -np.inf
-    partial_o = rng.standard_normal((plan.num_slots, ctas * rows, width)).astype(np.float32)
+    partial_o = rng.standard_normal((plan.num_partials, ctas * rows, width)).astype(np.float32)
     partial_o[0, 3] = 0.0
     partial_lse[starts[-1] :], partial_o[starts[-1] :] = np.nan, np.nan
     left = partial_o
@@ -276,7 +276,7 @@ def test_merges_tiles_in_two_pieces_and_in_many(races, rows, ctas, width, fixed)
         o, lse = jax.new_ref(o), jax.new_ref(lse)
         interpret = plgpu.InterpretGPUParams(detect_races=True)
         partials = jnp.asarray(left), jnp.asarray(partial_lse)
-        merge(o, lse, partials, plan, records(plan), num_rows=ctas * rows, interpret=interpret)
+        merge(o, lse, partials, plan, work_list(plan), num_rows=ctas * rows, interpret=interpret)
         return o[...], lse[...]
 
     shape = (5, ctas * rows, width)

@@ -13,7 +13,7 @@ from hopper_batch import SCALE, HopperBatch, invalid_requests, op, with_latents_
 from mla_jax import paged_mla_attention, plan_fixed, plan_splits
 from pallas_kernels.hopper import attention
 from pallas_kernels.hopper.tuning import choose_tile_plan
-from pallas_kernels.hopper.work_items import SLOT, records
+from pallas_kernels.hopper.work_items import PARTIAL, work_list
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 WIDTHS = [(128, 64), (256, 64), (384, 128), (384, 64), (256, 192)]
@@ -133,7 +133,7 @@ def plan_in_pairs(lens, rows, workers):
 
 
 def without_slot(plan, finish):
-    return (records(plan, finish)[1][:, SLOT] < -1).sum()
+    return (work_list(plan, finish)[1][:, PARTIAL] < -1).sum()
 
 
 @pytest.mark.parametrize(("shortest", "longest", "requests", "workers", "least"), PAIRS)

@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 
 from mla_jax.splits.planner import plan_fixed, plan_splits
 from pallas_kernels.hopper.work_items import (
-    FIRST_SLOT,
-    RECORD,
-    SLOT,
-    SLOTS,
+    FIRST_PARTIAL,
+    ITEM_FIELDS,
+    NUM_PARTIALS,
+    PARTIAL,
     first_of,
-    kept_slot,
-    records,
+    kept_partial,
     step_of,
+    work_list,
 )  # fmt: skip
 
-jitted = jax.jit(records, static_argnums=1)
+jitted = jax.jit(work_list, static_argnums=1)
 lengths_strategy = st.lists(st.integers(0, 3000), min_size=5, max_size=5)
 
 
@@ -28,10 +28,10 @@ def walks(plan, finish):
     mine, pieces = map(np.asarray, jitted(plan, finish))
     found = []
     for row in mine:
-        first, stop = row[RECORD], row[RECORD + 1]
+        first, stop = row[ITEM_FIELDS], row[ITEM_FIELDS + 1]
         at, step = (int(first_of(row)), step_of(row)) if finish == "in_pairs" else (first, 1)
         if stop > first:
-            np.testing.assert_array_equal(row[:RECORD], pieces[at])
+            np.testing.assert_array_equal(row[:ITEM_FIELDS], pieces[at])
         found.append([at + step * k for k in range(stop - first)])
     return found, pieces
 
@@ -44,12 +44,12 @@ def test_pairs_share_what_both_come_to_last(seq_lens, num_workers):
     walked, pieces = walks(plan, "in_pairs")
     assert len(walked) == num_workers + num_workers % 2
     assert [sorted(mine) for mine in walked[:num_workers]] == apart
-    marked = pieces[:, SLOT] < -1
-    np.testing.assert_array_equal(kept_slot(pieces[marked, SLOT]), plain[marked, SLOT])
+    marked = pieces[:, PARTIAL] < -1
+    np.testing.assert_array_equal(kept_partial(pieces[marked, PARTIAL]), plain[marked, PARTIAL])
     np.testing.assert_array_equal(pieces[~marked], plain[~marked])
     for left, right in zip(walked[::2], walked[1::2], strict=True):
-        cut = [p for p in left + right if plain[p, SLOT] >= 0]
-        alone = len(cut) == 2 == plain[cut[0], SLOTS]
+        cut = [p for p in left + right if plain[p, PARTIAL] >= 0]
+        alone = len(cut) == 2 == plain[cut[0], NUM_PARTIALS]
         alone = alone and (plain[cut[0], :2] == plain[cut[1], :2]).all()  # of one tile
         assert marked[left + right].sum() == (2 if alone else 0)
         if alone:
@@ -63,15 +63,15 @@ def test_of_two_pieces_the_first_is_kept(seq_lens, num_workers):
     walked, plain = walks(plan, "merge")
     again, pieces = walks(plan, "by_first")
     assert again == walked
-    two = (plain[:, SLOT] >= 0) & (plain[:, SLOTS] == 2)
+    two = (plain[:, PARTIAL] >= 0) & (plain[:, NUM_PARTIALS] == 2)
     np.testing.assert_array_equal(pieces[~two], plain[~two])
-    for p in np.flatnonzero(two[:-1] & (plain[:, SLOT] == plain[:, FIRST_SLOT])[:-1]):
+    for p in np.flatnonzero(two[:-1] & (plain[:, PARTIAL] == plain[:, FIRST_PARTIAL])[:-1]):
         np.testing.assert_array_equal(plain[p, :2], plain[p + 1, :2])  # of one tile
         assert p in [mine[-1] for mine in walked if mine]
         assert p + 1 in [mine[0] for mine in walked if mine]
-        slot = plain[p, SLOT]
-        np.testing.assert_array_equal(pieces[p, SLOT:], [kept_slot(slot), slot, 2])
-        np.testing.assert_array_equal(pieces[p + 1, SLOT:], [slot + 1, slot + 1, 1])
+        slot = plain[p, PARTIAL]
+        np.testing.assert_array_equal(pieces[p, PARTIAL:], [kept_partial(slot), slot, 2])
+        np.testing.assert_array_equal(pieces[p + 1, PARTIAL:], [slot + 1, slot + 1, 1])
 
 
 @pytest.mark.parametrize("finish", ["merge", "in_pairs", "by_first"])
@@ -80,4 +80,4 @@ def test_a_fixed_plan_shares_nothing(finish):
     plan = plan_fixed(lens, split_size=128, max_seq_len=1024, num_workers=10, rows=64)
     walked, pieces = walks(plan, finish)
     assert [mine for mine in walked if mine] == [[p] for p in range(10)]
-    assert (pieces[:, SLOT] >= -1).all()
+    assert (pieces[:, PARTIAL] >= -1).all()

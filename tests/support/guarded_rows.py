@@ -35,7 +35,7 @@ def split_plan(rows: int, rows_per_tile: int, workers: int) -> SplitPlan:
             rows_per_tile=rows_per_tile,
             overhead=1,
         )
-        if (np.asarray(plan.slot) >= 0).any():
+        if (np.asarray(plan.partial) >= 0).any():
             return plan
     raise ValueError(f"no tile is split for {rows} rows in tiles of {rows_per_tile}")
 

@@ -29,51 +29,31 @@ from pallas_kernels.hopper.kernels.merge import (
 from pallas_kernels.hopper.mosaic.cluster import Peer, joined, peer_barrier
 from pallas_kernels.hopper.mosaic.primitives import OWN_BARRIERS, ROWS, WGMMA_OPERAND, Backend
 from pallas_kernels.hopper.mosaic.rows import Rows
+from pallas_kernels.hopper.parts.call import DecodeCall
 from pallas_kernels.hopper.parts.kv_load import arrivals, blocks
 from pallas_kernels.hopper.work_items import (
     BLOCK,
+    ITEM_FIELDS,
     LN2,
     LOG2E,
     NO_KEY,
-    RECORD,
+    WorkItem,
     first_of,
     fits,
-    kept_slot,
-    pieces_of,
+    kept_partial,
+    range_of,
     step_of,
     valid_lengths,
 )
 
 # Of a record in shared memory, behind the lengths:
-LOST = RECORD + 2  # its keys can't all be had, so its rows are NaN
-OPEN = RECORD + 3  # pairs of blocks that every row of the tile sees whole
+LOST = ITEM_FIELDS + 2  # its keys can't all be had, so its rows are NaN
+OPEN = ITEM_FIELDS + 3  # pairs of blocks that every row of the tile sees whole
 ALL_WHOLE = 2.0**23  # float32 numbers from here on are whole
 LAZY_GROWTH = 8.0  # log2 units that the running maximum may lag behind the true one
 
 
-def decode(
-    q,
-    pages,
-    block_tables,
-    seq_lens,
-    query_lens,
-    plan,
-    walks,
-    counters,
-    o_ref,
-    lse_ref,
-    *,
-    num_heads,
-    num_queries,
-    kv_lora_rank,
-    softmax_scale,
-    causal,
-    rescale,
-    tiles,
-    merges,
-    partial_dtype=jnp.float32,
-    interpret=None,
-):
+def decode(call: DecodeCall) -> tuple[jax.Array, ...]:
     """Runs the plan. q [B, R or more, D], a multiple of 8 rows; pages [N, page, D].
 
     rescale (of O): "multiply" at every block, "lazy" only where the maximum grew by more than
@@ -85,6 +65,20 @@ def decode(
     lse [slots, rows] and, of float16, the units [slots, 2, rows] of both halves of o.
     walks: the plan's `records`. counters: int32 [num_tiles * ctas], 0 before and after the launch.
     """
+    q, requests, plan, tiles, interpret = (
+        call.q,
+        call.requests,
+        call.plan,
+        call.tiles,
+        call.interpret,
+    )
+    (pages,) = call.cache
+    block_tables, seq_lens, query_lens, walks, counters = requests
+    o_ref, lse_ref = call.outputs
+    num_heads, num_queries = call.num_heads, call.num_queries
+    softmax_scale, causal, merges = call.softmax_scale, call.causal, call.combines
+    partial_dtype = call.partial_dtype
+    kv_lora_rank, rescale = call.kv_lora_rank, call.rescale
     _, padded_rows, width = q.shape
     page_size = pages.shape[1]
     lengths = functools.partial(
@@ -99,7 +93,7 @@ def decode(
     assert in_pairs == (cluster == 1)
     scale = softmax_scale * LOG2E
     g = Backend(interpreting=interpret is not None)
-    num_slots = max(1, plan.num_slots)
+    num_partials = max(1, plan.num_partials)
     in_units = partial_dtype == jnp.float16
     exponent_add = rescale == "exponent_add"
     lazy = rescale != "multiply"
@@ -209,9 +203,9 @@ def decode(
             following = kv_blocks.ahead(request, begin + 1, kv_len)
             found, all_exist = kv_blocks.find(ahead, request, begin, kv_len)
             record = record_smem.at[k % 2]
-            own_slot = jnp.where(slot < -1, kept_slot(slot), slot)
+            own_slot = jnp.where(slot < -1, kept_partial(slot), slot)
             planned = (request, row_tile, begin, end, own_slot, *slots_of_tile)
-            lost = ~fits(planned, kv_len) | ((num_blocks > 0) & ~all_exist)
+            lost = ~fits(WorkItem(*planned), kv_len) | ((num_blocks > 0) & ~all_exist)
             shortest = kv_len  # keys that the tile's first row sees (of all its CTAs: they agree)
             if causal:
                 shortest = kv_len - query_len + row_tile * cluster * BLOCK // num_heads + 1
@@ -240,7 +234,10 @@ def decode(
             pl.when((num_blocks > 0) & (k == 0))(load_first)
 
             def block(i, ahead):
-                request, kv_len = record[0], record[RECORD]  # (read again: they hold no register)
+                request, kv_len = (
+                    record[0],
+                    record[ITEM_FIELDS],
+                )  # read again
                 following = kv_blocks.ahead(request, begin + i + 1, kv_len)
                 found, all_exist = kv_blocks.find(ahead, request, begin + i, kv_len)
 
@@ -254,13 +251,13 @@ def decode(
             lax.fori_loop(1, num_blocks, block, following)
             following = at + (step_of(my_walk) if in_pairs else 1)
             following = jnp.clip(following, 0, piece_ref.shape[0] - 1)
-            return following, *(piece_ref[following, i] for i in range(RECORD))
+            return following, *(piece_ref[following, i] for i in range(ITEM_FIELDS))
 
         def load():
             g.take_registers(tiles.registers, 2)
             # (Not `walk`, whose next record would take registers while a piece is loaded.)
-            head = tuple(my_walk[i] for i in range(RECORD))
-            first, stop = pieces_of(my_walk)
+            head = tuple(my_walk[i] for i in range(ITEM_FIELDS))
+            first, stop = range_of(my_walk)
             at = first_of(my_walk) if in_pairs else first
             lax.fori_loop(0, stop - first, load_piece, (at, *head))
             # See every release: a CTA must outlive those that its peer sends it.
@@ -291,7 +288,7 @@ def decode(
                     g.mma_t(s_acc, q_rope if in_registers else q_smem.at[zero], kv.at[slot])
 
             def masked(s, record, block):
-                kv_len, query_len = record[RECORD], record[RECORD + 1]
+                kv_len, query_len = record[ITEM_FIELDS], record[ITEM_FIELDS + 1]
                 row = (record[1] * cluster + part_of_tile()) * BLOCK
                 shape = (BLOCK, BLOCK)
                 token = (g.iota(shape, 0) + row) // num_heads
@@ -305,10 +302,10 @@ def decode(
                 s: scores before the mask. A key that is not finite makes every row's score so, and
                 those of the rows that see it stay NaN.
                 """
-                shared = record[RECORD]  # keys that every row sees
+                shared = record[ITEM_FIELDS]  # keys that every row sees
                 if causal:
                     row = (record[1] * cluster + part_of_tile()) * BLOCK
-                    shared += jnp.minimum(row // num_heads + 1 - record[RECORD + 1], 0)
+                    shared += jnp.minimum(row // num_heads + 1 - record[ITEM_FIELDS + 1], 0)
                 shared -= block * BLOCK
 
                 @pl.when(shared < BLOCK)
@@ -479,7 +476,7 @@ def decode(
 
                 # (What is read here holds no register around the loops.)
                 request, row_tile, *_, out_slot, _, slots_of_tile, kv_len = (
-                    record[i] for i in range(RECORD + 1)
+                    record[i] for i in range(ITEM_FIELDS + 1)
                 )
                 cta = part_of_tile()
                 row = (row_tile * cluster + cta) * BLOCK
@@ -493,12 +490,12 @@ def decode(
                 o = g.read(o_acc)
                 if qlen_ref is not None:
                     # Rows of no query were never masked, and hold whatever q was there.
-                    query = (g.iota((BLOCK,), 0) + row) // num_heads < record[RECORD + 1]
+                    query = (g.iota((BLOCK,), 0) + row) // num_heads < record[ITEM_FIELDS + 1]
                     m, total = jnp.where(query, m, NO_KEY), jnp.where(query, total, 0.0)
                     o = jnp.where(across(query, (BLOCK, half)), o, 0.0)
                 total += jnp.where((kv_len < 0) | lost, jnp.nan, 0.0)
                 kept = out_slot < -1
-                next_slot = kept_slot(out_slot) + 1  # (of 128 rows: where the other piece is left,)
+                next_slot = kept_partial(out_slot) + 1
                 meeting = meet(request, row_tile, 1)  # (the only one)
 
                 def told_by_other():
@@ -604,7 +601,7 @@ def decode(
                 )
                 return ()
 
-            first, stop = pieces_of(my_walk)
+            first, stop = range_of(my_walk)
             lax.fori_loop(0, stop - first, run, ())
             plgpu.wait_smem_to_gmem(0)
 
@@ -613,7 +610,7 @@ def decode(
                 block_parts(g, plan, kv_lora_rank, warpgroups=2),
                 refs,
                 piece_ref,
-                pieces_of(my_walk),
+                range_of(my_walk),
                 meet=meet,
                 place=place,
                 wg=g.warpgroup(),
@@ -650,12 +647,12 @@ def decode(
         body,
         out_type=(
             jax.ShapeDtypeStruct(
-                (num_slots, cluster, kv_lora_rank // BLOCK_COLUMNS, BLOCK * BLOCK_COLUMNS),
+                (num_partials, cluster, kv_lora_rank // BLOCK_COLUMNS, BLOCK * BLOCK_COLUMNS),
                 partial_dtype,
             ),
-            jax.ShapeDtypeStruct((num_slots, plan.rows_per_tile), jnp.float32),
+            jax.ShapeDtypeStruct((num_partials, plan.rows_per_tile), jnp.float32),
             jax.ShapeDtypeStruct(
-                (num_slots if in_units else 1, 2, plan.rows_per_tile), jnp.float32
+                (num_partials if in_units else 1, 2, plan.rows_per_tile), jnp.float32
             ),
         ),
         scratch_types=(

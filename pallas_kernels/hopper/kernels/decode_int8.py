@@ -42,16 +42,18 @@ from pallas_kernels.hopper.mosaic.dequantize import (
 from pallas_kernels.hopper.mosaic.primitives import OWN_BARRIERS, ROWS, WGMMA_OPERAND
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.mosaic.transposed import COLUMNS, WARPS
+from pallas_kernels.hopper.parts.call import DecodeCall
 from pallas_kernels.hopper.parts.quantize_q import fetch_q
 from pallas_kernels.hopper.work_items import (
     BLOCK,
+    ITEM_FIELDS,
     LN2,
     LOG2E,
     NO_KEY,
-    RECORD,
+    WorkItem,
     block_sources,
     fits,
-    pieces_of,
+    range_of,
     valid_lengths,
 )
 
@@ -60,9 +62,9 @@ WIDENED = 32  # tokens at a time: what registers allow
 MERGED = 32  # registers of partial O in flight: likewise
 FAR = 2.0**64  # a sum of e^(s - m) that asks for more care
 # Of a record in shared memory, behind the plan's: lengths, the first slot, and
-LOST = RECORD + 3  # its keys can't all be had, so its rows are NaN
-LEFT = RECORD + 4  # how many pieces the worker has left, this one included
-AGAIN = RECORD + 5  # what was made last must be made again, with care
+LOST = ITEM_FIELDS + 3  # its keys can't all be had, so its rows are NaN
+LEFT = ITEM_FIELDS + 4  # how many pieces the worker has left, this one included
+AGAIN = ITEM_FIELDS + 5  # what was made last must be made again, with care
 NOWHERE = 2**31 - 1  # a slot for what is made again
 MAKERS = 2  # warpgroups that make O, and merge
 SCORES, LOADS = MAKERS, MAKERS + 1  # the others
@@ -75,34 +77,25 @@ P_OPERAND = (
 )
 
 
-def decode_int8(
-    q,
-    pages,
-    rope_pages,
-    scales,
-    block_tables,
-    seq_lens,
-    query_lens,
-    plan,
-    walks,
-    counters,
-    o_ref,
-    lse_ref,
-    *,
-    num_heads,
-    num_queries,
-    softmax_scale,
-    causal,
-    tiles,
-    merges,
-    partial_dtype=jnp.float32,
-    interpret=None,
-):
-    """Runs the plan; arguments and results as in `decode_few_int8`, q a multiple of 64 rows.
+def decode_int8(call: DecodeCall) -> tuple[jax.Array, ...]:
+    """Runs the plan; arguments and results as in `decode_transposed_int8`, q a multiple of 64 rows.
 
     tiles: `tuning.roles_int8_tiles`. Raises ValueError for other rows, or rope keys that are not 64
     wide.
     """
+    q, requests, plan, tiles, interpret = (
+        call.q,
+        call.requests,
+        call.plan,
+        call.tiles,
+        call.interpret,
+    )
+    pages, rope_pages, scales = call.cache
+    block_tables, seq_lens, query_lens, walks, counters = requests
+    o_ref, lse_ref = call.outputs
+    num_heads, num_queries = call.num_heads, call.num_queries
+    softmax_scale, causal, merges = call.softmax_scale, call.causal, call.combines
+    partial_dtype = call.partial_dtype
     padded_rows = q.shape[1]
     latent = pages.shape[2]
     num_pages, page_size, rope = rope_pages.shape
@@ -120,7 +113,7 @@ def decode_int8(
     dtype = q.dtype
     scale = softmax_scale * LOG2E
     g = WideningBackend(interpreting=interpret is not None)
-    num_slots = max(1, plan.num_slots)
+    num_partials = max(1, plan.num_partials)
     tile = (BLOCK, QUERIES)
 
     def body(
@@ -202,7 +195,7 @@ def decode_int8(
 
         def pieces() -> tuple[Any, Any]:
             """The worker's, from and to."""
-            return pieces_of(my_walk())
+            return range_of(my_walk())
 
         def meet(request, row_tile, count):
             """A piece's O comes from two warpgroups, its lse from a third."""
@@ -225,12 +218,12 @@ def decode_int8(
 
         def record_of(p):
             known = piece_ref.at[jnp.minimum(p, piece_ref.shape[0] - 1)]
-            return with_lengths([known[i] for i in range(RECORD)])
+            return with_lengths([known[i] for i in range(ITEM_FIELDS)])
 
         def load_piece(carry):
             p, left, slot, *piece, kv_len, query_len = carry
             request, _, begin, end, *_ = piece
-            lost = (~fits(piece, kv_len)).astype(jnp.int32)
+            lost = (~fits(WorkItem(*piece), kv_len)).astype(jnp.int32)
             plgpu.commit_smem()  # all its warps have read what was left
             for i, value in enumerate((*piece, kv_len, query_len, slot, lost, left)):
                 piece_smem[i] = value
@@ -266,7 +259,7 @@ def decode_int8(
 
         def load():
             g.take_registers(tiles.registers, LOADS)
-            head = with_lengths([my_walk()[i] for i in range(RECORD)])
+            head = with_lengths([my_walk()[i] for i in range(ITEM_FIELDS)])
             first, stop = pieces()
             carry = (first, stop - first, jnp.int32(0), *head)
             lax.while_loop(lambda carry: carry[1] > 0, load_piece, carry)
@@ -280,7 +273,7 @@ def decode_int8(
             request, row_tile = piece_smem[0], piece_smem[1]
             into = q_smem, q_rope_smem, q_step_smem
             fetch_q(g, q_ref, (request, row_tile * QUERIES), into, 0, QUERIES, unit=scale)
-            row_tile, kv_len, query_len = (piece_smem[i] for i in (1, RECORD, RECORD + 1))
+            row_tile, kv_len, query_len = (piece_smem[i] for i in (1, ITEM_FIELDS, ITEM_FIELDS + 1))
             token = (g.iota_line(QUERIES, COLUMNS) + row_tile * QUERIES) // num_heads
             keys = kv_len - query_len + token + 1 if causal else kv_len
             keys_smem.at[0][...] = jnp.where(token < query_len, keys, 0)
@@ -295,7 +288,7 @@ def decode_int8(
 
             def seen_whole():
                 """Blocks up to here are seen whole by every row of the tile, and need no mask."""
-                row, kv_len, query_len = (piece_smem[i] for i in (1, RECORD, RECORD + 1))
+                row, kv_len, query_len = (piece_smem[i] for i in (1, ITEM_FIELDS, ITEM_FIELDS + 1))
                 row *= QUERIES
                 shortest = kv_len
                 if causal:
@@ -329,7 +322,7 @@ def decode_int8(
                     position = g.iota_line(BLOCK, ROWS) + i * BLOCK
                     visible = across(position) < down(g.load_columns(keys_smem.at[zero]))
                     finite = jnp.abs(token_scale) < jnp.inf
-                    usable = finite & (position < piece_smem[RECORD])
+                    usable = finite & (position < piece_smem[ITEM_FIELDS])
                     return jnp.where(visible, above, -jnp.inf), jnp.where(usable, token_scale, 0.0)
 
                 both = above, token_scale
@@ -363,7 +356,7 @@ def decode_int8(
                 plgpu.barrier_arrive(p_ready.at[slot])
                 return norm, following, landed(started)
 
-            first_slot = piece_smem[RECORD + 2]
+            first_slot = piece_smem[ITEM_FIELDS + 2]
             unmasked = seen_whole()
             careful = piece_smem[AGAIN] > 0
             no_sum = g.full((QUERIES,), 0.0, COLUMNS)
@@ -376,7 +369,7 @@ def decode_int8(
 
             norm = lax.fori_loop(0, jnp.minimum(end - begin, 1), all_blocks, no_sum)
             request, row_tile, *_, out_slot, _, slots_of_tile = (
-                piece_smem[i] for i in range(RECORD)
+                piece_smem[i] for i in range(ITEM_FIELDS)
             )
             total = g.over_rows(norm, meeting_smem, "add")
             top = g.load_columns(top_smem.at[opaque(end)])
@@ -385,7 +378,7 @@ def decode_int8(
             out_slot = jnp.where(again > 0, NOWHERE, out_slot)
             left = piece_smem[LEFT] - 1 + again
             lost = piece_smem[LOST] > 0  # written before the barrier of the last block
-            blank = jnp.where((piece_smem[RECORD] < 0) | lost, jnp.nan, 0.0)
+            blank = jnp.where((piece_smem[ITEM_FIELDS] < 0) | lost, jnp.nan, 0.0)
             plgpu.barrier_arrive(piece_done(request))
 
             plgpu.barrier_wait(inverse_empty(request))
@@ -512,8 +505,8 @@ def decode_int8(
     kernel = plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((num_slots, QUERIES, latent), partial_dtype),
-            jax.ShapeDtypeStruct((num_slots, QUERIES), jnp.float32),
+            jax.ShapeDtypeStruct((num_partials, QUERIES, latent), partial_dtype),
+            jax.ShapeDtypeStruct((num_partials, QUERIES), jnp.float32),
         ),
         scratch_types=(
             narrow(1, 2 * QUERIES, latent),  # high, then low

@@ -22,48 +22,43 @@ from pallas_kernels.hopper.mosaic.cluster import TransposedPeer, joined, peer_ba
 from pallas_kernels.hopper.mosaic.primitives import OWN_BARRIERS, WGMMA_OPERAND
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.mosaic.transposed import COLUMNS, WARPS, TransposedBackend
+from pallas_kernels.hopper.parts.call import DecodeCall
 from pallas_kernels.hopper.parts.kv_load import arrivals, blocks
 from pallas_kernels.hopper.work_items import (
     BLOCK,
     LN2,
     LOG2E,
     NO_KEY,
+    WorkItem,
     fits,
-    kept_slot,
-    pieces_of,
+    kept_partial,
+    range_of,
+    run_items,
     valid_lengths,
-    walk,
 )
 
 
-def decode_few(
-    q,
-    pages,
-    block_tables,
-    seq_lens,
-    query_lens,
-    plan,
-    walks,
-    counters,
-    o_ref,
-    lse_ref,
-    *,
-    num_heads,
-    num_queries,
-    kv_lora_rank,
-    softmax_scale,
-    causal,
-    tiles,
-    merges,
-    partial_dtype=jnp.float32,
-    interpret=None,
-):
+def decode_transposed(call: DecodeCall) -> tuple[jax.Array, ...]:
     """Runs the plan; arguments and results as in `decode`.
 
     q [B, R or more, D], a multiple of tiles.rows_per_tile rows, of which R = num_queries *
     num_heads are real. Writes those of whole tiles to o_ref [B, R, d_v] and lse_ref [B, R]; returns
     the partial (o [slots, rows_per_tile, d_v], lse [slots, rows_per_tile]) of cut tiles.
     """
+    q, requests, plan, tiles, interpret = (
+        call.q,
+        call.requests,
+        call.plan,
+        call.tiles,
+        call.interpret,
+    )
+    (pages,) = call.cache
+    block_tables, seq_lens, query_lens, walks, counters = requests
+    o_ref, lse_ref = call.outputs
+    num_heads, num_queries = call.num_heads, call.num_queries
+    softmax_scale, causal, merges = call.softmax_scale, call.causal, call.combines
+    partial_dtype = call.partial_dtype
+    kv_lora_rank = call.kv_lora_rank
     _, padded_rows, width = q.shape
     page_size = pages.shape[1]
     lengths = functools.partial(
@@ -80,7 +75,7 @@ def decode_few(
     dtype = q.dtype
     scale = softmax_scale * LOG2E
     g = TransposedBackend(interpreting=interpret is not None)
-    num_slots = max(1, plan.num_slots)
+    num_partials = max(1, plan.num_partials)
     in_pairs = tiles.pairs  # of workers, which merge in their shared memories
     accumulator_shapes = ((kv_lora_rank, rows), (BLOCK, rows))
     tile = (BLOCK, rows)
@@ -139,7 +134,7 @@ def decode_few(
             (half, half, right, q_r, kv_r, full_r, empty_r),
         )
         my_walk = walk_ref.at[worker]
-        pieces = pieces_of(my_walk)
+        pieces = range_of(my_walk)
 
         def meet(request, row_tile, count):
             tile = plan.tile_of(request, row_tile)
@@ -159,9 +154,9 @@ def decode_few(
             ahead = kv_blocks.ahead(request, begin, kv_len)
             buffer = lax.rem(p, q_buffers)
             plgpu.barrier_wait(q_empty.at[buffer])
-            own_slot = jnp.where(slot < -1, kept_slot(slot), slot)
+            own_slot = jnp.where(slot < -1, kept_partial(slot), slot)
             planned = request, row_tile, begin, end, own_slot, *slots_of_tile
-            lost_smem[buffer] = (~fits(planned, kv_len)).astype(jnp.int32)
+            lost_smem[buffer] = (~fits(WorkItem(*planned), kv_len)).astype(jnp.int32)
             for column, width_, _, q_smem, *_ in columns:
                 plgpu.copy_gmem_to_smem(
                     q_ref.at[request, pl.ds(row_tile * rows, rows), pl.ds(column, width_)],
@@ -188,7 +183,7 @@ def decode_few(
 
         @pl.when(wg == 1)
         def _load():
-            walk(pieces, my_walk, piece_ref, load_piece, in_pairs=in_pairs)
+            run_items(pieces, my_walk, piece_ref, load_piece, in_pairs=in_pairs)
             # See every release, so that no barrier ends with a phase that nobody saw.
             for buffer in range(q_buffers):
                 plgpu.barrier_wait(q_empty.at[buffer])
@@ -335,7 +330,7 @@ def decode_few(
 
                 g.with_accumulators(scoped, accumulators, 0, *accumulator_shapes)
 
-            walk(pieces, my_walk, piece_ref, run, in_pairs=in_pairs)
+            run_items(pieces, my_walk, piece_ref, run, in_pairs=in_pairs)
 
         if merges:
             merge_shares(
@@ -361,8 +356,8 @@ def decode_few(
     kernel = plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((num_slots, rows, kv_lora_rank), partial_dtype),
-            jax.ShapeDtypeStruct((num_slots, rows), jnp.float32),
+            jax.ShapeDtypeStruct((num_partials, rows, kv_lora_rank), partial_dtype),
+            jax.ShapeDtypeStruct((num_partials, rows), jnp.float32),
         ),
         scratch_types=(
             smem(q_buffers, rows, rope),

@@ -1,6 +1,6 @@
 """Paged absorbed MLA decode for Hopper over an int8 latent cache, up to 32 query rows.
 
-The transposed form of `decode_few`: S^T = K Q^T and O^T = V^T P^T, with KV tokens or dimensions as
+The int8 form of `decode_transposed`: S^T = K Q^T and O^T = V^T P^T, KV tokens or dimensions as
 the rows of a wgmma tile and queries as its columns. Per block of 64 tokens (41 KB, which take about
 2100 cycles of a memory-bound SM)
 
@@ -36,6 +36,7 @@ from pallas_kernels.hopper.mosaic.dequantize import (
 from pallas_kernels.hopper.mosaic.primitives import OWN_BARRIERS, WGMMA_OPERAND
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.mosaic.transposed import COLUMNS, WARPS
+from pallas_kernels.hopper.parts.call import DecodeCall
 from pallas_kernels.hopper.parts.quantize_q import ROW_GROUP, fetch_q
 from pallas_kernels.hopper.work_items import (
     BLOCK,
@@ -44,37 +45,15 @@ from pallas_kernels.hopper.work_items import (
     NO_KEY,
     block_sources,
     fits,
-    pieces_of,
+    range_of,
+    run_items,
     valid_lengths,
-    walk,
 )
 
 FLAGS = 2  # the loader is a piece ahead: whether the keys of a piece could all be had
 
 
-def decode_few_int8(
-    q,
-    pages,
-    rope_pages,
-    scales,
-    block_tables,
-    seq_lens,
-    query_lens,
-    plan,
-    walks,
-    counters,
-    o_ref,
-    lse_ref,
-    *,
-    num_heads,
-    num_queries,
-    softmax_scale,
-    causal,
-    tiles,
-    merges,
-    partial_dtype=jnp.float32,
-    interpret=None,
-):
+def decode_transposed_int8(call: DecodeCall) -> tuple[jax.Array, ...]:
     """Runs the plan; the plan, results and options as in `decode`.
 
     Args:
@@ -87,6 +66,19 @@ def decode_few_int8(
     Writes whole tiles to o_ref [B, R, d_v] and lse_ref [B, R]; returns the partial
     (o [slots, rows_per_tile, d_v], lse [slots, rows_per_tile]) of cut tiles.
     """
+    q, requests, plan, tiles, interpret = (
+        call.q,
+        call.requests,
+        call.plan,
+        call.tiles,
+        call.interpret,
+    )
+    pages, rope_pages, scales = call.cache
+    block_tables, seq_lens, query_lens, walks, counters = requests
+    o_ref, lse_ref = call.outputs
+    num_heads, num_queries = call.num_heads, call.num_queries
+    softmax_scale, causal, merges = call.softmax_scale, call.causal, call.combines
+    partial_dtype = call.partial_dtype
     padded_rows = q.shape[1]
     latent = pages.shape[2]
     num_pages, page_size, rope = rope_pages.shape
@@ -105,7 +97,7 @@ def decode_few_int8(
     dtype = q.dtype
     scale = softmax_scale * LOG2E
     g = WideningBackend(interpreting=interpret is not None)
-    num_slots = max(1, plan.num_slots)
+    num_partials = max(1, plan.num_partials)
     sharing = computing if rows % (computing * ROW_GROUP) == 0 else 1  # warpgroups that fetch q
     share = rows // sharing
     tile = (BLOCK, rows)
@@ -162,7 +154,7 @@ def decode_few_int8(
 
         def pieces() -> tuple[Any, Any]:
             """The worker's, from and to."""
-            return pieces_of(my_walk())
+            return range_of(my_walk())
 
         def meet(request, row_tile, count):
             tile = plan.tile_of(request, row_tile)
@@ -217,7 +209,7 @@ def decode_few_int8(
         def load():
             if uneven:
                 g.take_registers(tiles.registers, computing)
-            walk(pieces(), my_walk(), piece_ref, load_piece)
+            run_items(pieces(), my_walk(), piece_ref, load_piece)
             # See every release, so that no barrier ends with a phase that nobody saw.
             for flag in range(FLAGS):
                 plgpu.barrier_wait(piece_done.at[flag])
@@ -368,7 +360,7 @@ def decode_few_int8(
                 fetch_mine(me, request, row_tile * rows)
                 g.with_accumulators(scoped, accumulators, me, *o_shapes)
 
-            walk(pieces(), my_walk(), piece_ref, run)
+            run_items(pieces(), my_walk(), piece_ref, run)
             if computing == 2:
                 plgpu.barrier_wait(taken)
             if merges:
@@ -390,8 +382,8 @@ def decode_few_int8(
     kernel = plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((num_slots, rows, latent), partial_dtype),
-            jax.ShapeDtypeStruct((num_slots, rows), jnp.float32),
+            jax.ShapeDtypeStruct((num_partials, rows, latent), partial_dtype),
+            jax.ShapeDtypeStruct((num_partials, rows), jnp.float32),
         ),
         scratch_types=(
             narrow(1, 2 * rows, latent),  # high, then low

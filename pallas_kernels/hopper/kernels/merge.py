@@ -8,7 +8,7 @@ together, as those of a persistent kernel are.
 `merge` is a launch of its own: for plans with more workers than the GPU has SMs, and for the
 interpreter, which has no atomics.
 
-What a part is depends on how the decode kernel leaves a piece: `decode_few` as rows, `decode` as
+A part depends on how the decode kernel leaves a piece: `decode_transposed` as rows, `decode` as
 blocks of 64 rows x 8 columns in the order of its registers; as float16 in units (`units`), a power
 of two for each row and half of the columns: none is too large, and of what lies more than 2^28
 below the largest of them bits are lost.
@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from mla_jax.splits.planner import SplitPlan
 from pallas_kernels.hopper.mosaic.primitives import ROWS, Backend
 from pallas_kernels.hopper.mosaic.rows import Rows
-from pallas_kernels.hopper.work_items import BLOCK, FIRST_SLOT, NO_KEY, SLOTS, pieces_of
+from pallas_kernels.hopper.work_items import BLOCK, FIRST_PARTIAL, NO_KEY, NUM_PARTIALS, range_of
 
 LOADS_IN_FLIGHT = 64  # registers a thread
 MANY = 16  # pieces
@@ -317,7 +317,7 @@ def merge_shares(
 
     def piece(p, _):
         request, row_tile, slot = (piece_ref[p, i] for i in (0, 1, 4))
-        first, count = piece_ref[p, FIRST_SLOT], piece_ref[p, SLOTS]
+        first, count = piece_ref[p, FIRST_PARTIAL], piece_ref[p, NUM_PARTIALS]
 
         @pl.when((slot >= 0) & (count > 1))
         def _cut():
@@ -397,18 +397,18 @@ def merge(
             ways,
             Refs(po_ref, plse_ref, o_ref, lse_ref, *units_ref),
             piece_ref,
-            pieces_of(walk_ref.at[worker]),
+            range_of(walk_ref.at[worker]),
             meet=lambda *_: None,
             place=place,
             wg=lax.axis_index("wg"),
             wgs=warpgroups,
         )
 
-    walk, pieces = walks
+    ranges, items = walks
     plgpu.kernel(
         body,
         out_type=(),
-        grid=(len(walk), ctas),
+        grid=(len(ranges), ctas),
         grid_names=("worker", "cta"),
         num_threads=warpgroups,
         thread_name="wg",
@@ -417,4 +417,4 @@ def merge(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         kernel_name="mla_merge",
-    )(*partials, walk, pieces, o_ref, lse_ref)
+    )(*partials, ranges, items, o_ref, lse_ref)
