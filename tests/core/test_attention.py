@@ -616,7 +616,8 @@ def test_a_cpu_exports_a_program_for_cuda():
         return attend(q, dataclasses.replace(cache, pages=pages), tables, seq_lens)
 
     exported = jax.export.export(jax.jit(run), platforms=("cpu", "cuda"))(*args)
-    assert exported.mlir_module().count("mosaic_gpu_v2") == 1
+    # Two launches, decode and merge: no card is known here on which all CTAs run at once.
+    assert exported.mlir_module().count("mosaic_gpu_v2") == 2
     chex.assert_trees_all_equal(jax.jit(exported.call)(*args), run(*args))
 
 
