@@ -147,8 +147,13 @@ def _attend_hopper(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
     return o.reshape(*shape, cache.kv_lora_rank), lse.reshape(shape)
 
 
+def _hopper_missing() -> str | None:
+    """Why the Hopper kernels can't be imported: `hopper.mosaic` refuses versions of JAX."""
+    return _kernels_missing("hopper.mosaic") or _kernels_missing("hopper.attention")
+
+
 def _hopper_lacks(target: Target) -> str | None:
-    missing = _kernels_missing("hopper.attention")
+    missing = _hopper_missing()
     if missing is not None:
         return missing
     from pallas_kernels.hopper import attention
@@ -160,7 +165,7 @@ def _hopper_lacks(target: Target) -> str | None:
 
 
 def _hopper_refuses(problem: AttentionProblem) -> str | None:
-    missing = _kernels_missing("hopper.attention")
+    missing = _hopper_missing()
     if missing is not None:
         return missing
     from pallas_kernels.hopper import attention
