@@ -45,7 +45,7 @@ def products(a: ir.Value, b: ir.Value) -> list[ir.Value]:
 
 
 def _start_in_sixteens(tile: ir.Value) -> ir.Value:
-    """Returns the address (i32) of a SMEM ref in units of 16 bytes."""
+    """Returns the address of a SMEM ref divided by 16 (i32)."""
     i32 = ir.IntegerType.get_signless(32)
     return arith.shrui(llvm.ptrtoint(i32, mgpu.utils.memref_ptr(tile)), mgpu.utils.c(4, i32))
 
