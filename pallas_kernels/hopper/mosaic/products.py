@@ -107,8 +107,8 @@ class Products(Values):
     def product_t(self, a, b, dtype) -> jax.Array:
         """Starts a @ b.T into new registers, which need not be zeroed, and leaves it in flight.
 
-        Only `landed` may read the result, after a wait. In the interpreter int32 results are exact
-        below 2^24.
+        Only `landed` may read the result, after a wait. In the interpreter int32 results are
+        exact below 2^24.
 
         Args:
             a: SMEM (64, k) of int8 or of 16 bits, tiled by `operand`.

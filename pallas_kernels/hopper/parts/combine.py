@@ -224,7 +224,10 @@ def _divide_rows(
 
 
 def block_parts(g: Backend, plan: SplitPlan, width: int, warpgroups: int) -> Ways:
-    """Divides a tile of 64 rows into ranges of columns. The arguments are as in `row_parts`."""
+    """Divides a tile of 64 rows into ranges of columns.
+
+    The arguments are as in `row_parts`.
+    """
     return _ways(plan, functools.partial(_divide_blocks, g, width, warpgroups))
 
 
@@ -336,7 +339,8 @@ def merge_shares(
         refs: the arrays.
         items_ref: `WorkList.items`. A tile of one partial is not combined here.
         items: the worker's range of items, from and to.
-        meet: (request, row tile, partials of the tile) -> Meeting, or None if no one has to wait.
+        meet: (request, row tile, partials of the tile) -> Meeting, or None where no one has to
+            wait.
         place: (request, row tile) -> Place.
         wg: the index of this warpgroup among those that combine.
         wgs: how many of the worker's warpgroups combine.
