@@ -339,8 +339,8 @@ def merge_shares(
         refs: the arrays.
         items_ref: `WorkList.items`. A tile of one partial is not combined here.
         items: the worker's range of items, from and to.
-        meet: (request, row tile, partials of the tile) -> Meeting, or None where no one has to
-            wait.
+        meet: (request, row tile, partials of the tile) -> Meeting, or None where no
+            warpgroup has to wait.
         place: (request, row tile) -> Place.
         wg: the index of this warpgroup among those that combine.
         wgs: how many of the worker's warpgroups combine.
