@@ -5,7 +5,7 @@ cache pays for rounding them too. The methods:
 - bfloat16: cache, queries and P; the `xla` implementation.
 - token, group, tensor: an int8 cache with such scales, read dequantised, all else in float32: what
   the cache alone costs, and what `xla` does with it.
-- "bf16 P", "int8 P", "int8 q, ...": the dataflows of `mla_jax.int8_dataflow` over
+- "bf16 P", "int8 P", "int8 q, ...": the dataflows of `mla_jax.reference.int8_dataflow` over
   that cache, which round P and the queries too. Int8 queries and int8 P are Ascend's.
   Int8 queries, or int14 (two int8 per value), with bf16 P take the int8 tensor cores of Hopper.
 - rotated: the latents and the queries turned by a Hadamard matrix first, as `rotate_latent` does it
@@ -33,10 +33,10 @@ from experiments.framework.options import flag, seed_flag
 from experiments.serving.demo import small_config
 from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import PagedKVCache
-from mla_jax.int8_dataflow import attend_int8
 from mla_jax.layer import preprocess
 from mla_jax.quantize import GRANULARITIES, hadamard, scales_of
 from mla_jax.reference.attention import attention_float64
+from mla_jax.reference.int8_dataflow import attend_int8
 from mla_jax.weights import init_params
 
 SUMMARY = "an int8 latent cache against float64, by scale granularity, dataflow and data"

@@ -17,6 +17,17 @@ ROWS = 64  # of a tile, at most
 BLOCK_TOKENS = 64
 
 
+def plan_split_kv(seq_lens: jax.Array, rows: int) -> SplitPlan:
+    """Returns the plan that `split_kv` makes for itself, for so many query rows per request."""
+    return plan_splits(
+        seq_lens,
+        num_workers=WORKERS,
+        rows=rows,
+        rows_per_tile=min(ROWS, rows),
+        block_size=BLOCK_TOKENS,
+    )
+
+
 @jax.jit
 def attend_split_kv(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
     """Runs a SplitPlan to the letter: all workers step together, each block by block through its
@@ -25,15 +36,7 @@ def attend_split_kv(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
     The shapes of a step depend on the plan's workers and tiles, not on the batch, so that with
     `plan_fixed` a row's bits don't either. A request that the plan doesn't cover comes out NaN.
     """
-    plan = problem.plan
-    if plan is None:
-        plan = plan_splits(
-            problem.seq_lens,
-            num_workers=WORKERS,
-            rows=problem.num_rows,
-            rows_per_tile=min(ROWS, problem.num_rows),
-            block_size=BLOCK_TOKENS,
-        )
+    plan = problem.plan.split if problem.plan else plan_split_kv(problem.seq_lens, problem.num_rows)
     covered = covered_requests(plan, problem.seq_lens)
     cache, seq_lens = problem.cache, jnp.where(covered, problem.seq_lens, -1)
     q = _row_tiles(problem.query_rows(), plan)  # [T, rows, D]
