@@ -470,7 +470,11 @@ PLAN = plan_splits(GOOD["seq_lens"], num_workers=2, rows=8)
         ({"partial_dtype": "int8"}, ValueError, "partial_dtype must be one of .* got 'int8'"),
         ({"partial_dtype": "half-ish"}, ValueError, "partial_dtype must be one of .*'half-ish'"),
         ({"implementation": "cuda"}, ValueError, "implementation must be None or one of .*'cuda'"),
-        ({"plan": PLAN.request}, TypeError, "plan must be a SplitPlan, got ArrayImpl"),
+        (
+            {"plan": PLAN.request},
+            TypeError,
+            "plan must be a DecodePlan or a SplitPlan, got ArrayImpl",
+        ),
         (
             {"plan": plan_splits(i32(3), num_workers=2, rows=4)},
             ValueError,
