@@ -30,7 +30,7 @@ from experiments.speed.shapes import Shape
 from experiments.speed.timing import Burst, ModelProgram, compile_model, measure
 from mla_jax.hal import TilePlan, TilePlanError
 from mla_jax.registry import IMPLEMENTATIONS
-from pallas_kernels.hopper.tuning import few_tokens, plan_of, tuned
+from pallas_kernels.hopper.tuned import few_tokens, plan_of, tuned
 
 Entry = dict[str, Any]
 Timer = Callable[[Sequence[Entry], int], list[list[float]]]
@@ -48,19 +48,19 @@ GAIN = 0.01  # less is noise
 DEPTHS = ((2, 2, 2), (2, 2, 3), (3, 2, 3), (3, 3, 3))
 REGISTERS = ((240, 24), (232, 40))
 CHOICES: dict[str, list[Entry]] = {
-    "transposed": [{"depths": [*d], "q_buffers": q} for d in DEPTHS for q in (1, 2)],
-    "transposed_int8": [
+    "decode_transposed": [{"depths": [*d], "q_buffers": q} for d in DEPTHS for q in (1, 2)],
+    "decode_transposed_int8": [
         {"computing": c, "depth": d} for c, d in itertools.product((1, 2), (2, 3, 4, 5))
     ],
-    "seesaw": [{"registers": [*r]} for r in REGISTERS],
-    "roles_int8": [{"depth": d} for d in (2, 3)],
+    "decode": [{"registers": [*r]} for r in REGISTERS],
+    "decode_int8": [{"depth": d} for d in (2, 3)],
 }
 FEW_BLOCKS, MORE_BLOCKS = (0, 1, 2, 3, 5), (2, 3, 5, 8)
 OVERHEADS = {
-    "transposed": FEW_BLOCKS,
-    "transposed_int8": FEW_BLOCKS,
-    "seesaw": MORE_BLOCKS,
-    "roles_int8": MORE_BLOCKS,
+    "decode_transposed": FEW_BLOCKS,
+    "decode_transposed_int8": FEW_BLOCKS,
+    "decode": MORE_BLOCKS,
+    "decode_int8": MORE_BLOCKS,
 }
 MERGE_OVERHEADS = (0, 4, 8)  # blocks
 OVERHEADS_OF = "split_overhead", "merge_overhead"

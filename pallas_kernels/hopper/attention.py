@@ -10,6 +10,7 @@ from mla_jax.hal import TilePlan
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import SplitPlan
 from pallas_kernels.hopper import device
+from pallas_kernels.hopper.config import ROW_GROUP
 from pallas_kernels.hopper.kernels.decode import decode
 from pallas_kernels.hopper.kernels.decode_int8 import decode_int8
 from pallas_kernels.hopper.kernels.decode_transposed import decode_transposed
@@ -17,7 +18,6 @@ from pallas_kernels.hopper.kernels.decode_transposed_int8 import decode_transpos
 from pallas_kernels.hopper.kernels.merge import merge
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
 from pallas_kernels.hopper.planning import plan_decode, warn_if_slow, with_tiles
-from pallas_kernels.hopper.tuning import ROW_GROUP
 from pallas_kernels.hopper.work_items import BLOCK, WorkList, work_list
 from pallas_kernels.modes import jit_with_defaults
 

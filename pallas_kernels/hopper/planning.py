@@ -13,7 +13,7 @@ from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import SlowPlanWarning, SplitPlan
 from mla_jax.splits.planner import plan_splits
 from pallas_kernels.hopper import device
-from pallas_kernels.hopper.tuning import choose_tile_plan, tile_heights, tile_plan_of_height
+from pallas_kernels.hopper.tuned import choose_tile_plan, tile_heights, tile_plan_of_height
 from pallas_kernels.hopper.work_items import BLOCK
 
 PAGE_SIZES = {  # by what the cache holds

@@ -23,7 +23,7 @@ from mla_jax import (
 from mla_jax.splits.decode_plan import DecodePlan
 from pallas_kernels.hopper import attention, device, planning
 from pallas_kernels.hopper.kernels.merge import merge, units
-from pallas_kernels.hopper.tuning import choose_tile_plan, tile_plan_of_height
+from pallas_kernels.hopper.tuned import choose_tile_plan, tile_plan_of_height
 from pallas_kernels.hopper.work_items import PARTIAL, work_list
 
 BF16, F16 = jnp.bfloat16, jnp.float16

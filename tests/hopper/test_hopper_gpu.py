@@ -12,7 +12,7 @@ from hopper_batch import SCALE, HopperBatch, invalid_requests, op, with_latents_
 
 from mla_jax import paged_mla_attention, plan_fixed, plan_splits
 from pallas_kernels.hopper import device, planning
-from pallas_kernels.hopper.tuning import choose_tile_plan
+from pallas_kernels.hopper.tuned import choose_tile_plan
 from pallas_kernels.hopper.work_items import PARTIAL, work_list
 
 BF16, F16 = jnp.bfloat16, jnp.float16
