@@ -197,7 +197,8 @@ def _kernel_of(entry: Entry) -> str:
 def _planner(entry: Entry, shape: Shape) -> Callable[[jax.Array], Any]:
     from pallas_kernels.hopper.planning import plan_decode
 
-    return functools.partial(plan_decode, rows=shape.heads, tiles=_tiles(entry, shape))
+    # The split alone: entries that differ in their costs of splitting share one compiled kernel.
+    return lambda seq_lens: plan_decode(seq_lens, shape.heads, tiles=_tiles(entry, shape)).split
 
 
 def _tiles(entry: Entry, shape: Shape) -> TilePlan:

@@ -16,16 +16,9 @@ from mla_jax import PagedKVCache, paged_mla_attention
 from mla_jax.hal import PROFILES, Problem, TilePlanError, plan_tiles
 from mla_jax.splits.planner import SlowPlanWarning, plan_fixed, plan_splits
 from pallas_kernels.hopper import attention, device, planning
-from pallas_kernels.hopper.config import (
-    decode_int8_tiles,
-    decode_tiles,
-)
-from pallas_kernels.hopper.config import (
-    decode_transposed_int8_tiles as transposed_int8,
-)
-from pallas_kernels.hopper.config import (
-    decode_transposed_tiles as transposed,
-)
+from pallas_kernels.hopper.config import decode_int8_tiles, decode_tiles
+from pallas_kernels.hopper.config import decode_transposed_int8_tiles as transposed_int8
+from pallas_kernels.hopper.config import decode_transposed_tiles as transposed
 from pallas_kernels.hopper.tuned import (
     choose_tile_plan,
     few_tokens,
@@ -198,7 +191,7 @@ def test_the_stopwatch_checks_what_it_times(monkeypatch, right: bool) -> None:
     """With a kernel that runs anywhere."""
 
     def attend(q, pages, tables, seq_lens, query_lens, plan, **options):
-        assert options["tiles"].rows_per_tile == plan.split.rows_per_tile == 16
+        assert options["tiles"].rows_per_tile == plan.rows_per_tile == 16
         cache = PagedKVCache(pages, options["kv_lora_rank"], 64, 64, "ND")
         o, lse = paged_mla_attention(
             q[:, None], cache, tables, seq_lens, softmax_scale=options["softmax_scale"]
