@@ -1,4 +1,4 @@
-"""The one op: absorbed MLA over a paged latent cache, whatever computes it, and its checks."""
+"""The attention op: absorbed MLA over a paged latent cache, its arguments and their checks."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, overload
@@ -67,21 +67,21 @@ def paged_mla_attention(
     partial_dtype: Any = None,
     return_lse: bool = True,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Attention of absorbed queries over the latents in the cache (DeepSeek-V2, arXiv 2405.04434).
+    """Computes attention of absorbed queries over the latents in the cache (arXiv 2405.04434).
 
-    Serves decode (S = 1), multi-token prediction, ragged prefill and chunks of a prefill behind a
-    cached prefix: query lengths may differ. The new tokens' rows are in the cache already.
+    It serves decode (S = 1), multi-token prediction, ragged prefill and chunks of a prefill behind
+    a cached prefix: query lengths may differ. The new tokens' rows must be in the cache already.
 
     Args:
         q: [B, S, H, D] = [q_latent | q_rope], not scaled; float32, bfloat16 or float16.
-        cache: K is a row [c_kv | k_rope] of D values, V its first kv_lora_rank. Of an int8 cache
-            the plain-JAX implementations read the rows dequantised, in float32.
-        block_tables: [B, max_pages] int32; slots past a request's length may hold anything.
-        seq_lens: [B] int32, keys of each request, its new tokens included; 0: none.
+        cache: K is a row [c_kv | k_rope] of D values, V its first kv_lora_rank. The plain-JAX
+            implementations read an int8 cache dequantised, in float32.
+        block_tables: [B, max_pages] int32; entries past a request's length may hold anything.
+        seq_lens: [B] int32, keys per request, its new tokens included; 0: none.
         softmax_scale: multiplies the scores (`MLAConfig.softmax_scale`); above 0 and known at
             trace time.
         query_lens: [B] int32, how many of the S tokens are real, left aligned; None: all S. Token i
-            stands at position seq_lens - query_lens + i. Without query_lens S may be more than
+            is at position seq_lens - query_lens + i. Without query_lens S may be more than
             seq_lens: tokens before position 0 see no key.
         causal: whether a token sees only the keys up to its own position.
         implementation: a name from `available_implementations()`, or a list or tuple of names: the
@@ -103,12 +103,12 @@ def paged_mla_attention(
         Rows past query_lens and rows that see no key have o_latent = 0 and lse = -inf.
 
     The choice: what an implementation refuses about the problem (dtypes, layouts, sizes) is known
-    when the call is traced. What it refuses about the machine is asked for the platform and device
-    that the program is lowered for: an eager call's arrays or `jax.default_device`, jit's devices,
-    the platforms of `jax.export`. Where a program for CUDA is exported on a machine without an
-    NVIDIA GPU, the machine refuses nothing: the program is for a Hopper GPU with 132 SMs. For
-    other cards name "xla". Under `jax.jvp` and `jax.vmap` the last of the names that can take the
-    problem runs, for None "xla".
+    when the call is traced. What it refuses about the machine is decided when the program is
+    lowered, for that platform and device: those of an eager call's arrays or of
+    `jax.default_device`, of jit, or of `jax.export`. A program that is exported for CUDA on a
+    machine without an NVIDIA GPU is for a Hopper GPU, planned for 132 SMs; for other cards name
+    "xla". Under `jax.jvp` and `jax.vmap` the last name that can take the problem runs, for None
+    "xla".
 
     Raises:
         TypeError: an argument of another type, or a dtype other than those above.
@@ -151,9 +151,9 @@ def prepare(
     rescale: str = "multiply",
     partial_dtype: Any = None,
 ) -> tuple[AttentionProblem, Choice]:
-    """All checks of `paged_mla_attention`, with its arguments, and no work: what `compute` takes.
+    """Runs all checks of `paged_mla_attention` and returns what `compute` takes.
 
-    Where nothing is traced, a choice that comes back can run here.
+    Where nothing is traced, the choice that it returns can run here.
     """
     _check_arrays(q, cache, block_tables, seq_lens, query_lens)
     causal = checks.require_bool("causal", causal)

@@ -1,8 +1,8 @@
-"""Name -> implementation of the attention op: what each can run, and the choice among them.
+"""The implementations of the attention op by name: what each can run, and the choice among them.
 
 The choice is made for the platform that a call is lowered for, not for the machine's first device:
-one process may run programs on a GPU and on its CPU, and a CPU may export for a GPU. So what only
-the platform decides waits until XLA's program is built (`_choice_p`); all else is decided at once.
+one process may run programs on a GPU and on its CPU, and a CPU may export for a GPU. What depends
+on the platform is therefore decided when XLA's program is built (`_choice_p`), all else at once.
 
 This is the one file that imports `pallas_kernels`, and only inside functions, so that neither
 package needs the other to be imported.
@@ -34,13 +34,13 @@ from mla_jax.problem import AttentionProblem
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import SlowPlanWarning
 
-BLOCKWISE_SCORES = 2**20  # at most, in a call: interpret mode takes a second or so for them
+BLOCKWISE_SCORES = 2**20  # at most per call: interpret mode takes about a second for them
 _KERNELS = Path(__file__).resolve().parents[1] / "pallas_kernels"  # ours, should another shadow it
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a call is compiled for."""
+    """The platform and device that a call is compiled for."""
 
     platform: str  # as JAX names it for lowering: "cpu", "cuda", "rocm", "tpu", ...
     device: jax.Device | None = None  # None: not known, e.g. where a program is exported
@@ -48,7 +48,7 @@ class Target:
 
     @staticmethod
     def here(problem: AttentionProblem | None = None) -> "Target":
-        """Where an eager call runs: where its arrays are committed to, else the default device."""
+        """Returns where an eager call runs: the device of committed arrays, else the default one."""
         for array in jax.tree.leaves(problem):
             traced = isinstance(array, jax.core.Tracer)
             if isinstance(array, jax.Array) and not traced and array.committed:
@@ -61,7 +61,10 @@ class Target:
 
     @staticmethod
     def of_lowering(context: mlir.LoweringRuleContext, platform: str | None) -> "Target":
-        """What a lowering rule is asked for; platform: the rule's own, None: of no certain one."""
+        """Returns what a lowering rule lowers for.
+
+        platform: the one that the rule is registered for; None: it is registered for all.
+        """
         module = context.module_context
         platform = platform or (context.platforms or module.platforms)[0]
         axes: Any = module.axis_context
@@ -106,7 +109,7 @@ def _runs_anywhere(_: Target) -> str | None:
 
 
 def _kernels_missing(name: str) -> str | None:
-    """Why `pallas_kernels.name` can't be imported; None where it can."""
+    """Returns why `pallas_kernels.name` can't be imported; None where it can."""
     loaded = sys.modules.get(f"{_KERNELS.name}.{name}")
     if loaded is not None and _is_in_kernels(str(loaded.__file__)):
         return None
@@ -249,12 +252,14 @@ def _blockwise_refuses(problem: AttentionProblem) -> str | None:
 class Implementation:
     """One way to compute the op.
 
-    `run(problem)` gives o [B, S, H, kv_lora_rank] of q's dtype and lse [B, S, H] float32.
-    `refuses(problem)` says why it can't take that problem on any machine, or None if it can.
-    `lacks(target)` says why it can't run on that platform and device, or None if it can.
-    `finds_invalid`: `run` takes lengths and pages as they came and gives invalid requests NaN
-    itself; others are given seq_lens = -1 for those.
-    `planner(request)` makes a plan, or says why it can't; None: the implementation takes no plan.
+    Attributes:
+        run: takes a problem and returns o [B, S, H, kv_lora_rank] of q's dtype and lse [B, S, H]
+            float32.
+        refuses: returns why it can't take a problem on any machine, or None if it can.
+        lacks: returns why it can't run on a platform and device, or None if it can.
+        finds_invalid: whether `run` finds invalid requests and gives them NaN itself. Other
+            implementations get seq_lens = -1 for such requests.
+        planner: makes a plan, or returns why it can't; None: the implementation takes no plan.
     """
 
     name: str
@@ -265,15 +270,15 @@ class Implementation:
     planner: Callable[[PlanRequest], DecodePlan | str] | None = None
 
     def unavailable(self, problem: AttentionProblem | None = None) -> str | None:
-        """Why an eager call could not run the problem here; None where it could.
+        """Returns why an eager call could not run the problem here; None where it could.
 
-        Without a problem: whether this machine could run any.
+        Without a problem it returns why this machine could run none.
         """
         reason = self.lacks(Target.here(problem))
         return self.refuses(problem) if reason is None and problem is not None else reason
 
     def compute(self, problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
-        """o and lse; NaN for requests that are invalid."""
+        """Returns o and lse, with NaN for invalid requests."""
         return self.run(problem if self.finds_invalid else problem.mark_invalid())
 
 
@@ -294,7 +299,7 @@ IMPLEMENTATIONS = {
         ),
     )
 }
-_PREFERRED = ("hopper", "xla")  # for None: the first of these that can run the problem
+_PREFERRED = ("hopper", "xla")  # None selects the first of these that can run the problem
 
 
 def available_implementations(problem: AttentionProblem | None = None) -> dict[str, str | None]:
@@ -308,10 +313,10 @@ def available_implementations(problem: AttentionProblem | None = None) -> dict[s
 
 
 def check_names(implementation: Any) -> tuple[str, ...]:
-    """The names that the argument `implementation` stands for, in order; raises if it can't be.
+    """Returns the names that the argument `implementation` stands for, in order.
 
-    Takes None, a name, or a list or tuple of names. TypeError: anything else; ValueError: a name
-    that there is not, or no name.
+    It takes None, a name, or a list or tuple of names. Raises TypeError for anything else, and
+    ValueError for an unknown name or an empty list.
     """
     if implementation is None:
         return _PREFERRED
@@ -331,13 +336,13 @@ def check_names(implementation: Any) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The implementations that can take a problem, of those that were asked for, in order."""
+    """Those of the named implementations that can take a problem, in order."""
 
     names: tuple[str, ...]  # up to the first that runs on any target
     asked: tuple[tuple[str, str | None], ...]  # all, and why each can't take the problem
 
     def on(self, target: Target) -> Implementation:
-        """The first that can run on the target; ValueError with every reason if none can."""
+        """Returns the first that can run on the target; ValueError with every reason if none can."""
         reasons = dict(self.asked)
         for name in self.names:
             reasons[name] = IMPLEMENTATIONS[name].lacks(target)
@@ -351,9 +356,10 @@ class Choice:
 
 
 def choose(names: Sequence[str], problem: AttentionProblem) -> Choice:
-    """Those of the names that can take the problem; ValueError with every reason if none can.
+    """Returns those of the names that can take the problem.
 
-    Where nothing is traced, the machine has been asked too.
+    Where nothing is traced, the first of them can also run on this machine. Raises ValueError with
+    every reason if none can.
     """
     asked = {name: IMPLEMENTATIONS[name].refuses(problem) for name in names}
     fit = []
@@ -389,7 +395,7 @@ def _runs_on_any_target(name: str) -> bool:
 
 
 def compute(problem: AttentionProblem, choice: Choice) -> tuple[jax.Array, jax.Array]:
-    """o and lse by the first of the choice that can run on what the call is lowered for."""
+    """Returns o and lse, by the first of the choice that can run where the call is lowered for."""
     if _runs_on_any_target(choice.names[0]):
         return IMPLEMENTATIONS[choice.names[0]].compute(problem)
     if jax.config.jax_disable_jit and not _is_traced(problem):

@@ -12,7 +12,7 @@ from mla_jax.hal.tiling import WGMMA_ROWS, BufferUse, Tile
 from pallas_kernels.hopper.work_items import BLOCK
 
 ROW_GROUP = 8  # rows of a swizzled tile in shared memory, and the step of wgmma's n
-MOST_COLUMNS = 32  # rows of the transposed kernels: O^T takes 4 registers a thread for each
+MOST_COLUMNS = 32  # rows of the transposed kernels: each takes 4 registers per thread for O^T
 MOST_COLUMNS_OF_TWO = 16  # where two warpgroups hold an O^T each, and hand half of it over
 ALIGNMENT = 1024  # bytes that Mosaic GPU rounds every array in shared memory up to
 BARRIER_BYTES = 8

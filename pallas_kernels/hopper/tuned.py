@@ -41,7 +41,7 @@ def choose_tile_plan(
     kv_lora_rank: int = 512,
     rope_dim: int = 64,
 ) -> TilePlan:
-    """The tuned plan for `rows` query rows a request (tokens * heads).
+    """Returns the tuned sizes for `rows` query rows per request (tokens * heads).
 
     batch: requests, and capacity: the most tokens of one, where they are known. So few tokens that
     no SM has much to do get low tiles: the cache is read once for each, but there are fewer pieces
