@@ -48,7 +48,7 @@ class Target:
 
     @staticmethod
     def here(problem: AttentionProblem | None = None) -> "Target":
-        """Returns where an eager call runs: the device of committed arrays, else the default one."""
+        """Returns where an eager call runs: where its arrays are committed, else by default."""
         for array in jax.tree.leaves(problem):
             traced = isinstance(array, jax.core.Tracer)
             if isinstance(array, jax.Array) and not traced and array.committed:
@@ -342,7 +342,7 @@ class Choice:
     asked: tuple[tuple[str, str | None], ...]  # all, and why each can't take the problem
 
     def on(self, target: Target) -> Implementation:
-        """Returns the first that can run on the target; ValueError with every reason if none can."""
+        """Returns the first that can run on the target; ValueError with all reasons if none can."""
         reasons = dict(self.asked)
         for name in self.names:
             reasons[name] = IMPLEMENTATIONS[name].lacks(target)

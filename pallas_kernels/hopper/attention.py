@@ -219,8 +219,8 @@ def launch(
     )
     if split.num_partials and not combines:
         merge(o, lse, partials, split, work, num_rows=rows, interpret=interpret)
-    # The barrier keeps XLA from writing the merge's outputs straight into a slice of a larger array,
-    # e.g. that of a scan: its dynamic-slice fusion forgets that they alias the inputs.
+    # The barrier keeps XLA from writing the merge's outputs straight into a slice of a larger
+    # array, e.g. that of a scan: its dynamic-slice fusion forgets that they alias the inputs.
     return jax.lax.optimization_barrier((o[...], lse[...]))
 
 

@@ -43,13 +43,17 @@ def choose_tile_plan(
 ) -> TilePlan:
     """Returns the tuned sizes for `rows` query rows per request (tokens * heads).
 
-    batch: requests, and capacity: the most tokens of one, where they are known. So few tokens that
-    no SM has much to do get low tiles: the cache is read once for each, but there are fewer pieces
-    to merge, of fewer rows. And by the number of tiles workers are in pairs (`plan_of`).
-    cache: "float" (16 bits) or "int8". rescale: "exponent_add" is AMLA's, which only the seesaw
-    kernel has. profile: None for an H200; num_workers is of that profile.
+    Args:
+        batch: requests; None: not known.
+        capacity: keys that a request's block table reaches; None: not known. A few short requests
+            get tiles of few rows: each tile reads the cache again, but all SMs have work, and there
+            are fewer and smaller partial results to combine.
+        cache: "float" (16 bits) or "int8".
+        rescale: "multiply" or "exponent_add"; the latter only `decode` has.
+        profile: of the GPU; None: of an H200.
 
-    Raises ValueError for another cache, or one that no kernel takes with this rescale.
+    Raises:
+        ValueError: another cache, or one that no kernel takes with this rescale.
     """
     require_one_of("cache", cache, tuple(few_tokens()))
 
@@ -86,7 +90,7 @@ def tile_plan_of_height(
     kv_lora_rank: int = 512,
     rope_dim: int = 64,
 ) -> TilePlan:
-    """The tuned plan whose tiles have so many rows: for a split plan that says them."""
+    """Returns the tuned sizes for tiles of so many rows, as a split plan has them."""
     widths = {"kv_lora_rank": kv_lora_rank, "rope_dim": rope_dim}
     for entry in tuned(cache):
         if entry["rows_per_tile"] == rows_per_tile:
@@ -96,7 +100,7 @@ def tile_plan_of_height(
 
 
 def tile_heights(cache: str = "float", *, rescale: str = "multiply") -> tuple[int, ...]:
-    """The rows_per_tile of split plans that the kernels take."""
+    """Returns the rows_per_tile of split plans that the kernels take."""
     return tuple(
         entry["rows_per_tile"]
         for entry in tuned(cache)
@@ -111,11 +115,11 @@ def plan_of(
     num_tiles: int | None = None,
     **widths: Any,
 ) -> TilePlan:
-    """The checked plan of one entry of the table.
+    """Returns the checked sizes of one entry of the table.
 
-    num_tiles: of all requests, where it is known. The transposed kernel has its workers in pairs if
-    more than half of the pairs get a tile and none gets two: fewer tiles are cut in more pieces
-    than two, and with more of them a cluster costs a launch more than it spares the merge.
+    num_tiles: tiles of all requests; None: not known. Workers of `decode_transposed` are in pairs
+    if more than half of the pairs get a tile and none gets two. Fewer tiles are split into more
+    than two items. With more tiles, clusters cost a launch more time than they save in the merge.
     """
     profile = profile or load_profile("H200_SXM")
     if entry["kernel"] not in KERNELS:
@@ -130,16 +134,19 @@ def plan_of(
 
 @functools.cache
 def tuned(cache: str | None = None) -> tuple[dict[str, Any], ...]:
-    """The entries of tuned.json for a cache, "float" or "int8" (None: all of them).
+    """Returns the entries of tuned.json for a cache, "float" or "int8"; None: all of them.
 
-    By rising rows: each for up to `most_rows` rows (None: any). Those of int8 caches say so.
+    They are in the order of rising rows; each is for up to `most_rows` rows, None for any number.
     """
     classes = _table()["classes"]
     return tuple(entry for entry in classes if cache in (None, entry.get("cache", "float")))
 
 
 def few_tokens() -> dict[str, dict[str, Any]]:
-    """For each cache: the first of `rows_per_tile` whose tiles read `most` tokens or fewer."""
+    """Returns, per cache, which `rows_per_tile` to try in order for batches of few tokens.
+
+    The first is taken whose tiles, all together, read `most` tokens or fewer.
+    """
     return _table()["few_tokens"]
 
 
