@@ -295,9 +295,9 @@ class PagedKVCache:
             return {"pages": kv}
         latent, rope = jnp.split(kv, [self.kv_lora_rank], axis=-1)
         rope, scales = rope.astype(_ROPE_DTYPE), self.scales
-        # int8 has no NaN. NaN is therefore stored in what belongs to this token alone: its scales, or
-        # else its rope part. The maximum in `scales_of` does not suffice, because XLA's maximum on
-        # a CPU may ignore NaN.
+        # int8 has no NaN. NaN is therefore stored in what belongs to this token alone: its scales,
+        # or else its rope part. The maximum in `scales_of` does not suffice, because XLA's maximum
+        # on a CPU may ignore NaN.
         finite = jnp.isfinite(latent).all(axis=-1)
         if granularity == "tensor":
             rope = _or_nan(finite, rope)
