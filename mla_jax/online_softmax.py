@@ -298,7 +298,10 @@ def _infinities(scores: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def _any_seen(seen: jax.Array, found: jax.Array) -> jax.Array:
-    """Returns [..., R, D] bool: whether a row sees, by seen [..., R, T], a True of found [..., T, D]."""
+    """Returns whether a row sees a key of `found`, [..., R, D] bool.
+
+    seen: [..., R, T] bool. found: [..., T, D] bool, per key and column.
+    """
     return weighted_sum(seen.astype(jnp.bfloat16), found.astype(jnp.bfloat16)) > 0
 
 
