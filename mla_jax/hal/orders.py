@@ -97,7 +97,7 @@ class AscendOrder:
             if self.rescale == "exponent_add":
                 self._accumulate(build, drained)
             elif drained:
-                self._indextrip(build, drained)
+                self._round_trip(build, drained)
         return build.build()
 
     def _keys(self, build: ScheduleBuilder, block: int) -> None:
@@ -127,7 +127,7 @@ class AscendOrder:
                 build.add("vector", "ADD", block, reads=(p, *before), writes=before)
             build.add("cube", "PV", block, reads=(p, *before), writes=(Access("O", 0, block),))
 
-    def _indextrip(self, build: ScheduleBuilder, blocks: range) -> None:
+    def _round_trip(self, build: ScheduleBuilder, blocks: range) -> None:
         """Adds PV into Otmp, and UP: the vector unit reads O, rescales it, adds and writes it."""
         for block in blocks:
             p, otmp = build.slot("P", block), build.slot("Otmp", block)

@@ -203,7 +203,7 @@ class _Clocks:
         return first != second and self._end[second].get(unit, 0) >= count
 
     def known(self, unit: str, waits: list[Signal], first: int) -> bool:
-        """Returns whether a step added now to `unit` with `waits` would start after step `first`."""
+        """Returns whether a step added now to `unit` with these waits would start after `first`."""
         other, count = self._place[first]
         clocks = [self._unit.get(unit, {}), *(self._signal[signal] for signal in waits)]
         return any(clock.get(other, 0) >= count for clock in clocks)
