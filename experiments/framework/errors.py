@@ -20,17 +20,17 @@ def to_numpy(value: jax.Array | np.ndarray) -> np.ndarray:
     return np.asarray(value).astype(np.float64)
 
 
-def relative_error(got: Any, reference: Any) -> float:
-    """Returns |got - reference| / |reference| in the Frobenius norm; NaN if `got` has NaN."""
-    got, reference = to_numpy(got), to_numpy(reference)
-    norm = float(np.linalg.norm(reference))
-    return float(np.linalg.norm(got - reference)) / (norm if norm else 1.0)
+def relative_error(got: Any, wanted: Any) -> float:
+    """Returns |got - wanted| / |wanted| in the Frobenius norm; NaN if `got` has NaN."""
+    got, wanted = to_numpy(got), to_numpy(wanted)
+    norm = float(np.linalg.norm(wanted))
+    return float(np.linalg.norm(got - wanted)) / (norm if norm else 1.0)
 
 
-def lse_error(got: Any, reference: Any) -> float:
-    """Returns the largest |got - reference|; infinite if -inf is not at the same positions."""
-    got, reference = to_numpy(got), to_numpy(reference)
-    empty = np.isneginf(reference)
+def lse_error(got: Any, wanted: Any) -> float:
+    """Returns the largest |got - wanted|; infinite if -inf is not at the same positions."""
+    got, wanted = to_numpy(got), to_numpy(wanted)
+    empty = np.isneginf(wanted)
     if not np.array_equal(empty, np.isneginf(got)):
         return float("inf")
-    return float(np.max(np.abs(np.where(empty, 0.0, got - np.where(empty, 0.0, reference)))))
+    return float(np.max(np.abs(np.where(empty, 0.0, got - np.where(empty, 0.0, wanted)))))

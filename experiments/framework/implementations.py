@@ -13,19 +13,19 @@ def implementations_flag() -> Any:
     return flag((), "which to run, as a,b; by default all that can run here")
 
 
-def chosen(names: tuple[str, ...]) -> list[str]:
+def chosen(wanted: tuple[str, ...]) -> list[str]:
     """Returns the names to run. Raises InputError for one that is unknown or can't run here."""
     reasons = available_implementations()
-    for name in names:
+    for name in wanted:
         if name not in reasons:
             raise InputError(f"--implementations must be of {', '.join(reasons)}, got {name!r}")
         if reasons[name] is not None:
             raise InputError(f"--implementations: {name} can't run here: {reasons[name]}")
-    return list(names) or [name for name, reason in reasons.items() if reason is None]
+    return list(wanted) or [name for name, reason in reasons.items() if reason is None]
 
 
-def require_runs(name: str | None, problem: AttentionProblem | None = None) -> None:
+def require_runs(wanted: str | None, problem: AttentionProblem | None = None) -> None:
     """Raises InputError unless --implementation, if given, can run here and on the problem."""
-    reason = None if name is None else available_implementations(problem)[name]
+    reason = None if wanted is None else available_implementations(problem)[wanted]
     if reason is not None:
-        raise InputError(f"--implementation: {name} can't run this here: {reason}")
+        raise InputError(f"--implementation: {wanted} can't run this here: {reason}")
