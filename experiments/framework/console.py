@@ -76,7 +76,7 @@ class _Console(Console):
         """Raises BrokenPipeError; rich would exit with 1, which means a failed experiment."""
         # Python flushes its buffer at the end and would report the broken pipe again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
-        raise BrokenPipeError("the reader of the output has closed it")
+        raise BrokenPipeError("nobody reads the output any more")
 
 
 def _console(stderr: bool = False) -> Console:
