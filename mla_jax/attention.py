@@ -12,7 +12,8 @@ from mla_jax.cache import PagedKVCache
 from mla_jax.online_softmax import RESCALES
 from mla_jax.problem import AttentionProblem
 from mla_jax.registry import Choice, check_names, choose, compute
-from mla_jax.splits.planner import SplitPlan
+from mla_jax.splits.decode_plan import DecodePlan
+from mla_jax.splits.plan import SplitPlan
 
 
 @overload
@@ -26,7 +27,7 @@ def paged_mla_attention(
     query_lens: jax.Array | None = None,
     causal: bool = True,
     implementation: str | Sequence[str] | None = None,
-    plan: SplitPlan | None = None,
+    plan: DecodePlan | SplitPlan | None = None,
     rescale: str = "multiply",
     partial_dtype: Any = None,
     return_lse: Literal[True] = True,
@@ -44,7 +45,7 @@ def paged_mla_attention(
     query_lens: jax.Array | None = None,
     causal: bool = True,
     implementation: str | Sequence[str] | None = None,
-    plan: SplitPlan | None = None,
+    plan: DecodePlan | SplitPlan | None = None,
     rescale: str = "multiply",
     partial_dtype: Any = None,
     return_lse: Literal[False],
@@ -61,7 +62,7 @@ def paged_mla_attention(
     query_lens: jax.Array | None = None,
     causal: bool = True,
     implementation: str | Sequence[str] | None = None,
-    plan: SplitPlan | None = None,
+    plan: DecodePlan | SplitPlan | None = None,
     rescale: str = "multiply",
     partial_dtype: Any = None,
     return_lse: bool = True,
@@ -86,13 +87,14 @@ def paged_mla_attention(
         implementation: a name from `available_implementations()`, or a list or tuple of names: the
             first that can run the problem on the platform that the call is lowered for. None:
             ("hopper", "xla"). See "The choice" below.
-        plan: for implementations that split the keys, from `plan_splits` or `plan_fixed` for these
-            seq_lens; None: they plan for themselves. Others take no notice.
+        plan: for these seq_lens, from `plan_decode`, or a SplitPlan of `plan_fixed` (results that
+            do not depend on the batch) or `plan_splits`. None: an implementation that splits the
+            keys plans for itself. Other implementations ignore it.
         rescale: "multiply" or "exponent_add" (AMLA), see `online_softmax`.
-        partial_dtype: of the unmerged outputs, where keys are split; None: what adds next to
-            nothing to the error of o: float32, or of bfloat16 in tiles of 64 rows and more on a
-            Hopper GPU float16 in units, a power of two for each row. Elsewhere what is past 65504
-            becomes infinite in float16.
+        partial_dtype: of partial results, where the keys of a request are split. None selects
+            float32. On Hopper, tiles of 64 or more bfloat16 rows use float16 with one power-of-two
+            scale per row, which adds less error than rounding the output does. Without such scales
+            (elsewhere), values past 65504 become infinite in float16.
         return_lse: whether to return lse too.
 
     Returns:
@@ -145,7 +147,7 @@ def prepare(
     query_lens: jax.Array | None = None,
     causal: bool = True,
     implementation: str | Sequence[str] | None = None,
-    plan: SplitPlan | None = None,
+    plan: DecodePlan | SplitPlan | None = None,
     rescale: str = "multiply",
     partial_dtype: Any = None,
 ) -> tuple[AttentionProblem, Choice]:
@@ -157,6 +159,7 @@ def prepare(
     causal = checks.require_bool("causal", causal)
     names = check_names(implementation)
     softmax_scale = _checked_scale(softmax_scale)
+    plan = DecodePlan.of(plan)
     dtype = _check_options(rescale, partial_dtype, plan, q)
     _check_values(q, cache, block_tables, seq_lens, query_lens, plan)
     block_tables, seq_lens, query_lens = map(checks.snapshot, (block_tables, seq_lens, query_lens))
@@ -251,17 +254,16 @@ def _check_options(rescale: Any, partial_dtype: Any, plan: Any, q: jax.Array) ->
     return dtype
 
 
-def _check_plan(plan: Any, q: jax.Array) -> None:
-    if not isinstance(plan, SplitPlan):
-        raise TypeError(f"plan must be a SplitPlan, got {type(plan).__name__}")
-    plan.check()
+def _check_plan(plan: DecodePlan, q: jax.Array) -> None:
+    split = plan.split
+    split.check()
     rows = q.shape[1] * q.shape[2]
-    row_tiles = -(-rows // plan.rows_per_tile)
-    if (plan.num_row_tiles, plan.num_tiles) != (row_tiles, q.shape[0] * row_tiles):
+    row_tiles = -(-rows // split.rows_per_tile)
+    if (split.num_row_tiles, split.num_tiles) != (row_tiles, q.shape[0] * row_tiles):
         raise ValueError(
             f"plan must be for {q.shape[0]} requests of {rows} rows = S * H, got "
-            f"{plan.num_tiles // plan.num_row_tiles} requests of {plan.num_row_tiles} tiles of "
-            f"{plan.rows_per_tile} rows"
+            f"{split.num_tiles // split.num_row_tiles} requests of {split.num_row_tiles} tiles of "
+            f"{split.rows_per_tile} rows"
         )
 
 
@@ -276,4 +278,4 @@ def _check_values(
     if query_lens is not None:
         require_query_lens(q.shape[1], "q", seq_lens, query_lens)
     if plan is not None:
-        plan.check_covers(seq_lens)
+        plan.split.check_covers(seq_lens)

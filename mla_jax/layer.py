@@ -26,7 +26,8 @@ from mla_jax.cache import PagedKVCache
 from mla_jax.config import MLAConfig
 from mla_jax.registry import compute
 from mla_jax.rope import apply_rope, check_positions
-from mla_jax.splits.planner import SplitPlan
+from mla_jax.splits.decode_plan import DecodePlan
+from mla_jax.splits.plan import SplitPlan
 from mla_jax.weights import MLAParams, check_params
 
 
@@ -42,7 +43,7 @@ def mla_layer(
     donate: bool = True,
     causal: bool = True,
     implementation: str | Sequence[str] | None = None,
-    plan: SplitPlan | None = None,
+    plan: DecodePlan | SplitPlan | None = None,
     rescale: str = "multiply",
     partial_dtype: Any = None,
 ) -> tuple[jax.Array, PagedKVCache]:
@@ -135,7 +136,7 @@ def attend(
     donate: bool = True,
     causal: bool = True,
     implementation: str | Sequence[str] | None = None,
-    plan: SplitPlan | None = None,
+    plan: DecodePlan | SplitPlan | None = None,
     rescale: str = "multiply",
     partial_dtype: Any = None,
 ) -> tuple[jax.Array, PagedKVCache]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_jax.cache import PagedKVCache
-from mla_jax.splits.planner import SplitPlan
+from mla_jax.splits.decode_plan import DecodePlan
 
 
 @functools.partial(
@@ -30,7 +30,7 @@ class AttentionProblem:
     block_tables: jax.Array  # [B, max_pages] int32
     seq_lens: jax.Array  # [B] int32
     query_lens: jax.Array | None  # [B] int32; None: all S tokens of every request
-    plan: SplitPlan | None
+    plan: DecodePlan | None
     softmax_scale: float
     causal: bool
     rescale: str

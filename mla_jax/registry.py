@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,13 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
 from mla_jax import checks
+from mla_jax.cache import PagedKVCache
+from mla_jax.hal import HardwareProfile, TilePlanError
 from mla_jax.implementations.blockwise_scan import attend_xla
 from mla_jax.implementations.dense import attend_reference
-from mla_jax.implementations.split import attend_split_kv
+from mla_jax.implementations.split import attend_split_kv, plan_split_kv
 from mla_jax.problem import AttentionProblem
+from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import SlowPlanWarning
 
 BLOCKWISE_SCORES = 2**20  # at most, in a call: interpret mode takes a second or so for them
@@ -83,6 +86,17 @@ def _platform(device: jax.Device) -> str:
     return "rocm" if capability.startswith("gfx") else "cuda"
 
 
+class PlanRequest(NamedTuple):
+    """What `mla_jax.plan_decode` asks an implementation for, checked."""
+
+    seq_lens: jax.Array  # [B] int32
+    cache: PagedKVCache
+    rows: int  # query rows per request
+    rescale: str
+    max_seq_len: int | None  # keys that a block table reaches
+    profile: HardwareProfile | None  # None: this machine's device
+
+
 def _takes_any(_: AttentionProblem) -> str | None:
     return None
 
@@ -124,7 +138,7 @@ def _is_in_kernels(path: str) -> bool:
 
 
 def _attend_hopper(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
-    from pallas_kernels.hopper import attention, int8
+    from pallas_kernels.hopper import attention
 
     cache = problem.cache
     work = problem.block_tables, problem.seq_lens, problem.query_lens, problem.plan
@@ -140,7 +154,7 @@ def _attend_hopper(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
             problem.query_rows(), cache.pages, *work, kv_lora_rank=rank, rescale=rescale, **options
         )
     else:
-        o, lse = int8.attend_int8(
+        o, lse = attention.attend_int8(
             problem.query_rows(), cache.pages, cache.rope_pages, cache.scales, *work, **options
         )
     shape = problem.q.shape[:3]
@@ -151,9 +165,9 @@ def _hopper_lacks(target: Target) -> str | None:
     missing = _kernels_missing("hopper.attention")
     if missing is not None:
         return missing
-    from pallas_kernels.hopper import attention
+    from pallas_kernels.hopper import device
 
-    reason = attention.target_lacks(target.platform, target.device)
+    reason = device.target_lacks(target.platform, target.device)
     if reason is None and target.partitioned:
         return "the compiler can't partition it over devices: call it inside jax.shard_map"
     return reason
@@ -163,9 +177,39 @@ def _hopper_refuses(problem: AttentionProblem) -> str | None:
     missing = _kernels_missing("hopper.attention")
     if missing is not None:
         return missing
-    from pallas_kernels.hopper import attention
+    from pallas_kernels.hopper import planning
 
-    return attention.refuses(problem.q.dtype, problem.cache, problem.rescale, problem.plan)
+    return planning.refuses(problem.q.dtype, problem.cache, problem.rescale, problem.plan)
+
+
+def _plan_hopper(request: PlanRequest) -> DecodePlan | str:
+    missing = _kernels_missing("hopper.planning")
+    if missing is not None:
+        return missing
+    from pallas_kernels.hopper import planning
+
+    cache = request.cache
+    q_dtype = jnp.bfloat16 if cache.dtype == jnp.int8 else cache.dtype
+    reason = planning.refuses(q_dtype, cache, request.rescale, None)
+    if reason is not None:
+        return reason
+    try:
+        return planning.plan_decode(
+            request.seq_lens,
+            request.rows,
+            capacity=request.max_seq_len,
+            cache=planning.kind_of(cache),
+            rescale=request.rescale,
+            kv_lora_rank=cache.kv_lora_rank,
+            rope_dim=cache.rope_dim,
+            profile=request.profile,
+        )
+    except TilePlanError as error:
+        return str(error)
+
+
+def _plan_split_kv(request: PlanRequest) -> DecodePlan:
+    return DecodePlan(plan_split_kv(request.seq_lens, request.rows))
 
 
 def _attend_blockwise(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
@@ -210,6 +254,7 @@ class Implementation:
     `lacks(target)` says why it can't run on that platform and device, or None if it can.
     `finds_invalid`: `run` takes lengths and pages as they came and gives invalid requests NaN
     itself; others are given seq_lens = -1 for those.
+    `planner(request)` makes a plan, or says why it can't; None: the implementation takes no plan.
     """
 
     name: str
@@ -217,6 +262,7 @@ class Implementation:
     refuses: Callable[[AttentionProblem], str | None] = _takes_any
     lacks: Callable[[Target], str | None] = _runs_anywhere
     finds_invalid: bool = False
+    planner: Callable[[PlanRequest], DecodePlan | str] | None = None
 
     def unavailable(self, problem: AttentionProblem | None = None) -> str | None:
         """Why an eager call could not run the problem here; None where it could.
@@ -236,10 +282,15 @@ IMPLEMENTATIONS = {
     for implementation in (
         Implementation("reference", attend_reference),
         Implementation("xla", attend_xla),
-        Implementation("split_kv", attend_split_kv),
+        Implementation("split_kv", attend_split_kv, planner=_plan_split_kv),
         Implementation("blockwise", _attend_blockwise, _blockwise_refuses, _blockwise_lacks),
         Implementation(
-            "hopper", _attend_hopper, _hopper_refuses, _hopper_lacks, finds_invalid=True
+            "hopper",
+            _attend_hopper,
+            _hopper_refuses,
+            _hopper_lacks,
+            finds_invalid=True,
+            planner=_plan_hopper,
         ),
     )
 }

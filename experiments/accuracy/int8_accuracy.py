@@ -5,8 +5,8 @@ a bfloat16 cache also has their rounding error. The methods are:
 - bfloat16: cache, queries and P; the `xla` implementation.
 - token, group, tensor: an int8 cache with such scales, dequantized, and all else in float32. This
   is the error of the cache alone, and what `xla` computes with it.
-- "bf16 P", "int8 P", "int8 q, ...": the dataflows of `mla_jax.int8_dataflow` over that cache, which
-  also round P and the queries. Int8 queries with int8 P are Ascend's dataflow. Int8 queries, or
+- "bf16 P", "int8 P", "int8 q, ...": the dataflows of `mla_jax.reference.int8_dataflow` over that
+  cache, which also round P and the queries. Int8 queries with int8 P are Ascend's dataflow. Int8 queries, or
   int14 (two int8 per value), with bf16 P suit the int8 tensor cores of Hopper.
 - rotated: latents and queries are first rotated by a Hadamard matrix, as `rotate_latent` does in
   the weights. The outputs are rotated back.
@@ -33,10 +33,10 @@ from experiments.framework.options import flag, seed_flag
 from experiments.serving.demo import small_config
 from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import PagedKVCache
-from mla_jax.int8_dataflow import attend_int8
 from mla_jax.layer import preprocess
 from mla_jax.quantize import GRANULARITIES, hadamard, scales_of
 from mla_jax.reference.attention import attention_float64
+from mla_jax.reference.int8_dataflow import attend_int8
 from mla_jax.weights import init_params
 
 SUMMARY = "an int8 latent cache compared with float64, by scales, dataflow and data"

@@ -271,7 +271,7 @@ class Work:
         """Returns seq_lens -> the plan that `who` uses in one step; None for most."""
         if who.implementation != "hopper":
             return lambda seq_lens: None
-        from pallas_kernels.hopper.attention import plan_decode
+        from pallas_kernels.hopper.planning import plan_decode
 
         rescale = dict(who.options).get("rescale", "multiply")
         rows, cache = self.row.s_q * self.row.heads, "int8" if self.row.dtype == "int8" else "float"

@@ -168,8 +168,7 @@ class GpuStopwatch:
         return found
 
     def _compile(self, entry: Entry, work: Work, shapes: Sequence[Shape]) -> ModelProgram:
-        from pallas_kernels.hopper.attention import attend
-        from pallas_kernels.hopper.int8 import attend_int8
+        from pallas_kernels.hopper.attention import attend, attend_int8
 
         rows, struct = work.row.heads, cache_struct(work.pool, work.row.page_size, self.setup)
         attention: Callable[..., Any] = attend_int8
@@ -200,7 +199,7 @@ def _kernel_of(entry: Entry) -> str:
 
 
 def _planner(entry: Entry, shape: Shape) -> Callable[[jax.Array], Any]:
-    from pallas_kernels.hopper.attention import plan_decode
+    from pallas_kernels.hopper.planning import plan_decode
 
     return functools.partial(plan_decode, rows=shape.heads, tiles=_tiles(entry, shape))
 

@@ -17,6 +17,17 @@ ROWS = 64  # query rows per tile, at most
 BLOCK_TOKENS = 64  # tokens per KV block
 
 
+def plan_split_kv(seq_lens: jax.Array, rows: int) -> SplitPlan:
+    """Returns the plan that `split_kv` makes for itself, for so many query rows per request."""
+    return plan_splits(
+        seq_lens,
+        num_workers=WORKERS,
+        rows=rows,
+        rows_per_tile=min(ROWS, rows),
+        block_size=BLOCK_TOKENS,
+    )
+
+
 @jax.jit
 def attend_split_kv(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
     """Runs a split plan: all workers step together, block by block through their work items.
@@ -27,15 +38,7 @@ def attend_split_kv(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
 
     Returns o [B, S, H, kv_lora_rank] of q's dtype and lse [B, S, H] float32.
     """
-    plan = problem.plan
-    if plan is None:
-        plan = plan_splits(
-            problem.seq_lens,
-            num_workers=WORKERS,
-            rows=problem.num_rows,
-            rows_per_tile=min(ROWS, problem.num_rows),
-            block_size=BLOCK_TOKENS,
-        )
+    plan = problem.plan.split if problem.plan else plan_split_kv(problem.seq_lens, problem.num_rows)
     covered = covered_requests(plan, problem.seq_lens)
     cache, seq_lens = problem.cache, jnp.where(covered, problem.seq_lens, -1)
     q = _row_tiles(problem.query_rows(), plan)  # [T, rows, D]

@@ -20,8 +20,8 @@ from mla_jax.cache import PagedKVCache
 from mla_jax.hal.orders import ASCEND_ORDERS, AscendOrder
 from mla_jax.hal.schedule import Schedule
 from mla_jax.hal.tiling import TilePlan
-from mla_jax.int8_dataflow import scores_to_scale, weights_in_int8
 from mla_jax.online_softmax import finalize, rescale_output, weigh
+from mla_jax.reference.int8_dataflow import scores_to_scale, weights_in_int8
 from pallas_kernels.blockwise.launch import (
     Workspace,
     begin_state,

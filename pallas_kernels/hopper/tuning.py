@@ -160,7 +160,7 @@ def transposed_int8_tiles(
     kv_lora_rank: int = 512,
     rope_dim: int = 64,
 ) -> TilePlan:
-    """Of `decode_transposed_int8`: up to 32 rows, 16 where two warpgroups compute by turns; one loads.
+    """Of `decode_transposed_int8`: up to 32 rows, or 16 if two warpgroups compute; one loads.
 
     computing: warpgroups, 1 or 2. depth: slots of a block, a multiple of `computing`. registers: as
     in `seesaw_tiles`, where two compute; one computing thread can have as many as there are.

@@ -12,7 +12,7 @@ from sass import overwritten_in_flight
 
 from mla_jax import plan_fixed, plan_splits
 from mla_jax.hal import load_profile
-from pallas_kernels.hopper import int8
+from pallas_kernels.hopper import attention
 from pallas_kernels.hopper.tuning import (
     choose_tile_plan,
     roles_int8_tiles,
@@ -174,7 +174,7 @@ def test_compiles_for_sm90a(h200, heads, tokens, requests):
     """
 
     def attend(*args):
-        return int8.attend_int8(*args, None, num_heads=heads, softmax_scale=SCALE, causal=True)
+        return attention.attend_int8(*args, None, num_heads=heads, softmax_scale=SCALE, causal=True)
 
     def struct(shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(shape, dtype)

@@ -15,7 +15,7 @@ from experiments.speed import tune_hopper
 from mla_jax import PagedKVCache, paged_mla_attention
 from mla_jax.hal import PROFILES, Problem, TilePlanError, plan_tiles
 from mla_jax.splits.planner import SlowPlanWarning, plan_fixed, plan_splits
-from pallas_kernels.hopper import attention, int8
+from pallas_kernels.hopper import attention, device, planning
 from pallas_kernels.hopper.tuning import (
     choose_tile_plan,
     few_tokens,
@@ -192,7 +192,7 @@ def test_the_stopwatch_checks_what_it_times(monkeypatch, right: bool) -> None:
     """With a kernel that runs anywhere."""
 
     def attend(q, pages, tables, seq_lens, query_lens, plan, **options):
-        assert options["tiles"].rows_per_tile == plan.rows_per_tile == 16
+        assert options["tiles"].rows_per_tile == plan.split.rows_per_tile == 16
         cache = PagedKVCache(pages, options["kv_lora_rank"], 64, 64, "ND")
         o, lse = paged_mla_attention(
             q[:, None], cache, tables, seq_lens, softmax_scale=options["softmax_scale"]
@@ -200,7 +200,7 @@ def test_the_stopwatch_checks_what_it_times(monkeypatch, right: bool) -> None:
         return o[:, 0] * (1.0 if right else 1.1), lse[:, 0]
 
     monkeypatch.setattr(attention, "attend", attend)
-    monkeypatch.setattr(attention, "num_sms", lambda: 132)
+    monkeypatch.setattr(device, "num_sms", lambda: 132)
     monkeypatch.setattr(
         tune_hopper, "WORKLOADS", ((2, 100, "uniform"), (2, 100, "varlen"), (1, 64, "uniform"))
     )
@@ -227,10 +227,10 @@ class TestPlansOfOthers:
 
     @pytest.mark.parametrize(("rows", "cache"), [(16, "float"), (128, "float"), (128, "int8")])
     def test_the_right_plan_is_silent(self, rows, cache):
-        plan = shapes(attention.plan_decode, self.LENS, rows=rows, capacity=8192, cache=cache)
+        plan = shapes(planning.plan_decode, self.LENS, rows=rows, capacity=8192, cache=cache)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            attention.warn_if_slow(plan, rows, capacity=8192, cache=cache)
+            planning.warn_if_slow(plan.split, rows, capacity=8192, cache=cache)
 
     @pytest.mark.parametrize("cache", ["float", "int8"])
     def test_another_plan_is_said(self, cache, monkeypatch):
@@ -239,10 +239,9 @@ class TestPlansOfOthers:
         plan = shapes(plan_splits, self.LENS, num_workers=132, rows=128, rows_per_tile=height)
         message = f"plan has rows_per_tile {height} and 132 workers, .* for 8 requests of 128 rows"
         with pytest.warns(SlowPlanWarning, match=message):
-            attention.warn_if_slow(plan, 128, capacity=8192, cache=cache)
+            planning.warn_if_slow(plan, 128, capacity=8192, cache=cache)
 
-        for module in (attention, int8):
-            monkeypatch.setattr(module, "launch", lambda *_, **__: "launched")
+        monkeypatch.setattr(attention, "launch", lambda *_, **__: "launched")
         options = {"num_heads": 128, "softmax_scale": 1.0, "causal": True}
         tables, pages = jnp.zeros((8, 128), jnp.int32), np.zeros((1, 64, 512), np.int8)
         work = tables, self.LENS, None, plan
@@ -250,7 +249,7 @@ class TestPlansOfOthers:
         attend = functools.partial(attention.attend.__wrapped__, q, q[:1, :64], kv_lora_rank=512)
         if cache == "int8":
             attend = functools.partial(
-                int8.attend_int8.__wrapped__, q, pages, q[:1, :64, :64], None
+                attention.attend_int8.__wrapped__, q, pages, q[:1, :64, :64], None
             )
         with pytest.warns(SlowPlanWarning, match=message):
             assert attend(*work, **options) == "launched"
@@ -260,7 +259,7 @@ class TestPlansOfOthers:
         with pytest.warns(
             SlowPlanWarning, match="6 workers.* tuned for rows_per_tile 128 and 66 w"
         ):
-            attention.warn_if_slow(plan, 128, capacity=8192)
+            planning.warn_if_slow(plan, 128, capacity=8192)
 
     def test_a_fixed_plan_may_have_the_tiles_of_any_batch(self):
         lens, options = np.full(1, 64, np.int32), {"split_size": 64, "max_seq_len": 64}
@@ -268,7 +267,7 @@ class TestPlansOfOthers:
         plan = shapes(plan_fixed, lens, num_workers=66, rows=128, rows_per_tile=128, **options)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            attention.warn_if_slow(plan, 128, capacity=64)
+            planning.warn_if_slow(plan, 128, capacity=64)
         plan = shapes(plan_splits, lens, num_workers=66, rows=128, rows_per_tile=128)
         with pytest.warns(SlowPlanWarning, match="for 1 requests of 128 rows and up to 64 keys"):
-            attention.warn_if_slow(plan, 128, capacity=64)
+            planning.warn_if_slow(plan, 128, capacity=64)
