@@ -1,8 +1,8 @@
 """Runs an experiment: python -m experiments.launch --experiment=NAME --output_dir=DIR
 
 It writes DIR/NAME/result.json and pictures next to it. The exit status is 0 if the experiment
-passed, 1 if it ran and did not pass, 2 if it could not run (flags, input, a full disk), 130 after
-Ctrl-C and 143 after SIGTERM.
+passed and 1 if it ran and did not pass. It is 2 if the experiment could not run, because of flags,
+input or a full disk. After Ctrl-C it is 130, after SIGTERM 143.
 """
 
 import dataclasses

@@ -82,8 +82,8 @@ class PageAllocator:
     def extend(self, request_id: Hashable, num_tokens: int) -> None:
         """Grows a live request to `num_tokens` in total, at least as many as it has.
 
-        Raises KeyError if the request is not live, TypeError for a count that is not an integer,
-        ValueError if the request would shrink, and OutOfPagesError if there are not enough free
+        Raises KeyError if the request is not live, TypeError for a count that is not an integer, and
+        ValueError if the request would shrink. Raises OutOfPagesError if there are not enough free
         pages. After an error the allocator is unchanged.
         """
         with self._lock:
@@ -121,8 +121,9 @@ class PageAllocator:
 
         Raises KeyError for a request that is not live. Raises TypeError for ids that are not a
         sequence, a size or fill that is not an integer, or a cache that is not a PagedKVCache.
-        Raises ValueError for a request with more than max_pages pages, a fill that does not fit
-        int32, or a cache with another page size or with fewer pages than this allocator.
+        Raises ValueError for a request with more than max_pages pages, or a fill that does not fit
+        int32. Raises ValueError for a cache with another page size or fewer pages than this
+        allocator.
         """
         if not _is_sequence(request_ids):
             raise TypeError(

@@ -87,8 +87,8 @@ class PagedKVCache:
 
         Raises TypeError for sizes that are not integers, an invalid dtype, or a scale that is not a
         real number. Raises ValueError for sizes that are not positive, an option that is not in its
-        list, a scale that is out of range, missing or not needed, and in layout NZ for rows that
-        are not a multiple of 32 bytes.
+        list, and a scale that is out of range, missing or not needed. Raises ValueError for rows
+        that are not a multiple of 32 bytes in layout NZ.
         """
         num_pages = checks.require_positive("num_pages", num_pages)
         if num_pages > _INT32.max:
@@ -212,11 +212,10 @@ class PagedKVCache:
 
         Raises:
             TypeError: a dtype other than those above, or a donate that is not a bool.
-            ValueError: shapes that do not fit. For values that are not traced also lengths that
-                are negative or exceed the block table, pages that the cache does not have, and two
-                tokens with the same position in the cache. Nothing has been written then. With
-                traced values, the tokens of an invalid request are not written, and its attention
-                is NaN.
+            ValueError: shapes that do not fit. Values that are not traced are also checked for
+                lengths that are negative or exceed the block table, pages that the cache does not
+                have, and two tokens with one position. Nothing has been written then. With traced
+                values, the tokens of an invalid request are not written, and its attention is NaN.
         """
         donate = checks.require_bool("donate", donate)
         self._check_append(kv, block_tables, seq_lens, query_lens)

@@ -203,10 +203,10 @@ class MLAConfig:
 
         Raises:
             FileNotFoundError: no config.json.
-            CheckpointError (a ValueError): the file is not JSON, or a key is missing, malformed,
-                or asks for what this library does not compute, such as another model or rope type,
-                sparse attention or a sliding window (see `config_keys`). The message names the
-                file and the key.
+            CheckpointError (a ValueError): the file is not JSON, or a key is missing or malformed,
+                or asks for what this library does not compute. Examples are another model or rope
+                type, sparse attention and a sliding window; see `config_keys`. The message names
+                the file and the key.
         """
         if isinstance(source, Mapping):
             return config_from_json(source, "config.json")

@@ -6,8 +6,8 @@ a bfloat16 cache also has their rounding error. The methods are:
 - token, group, tensor: an int8 cache with such scales, dequantized, and all else in float32. This
   is the error of the cache alone, and what `xla` computes with it.
 - "bf16 P", "int8 P", "int8 q, ...": the dataflows of `mla_jax.reference.int8_dataflow` over that
-  cache, which also round P and the queries. Int8 queries with int8 P are Ascend's dataflow. Int8 queries, or
-  int14 (two int8 per value), with bf16 P suit the int8 tensor cores of Hopper.
+  cache, which also round P and the queries. Int8 queries with int8 P are Ascend's dataflow. Int8
+  queries, or int14 (two int8 per value), with bf16 P suit the int8 tensor cores of Hopper.
 - rotated: latents and queries are first rotated by a Hadamard matrix, as `rotate_latent` does in
   the weights. The outputs are rotated back.
 

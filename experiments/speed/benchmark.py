@@ -43,7 +43,7 @@ from mla_jax.hal import PROFILES, HardwareProfile, Problem, simulate
 
 SUMMARY = "times decode attention on a grid, with plain JAX, baselines, ceilings and the simulator"
 
-DEEPSEEK_WIDTHS = (512, 64)  # (kv_lora_rank, rope_dim) of all rates, baselines and predictions
+DEEPSEEK_WIDTHS = (512, 64)  # kv_lora_rank and rope_dim of rates, baselines and predictions
 MEASURED = FOLDER.parent / "measured"  # CARD_decode.json: hopper and baselines of one process
 SIMULATED = {  # implementation -> the simulator's kernel of the same structure
     "hopper": "flashmla_dense",
