@@ -82,9 +82,9 @@ class PageAllocator:
     def extend(self, request_id: Hashable, num_tokens: int) -> None:
         """Grows a live request to `num_tokens` in total, at least as many as it has.
 
-        Raises KeyError if the request is not live, TypeError for a count that is not an integer, and
-        ValueError if the request would shrink. Raises OutOfPagesError if there are not enough free
-        pages. After an error the allocator is unchanged.
+        Raises KeyError if the request is not live, TypeError for a count that is not an integer,
+        and ValueError if the request would shrink. Raises OutOfPagesError if there are not enough
+        free pages. After an error the allocator is unchanged.
         """
         with self._lock:
             self._require_live(request_id)

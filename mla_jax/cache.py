@@ -212,9 +212,9 @@ class PagedKVCache:
 
         Raises:
             TypeError: a dtype other than those above, or a donate that is not a bool.
-            ValueError: shapes that do not fit. Values that are not traced are also checked for
-                lengths that are negative or exceed the block table, pages that the cache does not
-                have, and two tokens with one position. Nothing has been written then. With traced
+            ValueError: shapes that do not fit. Values that are not traced are also checked: lengths
+                that are negative or exceed the block table, pages that the cache does not have, and
+                two tokens with one position. Nothing has been written then. With traced
                 values, the tokens of an invalid request are not written, and its attention is NaN.
         """
         donate = checks.require_bool("donate", donate)

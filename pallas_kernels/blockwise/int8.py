@@ -85,17 +85,17 @@ def blockwise_mla_int8(
             "o": ((tile, width), jnp.float32),
         }
 
-    walk = functools.partial(
-        _walk, meta=cache, softmax_scale=softmax_scale, two_signals=order.signals == 2
+    kernel = functools.partial(
+        _kernel, meta=cache, softmax_scale=softmax_scale, two_signals=order.signals == 2
     )
     return launch(
-        walk, order, rows=[quantize.quantize(q_nope, q_scale), q_scale, q_rope], cache=cache,
+        kernel, order, rows=[quantize.quantize(q_nope, q_scale), q_scale, q_rope], cache=cache,
         block_tables=block_tables, seq_lens=seq_lens, visible=visible, width=width,
         tiles=tiles, kv_dtype="int8", workspace=workspace, interpret=interpret,
     )  # fmt: skip
 
 
-def _walk(
+def _kernel(
     program_ref: Any,
     q_nope_ref: Any,
     q_scale_ref: Any,

@@ -88,9 +88,11 @@ def blockwise_mla(
             "o": ((tile, cache.kv_lora_rank), jnp.float32),
         }
 
-    walk = functools.partial(_walk, meta=cache, softmax_scale=softmax_scale, compensate=compensate)
+    kernel = functools.partial(
+        _kernel, meta=cache, softmax_scale=softmax_scale, compensate=compensate
+    )
     o, lse = launch(
-        walk, order, rows=[q], cache=cache, block_tables=block_tables, seq_lens=seq_lens,
+        kernel, order, rows=[q], cache=cache, block_tables=block_tables, seq_lens=seq_lens,
         visible=visible, width=cache.kv_lora_rank, tiles=tiles, kv_dtype="bf16",
         workspace=workspace, interpret=interpret,
     )  # fmt: skip
@@ -104,7 +106,7 @@ def _is_amla(schedule: Schedule) -> bool:
     return schedule.buffers.get("Otmp") is None and "O" in schedule.buffers
 
 
-def _walk(
+def _kernel(
     program_ref: Any,
     q_ref: Any,
     pages_ref: Any,

@@ -23,7 +23,7 @@ STATE = ("m", "l", "residual", "lost")
 
 
 def launch(
-    walk: Callable[..., None],
+    kernel: Callable[..., None],
     order: Callable[[int], Schedule],
     *,
     rows: Sequence[jax.Array],
@@ -37,12 +37,12 @@ def launch(
     workspace: Callable[[Schedule, int, int], Workspace],
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs `walk` for every (request, row tile).
+    """Runs `kernel` for every (request, row tile).
 
     Args:
-        walk: the kernel. It gets refs in the order program, rows, arrays of the cache, block table,
-            length, visible, o, lse, workspace, state. By name it gets `names` (the program's ops)
-            and `block_kv`.
+        kernel: gets refs in the order program, rows, arrays of the cache, block table, length,
+            visible, o, lse, workspace, state. By name it gets `names` (the program's ops) and
+            `block_kv`.
         order: the schedule for a number of blocks.
         rows: arrays [B, R, ...] that are divided into row tiles.
         cache, block_tables, seq_lens, visible, tiles, interpret: as in `blockwise_mla`.
@@ -85,7 +85,7 @@ def launch(
         jax.ShapeDtypeStruct((batch, num_tiles * tile), jnp.float32),
     ]
     run = pl.pallas_call(
-        functools.partial(walk, names=names, block_kv=tiles.block_kv),
+        functools.partial(kernel, names=names, block_kv=tiles.block_kv),
         grid=(batch, num_tiles),
         in_specs=[
             whole(program.shape),
