@@ -134,8 +134,8 @@ class Line(NamedTuple):
 
     def largest_load(self, boundaries: jax.Array) -> jax.Array:
         """Returns the largest cost of a range between two boundaries."""
-        # `before` is the cost of all work before each boundary. A worker whose range starts inside a
-        # tile pays the tile's overhead `again`, because its part is a work item of its own.
+        # `before` is the cost of all work before each boundary. A worker whose range starts inside
+        # a tile pays the tile's overhead `again`, because its part is a work item of its own.
         tile = self.tile_at(boundaries)  # the last tile for a boundary at the end of the line
         taken = jnp.minimum(boundaries - self.edge[tile], self.blocks[tile])
         whole = (taken > 0) & (taken == self.blocks[tile])
