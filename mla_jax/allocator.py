@@ -177,13 +177,13 @@ class PageAllocator:
 
     def _grow(self, request_id: Hashable, num_tokens: int) -> None:
         held = self._pages.get(request_id, [])
-        wanted = -(-num_tokens // self.page_size) - len(held)
-        if wanted > len(self._free):
+        needed = -(-num_tokens // self.page_size) - len(held)
+        if needed > len(self._free):
             raise OutOfPagesError(
-                f"request {request_id!r} wants {wanted} more pages of {self.page_size} tokens, "
+                f"request {request_id!r} needs {needed} more pages of {self.page_size} tokens, "
                 f"{len(self._free)} of {self.num_pages} are free"
             )
-        new = [self._free.pop() for _ in range(wanted)]
+        new = [self._free.pop() for _ in range(needed)]
         self._pages[request_id] = held + new
         self._tokens[request_id] = num_tokens
 

@@ -264,11 +264,11 @@ def config_from_json(raw: Mapping[str, Any], where: str) -> MLAConfig:
             f"got {shown(model_type)}" + (f" (with {', '.join(foreign)})" if foreign else "")
         )
     if foreign:
-        raise CheckpointError(f"{where}: asks for an attention not computed here: {_list(foreign)}")
+        raise CheckpointError(f"{where}: asks for attention that this library does not compute: {_list(foreign)}")
     for key, outer in around:
         for name in sorted((READ - {"model_type"}) & outer.keys()):
             if outer[name] is not None and (name not in inner or outer[name] != inner[name]):
-                raise CheckpointError(f"{where}: {name} is not the same beside {key} and in it")
+                raise CheckpointError(f"{where}: {name} differs between {key} and around it")
     try:
         config = _config(inner, model_type)
     except (TypeError, ValueError) as error:

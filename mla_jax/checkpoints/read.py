@@ -117,7 +117,7 @@ class Checkpoint:
         if len(prefixes) != 1:
             listed = f"{prefixes}: choose one by prefix" if prefixes else f"only layers {numbers}"
             raise CheckpointError(
-                f"{self.folder}: layer {shown(layer)} must be there once, as "
+                f"{self.folder}: layer {shown(layer)} must exist once, as "
                 f"model.layers.{shown(layer)}.self_attn.* with kv_a_proj_with_mqa; found {listed}"
             )
         return prefixes[0]
@@ -163,12 +163,12 @@ class Checkpoint:
         if value.dtype != ml_dtypes.float8_e4m3fn:
             if scale_name in self._files:
                 raise CheckpointError(
-                    f"{self.folder}: {name} must be fp8, as {scale_name} is there, "
+                    f"{self.folder}: {name} must be fp8, because {scale_name} exists, "
                     f"got {value.dtype}"
                 )
             return value
         if value.ndim != 2:
-            raise CheckpointError(f"{self.folder}: {name} is fp8 but no matrix: {value.shape}")
+            raise CheckpointError(f"{self.folder}: {name} is fp8 but not a matrix: {value.shape}")
         block = self._weight_block_size()
         scale = self._read_raw(scale_name)
         blocks = tuple(-(-size // edge) for size, edge in zip(shape, block, strict=True))
@@ -225,7 +225,7 @@ class Checkpoint:
         if name in self._twice:
             raise CheckpointError(
                 f"tensor {name} is in {self._files[name]} and in {self._twice[name]}, "
-                f"and no {INDEX} chooses"
+                f"and no {INDEX} says which to read"
             )
         return self._files[name]
 
@@ -328,7 +328,7 @@ def _read_index(index: Path) -> dict[str, Path]:
             if not _is_inside(file):
                 raise CheckpointError(
                     f"{index}: weight_map puts {shown(name)} in {shown(file)}, "
-                    "which is no name of a file in this folder"
+                    "which does not name a file in this folder"
                 )
             paths[file] = index.parent / file
     return {name: paths[file] for name, file in weight_map.items()}
@@ -354,7 +354,7 @@ def _read_header(path: Path) -> dict[str, Any]:
     numpy dtype for fp8.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path} is {'no file' if path.exists() else 'missing'}")
+        raise CheckpointError(f"{path} is {'not a file' if path.exists() else 'missing'}")
     try:
         with safetensors.safe_open(path, framework="np"):
             pass

@@ -64,11 +64,11 @@ def _present(folder: Path, config: MLAConfig) -> dict[str, str]:
     did not write.
     """
     if os.path.lexists(folder) and not folder.is_dir():
-        raise FileExistsError(f"folder must be a folder or new, {folder} is something else")
+        raise FileExistsError(f"folder must be a folder or not exist yet, {folder} is a file")
     there = [*folder.glob("*.safetensors"), *folder.glob(f"*{INDEX.removeprefix('model')}")]
     if not os.path.lexists(folder / "config.json"):
         if there:
-            raise FileExistsError(f"{there[0]}: weights without a config.json are here already")
+            raise FileExistsError(f"{there[0]}: the folder has weights but no config.json")
         return {}
     path = config_json_path(folder)
     found = config_from_json(read_json_object(path), str(path))

@@ -94,7 +94,7 @@ class TilePlan:
             )
         for buffer, used in self.used().items():
             if buffer not in self.capacity:
-                raise TilePlanError(f"{self.profile}: {buffer} is no buffer of this profile")
+                raise TilePlanError(f"{self.profile}: {buffer} is not a buffer of this profile")
             if used > self.capacity[buffer]:
                 parts = ", ".join(
                     f"{u.what} {u.count} x {u.bytes_each}" for u in self.uses if u.buffer == buffer

@@ -114,7 +114,7 @@ def plan_splits(
         raise ValueError(f"merge_overhead must be at most {MOST_WORK // 2}, got {merge_overhead}")
     in_pairs = checks.require_bool("in_pairs", in_pairs)
     if in_pairs and num_workers % 2:
-        raise ValueError(f"num_workers must be even where they are in pairs, got {num_workers}")
+        raise ValueError(f"num_workers must be even with in_pairs, got {num_workers}")
     seq_lens = checks.snapshot(seq_lens)
     most = math.ceil((max_seq_len or _LARGEST) / costs.block_size)
     return _plan_splits(seq_lens, num_workers, costs, merge_overhead, in_pairs, most)

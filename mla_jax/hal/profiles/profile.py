@@ -162,7 +162,7 @@ class HardwareProfile:
         fields = FIELDS[self.family]
         for field in self.numbers:
             if field not in fields:
-                raise ValueError(f"{self.name}: {field} is no field of family {self.family!r}")
+                raise ValueError(f"{self.name}: {field} is not a field of family {self.family!r}")
         numbers = {}
         for field, unit in fields.items():
             if field not in self.numbers:
@@ -211,7 +211,7 @@ class HardwareProfile:
         numbers = dict(self.numbers)
         for field, value in values.items():
             if field not in numbers:
-                raise ValueError(f"{self.name}: {field} is no field of family {self.family!r}")
+                raise ValueError(f"{self.name}: {field} is not a field of family {self.family!r}")
             numbers[field] = Number(value, numbers[field].unit, source, "assumed")
         return dataclasses.replace(self, numbers=numbers)
 
@@ -299,4 +299,4 @@ def _require_keys(
             raise ValueError(f"{where} has no {key}: {key} is missing")
     for key in data:
         if key not in (*needed, *allowed):
-            raise ValueError(f"{where}: {key!r} is no key, wanted {', '.join((*needed, *allowed))}")
+            raise ValueError(f"{where}: {key!r} is not a key, wanted {', '.join((*needed, *allowed))}")
