@@ -264,7 +264,9 @@ def config_from_json(raw: Mapping[str, Any], where: str) -> MLAConfig:
             f"got {shown(model_type)}" + (f" (with {', '.join(foreign)})" if foreign else "")
         )
     if foreign:
-        raise CheckpointError(f"{where}: asks for attention that this library does not compute: {_list(foreign)}")
+        raise CheckpointError(
+            f"{where}: asks for attention that this library does not compute: {_list(foreign)}"
+        )
     for key, outer in around:
         for name in sorted((READ - {"model_type"}) & outer.keys()):
             if outer[name] is not None and (name not in inner or outer[name] != inner[name]):

@@ -299,4 +299,6 @@ def _require_keys(
             raise ValueError(f"{where} has no {key}: {key} is missing")
     for key in data:
         if key not in (*needed, *allowed):
-            raise ValueError(f"{where}: {key!r} is not a key, wanted {', '.join((*needed, *allowed))}")
+            raise ValueError(
+                f"{where}: {key!r} is not a key, wanted {', '.join((*needed, *allowed))}"
+            )
