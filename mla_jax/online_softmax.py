@@ -4,14 +4,16 @@ The recurrence is online softmax (Milakov and Gimelshein, arXiv 1805.02867; Flas
 2205.14135). Per row it keeps the running maximum m, the sum l of e^(s - m), and the output O. When
 m rises, O must be scaled down, in one of two ways:
 - "multiply": O <- O * e^(m_old - m_new).
-- "exponent_add": AMLA (arXiv 2509.25224). The stored value is r O, with a residual r in [2^-1/2,
-  2^1/2]. The factor is then a power of two, 2^-k with k = round(log2(r_old e^(m_new - m_old))).
-  Rescaling adds an integer to the bits of O: as_f32(as_i32(O) - k 2^23). P is multiplied by the new
-  residual r = r_old e^(m_new - m_old) 2^-k before it is rounded to the values' dtype. Rounding r
-  loses the factor c = r / round(r). The same addition corrects for it to first order
-  (`compensate`). The paper takes r = e^m 2^n with n = round(-m / ln 2). Differences of maxima give
-  the same k and avoid the product n ln 2, which is inexact in float32 for large scores. So every
-  finite score is allowed. The derivative is that of "multiply".
+- "exponent_add": AMLA (arXiv 2509.25224) adds an integer to the bits of O.
+
+AMLA stores r O, with a residual r in [2^-1/2, 2^1/2]. The factor between two blocks is then a power
+of two, 2^-k with k = round(log2(r_old e^(m_new - m_old))), and O is rescaled by
+as_f32(as_i32(O) - k 2^23). The new residual is r = r_old e^(m_new - m_old) 2^-k. P is multiplied by
+it before P is rounded to the values' dtype. Rounding r loses the factor c = r / round(r), and the
+same addition corrects for it to first order (`compensate`). The derivative is that of "multiply".
+
+The paper takes r = e^m 2^n with n = round(-m / ln 2). Differences of maxima give the same k without
+the product n ln 2, which is inexact in float32 for large scores. So every finite score is allowed.
 
 Scores and values that are not finite have these results:
 - A score of -inf has weight 0, like a key that the row must not see. A row with scores of -inf only
@@ -42,7 +44,9 @@ _LN2_LOW = _LN2 - _LN2_HIGH
 _MANTISSA_BITS = 23
 _SMALLEST_NORMAL_BITS = 1 << _MANTISSA_BITS
 _INFINITY_BITS = 0x7F800000
-_FARTHEST_DROP = 254  # of an exponent: turns the largest float32 into less than the smallest normal
+_FARTHEST_DROP = 254  # largest k: it makes every float32 less than the smallest normal number
+# Adding d 2^23 to the bits of x adds d 2^exponent, which is x d / mantissa. The correction assumes
+# the mean mantissa.
 _MEAN_MANTISSA = 1.5
 
 
