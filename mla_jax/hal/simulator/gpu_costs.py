@@ -33,9 +33,11 @@ class Kernel:
         address per row first.
     block_q, block_kv: its tile.
     warps: number of warps that compute.
-    qk: "whole", "sharded" or "duplicated".
+    qk: "whole", "sharded" or "duplicated", as in `TilePlan`.
     barriers: block-wide barriers per KV block.
-    merge: how partials are merged.
+    merge: how partials are merged. "none" is not at all. "merge_first" and "merge" are FlashInfer's
+        first and later version, in the same launch after a grid sync. "combine" and "stage2" are
+        second kernels, of FlashMLA and of SGLang's Triton decode.
     partial_bytes: bytes per value of a partial output.
     value_loads: 2 if the values are loaded again after softmax.
     multicast: CTAs of a cluster that share the loading of every KV block.
