@@ -167,6 +167,7 @@ def _ceiling(cache: CacheSize, weights: float, context: int) -> tuple[int, float
 
 
 def draw(path: Path, rows: list[Row], parts: tuple[Part, ...], model: str) -> None:
+    """Draws the bytes per token of each scheme, and the steps of the reduction."""
     title = "Size of a KV cache, and the causes of DeepSeek-V2's 93.3 %"
     with plotting.figure(path, title, columns=2, size=(12, 4.8)) as (left, right):
         _draw_schemes(left, rows, model)

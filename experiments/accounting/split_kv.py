@@ -221,6 +221,7 @@ def covers_once(plan: SplitPlan, seq_lens: np.ndarray) -> bool:
 
 
 def draw(path: Path, rows: list[Row], pictured: dict[str, SplitPlan], options: Options) -> None:
+    """Draws the efficiency under both cost models, and the plans of one batch."""
     title = f"Split plans on {options.workers} workers"
     with plotting.figure(path, title, rows=3, size=(13, 10)) as (top, middle, bottom):
         _draw_efficiency(top, rows, "blocks")

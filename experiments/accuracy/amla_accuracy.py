@@ -161,6 +161,7 @@ def _scores(q: jax.Array, kv: jax.Array) -> jax.Array:
 
 
 def draw(path: Path, rows: list[Row]) -> None:
+    """Draws the errors by distribution, and by rise of the scores."""
     title = "AMLA: rescaling the output by an integer addition to its exponent"
     with plotting.figure(path, title, columns=2, size=(12, 4.6)) as (left, right):
         shown = [row for row in rows if row["distribution"] in DISTRIBUTIONS]

@@ -273,6 +273,7 @@ def by_case(rows: list[Row], key: str) -> list[Row]:
 
 
 def draw(path: Path, errors: list[Row], spreads: list[Row]) -> None:
+    """Draws the errors by data and method, and by the spread of the scores."""
     with plotting.figure(
         path, "An int8 latent cache against float64", columns=2, size=(14, 5.4)
     ) as (left, right):

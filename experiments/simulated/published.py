@@ -168,6 +168,7 @@ def show_constants() -> None:
 
 
 def draw(path: Path, rows: list[Row]) -> None:
+    """Draws the model's values over the published ones, a panel per table."""
     tables = list(dict.fromkeys(row["table"] for row in rows))
     size = (5.2 * max(1, len(tables)), 4.8)
     with plotting.figure(path, "Model against published", columns=len(tables), size=size) as axes:

@@ -71,7 +71,7 @@ class SplitPlan:
         return self.tile_partial_start.shape[0] - 1
 
     def arrays(self) -> dict[str, jax.Array]:
-        """The plan's arrays, by name."""
+        """Returns the plan's arrays, by name."""
         names = (*_OF_ITEMS, "worker_start", "tile_partial_start")
         return {name: getattr(self, name) for name in names}
 
