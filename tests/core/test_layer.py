@@ -482,7 +482,7 @@ def test_what_is_refused_late_leaves_the_cache():
     for implementation in ("hopper", ["hopper"]):
         with pytest.raises(ValueError, match="'hopper' can't run this"):
             mla_layer(params, SMALL, x, cache, tables, lens, implementation=implementation)
-    with pytest.raises(TypeError, match="plan must be a SplitPlan"):
+    with pytest.raises(TypeError, match="plan must be a DecodePlan or a SplitPlan"):
         mla_layer(params, SMALL, x, cache, tables, lens, plan=3)
     assert not np.any(cache.pages)
 
