@@ -17,43 +17,47 @@ from pallas_kernels.hopper.kernels.decode_int8_refs import (
     SOFTMAX_WARPGROUP,
     STEP_TOKENS,
     Destination,
-    Kernel,
+    Partials,
+    Role,
     opaque_zero,
     per_query,
     per_token,
 )
 from pallas_kernels.hopper.kernels.merge import Place, Refs, merge_shares, row_parts
-from pallas_kernels.hopper.mosaic.dequantize import WIDENED_UNIT
+from pallas_kernels.hopper.mosaic.dequantize import GROUP, WIDENED_UNIT
 from pallas_kernels.hopper.mosaic.primitives import ROWS
+from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.mosaic.transposed import COLUMNS
+from pallas_kernels.hopper.parts.call import Outputs
 from pallas_kernels.hopper.parts.quantize_q import fetch_q
 from pallas_kernels.hopper.work_items import BLOCK, LN2, NO_KEY, WorkItem
 
-SUM_LIMIT = 2.0**64  # of a row of e^(s - m): above it the work item is computed again
-COMBINED_REGISTERS = 32  # partial O in flight per thread, what the registers allow
+SUM_LIMIT = 2.0**64  # where a query's sum of e^(s - m) is larger, the work item is repeated
+COMBINE_REGISTERS = 32  # per thread, for partial o in flight: what is left beside the rest
 
 
 class Blocks(NamedTuple):
-    """The KV blocks of the work item in hand, for the softmax warpgroup."""
+    """The KV blocks of the work item in hand."""
 
     start: Any
-    unmasked: Any  # blocks before this one are visible to every query of the tile
-    running: Any  # whether every block raises the maxima, not only the first
+    unmasked_end: Any  # blocks before this one are visible to every query of the tile
+    running: Any  # whether every block raises the maxima, and not only the first one
 
 
 class Progress(NamedTuple):
     """What the softmax warpgroup carries from one block to the next, in registers."""
 
-    sums: Any  # per query and thread: the sum of e^(s - m) over the rows that the thread has
+    sums: Any  # per query: each thread's part of the sum of e^(s - m)
     stage: Any
-    products: Any  # S^T of the block, in parts: (integer halves, rope part); (): no block is left
+    products: tuple[Any, ...]  # S^T of the block: the integer part and the rope part; () at the end
 
 
-class Softmax(Kernel):
-    """Warpgroup 2 turns each block into P^T, and computes the sums and lse of each work item.
+class Softmax(Role):
+    """Warpgroup 2 makes P^T of each block, and sums and lse of each work item.
 
-    It starts S^T of the next block before it signals P^T of this one. So the tensor cores compute
-    that S^T first, and this warpgroup, the slowest of the four, has no wait in its chain.
+    S^T, softmax and S^T of the next block are one chain. It takes longer than the output
+    warpgroups need for a block, so they are ready when P^T is. The next S^T is started before P^T
+    is signalled, ahead of the products of the output warpgroups.
     """
 
     def run(self) -> None:
@@ -61,32 +65,26 @@ class Softmax(Kernel):
         self.scratch.descriptor[FIELD.repeats] = 0
 
         def run_item(items_left: Any) -> Any:
-            self.load_queries(items_left)
-            return self.compute_item()
+            self._load_queries(items_left)
+            return self._compute_item()
 
         first, stop = self.item_range()
-        # The descriptor says how many items are left, so the number takes no register meanwhile.
+        # The number of items left is in the descriptor, so it takes no register while one runs.
         none_left = lax.while_loop(lambda left: left > 0, run_item, stop - first)
         plgpu.barrier_wait(self.sums_taken(none_left))
 
     # -- the queries of an item -----------------------------------------------------------------
-    def load_queries(self, items_left: Any) -> None:
-        """Writes q, the keys that each query sees, and empty maxima to shared memory."""
+    def _load_queries(self, items_left: Any) -> None:
+        """Writes q, the number of keys that each query sees, and unset maxima."""
         item, scratch = self.scratch.descriptor, self.scratch
         plgpu.barrier_wait(self.item_ready(items_left))
         request, row_tile = item[FIELD.request], item[FIELD.row_tile]
-        fetch_q(
-            self.g,
-            self.inputs.q,
-            (request, row_tile * QUERIES),
-            (scratch.q_latent, scratch.q_rope, scratch.q_steps),
-            0,
-            QUERIES,
-            unit=self.call.log2_scale,
-        )
-        row_tile, kv_len, query_len = self.query_fields()
-        query = self.g.iota_line(QUERIES, COLUMNS) + row_tile * QUERIES
-        token = query // self.call.num_heads
+        targets = scratch.q_latent, scratch.q_rope, scratch.q_steps
+        first = request, row_tile * QUERIES
+        fetch_q(self.g, self.inputs.q, first, targets, 0, QUERIES, unit=self.call.log2_scale)
+        row_tile, kv_len, query_len = self._query_fields()
+        row = self.g.iota_line(QUERIES, COLUMNS) + row_tile * QUERIES
+        token = row // self.call.num_heads
         keys = kv_len - query_len + token + 1 if self.call.causal else kv_len
         scratch.visible_keys.at[0][...] = jnp.where(token < query_len, keys, 0)
         for i, value in enumerate((0.0, 1.0)):
@@ -94,77 +92,73 @@ class Softmax(Kernel):
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.q_ready(row_tile))
 
-    def query_fields(self) -> tuple[Any, Any, Any]:
+    def _query_fields(self) -> tuple[Any, Any, Any]:
         """Returns (row_tile, kv_len, query_len)."""
         item = self.scratch.descriptor
         return item[FIELD.row_tile], item[FIELD.kv_len], item[FIELD.query_len]
 
-    def unmasked_end(self, start: Any, end: Any) -> Any:
-        """Returns where the blocks end that every query of the tile sees whole."""
-        row_tile, kv_len, query_len = self.query_fields()
+    def _unmasked_end(self, start: Any, end: Any) -> Any:
+        """Returns the end of the blocks that every query of the tile sees completely."""
+        row_tile, kv_len, query_len = self._query_fields()
         row = row_tile * QUERIES
-        shortest = kv_len
+        fewest_keys = kv_len
         if self.call.causal:
-            shortest = kv_len - query_len + row // self.call.num_heads + 1
+            fewest_keys = kv_len - query_len + row // self.call.num_heads + 1
         last_token = (row + QUERIES - 1) // self.call.num_heads
-        absent = jnp.minimum(last_token, self.call.num_queries - 1) >= query_len
-        return jnp.clip(jnp.where(absent, 0, shortest) // BLOCK, start, end)
+        some_absent = jnp.minimum(last_token, self.call.num_queries - 1) >= query_len
+        return jnp.clip(jnp.where(some_absent, 0, fewest_keys) // BLOCK, start, end)
 
     # -- one block ------------------------------------------------------------------------------
-    def start_scores(self, stage: Any, zero: Any) -> tuple[Any, Any]:
-        """Starts S^T of a block: one product for both halves of q's latent part, one for rope."""
+    def _start_scores(self, stage: Any, zero: Any) -> tuple[Any, Any]:
+        """Starts S^T of a block: one product for both int8 parts of q, one for the rope part."""
         scratch = self.scratch
-        plgpu.barrier_wait(self.scratch.full.at[stage])
+        plgpu.barrier_wait(scratch.full.at[stage])
         halves = self.g.product_t(scratch.latent.at[stage], scratch.q_latent.at[zero], jnp.int32)
-        rope = self.g.product_t(scratch.rope.at[stage], scratch.q_rope.at[zero], jnp.float32)
-        return halves, rope
+        return halves, self.g.product_t(
+            scratch.rope.at[stage], scratch.q_rope.at[zero], jnp.float32
+        )
 
-    def finished(self, products: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _finished(self, products: tuple[Any, ...]) -> tuple[Any, ...]:
         """Waits for products and returns their values."""
         self.g.wait_mma(0)
         return tuple(map(self.g.landed, products))
 
-    def compute_block(self, blocks: Blocks, is_last: bool, i: Any, carry: Progress) -> Progress:
-        """Makes P^T of block i, whose S^T is there, and S^T of the next block."""
-        scratch = self.scratch
-        sums, stage, (s_halves, s_rope) = carry
+    def _compute_block(self, blocks: Blocks, is_last: bool, i: Any, progress: Progress) -> Progress:
+        """Makes P^T of block i from its S^T, and S^T of the next block."""
+        scratch, (sums, stage, products) = self.scratch, progress
         zero, next_stage = opaque_zero(i), self.stage_after(stage)
-        scales = self.g.load_rows(scratch.token_scales.at[stage])
-        s = self.g.joined_halves(s_halves, quantize.HALF) * per_token(scales) + s_rope
-        steps, maxima = (
-            self.g.load_columns(ref.at[zero]) for ref in (scratch.q_steps, scratch.maxima)
-        )
-        above = s * per_query(steps) - per_query(maxima)  # the running maxima, in log2 units
-        above, scales = lax.cond(
-            i >= blocks.unmasked,
-            functools.partial(self.mask, i, zero),
-            lambda *unmasked: unmasked,
-            above,
-            scales,
-        )
+        above, scales = self._above_maxima(stage, zero, products)
+
+        mask = functools.partial(self._mask, i, zero)
+        above, scales = lax.cond(i >= blocks.unmasked_end, mask, lambda *same: same, above, scales)
         raises = (i == blocks.start) | blocks.running
-        above, sums = lax.cond(
-            raises,
-            functools.partial(self.raise_maxima, blocks, stage, zero),
-            lambda *kept: kept,
-            above,
-            sums,
-        )
+        raise_maxima = functools.partial(self._raise_maxima, blocks, stage, zero)
+        above, sums = lax.cond(raises, raise_maxima, lambda *same: same, above, sums)
+
         p = jnp.exp2(above)
         sums = sums + self.g.column_parts(p, "add")
         scratch.rescales[stage] = raises.astype(jnp.int32)
         scratch.p.at[stage][...] = (p * per_token(scales)).astype(self.call.q.dtype)
-        products = () if is_last else self.start_scores(next_stage, zero)
+        started = () if is_last else self._start_scores(next_stage, zero)
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.p_ready(stage))
-        return Progress(sums, next_stage, self.finished(products))
+        return Progress(sums, next_stage, self._finished(started))
 
-    def mask(self, i: Any, zero: Any, above: Any, scales: Any) -> tuple[Any, Any]:
+    def _above_maxima(self, stage: Any, zero: Any, products: tuple[Any, ...]) -> tuple[Any, Any]:
+        """Returns scores less the maxima so far, in log2 units, and the scales of the tokens."""
+        halves, rope = products
+        scales = self.g.load_rows(self.scratch.token_scales.at[stage])
+        s = self.g.joined_halves(halves, quantize.HALF) * per_token(scales) + rope
+        refs = self.scratch.q_steps, self.scratch.maxima
+        steps, maxima = (self.g.load_columns(ref.at[zero]) for ref in refs)
+        return s * per_query(steps) - per_query(maxima), scales
+
+    def _mask(self, i: Any, zero: Any, above: Any, scales: Any) -> tuple[Any, Any]:
         """Hides keys of block i from the queries that must not see them.
 
-        Scores are selected, not multiplied, because a hidden one may be NaN. The scale of a token
-        that is past the length or has no finite scale becomes 0, so that P = 0 stays 0. Its scores
-        stay NaN for the queries that see the token.
+        A hidden score may be NaN, so it is replaced and not multiplied. The scale of a token past
+        the length, or one that is not finite, becomes 0, so that its P is 0 times 0. A query that
+        sees such a token has a score of NaN already.
         """
         position = self.g.iota_line(BLOCK, ROWS) + i * BLOCK
         keys = self.g.load_columns(self.scratch.visible_keys.at[zero])
@@ -173,14 +167,14 @@ class Softmax(Kernel):
         usable = finite & (position < self.scratch.descriptor[FIELD.kv_len])
         return jnp.where(visible, above, -jnp.inf), jnp.where(usable, scales, 0.0)
 
-    def raise_maxima(
+    def _raise_maxima(
         self, blocks: Blocks, stage: Any, zero: Any, above: Any, sums: Any
     ) -> tuple[Any, Any]:
         """Raises the maxima to those of a block, and rescales the sums.
 
-        The first finite score of a query sets its maximum, whichever block has it. If the maxima
-        are not running, that is the first block. Where it has no such score the maximum becomes
-        NO_KEY, which makes the sum infinite as soon as a later block has one: the item repeats.
+        The first finite score of a query sets its maximum, whichever block has it. If only the
+        first block raises maxima and has no score for a query, the maximum becomes NO_KEY. A score
+        in a later block then makes the sum infinite, and the item is repeated.
         """
         scratch = self.scratch
         maxima, unset = (self.g.load_columns(scratch.maxima.at[zero + n]) for n in range(2))
@@ -188,60 +182,59 @@ class Softmax(Kernel):
         no_score = largest == -jnp.inf
         first = jnp.where(no_score, jnp.where(blocks.running, 0.0, NO_KEY), largest)
         rise = jnp.where(unset > 0.0, first, jnp.maximum(largest, 0.0))
-        factor = jnp.exp2(jnp.minimum(-rise, 0.0))  # O and the sums are 0 at first
+        factor = jnp.exp2(jnp.minimum(-rise, 0.0))  # a first maximum may fall: O and sums are 0
         scratch.maxima.at[zero][...] = maxima + rise
         scratch.maxima.at[zero + 1][...] = jnp.where(no_score, unset, 0.0)
         scratch.factors.at[stage][...] = factor
         return above - per_query(rise), sums * factor
 
     # -- one work item --------------------------------------------------------------------------
-    def compute_item(self) -> Any:
+    def _compute_item(self) -> Any:
         """Makes P^T of all blocks, then sums and lse. Returns how many items are left."""
         item = self.scratch.descriptor
         start, end = item[FIELD.block_start], item[FIELD.block_end]
         first_stage = item[FIELD.first_stage]
-        blocks = Blocks(start, self.unmasked_end(start, end), item[FIELD.repeats] > 0)
+        blocks = Blocks(start, self._unmasked_end(start, end), item[FIELD.repeats] > 0)
         no_sums = self.g.full((QUERIES,), 0.0, COLUMNS)
 
         def all_blocks(_: Any, sums: Any) -> Any:
-            products = self.finished(self.start_scores(first_stage, opaque_zero(end)))
-            carry = Progress(sums, first_stage, products)
-            block = functools.partial(self.compute_block, blocks)
-            carry = lax.fori_loop(start, end - 1, functools.partial(block, False), carry)
-            return block(True, item[FIELD.block_end] - 1, carry).sums
+            products = self._finished(self._start_scores(first_stage, opaque_zero(end)))
+            progress = Progress(sums, first_stage, products)
+            block = functools.partial(self._compute_block, blocks)
+            progress = lax.fori_loop(start, end - 1, functools.partial(block, False), progress)
+            return block(True, item[FIELD.block_end] - 1, progress).sums
 
-        # A loop of one step, or of none where a request has no keys.
+        # This runs once, or not at all for a request without keys.
         sums = lax.fori_loop(0, jnp.minimum(end - start, 1), all_blocks, no_sums)
-        return self.finish_item(sums, blocks, opaque_zero(end))
+        return self._finish_item(sums, blocks.running, opaque_zero(end))
 
-    def finish_item(self, sums: Any, blocks: Blocks, zero: Any) -> Any:
-        """Hands the sums to the output warpgroups and stores lse. Returns how many items are left.
+    def _finish_item(self, sums: Any, running: Any, zero: Any) -> Any:
+        """Signals the sums and stores lse. Returns how many items are left.
 
-        Decides whether the item repeats: P of a later block may be as large as the format allows,
-        but not larger.
+        Where a sum is too large the item is repeated with running maxima, and this result is
+        discarded.
         """
         g, scratch, item = self.g, self.scratch, self.scratch.descriptor
         planned = WorkItem.read(item)
         total = g.over_rows(sums, scratch.of_warps, "add")
         maxima = g.load_columns(scratch.maxima.at[zero])
-        repeats = (g.any_above(total, SUM_LIMIT, COLUMNS) & ~blocks.running).astype(jnp.int32)
+        repeats = (g.any_above(total, SUM_LIMIT, COLUMNS) & ~running).astype(jnp.int32)
         item[FIELD.repeats] = repeats
         partial = jnp.where(repeats > 0, DISCARDED, planned.partial)
+        to = Destination(planned.request, planned.row_tile, partial, planned.num_partials)
         items_left = item[FIELD.items_left] - 1 + repeats
-        # The loader has written the flag before the barrier of the last block.
+        # The loader has written the field before the barrier of the last block.
         invalid = item[FIELD.invalid] > 0
         nan_if_invalid = jnp.where((item[FIELD.kv_len] < 0) | invalid, jnp.nan, 0.0)
-        request, row_tile = planned.request, planned.row_tile
-        plgpu.barrier_arrive(self.item_done(request))
+        plgpu.barrier_arrive(self.item_done(to.request))
 
-        plgpu.barrier_wait(self.sums_taken(request))
+        plgpu.barrier_wait(self.sums_taken(to.request))
         inverse = jnp.where(total != 0.0, (1.0 / WIDENED_UNIT) / total, 0.0)
-        scratch.inverse_sums.at[opaque_zero(request)][...] = inverse + nan_if_invalid
-        to = Destination(request, row_tile, partial, planned.num_partials)
+        scratch.inverse_sums.at[opaque_zero(to.request)][...] = inverse + nan_if_invalid
         for i, value in enumerate(to):
             scratch.destination[i] = value
         plgpu.commit_smem()
-        plgpu.barrier_arrive(self.sums_ready(request))
+        plgpu.barrier_arrive(self.sums_ready(to.request))
         lse = jnp.where(total != 0.0, maxima * LN2 + jnp.log(total), -jnp.inf) + nan_if_invalid
         self.store(to, lambda rows, arrays: rows.store_column_values(g, arrays.lse, lse))
         return items_left
@@ -251,75 +244,81 @@ class OutputState(NamedTuple):
     """What an output warpgroup carries from one work item to the next."""
 
     p: Any  # the item's place in the work list
-    stage: Any
+    stage: Any  # of its first block
     num_blocks: Any
 
 
-class Output(Kernel):
-    """Warpgroups 0 and 1 compute O^T += V^T P^T, `half` of the dimensions each.
+class Output(Role):
+    """Warpgroups 0 and 1 compute O^T += V^T P^T, half of the dimensions each.
 
-    They normalize and store it, and combine the split tiles of the CTA at the end. They do not read
-    the work descriptor: beside O^T there are registers for the number of blocks and little else.
+    They normalize and store it, and at the end they combine the split tiles of the CTA. Each holds
+    half of O^T in registers and has few others. So it takes the number of blocks from the work
+    list, and the destination of the result from the softmax warpgroup when all blocks are done.
     """
 
-    def run(self, wg: Any) -> None:
+    @property
+    def half(self) -> int:
+        """Dimensions per output warpgroup."""
+        return self.call.kv_lora_rank // OUTPUT_WARPGROUPS
+
+    def run(self, warpgroup: Any) -> None:
         self.g.take_registers(self.call.tiles.registers, 0)
         for stage in range(self.stages):
             plgpu.barrier_arrive(self.stage_free(stage))  # every stage starts free
         plgpu.barrier_arrive(self.sums_taken(0))
-        halves = [functools.partial(self.run_items, which) for which in range(OUTPUT_WARPGROUPS)]
-        which = lax.switch(wg, halves)
+        halves = [functools.partial(self._run_items, side) for side in range(OUTPUT_WARPGROUPS)]
+        side = lax.switch(warpgroup, halves)
         if self.call.combines:
-            self.combine(which)
+            self._combine(side)
 
-    def run_items(self, which: int) -> Any:
-        """Computes the left (0) or the right (1) half of all items. Returns `which`, traced."""
+    def _run_items(self, side: int) -> Any:
+        """Computes the first (0) or the second (1) half of all items. Returns side as an array."""
 
         def run_item(state: OutputState) -> OutputState:
-            compute = functools.partial(self.compute_item, which, state)
+            compute = functools.partial(self._compute_item, side, state)
             accumulators = self.scratch.accumulators
-            return self.g.with_accumulators(compute, accumulators, which, (self.half, QUERIES))
+            return self.g.with_accumulators(compute, accumulators, side, (self.half, QUERIES))
 
         first, _ = self.item_range()
-        state = OutputState(first, jnp.int32(0), self.blocks_of(self.work_range()))
-        # The end is read again each time, because there is no register for it beside O^T.
+        state = OutputState(first, jnp.int32(0), self._num_blocks(self.work_range()))
+        # The end of the range is read for each item, since no register is left for it beside O^T.
         lax.while_loop(lambda state: state.p < self.item_range()[1], run_item, state)
-        return jnp.int32(which)
+        return jnp.int32(side)
 
-    def blocks_of(self, item: Any) -> Any:
-        """Returns the number of blocks of an item in a ref."""
+    def _num_blocks(self, item: Any) -> Any:
+        """Returns the number of blocks of an item of the work list, which is a ref."""
         return item[FIELD.block_end] - item[FIELD.block_start]
 
-    def compute_item(self, which: int, state: OutputState, o_acc: Any) -> OutputState:
+    def _compute_item(self, side: int, state: OutputState, o_acc: Any) -> OutputState:
         """Computes and stores half of O^T of an item. Returns the state for the next one."""
         scratch, g = self.scratch, self.g
-        block = functools.partial(self.add_block, which, o_acc)
+        first_group = side * self.half // GROUP
         g.zero(o_acc)
-        stage = lax.fori_loop(0, state.num_blocks, block, state.stage)
+        add_block = functools.partial(self._add_block, first_group, o_acc)
+        stage = lax.fori_loop(0, state.num_blocks, add_block, state.stage)
         plgpu.barrier_wait(self.sums_ready(state.num_blocks))
         to = Destination.read(scratch.destination)
-        following = state.p + jnp.where(to.partial == DISCARDED, 0, 1)
-        next_blocks = self.blocks_of(self.listed(following))
+        next_p = state.p + jnp.where(to.partial == DISCARDED, 0, 1)
+        next_num_blocks = self._num_blocks(self.listed_item(next_p))
         inverse = g.load_columns(scratch.inverse_sums.at[0])
         o = g.read(o_acc) * per_query(inverse, (self.half, QUERIES))
-        plgpu.barrier_arrive(self.sums_taken(next_blocks))
-        first_group = which * self.groups
+        plgpu.barrier_arrive(self.sums_taken(next_num_blocks))
 
-        def store(rows: Any, arrays: Any) -> None:
+        def write(rows: Rows, arrays: Outputs | Partials) -> None:
             rows.store_dimensions(g, arrays.o, o.astype(arrays.o.dtype), first_group)
 
-        self.store(to, store)
-        return OutputState(following, stage, next_blocks)
+        self.store(to, write)
+        return OutputState(next_p, stage, next_num_blocks)
 
-    def add_block(self, which: int, o_acc: Any, _: Any, stage: Any) -> Any:
-        """O^T += V^T P^T for a block. Returns the next stage.
+    def _add_block(self, first_group: int, o_acc: Any, _: Any, stage: Any) -> Any:
+        """Adds V^T P^T of a block to O^T. Returns the next stage.
 
-        The first tokens of V^T are dequantized before P^T is there.
+        The first tokens of V^T are dequantized before P^T is ready.
         """
         scratch, g = self.scratch, self.g
         plgpu.barrier_wait(scratch.full.at[stage])
         v = scratch.latent.at[stage]
-        part = {"first_group": which * self.groups, "tokens": STEP_TOKENS}
+        part: dict[str, int] = {"first_group": first_group, "tokens": STEP_TOKENS}
         begun = g.begin_widening(v, **part)
         plgpu.barrier_wait(self.p_ready(stage))
 
@@ -332,22 +331,19 @@ class Output(Kernel):
         plgpu.barrier_arrive(self.stage_free(stage))
         return self.stage_after(stage)
 
-    def combine(self, which: Any) -> None:
+    def _combine(self, side: Any) -> None:
         """Combines this warpgroup's share of the split tiles of the CTA."""
+        width, plan = self.call.kv_lora_rank, self.call.plan
+        parts = row_parts(
+            self.g, plan, QUERIES, width, OUTPUT_WARPGROUPS, in_flight=COMBINE_REGISTERS
+        )
         merge_shares(
-            row_parts(
-                self.g,
-                self.call.plan,
-                QUERIES,
-                self.call.kv_lora_rank,
-                OUTPUT_WARPGROUPS,
-                in_flight=COMBINED_REGISTERS,
-            ),
+            parts,
             Refs(self.partials.o, self.partials.lse, self.outputs.o, self.outputs.lse),
             self.inputs.requests.work.items,
             self.item_range(),
-            meet=self.meeting,
+            meet=self.counter_of,
             place=lambda request, row_tile: Place(self.rows_of(request, row_tile), 0),
-            wg=which,
+            wg=side,
             wgs=OUTPUT_WARPGROUPS,
         )

@@ -1,4 +1,4 @@
-"""What the warpgroups of `decode_int8` share: memory, barriers, the work item, where results go."""
+"""What the warpgroups of `decode_int8` share: references, shared memory, barriers, results."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.kernels.merge import Meeting
-from pallas_kernels.hopper.mosaic.dequantize import GROUP, INT8_OPERAND, WideningBackend
+from pallas_kernels.hopper.mosaic.dequantize import INT8_OPERAND, WideningBackend
 from pallas_kernels.hopper.mosaic.primitives import WGMMA_OPERAND
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.mosaic.transposed import WARPS
@@ -51,7 +51,7 @@ class Inputs(NamedTuple):
 
 
 class Partials(NamedTuple):
-    """The results of work items that are a part of a split tile. The fields are as in `Outputs`."""
+    """The results of the work items of split tiles. The fields have the names of `Outputs`."""
 
     o: Any  # [partials, QUERIES, kv_lora_rank]
     lse: Any  # [partials, QUERIES] float32, natural log
@@ -97,32 +97,41 @@ class Destination(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Shared memory and barriers. A stage holds one KV block, its P^T and what belongs to both."""
+    """Shared memory and barriers of a CTA.
 
-    # Of the work item in hand. The softmax warpgroup writes and reads all five.
-    q_latent: Any  # int8: the high parts of all queries, then the low parts
-    q_rope: Any
-    q_steps: Any  # float32 per query: what a step of q is worth, times the softmax scale
-    visible_keys: Any  # int32 per query: it attends to keys 0 .. n - 1
-    # Per stage. The loader writes the keys and their scales, the softmax warpgroup writes P^T.
-    latent: Any
-    rope: Any
-    p: Any  # P^T
-    token_scales: Any
-    # Of the softmax warpgroup, except for the factors, which the output warpgroups read.
-    maxima: Any  # row 0: the maximum per query, log2 units; row 1: 1.0 where no score has set it
-    of_warps: Any  # a row per warp, for reductions over the tokens of a block
-    factors: Any  # per stage: what O is multiplied by before the block is added
-    rescales: Any  # int32 per stage: 0 where all of these factors are 1
-    # The result's. The softmax warpgroup writes both, the output warpgroups read them.
-    inverse_sums: Any
+    A stage holds one KV block with its P^T. S: stages; D: kv_lora_rank; E: rope_dim; n: QUERIES.
+    """
+
+    # The queries of the work item in hand. The softmax warpgroup writes and reads all four.
+    q_latent: Any  # [1, 2 n, D] int8: the high parts of all queries, then the low parts
+    q_rope: Any  # [1, n, E] bfloat16
+    q_steps: Any  # [1, n] float32: a score of one step of q, in log2 units
+    visible_keys: Any  # [1, n] int32: a query attends to this many keys, from key 0 on
+
+    # The stages. The loader writes the keys and their scales, the softmax warpgroup writes P^T.
+    latent: Any  # [S, BLOCK, D] int8
+    rope: Any  # [S, BLOCK, E] bfloat16
+    p: Any  # [S, BLOCK, n] bfloat16
+    token_scales: Any  # [S, BLOCK] float32
+
+    # Softmax. The softmax warpgroup writes all four, the output warpgroups read the last two.
+    maxima: Any  # [2, n] float32: maxima in log2 units; 1.0 where no score has set one yet
+    of_warps: Any  # [WARPS, n] float32, for reductions over the tokens of a block
+    factors: Any  # [S, n] float32: O is multiplied by them before the block is added
+    rescales: Any  # [S] int32: 0 where all factors of the stage are 1
+
+    # The end of a work item. The softmax warpgroup writes both, the output warpgroups read them.
+    inverse_sums: Any  # [1, n] float32: O is multiplied by them at the end
     destination: Any  # a `Destination`
+
     descriptor: Any  # a `Descriptor`
-    # Barriers. `Kernel` names the single barriers of the last two arrays.
-    full: Any  # per stage; the copies of latent, rope keys and scales arrive
-    by_outputs: Any  # each output warpgroup arrives once
-    by_one: Any  # one warpgroup arrives once
-    accumulators: tuple[Any, ...]  # the interpreter's O^T; nothing on a GPU
+
+    # Barriers. Methods of `Role` name the single barriers of the last two arrays.
+    full: Any  # [S]: three copies arrive (latent, rope keys, scales)
+    by_outputs: Any  # [S + 1]: each of the two output warpgroups arrives
+    by_one: Any  # [S + 4]: one warpgroup arrives
+
+    accumulators: tuple[Any, ...]  # O^T in the interpreter; empty on a GPU, which has registers
 
     @staticmethod
     def types(call: DecodeCall, g: WideningBackend) -> "Scratch":
@@ -185,11 +194,11 @@ def per_query(values: Any, shape: tuple[int, int] = TILE) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Kernel:
-    """The call and its references. Each role of a warpgroup is a subclass with a method `run`.
+class Role:
+    """What the warpgroups of a CTA have in common. Each role is a subclass with a method `run`.
 
-    Methods read a value from memory where it is used, because registers are short: a value that is
-    read once and kept takes one through all loops in between.
+    Methods read a value from memory where they use it. A value that is read once and kept would
+    take a register through all loops in between, and there are few.
     """
 
     call: DecodeCall
@@ -203,49 +212,39 @@ class Kernel:
     def stages(self) -> int:
         return self.call.tiles.kv_stages
 
-    @property
-    def half(self) -> int:
-        """Dimensions of O^T per output warpgroup."""
-        return self.call.kv_lora_rank // OUTPUT_WARPGROUPS
-
-    @property
-    def groups(self) -> int:
-        """wgmma tiles per half of O^T."""
-        return self.half // GROUP
-
     def stage_after(self, stage: Any) -> Any:
         """Returns the next stage. A comparison is cheaper than a remainder."""
         return jnp.where(stage == self.stages - 1, 0, stage + 1)
 
     # -- barriers -------------------------------------------------------------------------------
     # Barriers with equally many arrivals share an array, because the address and the phases of an
-    # array take registers. The arguments i are for `opaque_zero`.
+    # array take registers. An argument i is any number that `opaque_zero` takes.
     def stage_free(self, stage: Any) -> Any:
-        """Both output warpgroups have read the stage; the loader may overwrite it."""
+        """The output warpgroups have read the stage. The loader waits."""
         return self.scratch.by_outputs.at[stage]
 
     def sums_taken(self, i: Any) -> Any:
-        """Both output warpgroups have read the sums and the destination of the last item."""
+        """The output warpgroups have read sums and destination. The softmax warpgroup waits."""
         return self.scratch.by_outputs.at[self.stages + opaque_zero(i)]
 
     def p_ready(self, stage: Any) -> Any:
-        """The softmax warpgroup has written P^T, factors and flag of the stage."""
+        """The softmax warpgroup has written P^T and factors. The output warpgroups wait."""
         return self.scratch.by_one.at[stage]
 
     def item_ready(self, i: Any) -> Any:
-        """The loader has written the work descriptor."""
+        """The loader has written the work descriptor. The softmax warpgroup waits."""
         return self.scratch.by_one.at[self.stages + opaque_zero(i)]
 
     def item_done(self, i: Any) -> Any:
-        """The softmax warpgroup has read the descriptor, and decided whether the item repeats."""
+        """The softmax warpgroup has read the descriptor and set `repeats`. The loader waits."""
         return self.scratch.by_one.at[self.stages + 1 + opaque_zero(i)]
 
     def sums_ready(self, i: Any) -> Any:
-        """The softmax warpgroup has written the sums and the destination of an item."""
+        """The softmax warpgroup has written sums and destination. The output warpgroups wait."""
         return self.scratch.by_one.at[self.stages + 2 + opaque_zero(i)]
 
     def q_ready(self, i: Any) -> Any:
-        """The softmax warpgroup has loaded q. It signals this to the loader."""
+        """The softmax warpgroup has loaded q. The loader waits."""
         return self.scratch.by_one.at[self.stages + 3 + opaque_zero(i)]
 
     # -- the work list --------------------------------------------------------------------------
@@ -257,8 +256,8 @@ class Kernel:
         """Returns the CTA's work items, from and to."""
         return range_of(self.work_range())
 
-    def listed(self, p: Any) -> Any:
-        """Returns item p of the work list as a ref, or the last item where p is past the end."""
+    def listed_item(self, p: Any) -> Any:
+        """Returns a ref of item p of the work list, or of the last item where p is past the end."""
         items = self.inputs.requests.work.items
         return items.at[jnp.minimum(p, items.shape[0] - 1)]
 
@@ -267,33 +266,32 @@ class Kernel:
         """Returns a tile's rows in the outputs."""
         return self.call.rows_of(request, row_tile * QUERIES, QUERIES)
 
-    def meeting(self, request: Any, row_tile: Any, num_partials: Any) -> Meeting:
+    def counter_of(self, request: Any, row_tile: Any, num_partials: Any) -> Meeting:
         """Returns the counter of a split tile.
 
-        Three warpgroups signal each partial: two have written its O, and one its lse. The two
+        Three warpgroups signal each partial, since two have written its o and one its lse. The two
         output warpgroups of each CTA combine.
         """
-        counter = self.call.plan.tile_of(request, row_tile)
         return Meeting(
             self.g,
             self.inputs.requests.counters,
-            counter,
+            self.call.plan.tile_of(request, row_tile),
             (OUTPUT_WARPGROUPS + 1) * num_partials,
             OUTPUT_WARPGROUPS * num_partials,
         )
 
-    def store(self, to: Destination, store: Callable[[Rows, Outputs | Partials], None]) -> None:
-        """Calls store(rows, arrays) with the rows and the arrays of a destination, if it is one.
+    def store(self, to: Destination, write: Callable[[Rows, Outputs | Partials], None]) -> None:
+        """Calls write(rows, arrays) with the rows and the arrays that a destination names.
 
         Where the launch combines split tiles, this warpgroup then signals its part of the partial.
         """
 
         @pl.when(to.partial < 0)
         def _store_output() -> None:
-            store(self.rows_of(to.request, to.row_tile), self.outputs)
+            write(self.rows_of(to.request, to.row_tile), self.outputs)
 
         @pl.when((to.partial >= 0) & (to.partial < DISCARDED))
         def _store_partial() -> None:
-            store(Rows.of_partial((to.partial,), 0, QUERIES), self.partials)
+            write(Rows.of_partial((to.partial,), 0, QUERIES), self.partials)
             if self.call.combines:
-                self.meeting(to.request, to.row_tile, to.num_partials).leave()
+                self.counter_of(to.request, to.row_tile, to.num_partials).leave()
