@@ -83,7 +83,8 @@ class Softmax(Role):
         first = request, row_tile * QUERIES
         fetch_q(self.g, self.inputs.q, first, targets, 0, QUERIES, unit=self.call.log2_scale)
         row_tile, kv_len, query_len = self._query_fields()
-        row = self.g.iota_line(QUERIES, COLUMNS) + row_tile * QUERIES
+        # The zero keeps the division by a power of two from being hoisted, where it would spill.
+        row = self.g.iota_line(QUERIES, COLUMNS) + (row_tile * QUERIES + opaque_zero(kv_len))
         token = row // self.call.num_heads
         keys = kv_len - query_len + token + 1 if self.call.causal else kv_len
         scratch.visible_keys.at[0][...] = jnp.where(token < query_len, keys, 0)
