@@ -51,7 +51,7 @@ from pallas_kernels.hopper.kernels.decode_transposed_refs import (
 from pallas_kernels.hopper.mosaic.primitives import OWN_BARRIERS
 from pallas_kernels.hopper.mosaic.transposed import TransposedBackend
 from pallas_kernels.hopper.parts.call import DecodeCall, float_struct
-from pallas_kernels.hopper.parts.transposed import Partials
+from pallas_kernels.hopper.parts.transposed import Partials, require_whole_tiles
 from pallas_kernels.hopper.work_items import WorkItem, fits
 
 
@@ -60,11 +60,8 @@ def decode_transposed(call: DecodeCall) -> Partials:
 
     call.q has a multiple of rows_per_tile rows per request; those after the real ones are padding.
     """
+    require_whole_tiles(call)
     sizes = Sizes.of(call)
-    if call.q.shape[1] % sizes.rows:
-        raise ValueError(
-            f"q must have a multiple of {sizes.rows} rows (rows_per_tile), got {call.q.shape[1]}"
-        )
     g = TransposedBackend(interpreting=call.interpreting)
 
     def body(inputs, outputs, partials, scratch):

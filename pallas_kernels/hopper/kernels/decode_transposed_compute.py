@@ -39,7 +39,7 @@ class Softmax(NamedTuple):
     """The online softmax after some blocks."""
 
     m: Any  # [rows]: maximum of the scores, in log2 units
-    norm: Any  # [BLOCK, rows]: sums of P, one per row of the score tile
+    norm: Any  # [BLOCK, rows]: sums of 2^(s - m), one per row of the score tile
 
 
 @dataclasses.dataclass(frozen=True)

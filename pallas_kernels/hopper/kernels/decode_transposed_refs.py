@@ -23,7 +23,7 @@ WARPGROUPS = 2
 class PerPart(NamedTuple):
     """A value for each part of a cache entry, in the order in which the parts are loaded.
 
-    The rope part is first. The scores wait for all parts, and V is the two halves.
+    The rope part is first: only the halves of the latent part are in use again, as V.
     """
 
     rope: Any

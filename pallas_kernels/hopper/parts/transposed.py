@@ -49,6 +49,13 @@ class Mask(NamedTuple):
         return self.position + start < self.limit
 
 
+def require_whole_tiles(call: DecodeCall) -> None:
+    """Raises ValueError if the rows of q are not a multiple of a tile's."""
+    have, rows = call.q.shape[1], call.tiles.rows_per_tile
+    if have % rows:
+        raise ValueError(f"q must have a multiple of {rows} rows (rows_per_tile), got {have}")
+
+
 def rows_of(call: DecodeCall, request: Any, row_tile: Any) -> Rows:
     """Returns the rows of a tile in the outputs."""
     height = call.tiles.rows_per_tile
