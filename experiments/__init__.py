@@ -1,7 +1,7 @@
-"""The launcher and the experiments that it runs: `python -m experiments.launch --list`.
+"""The launcher and its experiments: `python -m experiments.launch --list`.
 
-They run from a checkout, with the packages of the extra `experiments`. Without one of those, the
-import of this package ends the process with one sentence and exit status 2.
+They run from a checkout and need the packages of the extra `experiments`. If one is missing, the
+import of this package prints a message and ends the process with exit status 2.
 """
 
 import importlib.util

@@ -1,8 +1,8 @@
 """Runs an experiment: python -m experiments.launch --experiment=NAME --output_dir=DIR
 
-It writes DIR/NAME/result.json and the pictures beside it. Exit status: 0 passed, 1 the experiment
-ran and did not pass, 2 it could not run as asked (flags, input, a full disk), 130 Ctrl-C, 143
-SIGTERM.
+It writes DIR/NAME/result.json and pictures next to it. The exit status is 0 if the experiment
+passed and 1 if it ran and did not pass. It is 2 if the experiment could not run, because of flags,
+input or a full disk. After Ctrl-C it is 130, after SIGTERM 143.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from experiments.framework.experiment import Experiment, InputError, Made, Outco
 from experiments.framework.options import define_flags, read_options
 
 # Experiments by the folder of their module. To add one, write its module (see
-# framework/experiment.py) and name it here.
+# framework/experiment.py) and list it here.
 FOLDERS = {
     "serving": ("demo", "soak"),
     "accuracy": ("correctness", "parity", "amla_accuracy", "int8_accuracy"),
@@ -39,16 +39,16 @@ EXPERIMENTS = tuple(FOLDER_OF)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A launch was stopped from outside; the message says what is left of it."""
+    """Raised when a launch is stopped from outside; the message says what it leaves."""
 
 
 def load(name: str) -> Experiment:
-    """The module of an experiment."""
+    """Imports the module of an experiment."""
     return cast(Experiment, importlib.import_module(f"experiments.{FOLDER_OF[name]}.{name}"))
 
 
 def command() -> NoReturn:
-    """Runs `main` as this process: a signal that ends it is a line, not a traceback."""
+    """Runs `main` as this process; a signal that ends it prints a line instead of a traceback."""
     stopped_by = signal.SIGINT
 
     def terminate(number: int, frame: FrameType | None) -> NoReturn:
@@ -61,19 +61,19 @@ def command() -> NoReturn:
         status = main(sys.argv)
     except KeyboardInterrupt as stopped:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        say(f"interrupted: {stopped or 'nothing was begun'}", style="red", stderr=True)
+        say(f"interrupted: {stopped or 'before the experiment began'}", style="red", stderr=True)
         status = 128 + stopped_by
     if status < 128:
         sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # Threads that compile would be waited for otherwise, for minutes.
+    os._exit(status)  # without waiting for threads that compile, which may take minutes
 
 
 def main(argv: list[str]) -> int:
-    """Runs what `argv` (program name first) asks for; returns the exit status.
+    """Runs the command line `argv`, program name first; returns the exit status.
 
-    Raises KeyboardInterrupt where it is interrupted, with what to do about it as its message.
+    Raises KeyboardInterrupt if it is interrupted. The message says how to continue.
     """
     running = "the launcher"
     try:
@@ -98,20 +98,20 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError as error:
         return _refuse(f"{running} stopped: {error}")
     except OSError as error:
-        return _refuse(f"{running} stopped, which writes to {chosen.output_dir}: {error}")
+        return _refuse(f"{running} stopped while writing to {chosen.output_dir}: {error}")
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
         return _refuse(f"{running} stopped: {what} (traceback: {_keep_traceback()})")
 
 
 def _refuse(message: str) -> int:
-    """Says in one line why the launch could not run; returns its status."""
+    """Prints in one line why the launch could not run; returns its exit status."""
     say(f"error: {' '.join(message.split())}", style="red", stderr=True)
     return 2
 
 
 def _keep_traceback() -> str:
-    """Where the traceback of the error that is being handled was written: not to the results."""
+    """Writes the traceback of the current error to a temporary file; returns its path."""
     try:
         handle, path = tempfile.mkstemp(".txt", "mla_jax_traceback_")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
@@ -139,7 +139,7 @@ def _finish(
     started: datetime.datetime,
     duration_s: float,
 ) -> int:
-    """Writes result.json and says the verdict; returns the exit status."""
+    """Writes result.json and prints the verdict; returns the exit status."""
     from experiments.framework.results import SCHEMA_VERSION, environment, write_result
 
     made = outcome.made or Made(started.isoformat(timespec="seconds"), duration_s, environment())
@@ -167,28 +167,29 @@ def _finish(
 
 
 def _what_is_left(output: Output) -> str:
-    """What an interrupted launch leaves, and how to go on."""
+    """Returns what an interrupted launch leaves and how to continue."""
     if output.rows_file is not None and output.rows_file.exists():
         return (
-            f"the rows so far are in {output.rows_file}; the same command goes on from there, and "
-            "with --collect it makes a result of them"
+            f"the rows so far are in {output.rows_file}; the same command continues from there, "
+            "and with --collect it makes a result of them"
         )
     return f"no result was written to {output.folder}; the same command starts again"
 
 
 def _launcher_flags() -> flags.FlagValues:
     values = flags.FlagValues()
-    values.set_gnu_getopt(True)  # Flags count after a word that is none, too.
+    values.set_gnu_getopt(True)  # accepts flags after a word that is not a flag
     where: dict[str, Any] = {"flag_values": values, "module_name": "launcher"}
-    flags.DEFINE_enum("experiment", None, EXPERIMENTS, "what to run", **where)
-    flags.DEFINE_string("output_dir", "out", "its results go to a folder in this one", **where)
-    flags.DEFINE_bool("list", False, "name the experiments, with a line each", **where)
-    flags.DEFINE_bool("help", False, "show the flags, of --experiment too if given", **where)
+    flags.DEFINE_enum("experiment", None, EXPERIMENTS, "experiment to run", **where)
+    flags.DEFINE_string("output_dir", "out", "folder for the folders of results", **where)
+    flags.DEFINE_bool("list", False, "list the experiments, with a line for each", **where)
+    flags.DEFINE_bool("help", False, "show the flags, also those of --experiment", **where)
     return values
 
 
 def _parse(experiment: Experiment, argv: list[str]) -> Any:
-    """The experiment's Options; its flags stand beside the launcher's."""
+    """Parses the experiment's Options; its flags are accepted together with the launcher's."""
+
     values = _launcher_flags()
     define_flags(experiment.Options, values)
     stray = values(argv)[1:]

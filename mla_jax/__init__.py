@@ -5,7 +5,8 @@
 - The layer: `MLAConfig`, `YarnScaling`, `PRESETS` (configs of published models), `mla_layer`, its
   parts `preprocess`, `attend` and `project_output`, and `naive_mla_layer`, which expands K and V.
 - Weights: `MLAParams`, `init_params`, `load_hf`, `save_hf`, `rotate_latent`, `CheckpointError`.
-- Split plans: `plan_splits`, `plan_fixed`, `plan_loads`, `SplitPlan`, `SlowPlanWarning`.
+- Plans: `plan_decode` makes a `DecodePlan` for a step; `plan_fixed`, `plan_splits`, `plan_loads`,
+  `SplitPlan` and `SlowPlanWarning` are of its split alone.
 - Modules: `cache_size` counts bytes of caches, `online_softmax` computes softmax by blocks of keys.
 """
 
@@ -15,16 +16,19 @@ from mla_jax.allocator import OutOfPagesError, PageAllocator
 from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import PagedKVCache
 from mla_jax.checkpoints.read import CheckpointError
+from mla_jax.checkpoints.weights import MLAParams, init_params, load_hf, rotate_latent, save_hf
 from mla_jax.config import PRESETS, MLAConfig, YarnScaling
 from mla_jax.layer import attend, mla_layer, naive_mla_layer, preprocess, project_output
 from mla_jax.online_softmax import merge_states
+from mla_jax.planning import plan_decode
 from mla_jax.registry import available_implementations
+from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.planner import SlowPlanWarning, SplitPlan, plan_fixed, plan_loads, plan_splits
-from mla_jax.weights import MLAParams, init_params, load_hf, rotate_latent, save_hf
 
 __all__ = [
     "PRESETS",
     "CheckpointError",
+    "DecodePlan",
     "MLAConfig",
     "MLAParams",
     "OutOfPagesError",
@@ -43,6 +47,7 @@ __all__ = [
     "naive_mla_layer",
     "online_softmax",
     "paged_mla_attention",
+    "plan_decode",
     "plan_fixed",
     "plan_loads",
     "plan_splits",

@@ -1,6 +1,7 @@
-"""Hands out the pages of a PagedKVCache to requests; plain Python on the host.
+"""Assigns the pages of a PagedKVCache to requests; plain Python on the host.
 
-It counts pages and tokens and holds no cache: allocate or extend first, then write.
+The allocator counts pages and tokens and holds no cache. Call `allocate` or `extend` first, then
+write the tokens.
 """
 
 import threading
@@ -16,15 +17,15 @@ _INT32 = np.iinfo(np.int32)
 
 
 class OutOfPagesError(RuntimeError):
-    """The request needs more pages than are free; nothing has changed."""
+    """Raised if a request needs more pages than are free; the allocator is unchanged."""
 
 
 class PageAllocator:
-    """Free pages, and the pages and token count of each live request.
+    """The free pages, and the pages and the token count of each live request.
 
-    Freed pages are handed out again last-in first-out, while they are still in a processor's cache.
-    Threads may share an allocator: each call sees and leaves it whole. A copy (`copy.deepcopy`,
-    `pickle`) is independent.
+    Freed pages are assigned again in last-in, first-out order, while they are still in a
+    processor's cache. Threads may share an allocator, because each call is atomic. A copy by
+    `copy.deepcopy` or `pickle` is independent.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -42,34 +43,34 @@ class PageAllocator:
 
     @property
     def num_free(self) -> int:
-        """Pages that no request holds."""
+        """The number of pages that no request has."""
         with self._lock:
             return len(self._free)
 
     @property
     def requests(self) -> tuple[Hashable, ...]:
-        """The live requests, oldest first."""
+        """The live requests, the oldest first."""
         with self._lock:
             return tuple(self._pages)
 
     def num_tokens(self, request_id: Hashable) -> int:
-        """Tokens that the request has room for by its own count. KeyError if it is not live."""
+        """Returns the token count of a request. Raises KeyError if it is not live."""
         with self._lock:
             self._require_live(request_id)
             return self._tokens[request_id]
 
     def pages(self, request_id: Hashable) -> tuple[int, ...]:
-        """The request's pages in token order. KeyError if it is not live."""
+        """Returns a request's pages in token order. Raises KeyError if it is not live."""
         with self._lock:
             self._require_live(request_id)
             return tuple(self._pages[request_id])
 
     def allocate(self, request_id: Hashable, num_tokens: int) -> None:
-        """Makes a request of num_tokens (0 or more) live.
+        """Makes a request of `num_tokens` (0 or more) live and assigns it pages.
 
-        Raises TypeError for an id that is not hashable or a count that is no integer, ValueError if
-        the request is live already or the count is negative, OutOfPagesError if its pages are not
-        free; nothing has changed then.
+        Raises TypeError for an id that is not hashable or a count that is not an integer. Raises
+        ValueError if the request is already live or the count is negative. Raises OutOfPagesError
+        if there are not enough free pages. After an error the allocator is unchanged.
         """
         _require_hashable(request_id)
         num_tokens = checks.require_int("num_tokens", num_tokens, 0)
@@ -79,10 +80,11 @@ class PageAllocator:
             self._grow(request_id, num_tokens)
 
     def extend(self, request_id: Hashable, num_tokens: int) -> None:
-        """Grows a live request to num_tokens in all (not fewer than it has).
+        """Grows a live request to `num_tokens` in total, at least as many as it has.
 
-        Raises KeyError if it is not live, TypeError for a count that is no integer, ValueError if
-        it would shrink, OutOfPagesError if the pages are not free; nothing has changed then.
+        Raises KeyError if the request is not live, TypeError for a count that is not an integer,
+        and ValueError if the request would shrink. Raises OutOfPagesError if there are not enough
+        free pages. After an error the allocator is unchanged.
         """
         with self._lock:
             self._require_live(request_id)
@@ -95,7 +97,7 @@ class PageAllocator:
             self._grow(request_id, num_tokens)
 
     def free(self, request_id: Hashable) -> None:
-        """Gives a request's pages back. KeyError if it is not live."""
+        """Frees a request's pages. Raises KeyError if it is not live."""
         with self._lock:
             self._require_live(request_id)
             del self._tokens[request_id]
@@ -109,13 +111,19 @@ class PageAllocator:
         fill: int = -1,
         cache: PagedKVCache | None = None,
     ) -> np.ndarray:
-        """[len(request_ids), max_pages] int32: each request's pages, then `fill` in unused slots.
+        """Returns the block tables of requests, [len(request_ids), max_pages] int32.
 
-        Raises KeyError for a request that is not live, TypeError for ids that are no sequence, a
-        size or fill that is no integer or a cache that is no PagedKVCache, ValueError for a request
-        with more pages than max_pages, a fill that is no int32, or a `cache` (if it is given, the
-        one that the tables are for) of another page size or of fewer pages than this allocator
-        hands out.
+        Args:
+            request_ids: the requests, one per row.
+            max_pages: entries per row.
+            fill: value of the entries after a request's pages.
+            cache: if given, the cache that the tables are for, which is checked.
+
+        Raises KeyError for a request that is not live. Raises TypeError for ids that are not a
+        sequence, a size or fill that is not an integer, or a cache that is not a PagedKVCache.
+        Raises ValueError for a request with more than max_pages pages, or a fill that does not fit
+        int32. Raises ValueError for a cache with another page size or fewer pages than this
+        allocator.
         """
         if not _is_sequence(request_ids):
             raise TypeError(
@@ -139,7 +147,7 @@ class PageAllocator:
         return tables
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes over: everything but the lock."""
+        """Returns the state of a copy: everything except the lock."""
         with self._lock:
             state = self.__dict__ | {
                 "_free": list(self._free),
@@ -169,13 +177,13 @@ class PageAllocator:
 
     def _grow(self, request_id: Hashable, num_tokens: int) -> None:
         held = self._pages.get(request_id, [])
-        wanted = -(-num_tokens // self.page_size) - len(held)
-        if wanted > len(self._free):
+        needed = -(-num_tokens // self.page_size) - len(held)
+        if needed > len(self._free):
             raise OutOfPagesError(
-                f"request {request_id!r} wants {wanted} more pages of {self.page_size} tokens, "
+                f"request {request_id!r} needs {needed} more pages of {self.page_size} tokens, "
                 f"{len(self._free)} of {self.num_pages} are free"
             )
-        new = [self._free.pop() for _ in range(wanted)]
+        new = [self._free.pop() for _ in range(needed)]
         self._pages[request_id] = held + new
         self._tokens[request_id] = num_tokens
 
@@ -195,7 +203,7 @@ def _require_hashable(request_id: Any) -> None:
 
 
 def _is_sequence(value: Any) -> bool:
-    """Whether it is a sequence of ids: a str is one of characters, and a set has no order."""
+    """Returns whether the value is a sequence of ids; neither a str nor a set is one."""
     if isinstance(value, np.ndarray):
         return value.ndim == 1
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)

@@ -1,4 +1,4 @@
-"""The one op: absorbed MLA over a paged latent cache, whatever computes it, and its checks."""
+"""The attention op: absorbed MLA over a paged latent cache, its arguments and their checks."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, overload
@@ -12,7 +12,8 @@ from mla_jax.cache import PagedKVCache
 from mla_jax.online_softmax import RESCALES
 from mla_jax.problem import AttentionProblem
 from mla_jax.registry import Choice, check_names, choose, compute
-from mla_jax.splits.planner import SplitPlan
+from mla_jax.splits.decode_plan import DecodePlan
+from mla_jax.splits.plan import SplitPlan
 
 
 @overload
@@ -26,7 +27,7 @@ def paged_mla_attention(
     query_lens: jax.Array | None = None,
     causal: bool = True,
     implementation: str | Sequence[str] | None = None,
-    plan: SplitPlan | None = None,
+    plan: DecodePlan | SplitPlan | None = None,
     rescale: str = "multiply",
     partial_dtype: Any = None,
     return_lse: Literal[True] = True,
@@ -44,7 +45,7 @@ def paged_mla_attention(
     query_lens: jax.Array | None = None,
     causal: bool = True,
     implementation: str | Sequence[str] | None = None,
-    plan: SplitPlan | None = None,
+    plan: DecodePlan | SplitPlan | None = None,
     rescale: str = "multiply",
     partial_dtype: Any = None,
     return_lse: Literal[False],
@@ -61,38 +62,39 @@ def paged_mla_attention(
     query_lens: jax.Array | None = None,
     causal: bool = True,
     implementation: str | Sequence[str] | None = None,
-    plan: SplitPlan | None = None,
+    plan: DecodePlan | SplitPlan | None = None,
     rescale: str = "multiply",
     partial_dtype: Any = None,
     return_lse: bool = True,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Attention of absorbed queries over the latents in the cache (DeepSeek-V2, arXiv 2405.04434).
+    """Computes attention of absorbed queries over the latents in the cache (arXiv 2405.04434).
 
-    Serves decode (S = 1), multi-token prediction, ragged prefill and chunks of a prefill behind a
-    cached prefix: query lengths may differ. The new tokens' rows are in the cache already.
+    It serves decode (S = 1), multi-token prediction, ragged prefill and chunks of a prefill behind
+    a cached prefix: query lengths may differ. The new tokens' rows must be in the cache already.
 
     Args:
         q: [B, S, H, D] = [q_latent | q_rope], not scaled; float32, bfloat16 or float16.
-        cache: K is a row [c_kv | k_rope] of D values, V its first kv_lora_rank. Of an int8 cache
-            the plain-JAX implementations read the rows dequantised, in float32.
-        block_tables: [B, max_pages] int32; slots past a request's length may hold anything.
-        seq_lens: [B] int32, keys of each request, its new tokens included; 0: none.
+        cache: K is a row [c_kv | k_rope] of D values, V its first kv_lora_rank. The plain-JAX
+            implementations read an int8 cache dequantised, in float32.
+        block_tables: [B, max_pages] int32; entries past a request's length may hold anything.
+        seq_lens: [B] int32, keys per request, its new tokens included; 0: none.
         softmax_scale: multiplies the scores (`MLAConfig.softmax_scale`); above 0 and known at
             trace time.
         query_lens: [B] int32, how many of the S tokens are real, left aligned; None: all S. Token i
-            stands at position seq_lens - query_lens + i. Without query_lens S may be more than
+            is at position seq_lens - query_lens + i. Without query_lens S may be more than
             seq_lens: tokens before position 0 see no key.
         causal: whether a token sees only the keys up to its own position.
         implementation: a name from `available_implementations()`, or a list or tuple of names: the
             first that can run the problem on the platform that the call is lowered for. None:
             ("hopper", "xla"). See "The choice" below.
-        plan: for implementations that split the keys, from `plan_splits` or `plan_fixed` for these
-            seq_lens; None: they plan for themselves. Others take no notice.
+        plan: for these seq_lens, from `plan_decode`, or a SplitPlan of `plan_fixed` (results that
+            do not depend on the batch) or `plan_splits`. None: an implementation that splits the
+            keys plans for itself. Other implementations ignore it.
         rescale: "multiply" or "exponent_add" (AMLA), see `online_softmax`.
-        partial_dtype: of the unmerged outputs, where keys are split; None: what adds next to
-            nothing to the error of o: float32, or of bfloat16 in tiles of 64 rows and more on a
-            Hopper GPU float16 in units, a power of two for each row. Elsewhere what is past 65504
-            becomes infinite in float16.
+        partial_dtype: of partial results, where the keys of a request are split. None selects
+            float32. On Hopper, tiles of 64 or more bfloat16 rows use float16 with one power-of-two
+            scale per row, which adds less error than rounding the output does. Without such scales
+            (elsewhere), values past 65504 become infinite in float16.
         return_lse: whether to return lse too.
 
     Returns:
@@ -101,12 +103,12 @@ def paged_mla_attention(
         Rows past query_lens and rows that see no key have o_latent = 0 and lse = -inf.
 
     The choice: what an implementation refuses about the problem (dtypes, layouts, sizes) is known
-    when the call is traced. What it refuses about the machine is asked for the platform and device
-    that the program is lowered for: an eager call's arrays or `jax.default_device`, jit's devices,
-    the platforms of `jax.export`. Where a program for CUDA is exported on a machine without an
-    NVIDIA GPU, the machine refuses nothing: the program is for a Hopper GPU with 132 SMs. For
-    other cards name "xla". Under `jax.jvp` and `jax.vmap` the last of the names that can take the
-    problem runs, for None "xla".
+    when the call is traced. What it refuses about the machine is decided when the program is
+    lowered, for that platform and device: those of an eager call's arrays or of
+    `jax.default_device`, of jit, or of `jax.export`. A program that is exported for CUDA on a
+    machine without an NVIDIA GPU is for a Hopper GPU, planned for 132 SMs; for other cards name
+    "xla". Under `jax.jvp` and `jax.vmap` the last name that can take the problem runs, for None
+    "xla".
 
     Raises:
         TypeError: an argument of another type, or a dtype other than those above.
@@ -145,18 +147,19 @@ def prepare(
     query_lens: jax.Array | None = None,
     causal: bool = True,
     implementation: str | Sequence[str] | None = None,
-    plan: SplitPlan | None = None,
+    plan: DecodePlan | SplitPlan | None = None,
     rescale: str = "multiply",
     partial_dtype: Any = None,
 ) -> tuple[AttentionProblem, Choice]:
-    """All checks of `paged_mla_attention`, with its arguments, and no work: what `compute` takes.
+    """Runs all checks of `paged_mla_attention` and returns what `compute` takes.
 
-    Where nothing is traced, a choice that comes back can run here.
+    Where nothing is traced, the choice that it returns can run here.
     """
     _check_arrays(q, cache, block_tables, seq_lens, query_lens)
     causal = checks.require_bool("causal", causal)
     names = check_names(implementation)
     softmax_scale = _checked_scale(softmax_scale)
+    plan = DecodePlan.of(plan)
     dtype = _check_options(rescale, partial_dtype, plan, q)
     _check_values(q, cache, block_tables, seq_lens, query_lens, plan)
     block_tables, seq_lens, query_lens = map(checks.snapshot, (block_tables, seq_lens, query_lens))
@@ -251,17 +254,16 @@ def _check_options(rescale: Any, partial_dtype: Any, plan: Any, q: jax.Array) ->
     return dtype
 
 
-def _check_plan(plan: Any, q: jax.Array) -> None:
-    if not isinstance(plan, SplitPlan):
-        raise TypeError(f"plan must be a SplitPlan, got {type(plan).__name__}")
-    plan.check()
+def _check_plan(plan: DecodePlan, q: jax.Array) -> None:
+    split = plan.split
+    split.check()
     rows = q.shape[1] * q.shape[2]
-    row_tiles = -(-rows // plan.rows_per_tile)
-    if (plan.num_row_tiles, plan.num_tiles) != (row_tiles, q.shape[0] * row_tiles):
+    row_tiles = -(-rows // split.rows_per_tile)
+    if (split.num_row_tiles, split.num_tiles) != (row_tiles, q.shape[0] * row_tiles):
         raise ValueError(
             f"plan must be for {q.shape[0]} requests of {rows} rows = S * H, got "
-            f"{plan.num_tiles // plan.num_row_tiles} requests of {plan.num_row_tiles} tiles of "
-            f"{plan.rows_per_tile} rows"
+            f"{split.num_tiles // split.num_row_tiles} requests of {split.num_row_tiles} tiles of "
+            f"{split.rows_per_tile} rows"
         )
 
 
@@ -276,4 +278,4 @@ def _check_values(
     if query_lens is not None:
         require_query_lens(q.shape[1], "q", seq_lens, query_lens)
     if plan is not None:
-        plan.check_covers(seq_lens)
+        plan.split.check_covers(seq_lens)

@@ -1,16 +1,18 @@
-"""The paged cache of absorbed MLA: one row [c_kv | k_rope] a token, shared by all heads.
+"""The paged cache of absorbed MLA: one row [c_kv | k_rope] per token, shared by all heads.
 
-A request's tokens stand in pages that its row of the block table names in order (vLLM's
-PagedAttention, arXiv 2309.06180). Two layouts of a page:
-- "ND": [page_size, D], rows whole.
-- "NZ": [D / C0, page_size, C0] with C0 = 32 bytes of values, the fractal of Ascend's matrix unit
-  ("PA_NZ"): element (t, d) at ((d / C0) * page_size + t) * C0 + d % C0.
-An int8 cache keeps c_kv as int8 with float32 scales (`quantize`) and k_rope beside it in bfloat16,
-in pages of the same numbers; no kernel of a peer on NVIDIA GPUs has one, Ascend's have. A token
-with NaN or an infinity in c_kv has scales of NaN there or, with one scale for the whole cache, a
-rope part of NaN: c_kv reads as NaN, and so does the output of every row that sees the token.
-Only pages that a length reaches are ever looked at; the other slots of a block table, and the
-rows of a page past the length, may hold anything.
+A request's tokens are stored in pages, which its row of the block table lists in token order. This
+is vLLM's PagedAttention (arXiv 2309.06180). A page has one of two layouts:
+- "ND": [page_size, D], one row after the other.
+- "NZ": [D / C0, page_size, C0], where C0 values are 32 bytes. It is the fractal layout of Ascend's
+  matrix unit ("PA_NZ"). Element (t, d) is at address ((d / C0) * page_size + t) * C0 + d % C0.
+
+An int8 cache stores c_kv as int8 with float32 scales (see `quantize`), and k_rope in bfloat16 in
+pages with the same numbers. Ascend's kernels have such a cache. int8 has no NaN, so a token with
+NaN or an infinity in c_kv is marked. Its scales are NaN, or with one scale for the whole cache its
+k_rope is NaN. Its c_kv then reads as NaN, and so does the output of every row that sees the token.
+
+Only pages up to a request's length are read. Other entries of a block table, and rows past the
+length, may hold anything.
 """
 
 import dataclasses
@@ -26,10 +28,10 @@ from mla_jax import checks, quantize
 PAGE_SIZES = (1, 16, 64, 128)
 LAYOUTS = ("ND", "NZ")
 DTYPES = (*checks.FLOAT_DTYPES, "int8")
-_ROPE_DTYPE = jnp.bfloat16  # of an int8 cache
+_ROPE_DTYPE = jnp.bfloat16  # dtype of k_rope in an int8 cache
 _FRACTAL_BYTES = 32
 _INT32 = np.iinfo(np.int32)
-_SMALLEST_SCALE = np.finfo(np.float32).tiny  # below it processors may take a number for 0
+_SMALLEST_SCALE = np.finfo(np.float32).tiny  # processors may treat smaller numbers as 0
 _LARGEST_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(quantize.LARGEST), 0)
 
 
@@ -40,12 +42,12 @@ _LARGEST_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(quantize.LAR
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class PagedKVCache:
-    """The pages and how to read them; a pytree whose leaves are the arrays that it has.
+    """The pages of a cache and their layout; a pytree whose leaves are the arrays.
 
-    A float cache holds rows of D = kv_lora_rank + rope_dim values in `pages`, and has no more. An
-    int8 cache holds c_kv in `pages` (D = kv_lora_rank), k_rope in `rope_pages` (D = rope_dim), and
-    `scales`: [num_pages, page_size] (granularity "token"), [num_pages, page_size, kv_lora_rank /
-    128] ("group") or [] ("tensor").
+    A float cache stores rows of D = kv_lora_rank + rope_dim values in `pages` and has no other
+    array. An int8 cache stores c_kv in `pages` (D = kv_lora_rank), k_rope in `rope_pages` (D =
+    rope_dim), and float32 `scales`. These are [num_pages, page_size] with granularity "token",
+    [num_pages, page_size, kv_lora_rank / 128] with "group", and [] with "tensor".
     """
 
     pages: jax.Array  # ND [num_pages, page_size, D]; NZ [num_pages, D / C0, page_size, C0]
@@ -53,7 +55,7 @@ class PagedKVCache:
     rope_dim: int
     page_size: int
     layout: str
-    rope_pages: jax.Array | None = None  # bfloat16, as `pages`
+    rope_pages: jax.Array | None = None  # bfloat16, shaped like `pages`
     scales: jax.Array | None = None  # float32, the same in both layouts
 
     @staticmethod
@@ -68,21 +70,25 @@ class PagedKVCache:
         scale_granularity: str | None = None,
         scale: jax.Array | float | None = None,
     ) -> "PagedKVCache":
-        """A cache of zeros.
+        """Returns a cache of zeros.
 
         Args:
-            num_pages, page_size: how many pages, of how many tokens.
-            dtype: of the values, or int8: of c_kv.
-            scale_granularity: of an int8 cache, one of `quantize.GRANULARITIES`; None: "token".
-            scale: for "tensor": what one step of int8 is worth, from calibration
-                (`quantize.scales_of`), a number that is normal and 127 times finite in float32.
-                Values written later saturate at 127 times it, which is quantisation; NaN and
-                infinities stay visible. A traced scale that is none of that becomes NaN.
+            num_pages: number of pages.
+            page_size: tokens per page, one of PAGE_SIZES.
+            kv_lora_rank: values of c_kv per token.
+            rope_dim: values of k_rope per token.
+            dtype: of the values, one of DTYPES. With int8 it is the dtype of c_kv only.
+            layout: one of LAYOUTS.
+            scale_granularity: of an int8 cache, one of `quantize.GRANULARITIES`; None is "token".
+            scale: with "tensor", the value of one int8 step, from calibration
+                (`quantize.scales_of`). It must be a normal float32, and so must 127 times it.
+                Larger values saturate when they are written. NaN and infinities are marked. A
+                traced scale out of range becomes NaN.
 
-        Raises TypeError for sizes that are no integers, a dtype that is none and a scale that is no
-        real number; ValueError for sizes that are not positive, a page size, dtype, layout or
-        granularity that is not one of PAGE_SIZES, DTYPES, LAYOUTS and GRANULARITIES, a scale out of
-        range, or missing, or there without need, and in NZ rows of no multiple of 32 bytes.
+        Raises TypeError for sizes that are not integers, an invalid dtype, or a scale that is not a
+        real number. Raises ValueError for sizes that are not positive, an option that is not in its
+        list, and a scale that is out of range, missing or not needed. Raises ValueError for rows
+        that are not a multiple of 32 bytes in layout NZ.
         """
         num_pages = checks.require_positive("num_pages", num_pages)
         if num_pages > _INT32.max:
@@ -112,44 +118,44 @@ class PagedKVCache:
 
     @property
     def num_pages(self) -> int:
-        """Pages in the cache."""
+        """The number of pages."""
         return self.pages.shape[0]
 
     @property
     def dtype(self) -> Any:
-        """Of the values in `pages`."""
+        """The dtype of `pages`."""
         return self.pages.dtype
 
     @property
     def row_dtype(self) -> Any:
-        """Of the rows that go in and come out: `dtype`, or float32 where they are quantised."""
+        """The dtype of rows that are appended and read: `dtype`, or float32 for an int8 cache."""
         return self.dtype if self.scale_granularity is None else jnp.dtype(jnp.float32)
 
     @property
     def scale_granularity(self) -> str | None:
-        """One of `quantize.GRANULARITIES`; None for a float cache."""
+        """One of `quantize.GRANULARITIES`, or None for a float cache."""
         if self.scales is None:
             return None
         return {0: "tensor", 2: "token", 3: "group"}[self.scales.ndim]
 
     @property
     def latent_dim(self) -> int:
-        """D, the values a token: kv_lora_rank + rope_dim."""
+        """D, the values per token: kv_lora_rank + rope_dim."""
         return self.kv_lora_rank + self.rope_dim
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of a token's row (one layer); the one scale of "tensor" belongs to no token."""
+        """Bytes per token and layer; the single scale of "tensor" does not count."""
         arrays = [x for x in self.arrays().values() if x.ndim]
         return sum(x.size * x.dtype.itemsize for x in arrays) // (self.num_pages * self.page_size)
 
     def arrays(self) -> dict[str, jax.Array]:
-        """The arrays that the cache has, by name."""
+        """Returns the arrays that the cache has, by name."""
         named = {"pages": self.pages, "rope_pages": self.rope_pages, "scales": self.scales}
         return {name: array for name, array in named.items() if array is not None}
 
     def check(self) -> None:
-        """Raises ValueError or TypeError where an array is not what the other fields say."""
+        """Raises TypeError or ValueError if an array does not match the other fields."""
         checks.require_one_of("cache.layout", self.layout, LAYOUTS)
         for name in ("kv_lora_rank", "rope_dim", "page_size"):
             checks.require_positive(f"cache.{name}", getattr(self, name))
@@ -193,23 +199,23 @@ class PagedKVCache:
         *,
         donate: bool = True,
     ) -> "PagedKVCache":
-        """Writes new tokens behind those that the requests have: decode, MTP or a chunk.
+        """Writes new tokens after those that the requests have, and returns the new cache.
 
         Args:
-            kv: [B, S, D], of the cache's dtype; for an int8 cache float32, bfloat16 or float16.
-            block_tables: [B, max_pages] int32, pages for the new tokens included.
-            seq_lens: [B] int32, tokens of each request BEFORE this append.
-            query_lens: [B] int32, how many of the S tokens are real (left aligned); None: all.
-            donate: whether an eager call hands this cache's memory to the one that it returns;
-                this one is used up then. False: this cache stays as it is, and the call copies
-                it. Under an outer jit it has no effect: donate the cache there.
+            kv: [B, S, D] of the cache's dtype; for an int8 cache float32, bfloat16 or float16.
+            block_tables: [B, max_pages] int32, with pages for the new tokens.
+            seq_lens: [B] int32, tokens of each request BEFORE this call.
+            query_lens: [B] int32, how many of the S tokens are real, left aligned; None is all S.
+            donate: whether an eager call reuses this cache's memory for the returned cache, after
+                which this one must not be used. False copies it. Under an outer jit the argument
+                has no effect: donate the cache there.
 
         Raises:
-            TypeError: a dtype other than those above, or a donate that is no bool.
-            ValueError: shapes that don't fit; and, unless they are traced, lengths that are
-                negative or past the block table, pages in use that the cache does not have, or
-                two tokens with one place. Nothing is written then. Traced, the tokens of a
-                request that does not fit are not written, and attending to it gives NaN.
+            TypeError: a dtype other than those above, or a donate that is not a bool.
+            ValueError: shapes that do not fit. Values that are not traced are also checked: lengths
+                that are negative or exceed the block table, pages that the cache does not have, and
+                two tokens with one position. Nothing has been written then. With traced
+                values, the tokens of an invalid request are not written, and its attention is NaN.
         """
         donate = checks.require_bool("donate", donate)
         self._check_append(kv, block_tables, seq_lens, query_lens)
@@ -219,14 +225,14 @@ class PagedKVCache:
     def gather(
         self, block_tables: jax.Array, *, max_len: int, seq_lens: jax.Array | None = None
     ) -> jax.Array:
-        """The first max_len rows of each request, contiguous: [B, max_len, D] of `row_dtype`.
+        """Returns the first max_len rows of each request, [B, max_len, D] of `row_dtype`.
 
         Args:
             block_tables: [B, max_pages] int32.
             max_len: at most max_pages * page_size.
-            seq_lens: [B] int32; rows past them are 0. None: those rows hold anything.
+            seq_lens: [B] int32; rows past them are 0. With None those rows may hold anything.
 
-        Raises TypeError or ValueError naming the argument that doesn't fit.
+        Raises TypeError or ValueError that names the invalid argument.
         """
         self._check_tables(block_tables)
         max_len = checks.require_positive("max_len", max_len)
@@ -234,7 +240,7 @@ class PagedKVCache:
         if max_len > capacity:
             raise ValueError(
                 f"max_len must be at most {capacity} (block_tables has {block_tables.shape[1]} "
-                f"pages of {self.page_size} a request), got {max_len}"
+                f"pages of {self.page_size} per request), got {max_len}"
             )
         if seq_lens is not None:
             checks.require_shape("seq_lens", seq_lens, "[B]", block_tables.shape[0])
@@ -245,24 +251,24 @@ class PagedKVCache:
     def rows(
         self, block_tables: jax.Array, positions: jax.Array, requests: jax.Array | None = None
     ) -> jax.Array:
-        """Token rows by position, [N, T, D] of `row_dtype`; arguments as in `stored_rows`."""
+        """Returns rows by position, [N, T, D] of `row_dtype`; arguments as in `stored_rows`."""
         return self._decode(self.stored_rows(block_tables, positions, requests))
 
     def stored_rows(
         self, block_tables: jax.Array, positions: jax.Array, requests: jax.Array | None = None
     ) -> dict[str, jax.Array]:
-        """What each array of the cache, by its name, holds for tokens: [N, T, ...], as stored.
+        """Returns what each array of the cache holds for tokens, by the array's name.
 
-        `pages` [N, T, D] and, of an int8 cache, `rope_pages` [N, T, rope_dim] and `scales` [N, T],
-        [N, T, kv_lora_rank / 128] or []. Any position or page is clipped to one that exists.
+        `pages` is [N, T, D]. An int8 cache also has `rope_pages` [N, T, rope_dim] and `scales`
+        [N, T], [N, T, kv_lora_rank / 128] or []. Positions and pages are clipped to valid ones.
 
         Args:
             block_tables: [B, max_pages] int32.
             positions: [N, T] or [1, T], of any integer dtype.
-            requests: [N] int32, whose rows; None: every request once (N = B).
+            requests: [N] int32, the request of each row of positions; None is 0 .. B - 1.
 
-        Raises TypeError or ValueError naming the argument that doesn't fit; unless they are traced,
-        also for requests that are not in 0 .. B - 1.
+        Raises TypeError or ValueError that names the invalid argument. Traced requests are not
+        checked to be in 0 .. B - 1.
         """
         self._check_tables(block_tables)
         batch = block_tables.shape[0]
@@ -275,21 +281,22 @@ class PagedKVCache:
                 raise ValueError(f"requests[{at}] must be in 0 .. {batch - 1}, got {requests[at]}")
         positions = _checked_positions(positions, len(requests))
         block_tables, requests = (jnp.asarray(checks.snapshot(x)) for x in (block_tables, requests))
-        slot = jnp.clip(positions // self.page_size, 0, block_tables.shape[1] - 1)
-        page = block_tables.at[requests[:, None], slot].get(mode="promise_in_bounds")
+        entry = jnp.clip(positions // self.page_size, 0, block_tables.shape[1] - 1)
+        page = block_tables.at[requests[:, None], entry].get(mode="promise_in_bounds")
         page = jnp.clip(page, 0, self.num_pages - 1)
         offset = positions % self.page_size
         return {name: _read(x, page, offset) for name, x in self.arrays().items()}
 
     def _encode(self, kv: jax.Array) -> dict[str, jax.Array]:
-        """Rows [..., D] as `stored_rows` would give them, but for a scale that stays as it is."""
+        """Returns rows kv [..., D] in the form of `stored_rows`, without a scale of "tensor"."""
         granularity = self.scale_granularity
         if self.scales is None or granularity is None:
             return {"pages": kv}
         latent, rope = jnp.split(kv, [self.kv_lora_rank], axis=-1)
         rope, scales = rope.astype(_ROPE_DTYPE), self.scales
-        # int8 has no NaN: what belongs to the token alone holds it, its scales or else its rope
-        # part. (XLA's maximum on a CPU may leave out NaN, so that scales say nothing of it.)
+        # int8 has no NaN. NaN is therefore stored in what belongs to this token alone: its scales,
+        # or else its rope part. The maximum in `scales_of` does not suffice, because XLA's maximum
+        # on a CPU may ignore NaN.
         finite = jnp.isfinite(latent).all(axis=-1)
         if granularity == "tensor":
             rope = _or_nan(finite, rope)
@@ -299,13 +306,13 @@ class PagedKVCache:
         return stored | {"scales": _or_nan(finite, scales)}
 
     def _decode(self, stored: dict[str, jax.Array]) -> jax.Array:
-        """Rows [..., D] of `row_dtype` from what `stored_rows` gave."""
+        """Returns rows [..., D] of `row_dtype` from the result of `stored_rows`."""
         if self.scale_granularity is None:
             return stored["pages"]
         latent = quantize.dequantize(stored["pages"], stored["scales"])
         rope = stored["rope_pages"].astype(latent.dtype)
         if self.scale_granularity == "tensor":
-            latent = _or_nan(~jnp.isnan(rope).all(axis=-1), latent)  # as `_encode` marks it
+            latent = _or_nan(~jnp.isnan(rope).all(axis=-1), latent)  # marked by `_encode`
         return jnp.concatenate([latent, rope], axis=-1)
 
     def _check_tables(self, block_tables: Any) -> None:
@@ -338,7 +345,7 @@ class PagedKVCache:
         for request in np.flatnonzero((new < 0) | (new > kv.shape[1])):
             raise ValueError(
                 f"query_lens[{request}] must be in 0 .. {kv.shape[1]} (kv has {kv.shape[1]} "
-                f"tokens a request), got {new[request]}"
+                f"tokens per request), got {new[request]}"
             )
         for request in np.flatnonzero(before < 0):
             raise ValueError(f"seq_lens[{request}] must be at least 0, got {before[request]}")
@@ -348,7 +355,7 @@ class PagedKVCache:
         self._check_places(np.asarray(block_tables), before, new)
 
     def _check_places(self, tables: np.ndarray, before: np.ndarray, new: np.ndarray) -> None:
-        """Raises ValueError where two of the new tokens would be written to one place."""
+        """Raises ValueError if two of the new tokens would be written to the same row."""
         request = np.repeat(np.arange(len(new)), new)
         start = np.repeat(before - (np.cumsum(new) - new), new)
         position = start + np.arange(len(request))
@@ -385,7 +392,7 @@ def _new_scales(
     granularity: str | None,
     scale: jax.Array | float | None,
 ) -> jax.Array:
-    """Those of a new int8 cache of tokens = (pages, page size)."""
+    """Returns the scales of a new int8 cache; tokens is (num_pages, page_size)."""
     granularity = "token" if granularity is None else granularity
     checks.require_one_of("scale_granularity", granularity, quantize.GRANULARITIES)
     if granularity == "group" and kv_lora_rank % quantize.GROUP:
@@ -402,7 +409,7 @@ def _new_scales(
 
 
 def _checked_scale(scale: Any) -> jax.Array:
-    """A scale as it is stored: [] float32. One that is traced and out of range becomes NaN."""
+    """Returns a scale as stored, [] float32; a traced scale that is out of range becomes NaN."""
     checks.require_shape("scale", scale, "a number")
     dtype = np.asarray(scale).dtype if checks.is_concrete(scale) else scale.dtype
     if not (jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer)):
@@ -420,11 +427,11 @@ def _checked_scale(scale: Any) -> jax.Array:
             f"scale must be positive and finite, in {_SMALLEST_SCALE} .. {_LARGEST_SCALE} as "
             f"float32, got {scale}"
         )
-    return jnp.array(stored)  # a copy: appending donates it
+    return jnp.array(stored)  # a copy, because appending donates the scale
 
 
 def _checked_dtype(dtype: Any) -> Any:
-    """The np.dtype of a cache that has this dtype; raises TypeError or ValueError if none can."""
+    """Returns the np.dtype of a cache; raises TypeError or ValueError unless it is supported."""
     if dtype is None:
         raise TypeError("dtype must be a dtype, got None")
     try:
@@ -438,7 +445,7 @@ def _checked_dtype(dtype: Any) -> Any:
 
 
 def _checked_positions(positions: Any, count: int) -> jax.Array:
-    """positions [count, T] or [1, T] as int32, saturated; raises TypeError or ValueError."""
+    """Returns positions [count, T] or [1, T] as int32, saturated."""
     checks.require_array("positions", positions)
     if not jnp.issubdtype(positions.dtype, np.integer):
         raise TypeError(f"positions must be of an integer dtype, got {positions.dtype}")
@@ -447,19 +454,20 @@ def _checked_positions(positions: Any, count: int) -> jax.Array:
     if positions.dtype != np.int32:
         own = jnp.iinfo(positions.dtype)
         low, high = max(own.min, _INT32.min), min(own.max, _INT32.max)
-        clip = np.clip if isinstance(positions, np.ndarray) else jnp.clip  # JAX would cut off bits
+        # JAX would cut off the upper bits of numpy's wider integers.
+        clip = np.clip if isinstance(positions, np.ndarray) else jnp.clip
         positions = clip(positions, low, high).astype(np.int32)
     return jnp.asarray(checks.snapshot(positions))
 
 
 def _or_nan(keeps: jax.Array, values: jax.Array) -> jax.Array:
-    """values [N, T, ...], NaN where keeps [N, T] is False."""
+    """Returns values [N, T, ...] with NaN where keeps [N, T] is False."""
     keeps = keeps.reshape(*keeps.shape, *[1] * (values.ndim - keeps.ndim))
     return jnp.where(keeps, values, jnp.asarray(jnp.nan, values.dtype))
 
 
 def _read(array: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
-    """What an array of the cache holds for tokens: [N, T, ...]; page and offset [N, T]."""
+    """Reads tokens from an array of the cache: [N, T, ...]; page and offset are [N, T]."""
     if array.ndim == 0:
         return array
     if array.ndim < 4:
@@ -469,7 +477,7 @@ def _read(array: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
 
 
 def _write(array: jax.Array, page: jax.Array, offset: jax.Array, rows: jax.Array) -> jax.Array:
-    """The array with rows [N, T, ...] at those tokens; a page past the end is dropped."""
+    """Writes rows [N, T, ...] to tokens of an array; a page past the end drops the row."""
     if array.ndim < 4:
         return array.at[page, offset].set(rows, mode="drop")
     fractals = rows.reshape(*page.shape, array.shape[1], array.shape[3])
@@ -492,9 +500,10 @@ def _append(
     fits = (seq_lens >= 0) & (query_lens <= jnp.minimum(room, count))
     written = (token < query_lens[:, None]) & fits[:, None]
     positions = seq_lens[:, None] + token
-    slot = jnp.clip(positions // cache.page_size, 0, max_pages - 1)
-    page = jnp.take_along_axis(block_tables, slot, axis=1)
-    page = jnp.where(written & (page >= 0), page, cache.num_pages)  # past the end: dropped
+    entry = jnp.clip(positions // cache.page_size, 0, max_pages - 1)
+    page = jnp.take_along_axis(block_tables, entry, axis=1)
+    # A page past the end of the cache drops the row.
+    page = jnp.where(written & (page >= 0), page, cache.num_pages)
     offset = positions % cache.page_size
     arrays: dict[str, Any] = cache.arrays()
     for name, rows in cache._encode(kv).items():

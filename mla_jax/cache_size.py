@@ -1,8 +1,8 @@
-"""How many bytes a KV cache takes under MHA, GQA, MQA and MLA, and the batch that a memory allows.
+"""Size of a KV cache under MHA, GQA, MQA and MLA, and the batch and throughput that it allows.
 
-DeepSeek-V2 (arXiv 2405.04434) quotes a KV cache 93.3 % smaller than DeepSeek 67B's (abstract) and a
-generation throughput 5.76 times as high (section 3.2.3). `DEEPSEEK_67B` and `DEEPSEEK_V2` hold
-what both sides of the first number are made of; `decompose` takes it apart.
+DeepSeek-V2 (arXiv 2405.04434) reports a KV cache that is 93.3 % smaller than DeepSeek 67B's
+(abstract) and a generation throughput that is 5.76 times as high (section 3.2.3). `DEEPSEEK_67B`
+and `DEEPSEEK_V2` are the two caches of the first number, and `decompose` splits it into causes.
 """
 
 import dataclasses
@@ -25,47 +25,47 @@ BITS_PER_VALUE: dict[str, float] = {
 
 @dataclasses.dataclass(frozen=True)
 class CacheSize:
-    """The KV cache of a model: `layers` layers that keep `values` values of `bits` bits a token.
+    """The KV cache of a model: values per token and layer, bits per value, and layers.
 
-    Raises TypeError naming the field that is no number (values and layers: no integer), ValueError
-    for one that isn't positive.
+    Raises TypeError for a field that is not a number, or not an integer where it counts something.
+    Raises ValueError for a number that is not positive. The message names the field.
     """
 
     scheme: str
-    values: int  # of one token in one layer
-    bits: float = BITS_PER_VALUE["bfloat16"]  # of one value
+    values: int  # per token and layer
+    bits: float = BITS_PER_VALUE["bfloat16"]  # per value
     layers: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.scheme, str):
             raise TypeError(f"scheme must be a str, got {self.scheme!r}")
-        for name in ("values", "layers"):  # frozen: a numpy scalar becomes a Python int
+        for name in ("values", "layers"):
             object.__setattr__(self, name, checks.require_positive(name, getattr(self, name)))
         object.__setattr__(self, "bits", _require_positive("bits", self.bits))
 
     @staticmethod
     def mha(num_heads: int, head_dim: int, *, bits: float = 16, layers: int = 1) -> "CacheSize":
-        """Multi-head attention: a key and a value of `head_dim` for every head."""
+        """Returns the cache of multi-head attention: a key and a value per head."""
         num_heads = checks.require_positive("num_heads", num_heads)
         head_dim = checks.require_positive("head_dim", head_dim)
         return CacheSize("MHA", 2 * num_heads * head_dim, bits, layers)
 
     @staticmethod
     def gqa(num_kv_heads: int, head_dim: int, *, bits: float = 16, layers: int = 1) -> "CacheSize":
-        """Grouped-query attention: a key and a value for every group of heads."""
+        """Returns the cache of grouped-query attention: a key and a value per group of heads."""
         num_kv_heads = checks.require_positive("num_kv_heads", num_kv_heads)
         head_dim = checks.require_positive("head_dim", head_dim)
         return CacheSize(f"GQA-{num_kv_heads}", 2 * num_kv_heads * head_dim, bits, layers)
 
     @staticmethod
     def mqa(head_dim: int, *, bits: float = 16, layers: int = 1) -> "CacheSize":
-        """Multi-query attention: one key and one value for all heads."""
+        """Returns the cache of multi-query attention: one key and one value for all heads."""
         head_dim = checks.require_positive("head_dim", head_dim)
         return CacheSize("MQA", 2 * head_dim, bits, layers)
 
     @staticmethod
     def mla(config: MLAConfig, *, bits: float = 16, layers: int | None = None) -> "CacheSize":
-        """Multi-head latent attention: [c_kv | k_rope]; `layers` is the config's if not given."""
+        """Returns the cache of MLA, [c_kv | k_rope]; `layers` is by default the config's."""
         _require_is("config", config, MLAConfig)
         layers = config.num_hidden_layers if layers is None else layers
         return CacheSize("MLA", config.latent_dim, bits, layers)
@@ -74,9 +74,9 @@ class CacheSize:
     def mla_int8(
         config: MLAConfig, *, scale_granularity: str = "token", layers: int | None = None
     ) -> "CacheSize":
-        """MLA as an int8 `PagedKVCache` keeps it: c_kv in int8, float32 scales, k_rope in bfloat16.
+        """Returns the size of an int8 `PagedKVCache`: int8 c_kv, float32 scales, bfloat16 k_rope.
 
-        `bits` is the mean over the values.
+        `bits` is the mean over all values of a token.
         """
         _require_is("config", config, MLAConfig)
         checks.require_one_of("scale_granularity", scale_granularity, quantize.GRANULARITIES)
@@ -87,24 +87,25 @@ class CacheSize:
 
     @property
     def bytes_per_token_and_layer(self) -> float:
+        """Bytes per token in one layer."""
         return self.values * self.bits / 8
 
     @property
     def bytes_per_token(self) -> float:
-        """Of the whole model."""
+        """Bytes per token in all layers."""
         return self.layers * self.bytes_per_token_and_layer
 
     def reduction_from(self, other: "CacheSize") -> float:
-        """The share of `other`'s bytes a token that this cache saves: 0.933 for 93.3 %."""
+        """Returns the share of `other`'s bytes per token that this cache saves: 0.933 is 93.3 %."""
         _require_is("other", other, CacheSize)
         return 1 - self.bytes_per_token / other.bytes_per_token
 
 
 def schemes(config: MLAConfig, *, bits: float = 16, gqa_heads: int = 8) -> tuple[CacheSize, ...]:
-    """The cache of this model, had it MHA, GQA, MQA, and as it is, with MLA.
+    """Returns the caches that this model would have under MHA, GQA and MQA, and its own, MLA.
 
-    The three that it does not have keep keys and values of `qk_nope_head_dim` for every head or
-    group, as the rope channels of MLA only exist because they can't be absorbed.
+    The first three have keys and values of `qk_nope_head_dim` per head or group. The rope channels
+    are left out, because MLA has them only since RoPE can't be absorbed.
     """
     _require_is("config", config, MLAConfig)
     gqa_heads = checks.require_positive("gqa_heads", gqa_heads)
@@ -119,22 +120,22 @@ def schemes(config: MLAConfig, *, bits: float = 16, gqa_heads: int = 8) -> tuple
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One of the steps from a cache to a smaller one."""
+    """One step from a cache to a smaller one, and what it contributes."""
 
     name: str
-    factor: float  # how many times smaller this step alone makes it
-    share: float  # of the whole: ln(factor) / ln(product of the factors)
+    factor: float  # size before this step / size after it
+    share: float  # of the whole reduction: ln(factor) / ln(product of all factors)
     bytes_per_token: float  # after this step
-    reduction: float  # after this step, against the start
+    reduction: float  # after this step, relative to the start
 
 
 def decompose(before: CacheSize, after: CacheSize) -> tuple[Part, ...]:
-    """What of `after`'s saving comes from the attention, what from depth and from fewer bits.
+    """Splits the reduction from `before` to `after` into attention, depth and bits per value.
 
-    The three factors multiply to the whole, so their shares are those of the logarithm. The first
-    two at equal bits are the part that the architecture has.
+    The three factors multiply to the whole reduction, so that the shares add up in logarithms. The
+    steps for attention and depth, at equal bits, are the reduction by the architecture.
 
-    Raises ValueError where both take the same bytes a token: there is nothing to share out.
+    Raises ValueError if both caches have the same bytes per token.
     """
     _require_is("before", before, CacheSize)
     _require_is("after", after, CacheSize)
@@ -156,7 +157,7 @@ def decompose(before: CacheSize, after: CacheSize) -> tuple[Part, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What serves a model: memory in bytes and its bandwidth in bytes a second, of all devices."""
+    """A machine: memory in bytes and bandwidth in bytes per second, summed over its devices."""
 
     name: str
     memory: float
@@ -172,10 +173,10 @@ class Machine:
 def largest_batch(
     cache: CacheSize, *, memory: float, weights: float, tokens_per_request: float
 ) -> int:
-    """How many requests of that length fit, in whole requests, beside `weights` in `memory` bytes.
+    """Returns how many requests of a length fit beside `weights` bytes in `memory` bytes.
 
-    Raises TypeError for what is no number, ValueError where the weights alone don't fit or the
-    memory or the length isn't positive.
+    Raises TypeError for an argument that is not a number. Raises ValueError if the weights alone do
+    not fit, or if the memory or the length is not positive.
     """
     _require_is("cache", cache, CacheSize)
     memory = _require_positive("memory", memory)
@@ -189,14 +190,15 @@ def largest_batch(
 def throughput_ceiling(
     cache: CacheSize, *, batch: int, weights: float, tokens_per_request: float, bandwidth: float
 ) -> float:
-    """Tokens a second that decoding can't exceed: each step reads the weights and the cache once.
+    """Returns an upper bound of decode throughput in tokens per second.
 
-    A larger batch always raises it, so the largest that fits gives the ceiling of a machine. It
-    says nothing of arithmetic, communication or scheduling, which measured numbers include. Of a
-    mixture of experts `weights` are all of them: a large batch meets every expert.
+    Each step reads the weights and the cache of the batch once. A larger batch raises the bound, so
+    that the largest batch that fits gives the bound of a machine. Arithmetic, communication and
+    scheduling are not included. For a mixture of experts `weights` counts all experts, because a
+    large batch uses all of them.
 
-    Raises TypeError for what is no number (batch: no integer), ValueError for a batch or weights
-    below 0, and a length or bandwidth that isn't positive.
+    Raises TypeError for an argument that is not a number, or a batch that is not an integer. Raises
+    ValueError for a batch or weights below 0, and a length or bandwidth that is not positive.
     """
     _require_is("cache", cache, CacheSize)
     batch = checks.require_int("batch", batch, 0)
@@ -215,7 +217,7 @@ def _require_is(name: str, value: Any, kind: type) -> None:
 
 
 def _require_number(name: str, value: Any) -> float:
-    """The value as a finite number; a Python int stays one, so that a count has no `.0`."""
+    """Returns the value as a finite number; an int stays an int, to be printed without `.0`."""
     number = checks.require_number(name, value)
     return int(value) if isinstance(value, int | np.integer) else number
 
@@ -227,7 +229,8 @@ def _require_positive(name: str, value: Any) -> float:
     return number
 
 
-# Both as in the 93.3 %: DeepSeek 67B (arXiv 2401.02954, table 2) in bf16, DeepSeek-V2 as deployed.
+# The caches behind the 93.3 %: DeepSeek 67B (arXiv 2401.02954, table 2) in bfloat16, and
+# DeepSeek-V2 as deployed.
 DEEPSEEK_67B = CacheSize.gqa(8, 128, layers=95)
 DEEPSEEK_V2 = CacheSize.mla(MLAConfig.preset("deepseek-v2"), bits=BITS_PER_VALUE["6-bit"])
 # The node on which DeepSeek-V2's paper measured 5.76 times the throughput.

@@ -1,4 +1,4 @@
-"""Argument checks that the public functions share: each names the argument, got and wanted."""
+"""Argument checks of the public functions; each error names the argument and both values."""
 
 from typing import Any
 
@@ -9,15 +9,15 @@ FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def is_concrete(*values: Any) -> bool:
-    """Whether every value can be looked at now, i.e. none is being traced by jit."""
+    """Returns whether all values are known now, that is none is being traced by jit."""
     return not any(isinstance(value, jax.core.Tracer) for value in values)
 
 
 def snapshot(value: Any) -> Any:
-    """A numpy array's copy; anything else as it is.
+    """Returns a copy of a numpy array, and any other value unchanged.
 
-    JAX may read a numpy argument after the call has returned, by when a serving loop may have
-    changed it in place (`seq_lens += 1`).
+    JAX may read a numpy argument after the call has returned. By then a serving loop may have
+    changed it in place, as in `seq_lens += 1`.
     """
     return value.copy() if isinstance(value, np.ndarray) else value
 
@@ -29,7 +29,10 @@ def require_array(name: str, value: Any) -> None:
 
 
 def require_shape(name: str, value: Any, spec: str, *wanted: int | None) -> None:
-    """Raises ValueError unless value.shape is `wanted` (None: any size), in words `spec`."""
+    """Raises ValueError unless value.shape is `wanted`, where None is any size.
+
+    spec: names the dims in the message, as in "[B, S, D]".
+    """
     shape = np.shape(value)
     fits = len(shape) == len(wanted) and all(
         want is None or got == want for got, want in zip(shape, wanted, strict=True)
@@ -57,24 +60,24 @@ def require_float(name: str, value: Any) -> None:
 
 
 def require_one_of(name: str, value: Any, options: tuple[Any, ...]) -> None:
-    """Raises ValueError unless value equals one of the options and is of its type."""
+    """Raises ValueError unless value equals one of the options and has its type."""
     kinds = (str,) if isinstance(options[0], str) else (int, np.integer)
     if not isinstance(value, kinds) or isinstance(value, bool) or value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(str, options))}, got {value!r}")
 
 
 def require_bool(name: str, value: Any) -> bool:
-    """The value as a Python bool; raises TypeError unless it is a Python or numpy bool."""
+    """Returns the value as a Python bool; raises TypeError unless it is a Python or numpy bool."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {_described(value)}")
     return bool(value)
 
 
 def require_int(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """The value as a Python int, so that no sum of it wraps around in a narrow type.
+    """Returns the value as a Python int, so that sums of it do not overflow a narrow dtype.
 
-    Raises TypeError unless it is a Python or numpy integer (a bool is not), ValueError unless it
-    is in low .. high (None: no upper bound).
+    Raises TypeError unless it is a Python or numpy integer; a bool is not. Raises ValueError unless
+    it is in low .. high; a high of None is no upper bound.
     """
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {_described(value)}")
@@ -86,18 +89,18 @@ def require_int(name: str, value: Any, low: int, high: int | None = None) -> int
 
 
 def require_positive(name: str, value: Any) -> int:
-    """The value as a Python int of 1 or more; raises as `require_int` does."""
+    """Returns the value as a Python int of 1 or more; raises as `require_int` does."""
     return require_int(name, value, 1)
 
 
 def require_number(
     name: str, value: Any, *, low: float | None = None, above: float | None = None
 ) -> float:
-    """The value as a finite Python float.
+    """Returns the value as a finite Python float.
 
-    Takes Python and numpy numbers and arrays of shape [] of a real dtype, unless they are traced.
-    Raises TypeError for anything else (bool, complex and str included), ValueError for NaN,
-    infinity, and values below `low` or not above `above`.
+    Accepts Python and numpy numbers and arrays of shape [] of a real dtype, unless they are traced.
+    Raises TypeError for anything else, also for bool, complex and str. Raises ValueError for NaN,
+    infinity, and values that are below `low` or not above `above`.
     """
     if isinstance(value, jax.core.Tracer):
         raise TypeError(f"{name} must be a number that is known at trace time, got a traced value")
@@ -115,7 +118,7 @@ def require_number(
 
 
 def _described(value: Any) -> str:
-    """A value in an error message: short, and with its type."""
+    """Returns a short text of a value and its type, for error messages."""
     text = repr(value)
     text = text if len(text) <= 60 else text[:57] + "..."
     return f"{text} of type {type(value).__name__}"
@@ -124,23 +127,25 @@ def _described(value: Any) -> str:
 def require_pages(
     lengths_name: str, lengths: Any, block_tables: Any, page_size: int, num_pages: int
 ) -> None:
-    """Raises ValueError where a length does not fit its block table, or uses a page that is not.
+    """Raises ValueError for a length that exceeds its block table or uses a page out of range.
 
     Args:
-        lengths_name: what the caller calls the lengths.
-        lengths: [B] int32, concrete.
-        block_tables: [B, max_pages] int32, concrete; slots past a request's length hold anything.
+        lengths_name: the caller's name of the lengths, for the message.
+        lengths: [B] int32, not traced.
+        block_tables: [B, max_pages] int32, not traced; entries past a length may hold anything.
+        page_size: tokens per page.
+        num_pages: pages in the cache.
     """
     lengths, tables = np.asarray(lengths), np.asarray(block_tables)
     capacity = tables.shape[1] * page_size
     for request in np.flatnonzero((lengths < 0) | (lengths > capacity)):
         raise ValueError(
             f"{lengths_name}[{request}] must be in 0 .. {capacity} (block_tables has "
-            f"{tables.shape[1]} pages of {page_size} a request), got {lengths[request]}"
+            f"{tables.shape[1]} pages of {page_size} per request), got {lengths[request]}"
         )
     used = np.arange(tables.shape[1]) < -(-lengths // page_size)[:, None]
-    for request, slot in np.argwhere(used & ((tables < 0) | (tables >= num_pages))):
+    for request, entry in np.argwhere(used & ((tables < 0) | (tables >= num_pages))):
         raise ValueError(
-            f"block_tables[{request}, {slot}] must be a page in 0 .. {num_pages - 1}, "
-            f"got {tables[request, slot]}"
+            f"block_tables[{request}, {entry}] must be a page in 0 .. {num_pages - 1}, "
+            f"got {tables[request, entry]}"
         )

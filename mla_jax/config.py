@@ -1,9 +1,9 @@
-"""The shape of a multi-head latent attention (MLA) layer: `MLAConfig`, presets, config.json.
+"""The shape of a multi-head latent attention (MLA) layer: `MLAConfig`, its presets and its files.
 
-The field names are those of the published `config.json` files where they mean the same thing.
-Papers: DeepSeek-V2 (arXiv 2405.04434, section 2.1), DeepSeek-V3 (arXiv 2412.19437); YaRN (arXiv
-2309.00071). Where published code and papers leave a choice, we do what Hugging Face
-`transformers` does in `DeepseekV2Attention` and `DeepseekV3Attention`.
+Fields are named as in the published `config.json` files where they mean the same. The papers are
+DeepSeek-V2 (arXiv 2405.04434, section 2.1), DeepSeek-V3 (arXiv 2412.19437) and YaRN (arXiv
+2309.00071). Where papers and published code leave a choice, this library follows
+`DeepseekV2Attention` and `DeepseekV3Attention` of Hugging Face `transformers`.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ from mla_jax.checkpoints.config_json import (
 )
 from mla_jax.checkpoints.config_keys import READ, foreign_keys, foreign_shapes
 
-# What an absent `rope_interleave` means, by model type. DeepSeek-V2's code rotates interleaved
-# pairs and reads no such key; V3's class defaults to it; Kimi-K2 ships V3's code.
+# The default of `rope_interleave` by model type. DeepSeek-V2's code rotates interleaved pairs and
+# reads no such key. V3's class defaults to True, and Kimi-K2 is published with V3's code.
 ROPE_INTERLEAVE_DEFAULT = {"deepseek_v2": True, "deepseek_v3": True, "kimi_k2": True}
 
 
@@ -36,11 +36,14 @@ ROPE_INTERLEAVE_DEFAULT = {"deepseek_v2": True, "deepseek_v3": True, "kimi_k2": 
 class YarnScaling:
     """YaRN context extension as DeepSeek configures it.
 
-    `factor` is new length over `original_max_position_embeddings`. Pairs that turn more than
-    `beta_fast` times within the original length keep their frequency, those that turn less than
-    `beta_slow` times are slowed down by `factor`, with a linear ramp between (its ends rounded
-    outwards to whole pairs if `truncate`). `mscale` and `mscale_all_dim` give the two
-    temperatures below; None (or 0) means not given, which is not the same as 1.
+    `factor` is the new context length over `original_max_position_embeddings`. Channel pairs that
+    turn more than `beta_fast` times within the original length keep their frequency. Pairs that
+    turn less than `beta_slow` times are slowed down by `factor`. Between them is a linear ramp,
+    whose ends are rounded outwards to whole pairs if `truncate`. `mscale` and `mscale_all_dim`
+    determine the two temperatures below. None and 0 mean that they are not given, which differs
+    from 1.
+
+    Raises TypeError or ValueError that names the invalid field.
     """
 
     factor: float
@@ -57,7 +60,7 @@ class YarnScaling:
             ("factor", "a positive number", 1.0, 1e6),
             ("beta_fast", "a positive number", 1e-3, 1e6),
             ("beta_slow", "a positive number", 1e-3, 1e6),
-            ("mscale", "a number or null", 0.0, 100.0),  # 0.7 to 1 are published
+            ("mscale", "a number or null", 0.0, 100.0),  # published models have 0.7 to 1
             ("mscale_all_dim", "a number or null", 0.0, 100.0),
             ("attention_factor", "a number or null", 1e-3, 1e3),
         ):
@@ -76,7 +79,7 @@ class YarnScaling:
 
     @property
     def rotation_scale(self) -> float:
-        """What the rotated (rope) part of q and of k is multiplied with."""
+        """The factor of the rotated (rope) part of q and of k."""
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
@@ -87,28 +90,28 @@ class YarnScaling:
 
     @property
     def softmax_mscale(self) -> float:
-        """What q and k are each scaled with in the softmax scale, so that it enters squared."""
+        """The factor of q and of k in the softmax scale, which is multiplied by its square."""
         return yarn_mscale(self.factor, self.mscale_all_dim) if self.mscale_all_dim else 1.0
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    """YaRN's temperature: 0.1 * mscale * ln(factor) + 1, and 1 where nothing is extended."""
+    """Returns YaRN's temperature 0.1 * mscale * ln(factor) + 1, or 1 for a factor up to 1."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class MLAConfig:
-    """The shape and numerics of one MLA layer. Immutable and hashable: a static argument of jit.
+    """The shape and numerics of one MLA layer; immutable and hashable, so jit takes it as static.
 
-    `q_lora_rank=None` projects queries straight from the hidden state (DeepSeek-V2-Lite).
-    `rope_interleave` rotates pairs (0, 1), (2, 3), ...; False rotates (i, i + rope / 2).
-    `rms_norm_eps` is that of the two latent norms; the published modelling code fixes it at 1e-6
-    whatever the config's key of that name says (which is for the norms around the layer), and so
-    does `from_hf`. `attention_bias` puts a bias on the two down-projections and the output.
+    With `q_lora_rank=None` queries are projected straight from the hidden state (DeepSeek-V2-Lite).
+    `rope_interleave` rotates the pairs (0, 1), (2, 3), ...; False rotates (i, i + rope / 2).
+    `rms_norm_eps` belongs to the two latent norms. The published code fixes it at 1e-6, and so does
+    `from_hf`. The key of that name in config.json is for the norms around the layer.
+    `attention_bias` adds a bias to the two down-projections and to the output.
     `num_hidden_layers` only says how many such layers the model has.
 
     Integers and floats may be numpy's; they are stored as Python's. Raises TypeError or ValueError
-    naming the field that can't be.
+    that names the invalid field.
     """
 
     hidden_size: int
@@ -156,17 +159,17 @@ class MLAConfig:
 
     @property
     def qk_head_dim(self) -> int:
-        """Width of a query or key head before absorption: nope + rope (192 for DeepSeek)."""
+        """Values per query or key head before absorption: nope + rope, 192 for DeepSeek."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
     def latent_dim(self) -> int:
-        """Width of a cache row [c_kv | k_rope], and of an absorbed query (576 for DeepSeek)."""
+        """Values per cache row [c_kv | k_rope] and per absorbed query head, 576 for DeepSeek."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
     def softmax_scale(self) -> float:
-        """qk_head_dim^-0.5, times YaRN's mscale squared where the config gives `mscale_all_dim`.
+        """qk_head_dim^-0.5, times YaRN's mscale squared if the config has `mscale_all_dim`.
 
         The width is that of the expanded head (192), not of the latent (576).
         """
@@ -174,9 +177,9 @@ class MLAConfig:
         return self.qk_head_dim**-0.5 * mscale**2
 
     def shard(self, tensor_parallel: int) -> "MLAConfig":
-        """The config of one tensor-parallel shard: an equal share of the heads, all else the same.
+        """Returns the config of one tensor-parallel shard, which has an equal share of the heads.
 
-        Raises ValueError where the heads don't divide.
+        Raises ValueError if the heads can't be divided equally.
         """
         tensor_parallel = checks.require_positive("tensor_parallel", tensor_parallel)
         if self.num_heads % tensor_parallel:
@@ -187,23 +190,23 @@ class MLAConfig:
 
     @staticmethod
     def preset(name: str) -> "MLAConfig":
-        """A published model's config by name, e.g. "deepseek-v3"; see `PRESETS`."""
+        """Returns a published model's config by name, such as "deepseek-v3"; see `PRESETS`."""
         checks.require_one_of("name", name, tuple(PRESETS))
         return PRESETS[name]
 
     @staticmethod
     def from_hf(source: str | Path | Mapping[str, Any]) -> "MLAConfig":
-        """Reads a published config: a config.json, the folder it is in, or its dict.
+        """Reads a published config from a config.json, from its folder, or from its dict.
 
-        Takes `rope_scaling` and the newer `rope_parameters`, and a `text_config`,
-        `language_config` or `llm_config` around both.
+        Accepts `rope_scaling` and the newer `rope_parameters`. Both may be nested in a
+        `text_config`, `language_config` or `llm_config`.
 
         Raises:
             FileNotFoundError: no config.json.
-            CheckpointError (a ValueError): the file is not JSON, or a key is missing, malformed,
-                or asks for what this library does not compute: another model or rope type, sparse
-                attention, a sliding window, ... (see `config_keys`). The message names file and
-                key.
+            CheckpointError (a ValueError): the file is not JSON, or a key is missing or malformed,
+                or asks for what this library does not compute. Examples are another model or rope
+                type, sparse attention and a sliding window; see `config_keys`. The message names
+                the file and the key.
         """
         if isinstance(source, Mapping):
             return config_from_json(source, "config.json")
@@ -215,7 +218,7 @@ class MLAConfig:
         return config_from_json(read_json_object(path), str(path))
 
     def to_hf(self) -> dict[str, Any]:
-        """The dict of a config.json that `from_hf` and `transformers` read back as this config.
+        """Returns the dict of a config.json that `from_hf` and `transformers` read as this config.
 
         Raises ValueError for a `rms_norm_eps` that the published format can't express.
         """
@@ -250,7 +253,7 @@ class MLAConfig:
 
 
 def config_from_json(raw: Mapping[str, Any], where: str) -> MLAConfig:
-    """`MLAConfig.from_hf` of a config.json's dict; `where` is what errors call the file."""
+    """Reads the dict of a config.json as `MLAConfig.from_hf` does; errors call the file `where`."""
     inner, around = language_model_config(raw, where)
     levels = [outer for _, outer in around] + [inner]
     foreign = [key for level in levels for key in foreign_keys(level)]
@@ -261,11 +264,13 @@ def config_from_json(raw: Mapping[str, Any], where: str) -> MLAConfig:
             f"got {shown(model_type)}" + (f" (with {', '.join(foreign)})" if foreign else "")
         )
     if foreign:
-        raise CheckpointError(f"{where}: asks for an attention not computed here: {_list(foreign)}")
+        raise CheckpointError(
+            f"{where}: asks for attention that this library does not compute: {_list(foreign)}"
+        )
     for key, outer in around:
         for name in sorted((READ - {"model_type"}) & outer.keys()):
             if outer[name] is not None and (name not in inner or outer[name] != inner[name]):
-                raise CheckpointError(f"{where}: {name} is not the same beside {key} and in it")
+                raise CheckpointError(f"{where}: {name} differs between {key} and around it")
     try:
         config = _config(inner, model_type)
     except (TypeError, ValueError) as error:
@@ -280,7 +285,7 @@ def config_from_json(raw: Mapping[str, Any], where: str) -> MLAConfig:
 
 
 def _config(raw: Mapping[str, Any], model_type: str) -> MLAConfig:
-    """The config of a language model's dict; errors don't name the file."""
+    """Returns the config of a language model's dict; error messages do not name the file."""
     max_position = _positive_int(
         "max_position_embeddings", raw.get("max_position_embeddings", 4096)
     )
@@ -297,7 +302,7 @@ def _config(raw: Mapping[str, Any], model_type: str) -> MLAConfig:
         qk_rope_head_dim=_required(raw, "qk_rope_head_dim"),
         v_head_dim=_required(raw, "v_head_dim"),
         rope_theta=rope_theta,
-        # V2's code has no such switch.
+        # DeepSeek-V2's code has no such switch.
         rope_interleave=True if model_type == "deepseek_v2" else interleave,
         rope_scaling=rope_scaling,
         max_position_embeddings=max_position,
@@ -312,8 +317,11 @@ _YARN_KEYS = frozenset(field.name for field in dataclasses.fields(YarnScaling))
 
 
 def _rope_from_hf(raw: Mapping[str, Any], max_position: int) -> tuple[Any, YarnScaling | None]:
-    """(rope_theta, scaling) of a config dict; a non-empty `rope_scaling` outranks
-    `rope_parameters`, a theta inside them the one beside them, as in `transformers`."""
+    """Returns (rope_theta, scaling) of a config dict.
+
+    As in `transformers`, a non-empty `rope_scaling` takes precedence over `rope_parameters`, and a
+    rope_theta inside of them over one beside them.
+    """
     given = [key for key in ("rope_scaling", "rope_parameters") if raw.get(key) not in (None, {})]
     name = given[0] if given else "rope_scaling"
     rope = raw[name] if given else {}
@@ -361,19 +369,21 @@ def _required(raw: Mapping[str, Any], key: str, name: str | None = None) -> Any:
 
 
 def _list(found: list[str]) -> str:
-    """At most 8 entries of an error message, each once."""
+    """Joins the entries of an error message, each once and at most 8."""
     found = list(dict.fromkeys(found))
     return ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
 
 
 def _store(instance: Any, name: str, value: Any) -> None:
-    """Sets a field of a frozen dataclass, in its __post_init__ only."""
+    """Sets a field of a frozen dataclass; only for __post_init__."""
     object.__setattr__(instance, name, value)
 
 
 def _number(name: str, value: Any, kind: str, low: float, high: float) -> float:
-    """The value as a Python float in low .. high, within which each derived number is a normal
-    float32: frequencies, temperatures and the softmax scale."""
+    """Returns the value as a Python float in low .. high.
+
+    Within these bounds frequencies, temperatures and the softmax scale are normal float32 numbers.
+    """
     try:
         number = checks.require_number(name, value)
     except TypeError:
@@ -388,7 +398,7 @@ def _number(name: str, value: Any, kind: str, low: float, high: float) -> float:
 
 
 def _positive_int(name: str, value: Any) -> int:
-    """The value as a Python int that an int32 holds."""
+    """Returns the value as a Python int that fits int32."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
         raise TypeError(f"{name} must be a positive integer, got {shown(value)}")
     if not 0 < value < 2**31:
@@ -411,7 +421,7 @@ _V3 = MLAConfig(
     num_hidden_layers=61,
 )
 
-# The numbers of the published config.json files.
+# Numbers as in the published config.json files.
 PRESETS: dict[str, MLAConfig] = {
     "deepseek-v2-lite": dataclasses.replace(
         _V3,
@@ -434,4 +444,4 @@ PRESETS: dict[str, MLAConfig] = {
         max_position_embeddings=131072,
     ),
 }
-"""The configs of published models by name, as their config.json files have them."""
+"""The configs of published models by name."""

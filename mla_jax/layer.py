@@ -1,12 +1,14 @@
-"""The attention layer: MLAPO -> MLAPA -> Einsum over the paged latent cache, and its naive twin.
+"""The MLA layer over the paged latent cache, and a naive layer without a cache.
 
-The three operators, in the names of the field (Ascend):
-- MLAPO, `preprocess`: norms, down- and up-projections, RoPE, and W_UK absorbed into the query, so
-  that each head's query meets the latent itself (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
-- MLAPA, `attend`: the new latents go to the cache, then paged attention over it.
+The layer has three operators, named as on Ascend:
+- MLAPO, `preprocess`: norms, down- and up-projections, RoPE, and the absorption of W_UK into the
+  query. An absorbed query is multiplied with the latent itself (DeepSeek-V2, arXiv 2405.04434,
+  section 2.1.2).
+- MLAPA, `attend`: appends the new latents to the cache and computes paged attention.
 - Einsum, `project_output`: W_UV, then W_O.
-`naive_mla_layer` expands keys and values for every head instead, as the models' published code
-does; it computes the same function.
+
+`naive_mla_layer` expands keys and values per head instead, as the published code of the models
+does. It computes the same function.
 """
 
 import dataclasses
@@ -21,11 +23,12 @@ import numpy as np
 from mla_jax import checks
 from mla_jax.attention import prepare, require_query_lens
 from mla_jax.cache import PagedKVCache
+from mla_jax.checkpoints.weights import MLAParams, check_params
 from mla_jax.config import MLAConfig
 from mla_jax.registry import compute
 from mla_jax.rope import apply_rope, check_positions
-from mla_jax.splits.planner import SplitPlan
-from mla_jax.weights import MLAParams, check_params
+from mla_jax.splits.decode_plan import DecodePlan
+from mla_jax.splits.plan import SplitPlan
 
 
 def mla_layer(
@@ -40,33 +43,36 @@ def mla_layer(
     donate: bool = True,
     causal: bool = True,
     implementation: str | Sequence[str] | None = None,
-    plan: SplitPlan | None = None,
+    plan: DecodePlan | SplitPlan | None = None,
     rescale: str = "multiply",
     partial_dtype: Any = None,
 ) -> tuple[jax.Array, PagedKVCache]:
-    """One step of the layer for a ragged batch: prefill, a chunk of it, decode or MTP.
+    """Computes one step of the layer for requests of different lengths.
+
+    A step is a prefill, a chunk of one, a decode step, or several draft tokens (MTP).
 
     Args:
-        params, config: the layer; under jit `config` is static.
+        params: weights of the layer.
+        config: shape of the layer; static under jit.
         x: [B, S, hidden] hidden states of the new tokens, left aligned.
-        cache: holds the earlier tokens' latents; use the returned one from here on.
-        block_tables: [B, max_pages] int32, with room for the new tokens.
+        cache: holds the latents of the earlier tokens. Use the returned cache from here on.
+        block_tables: [B, max_pages] int32, with pages for the new tokens.
         seq_lens: [B] int32, tokens of each request including the new ones.
-        query_lens: [B] int32, how many of the S tokens are real, 0 .. min(S, seq_lens); None: all
-            S, so that seq_lens must be at least S.
-        donate: whether an eager call uses up `cache` and hands its memory to the returned one:
-            its arrays are deleted then, and a later use of them raises. False: `cache` stays as
-            it is, and the call copies it. Under an outer jit it has no effect: donate there.
+        query_lens: [B] int32, how many of the S tokens are real, 0 .. min(S, seq_lens). None means
+            all S, so that seq_lens must be at least S.
+        donate: whether an eager call reuses the memory of `cache` for the returned cache. Its
+            arrays are then deleted, and using them raises. False copies `cache`. Under an outer jit
+            the argument has no effect: donate the cache there.
         causal, implementation, plan, rescale, partial_dtype: as in `paged_mla_attention`.
 
     Returns:
-        out: [B, S, hidden], x.dtype; past query_lens it is the output bias or 0.
+        out: [B, S, hidden] of x.dtype. Rows past query_lens are the output bias, or 0.
         cache: with the new tokens appended.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, options or lengths that don't fit; names the
-            argument, and nothing has been written then. Of traced lengths that don't fit
-            the request's rows of `out` are NaN, and its tokens are not written.
+        TypeError, ValueError: shapes, dtypes, options or lengths that do not fit. The message names
+            the argument, and nothing has been written. With traced lengths, an invalid request has
+            NaN rows in `out`, and its tokens are not written.
     """
     _check_input(params, config, x)
     _check_heads(config, cache)
@@ -95,21 +101,22 @@ def mla_layer(
 def preprocess(
     params: MLAParams, config: MLAConfig, x: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """MLAPO: hidden states to absorbed queries and to the rows that the cache holds.
+    """Computes absorbed queries and the rows for the cache from hidden states (MLAPO).
 
     Args:
-        params, config: the layer; under jit `config` is static.
+        params: weights of the layer.
+        config: shape of the layer; static under jit.
         x: [B, S, hidden].
-        positions: [B, S] integers, each token's place in its request, from 0.
+        positions: [B, S] integers from 0, the position of each token in its request.
 
     Returns:
-        q: [B, S, H, kv_lora + rope] = [q_nope . W_UK | q_rope], not yet scaled.
+        q: [B, S, H, kv_lora + rope] = [q_nope . W_UK | q_rope], without the softmax scale.
         kv: [B, S, kv_lora + rope] = [c_kv | k_rope].
 
     Raises:
         TypeError: params, config, x or positions of another type, or positions of floats.
-        ValueError: params, x or positions of the wrong shape, or a position that is negative and
-            not traced.
+        ValueError: params, x or positions of the wrong shape, or a negative position that is not
+            traced.
     """
     _check_input(params, config, x)
     check_positions(positions)
@@ -129,25 +136,25 @@ def attend(
     donate: bool = True,
     causal: bool = True,
     implementation: str | Sequence[str] | None = None,
-    plan: SplitPlan | None = None,
+    plan: DecodePlan | SplitPlan | None = None,
     rescale: str = "multiply",
     partial_dtype: Any = None,
 ) -> tuple[jax.Array, PagedKVCache]:
-    """MLAPA: appends kv to the cache and attends with q over all of it.
+    """Appends kv to the cache and computes attention of q over all of it (MLAPA).
 
     Args:
-        config: the layer's config; static under jit.
+        config: shape of the layer; static under jit.
         q: [B, S, H, D] absorbed queries, as `preprocess` returns them.
-        kv: [B, S, D] rows of the new tokens; rounded to the dtype of the cache's rows.
-        cache: holds the earlier tokens' rows; use the returned one from here on.
+        kv: [B, S, D] rows of the new tokens, which are cast to the dtype of the cache's rows.
+        cache: holds the rows of the earlier tokens. Use the returned cache from here on.
         block_tables, seq_lens, query_lens, donate: as in `mla_layer`.
         causal, implementation, plan, rescale, partial_dtype: as in `paged_mla_attention`.
 
     Returns:
-        o_latent: [B, S, H, kv_lora], q.dtype.
+        o_latent: [B, S, H, kv_lora] of q.dtype.
         cache: with the new tokens appended.
 
-    Raises as `mla_layer` does, for q and kv in place of x.
+    Raises as `mla_layer` does, for q and kv instead of x.
     """
     _check_heads(config, cache)
     donate = checks.require_bool("donate", donate)
@@ -157,7 +164,7 @@ def attend(
     checks.require_float("kv", kv)
     checks.require_shape("kv", kv, "[B, S, D]", *q.shape[:2], config.latent_dim)
     query_lens = _all_query_lens("q", q, seq_lens, query_lens)
-    # What is refused is refused before anything is written, and the cache used up.
+    # Every check runs before anything is written and before the cache is donated.
     problem, choice = prepare(
         q,
         cache,
@@ -180,17 +187,17 @@ def attend(
 
 
 def project_output(params: MLAParams, o_latent: jax.Array) -> jax.Array:
-    """Projects attention outputs to hidden states: W_UV of each head, then W_O.
+    """Projects attention outputs to hidden states: W_UV per head, then W_O.
 
     Args:
-        params: the layer's weights.
+        params: weights of the layer.
         o_latent: [B, S, H, kv_lora] floats, as `attend` returns them.
 
     Returns:
-        [B, S, hidden].
+        Hidden states [B, S, hidden].
 
-    Raises TypeError or ValueError where an argument is of another type, or the heads or the rank
-    are not those of `params`.
+    Raises TypeError or ValueError if an argument has another type, or if heads or rank are not
+    those of `params`.
     """
     _check_params_type(params)
     checks.require_array("o_latent", o_latent)
@@ -204,16 +211,17 @@ def project_output(params: MLAParams, o_latent: jax.Array) -> jax.Array:
 def naive_mla_layer(
     params: MLAParams, config: MLAConfig, x: jax.Array, positions: jax.Array | None = None
 ) -> jax.Array:
-    """The same layer with K and V expanded for every head; contiguous, causal, no cache.
+    """Computes the layer with keys and values expanded per head: contiguous, causal, no cache.
 
     Args:
-        params, config: the layer; under jit `config` is static.
+        params: weights of the layer.
+        config: shape of the layer; static under jit.
         x: [B, S, hidden].
-        positions: [B, S] integers; None: 0 .. S-1. They only turn the rope channels: token i sees
-            tokens 0 .. i.
+        positions: [B, S] integers for RoPE; None is 0 .. S - 1. The causal mask ignores them: token
+            i sees tokens 0 .. i.
 
     Returns:
-        [B, S, hidden], x.dtype.
+        Hidden states [B, S, hidden] of x.dtype.
 
     Raises as `preprocess` does.
     """
@@ -241,7 +249,7 @@ def naive_mla_layer(
 def _absorbed(
     params: MLAParams, config: MLAConfig, x: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """`preprocess` of arguments that have been checked."""
+    """Computes `preprocess` for arguments that have been checked."""
     q_nope, q_rope = _queries(params, config, x, positions)
     q_latent = _einsum("bshn,hnc->bshc", q_nope, params.w_uk)
     return jnp.concatenate([q_latent, q_rope], -1), _latents(params, config, x, positions)
@@ -250,7 +258,7 @@ def _absorbed(
 def _queries(
     params: MLAParams, config: MLAConfig, x: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(q_nope [B, S, H, nope], q_rope [B, S, H, rope]) of hidden states x [B, S, hidden]."""
+    """Returns (q_nope [B, S, H, nope], q_rope [B, S, H, rope]) of hidden states [B, S, hidden]."""
     if params.w_dq is not None and params.norm_q is not None:
         x = _add_bias(_einsum("bsd,dr->bsr", x, params.w_dq), params.b_dq)
         x = _rms_norm(x, params.norm_q, config.rms_norm_eps)
@@ -260,7 +268,7 @@ def _queries(
 
 
 def _latents(params: MLAParams, config: MLAConfig, x: jax.Array, positions: jax.Array) -> jax.Array:
-    """[c_kv | k_rope] of hidden states x [B, S, hidden]: [B, S, kv_lora + rope]."""
+    """Returns [c_kv | k_rope], [B, S, kv_lora + rope], of hidden states [B, S, hidden]."""
     kv = _add_bias(_einsum("bsd,dc->bsc", x, params.w_dkv), params.b_dkv)
     c_kv, k_rope = jnp.split(kv, [config.kv_lora_rank], -1)
     c_kv = _rms_norm(c_kv, params.norm_kv, config.rms_norm_eps)
@@ -268,17 +276,18 @@ def _latents(params: MLAParams, config: MLAConfig, x: jax.Array, positions: jax.
 
 
 def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * weight over the last axis; the statistics in float32 (arXiv 1910.07467)."""
+    """Returns x / rms(x) * weight over the last axis, statistics in float32 (arXiv 1910.07467)."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
     return wide.astype(x.dtype) * weight
 
 
 def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Einsum that leaves float32 alone (by default an accelerator may round it to tf32 or bf16).
+    """Computes an einsum in full float32 precision, where accelerators would use tf32 or bf16.
 
-    It lets batch axes lead and transposes after: where they stand between others, XLA's CPU dot
-    sums bfloat16 in bfloat16 (8 times the error, measured with jaxlib 0.11.2).
+    Batch axes are moved to the front of the product and the result is transposed. With batch axes
+    between others, XLA's CPU dot accumulates bfloat16 products in bfloat16. That is 8 times the
+    error, measured with jaxlib 0.11.2.
     """
     left, right, out = spec.replace("->", ",").split(",")
     leading = sorted(out, key=lambda axis: not (axis in left and axis in right))
@@ -314,7 +323,7 @@ def _check_params_type(params: Any) -> None:
 
 
 def _check_heads(config: Any, cache: Any) -> None:
-    """Raises where config or cache is of another type, or the cache's rows are not the config's."""
+    """Raises unless config and cache have the right types and equal widths of c_kv and k_rope."""
     if not isinstance(config, MLAConfig):
         raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
     if not isinstance(cache, PagedKVCache):
@@ -326,7 +335,7 @@ def _check_heads(config: Any, cache: Any) -> None:
 
 
 def _all_query_lens(name: str, tokens: Any, seq_lens: Any, query_lens: Any) -> Any:
-    """query_lens [B], or all S for None, checked as far as they are known.
+    """Returns query_lens [B], or S for each request if it is None, checked as far as it is known.
 
     name: what the caller calls the array `tokens` [B, S, ...] of the new tokens.
     """

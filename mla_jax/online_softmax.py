@@ -1,23 +1,25 @@
-"""Softmax over keys that come block by block, and the merge of results over disjoint keys.
+"""Softmax over keys that are read block by block, and the merge of results over disjoint keys.
 
 The recurrence is online softmax (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv
-2205.14135). Per row it keeps the running maximum m, the sum l of e^(s - m), and the output O; when
-m rises, what O holds must be scaled down, in one of two ways:
+2205.14135). Per row it keeps the running maximum m, the sum l of e^(s - m), and the output O. When
+m rises, O must be scaled down, in one of two ways:
 - "multiply": O <- O * e^(m_old - m_new).
-- "exponent_add": AMLA (arXiv 2509.25224). O is kept as r O with a residual r in [2^-1/2, 2^1/2],
-  so that the factor is a power of two, 2^-k with k = round(log2(r_old e^(m_new - m_old))), and the
-  rescaling is an integer added to the bits of O: as_f32(as_i32(O) - k 2^23). The new residual
-  r = r_old e^(m_new - m_old) 2^-k goes into P before P is rounded to the values' dtype; what
-  rounding r lost, c = r / round(r), is made up for in the same add, to first order (`compensate`).
-  The paper takes r = e^m 2^n with n = round(-m / ln 2). Differences of maxima give the same k and
-  need no product n ln 2, which float32 does not hold for large scores: any finite score will do.
-  The derivative is that of "multiply".
+- "exponent_add": AMLA (arXiv 2509.25224) adds an integer to the bits of O.
 
-What scores and values that are not finite give:
-- A score of -inf has weight 0, as that of a key that the row must not see. A row all of whose
-  scores are -inf has o = 0 and lse = -inf, as a row without a key.
+AMLA stores r O, with a residual r in [2^-1/2, 2^1/2]. The factor between two blocks is then a power
+of two, 2^-k with k = round(log2(r_old e^(m_new - m_old))), and O is rescaled by
+as_f32(as_i32(O) - k 2^23). The new residual is r = r_old e^(m_new - m_old) 2^-k. P is multiplied by
+it before P is rounded to the values' dtype. Rounding r loses the factor c = r / round(r), and the
+same addition corrects for it to first order (`compensate`). The derivative is that of "multiply".
+
+The paper takes r = e^m 2^n with n = round(-m / ln 2). Differences of maxima give the same k without
+the product n ln 2, which is inexact in float32 for large scores. So every finite score is allowed.
+
+Scores and values that are not finite have these results:
+- A score of -inf has weight 0, like a key that the row must not see. A row with scores of -inf only
+  has o = 0 and lse = -inf, like a row without a key.
 - A score of +inf or NaN makes o and lse of its row NaN.
-- A value that is infinite or NaN reaches the rows that see its key and no other row.
+- An infinite or NaN value affects the rows that see its key and no other row.
 
 Scores are natural-log logits; log-sum-exp (lse) values are natural logs in float32.
 """
@@ -37,29 +39,31 @@ from mla_jax import checks
 RESCALES = ("multiply", "exponent_add")
 
 _LN2 = math.log(2.0)
-_LN2_HIGH = 0.693359375  # 9 bits: an integer below 2^15 times it is exact in float32
+_LN2_HIGH = 0.693359375  # has 9 bits: its product with an integer below 2^15 is exact in float32
 _LN2_LOW = _LN2 - _LN2_HIGH
 _MANTISSA_BITS = 23
 _SMALLEST_NORMAL_BITS = 1 << _MANTISSA_BITS
 _INFINITY_BITS = 0x7F800000
-_FARTHEST_DROP = 254  # of an exponent: it takes the largest float32 below the smallest normal one
+_FARTHEST_DROP = 254  # largest k: it makes every float32 less than the smallest normal number
+# Adding d 2^23 to the bits of x adds d 2^exponent, which is x d / mantissa. The correction assumes
+# the mean mantissa.
 _MEAN_MANTISSA = 1.5
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SoftmaxState:
-    """The recurrence between two blocks; all float32, batch dims [...] and R rows."""
+    """The state of the recurrence after a block; float32, batch dims [...] and R rows."""
 
     m: jax.Array  # [..., R] running maximum of the scores; -inf before the first key
     l: jax.Array  # noqa: E741  [..., R] sum of e^(s - m)
-    o: jax.Array  # [..., R, D_v] the output, still to be divided by l * residual
-    residual: jax.Array  # [..., R] r as P was multiplied with it, rounded; 1 in "multiply"
-    lost: jax.Array  # [..., R] c, what rounding the residual lost; 1 in "multiply"
+    o: jax.Array  # [..., R, D_v] the output before division by l * residual
+    residual: jax.Array  # [..., R] r, rounded to the dtype of P; 1 in "multiply"
+    lost: jax.Array  # [..., R] c, the factor lost in rounding the residual; 1 in "multiply"
 
 
 def init_state(rows_shape: tuple[int, ...], value_dim: int) -> SoftmaxState:
-    """No key yet. rows_shape [..., R]; value_dim D_v."""
+    """Returns the state before the first key, for rows [..., R] and value_dim D_v."""
     ones = jnp.ones(rows_shape, jnp.float32)
     return SoftmaxState(
         m=jnp.full(rows_shape, -jnp.inf, jnp.float32),
@@ -78,18 +82,19 @@ def update(
     rescale: str = "multiply",
     compensate: bool = True,
 ) -> SoftmaxState:
-    """Takes in one block of T keys.
+    """Updates the state with one block of T keys.
 
     Args:
+        state: of rows [..., R] with outputs of D_v values.
         scores: [..., R, T] float32; -inf where the row must not see the key.
-        values: [..., T, D_v] float32, bfloat16 or float16; a key's values may hold anything as far
-            as the rows that must not see it are concerned. P is rounded to their dtype before
-            P V, which accumulates in float32.
+        values: [..., T, D_v] float32, bfloat16 or float16. The values of a key may hold anything
+            for the rows that must not see it. P is rounded to their dtype before P V, which
+            accumulates in float32.
         rescale: "multiply" or "exponent_add", the same in every block.
-        compensate: in "exponent_add", make up for what rounding the residual lost.
+        compensate: whether "exponent_add" corrects for the rounding of the residual.
 
     Raises:
-        TypeError: an argument that is no array, or of another dtype.
+        TypeError: an argument that is not an array, or of another dtype.
         ValueError: shapes that do not fit, or another `rescale`.
     """
     scores, values = _check_block(state, scores, values)
@@ -113,7 +118,7 @@ def accumulate(
     rescale: str,
     compensate: bool = True,
 ) -> SoftmaxState:
-    """`update`, unchecked, for values that are finite where some row must not see the key."""
+    """Computes `update` without checks, for values that are finite if any row must not see them."""
     if rescale == "multiply":
         return _recurrence(rescale, compensate, state, scores, values)
     return _exponent_add(compensate, state, scores, values)
@@ -137,9 +142,9 @@ def _exponent_add(
 def _derivative_of_multiply(
     compensate: bool, primals: tuple, tangents: tuple
 ) -> tuple[SoftmaxState, SoftmaxState]:
-    """Differentiates O = o / residual by the multiplication that the integer add stands for.
+    """Differentiates O = o / residual through the multiplication that the integer add replaces.
 
-    The new residual counts as a constant: it scales o here and is divided by in `finalize`.
+    The new residual counts as a constant. It multiplies o here, and `finalize` divides by it.
     """
     new = _exponent_add(compensate, *primals)
 
@@ -162,10 +167,14 @@ def weigh(
     rescale: str = "multiply",
     compensate: bool = True,
 ) -> tuple[SoftmaxState, jax.Array, jax.Array]:
-    """The first half of `update`, without the values: (state with its o as it was, P [..., R, T]
-    rounded to `dtype`, what `rescale_output` wants for o [..., R])."""
+    """Computes the first half of `update`, which does not need the values.
+
+    Returns:
+        The new state with the old o, P [..., R, T] rounded to `dtype`, and the factor [..., R] of o
+        for `rescale_output`.
+    """
     m = jnp.maximum(state.m, scores.max(-1))
-    shift = jnp.where(m == -jnp.inf, 0.0, m)  # a row without a key keeps p = 0, not NaN
+    shift = jnp.where(m == -jnp.inf, 0.0, m)  # for a row without a key p is 0 instead of NaN
     p = jnp.exp(scores - shift[..., None])
     decay = jnp.exp(state.m - shift)
     total = state.l * decay + p.sum(-1)
@@ -183,9 +192,9 @@ def weigh(
 
 
 def rescale_output(o: jax.Array, factor: jax.Array) -> jax.Array:
-    """o [..., R, D_v] times a float32 factor [..., R], or with an int32 one added to its bits.
+    """Multiplies o [..., R, D_v] by a float32 factor [..., R], or adds an int32 one to its bits.
 
-    What is infinite stays so, also where the factor is too small for float32.
+    An infinite o stays infinite, also if the factor underflows to 0.
     """
     if factor.dtype == jnp.int32:
         return _add_to_bits(o, factor[..., None])
@@ -193,7 +202,7 @@ def rescale_output(o: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def finalize(state: SoftmaxState) -> tuple[jax.Array, jax.Array]:
-    """o [..., R, D_v] and lse [..., R], float32; a row that saw no key has o = 0, lse = -inf."""
+    """Returns o [..., R, D_v] and lse [..., R], float32; o is 0 and lse -inf without a key."""
     seen = state.l != 0  # NaN stays NaN
     sums = jnp.where(seen, state.l, 1.0)
     o = jnp.where(seen[..., None], state.o / (sums * state.residual)[..., None], 0.0)
@@ -201,25 +210,25 @@ def finalize(state: SoftmaxState) -> tuple[jax.Array, jax.Array]:
 
 
 def merge_states(o: jax.Array, lse: jax.Array, axis: int = 0) -> tuple[jax.Array, jax.Array]:
-    """Attention over the union of disjoint key sets, from the attention over each.
+    """Merges attention over disjoint sets of keys into attention over their union.
 
-    Serves split-KV decode, a cached prefix beside a new chunk, and context parallelism.
-    Associative; a part with lse = -inf counts for nothing, whatever its o holds. Merging a single
-    part, or one with empty ones, gives its very bits. The parts' weights are as good as float32
-    holds their lse: off by up to 0.4 % where lse is about 1e5.
+    Uses are split-KV decode, a cached prefix next to a new chunk, and context parallelism. The
+    merge is associative. A part with lse = -inf is ignored, whatever its o holds. Merging a single
+    part, or one part with empty ones, returns the same bits. The weights of the parts are as
+    accurate as lse is in float32: off by up to 0.4 % if lse is about 1e5.
 
     Args:
         o: [..., P, ..., D_v], normalised; float32, bfloat16 or float16.
         lse: [..., P, ...] natural log, of the same dtypes.
-        axis: where the P parts are, counted in lse's dims; at least one part.
+        axis: the axis of the P parts in lse, of size 1 or more.
 
     Returns:
-        o (o's dtype; summed in float32) and lse (float32) without that axis. If every part is
-        empty: 0 and -inf.
+        o in its dtype, summed in float32, and lse in float32, both without that axis. They are 0
+        and -inf if every part is empty.
 
     Raises:
-        TypeError: o or lse that is no array of those dtypes, an axis that is no integer.
-        ValueError: an lse that has not o's shape without the last dim, an axis that it has not.
+        TypeError: o or lse is not an array of those dtypes, or axis is not an integer.
+        ValueError: lse does not have o's shape without the last dim, or axis is out of range.
     """
     o, lse = _float_array("o", o), _float_array("lse", lse)
     if o.shape[:-1] != lse.shape or o.ndim < 2:
@@ -234,7 +243,7 @@ def merge_states(o: jax.Array, lse: jax.Array, axis: int = 0) -> tuple[jax.Array
     top = jnp.where(top == -jnp.inf, 0.0, top)
     weights = jnp.exp(lse - top)
     total = weights.sum(axis, keepdims=True)
-    seen = total != 0  # NaN counts as seen: a part that is NaN stays loud
+    seen = total != 0  # NaN counts as seen, so that a part of NaN is not hidden
     divisor = jnp.where(seen, total, 1.0)
     parts = jnp.where((lse == -jnp.inf)[..., None], 0.0, o.astype(jnp.float32))
     weighted = jnp.where(jnp.isinf(parts), parts, parts * (weights / divisor)[..., None])
@@ -243,15 +252,17 @@ def merge_states(o: jax.Array, lse: jax.Array, axis: int = 0) -> tuple[jax.Array
 
 
 def mark_nonfinite(o: jax.Array, lse: jax.Array, seen: jax.Array, values: jax.Array) -> jax.Array:
-    """o, but NaN where a row sees a key whose value there is infinite or NaN.
+    """Returns o with NaN where a row sees a key whose value in that column is infinite or NaN.
 
-    Completes attention that took such values as 0, so that they do not reach rows which must not
-    see them. Since values are part of their key, the score is not finite either: where it is not
-    NaN or +inf, which make the row NaN already, it is -inf, and 0 times the value is NaN.
+    It corrects attention that replaced such values by 0, which keeps them away from rows that must
+    not see them. NaN is the right result, because values are part of their key, so that the score
+    is not finite either. A score of NaN or +inf has already made the row NaN. With a score of -inf,
+    the weight 0 times the value is NaN.
 
     Args:
-        o: [..., R, D_v] and lse [..., R], float32; rows with lse = -inf stay.
-        seen: [..., R, T] bool.
+        o: [..., R, D_v] float32.
+        lse: [..., R] float32; rows with lse = -inf are unchanged.
+        seen: [..., R, T] bool, whether a row sees a key.
         values: [..., T, D_v].
     """
     nonfinite = ~jnp.isfinite(values)
@@ -264,22 +275,24 @@ def mark_nonfinite(o: jax.Array, lse: jax.Array, seen: jax.Array, values: jax.Ar
 
 
 def common_dtype(a: jax.Array, b: jax.Array) -> Any:
-    """The dtype that queries and keys of FLOAT_DTYPES are multiplied in, also in strict promotion:
-    theirs, or float32 where it is not the same."""
+    """Returns the dtype in which queries and keys are multiplied, also in strict promotion.
+
+    It is their common dtype, or float32 if they differ.
+    """
     return a.dtype if a.dtype == b.dtype else jnp.dtype(jnp.float32)
 
 
 def weighted_sum(p: jax.Array, values: jax.Array) -> jax.Array:
-    """P V: [..., R, T] @ [..., T, D_v], accumulated in float32; float32 inputs stay float32."""
+    """Returns P V, [..., R, T] @ [..., T, D_v], accumulated in float32 without rounding inputs."""
     return jnp.matmul(
         p, values, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
 
 
 def _infinities(scores: jax.Array, values: jax.Array) -> jax.Array:
-    """What values that are not finite add to the rows that see them: [..., R, D_v] float32.
+    """Returns the sum of the values that are not finite, per row that sees them: [..., R, D_v].
 
-    0, inf, -inf or NaN, the last also where a row sees both infinities.
+    It is 0, inf, -inf or NaN in float32. A row that sees both infinities gets NaN.
     """
     seen, nan = scores != -jnp.inf, jnp.isnan(values)
     above = _any_seen(seen, nan | (values == jnp.inf))
@@ -289,14 +302,17 @@ def _infinities(scores: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def _any_seen(seen: jax.Array, found: jax.Array) -> jax.Array:
-    """[..., R, D] bool: whether a row sees, by seen [..., R, T], a key of found [..., T, D]."""
+    """Returns whether a row sees a key of `found`, [..., R, D] bool.
+
+    seen: [..., R, T] bool. found: [..., T, D] bool, per key and column.
+    """
     return weighted_sum(seen.astype(jnp.bfloat16), found.astype(jnp.bfloat16)) > 0
 
 
 def _next_residual(exact: jax.Array, rise: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The residual after the maximum rose, and k as int32, from r_old and m_new - m_old >= 0.
+    """Returns the residual after the maximum rose by `rise` >= 0, and k as int32.
 
-    A rise that leaves nothing of O, the first block's of inf included, keeps the residual.
+    A rise that leaves nothing of O keeps the residual. The rise of inf in the first block is one.
     """
     k = jnp.round(rise * (1.0 / _LN2) + jnp.log2(exact))
     near = k <= _FARTHEST_DROP
@@ -306,12 +322,13 @@ def _next_residual(exact: jax.Array, rise: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 def _add_to_bits(x: jax.Array, step: jax.Array) -> jax.Array:
-    """x * 2^(step / 2^23), to first order in what is no whole power, by an integer add to its bits.
+    """Multiplies x by 2^(step / 2^23) by adding `step` to its bits.
 
-    Where the result would lie below the smallest normal number it is 0. A guard for x == 0 alone
-    would not do: an exponent that falls past 0 runs into the sign bit. Infinities and NaN stay.
-    (The shipped kernel also adds 1e-6, against a conversion that truncates; the integer here is
-    exact.)
+    The result is exact for a whole power of two and otherwise right to first order. A result below
+    the smallest normal number becomes 0. A check for x == 0 alone would not suffice, because an
+    exponent that falls below 0 changes the sign bit. Infinities and NaN are unchanged. The
+    published AMLA kernel also adds 1e-6 because its conversion to an integer truncates. Here the
+    integer is exact.
     """
     bits = lax.bitcast_convert_type(x, jnp.int32)
     magnitude = bits & 0x7FFFFFFF
@@ -324,7 +341,7 @@ def _add_to_bits(x: jax.Array, step: jax.Array) -> jax.Array:
 
 
 def _float_array(name: str, value: Any) -> jax.Array:
-    """The value as a JAX array; raises TypeError unless it is an array of a float dtype."""
+    """Returns the value as a JAX array; raises TypeError unless it is an array of a float dtype."""
     if not isinstance(value, jax.Array | np.ndarray):
         raise TypeError(f"{name} must be an array, got {type(value).__name__}")
     array = jnp.asarray(value)
@@ -333,7 +350,7 @@ def _float_array(name: str, value: Any) -> jax.Array:
 
 
 def _check_block(state: Any, scores: Any, values: Any) -> tuple[jax.Array, jax.Array]:
-    """scores and values as JAX arrays; raises as `update` does."""
+    """Returns scores and values as JAX arrays; raises as `update` does."""
     if not isinstance(state, SoftmaxState):
         raise TypeError(f"state must be a SoftmaxState, got {type(state).__name__}")
     scores, values = _float_array("scores", scores), _float_array("values", values)

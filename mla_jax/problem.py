@@ -1,4 +1,4 @@
-"""One call of the attention op, checked and in one piece: what every implementation is given."""
+"""One checked call of the attention op, which every implementation takes."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_jax.cache import PagedKVCache
-from mla_jax.splits.planner import SplitPlan
+from mla_jax.splits.decode_plan import DecodePlan
 
 
 @functools.partial(
@@ -21,8 +21,8 @@ from mla_jax.splits.planner import SplitPlan
 class AttentionProblem:
     """The arguments of `paged_mla_attention`; a pytree, its options static.
 
-    A request that can't be computed (its lengths or pages can't be) gets NaN rows. `mark_invalid`
-    finds those; an implementation may do so itself.
+    The rows of a request with invalid lengths or pages are NaN. `mark_invalid` finds such requests;
+    an implementation may do so itself.
     """
 
     q: jax.Array  # [B, S, H, D]
@@ -30,14 +30,14 @@ class AttentionProblem:
     block_tables: jax.Array  # [B, max_pages] int32
     seq_lens: jax.Array  # [B] int32
     query_lens: jax.Array | None  # [B] int32; None: all S tokens of every request
-    plan: SplitPlan | None
+    plan: DecodePlan | None
     softmax_scale: float
     causal: bool
     rescale: str
     partial_dtype: Any  # np.dtype, or None: the implementation's choice
 
     def mark_invalid(self) -> "AttentionProblem":
-        """The same with seq_lens = -1 for each request whose lengths or pages can't be."""
+        """Returns the problem with seq_lens = -1 for each request with invalid lengths or pages."""
         return dataclasses.replace(self, seq_lens=_valid_or_minus_one(self))
 
     @property
@@ -46,11 +46,11 @@ class AttentionProblem:
         return self.q.shape[1] * self.q.shape[2]
 
     def query_rows(self) -> jax.Array:
-        """q as [B, R, D]: all heads of all tokens share one K and V."""
+        """Returns q as [B, R, D]: all heads of all tokens share one K and V."""
         return self.q.reshape(self.q.shape[0], self.num_rows, self.q.shape[3])
 
     def visible_keys(self) -> jax.Array:
-        """[B, R] int32: a row sees keys 0 .. visible - 1; 0 or less: none."""
+        """Returns [B, R] int32: a row sees keys 0 .. visible - 1; 0 or less: none."""
         token = jnp.arange(self.q.shape[1], dtype=jnp.int32)
         seq_lens = self.seq_lens[:, None]
         query_lens = self.q.shape[1] if self.query_lens is None else self.query_lens[:, None]
@@ -59,7 +59,7 @@ class AttentionProblem:
         return jnp.repeat(visible, self.q.shape[2], axis=1)
 
     def outputs(self, o: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What the op returns, from rows o [B, R, kv_lora_rank] and lse [B, R] in float32."""
+        """Returns what the op returns, from rows o [B, R, kv_lora_rank] and lse [B, R] float32."""
         bad = (self.seq_lens < 0)[:, None]
         o = jnp.where(bad[..., None], jnp.nan, o).astype(self.q.dtype)
         lse = jnp.where(bad, jnp.nan, lse)

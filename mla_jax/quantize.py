@@ -1,19 +1,19 @@
-"""int8 with float32 scales: value = int8 * scale. The one place of these formulas.
+"""int8 quantization with float32 scales: value = int8 * scale. All code uses these functions.
 
-Symmetric, without a zero point: int8 in -127 .. 127, rounded to nearest, ties to even, and
-scale = amax / 127, where amax is the largest magnitude of what shares the scale. A latent shares
-it within a token ("token"), within a token and GROUP columns ("group"), or over the whole cache
-("tensor", then known beforehand from calibration).
+Quantization is symmetric, without a zero point. int8 values are in -127 .. 127, rounded to nearest,
+ties to even. The scale is amax / 127, where amax is the largest magnitude among the values that
+share the scale. Values of a latent share a scale within a token ("token"), within a token and GROUP
+columns ("group"), or in the whole cache ("tensor", a scale known beforehand from calibration).
 
-The same pair of functions rounds a query (a scale each token and head) and a row of softmax
-weights (a scale each row and block, as Ascend's kernel does it).
+The same functions quantize a query, with one scale per token and head, and a row of softmax
+weights, with one scale per row and block as in Ascend's kernel.
 
-`hadamard` spreads what a few columns hold over all, which is what a scale a token wants
-(QuaRot, arXiv 2404.00456).
+`hadamard` rotates a vector so that the content of a few columns spreads over all of them. One scale
+per token is then more accurate (QuaRot, arXiv 2404.00456).
 
-Rounding to int8 has no derivative: int8 carries none, and what reached the scales alone would be
-wrong. `quantize` and `quantize_in_halves` therefore refuse to be differentiated with respect to
-the values. `dequantize` has a derivative with respect to the scales.
+Rounding to int8 has no derivative. int8 carries none, and a derivative through the scales alone
+would be wrong. `quantize` and `quantize_in_halves` therefore raise if they are differentiated with
+respect to the values. `dequantize` has a derivative with respect to the scales.
 """
 
 import functools
@@ -30,17 +30,18 @@ from mla_jax import checks
 GRANULARITIES = ("token", "group", "tensor")
 GROUP = 128  # columns
 LARGEST = 127
-HALF = 128  # steps of the lower half of 14 bits in one of the upper half
-LARGEST_HIGH = 63  # of the upper half
+HALF = 128  # the factor of the upper 7 of 14 bits
+LARGEST_HIGH = 63  # largest value of the upper bits
 
-# Written as products: XLA makes them of divisions by a constant, but under jit only.
+# Divisions by these constants are written as products. XLA would make them products under jit, but
+# not in eager calls, and the bits would differ.
 _STEP = np.float32(1 / LARGEST)
-_SMALLEST_AMAX = np.float32(2.0**-100)  # below it amax / 127 nears the subnormal numbers
-_SMALLEST_OF_HALVES = np.float32(2.0**-60)  # bfloat16 beside it can be divided by its step
+_SMALLEST_AMAX = np.float32(2.0**-100)  # for less, amax / 127 comes close to subnormal numbers
+_SMALLEST_OF_HALVES = np.float32(2.0**-60)  # a bfloat16 value can be divided by the resulting step
 
 
 def _without_derivative(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which raises TypeError where it is differentiated by its first argument."""
+    """Makes a function raise TypeError if it is differentiated in its first argument."""
     refusing = jax.custom_jvp(function)
 
     @functools.partial(refusing.defjvp, symbolic_zeros=True)
@@ -62,21 +63,21 @@ def _zero_tangent(x: jax.Array) -> Any:
 
 
 def scale_for(amax: jax.Array) -> jax.Array:
-    """The scale, float32, for values of magnitude up to amax.
+    """Returns the float32 scale for values of magnitude up to amax.
 
-    It is 1 / 127, a scale that makes them 0, where amax is 0 or next to nothing; NaN stays NaN.
+    For an amax of almost 0 it is 1 / 127, which quantizes the values to 0. NaN stays NaN.
     """
     amax = amax.astype(jnp.float32)
     return jnp.where(amax < _SMALLEST_AMAX, jnp.float32(1), amax) * _STEP
 
 
 def scales_of(x: jax.Array, granularity: str) -> jax.Array:
-    """Scales, float32, that fit x [..., D]: "token" [...], "group" [..., D / GROUP], "tensor" [].
+    """Returns float32 scales for x [..., D]: "token" [...], "group" [..., D / GROUP], "tensor" [].
 
-    That of "tensor" is measured over all of x: calibration.
+    The scale of "tensor" is that of all values in x, which is how to calibrate one.
 
-    Raises TypeError for x that is no array of float32, bfloat16 or float16, ValueError for another
-    granularity or a D that "group" does not divide.
+    Raises TypeError unless x is an array of float32, bfloat16 or float16. Raises ValueError for
+    another granularity, or if "group" does not divide D.
     """
     x = _floats(x)
     checks.require_one_of("granularity", granularity, GRANULARITIES)
@@ -94,13 +95,13 @@ def scales_of(x: jax.Array, granularity: str) -> jax.Array:
 
 
 def quantize(x: jax.Array, scales: jax.Array) -> jax.Array:
-    """int8 of x [..., D] in steps of `scales`, in any of the shapes of `scales_of`.
+    """Quantizes x [..., D] to int8 with `scales` in any of the shapes that `scales_of` returns.
 
-    What lies past 127 steps (only a "tensor" scale lets it) becomes +-127. int8 holds no NaN: of a
-    NaN the scales of `scales_of` tell, and with a "tensor" scale from elsewhere it becomes 0.
+    Values above 127 steps become +-127, which can only happen with a "tensor" scale. int8 has no
+    NaN. The scales of `scales_of` are NaN where x is. With another "tensor" scale NaN becomes 0.
 
-    Raises TypeError for x or scales that are no arrays of float32 (x also bfloat16, float16), and
-    where it is differentiated by x; ValueError for scales of another shape.
+    Raises TypeError unless scales are float32 and x is float32, bfloat16 or float16, and if it is
+    differentiated in x. Raises ValueError for scales of another shape.
     """
     x = _floats(x)
     return _rounded(x, _scales(scales, x))
@@ -114,10 +115,10 @@ def _rounded(x: jax.Array, scales: jax.Array) -> jax.Array:
 
 
 def step_of_halves(amax: jax.Array) -> jax.Array:
-    """The step, float32, in which `quantize_in_halves` holds values of magnitude up to amax.
+    """Returns the float32 step of `quantize_in_halves` for values of magnitude up to amax.
 
-    A power of two, so that to divide by it costs nothing of any value. What is not finite comes to
-    nothing that is: its step is 0.
+    It is a power of two, so that dividing by it is exact. For an amax of NaN or infinity it is 0,
+    because no step can represent such values.
     """
     least = jnp.maximum(amax.astype(jnp.float32), _SMALLEST_OF_HALVES)
     bits = lax.bitcast_convert_type(least * np.float32(1 / (LARGEST_HIGH * HALF)), jnp.int32)
@@ -126,12 +127,13 @@ def step_of_halves(amax: jax.Array) -> jax.Array:
 
 
 def quantize_in_halves(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [..., D] in 14 bits, as two int8 [..., D] and a step [...]: (HALF * high + low) * step.
+    """Quantizes x [..., D] to 14 bits: two int8 arrays [..., D] and a float32 step [...].
 
-    high in -63 .. 63, low in -64 .. 64. For products with int8 that must not lose what x has: each
-    of high . k and low . k is below 2^22 for up to 512 columns, so that float32 holds it, and
-    HALF * (high . k) + low . k is exact in int32. Raises TypeError for x that is no float array,
-    and where it is differentiated.
+    x is (HALF * high + low) * step with high in -63 .. 63 and low in -64 .. 64. It serves products
+    with int8 that must keep the accuracy of x. Each of high . k and low . k is below 2^22 for up to
+    512 columns, so that float32 holds it. HALF * (high . k) + low . k is exact in int32.
+
+    Raises TypeError if x is not a float array, and if it is differentiated.
     """
     return _halves(_floats(x))
 
@@ -145,10 +147,10 @@ def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def dequantize(values: jax.Array, scales: jax.Array) -> jax.Array:
-    """float32 of int8 values [..., D], with scales in any of the shapes of `scales_of`.
+    """Returns int8 values [..., D] times scales in any of the shapes of `scales_of`, float32.
 
-    Raises TypeError for values that are no int8 array or scales that are no float32 array,
-    ValueError for scales of another shape.
+    Raises TypeError unless values are int8 and scales are float32. Raises ValueError for scales of
+    another shape.
     """
     if getattr(values, "dtype", None) != jnp.int8:
         raise TypeError(
@@ -159,14 +161,14 @@ def dequantize(values: jax.Array, scales: jax.Array) -> jax.Array:
 
 
 def spread(scales: jax.Array, values: jax.Array) -> jax.Array:
-    """scales in a shape that broadcasts with values [..., D]."""
+    """Reshapes scales so that they broadcast with values [..., D]."""
     if scales.ndim == values.ndim:
         return jnp.repeat(scales, values.shape[-1] // scales.shape[-1], axis=-1)
     return scales[..., None]
 
 
 def _floats(x: Any) -> jax.Array:
-    """x as a JAX array of one of FLOAT_DTYPES with at least one dim; raises otherwise."""
+    """Returns x as a JAX array of one of FLOAT_DTYPES with at least one dim; raises otherwise."""
     if not isinstance(x, jax.Array | np.ndarray):
         raise TypeError(f"x must be an array, got {type(x).__name__}")
     x = jnp.asarray(x)
@@ -177,7 +179,7 @@ def _floats(x: Any) -> jax.Array:
 
 
 def _scales(scales: Any, values: Any) -> jax.Array:
-    """scales as a JAX array; raises unless it is float32 and fits values [..., D]."""
+    """Returns scales as a JAX array; raises unless they are float32 and fit values [..., D]."""
     if not isinstance(scales, jax.Array | np.ndarray | np.floating):
         raise TypeError(f"scales must be an array, got {type(scales).__name__}")
     scales, (*batch, width) = jnp.asarray(scales), values.shape
@@ -193,9 +195,9 @@ def _scales(scales: Any, values: Any) -> jax.Array:
 
 
 def hadamard(width: int) -> np.ndarray:
-    """[width, width] float64: orthogonal, symmetric, all entries of one magnitude (Sylvester).
+    """Returns a Hadamard matrix, [width, width] float64: orthogonal, symmetric, equal magnitudes.
 
-    Raises ValueError unless width is a power of 2.
+    It is Sylvester's construction. Raises ValueError unless width is a power of 2.
     """
     if width < 1 or width & (width - 1):
         raise ValueError(f"the width of a Hadamard matrix must be a power of 2, got {width}")

@@ -1,8 +1,8 @@
-"""Name -> implementation of the attention op: what each can run, and the choice among them.
+"""The implementations of the attention op by name: what each can run, and the choice among them.
 
 The choice is made for the platform that a call is lowered for, not for the machine's first device:
-one process may run programs on a GPU and on its CPU, and a CPU may export for a GPU. So what only
-the platform decides waits until XLA's program is built (`_choice_p`); all else is decided at once.
+one process may run programs on a GPU and on its CPU, and a CPU may export for a GPU. What depends
+on the platform is therefore decided when XLA's program is built (`_choice_p`), all else at once.
 
 This is the one file that imports `pallas_kernels`, and only inside functions, so that neither
 package needs the other to be imported.
@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,19 +25,22 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
 from mla_jax import checks
+from mla_jax.cache import PagedKVCache
+from mla_jax.hal import HardwareProfile, TilePlanError
 from mla_jax.implementations.blockwise_scan import attend_xla
 from mla_jax.implementations.dense import attend_reference
-from mla_jax.implementations.split import attend_split_kv
+from mla_jax.implementations.split import attend_split_kv, plan_split_kv
 from mla_jax.problem import AttentionProblem
+from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import SlowPlanWarning
 
-BLOCKWISE_SCORES = 2**20  # at most, in a call: interpret mode takes a second or so for them
+BLOCKWISE_SCORES = 2**20  # at most per call: interpret mode takes about a second for them
 _KERNELS = Path(__file__).resolve().parents[1] / "pallas_kernels"  # ours, should another shadow it
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a call is compiled for."""
+    """The platform and device that a call is compiled for."""
 
     platform: str  # as JAX names it for lowering: "cpu", "cuda", "rocm", "tpu", ...
     device: jax.Device | None = None  # None: not known, e.g. where a program is exported
@@ -45,7 +48,7 @@ class Target:
 
     @staticmethod
     def here(problem: AttentionProblem | None = None) -> "Target":
-        """Where an eager call runs: where its arrays are committed to, else the default device."""
+        """Returns where an eager call runs: where its arrays are committed, else by default."""
         for array in jax.tree.leaves(problem):
             traced = isinstance(array, jax.core.Tracer)
             if isinstance(array, jax.Array) and not traced and array.committed:
@@ -58,7 +61,10 @@ class Target:
 
     @staticmethod
     def of_lowering(context: mlir.LoweringRuleContext, platform: str | None) -> "Target":
-        """What a lowering rule is asked for; platform: the rule's own, None: of no certain one."""
+        """Returns what a lowering rule lowers for.
+
+        platform: the one that the rule is registered for; None: it is registered for all.
+        """
         module = context.module_context
         platform = platform or (context.platforms or module.platforms)[0]
         axes: Any = module.axis_context
@@ -83,6 +89,17 @@ def _platform(device: jax.Device) -> str:
     return "rocm" if capability.startswith("gfx") else "cuda"
 
 
+class PlanRequest(NamedTuple):
+    """What `mla_jax.plan_decode` asks an implementation for, checked."""
+
+    seq_lens: jax.Array  # [B] int32
+    cache: PagedKVCache
+    rows: int  # query rows per request
+    rescale: str
+    max_seq_len: int | None  # keys that a block table reaches
+    profile: HardwareProfile | None  # None: this machine's device
+
+
 def _takes_any(_: AttentionProblem) -> str | None:
     return None
 
@@ -92,7 +109,7 @@ def _runs_anywhere(_: Target) -> str | None:
 
 
 def _kernels_missing(name: str) -> str | None:
-    """Why `pallas_kernels.name` can't be imported; None where it can."""
+    """Returns why `pallas_kernels.name` can't be imported; None where it can."""
     loaded = sys.modules.get(f"{_KERNELS.name}.{name}")
     if loaded is not None and _is_in_kernels(str(loaded.__file__)):
         return None
@@ -124,7 +141,7 @@ def _is_in_kernels(path: str) -> bool:
 
 
 def _attend_hopper(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
-    from pallas_kernels.hopper import attention, int8
+    from pallas_kernels.hopper import attention
 
     cache = problem.cache
     work = problem.block_tables, problem.seq_lens, problem.query_lens, problem.plan
@@ -140,32 +157,67 @@ def _attend_hopper(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
             problem.query_rows(), cache.pages, *work, kv_lora_rank=rank, rescale=rescale, **options
         )
     else:
-        o, lse = int8.attend_int8(
+        o, lse = attention.attend_int8(
             problem.query_rows(), cache.pages, cache.rope_pages, cache.scales, *work, **options
         )
     shape = problem.q.shape[:3]
     return o.reshape(*shape, cache.kv_lora_rank), lse.reshape(shape)
 
 
+def _hopper_missing() -> str | None:
+    """Why the Hopper kernels can't be imported: `hopper.mosaic` refuses versions of JAX."""
+    return _kernels_missing("hopper.mosaic") or _kernels_missing("hopper.attention")
+
+
 def _hopper_lacks(target: Target) -> str | None:
-    missing = _kernels_missing("hopper.attention")
+    missing = _hopper_missing()
     if missing is not None:
         return missing
-    from pallas_kernels.hopper import attention
+    from pallas_kernels.hopper import device
 
-    reason = attention.target_lacks(target.platform, target.device)
+    reason = device.target_lacks(target.platform, target.device)
     if reason is None and target.partitioned:
         return "the compiler can't partition it over devices: call it inside jax.shard_map"
     return reason
 
 
 def _hopper_refuses(problem: AttentionProblem) -> str | None:
-    missing = _kernels_missing("hopper.attention")
+    missing = _hopper_missing()
     if missing is not None:
         return missing
-    from pallas_kernels.hopper import attention
+    from pallas_kernels.hopper import planning
 
-    return attention.refuses(problem.q.dtype, problem.cache, problem.rescale, problem.plan)
+    return planning.refuses(problem.q.dtype, problem.cache, problem.rescale, problem.plan)
+
+
+def _plan_hopper(request: PlanRequest) -> DecodePlan | str:
+    missing = _kernels_missing("hopper.planning")
+    if missing is not None:
+        return missing
+    from pallas_kernels.hopper import planning
+
+    cache = request.cache
+    q_dtype = jnp.bfloat16 if cache.dtype == jnp.int8 else cache.dtype
+    reason = planning.refuses(q_dtype, cache, request.rescale, None)
+    if reason is not None:
+        return reason
+    try:
+        return planning.plan_decode(
+            request.seq_lens,
+            request.rows,
+            capacity=request.max_seq_len,
+            cache=planning.kind_of(cache),
+            rescale=request.rescale,
+            kv_lora_rank=cache.kv_lora_rank,
+            rope_dim=cache.rope_dim,
+            profile=request.profile,
+        )
+    except TilePlanError as error:
+        return str(error)
+
+
+def _plan_split_kv(request: PlanRequest) -> DecodePlan:
+    return DecodePlan(plan_split_kv(request.seq_lens, request.rows))
 
 
 def _attend_blockwise(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
@@ -205,11 +257,14 @@ def _blockwise_refuses(problem: AttentionProblem) -> str | None:
 class Implementation:
     """One way to compute the op.
 
-    `run(problem)` gives o [B, S, H, kv_lora_rank] of q's dtype and lse [B, S, H] float32.
-    `refuses(problem)` says why it can't take that problem on any machine, or None if it can.
-    `lacks(target)` says why it can't run on that platform and device, or None if it can.
-    `finds_invalid`: `run` takes lengths and pages as they came and gives invalid requests NaN
-    itself; others are given seq_lens = -1 for those.
+    Attributes:
+        run: takes a problem and returns o [B, S, H, kv_lora_rank] of q's dtype and lse [B, S, H]
+            float32.
+        refuses: returns why it can't take a problem on any machine, or None if it can.
+        lacks: returns why it can't run on a platform and device, or None if it can.
+        finds_invalid: whether `run` finds invalid requests and gives them NaN itself. Other
+            implementations get seq_lens = -1 for such requests.
+        planner: makes a plan, or returns why it can't; None: the implementation takes no plan.
     """
 
     name: str
@@ -217,17 +272,18 @@ class Implementation:
     refuses: Callable[[AttentionProblem], str | None] = _takes_any
     lacks: Callable[[Target], str | None] = _runs_anywhere
     finds_invalid: bool = False
+    planner: Callable[[PlanRequest], DecodePlan | str] | None = None
 
     def unavailable(self, problem: AttentionProblem | None = None) -> str | None:
-        """Why an eager call could not run the problem here; None where it could.
+        """Returns why an eager call could not run the problem here; None where it could.
 
-        Without a problem: whether this machine could run any.
+        Without a problem it returns why this machine could run none.
         """
         reason = self.lacks(Target.here(problem))
         return self.refuses(problem) if reason is None and problem is not None else reason
 
     def compute(self, problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
-        """o and lse; NaN for requests that are invalid."""
+        """Returns o and lse, with NaN for invalid requests."""
         return self.run(problem if self.finds_invalid else problem.mark_invalid())
 
 
@@ -236,14 +292,19 @@ IMPLEMENTATIONS = {
     for implementation in (
         Implementation("reference", attend_reference),
         Implementation("xla", attend_xla),
-        Implementation("split_kv", attend_split_kv),
+        Implementation("split_kv", attend_split_kv, planner=_plan_split_kv),
         Implementation("blockwise", _attend_blockwise, _blockwise_refuses, _blockwise_lacks),
         Implementation(
-            "hopper", _attend_hopper, _hopper_refuses, _hopper_lacks, finds_invalid=True
+            "hopper",
+            _attend_hopper,
+            _hopper_refuses,
+            _hopper_lacks,
+            finds_invalid=True,
+            planner=_plan_hopper,
         ),
     )
 }
-_PREFERRED = ("hopper", "xla")  # for None: the first of these that can run the problem
+_PREFERRED = ("hopper", "xla")  # None selects the first of these that can run the problem
 
 
 def available_implementations(problem: AttentionProblem | None = None) -> dict[str, str | None]:
@@ -257,10 +318,10 @@ def available_implementations(problem: AttentionProblem | None = None) -> dict[s
 
 
 def check_names(implementation: Any) -> tuple[str, ...]:
-    """The names that the argument `implementation` stands for, in order; raises if it can't be.
+    """Returns the names that the argument `implementation` stands for, in order.
 
-    Takes None, a name, or a list or tuple of names. TypeError: anything else; ValueError: a name
-    that there is not, or no name.
+    It takes None, a name, or a list or tuple of names. Raises TypeError for anything else, and
+    ValueError for an unknown name or an empty list.
     """
     if implementation is None:
         return _PREFERRED
@@ -280,13 +341,13 @@ def check_names(implementation: Any) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The implementations that can take a problem, of those that were asked for, in order."""
+    """Those of the named implementations that can take a problem, in order."""
 
     names: tuple[str, ...]  # up to the first that runs on any target
     asked: tuple[tuple[str, str | None], ...]  # all, and why each can't take the problem
 
     def on(self, target: Target) -> Implementation:
-        """The first that can run on the target; ValueError with every reason if none can."""
+        """Returns the first that can run on the target; ValueError with all reasons if none can."""
         reasons = dict(self.asked)
         for name in self.names:
             reasons[name] = IMPLEMENTATIONS[name].lacks(target)
@@ -300,9 +361,10 @@ class Choice:
 
 
 def choose(names: Sequence[str], problem: AttentionProblem) -> Choice:
-    """Those of the names that can take the problem; ValueError with every reason if none can.
+    """Returns those of the names that can take the problem.
 
-    Where nothing is traced, the machine has been asked too.
+    Where nothing is traced, the first of them can also run on this machine. Raises ValueError with
+    every reason if none can.
     """
     asked = {name: IMPLEMENTATIONS[name].refuses(problem) for name in names}
     fit = []
@@ -338,7 +400,7 @@ def _runs_on_any_target(name: str) -> bool:
 
 
 def compute(problem: AttentionProblem, choice: Choice) -> tuple[jax.Array, jax.Array]:
-    """o and lse by the first of the choice that can run on what the call is lowered for."""
+    """Returns o and lse, by the first of the choice that can run where the call is lowered for."""
     if _runs_on_any_target(choice.names[0]):
         return IMPLEMENTATIONS[choice.names[0]].compute(problem)
     if jax.config.jax_disable_jit and not _is_traced(problem):

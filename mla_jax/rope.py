@@ -1,9 +1,9 @@
 """Rotary position embedding (RoPE, arXiv 2104.09864), plain and with YaRN (arXiv 2309.00071).
 
-A pair of channels turns by the angle position * frequency. Which channels make a pair is
-`config.rope_interleave`: (0, 1), (2, 3), ... or (i, i + width / 2). Both leave a pair where it
-was; `transformers` moves interleaved pairs to the half layout, in q and k alike, which no score
-can tell.
+A pair of channels is rotated by the angle position * frequency. `config.rope_interleave` selects
+the pairs: (0, 1), (2, 3), ... or (i, i + width / 2). The channels stay where they are.
+`transformers` reorders interleaved pairs to the half layout, in q and k alike. This does not change
+a score.
 """
 
 import math
@@ -18,10 +18,10 @@ from mla_jax.config import MLAConfig, YarnScaling
 
 
 def rope_frequencies(config: MLAConfig) -> np.ndarray:
-    """Radians a token by which each pair turns: [qk_rope_head_dim / 2] float32.
+    """Returns the angle in radians per token of each pair, [qk_rope_head_dim / 2] float32.
 
-    Rounded to float32 at the steps at which `transformers` rounds: at position 10,000 a relative
-    difference of 6e-8 in a frequency is one of 6e-4 in the angle.
+    Values are rounded to float32 in the same steps as in `transformers`. At position 10,000, a
+    relative difference of 6e-8 in a frequency changes the angle by 6e-4.
     """
     width = config.qk_rope_head_dim
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
@@ -35,10 +35,10 @@ def rope_frequencies(config: MLAConfig) -> np.ndarray:
 
 
 def _yarn_ramp(scaling: YarnScaling, width: int, theta: float) -> np.ndarray:
-    """Share of the slowed frequency in each pair: 0 for fast pairs, 1 for slow: [width / 2]."""
+    """Returns the share of the slowed frequency per pair, [width / 2]: 0 for fast, 1 for slow."""
 
     def pair_turning(times: float) -> float:
-        """The (fractional) pair that turns so many times in the original length."""
+        """Returns the pair, as a fraction, that turns so many times in the original length."""
         length = scaling.original_max_position_embeddings
         return width * math.log(length / (times * 2 * math.pi)) / (2 * math.log(theta))
 
@@ -47,7 +47,7 @@ def _yarn_ramp(scaling: YarnScaling, width: int, theta: float) -> np.ndarray:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
     if low == high:
-        high += 0.001  # a step instead of a ramp
+        high += 0.001  # avoids a division by 0 and gives a step
     pairs = np.arange(width // 2, dtype=np.float32)
     return np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1)
 
@@ -55,7 +55,7 @@ def _yarn_ramp(scaling: YarnScaling, width: int, theta: float) -> np.ndarray:
 def check_positions(positions: Any) -> None:
     """Raises TypeError unless positions are an array of integers, ValueError for a negative one.
 
-    Traced ones are not looked at: there a negative position turns the channels backwards.
+    Traced positions are not checked. A negative one rotates the channels backwards.
     """
     checks.require_array("positions", positions)
     if not jnp.issubdtype(positions.dtype, jnp.integer):
@@ -65,21 +65,21 @@ def check_positions(positions: Any) -> None:
 
 
 def apply_rope(x: jax.Array, positions: jax.Array, config: MLAConfig) -> jax.Array:
-    """Turns the channels of each token by its position, times YaRN's rotation scale.
+    """Rotates the channels of each token by its position, and multiplies by YaRN's rotation scale.
 
     Args:
-        x: [*tokens, *heads, qk_rope_head_dim], e.g. [B, S, H, 64] queries or [B, S, 64] keys.
+        x: [*tokens, *heads, qk_rope_head_dim], such as queries [B, S, H, 64] or keys [B, S, 64].
         positions: [*tokens], the leading axes of `x`; integers from 0.
-        config: gives frequencies, pairing and scale.
+        config: gives frequencies, pairs and scale.
 
     Returns:
-        Same shape and dtype as `x`; computed in float32.
+        The rotated x in its shape and dtype, computed in float32.
 
     Raises:
-        TypeError: `x` is not an array of floats, `positions` not one of integers, or `config` no
-            MLAConfig.
-        ValueError: `x` is not qk_rope_head_dim wide, `positions` aren't its leading axes, or a
-            position is negative and not traced.
+        TypeError: `x` is not an array of floats, `positions` is not one of integers, or `config` is
+            not an MLAConfig.
+        ValueError: the last dim of `x` is not qk_rope_head_dim, `positions` are not its leading
+            axes, or a position is negative and not traced.
     """
     if not isinstance(config, MLAConfig):
         raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")

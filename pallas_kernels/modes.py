@@ -1,4 +1,4 @@
-"""Kernels are traced alike whatever JAX's global switches say."""
+"""Traces kernels with JAX's defaults, whatever JAX's global switches are."""
 
 import contextlib
 import functools
@@ -10,7 +10,7 @@ import jax
 
 @contextlib.contextmanager
 def _defaults() -> Iterator[None]:
-    """JAX's defaults of the switches that would change what is traced."""
+    """Sets JAX's defaults of the switches that would change what is traced."""
     with (
         jax.enable_x64(False),
         jax.numpy_dtype_promotion("standard"),
@@ -25,9 +25,10 @@ def _defaults() -> Iterator[None]:
 def jit_with_defaults(*static_argnames: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates a function with `jax.jit` that traces and runs it with JAX's defaults.
 
-    A kernel has 32-bit types throughout, so `jax_enable_x64` has nothing to widen in it; partial
-    results may be NaN where nobody reads them, so `jax_debug_nans` has nothing to find; and a
-    kernel can't run primitive by primitive, as `jax_disable_jit` would have it.
+    Kernels use 32-bit types throughout, so that `jax_enable_x64` has nothing to change. Partial
+    results may be NaN where no code reads them, which `jax_debug_nans` would report. A kernel can't
+    run primitive by primitive, as with `jax_disable_jit`.
+
     """
 
     def decorated(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -55,6 +55,6 @@ def races(monkeypatch):
 @pytest.fixture
 def h200(monkeypatch):
     """Kernels are made for an H200 that is there, although this machine may have no GPU."""
-    from pallas_kernels.hopper import attention  # (after XLA_FLAGS)
+    from pallas_kernels.hopper import device  # (after XLA_FLAGS)
 
-    monkeypatch.setattr(attention, "resident_ctas", lambda: 132)
+    monkeypatch.setattr(device, "resident_ctas", lambda: 132)

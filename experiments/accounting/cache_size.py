@@ -1,4 +1,4 @@
-"""Cache bytes of MHA, GQA, MQA and MLA; the 93.3 % from its parts; what batch a memory allows."""
+"""Cache sizes of MHA, GQA, MQA and MLA, the causes of the 93.3 %, and the batch that fits."""
 
 import dataclasses
 from pathlib import Path
@@ -32,15 +32,15 @@ WEIGHTS_V2 = 236e9  # "we first convert its parameters into the precision of FP8
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    model: str = flag("deepseek-v2", "whose cache the table counts", choices=tuple(PRESETS))
-    context: int = flag(8192, "tokens of a request, for the largest batch", lower_bound=1)
+    model: str = flag("deepseek-v2", "model of the table", choices=tuple(PRESETS))
+    context: int = flag(8192, "tokens per request, for the largest batch", lower_bound=1)
 
 
 def run(options: Options, output: Output) -> Outcome:
     rows = scheme_rows(MLAConfig.preset(options.model))
     parts = decompose(DEEPSEEK_67B, DEEPSEEK_V2)
     ceilings = ceiling_rows(options.context)
-    show_table(f"Bytes a token of {options.model}, had it each of the schemes", by_scheme(rows))
+    show_table(f"Bytes per token of {options.model} under each scheme", by_scheme(rows))
     show_table(
         "From DeepSeek 67B to DeepSeek-V2",
         part_rows(parts),
@@ -53,7 +53,7 @@ def run(options: Options, output: Output) -> Outcome:
         },
     )
     show_table(
-        f"What {H800_NODE.name} hold beside the weights, {options.context:,} tokens a request",
+        f"Batches on {H800_NODE.name} beside the weights, {options.context:,} tokens per request",
         ceilings,
         {
             "model": "model",
@@ -87,7 +87,7 @@ def run(options: Options, output: Output) -> Outcome:
 
 
 def scheme_rows(config: MLAConfig) -> list[Row]:
-    """One row a scheme and dtype; `of_mha` is against MHA of the same dtype."""
+    """Returns one row per scheme and dtype; `of_mha` is relative to MHA of the same dtype."""
     rows = []
     for dtype, bits in BITS_PER_VALUE.items():
         sizes = schemes(config, bits=bits)
@@ -106,7 +106,7 @@ def scheme_rows(config: MLAConfig) -> list[Row]:
 
 
 def by_scheme(rows: list[Row]) -> list[Row]:
-    """The same bytes, one row a scheme and one column a dtype."""
+    """Returns the bytes per token with one row per scheme and one column per dtype."""
     table: dict[str, Row] = {}
     for row in rows:
         line = table.setdefault(row["scheme"], {k: row[k] for k in ("scheme", "values", "of_mha")})
@@ -115,6 +115,7 @@ def by_scheme(rows: list[Row]) -> list[Row]:
 
 
 def part_rows(parts: tuple[Part, ...]) -> list[Row]:
+    """Returns one row per step from DeepSeek 67B's cache to DeepSeek-V2's, its start included."""
     start = {
         "step": "DeepSeek 67B",
         "factor": 1.0,
@@ -135,7 +136,7 @@ def part_rows(parts: tuple[Part, ...]) -> list[Row]:
 
 
 def ceiling_rows(context: int) -> list[Row]:
-    """Largest batch and throughput ceiling on the node of the paper, and against DeepSeek 67B."""
+    """Returns the largest batch and the throughput bound per model, on the node of the paper."""
     bf16 = dataclasses.replace(DEEPSEEK_V2, bits=BITS_PER_VALUE["bfloat16"])
     int8 = CacheSize.mla_int8(MLAConfig.preset("deepseek-v2"))
     models = (
@@ -166,7 +167,8 @@ def _ceiling(cache: CacheSize, weights: float, context: int) -> tuple[int, float
 
 
 def draw(path: Path, rows: list[Row], parts: tuple[Part, ...], model: str) -> None:
-    title = "What a KV cache takes, and where DeepSeek-V2's 93.3 % comes from"
+    """Draws the bytes per token of each scheme, and the steps of the reduction."""
+    title = "Size of a KV cache, and the causes of DeepSeek-V2's 93.3 %"
     with plotting.figure(path, title, columns=2, size=(12, 4.8)) as (left, right):
         _draw_schemes(left, rows, model)
         _draw_parts(right, parts)
@@ -182,8 +184,8 @@ def _draw_schemes(axes: Any, rows: list[Row], model: str) -> None:
         axes.bar_label(bars, [f"{x:,.0f}" for x in kib], fontsize=8, padding=2)
     axes.set_yscale("log")
     axes.set_xticks(range(len(names)), names)
-    axes.set_ylabel("KiB a token, whole model")
-    axes.set_title(f"{model}, had it each of the schemes")
+    axes.set_ylabel("KiB per token, whole model")
+    axes.set_title(f"{model} under each scheme")
     axes.legend()
 
 
@@ -202,5 +204,5 @@ def _draw_parts(axes: Any, parts: tuple[Part, ...]) -> None:
     for i, value in enumerate(kib):
         axes.text(i, value / 2, f"{value:,.0f}", ha="center", va="center", color="white")
     axes.set_xticks(range(len(names)), names)
-    axes.set_ylabel("KiB a token, whole model")
+    axes.set_ylabel("KiB per token, whole model")
     axes.set_title("DeepSeek 67B to DeepSeek-V2, step by step")

@@ -1,12 +1,13 @@
-"""How evenly ragged batches are shared out among the workers of a device.
+"""Balance of split plans: how evenly the work of a batch is divided among workers.
 
 Planners:
-- naive: no splitting; every worker gets the same number of whole tiles.
-- fixed: cuts at multiples of a fixed length, the batch-invariant mode.
-- blocks: equal shares, counting KV blocks and an overhead a piece (FlashMLA).
-- fia: equal shares by the cost of a block on Ascend (fused infer attention).
-Efficiency is the work divided by workers x the largest load: the part of a step in which the
-average worker computes. It is given under both cost models, whichever a plan was made with.
+- naive: no splits; every worker gets the same number of whole tiles.
+- fixed: splits at multiples of a fixed length, the batch-invariant mode.
+- blocks: equal shares by KV blocks plus an overhead per work item (FlashMLA).
+- fia: equal shares by Ascend's cost per block (fused infer attention).
+
+Efficiency is the work divided by (workers x largest load). It is the share of a step in which an
+average worker computes. Each plan has an efficiency under both cost models.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from experiments.framework.experiment import InputError, Outcome, Output, Row
 from experiments.framework.options import flag, seed_flag
 from mla_jax.splits.planner import SplitPlan, plan_fixed, plan_loads, plan_splits
 
-SUMMARY = "balance of ragged batches: naive, fixed splits, planner a (blocks), planner b (fia)"
+SUMMARY = "balance of split plans: naive, fixed splits, planner a (blocks), planner b (fia)"
 
 Planner = Callable[[jax.Array], SplitPlan]  # from seq_lens [B] int32
 
@@ -41,10 +42,10 @@ MODELS = ("blocks", "fia")
 @dataclasses.dataclass(frozen=True)
 class Options:
     workers: int = flag(
-        132, "what runs at a time: 132 (SMs of an H200), 24 (Ascend)", lower_bound=1
+        132, "workers that run at a time: 132 (SMs of an H200), 24 (Ascend)", lower_bound=1
     )
-    rows: int = flag(128, "query rows of a request: heads x query tokens", lower_bound=1)
-    split_size: int = flag(1024, "tokens of a piece of `fixed`", lower_bound=64)
+    rows: int = flag(128, "query rows per request: heads x query tokens", lower_bound=1)
+    split_size: int = flag(1024, "tokens per work item of `fixed`", lower_bound=64)
     seed: int = seed_flag("of the lengths")
 
 
@@ -61,7 +62,7 @@ def run(options: Options, output: Output) -> Outcome:
         if batch == PICTURED:
             pictured = {name: plan for name, (plan, _) in plans.items()}
     show_table(
-        f"Efficiency on {options.workers} workers, {options.rows} rows a request",
+        f"Efficiency on {options.workers} workers, {options.rows} rows per request",
         rows,
         {
             "batch": "batch",
@@ -69,7 +70,7 @@ def run(options: Options, output: Output) -> Outcome:
             "planner": "planner",
             "efficiency_blocks": "efficiency (blocks)",
             "efficiency_fia": "efficiency (fia)",
-            "pieces": "pieces",
+            "pieces": "work items",
             "partial_outputs": "partial outputs",
             "covers": "covers all once",
         },
@@ -95,7 +96,7 @@ def run(options: Options, output: Output) -> Outcome:
 
 
 def batches(seed: int) -> dict[str, list[int]]:
-    """KV lengths of the requests, by name."""
+    """Returns the KV lengths of the requests of each batch, by the name of the batch."""
     r = random.Random(seed)
     return {
         "64 equal": [4096] * 64,
@@ -108,7 +109,7 @@ def batches(seed: int) -> dict[str, list[int]]:
 
 
 def naive(options: Options) -> Planner:
-    """Whole tiles in order, as many for each worker."""
+    """Returns a planner that gives whole tiles, in order, to all workers equally."""
 
     def plan(seq_lens: jax.Array) -> SplitPlan:
         row_tiles = -(-options.rows // ROWS_PER_TILE)
@@ -133,6 +134,7 @@ def naive(options: Options) -> Planner:
 
 
 def fixed(options: Options) -> Planner:
+    """Returns the planner of batch-invariant plans."""
     return functools.partial(
         plan_fixed,
         split_size=options.split_size,
@@ -145,6 +147,7 @@ def fixed(options: Options) -> Planner:
 
 
 def balanced(options: Options, cost_model: str) -> Planner:
+    """Returns the balancing planner with a cost model."""
     return functools.partial(
         plan_splits,
         num_workers=options.workers,
@@ -166,8 +169,11 @@ PLANNERS: dict[str, Callable[[Options], Planner]] = {
 def with_loads(
     planner: Planner, options: Options
 ) -> Callable[[jax.Array], tuple[SplitPlan, dict[str, jax.Array]]]:
-    """The planner, jitted; beside the plan it gives each worker's load under both cost models, and
-    what that would be without overheads."""
+    """Jits a planner together with the loads of its plan.
+
+    The loads of the workers are those under each cost model ("blocks") and without overheads
+    ("blocks work").
+    """
 
     @jax.jit
     def run(seq_lens: jax.Array) -> tuple[SplitPlan, dict[str, jax.Array]]:
@@ -189,7 +195,7 @@ def measure(
     loads: dict[str, jax.Array],
     options: Options,
 ) -> Row:
-    """A row: the plan's largest load and efficiency under each cost model, its pieces."""
+    """Returns a row: work items, and largest load and efficiency under each cost model."""
     row: Row = {"batch": batch, "requests": len(seq_lens), "planner": name}
     for model in MODELS:
         largest, work = float(loads[model].max()), float(loads[f"{model} work"].sum())
@@ -202,25 +208,26 @@ def measure(
 
 
 def covers_once(plan: SplitPlan, seq_lens: np.ndarray) -> bool:
-    """Whether the workers together walk each block of each tile exactly once."""
+    """Returns whether the workers together compute each block of each tile exactly once."""
     plan = jax.tree.map(np.asarray, plan)
     blocks = -(-seq_lens // plan.block_size)
-    walks = np.zeros((len(seq_lens), plan.num_row_tiles, max(1, blocks.max())), int)
+    times = np.zeros((len(seq_lens), plan.num_row_tiles, max(1, blocks.max())), int)
     for first, end in itertools.pairwise(plan.worker_start):
-        for piece in range(first, end):
-            tile = plan.request[piece], plan.row_tile[piece]
-            walks[tile][plan.block_start[piece] : plan.block_end[piece]] += 1
-    wanted = np.arange(walks.shape[2]) < blocks[:, None, None]
-    return bool(np.array_equal(walks, np.broadcast_to(wanted, walks.shape)))
+        for item in range(first, end):
+            tile = plan.request[item], plan.row_tile[item]
+            times[tile][plan.block_start[item] : plan.block_end[item]] += 1
+    expected = np.arange(times.shape[2]) < blocks[:, None, None]
+    return bool(np.array_equal(times, np.broadcast_to(expected, times.shape)))
 
 
 def draw(path: Path, rows: list[Row], pictured: dict[str, SplitPlan], options: Options) -> None:
-    title = f"Ragged work on {options.workers} workers"
+    """Draws the efficiency under both cost models, and the plans of one batch."""
+    title = f"Split plans on {options.workers} workers"
     with plotting.figure(path, title, rows=3, size=(13, 10)) as (top, middle, bottom):
         _draw_efficiency(top, rows, "blocks")
         _draw_efficiency(middle, rows, "fia")
         top.legend(ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
-        _draw_pieces(bottom, pictured)
+        _draw_items(bottom, pictured)
 
 
 def _draw_efficiency(axes: Any, rows: list[Row], model: str) -> None:
@@ -236,19 +243,19 @@ def _draw_efficiency(axes: Any, rows: list[Row], model: str) -> None:
     axes.set_title(f"Efficiency, work / (workers x largest load), by the cost model of {model!r}")
 
 
-def _draw_pieces(axes: Any, pictured: dict[str, SplitPlan]) -> None:
-    """Every worker a column, every piece a box in the colour of its request."""
+def _draw_items(axes: Any, pictured: dict[str, SplitPlan]) -> None:
+    """Draws a column per worker, with a box per work item in the colour of its request."""
     offset, ticks = 0, []
     for plan in (jax.tree.map(np.asarray, plan) for plan in pictured.values()):
-        pieces = np.arange(plan.worker_start[-1])
-        worker = np.searchsorted(plan.worker_start, pieces, side="right") - 1
-        height = (plan.block_end - plan.block_start)[pieces]
+        items = np.arange(plan.worker_start[-1])
+        worker = np.searchsorted(plan.worker_start, items, side="right") - 1
+        height = (plan.block_end - plan.block_start)[items]
         before = np.cumsum(height) - height
-        bottom = before - before[plan.worker_start[worker]]  # above the worker's earlier pieces
-        colours = [plotting.COLOURS[i % len(plotting.COLOURS)] for i in plan.request[pieces]]
+        bottom = before - before[plan.worker_start[worker]]  # above the worker's earlier items
+        colours = [plotting.COLOURS[i % len(plotting.COLOURS)] for i in plan.request[items]]
         axes.bar(offset + worker, height, 1.0, bottom, color=colours)
         ticks.append(offset + plan.num_workers / 2)
         offset += plan.num_workers + max(4, plan.num_workers // 12)
     axes.set_xticks(ticks, list(pictured))
     axes.set_ylabel("KV blocks")
-    axes.set_title(f"{PICTURED}: who computes what (a column a worker, a colour a request)")
+    axes.set_title(f"{PICTURED}: work of each worker (a column per worker, a colour per request)")

@@ -1,10 +1,10 @@
-"""What rescaling by integer addition (AMLA) costs in accuracy, against float64.
+"""Accuracy of rescaling by integer addition (AMLA), compared with float64.
 
-One tile of query rows meets T keys block by block, in three ways: multiply (plain online softmax),
-exponent_add (AMLA), and exponent_add without its compensation for the rounded residual. bf16 inputs
-and P, float32 accumulation; the oracle is given the rounded inputs. The distributions are those of
-the AMLA paper (arXiv 2509.25224), normal and uniform, and keys whose scores rise from block to
-block, so that nearly every block rescales.
+One tile of query rows attends to T keys block by block, in three ways: multiply (plain online
+softmax), exponent_add (AMLA), and exponent_add without the correction for the rounded residual.
+Inputs and P are bf16, and sums are float32. The reference gets the rounded inputs. The
+distributions are those of the AMLA paper (arXiv 2509.25224), normal and uniform. In addition, the
+scores of some keys rise from block to block, so that nearly every block rescales.
 """
 
 import dataclasses
@@ -35,9 +35,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "exponent_add": {"rescale": "exponent_add"},
     "no compensation": {"rescale": "exponent_add", "compensate": False},
 }
-RISES = (0.0, 0.25, 1.0, 4.0, 15.0, 60.0)  # of the scores, in nats a block
-PAPER_BOUND = 1.25  # exponent_add over multiply: "within about 20 %"
-RAMP_BOUND = 1.5  # where one key outweighs all: its P is 1, exact until a residual multiplies it
+RISES = (0.0, 0.25, 1.0, 4.0, 15.0, 60.0)  # rise of the scores, in nats per block
+PAPER_BOUND = 1.25  # error of exponent_add / error of multiply; the paper says "within about 20 %"
+# The same ratio for rising scores. There one key outweighs all others, so that its P is 1, which is
+# exact until a residual multiplies it.
+RAMP_BOUND = 1.5
 
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 DISTRIBUTIONS: dict[str, Draw] = {
@@ -51,7 +53,7 @@ DISTRIBUTIONS: dict[str, Draw] = {
 class Options:
     rows: int = flag(64, "query rows (M)", lower_bound=1)
     keys: int = flag(4096, "KV length (T), a multiple of the block", lower_bound=1)
-    block: int = flag(512, "keys a block", lower_bound=1)
+    block: int = flag(512, "keys per block", lower_bound=1)
     repeats: int = flag(3, "draws of each distribution", lower_bound=1)
     seed: int = seed_flag("of the draws")
 
@@ -98,7 +100,7 @@ def run(options: Options, output: Output) -> Outcome:
 
 
 def measure(options: Options, draw_values: Draw, rise: float) -> tuple[dict[str, float], int]:
-    """Mean error of each method, and how often (row, block) an integer exponent moved."""
+    """Returns the mean error per method, and how many (row, block) changed the exponent."""
     errors: dict[str, list[float]] = {name: [] for name in METHODS}
     rescales = 0
     for repeat in range(options.repeats):
@@ -121,7 +123,7 @@ def measure(options: Options, draw_values: Draw, rise: float) -> tuple[dict[str,
 def inputs(
     options: Options, draw_values: Draw, rise: float, seed: int
 ) -> tuple[jax.Array, jax.Array]:
-    """bf16 q [M, D] and kv [T, D]. A rise goes into one rope channel, which V does not have."""
+    """Returns bf16 q [M, D] and kv [T, D]; a rise is in a rope channel, which V does not have."""
     rng = np.random.default_rng(seed)
     q = draw_values(rng, (options.rows, KV_LORA_RANK + ROPE_DIM))
     kv = draw_values(rng, (options.keys, KV_LORA_RANK + ROPE_DIM))
@@ -135,7 +137,7 @@ def inputs(
 def attend(
     q: jax.Array, kv: jax.Array, *, block: int, rescale: str, compensate: bool = True
 ) -> jax.Array:
-    """o [M, kv_lora_rank] float32, by the block recurrence."""
+    """Returns o [M, kv_lora_rank] float32, computed block by block."""
 
     def step(state: Any, keys: jax.Array) -> tuple[Any, None]:
         values = keys[:, :KV_LORA_RANK]
@@ -148,7 +150,7 @@ def attend(
 
 
 def count_rescales(q: jax.Array, kv: jax.Array, block: int) -> int:
-    """How many (row, block) after the first move the integer exponent round(-m / ln 2)."""
+    """Returns how many (row, block) after the first block change the exponent round(-m / ln 2)."""
     maxima = _scores(q, kv).reshape(q.shape[0], -1, block).max(-1)
     running = np.maximum.accumulate(np.asarray(maxima), axis=1)
     return int((np.diff(np.round(-running / math.log(2)), axis=1) != 0).sum())
@@ -159,6 +161,7 @@ def _scores(q: jax.Array, kv: jax.Array) -> jax.Array:
 
 
 def draw(path: Path, rows: list[Row]) -> None:
+    """Draws the errors by distribution, and by rise of the scores."""
     title = "AMLA: rescaling the output by an integer addition to its exponent"
     with plotting.figure(path, title, columns=2, size=(12, 4.6)) as (left, right):
         shown = [row for row in rows if row["distribution"] in DISTRIBUTIONS]
@@ -187,5 +190,5 @@ def draw(path: Path, rows: list[Row]) -> None:
         right.set_xticks(range(len(ramps)), labels)
         right.set_ylim(bottom=0)
         right.ticklabel_format(axis="y", style="sci", scilimits=(-4, -4))
-        right.set_xlabel("rise of the scores, nats a block (rescales)")
+        right.set_xlabel("rise of the scores, nats per block (rescales)")
         right.set_title("Ramped keys")

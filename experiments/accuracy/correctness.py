@@ -1,9 +1,9 @@
-"""Every implementation x layout x page size x dtype against the float64 oracle.
+"""Compares every implementation with float64, for each layout, page size and dtype.
 
-One ragged batch is hard on all of them: an empty request, queries of different lengths (decode,
-MTP, a chunk behind a prefix, a whole prompt, none at all), lengths on and beside page edges, pages
-in random order, NaN in every row of the cache that no token was written to, and numbers that are
-no page in the unused slots of the block tables.
+One batch is hard on all of them. It has an empty request, and queries of different lengths: decode,
+MTP, a chunk after a prefix, a whole prompt, and none. Lengths are at and next to page boundaries.
+Pages are in random order. Every row of the cache that no token was written to is NaN. Unused
+entries of the block tables are invalid page numbers.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Options:
     implementations: tuple[str, ...] = implementations_flag()
     layouts: tuple[str, ...] = flag(LAYOUTS, "page layouts", choices=LAYOUTS, may_be_empty=False)
     page_sizes: tuple[int, ...] = flag(
-        PAGE_SIZES, "tokens a page", choices=PAGE_SIZES, may_be_empty=False
+        PAGE_SIZES, "tokens per page", choices=PAGE_SIZES, may_be_empty=False
     )
     dtypes: tuple[str, ...] = flag(
         tuple(OUTPUT_BOUND), "of queries and cache", choices=tuple(OUTPUT_BOUND), may_be_empty=False
@@ -80,7 +80,7 @@ def run(options: Options, output: Output) -> Outcome:
 def check_cell(
     options: Options, names: list[str], dtype: str, page_size: int, layout: str
 ) -> list[Row]:
-    """One row for each implementation, on the same inputs."""
+    """Returns one row per implementation, on the same inputs."""
     problem, (wanted_o, wanted_lse) = make_problem(options, dtype, page_size, layout)
     reasons = available_implementations(problem)
     rows = []
@@ -116,7 +116,7 @@ def check_cell(
 def make_problem(
     options: Options, dtype: str, page_size: int, layout: str
 ) -> tuple[AttentionProblem, tuple[np.ndarray, np.ndarray]]:
-    """The ragged batch, and o and lse as the oracle has them."""
+    """Returns the batch, and o and lse of the reference."""
     rng = np.random.default_rng(options.seed)
     batch, most, width = len(SEQ_LENS), max(SEQ_LENS), options.kv_lora_rank + options.rope_dim
     seq_lens, query_lens = np.array(SEQ_LENS, np.int32), np.array(QUERY_LENS, np.int32)
@@ -158,7 +158,7 @@ def make_problem(
 
 
 def _oracle(options: Options, q: jax.Array, kv: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """From the contiguous latents: it knows of no pages."""
+    """Computes o and lse from the contiguous latents, without pages."""
     o = np.zeros((*q.shape[:3], options.kv_lora_rank))
     lse = np.full(q.shape[:3], -np.inf)
     for i, (length, queries) in enumerate(zip(SEQ_LENS, QUERY_LENS, strict=True)):
@@ -172,8 +172,10 @@ def _oracle(options: Options, q: jax.Array, kv: jax.Array) -> tuple[np.ndarray, 
 
 
 def _by_implementation(rows: list[Row]) -> list[Row]:
-    """For the eye: one line a cell, one column an implementation, and whether all that ran passed
-    (None: none ran)."""
+    """Returns a line per cell with a column per implementation, for printing.
+
+    `passed` says whether all that ran passed. It is None if none ran.
+    """
     lines: dict[tuple, Row] = {}
     for row in rows:
         cell = {key: row[key] for key in ("dtype", "page_size", "layout", "bound")}
@@ -185,7 +187,7 @@ def _by_implementation(rows: list[Row]) -> list[Row]:
 
 
 def _refusals(rows: list[Row]) -> list[str]:
-    """Who refused how many combinations, and why."""
+    """Returns lines that say which implementation refused how many combinations, and why."""
     reasons = [(row["implementation"], row["reason"]) for row in rows if row["reason"]]
     return [
         f"{name} refused {reasons.count((name, reason))}: {reason}"
@@ -194,7 +196,7 @@ def _refusals(rows: list[Row]) -> list[str]:
 
 
 def draw(path: Path, rows: list[Row], names: list[str]) -> None:
-    """Each cell's error as a share of its bound: how much room is left."""
+    """Draws the error of each cell and its bound."""
     cells = list(dict.fromkeys((r["dtype"], r["page_size"], r["layout"]) for r in rows))
     title = "Error against float64, every implementation on every cache"
     with plotting.figure(path, title, size=(11, 4.4)) as axes:
@@ -233,6 +235,6 @@ def draw(path: Path, rows: list[Row], names: list[str]) -> None:
 
 
 def _refused_share(rows: list[Row]) -> str:
-    """What a legend adds to a name that has fewer points than there are cells."""
+    """Returns the share of refused cells, to be added to a name in the legend."""
     refused = sum(row["error"] is None for row in rows)
     return f", refused {refused} of {len(rows)}" if refused else ""

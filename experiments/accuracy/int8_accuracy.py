@@ -1,17 +1,17 @@
-"""What an int8 latent cache costs in accuracy, against float64, by scales, dataflow and data.
+"""Accuracy of an int8 latent cache compared with float64, by scales, dataflow and data.
 
-Query rows meet T keys of one request. The oracle gets the keys as they were drawn, so a bfloat16
-cache pays for rounding them too. The methods:
+Query rows attend to T keys of one request. The reference gets the keys before any rounding, so that
+a bfloat16 cache also has their rounding error. The methods are:
 - bfloat16: cache, queries and P; the `xla` implementation.
-- token, group, tensor: an int8 cache with such scales, read dequantised, all else in float32: what
-  the cache alone costs, and what `xla` does with it.
-- "bf16 P", "int8 P", "int8 q, ...": the dataflows of `mla_jax.int8_dataflow` over
-  that cache, which round P and the queries too. Int8 queries and int8 P are Ascend's.
-  Int8 queries, or int14 (two int8 per value), with bf16 P take the int8 tensor cores of Hopper.
-- rotated: the latents and the queries turned by a Hadamard matrix first, as `rotate_latent` does it
-  in the weights; outputs are turned back.
+- token, group, tensor: an int8 cache with such scales, dequantized, and all else in float32. This
+  is the error of the cache alone, and what `xla` computes with it.
+- "bf16 P", "int8 P", "int8 q, ...": the dataflows of `mla_jax.reference.int8_dataflow` over that
+  cache, which also round P and the queries. Int8 queries with int8 P are Ascend's dataflow. Int8
+  queries, or int14 (two int8 per value), with bf16 P suit the int8 tensor cores of Hopper.
+- rotated: latents and queries are first rotated by a Hadamard matrix, as `rotate_latent` does in
+  the weights. The outputs are rotated back.
 
-Rows marked `hard` are made to be hard: they are shown, and no bound holds for them.
+Rows marked `hard` are extreme data. They are shown, and no bound applies to them.
 """
 
 import dataclasses
@@ -33,25 +33,25 @@ from experiments.framework.options import flag, seed_flag
 from experiments.serving.demo import small_config
 from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import PagedKVCache
-from mla_jax.int8_dataflow import attend_int8
+from mla_jax.checkpoints.weights import init_params
 from mla_jax.layer import preprocess
 from mla_jax.quantize import GRANULARITIES, hadamard, scales_of
 from mla_jax.reference.attention import attention_float64
-from mla_jax.weights import init_params
+from mla_jax.reference.int8_dataflow import attend_int8
 
-SUMMARY = "an int8 latent cache against float64, by scale granularity, dataflow and data"
+SUMMARY = "an int8 latent cache compared with float64, by scales, dataflow and data"
 
 RANK, ROPE = 512, 64
 PAGE_SIZE = 64
 SOFTMAX_SCALE = 192**-0.5
-BOUND = 1e-2  # of the output, on rows that are not hard
+BOUND = 1e-2  # relative error of the output, on rows that are not hard
 DATAFLOWS: dict[str, dict[str, Any]] = {
     "bf16 P": {"queries": "bfloat16", "weights": "bfloat16"},
     "int8 q, bf16 P": {"queries": "int8", "weights": "bfloat16"},
     "int14 q, bf16 P": {"queries": "int14", "weights": "bfloat16"},
     "int8 q, int8 P": {"queries": "int8", "weights": "int8"},
 }
-SERVED = "token, bf16 P"  # what the bound is held against, beside the cache alone
+SERVED = "token, bf16 P"  # the method that the bound applies to, besides the cache alone
 SHOWN = (
     "bfloat16", "tensor", "token", "group", *(f"token, {name}" for name in DATAFLOWS),
     "token, rotated",
@@ -74,7 +74,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Queries and keys as they were drawn, both float32."""
+    """Queries and keys before any rounding, both float32."""
 
     name: str
     hard: bool
@@ -100,7 +100,7 @@ def run(options: Options, output: Output) -> Outcome:
         method: max(row["error"] for row in easy if row["method"] == method)
         for method in dict.fromkeys(row["method"] for row in easy)
     }
-    # Fewest bytes first: one scale for all, one a token, four a token.
+    # In order of cache size: one scale in all, one per token, four per token.
     enough = [g for g in ("tensor", "token", "group") if worst[f"{g}, bf16 P"] <= BOUND]
     return Outcome(
         passed=max(worst["token"], worst[SERVED]) <= BOUND,
@@ -120,7 +120,7 @@ def run(options: Options, output: Output) -> Outcome:
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """All data of unit variance, and scores of standard deviation 1 where nothing else is said."""
+    """Yields data of unit variance, whose scores have standard deviation 1 unless the name says."""
     rng = np.random.default_rng(options.seed)
     base = normal(options, "normal")
     yield base
@@ -147,22 +147,23 @@ def cases(options: Options) -> Iterator[Case]:
 def normal(
     options: Options, name: str, *, keys: int = 0, spread: float = 1.0, hard: bool = False
 ) -> Case:
+    """Returns a case of normal queries and keys."""
     rng = np.random.default_rng(options.seed)
     q, kv = (rng.normal(size=(n, RANK + ROPE)) for n in (options.rows, keys or options.keys))
     return with_spread(Case(name, hard, q, kv), spread)
 
 
 def with_spread(case: Case, spread: float) -> Case:
-    """The case with its queries scaled so that the scores have that standard deviation, and
-    rounded to bfloat16, as every method gets them."""
+    """Scales the queries so that the scores have a standard deviation, and rounds them to bf16."""
     scores = SOFTMAX_SCALE * (case.q @ case.kv.T)
     return dataclasses.replace(case, q=in_bfloat16(case.q * (spread / scores.std(axis=1).mean())))
 
 
 def from_checkpoint(options: Options) -> Case:
-    """The demo's layer on normal hidden states: the queries of the last tokens, the latents of all.
+    """Returns queries and latents of the demo's layer for normal hidden states.
 
-    Every row sees all keys; what its softmax scale is more than ours goes into the queries.
+    The queries are those of the last tokens, and every row sees all keys. The queries include the
+    ratio of the layer's softmax scale to the one used here.
     """
     config, rng = small_config(), np.random.default_rng(options.seed)
 
@@ -178,11 +179,12 @@ def from_checkpoint(options: Options) -> Case:
 
 
 def in_bfloat16(x: Any) -> np.ndarray:
+    """Rounds values to bfloat16 and returns them as float32."""
     return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32)
 
 
 def measure(case: Case, granularities: tuple[str, ...] = GRANULARITIES) -> list[Row]:
-    """One row a method."""
+    """Returns one row per method."""
     oracle = functools.partial(
         attention_float64, softmax_scale=SOFTMAX_SCALE, kv_lora_rank=RANK, causal=False
     )
@@ -207,7 +209,7 @@ def measure(case: Case, granularities: tuple[str, ...] = GRANULARITIES) -> list[
 
 
 def over_int8(case: Case, granularity: str) -> dict[str, tuple[Any, Any]]:
-    """(o [R, RANK], lse [R]) of the cache alone, and of each dataflow over it."""
+    """Returns (o [R, RANK], lse [R]) with the cache alone, and with each dataflow over it."""
     cache = filled(case, jnp.int8, granularity)
     found = {granularity: attend(case, cache, jnp.float32)}
     stored = jax.jit(PagedKVCache.stored_rows)(cache, table(case), jnp.arange(len(case.kv))[None])
@@ -221,7 +223,7 @@ def over_int8(case: Case, granularity: str) -> dict[str, tuple[Any, Any]]:
 
 
 def filled(case: Case, dtype: Any, granularity: str | None = None) -> PagedKVCache:
-    """A cache with the keys of the case; a scale for all of them is calibrated on them."""
+    """Returns a cache with the keys of the case, which also calibrate a scale for all of them."""
     kv = jnp.asarray(case.kv, jnp.float32 if granularity else dtype)
     cache = PagedKVCache.create(
         -(-len(kv) // PAGE_SIZE),
@@ -236,11 +238,12 @@ def filled(case: Case, dtype: Any, granularity: str | None = None) -> PagedKVCac
 
 
 def table(case: Case) -> jax.Array:
+    """Returns the block table [1, pages] of a case."""
     return jnp.arange(-(-len(case.kv) // PAGE_SIZE), dtype=jnp.int32)[None]
 
 
 def attend(case: Case, cache: PagedKVCache, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """The op in plain JAX: o [R, RANK] and lse [R]. The rows stand as heads of one token."""
+    """Returns o [R, RANK] and lse [R] of plain JAX; the rows are the heads of one token."""
     o, lse = paged_mla_attention(
         jnp.asarray(case.q, dtype)[None, None],
         cache,
@@ -253,7 +256,7 @@ def attend(case: Case, cache: PagedKVCache, dtype: Any) -> tuple[jax.Array, jax.
 
 
 def turn(case: Case) -> Case:
-    """The case in a turned basis of the latent: the same scores, outputs turned alike."""
+    """Rotates the latent of a case: scores stay the same, and outputs are rotated alike."""
     q, kv = case.q.copy(), case.kv.copy()
     for rows in (q, kv):
         rows[:, :RANK] = rows[:, :RANK] @ hadamard(RANK)
@@ -261,7 +264,7 @@ def turn(case: Case) -> Case:
 
 
 def by_case(rows: list[Row], key: str) -> list[Row]:
-    """For the eye: one line a distribution, one column a method."""
+    """Returns a line per distribution with a column per method, for printing."""
     lines: dict[str, Row] = {}
     for row in rows:
         line = {"distribution": row["distribution"], "hard": row["hard"]}
@@ -270,6 +273,7 @@ def by_case(rows: list[Row], key: str) -> list[Row]:
 
 
 def draw(path: Path, errors: list[Row], spreads: list[Row]) -> None:
+    """Draws the errors by data and method, and by the spread of the scores."""
     with plotting.figure(
         path, "An int8 latent cache against float64", columns=2, size=(14, 5.4)
     ) as (left, right):

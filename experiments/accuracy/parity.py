@@ -1,7 +1,7 @@
-"""A checkpoint's attention layer, four ways, against outputs that another library computed.
+"""Compares a checkpoint's attention layer with the outputs of another library, in four ways.
 
-DIR/golden.npz holds x and out, both [batch, seq, hidden], causal from position 0. See
-tools/make_golden.py for how to make one with Hugging Face transformers.
+DIR/golden.npz holds x and out, both [batch, seq, hidden], causal from position 0.
+tools/make_golden.py makes one with Hugging Face transformers.
 """
 
 import dataclasses
@@ -19,26 +19,26 @@ from experiments.framework.experiment import InputError, Outcome, Output, Row, r
 from experiments.framework.implementations import require_runs
 from experiments.framework.options import flag
 from mla_jax.cache import LAYOUTS, PAGE_SIZES, PagedKVCache
+from mla_jax.checkpoints.weights import MLAParams, load_hf
 from mla_jax.config import MLAConfig
 from mla_jax.layer import mla_layer, naive_mla_layer
 from mla_jax.registry import IMPLEMENTATIONS
-from mla_jax.weights import MLAParams, load_hf
 
-SUMMARY = "a checkpoint's layer, four ways, against the golden.npz that stands beside it"
+SUMMARY = "a checkpoint's layer, four ways, compared with the golden.npz in its folder"
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     checkpoint: str | None = flag(None, "folder: config.json, safetensors, golden.npz; required")
     layer: int | None = flag(
-        None, "which layer of the checkpoint; the lowest if not given", lower_bound=0
+        None, "number of the layer in the checkpoint; by default the lowest", lower_bound=0
     )
     tolerance: float = flag(2e-5, "on each relative Frobenius error, float32", lower_bound=0)
-    chunk: int = flag(7, "tokens a step of the chunked way", lower_bound=1)
-    page_size: int = flag(16, "tokens a page of the cache", choices=PAGE_SIZES)
+    chunk: int = flag(7, "tokens per step in the way `chunked`", lower_bound=1)
+    page_size: int = flag(16, "tokens per page of the cache", choices=PAGE_SIZES)
     layout: str = flag("ND", "of the pages", choices=LAYOUTS)
     implementation: str | None = flag(
-        None, "of the attention; the best here if not given", choices=tuple(IMPLEMENTATIONS)
+        None, "of the attention; by default the best here", choices=tuple(IMPLEMENTATIONS)
     )
 
 
@@ -74,7 +74,7 @@ def run(options: Options, output: Output) -> Outcome:
 
 
 def outputs(options: Options, config: MLAConfig, params: MLAParams, x: jax.Array) -> Any:
-    """Yields (way, out [batch, seq, hidden]) for each way to compute the layer."""
+    """Yields (way, out [batch, seq, hidden]) for each way of computing the layer."""
     yield "naive", jax.jit(naive_mla_layer, static_argnums=1)(params, config, x)
     yield "absorbed", feed(options, config, params, x, chunk=x.shape[1])
     yield "chunked", feed(options, config, params, x, chunk=min(options.chunk, x.shape[1]))
@@ -84,7 +84,10 @@ def outputs(options: Options, config: MLAConfig, params: MLAParams, x: jax.Array
 def feed(
     options: Options, config: MLAConfig, params: MLAParams, x: jax.Array, *, chunk: int
 ) -> np.ndarray:
-    """The layer's output over the paged cache, `chunk` tokens of x [batch, seq, hidden] a step."""
+    """Computes the layer over the paged cache, in steps of `chunk` tokens.
+
+    x and the output are [batch, seq, hidden].
+    """
     batch, length, _ = x.shape
     pages = -(-length // options.page_size)
     with reading("layout"):
@@ -101,11 +104,11 @@ def feed(
     parts = []
     for start in range(0, length, chunk):
         count = min(chunk, length - start)
-        piece = jnp.pad(x[:, start : start + count], ((0, 0), (0, chunk - count), (0, 0)))
+        tokens = jnp.pad(x[:, start : start + count], ((0, 0), (0, chunk - count), (0, 0)))
         part, cache = step(
             params,
             config=config,
-            x=piece,
+            x=tokens,
             cache=cache,
             block_tables=block_tables,
             seq_lens=jnp.full(batch, start + count, jnp.int32),
@@ -117,7 +120,7 @@ def feed(
 
 
 def read_golden(folder: Path, config: MLAConfig) -> tuple[jax.Array, np.ndarray]:
-    """(x, out) of golden.npz, both [batch, seq, hidden]. Raises InputError naming what is wrong."""
+    """Reads (x, out) of golden.npz, both [batch, seq, hidden]; raises InputError if it can't."""
     path = folder / "golden.npz"
     try:
         with np.load(path) as file:

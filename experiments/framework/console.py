@@ -1,4 +1,4 @@
-"""What the experiments print: progress and tables, plain lines where the output is no terminal."""
+"""Prints progress and tables, as plain lines if the output is not a terminal."""
 
 import os
 import time
@@ -10,19 +10,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-_PLAIN_WIDTH = 120  # of a table in a file or a pipe
-_PLAIN_INTERVAL = 5.0  # seconds between two lines of progress there
+_PLAIN_WIDTH = 120  # columns of a table in a file or a pipe
+_PLAIN_INTERVAL = 5.0  # seconds between two lines of progress in a file or a pipe
 
 
 def say(message: str, *, style: str | None = None, stderr: bool = False) -> None:
-    """Prints a line, as it is; what the output's encoding lacks as an escape."""
+    """Prints a line unchanged, with escapes for characters that the output's encoding lacks."""
     console = _console(stderr)
     printable = message.encode(console.encoding, "backslashreplace").decode(console.encoding)
     console.print(printable, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def track[T](items: Iterable[T], label: str, *, total: int | None = None) -> Iterator[T]:
-    """The items, with the progress through them shown; `total` if and only if they have no len."""
+    """Yields the items and shows the progress. Items without a length need `total`."""
     count = len(items) if isinstance(items, Sized) else total
     if count is None:
         raise TypeError(f"{label}: items without a length need a total")
@@ -44,7 +44,7 @@ def show_table(
 ) -> None:
     """Prints rows as a table.
 
-    `columns` gives the keys to show, in order, with their headers; None: those of the first row.
+    columns: keys to show, in order, with their headers. None shows the keys of the first row.
     """
     rows = list(rows)
     if columns is None:
@@ -73,8 +73,8 @@ def _cell(value: Any) -> str:
 
 class _Console(Console):
     def on_broken_pipe(self) -> NoReturn:
-        """Where rich would exit with 1, which says that an experiment did not pass."""
-        # Python flushes what is left in the buffer when it ends, and would complain once more.
+        """Raises BrokenPipeError; rich would exit with 1, which means a failed experiment."""
+        # Python flushes its buffer at the end and would report the broken pipe again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
         raise BrokenPipeError("nobody reads the output any more")
 

@@ -1,32 +1,34 @@
-"""How far a result is from float64, and how far it may be."""
+"""Errors of a result relative to float64, and their bounds."""
 
 from typing import Any
 
 import jax
 import numpy as np
 
-# Of an attention output, relative Frobenius, against float64 on the very same (rounded) inputs, by
-# their dtype: P and the output are rounded to it; in float32 only the order of the sums differs.
+# Bounds of the relative Frobenius error of an attention output, by dtype of the inputs. The
+# reference gets the same rounded inputs. P and the output are rounded to the dtype, so that in
+# float32 only the order of the sums differs.
 OUTPUT_BOUND = {"float32": 1e-5, "bfloat16": 4e-3, "float16": 5e-4}
-# Of a whole layer, in which weights, activations and cache are of that dtype; "int8": the cache.
+# The same for a whole layer with weights, activations and cache of that dtype. With "int8" only the
+# cache is int8.
 LAYER_BOUND = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 2.5e-3, "int8": 2e-2}
-LSE_BOUND = 1e-3  # absolute; the scores are accumulated in float32 whatever the inputs are
+LSE_BOUND = 1e-3  # absolute; scores are accumulated in float32 for every input dtype
 
 
 def to_numpy(value: jax.Array | np.ndarray) -> np.ndarray:
-    """In float64, on the host."""
+    """Returns the value in float64, on the host."""
     return np.asarray(value).astype(np.float64)
 
 
 def relative_error(got: Any, wanted: Any) -> float:
-    """|got - wanted| / |wanted| in the Frobenius norm; NaN where `got` holds one."""
+    """Returns |got - wanted| / |wanted| in the Frobenius norm; NaN if `got` has NaN."""
     got, wanted = to_numpy(got), to_numpy(wanted)
     norm = float(np.linalg.norm(wanted))
     return float(np.linalg.norm(got - wanted)) / (norm if norm else 1.0)
 
 
 def lse_error(got: Any, wanted: Any) -> float:
-    """The largest |got - wanted|; infinite unless -inf stands in the same places."""
+    """Returns the largest |got - wanted|; infinite if -inf is not at the same positions."""
     got, wanted = to_numpy(got), to_numpy(wanted)
     empty = np.isneginf(wanted)
     if not np.array_equal(empty, np.isneginf(got)):

@@ -1,6 +1,6 @@
-"""What an experiment is made of: its flags, the folder it writes to, and what it found.
+"""The parts of an experiment: its flags, its output folder and its outcome.
 
-An experiment is a module `experiments/NAME.py`, named in `launch.EXPERIMENTS`, with
+An experiment is a module `experiments/FOLDER/NAME.py`, listed in `launch.FOLDERS`, with
 - SUMMARY: one line for `--list`,
 - Options: a frozen dataclass whose fields are made with `options.flag`; they become its absl flags,
 - run(options, output) -> Outcome.
@@ -14,16 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-Row = dict[str, Any]  # str, int, float, bool or None by column
+Row = dict[str, Any]  # a str, int, float, bool or None per column
 
 
 class InputError(Exception):
-    """What the user gave can't be used. The launcher prints it and exits with status 2."""
+    """Raised for unusable input. The launcher prints it and exits with status 2."""
 
 
 @contextlib.contextmanager
 def reading(flag_name: str) -> Iterator[None]:
-    """Turns what reading the input of a flag raises into an InputError that names the flag."""
+    """Turns errors of reading the input of a flag into an InputError that names the flag."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -32,29 +32,29 @@ def reading(flag_name: str) -> Iterator[None]:
 
 @dataclasses.dataclass
 class Output:
-    """An experiment's own folder, from `opened`. Where nothing is written, nothing is left."""
+    """The folder of an experiment, from `opened`. A folder without files is removed."""
 
     folder: Path
     files: list[str] = dataclasses.field(default_factory=list)
-    rows_file: Path | None = None  # of an experiment that can go on where it ended
+    rows_file: Path | None = None  # if the experiment can resume
 
     def path(self, name: str) -> Path:
-        """Where to write a file or folder of that name; result.json will list it."""
+        """Returns the path for a file or folder of that name, which result.json will list."""
         self.files.append(name)
         return self.folder / name
 
     def rows_path(self) -> Path:
-        """Where rows are kept as they become known; the same command goes on from them."""
+        """Returns the path of the rows measured so far, from which the same command resumes."""
         self.rows_file = self.path("rows.jsonl")
         return self.rows_file
 
     @staticmethod
     @contextlib.contextmanager
     def opened(folder: Path) -> Iterator["Output"]:
-        """The folder, made if need be, for one launch at a time.
+        """Opens the folder for one launch at a time, and creates it if necessary.
 
-        InputError where it can't be made or written to, or another launch has it. The kernel gives
-        the lock back when the process ends, however it ends.
+        Raises InputError if it can't be created or written to, or if another launch uses it. The
+        lock ends with the process, however that ends.
         """
         made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
         try:
@@ -89,7 +89,7 @@ def _lock(handle: int, folder: Path) -> None:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Removes those of the folders, innermost first, that hold nothing."""
+    """Removes the folders that are empty, from the innermost outwards."""
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()
@@ -97,7 +97,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """When rows were made, for how long, on what: not this launch's where others made them."""
+    """When rows were made, for how long and on which machine, if another launch made them."""
 
     started: str
     duration_s: float
@@ -106,10 +106,10 @@ class Made:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What an experiment found. `passed` False makes the launcher exit with status 1.
+    """The outcome of an experiment. If `passed` is False, the launcher exits with status 1.
 
-    `rows` is its table, `summary` what it says in a sentence, `headline` what a reader should find
-    at the top level of result.json. `made`: None where this launch made all rows.
+    `rows` is its table and `summary` its finding in a sentence. `headline` has the values that
+    result.json shows at its top level. `made` is None if this launch made all rows.
     """
 
     passed: bool

@@ -1,4 +1,4 @@
-"""Which implementations an experiment runs: --implementations, or all that can run here."""
+"""Chooses the implementations of an experiment: --implementations, or all that can run here."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from mla_jax.registry import available_implementations
 
 
 def implementations_flag() -> Any:
-    """The field of Options that `chosen` takes."""
-    return flag((), "which to run, as a,b; all that can run here if not given")
+    """Returns the field of Options whose value `chosen` takes."""
+    return flag((), "which to run, as a,b; by default all that can run here")
 
 
 def chosen(wanted: tuple[str, ...]) -> list[str]:
-    """The names to run. Raises InputError for one that isn't known or can't run here."""
+    """Returns the names to run. Raises InputError for one that is unknown or can't run here."""
     reasons = available_implementations()
     for name in wanted:
         if name not in reasons:
@@ -25,7 +25,7 @@ def chosen(wanted: tuple[str, ...]) -> list[str]:
 
 
 def require_runs(wanted: str | None, problem: AttentionProblem | None = None) -> None:
-    """Raises InputError unless --implementation, if given, can run here, and run the problem."""
+    """Raises InputError unless --implementation, if given, can run here and on the problem."""
     reason = None if wanted is None else available_implementations(problem)[wanted]
     if reason is not None:
         raise InputError(f"--implementation: {wanted} can't run this here: {reason}")

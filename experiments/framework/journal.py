@@ -1,7 +1,8 @@
-"""rows.jsonl: what a benchmark has measured so far, whatever ended it.
+"""rows.jsonl: the rows that a benchmark has measured so far, from which it can resume.
 
-A line is a session (a launch: machine, versions, ceilings, widths of the cache), a row with the
-seconds into its session, or the seconds that a session took until it ended by itself.
+A line is one of three things. A session describes a launch: machine, versions, ceilings and widths
+of the cache. A row has the seconds since the start of its session. An end has the seconds that a
+complete session took.
 """
 
 import dataclasses
@@ -24,35 +25,35 @@ Key = tuple[Shape, str]
 
 @dataclasses.dataclass
 class Journal:
-    """The sessions and rows of a rows.jsonl, which grows by a line for each that is added.
+    """The sessions and rows of a rows.jsonl, to which each addition appends a line.
 
-    `path` is not written to before the first of them; a last line that was cut off goes then.
+    The first addition is the first write to `path`. It also removes an incomplete last line.
     """
 
     path: Path
     sessions: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     rows: dict[Key, Row] = dataclasses.field(default_factory=dict)
-    seconds: list[float] = dataclasses.field(default_factory=list)  # that each session took
+    seconds: list[float] = dataclasses.field(default_factory=list)  # duration per session
 
     def __post_init__(self) -> None:
-        self._whole: int | None = None  # bytes to keep of what was there; None: all
-        self._lead = b""  # before the next line
+        self._whole: int | None = None  # bytes of the file to keep; None is all
+        self._lead = b""  # written before the next line
         self._clock = time.monotonic()
 
     @staticmethod
     def open(path: Path, *, skipped: bool = False) -> "Journal":
-        """Reads what earlier launches left.
+        """Reads the lines of earlier launches.
 
-        A last line that was cut off is dropped. So is a damaged row before it, with a message: it
-        is run again. Any other damaged line may be a session, to which later rows refer: an
+        An incomplete last line is dropped. A damaged row is dropped with a message, and is run
+        again. Any other damaged line may be a session, which later rows belong to, and raises
         InputError.
 
-        skipped: rows that were skipped too, which another run would look at anew.
+        skipped: whether to read skipped rows, which another run would try again.
         """
         journal = Journal(path)
         content = _read(path)
         *lines, rest = content.split(b"\n")
-        if rest and _is_json(rest):  # Only its line feed was cut off.
+        if rest and _is_json(rest):  # only the line feed is missing
             lines.append(rest)
             journal._lead = b"\n"
         else:
@@ -70,9 +71,9 @@ class Journal:
         return journal
 
     def begin(self, ceilings: dict[str, float], widths: tuple[int, int] | None = None) -> None:
-        """A session on this machine. `widths`: kv_lora_rank and rope_dim of its caches.
+        """Begins a session on this machine. widths: kv_lora_rank and rope_dim of its caches.
 
-        InputError where earlier sessions had others: their rows have the same names.
+        Raises InputError if earlier sessions had other widths, because rows do not name them.
         """
         if widths is not None and self.widths not in (None, widths):
             raise InputError(
@@ -86,7 +87,7 @@ class Journal:
         self._append({"session": self.sessions[-1]})
 
     def add(self, row: Shape, name: str, status: str, **columns: Any) -> None:
-        """A row: measured, failed or skipped."""
+        """Adds a row, which was measured, failed or skipped."""
         record = plain({
             **dataclasses.asdict(row), "implementation": name, "status": status,
             "session": len(self.sessions) - 1, **columns,
@@ -95,31 +96,31 @@ class Journal:
         self._append({"row": record, "at_s": self._elapsed()})
 
     def end(self) -> None:
-        """The session has ended by itself."""
+        """Records that the session is complete."""
         self._append({"ended": len(self.sessions) - 1, "at_s": self._elapsed()})
 
     @property
     def widths(self) -> tuple[int, int] | None:
-        """kv_lora_rank and rope_dim of the caches; None where no session says it."""
+        """kv_lora_rank and rope_dim of the caches, or None if no session has them."""
         return next((tuple(s["widths"]) for s in self.sessions if "widths" in s), None)
 
     @property
     def made(self) -> Made | None:
-        """When and on what the rows were made, and the sum of what ran; None without sessions."""
+        """When and on which machine the rows were made, and for how long; None without sessions."""
         if not self.sessions:
             return None
         started, last = self.sessions[0]["started"], self.sessions[-1]["environment"]
         return Made(started, sum(self.seconds), last)
 
     def _elapsed(self) -> float:
-        """Seconds into this session, which began when the journal was opened."""
+        """Returns the seconds since the journal was opened, and stores them for this session."""
         now = round(time.monotonic() - self._clock, 3)
         if self.seconds:
             self.seconds[-1] = now
         return now
 
     def _take(self, record: Any, skipped: bool) -> None:
-        """A line of the file. ValueError where it is none."""
+        """Reads a line of the file. Raises ValueError if it is invalid."""
         if not isinstance(record, dict):
             raise ValueError(f"must be an object, got {short(record)}")
         if "session" in record:
@@ -135,7 +136,7 @@ class Journal:
                 self._keep(record["row"])
         elif type(session) is not int or not 0 <= session < len(self.sessions):
             raise ValueError(f"must be a session, a row or an end, got {short(record)}")
-        at = record.get("at_s", 0.0)  # Older files do not say it.
+        at = record.get("at_s", 0.0)  # older files do not have it
         if type(at) is not float or not 0 <= at < float("inf"):
             raise ValueError(f"at_s must be seconds, got {short(at)}")
         self.seconds[session] = max(self.seconds[session], at)
@@ -144,7 +145,7 @@ class Journal:
         self.rows[Shape.of(record), record["implementation"]] = record
 
     def _append(self, record: dict[str, Any]) -> None:
-        """Writes a line, through to the disk."""
+        """Appends a line and flushes it to disk."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = self._lead + json.dumps(record, allow_nan=False).encode() + b"\n"
         with self.path.open("ab") as file:
@@ -157,7 +158,7 @@ class Journal:
 
 
 def check_row(row: Any, sessions: int | None) -> None:
-    """Raises ValueError unless this is a row of a benchmark of so many sessions (None: unknown)."""
+    """Raises ValueError unless this is a row of a benchmark with that many sessions, if known."""
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object, got {short(row)}")
     check_values(row, "row")
@@ -186,7 +187,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def _read(path: Path) -> bytes:
-    """The content of a file, none where there is no file. InputError where it can't be read."""
+    """Returns the content of a file, empty if there is none. Raises InputError on other errors."""
     try:
         if path.exists() and not path.is_file():
             raise InputError(f"--output_dir: {path} is not a file")

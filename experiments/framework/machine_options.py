@@ -1,4 +1,4 @@
-"""What the experiments on simulated machines share: flags to problem, reports to rows."""
+"""Flags and rows that all experiments on simulated machines share."""
 
 import dataclasses
 from typing import Any
@@ -12,30 +12,30 @@ from mla_jax.hal.work import ITEMSIZE
 @dataclasses.dataclass(frozen=True)
 class MachineOptions:
     profile: str = flag("H200_SXM", "a device of mla_jax.hal.PROFILES, or a JSON file with one")
-    batch: int = flag(0, "requests; 0: one for every core", lower_bound=0)
-    kv_len: int = flag(0, "tokens of each request; 0: 8 KV blocks", lower_bound=0)
-    heads: int = flag(0, "query heads; 0: 128 on Ascend, 64 on a GPU", lower_bound=0)
-    s_q: int = flag(1, "query tokens of each request", lower_bound=1)
+    batch: int = flag(0, "requests; 0 is one per core", lower_bound=0)
+    kv_len: int = flag(0, "tokens per request; 0 is 8 KV blocks", lower_bound=0)
+    heads: int = flag(0, "query heads; 0 is 128 on Ascend, 64 on a GPU", lower_bound=0)
+    s_q: int = flag(1, "query tokens per request", lower_bound=1)
     dtype: str = flag("bf16", "of the KV cache", choices=tuple(ITEMSIZE))
 
 
 def machine_and_problem(options: Any) -> tuple[HardwareProfile, Problem]:
-    """The profile and problem that MachineOptions ask for."""
+    """Returns the profile and the problem that MachineOptions describe."""
     with reading("profile"):
         profile = load_profile(options.profile)
     heads = options.heads or (128 if profile.family == "ascend" else 64)
     small = Problem((1,), heads, options.s_q, options.dtype)
-    with reading("profile"):  # which may have buffers that hold no tile
+    with reading("profile"):  # the buffers of a user's profile may be too small for any tile
         block = plan_tiles(profile, small).block_kv
     lengths = (options.kv_len or 8 * block,) * (options.batch or profile.cores)
     return profile, Problem(lengths, heads, options.s_q, options.dtype)
 
 
 def report_row(report: Report) -> Row:
-    """A report as a row of result.json.
+    """Returns a report as a row of result.json.
 
-    `utilisation` and the bubbles are shares of a core's time, of its matrix unit, and add up to 1;
-    `of_matrix_peak` is of the whole call and device.
+    `utilisation` and the bubbles are shares of the time of a core's matrix unit and add up to 1.
+    `of_matrix_peak` is the share of the device's peak over the whole call.
     """
     return {
         "schedule": report.timeline.schedule.name,

@@ -1,4 +1,4 @@
-"""An experiment's flags: the fields of a frozen dataclass, read from the command line by absl."""
+"""The flags of an experiment: fields of a frozen dataclass, read from the command line by absl."""
 
 import dataclasses
 import math
@@ -19,11 +19,11 @@ def flag(
     upper_bound: float | None = None,
     may_be_empty: bool = True,
 ) -> Any:
-    """A field of an experiment's Options, and so a flag of the same name.
+    """Returns a field of an experiment's Options, which becomes a flag of the same name.
 
     The annotation gives the type: str, int, float, bool, one of them or None, or a tuple of them
-    (written --name=a,b), whose elements differ. `choices` and the bounds hold for each element;
-    floats are finite. `may_be_empty`: whether a tuple may have no element (--name=).
+    (written --name=a,b) without duplicates. `choices` and bounds apply to each element. Floats must
+    be finite. `may_be_empty` says whether a tuple may have no element (--name=).
     """
     metadata = {
         "help": help,
@@ -36,7 +36,7 @@ def flag(
 
 
 def seed_flag(help: str) -> Any:
-    """The seed of random numbers, in the range that every generator takes."""
+    """Returns the flag of a random seed, in the range that every generator accepts."""
     return flag(0, help, lower_bound=0, upper_bound=2**31 - 1)
 
 
@@ -54,12 +54,12 @@ def define_flags(options: type, values: flags.FlagValues) -> None:
 
 
 def read_options(options: type, values: flags.FlagValues) -> Any:
-    """The Options that parsed flags say."""
+    """Returns the Options with the values of parsed flags."""
     return options(**{f.name: values[f.name].value for f in dataclasses.fields(options)})
 
 
 class _FieldParser(flags.ArgumentParser):
-    """Text to the annotated type of a field, within its choices and bound."""
+    """Parses text to the annotated type of a field and checks its choices and bounds."""
 
     def __init__(self, annotation: Any, metadata: Mapping[str, Any]) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""The house style of the pictures. matplotlib loads only where a picture is drawn.
+"""The style of all pictures. matplotlib is only imported when a picture is drawn.
 
-Pictures are drawn of any number of series, with names and numbers as they come: `look` never runs
-out, `name` makes a label of any text, `lowest` and `highest` give limits of any numbers.
+A picture may have any number of series with any names and values. `look` gives a style to each,
+`name` makes a label of any text, and `lowest` and `highest` give axis limits.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ COLOURS = (
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
 LINES = ("-", "--", ":", "-.")
 GREY = "#8a8f98"
-LONGEST_NAME = 48  # characters of a label
-MOST_PIXELS = 30_000  # of a side; Agg draws at most twice as many
+LONGEST_NAME = 48  # characters per label
+MOST_PIXELS = 30_000  # per side, half of what Agg can draw
 
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -44,8 +44,11 @@ _STYLE: dict[Any, Any] = {
 
 
 def look(i: int) -> dict[str, Any]:
-    """Colour, marker and line style of series `i`: all differ among the first nine, and no two of
-    the first 81 agree in both colour and marker."""
+    """Returns colour, marker and line style of series `i`.
+
+    All three differ among the first nine series. No two of the first 81 have the same colour and
+    marker.
+    """
     turn = i // len(COLOURS)
     return {
         "color": COLOURS[i % len(COLOURS)],
@@ -55,13 +58,16 @@ def look(i: int) -> dict[str, Any]:
 
 
 def points(i: int) -> dict[str, Any]:
-    """The look of series `i` as hollow markers that no line joins."""
+    """Returns the style of series `i` with hollow markers and no line."""
     return look(i) | {"linestyle": "none", "markerfacecolor": "none", "markeredgewidth": 1.6}
 
 
 def name(text: Any, most: int = LONGEST_NAME) -> str:
-    """Any text as a label of one line: shortened in the middle, and shown in a legend, which leaves
-    out labels that start with an underscore."""
+    """Returns any text as a label of one line, shortened in the middle.
+
+    A label that starts with an underscore gets a space in front, because matplotlib's legends leave
+    such labels out.
+    """
     label = " ".join(str(text).split())
     if len(label) > most:
         label = f"{label[: most // 2]}…{label[len(label) - (most - most // 2 - 1) :]}"
@@ -69,7 +75,7 @@ def name(text: Any, most: int = LONGEST_NAME) -> str:
 
 
 def numbers(values: Iterable[Any]) -> list[float]:
-    """Values as floats, NaN for what is not a number (a refusal, None)."""
+    """Returns values as floats, and NaN for what is not a number, such as a refusal or None."""
     return [
         float(v) if isinstance(v, int | float) and not isinstance(v, bool) else math.nan
         for v in values
@@ -77,23 +83,22 @@ def numbers(values: Iterable[Any]) -> list[float]:
 
 
 def lowest(values: Iterable[Any], default: float = 1.0) -> float:
-    """The least finite value above 0, for the limit of an axis; `default` where there is none."""
+    """Returns the smallest finite value above 0, or `default`, for the limit of an axis."""
     return min((v for v in numbers(values) if math.isfinite(v) and v > 0), default=default)
 
 
 def highest(values: Iterable[Any], default: float = 1.0) -> float:
-    """The largest finite value above 0, for the limit of an axis; `default` where there is none."""
+    """Returns the largest finite value above 0, or `default`, for the limit of an axis."""
     return max((v for v in numbers(values) if math.isfinite(v) and v > 0), default=default)
 
 
 def several(axes: Any) -> list[Any]:
-    """What `figure` yields as a list: matplotlib gives one of them without it."""
+    """Returns the axes of `figure` as a list, also if there is only one."""
     return list(axes.flat) if hasattr(axes, "flat") else [axes]
 
 
 def legend(axes: Any) -> None:
-    """A legend below everything in the picture, which grows by its height; none where nothing has a
-    label."""
+    """Draws a legend below the picture, which grows by its height; none if nothing has a label."""
     handles, labels = axes.get_legend_handles_labels()
     if not handles:
         return
@@ -108,10 +113,10 @@ def legend(axes: Any) -> None:
 def figure(
     path: Path, title: str, *, columns: int = 1, rows: int = 1, size: tuple[float, float]
 ) -> Iterator[Any]:
-    """Yields the axes of a new picture (an array if there are several), then writes it to `path`.
+    """Yields the axes of a new picture, an array if there are several, then writes it to `path`.
 
-    `size` is in inches. It goes to the Agg canvas, so no display is needed and none is touched.
-    Dollar signs in titles, labels and names are shown as they are, not read as mathematics.
+    size: in inches. Drawing uses the Agg canvas, which needs no display. Dollar signs in titles,
+    labels and names are shown as they are and do not start mathematics.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -128,7 +133,7 @@ def figure(
 
 
 def _show_dollars(picture: Any) -> None:
-    """Turns mathematics off in every text but those that matplotlib writes, as a scale's powers."""
+    """Turns off mathematics in all texts except those that matplotlib writes, such as powers."""
     from matplotlib.text import Text
     from matplotlib.ticker import FixedFormatter, FuncFormatter
 

@@ -1,7 +1,7 @@
 """result.json: one schema for all experiments.
 
-Every result holds the keys of `SCHEMA`; an experiment may add others at the top level (`errors`,
-`steps`, ...), its headline. JSON has no NaN or infinity: a number that isn't finite is null.
+Every result has the keys of `SCHEMA`. An experiment may add others at the top level, its headline.
+JSON has no NaN or infinity, so that a number that is not finite is null.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 SCHEMA_VERSION = 1
-DEEPEST = 32  # lists and objects within one another
+DEEPEST = 32  # levels of nested lists and objects
 
 SCHEMA: dict[str, type] = {
     "schema_version": int,
@@ -28,25 +28,25 @@ SCHEMA: dict[str, type] = {
     "options": dict,  # every flag of the experiment
     "environment": dict,  # ENVIRONMENT
     "rows": list,  # the table: dicts of scalars
-    "files": list,  # what stands beside result.json
+    "files": list,  # names of the other files in the folder
 }
 ENVIRONMENT: dict[str, type] = {
     "versions": dict,  # of python, mla-jax, jax, jaxlib, numpy
     "backend": str,  # "cpu", "gpu", ...
-    "devices": list,  # the kind of each
+    "devices": list,  # the kind of each device
     "machine": str,
     "cpu_count": int,
 }
 SESSION: dict[str, type] = {
     "started": str,
     "environment": dict,
-    "ceilings": dict,  # rates by name; none where none was measured
+    "ceilings": dict,  # rates by name; empty if none was measured
 }
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers were made with."""
-    import jax  # Only here: an interrupt while it loads must find the launcher ready for it.
+    """Returns the versions and the machine that results are made with."""
+    import jax  # imported here, so that an interrupt during it reaches a ready launcher
 
     packages = ("mla-jax", "jax", "jaxlib", "numpy")
     return {
@@ -59,7 +59,7 @@ def environment() -> dict[str, Any]:
 
 
 def validate_result(result: dict[str, Any]) -> None:
-    """Raises ValueError naming the key that is missing, or not what the schema says."""
+    """Raises ValueError naming the first key that is missing or does not follow the schema."""
     _check_keys(result, SCHEMA, "")
     check_values(result, "")
     _check_environment(result["environment"], "environment.")
@@ -82,7 +82,7 @@ def validate_result(result: dict[str, Any]) -> None:
 
 
 def validate_session(session: Any, where: str) -> None:
-    """Raises ValueError unless this is a session of a benchmark: when, on what, its ceilings."""
+    """Raises ValueError unless this is a session of a benchmark: time, machine and ceilings."""
     if not isinstance(session, dict):
         raise ValueError(f"{where} must be an object, got {short(session)}")
     check_values(session, f"{where}.")
@@ -96,7 +96,7 @@ def validate_session(session: Any, where: str) -> None:
 
 
 def write_result(path: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """Validates, writes (whole or not at all) and returns the result as a reader will find it."""
+    """Validates and writes a result, whole or not at all; returns it as a reader will find it."""
     found = plain(result)
     validate_result(found)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def write_result(path: Path, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_whole(path: Path, content: str) -> None:
-    """Writes a file whole or not at all, whatever ends the process, and through to the disk."""
+    """Writes a file and flushes it to disk, whole or not at all if the process ends."""
     draft = path.with_name(path.name + ".part")
     try:
         with draft.open("w", encoding="utf-8") as file:
@@ -120,7 +120,7 @@ def write_whole(path: Path, content: str) -> None:
 
 
 def short(value: Any) -> str:
-    """A value in an error message."""
+    """Returns a value for an error message, at most 80 characters long."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -136,7 +136,7 @@ def _check_environment(found: dict[str, Any], where: str) -> None:
 
 
 def check_values(value: Any, where: str, depth: int = DEEPEST) -> None:
-    """Raises ValueError for what no reader could show, or JSON does not have."""
+    """Raises ValueError for a value that a reader could not show or that JSON does not have."""
     where = where.removesuffix(".")
     if isinstance(value, dict | list):
         if depth == 0:
@@ -168,7 +168,7 @@ def _check_keys(found: dict[str, Any], wanted: dict[str, type], where: str) -> N
 
 
 def plain(value: Any) -> Any:
-    """The value in JSON's types."""
+    """Converts a value to JSON's types."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

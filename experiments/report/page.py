@@ -1,4 +1,4 @@
-"""HTML in one file: tables that sort, pictures inlined, nothing fetched. Text is always escaped."""
+"""Builds an HTML page in one file: sortable tables and inlined pictures. All text is escaped."""
 
 import base64
 import dataclasses
@@ -8,18 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-MANY_ROWS = 12  # from which a table gets a field that filters it
+MANY_ROWS = 12  # a table with so many rows gets a filter field
 PICTURES = {".png": "image/png", ".svg": "image/svg+xml"}
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"IEND"
 
 _HERE = Path(__file__).parent
-# The browser itself is told to fetch nothing.
+# This policy keeps the browser from fetching anything.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """Words that lead to an element of the page."""
+    """Text that links to an element of the page."""
 
     words: str
     anchor: str
@@ -29,7 +29,7 @@ class Link:
 
 
 def document(title: str, body: str) -> str:
-    """The page: light and dark by the reader's setting, for a phone and a desk."""
+    """Returns the page, which follows the reader's light or dark setting and fits a phone."""
     style, script = ((_HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -41,14 +41,14 @@ def document(title: str, body: str) -> str:
 
 
 def text(value: Any) -> str:
-    """A value in words, escaped: numbers short, None empty."""
+    """Returns a value as escaped text: numbers shortened, None empty."""
     if isinstance(value, Link):
         return f'<a href="#{html.escape(value.anchor)}">{html.escape(value.words)}</a>'
     return html.escape(words(value))
 
 
 def words(value: Any) -> str:
-    """A value in words, not escaped yet."""
+    """Returns a value as text that is not escaped yet."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -59,12 +59,12 @@ def words(value: Any) -> str:
 
 
 def printable(name: str) -> str:
-    """The name of a file or folder, whatever bytes it has, as text that can be written."""
+    """Returns the name of a file or folder as valid text, whatever bytes it has."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def number(value: float) -> str:
-    """Three or four digits that count."""
+    """Returns a number with three or four significant digits."""
     size = abs(value)
     if value == 0 or (value.is_integer() and size < 1e4):
         return f"{value:,.0f}"
@@ -74,9 +74,10 @@ def number(value: float) -> str:
 
 
 def table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str] | None = None) -> str:
-    """Rows by `columns` (key: header), or by all keys; columns that hold nothing are left out.
+    """Returns a table of rows with the given columns (key: header), or with all keys.
 
-    Where three rows or more agree in a column, it is said once, in front.
+    Empty columns are left out. A column in which three or more rows all agree becomes a sentence in
+    front of the table.
     """
     rows = list(rows)
     if not rows:
@@ -90,10 +91,10 @@ def table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str] | None =
         if len(rows) > 2 and all(row.get(key) == rows[0].get(key) for row in rows)
     }
     shown = {key: header for key, header in used.items() if key not in alike} or used
-    said = ""
+    common = ""
     if alike and shown is not used:
         words = (f"{text(header)} {text(rows[0][key])}" for key, header in alike.items())
-        said = f'<p class="soft">In all {len(rows)} rows: {"; ".join(words)}.</p>\n'
+        common = f'<p class="soft">In all {len(rows)} rows: {"; ".join(words)}.</p>\n'
     numeric = {key for key in shown if all(_is_number(row.get(key)) for row in rows)}
     heads = "".join(
         f'<th scope="col"{" class=number" if key in numeric else ""}>'
@@ -111,19 +112,20 @@ def table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str] | None =
         else ""
     )
     return (
-        f'{said}{search}<div class="scroll" tabindex="0"><table>\n<thead><tr>{heads}</tr></thead>\n'
+        f'{common}{search}<div class="scroll" tabindex="0"><table>\n'
+        f"<thead><tr>{heads}</tr></thead>\n"
         f"<tbody>\n{lines}\n</tbody></table></div>\n"
     )
 
 
 def pairs(values: Mapping[str, Any]) -> str:
-    """Scalars by name, as a sentence of a kind."""
+    """Returns scalars by name as a paragraph."""
     words = [f"{text(k.replace('_', ' '))}: <b>{text(v)}</b>" for k, v in values.items()]
     return f"<p>{' &middot; '.join(words)}</p>\n" if words else ""
 
 
 def picture(content: bytes, suffix: str, caption: str) -> str:
-    """The content of a picture file, inlined. ValueError where it is not of the suffix's kind."""
+    """Returns an inlined picture. Raises ValueError if the content does not match the suffix."""
     if suffix == ".png" and not (content.startswith(PNG_START) and PNG_END in content[-12:]):
         raise ValueError(f"{caption} is not a whole PNG")
     if suffix == ".svg" and b"<svg" not in content:
@@ -137,17 +139,17 @@ def picture(content: bytes, suffix: str, caption: str) -> str:
 
 
 def listing(lines: Sequence[Any]) -> str:
-    """A list."""
+    """Returns a list."""
     return f"<ul>{''.join(f'<li>{text(line)}</li>' for line in lines)}</ul>\n"
 
 
 def folded(label: str, content: str) -> str:
-    """What opens by a click."""
+    """Returns a section that opens by a click, or "" if it would be empty."""
     return f"<details><summary>{text(label)}</summary>\n{content}</details>\n" if content else ""
 
 
 def _is_wide(content: bytes) -> bool:
-    """Whether this is a PNG more than twice as wide as high: a phone shows it by scrolling."""
+    """Returns whether a PNG is more than twice as wide as high, so that a phone scrolls it."""
     if not content.startswith(PNG_START):
         return False
     width, height = struct.unpack(">II", content[16:24])

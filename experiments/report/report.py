@@ -1,10 +1,10 @@
-"""One HTML page of all results in a folder: nothing else is needed to read it, no network either.
+"""Makes one HTML page of all results in a folder, which needs no other file and no network.
 
     python -m experiments.launch --experiment=report --results=out --output_dir=out
 
-It takes every result.json under the folder, whatever experiment wrote it, with the pictures in
-the same folder. What can't be shown is left out and named; nothing outside the folder is read.
-docs/reading_the_report.md says how to read it.
+It includes every result.json under the folder, from any experiment, and the pictures in the same
+folder. A result that can't be shown is left out and listed. Nothing outside the folder is read.
+docs/reading_the_report.md explains the page.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from experiments.speed.best_when import AXES, best_when
 
 SUMMARY = "one HTML page of all results in a folder: tables, pictures, what is best when"
 
-GROUPS = {  # in the order of the page; what is in none of them comes last
+GROUPS = {  # in the order of the page, which ends with the results in none of them
     "Speed": ("benchmark", "kernel_bench"),
     "Accuracy": ("demo", "correctness", "parity", "soak", "int8_accuracy", "amla_accuracy"),
     "Machines": ("pipeline", "compare", "sweep", "best", "published"),
@@ -35,10 +35,10 @@ OTHER = "Other"
 BEST = "What is best when"
 RAN = "What ran"
 LEFT_OUT = "Left out"
-LARGEST = 64 << 20  # bytes of a result.json or picture
+LARGEST = 64 << 20  # bytes per result.json or picture
 NOT_MEASURED = ("failed", "skipped")
 CEILING_SHARES = ("of_read", "of_matmul", "of_ceiling")
-FEW = 8  # numbers by name that stand in a line
+FEW = 8  # named numbers up to which they are written as a sentence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A result.json, with its name for people and links, and what its pictures hold by name."""
+    """A result.json with its name on the page and the content of its pictures, by file name."""
 
     name: str
     content: dict[str, Any]
@@ -56,21 +56,24 @@ class Result:
 
     @property
     def anchor(self) -> str:
+        """The id of the result's element on the page."""
         return "r-" + "".join(c if c.isalnum() else "-" for c in self.name)
 
     @property
     def group(self) -> str:
+        """The group of the page that the result belongs to."""
         experiment = self.content["experiment"]
         return next((g for g, members in GROUPS.items() if experiment in members), OTHER)
 
     @property
     def environments(self) -> list[dict[str, Any]]:
-        """Where it ran: each session of a benchmark, which may be collected elsewhere."""
+        """The environments in which it ran; a benchmark has one per session."""
         sessions = [s["environment"] for s in self.content.get("sessions", [])]
         return sessions or [self.content["environment"]]
 
     @property
     def where(self) -> str:
+        """The devices on which it ran."""
         return ", ".join(dict.fromkeys(_devices(e) for e in self.environments))
 
 
@@ -89,40 +92,40 @@ def run(options: Options, output: Output) -> Outcome:
         for r in results
     ]
     size = len(html.encode()) / 2**20
-    said = f", {len(left_out)} left out" if left_out else ""
-    summary = f"{len(results)} results{said}, {size:.1f} MiB: {path}"
+    omitted = f", {len(left_out)} left out" if left_out else ""
+    summary = f"{len(results)} results{omitted}, {size:.1f} MiB: {path}"
     return Outcome(True, summary, rows, {"left_out": left_out})
 
 
 def read_results(folder: Path, left_out: list[Row] | None = None) -> list[Result]:
-    """Every result under the folder but reports. InputError where there is none.
+    """Reads every result under the folder except reports. Raises InputError if there is none.
 
-    left_out: gets a row for each file that can't be shown, with the reason.
+    left_out: gets a row per file that can't be shown, with the reason.
     """
     found: list[Result] = []
-    wrong: list[Row] = [] if left_out is None else left_out
+    refused: list[Row] = [] if left_out is None else left_out
     for path in sorted(folder.rglob("result.json")):
         try:
             result = _read(path, folder)
             if result.content["experiment"] != "report":
-                render([result], "")  # Whatever a page would stumble over shows here.
+                render([result], "")  # raises here for a result that a page can't show
                 found.append(result)
         except Exception as error:
             reason = str(error) or type(error).__name__
             if not isinstance(error, ValueError | OSError):
                 reason = f"{type(error).__name__}: {error}"
-            wrong.append(
+            refused.append(
                 {"file": page.printable(str(path)), "reason": page.printable(reason)[:500]}
             )
     if not found:
-        said = "; ".join(f"{row['file']}: {row['reason']}" for row in wrong)
+        reasons = "; ".join(f"{row['file']}: {row['reason']}" for row in refused)
         where = page.printable(str(folder))
-        raise InputError(f"--results: no result.json under {where}{said and f', but {said}'}")
+        raise InputError(f"--results: no result.json under {where}{reasons and f', but {reasons}'}")
     return found
 
 
 def _read(path: Path, folder: Path) -> Result:
-    """A result. ValueError or OSError where it can't be shown."""
+    """Reads a result. Raises ValueError or OSError if it can't be shown."""
     content = json.loads(_content(path, folder).decode("utf-8"), parse_constant=_no_number)
     if not isinstance(content, dict):
         raise ValueError("must hold an object")
@@ -132,7 +135,7 @@ def _read(path: Path, folder: Path) -> Result:
             check_row(row, len(content["sessions"]) if "sessions" in content else None)
         except ValueError as error:
             raise ValueError(f"rows[{i}]: {error}") from error
-    content["rows"] = [_under_its_roof(row) for row in content["rows"]]
+    content["rows"] = [_without_wrong_shares(row) for row in content["rows"]]
     missing = [name for name in pictures(content) if not (path.parent / name).is_file()]
     if missing:
         raise ValueError(f"names pictures that are not there: {', '.join(missing)}")
@@ -142,9 +145,11 @@ def _read(path: Path, folder: Path) -> Result:
     return Result(name, content, read)
 
 
-def _under_its_roof(row: Row) -> Row:
-    """The row without shares of a ceiling that it exceeds: older results measured it by XLA alone,
-    on a CPU too, where that is none."""
+def _without_wrong_shares(row: Row) -> Row:
+    """Removes the shares of a ceiling from a row if one exceeds 1.
+
+    Older results measured the ceiling by XLA alone, and also on a CPU, which has none.
+    """
     shares = [row.get(key) for key in CEILING_SHARES]
     if any(isinstance(share, float) and share > 1 for share in shares):
         return {key: value for key, value in row.items() if key not in CEILING_SHARES}
@@ -156,7 +161,7 @@ def _no_number(constant: str) -> None:
 
 
 def _content(path: Path, folder: Path) -> bytes:
-    """What a file holds. ValueError where it is none, lies outside the folder, or is too large."""
+    """Reads a file. Raises ValueError if it is none, is outside the folder, or is too large."""
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{path} leads out of {folder}")
     if not path.is_file():
@@ -167,7 +172,7 @@ def _content(path: Path, folder: Path) -> bytes:
 
 
 def pictures(content: dict[str, Any]) -> list[str]:
-    """The names of a result's pictures. ValueError where a name leads out of its folder."""
+    """Returns the names of a result's pictures. Raises ValueError for one outside its folder."""
     for name in content["files"]:
         if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             raise ValueError(f"names a file outside its folder: {name}")
@@ -175,7 +180,7 @@ def pictures(content: dict[str, Any]) -> list[str]:
 
 
 def render(results: Sequence[Result], title: str, left_out: Sequence[Row] = ()) -> str:
-    """The page."""
+    """Returns the page."""
     sections = {RAN: ran(results), BEST: best(results), "Errors against float64": accuracy(results)}
     for group in (*GROUPS, OTHER):
         sections[group] = "".join(article(r) for r in results if r.group == group)
@@ -200,7 +205,7 @@ def render(results: Sequence[Result], title: str, left_out: Sequence[Row] = ()) 
 
 
 def ran(results: Sequence[Result]) -> str:
-    """What ran, where, with which versions."""
+    """Returns what ran on which machine, with which versions."""
     lines = [
         {
             "result": page.Link(r.name, r.anchor),
@@ -227,7 +232,7 @@ def ran(results: Sequence[Result]) -> str:
 
 
 def best(results: Sequence[Result]) -> str:
-    """Classes of shapes with who is fastest, a table for each device that was benchmarked."""
+    """Returns a table per benchmarked device: the fastest implementation per class of shapes."""
     devices: dict[str, list[Row]] = {}
     for result in results:
         if result.content["experiment"] == "benchmark":
@@ -235,17 +240,18 @@ def best(results: Sequence[Result]) -> str:
                 devices.setdefault(str(row.get("device", "")), []).append(row)
     tables = {device: page.table(best_when(rows)) for device, rows in devices.items()}
     about = (
-        "<p>Shapes in classes. A ratio is time over our time, so above 1 ours is faster: the "
-        "geometric mean, then least and largest. A peer's time is the best of those that ran here "
-        "and of the published and measured ones in benchmarks/. Of the ceiling: the larger share "
-        "of the highest read bandwidth and matmul rate that anything reached in the session.</p>\n"
+        "<p>Shapes in classes. A ratio is the time of the baseline over our time, so that above 1 "
+        "ours is faster: the geometric mean, then least and largest. The time of a peer, another "
+        "library, is the best of those that ran here and of the published and measured ones in "
+        "benchmarks/. Of the ceiling: the larger share of the highest read bandwidth and matmul "
+        "rate that anything reached in the session.</p>\n"
     )
     content = "".join(f"<h4>{page.text(d)}</h4>\n{t}" for d, t in tables.items() if t)
     return about + content if content else ""
 
 
 def accuracy(results: Sequence[Result]) -> str:
-    """The largest of each column of errors, by result."""
+    """Returns the largest and median error of each error column, by result."""
     lines: list[Row] = []
     for result in results:
         rows = result.content["rows"]
@@ -262,7 +268,7 @@ def accuracy(results: Sequence[Result]) -> str:
 
 
 def label(row: Row) -> str:
-    """What names a row: its words and whole numbers, as many as are soon read."""
+    """Returns a short name of a row, from its text and whole numbers."""
     values = [row[axis] for axis in AXES] if all(axis in row for axis in AXES) else []
     if values:
         batch, dtype, heads, s_q, size, lengths, kv_len = values
@@ -272,7 +278,7 @@ def label(row: Row) -> str:
 
 
 def article(result: Result) -> str:
-    """All of one result: verdict, pictures, tables; flags folded away."""
+    """Returns all of one result: verdict, pictures, tables, and its flags folded."""
     content = result.content
     verdict = "passed" if content["passed"] else "failed"
     parts = [
@@ -298,7 +304,7 @@ def article(result: Result) -> str:
 
 
 def rows_of(content: dict[str, Any]) -> str:
-    """The table of a result; of benchmarks the columns that are read, and why rows are missing."""
+    """Returns the table of a result; for a benchmark its main columns and why rows are missing."""
     rows = content["rows"]
     if not rows:
         return ""
@@ -321,7 +327,7 @@ def rows_of(content: dict[str, Any]) -> str:
 
 
 def _nested(name: str, value: Any) -> str:
-    """What an experiment puts at the top level under a name: rows, lines, or numbers by name."""
+    """Returns a value that an experiment adds at the top level: rows, lines, or named numbers."""
     heading = f"<h4>{page.text(name)}</h4>\n"
     if isinstance(value, list):
         if all(isinstance(item, dict) for item in value):
@@ -330,7 +336,7 @@ def _nested(name: str, value: Any) -> str:
             return heading + page.listing(value)
         return page.pairs({name: ", ".join(map(page.words, value))})
     if not isinstance(value, dict):
-        return ""  # a scalar, which stands in front
+        return ""  # scalars are shown in front
     if any(isinstance(item, dict) for item in value.values()):
         rows = [item if isinstance(item, dict) else {"value": item} for item in value.values()]
         return heading + page.table(
@@ -343,7 +349,7 @@ def _nested(name: str, value: Any) -> str:
 
 
 def _devices(environment: dict[str, Any]) -> str:
-    """`2 x NVIDIA H200`"""
+    """Returns the devices in words, such as "2 x NVIDIA H200"."""
     kinds = environment["devices"]
     return ", ".join(
         f"{kinds.count(kind)} x {kind}" if kinds.count(kind) > 1 else kind

@@ -1,10 +1,10 @@
-"""The main job: a DeepSeek attention layer serves a ragged batch, every step checked.
+"""A DeepSeek attention layer serves a batch of requests, and every step is checked.
 
-It loads a layer from a Hugging Face folder, prefills prompts of different lengths in chunks into a
-paged cache, decodes one token at a time, then two at a time as multi-token prediction (MTP) does.
-Each implementation has a cache of its own, of the layer's dtype and of int8, and the output of
-every step is compared with the whole layer in float64. On a GPU the attention of a batch of a size
-that people serve is timed too. `demo_plan` says which implementations run where.
+It loads a layer from a Hugging Face folder and prefills prompts of different lengths in chunks into
+a paged cache. Then it decodes one token at a time, and two at a time as multi-token prediction
+(MTP) does. Each implementation has its own cache, of the layer's dtype and of int8. The output of
+every step is compared with the whole layer in float64. On a GPU the attention of a larger batch, as
+servers have it, is also timed. `demo_plan` says which implementations run on which machine.
 """
 
 import dataclasses
@@ -29,42 +29,45 @@ from experiments.serving.demo_batch import Batch, Step
 from experiments.serving.demo_results import Measurement, Result, draw, show
 from mla_jax import checks
 from mla_jax.cache import LAYOUTS, PAGE_SIZES, PagedKVCache
+from mla_jax.checkpoints.weights import MLAParams, init_params, load_hf, save_hf
 from mla_jax.config import MLAConfig
 from mla_jax.layer import mla_layer
 from mla_jax.problem import AttentionProblem
 from mla_jax.reference.layer import layer_float64
 from mla_jax.registry import IMPLEMENTATIONS
-from mla_jax.weights import MLAParams, init_params, load_hf, save_hf
 
-SUMMARY = "load a layer, prefill a ragged batch, decode, MTP; every step against float64"
+SUMMARY = "load a layer, prefill a batch, decode, MTP; every step compared with float64"
 
-FILLER = "xla"  # that fills the cache where nobody chosen can
+FILLER = "xla"  # fills the cache if no chosen implementation can
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    checkpoint: str | None = flag(None, "Hugging Face folder; a small seeded one if not given")
+    checkpoint: str | None = flag(None, "Hugging Face folder; by default a small random one")
     layer: int | None = flag(
-        None, "which layer of the checkpoint; the lowest if not given", lower_bound=0
+        None, "number of the layer in the checkpoint; by default the lowest", lower_bound=0
     )
     requests: int = flag(6, "in the batch", lower_bound=1)
     max_prompt: int = flag(384, "tokens of the longest prompt", lower_bound=1)
-    chunk: int = flag(64, "tokens that a request prefills a step", lower_bound=1)
-    decode_steps: int = flag(8, "of one token", lower_bound=1)
-    mtp_steps: int = flag(4, "of two tokens", lower_bound=1)
-    page_size: int = flag(64, "tokens a page", choices=PAGE_SIZES)
+    chunk: int = flag(64, "tokens per request in a prefill step", lower_bound=1)
+    decode_steps: int = flag(8, "steps of one token", lower_bound=1)
+    mtp_steps: int = flag(4, "steps of two tokens", lower_bound=1)
+    page_size: int = flag(64, "tokens per page", choices=PAGE_SIZES)
     layout: str = flag("ND", "of the pages", choices=LAYOUTS)
     dtype: str | None = flag(
-        None, "bfloat16 on a GPU, else float32, if not given", choices=checks.FLOAT_DTYPES
+        None, "by default bfloat16 on a GPU, else float32", choices=checks.FLOAT_DTYPES
     )
     implementations: tuple[str, ...] = implementations_flag()
-    int8: bool = flag(True, "whether to serve from an int8 cache too")
-    served: bool = flag(True, "whether to time a batch as it is served, where there is a GPU")
+    int8: bool = flag(True, "whether to serve from an int8 cache, too")
+    served: bool = flag(True, "whether to time a larger batch if there is a GPU")
     seed: int = seed_flag("of the checkpoint, the prompts' lengths and the hidden states")
 
 
 def small_config() -> MLAConfig:
-    """DeepSeek-V3's head and cache widths and YaRN, with 16 heads and a narrow hidden state."""
+    """Returns a config with DeepSeek-V3's head and cache widths and YaRN, but 16 heads.
+
+    The hidden state is narrow, so that the checkpoint is small.
+    """
     v3 = MLAConfig.preset("deepseek-v3")
     return dataclasses.replace(
         v3, hidden_size=1024, num_heads=16, q_lora_rank=384, num_hidden_layers=1
@@ -128,7 +131,7 @@ def run(options: Options, output: Output) -> Outcome:
 def summary(
     batch: Batch, results: Sequence[Result], config: MLAConfig, plan: demo_plan.Plan
 ) -> str:
-    """The largest errors, and what the caches take."""
+    """Returns the largest errors and the sizes of the caches in words."""
     by_cache: dict[str, list[Result]] = {}
     for result in results:
         by_cache.setdefault(result.cache, []).append(result)
@@ -148,7 +151,7 @@ def summary(
 
 
 def load(options: Options, output: Output, dtype: str) -> tuple[MLAConfig, MLAParams]:
-    """The layer, from --checkpoint or from one written first."""
+    """Loads the layer from --checkpoint, or from a new random checkpoint."""
     folder = options.checkpoint
     if folder is None:
         config = small_config()
@@ -163,8 +166,8 @@ def load(options: Options, output: Output, dtype: str) -> tuple[MLAConfig, MLAPa
 class Runner:
     """Serves the batch with one implementation, on its own cache.
 
-    `refused` says, by phase, why the implementation can't compute it. Nothing computes such a phase
-    in its place: the runner later takes over a cache that another one has filled.
+    `refused` gives, by phase, the reason why the implementation can't compute it. Such a phase is
+    not computed under its name. The runner later copies a cache that another runner has filled.
     """
 
     def __init__(
@@ -195,7 +198,7 @@ class Runner:
         self.refused = {phase: reason for phase, reason in reasons.items() if reason is not None}
 
     def compile(self, phase: str) -> Callable[..., Any]:
-        """The layer's step for a phase that is not refused."""
+        """Compiles the layer's step for a phase that is not refused."""
         step = jax.jit(
             mla_layer, static_argnames=("config", "implementation"), donate_argnames="cache"
         )
@@ -206,15 +209,15 @@ class Runner:
             implementation=self.name,
             **self._arguments(self.batch.first_steps[phase]),
         )
-        # Without XLA's search for the fastest matmuls, which takes most of the time to compile a
-        # step. The served batch shows what is fast.
+        # XLA's search for the fastest matmuls takes most of the time to compile a step, so it is
+        # off. Speed is measured with the larger batch.
         on_gpu = jax.default_backend() == "gpu"
         return lowered.compile({"xla_gpu_autotune_level": 0} if on_gpu else None)
 
     def run(
         self, program: Callable[..., Any], index: int, step: Step, wanted: list[np.ndarray]
     ) -> Measurement:
-        """One step of the layer, by this implementation's program."""
+        """Runs one step of the layer with this implementation's program."""
         arguments = jax.device_put(self._arguments(step))
         start = time.perf_counter()
         out, self.cache = program(self.params, cache=self.cache, **arguments)
@@ -226,7 +229,7 @@ class Runner:
 
     @property
     def cache_bytes(self) -> int:
-        """Of all tokens at the end, one layer."""
+        """Bytes of all tokens at the end, in one layer."""
         return sum(self.batch.totals) * self.cache.bytes_per_token
 
     def _arguments(self, step: Step) -> dict[str, Any]:
@@ -238,7 +241,7 @@ class Runner:
         }
 
     def _problem(self, step: Step) -> AttentionProblem:
-        """What the attention will be asked, in shapes and dtypes."""
+        """Returns the attention problem of a step, in shapes and dtypes."""
         shape = (len(step.seq_lens), step.width, self.config.num_heads, self.config.latent_dim)
         return AttentionProblem(
             q=jnp.zeros(shape, self.batch.hidden[0].dtype),
@@ -261,23 +264,25 @@ def make_runners(
     params: MLAParams,
     batch: Batch,
 ) -> list[Runner]:
-    """A runner per (implementation, cache dtype), and one that fills the cache where each of the
-    others refuses a phase and some can go on after it."""
+    """Returns one runner per (implementation, cache dtype), and one that fills caches if needed.
+
+    It is needed if each of the others refuses a phase and one of them can continue after it.
+    """
     runners = [Runner(name, cache, options, config, params, batch) for name, cache in lanes]
     for cache in dict.fromkeys(cache for _, cache in lanes):
         mine = [runner for runner in runners if runner.cache_dtype == cache]
-        if all(runner.refused for runner in mine) and any(map(_goes_on, mine)):
+        if all(runner.refused for runner in mine) and any(map(_continues, mine)):
             runners.append(Runner(FILLER, cache, options, config, params, batch))
     return runners
 
 
-def _goes_on(runner: Runner) -> bool:
-    """Whether it computes a phase although it refuses another."""
+def _continues(runner: Runner) -> bool:
+    """Returns whether a runner computes a phase although it refuses another one."""
     return 0 < len(runner.refused) < len(runner.batch.first_steps)
 
 
 def compile_all(runners: Sequence[Runner], jobs: Sequence[demo_served.Job]) -> dict[Any, Any]:
-    """All programs, in threads: by (runner, phase) where it is not refused, and by job."""
+    """Compiles all programs in threads; returns them by (runner, phase) or by job."""
     work: dict[Any, Callable[[], Any]] = {}
     for runner in runners:
         for phase in runner.batch.first_steps:
@@ -297,14 +302,14 @@ def serve(
     programs: Mapping[Any, Any],
     wanted: list[np.ndarray],
 ) -> list[Measurement]:
-    """Every step with every runner that computes it."""
+    """Runs every step with every runner that computes it."""
     measured = []
     whole = {runner.cache_dtype: runner for runner in reversed(runners) if not runner.refused}
-    behind = dict.fromkeys(runners, False)  # whether its cache lacks the steps that it refused
+    behind = dict.fromkeys(runners, False)  # whether a runner's cache lacks tokens
     for index, step in enumerate(track(batch.steps, "prefill, decode, MTP")):
         ready = [runner for runner in runners if step.phase not in runner.refused]
         for runner in ready:
-            if behind[runner]:  # before anyone writes this step's tokens
+            if behind[runner]:  # copied before any runner writes the tokens of this step
                 runner.cache = jax.tree.map(jnp.copy, whole[runner.cache_dtype].cache)
         for runner in ready:
             measured.append(runner.run(programs[runner, step.phase], index, step, wanted))

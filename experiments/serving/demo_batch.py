@@ -1,5 +1,7 @@
-"""The demo's ragged batch: hidden states of requests of different lengths, and the steps that
-prefill and decode them."""
+"""The demo's batch: hidden states of requests of different lengths, and the steps that serve them.
+
+The steps prefill the prompts in chunks and then decode.
+"""
 
 import dataclasses
 from typing import Any
@@ -16,23 +18,23 @@ PHASES = ("prefill", "decode", "MTP")
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What every request does in one step; all [B] int32 but block_tables."""
+    """The tokens of every request in one step; arrays are [B] int32 except block_tables."""
 
     phase: str
-    width: int  # S, tokens that a request may have in this step
+    width: int  # S, the most tokens per request in this step
     query_lens: np.ndarray
-    seq_lens: np.ndarray  # after it
+    seq_lens: np.ndarray  # after this step
     block_tables: np.ndarray  # [B, max_pages]
 
     def tokens(self, hidden: list[np.ndarray]) -> np.ndarray:
-        """x [B, S, hidden], left aligned; NaN where there is no token."""
+        """Returns x [B, S, hidden], left aligned, with NaN where there is no token."""
         x = np.full((len(hidden), self.width, hidden[0].shape[1]), np.nan, hidden[0].dtype)
         for row, states, count, end in zip(x, hidden, self.query_lens, self.seq_lens, strict=True):
             row[:count] = states[end - count : end]
         return x
 
     def outputs(self, wanted: list[np.ndarray]) -> np.ndarray:
-        """The reference's outputs for the tokens of this step, one after the other."""
+        """Returns the reference outputs for the tokens of this step, concatenated."""
         spans = zip(wanted, self.query_lens, self.seq_lens, strict=True)
         return np.concatenate([out[end - count : end] for out, count, end in spans])
 
@@ -42,13 +44,13 @@ class Batch:
     """The requests' hidden states and the steps in which they are served."""
 
     prompts: list[int]
-    hidden: list[np.ndarray]  # of each request [tokens, hidden]
+    hidden: list[np.ndarray]  # [tokens, hidden] per request
     steps: list[Step]
     num_pages: int
 
     @property
     def totals(self) -> list[int]:
-        """Tokens of each request at the end."""
+        """The tokens of each request at the end."""
         return [len(states) for states in self.hidden]
 
     @property
@@ -59,7 +61,7 @@ class Batch:
 
     @staticmethod
     def draw(options: Any, config: MLAConfig, dtype: str) -> "Batch":
-        """Random prompts, the first of them the longest; `options` are those of the demo."""
+        """Draws random prompts, of which the first is the longest; `options` are the demo's."""
         rng = np.random.default_rng(options.seed)
         prompts = rng.integers(1, options.max_prompt + 1, options.requests)
         prompts[0] = options.max_prompt

@@ -1,8 +1,8 @@
-"""What the demo runs on a machine: a pure function of what the machine has.
+"""Decides what the demo runs on a machine, as a pure function of the machine.
 
-On a CPU a small ragged batch goes through the layer with every implementation that runs there. On
-a GPU compilation takes most of the time, so only the fast implementations serve that batch, and the
-attention of a batch of a size that people serve is timed as well.
+On a CPU, every available implementation runs a small batch through the layer. On a GPU compilation
+takes most of the time, so that only fast implementations run this batch. In addition the attention
+of a larger batch, as servers have it, is timed.
 """
 
 import dataclasses
@@ -14,29 +14,29 @@ from experiments.speed.decode_bench import Setup
 from experiments.speed.shapes import Shape
 from mla_jax.registry import available_implementations
 
-# On a GPU, the first two of these that run there serve the small batch: the kernels and the
-# portable implementation, or that and the definition.
+# On a GPU, the first two of these that are available run the small batch. These are the Hopper
+# kernels and the portable implementation, or that and the reference.
 ON_A_GPU = ("hopper", "xla", "reference")
-TIMED = ("hopper", "xla")  # side by side on the served batch
-DECODE_HEADS = (16, 128)  # of a model's layer on one of 8 GPUs, and on one GPU
-PREFILL_HEADS = (128,)  # (each program takes seconds to compile, and the demo 90 in all)
+TIMED = ("hopper", "xla")  # compared on the larger batch
+DECODE_HEADS = (16, 128)  # of one layer on one of 8 GPUs, and on one GPU
+PREFILL_HEADS = (128,)  # one only, because each program takes seconds to compile
 DECODE_BATCHES, DECODE_KV = (128, 64, 32, 16, 8, 4, 2, 1), 4096
 PREFILL_BATCHES, PREFILL_TOKENS = (4, 2, 1), 1024
 PAGE_SIZE = 64
-LAYERS = 4  # with a cache of their own each, so that none is found in the L2 cache
-MEMORY_SHARE = 0.5  # of the device's memory that a served batch may take
-# Bytes per query row that `xla` holds at once, about: q and o in bfloat16, the output in float32
-# twice, and three blocks of 256 scores.
+LAYERS = 4  # each has its own cache, so that none is found in the L2 cache
+MEMORY_SHARE = 0.5  # of the device's memory for the larger batch
+# Bytes per query row that `xla` needs at once, approximately: q and o in bfloat16, the output in
+# float32 twice, and three blocks of 256 scores.
 XLA_ROW_BYTES = 2 * (576 + 512) + 2 * 4 * 512 + 3 * 4 * 256
 NOT_ON_A_GPU = "left out: on a GPU the demo runs the fast ones; --implementations names others"
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What the choice depends on.
+    """The properties of a machine that the choice depends on.
 
-    `memory`: bytes that arrays may take, None where the device does not say. `reasons`: why an
-    implementation can't run here, by its name; None where it can.
+    memory: bytes for arrays, or None if the device does not say.
+    reasons: by implementation, why it can't run here, or None if it can.
     """
 
     platform: str
@@ -46,7 +46,7 @@ class Machine:
 
     @staticmethod
     def here() -> "Machine":
-        """The machine with JAX's default device."""
+        """Returns the machine with JAX's default device."""
         device = jax.devices()[0]
         statistics = device.memory_stats() or {}
         memory = statistics.get("bytes_limit")
@@ -54,17 +54,19 @@ class Machine:
 
     @property
     def available(self) -> list[str]:
-        """Implementations that can run here."""
+        """The implementations that can run here."""
         return [name for name, reason in self.reasons.items() if reason is None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What runs.
+    """What the demo runs.
 
-    `dtype` is the layer's. `implementations` serve the small ragged batch; `not_run` says of each
-    other one why it does not. `served` are the shapes whose attention is timed, with the contenders
-    in `timed`; both are empty where nothing is timed.
+    dtype: dtype of the layer.
+    implementations: those that run the small batch.
+    not_run: by name, why another implementation does not run it.
+    served: shapes whose attention is timed; empty if nothing is timed.
+    timed: the implementations that are timed on them; empty if nothing is timed.
     """
 
     dtype: str
@@ -81,13 +83,13 @@ def plan(
     implementations: Sequence[str] = (),
     served: bool = True,
 ) -> Plan:
-    """What the demo runs on a machine.
+    """Returns what the demo runs on a machine.
 
     Args:
-        machine: may be any, also one that is not there.
-        dtype: of the layer; None: bfloat16 on a GPU, else float32.
-        implementations: names that can run on the machine; empty: the machine's own choice.
-        served: whether to time a served batch where the machine is a GPU.
+        machine: any machine, not only this one.
+        dtype: dtype of the layer; None is bfloat16 on a GPU, else float32.
+        implementations: names that can run on the machine; empty lets the machine decide.
+        served: whether to time a larger batch on a GPU.
     """
     on_gpu = machine.platform == "gpu"
     if implementations:
@@ -111,9 +113,9 @@ def plan(
 
 
 def served_shapes(memory: int | None) -> tuple[Shape, ...]:
-    """Decode steps of one token and prefill chunks, in the largest batches that fit in memory.
+    """Returns decode steps of one token and prefill chunks, in the largest batches that fit.
 
-    A device that does not say what it has is taken for a small one, of 8 GiB.
+    A device that does not say how much memory it has counts as one of 8 GiB.
     """
     limit = int(MEMORY_SHARE * (8 << 30 if memory is None else memory))
     shapes = []
@@ -132,14 +134,14 @@ def served_shapes(memory: int | None) -> tuple[Shape, ...]:
 
 
 def needed_bytes(shape: Shape) -> int:
-    """Bytes of the layers' caches and of what `xla` holds beside them, about."""
+    """Returns the approximate bytes of the layers' caches and of the arrays of `xla`."""
     cache = LAYERS * sum(shape.seq_lens) * served_setup(0).token_bytes(shape.dtype)
     block = 3 * shape.batch * 256 * 2 * 576  # of gathered keys
     return cache + block + shape.batch * shape.s_q * shape.heads * XLA_ROW_BYTES
 
 
 def served_setup(memory: int | None) -> Setup:
-    """How the served batch is timed: bursts of `LAYERS` launches, once or twice."""
+    """Returns how the larger batch is timed: bursts of `LAYERS` launches, once or twice."""
     limit = 8 << 30 if memory is None else memory
     layers = {"min_layers": 1, "usual_layers": LAYERS, "max_layers": LAYERS}
     return Setup(limit, rotate=0, launches=2 * LAYERS, rounds=7, **layers)

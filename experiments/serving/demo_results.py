@@ -1,7 +1,7 @@
-"""What the demo found on the ragged batch: results by implementation and cache, table and picture.
+"""The demo's results on the small batch, by implementation and cache, as a table and a picture.
 
 A number belongs to the implementation that computed it. A step that an implementation refuses is
-not run in its name, so that it has a reason in the place of numbers.
+not computed by another one under its name; the result has the reason instead.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Measurement:
 
 
 class Lane(Protocol):
-    """What a result is made of: who serves on which cache, and what it refuses, by phase."""
+    """What a result is made from: an implementation, its cache, and what it refuses by phase."""
 
     name: str
     cache_dtype: str
@@ -43,7 +43,7 @@ class Lane(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one implementation computed on one cache, and what it refused."""
+    """The measurements of one implementation on one cache, and what it refused."""
 
     implementation: str
     cache: str
@@ -54,7 +54,7 @@ class Result:
 
     @staticmethod
     def of(runner: Lane, measured: Sequence[Measurement]) -> "Result":
-        """Of all measurements those that the runner's implementation made on its cache."""
+        """Selects the measurements of the runner's implementation on its cache."""
         mine = (runner.name, runner.cache_dtype)
         return Result(
             *mine,
@@ -66,20 +66,22 @@ class Result:
 
     @property
     def label(self) -> str:
-        """Its name in the picture, with what it refused."""
+        """The label in the picture, which includes what was refused."""
         refused = f", refused: {', '.join(self.refused)}" if self.refused else ""
         return f"{self.implementation}, {self.cache}{refused}"
 
     def row(self) -> Row:
-        """The largest error of each phase and the median time of a step, the first left out; where
-        the phase was refused the reason in the place of its numbers."""
+        """Returns the largest error and the median time of a step, per phase.
+
+        The first step is not counted in the time. A refused phase has the reason instead.
+        """
         row: Row = {"implementation": self.implementation, "cache": self.cache}
         for phase in PHASES:
             errors = [m.error for m in self.measured if m.phase == phase]
             row[f"{phase}_error"] = float(np.max(errors)) if errors else self._refusal(phase)
         for phase in PHASES:
             seconds = [m.seconds for m in self.measured if m.phase == phase]
-            # The first run of a program takes longer: it loads what it needs.
+            # The first run of a program takes longer, because it loads its code and constants.
             row[f"{phase}_ms"] = (
                 float(np.median(seconds[1:] or seconds)) * 1e3 if seconds else "refused"
             )
@@ -99,13 +101,13 @@ class Result:
 
 
 def show(results: Sequence[Result], rows: list[Row], dtype: str, device: str) -> None:
-    """Errors and times by phase, then who refused or did not run what, and why."""
+    """Prints errors and times by phase, then the reasons for what was refused or did not run."""
     columns = {"implementation": "by", "cache": "cache"}
     columns |= {f"{phase}_error": f"{phase} error" for phase in PHASES}
     columns |= {f"{phase}_ms": f"{phase} ms" for phase in PHASES}
     columns |= {"cache_bytes": "cache bytes", "passed": "in bound"}
-    title = f"{dtype} on {device}: largest error against float64, median ms of a step"
-    # The reasons are sentences; in a narrow cell stands that there is one.
+    title = f"{dtype} on {device}: largest error against float64, median ms per step"
+    # The reasons are sentences, too long for a cell. They are printed below the table.
     short = [
         row | {f"{phase}_error": "refused" for phase in result.refused}
         for result, row in zip(results, rows, strict=False)
@@ -120,8 +122,8 @@ def show(results: Sequence[Result], rows: list[Row], dtype: str, device: str) ->
 def draw(
     path: Path, batch: Batch, results: Sequence[Result], dtype: str, bytes_per_token: int
 ) -> None:
-    """Every step's error, and how the cache fills."""
-    title = "A ragged batch through one attention layer"
+    """Draws the error of every step, and how the cache fills."""
+    title = "A batch of requests through one attention layer"
     with plotting.figure(path, title, columns=2, size=(13, 4.8)) as (left, right):
         _draw_errors(left, results)
         lengths = np.stack([step.seq_lens for step in batch.steps], axis=1)

@@ -1,5 +1,8 @@
-"""The demo's served batch: the attention of decode steps and prefill chunks at a size that people
-serve, timed with every contender in turn and checked against float64."""
+"""The demo's larger batch: attention of decode steps and prefill chunks, timed and checked.
+
+Its size is that of a batch on a server. The implementations alternate, and their outputs are
+compared with float64.
+"""
 
 import dataclasses
 import functools
@@ -31,8 +34,8 @@ from experiments.speed.shapes import Shape
 from mla_jax.reference.attention import attention_float64
 
 BASELINE = "xla"
-BASELINE_LAYERS = 2  # that it is timed on: its launches are long, and take long to compile
-CHECKED_REQUESTS, CHECKED_TOKENS = 3, 4  # at most, of each shape
+BASELINE_LAYERS = 2  # layers of its program: its launches are long and take long to compile
+CHECKED_REQUESTS, CHECKED_TOKENS = 3, 4  # at most, per shape
 
 COLUMNS = {
     "phase": "phase",
@@ -50,45 +53,46 @@ COLUMNS = {
 
 
 def contender(name: str) -> Contender:
-    """An implementation with default options."""
+    """Returns an implementation with default options."""
     layers = BASELINE_LAYERS if name == BASELINE else None
     return Contender(name, (("implementation", name),), most_layers=layers)
 
 
 def phase(shape: Shape) -> str:
-    """Decode, or prefill where a request has several query tokens."""
+    """Returns "decode" for one query token per request, else "prefill"."""
     return "decode" if shape.s_q == 1 else "prefill"
 
 
 def words(shape: Shape) -> str:
-    """The batch in words: keys that one token per request meets, or tokens that are prefilled."""
+    """Returns the batch in words: keys per decoded token, or tokens that are prefilled."""
     unit = "keys" if shape.s_q == 1 else "tokens"
     return f"{shape.batch} x {shape.kv_len} {unit}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One contender on one shape. `refused`: why it can't compute it; None where it can."""
+    """One implementation on one shape. `refused` is why it can't compute it, or None."""
 
     work: Work
     name: str
 
     @property
     def refused(self) -> str | None:
+        """Why the implementation can't compute this shape, or None."""
         return self.work.refuses(self._contender)
 
     def compile(self) -> Programs:
-        """Its burst and its planner; takes seconds, most of them outside Python."""
+        """Compiles its burst and its planner, which takes seconds, most of them outside Python."""
         return self.work.compile(self._contender, [self.work.row])
 
     @property
     def _contender(self) -> Contender:
-        """Timed back to back only: a burst takes seconds to compile."""
+        """The implementation, timed back to back only, because bursts take long to compile."""
         return dataclasses.replace(contender(self.name), separated=False)
 
 
 def jobs_of(shapes: Sequence[Shape], names: Sequence[str], setup: Setup) -> list[Job]:
-    """Every contender on every shape; shapes of the same lengths share caches."""
+    """Returns a job per implementation and shape; shapes with the same lengths share caches."""
     jobs = []
     for shape in shapes:
         alike = [other for other in shapes if other.seq_lens == shape.seq_lens]
@@ -98,10 +102,10 @@ def jobs_of(shapes: Sequence[Shape], names: Sequence[str], setup: Setup) -> list
 
 
 def run(jobs: Sequence[Job], programs: Mapping[Job, Programs | str]) -> list[Row]:
-    """A row for each job.
+    """Runs the jobs and returns a row for each.
 
-    `programs` holds, for each job that is not refused, its programs or why it has none. The row of
-    a contender that computed nothing holds its reason in the place of numbers.
+    `programs` has, for each job that is not refused, its programs or the reason why it has none.
+    The row of a job without a result has this reason instead of numbers.
     """
     rows: list[Row] = []
     for pool in dict.fromkeys(job.work.pool for job in jobs):
@@ -134,7 +138,7 @@ def _run_shape(
         checked = check(inputs, ready)
         bursts = {name: _burst(inputs, one) for name, one in ready.items()}
         timings = time_bursts(bursts, rounds=work.setup.rounds, pause=work.setup.pause)
-    except (RuntimeError, ValueError) as error:  # out of memory; lost in noise
+    except (RuntimeError, ValueError) as error:  # out of memory, or times below the noise
         reasons |= {name: f"failed: {_first_line(error)}" for name in ready}
     else:
         for name, timing in timings.items():
@@ -160,7 +164,7 @@ def _run_shape(
 
 
 def make_inputs(work: Work, layers: list[dict[str, jax.Array]]) -> Inputs:
-    """Pages in random order, q as large as k, made on the device."""
+    """Returns inputs with pages in random order and q of k's magnitude, made on the device."""
     row, setup = work.row, work.setup
     order = np.random.default_rng(setup.seed).permutation(work.pool.tokens // row.page_size)
     count = -(-row.kv_len // row.page_size)
@@ -177,8 +181,10 @@ def _burst(inputs: Inputs, programs: Programs) -> Any:
 
 
 def check(inputs: Inputs, programs: Mapping[str, Programs]) -> dict[str, Row]:
-    """Each contender's errors against float64 on a few tokens of a few requests, and whether they
-    are in bound and all of its outputs are finite."""
+    """Returns each implementation's errors relative to float64, and whether they are in bounds.
+
+    A few tokens of a few requests are compared. All outputs must be finite.
+    """
     row, found = inputs.row, {}
     requests = sorted({0, row.batch // 2, row.batch - 1})[:CHECKED_REQUESTS]
     tokens = sorted({0, row.s_q // 3, row.s_q // 2, row.s_q - 1})[:CHECKED_TOKENS]
@@ -223,7 +229,7 @@ def _all_finite(x: jax.Array) -> jax.Array:
 
 
 def rates(row: Shape, us: float) -> Row:
-    """Time, operations on keys that a token may see, and bytes of KV read once, q and o."""
+    """Returns time, operations on visible keys, and bytes of q, o and KV, which is read once."""
     tokens = np.arange(row.s_q)
     pairs = row.batch * int((row.kv_len - row.s_q + tokens + 1).sum()) * row.heads
     vectors = 2 * row.batch * row.s_q * row.heads * (576 + 512)
@@ -240,19 +246,19 @@ def _first_line(error: Exception) -> str:
 
 
 def compiling(job: Job) -> Callable[[], Programs | str]:
-    """What compiles a job, or says why it can't be compiled."""
+    """Returns a function that compiles a job, or returns why it can't be compiled."""
 
     def compile_job() -> Programs | str:
         try:
             return job.compile()
-        except Exception as error:  # whatever a compiler raises: the other rows still count
+        except Exception as error:  # a compiler may raise anything, and the other rows still count
             return f"failed: {_first_line(error)}"
 
     return compile_job
 
 
 def show(rows: Sequence[Row], device: str) -> None:
-    """The table of the served batch."""
+    """Prints the table of the larger batch."""
     title = f"Attention of one layer on {device}, bfloat16, pages of 64: median time, error"
     shown = [row | {"ms": "-" if isinstance(row["ms"], str) else row["ms"]} for row in rows]
     show_table(f"{title} against float64 on a sample", shown, COLUMNS)
@@ -260,12 +266,12 @@ def show(rows: Sequence[Row], device: str) -> None:
         if isinstance(row["ms"], str):
             say(f"{row['implementation']}, {row['phase']}, {row['heads']} heads: {row['ms']}")
         elif row["host_bound"]:
-            who = f"{row['implementation']}, {row['phase']}, {row['heads']} heads"
-            say(f"{who}: to launch it took the host as long; the GPU's own time may be shorter")
+            job = f"{row['implementation']}, {row['phase']}, {row['heads']} heads"
+            say(f"{job}: launching took the host as long; the GPU's own time may be shorter")
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """How many times as fast as `xla` each other contender is, per shape."""
+    """Returns how many times as fast as `xla` each other implementation is, per shape."""
     parts = [
         f"{row['implementation']} takes {row['ms']:.3g} ms for the {row['phase']} of "
         f"{row['batch']} with {row['heads']} heads, {row['speed_over_xla']:.1f} times as fast as "
@@ -277,7 +283,8 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def draw(path: Path, rows: Sequence[Row], device: str) -> None:
-    """A group of bars per shape, a bar per contender, on a logarithmic axis."""
+    """Draws a group of bars per shape and a bar per implementation, on a logarithmic axis."""
+
     groups = list(dict.fromkeys((row["phase"], row["batch"], row["heads"]) for row in rows))
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     height = 0.8 / max(1, len(names))

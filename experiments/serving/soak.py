@@ -1,9 +1,10 @@
-"""A small server's life on a nearly full cache, every step of it checked.
+"""Simulates a small server with an almost full cache, and checks every step.
 
-Requests arrive, are prefilled in chunks, decode one or two tokens a step, finish, are cancelled,
-and, when a page is wanted and none is free, evicted to start over. Each step's attention is
-compared with the float64 oracle, which keeps its own contiguous copy of every request's latents.
-Freed pages are filled with NaN, unused slots of the block tables with random numbers.
+Requests arrive, are prefilled in chunks, decode one or two tokens per step, finish and are
+cancelled. If a page is needed and none is free, a request is evicted and starts over. The attention
+of each step is compared with the float64 reference, which has its own contiguous copy of every
+request's latents. Freed pages are filled with NaN, unused entries of block tables with random
+numbers.
 """
 
 import collections
@@ -32,20 +33,20 @@ SUMMARY = "a small server on a nearly full cache: growth, eviction; every step c
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    steps: int = flag(300, "of the server's life", lower_bound=1)
+    steps: int = flag(300, "steps of the server", lower_bound=1)
     seed: int = seed_flag("of everything that is random")
     pages: int = flag(48, "in the cache", lower_bound=1)
-    page_size: int = flag(16, "tokens a page", choices=PAGE_SIZES)
+    page_size: int = flag(16, "tokens per page", choices=PAGE_SIZES)
     layout: str = flag("ND", "of the pages", choices=LAYOUTS)
     dtype: str = flag("float32", "of queries and cache", choices=tuple(OUTPUT_BOUND))
     slots: int = flag(8, "requests that run at a time", lower_bound=1)
-    chunk: int = flag(8, "tokens that a request prefills a step", lower_bound=2)
-    max_tokens: int = flag(320, "of a request", lower_bound=1)
+    chunk: int = flag(8, "tokens per request in a prefill step", lower_bound=2)
+    max_tokens: int = flag(320, "tokens per request", lower_bound=1)
     heads: int = flag(4, "query heads", lower_bound=1)
     kv_lora_rank: int = flag(128, "width of V", lower_bound=1)
     rope_dim: int = flag(32, "width of the rope part", lower_bound=1)
     implementation: str | None = flag(
-        None, "of the attention; the best here if not given", choices=tuple(IMPLEMENTATIONS)
+        None, "of the attention; by default the best here", choices=tuple(IMPLEMENTATIONS)
     )
 
 
@@ -94,7 +95,7 @@ def run(options: Options, output: Output) -> Outcome:
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """A request that wants `latents` in the cache; `prompt` of them may come in chunks."""
+    """A request whose `latents` go to the cache; the first `prompt` of them come in chunks."""
 
     id: int
     latents: np.ndarray  # [tokens, D]
@@ -103,7 +104,7 @@ class Request:
 
 
 class Server:
-    """The cache, its allocator, who is running and who waits; `failures` is what went wrong."""
+    """The cache, its allocator, and the running and waiting requests; collects `failures`."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -132,7 +133,7 @@ class Server:
         self._poison = jax.jit(_poison, donate_argnums=0)
 
     def problem(self) -> AttentionProblem:
-        """What the attention is asked in every step, in shapes and dtypes."""
+        """Returns the attention problem of every step, in shapes and dtypes."""
         o = self.options
         q = jnp.zeros((o.slots, o.chunk, o.heads, o.kv_lora_rank + o.rope_dim), self._dtype)
         counts = jnp.zeros(o.slots, jnp.int32)
@@ -150,7 +151,7 @@ class Server:
         )
 
     def step(self, step: int) -> None:
-        """One round: who comes and goes, who gets how many tokens, the attention, the checks."""
+        """Runs one step: requests arrive and leave, caches grow, attention runs and is checked."""
         self._arrive()
         self._cancel()
         counts = self._grow()
@@ -159,7 +160,7 @@ class Server:
         self._check_pages(step)
 
     def shut_down(self) -> None:
-        """Frees everything; every page must be back."""
+        """Frees all requests and checks that every page is free."""
         for request in self._running():
             self.allocator.free(request.id)
         if self.allocator.num_free != self.allocator.num_pages:
@@ -167,7 +168,7 @@ class Server:
             self._fail(self.options.steps, f"{lost} pages lost at the end")
 
     def _arrive(self) -> None:
-        """New requests join the queue, and free slots take from it."""
+        """Adds new requests to the queue, and moves requests from the queue to free slots."""
         if len(self.waiting) < 4 and self.rng.random() < 0.5:
             tokens = int(self.rng.integers(1, self.options.max_tokens + 1))
             width = self.options.kv_lora_rank + self.options.rope_dim
@@ -182,15 +183,16 @@ class Server:
                 self.slots[slot] = newcomer
 
     def _cancel(self) -> None:
+        """Cancels a random running request now and then."""
         if self.rng.random() < 0.03 and (running := self._running()):
             self._release(running[self.rng.integers(len(running))])
             self.counts["cancelled"] += 1
 
     def _grow(self) -> np.ndarray:
-        """Pages for the next tokens of each slot; returns how many tokens that is, [slots]."""
+        """Allocates pages for the next tokens; returns the number of tokens per slot, [slots]."""
         wanted = {id(request): self._wanted(request) for request in self._running()}
         for request in self._running():
-            while request in self.slots:  # unless it was evicted for another, or for itself
+            while request in self.slots:  # until it has pages, or is itself evicted
                 try:
                     self.allocator.extend(request.id, request.done + wanted[id(request)])
                     break
@@ -199,7 +201,7 @@ class Server:
         return np.array([0 if r is None else wanted[id(r)] for r in self.slots], np.int32)
 
     def _wanted(self, request: Request) -> int:
-        """A chunk of the prompt, then a token or two; now and then none."""
+        """Returns a chunk of the prompt, or one or two tokens, or now and then none."""
         if self.rng.random() < 0.1:
             return 0
         prefill = request.prompt - request.done
@@ -207,7 +209,7 @@ class Server:
         return min(most, len(request.latents) - request.done)
 
     def _evict(self) -> None:
-        """A random running request goes to the end of the queue and will start over."""
+        """Moves a random running request to the end of the queue, where it starts over."""
         running = [request for request in self._running() if self.allocator.pages(request.id)]
         victim = running[self.rng.integers(len(running))]
         self._release(victim)
@@ -216,7 +218,7 @@ class Server:
         self.counts["evicted"] += 1
 
     def _compute(self, step: int, counts: np.ndarray) -> None:
-        """Appends the new latents, attends, and compares with the oracle."""
+        """Appends the new latents, computes attention, and compares it with the reference."""
         o = self.options
         q = self.rng.normal(size=(o.slots, o.chunk, o.heads, o.kv_lora_rank + o.rope_dim))
         queries = q.astype(self._dtype)
@@ -273,6 +275,7 @@ class Server:
         return o, lse, cache
 
     def _finish(self) -> None:
+        """Releases the requests whose latents are all in the cache."""
         for request in self._running():
             if request.done == len(request.latents):
                 self._release(request)
@@ -287,7 +290,7 @@ class Server:
         self.cache = self._poison(self.cache, freed)
 
     def _check_pages(self, step: int) -> None:
-        """Each page is free or has one owner, and every request has just the pages it needs."""
+        """Checks that each page is free or has one owner, and that requests have no extra pages."""
         held: collections.Counter[int] = collections.Counter()
         for request in self._running():
             pages = self.allocator.pages(request.id)
@@ -313,11 +316,11 @@ class Server:
 
     @property
     def _scale(self) -> float:
-        """DeepSeek's, 192^-0.5, at its widths: nope is a quarter of the latent."""
+        """The softmax scale, 192^-0.5 at DeepSeek's widths: nope is a quarter of the latent."""
         return (self.options.kv_lora_rank // 4 + self.options.rope_dim) ** -0.5
 
 
 def _poison(cache: PagedKVCache, freed: jax.Array) -> PagedKVCache:
-    """The cache with NaN in the pages where `freed` [num_pages] is set."""
+    """Returns the cache with NaN in the pages where `freed` [num_pages] is True."""
     mask = freed.reshape(-1, *[1] * (cache.pages.ndim - 1))
     return dataclasses.replace(cache, pages=jnp.where(mask, jnp.nan, cache.pages))

@@ -1,4 +1,4 @@
-"""The best schedule and tile for a profile and problem, and by how much it beats the defaults."""
+"""Searches the best schedule and tile for a profile and a problem; compares with the default."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def run(options: Options, output: Output) -> Outcome:
     for kernel in track(candidates(profile, problem), "search"):
         try:
             report = simulate(profile, problem, kernel)
-        except ValueError:  # it does not fit, or needs more row tiles
+        except ValueError:  # the kernel does not fit, or needs more row tiles
             continue
         rows.append({"name": kernel.name, "block_kv": kernel.block_kv} | report_row(report)
                     | {"gain": default.seconds / report.seconds})  # fmt: skip
@@ -41,7 +41,7 @@ def run(options: Options, output: Output) -> Outcome:
     best = rows[0]
     return Outcome(
         passed=True,
-        summary=f"{best['name']} with {best['block_kv']} keys a block: {best['us']:.1f} us, "
+        summary=f"{best['name']} with {best['block_kv']} keys per block: {best['us']:.1f} us, "
         f"{(best['gain'] - 1) * 100:.1f} % faster than {default.name} "
         f"({default.seconds * 1e6:.1f} us)",
         rows=rows,
@@ -50,7 +50,7 @@ def run(options: Options, output: Output) -> Outcome:
 
 
 def candidates(profile: HardwareProfile, problem: Problem) -> list[Kernel | AscendKernel]:
-    """Every kernel with every KV tile that fits."""
+    """Returns every kernel with every KV block size that fits."""
     if profile.family == "ascend":
         return [*ascend_candidates(profile, problem)]
     found: list[Kernel | AscendKernel] = []
@@ -66,7 +66,7 @@ def candidates(profile: HardwareProfile, problem: Problem) -> list[Kernel | Asce
 
 
 def ascend_candidates(profile: HardwareProfile, problem: Problem) -> list[AscendKernel]:
-    """Chunk x preload x update x rescale x signals x KV tile."""
+    """Returns the kernels of all combinations of chunk, preload, update, rescale and signals."""
     orders = [
         AscendOrder(f"chunk{chunk}-preload{preload}-{update}-{signals}", chunk, preload,
                     signals=signals, update=update)

@@ -1,4 +1,4 @@
-"""Several schedules side by side on one profile and problem."""
+"""Compares several schedules on one profile and problem."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from experiments.framework.options import flag
 from mla_jax.hal import simulate
 from mla_jax.hal.simulator.trace import draw_gantt
 
-SUMMARY = "schedules side by side on one device: Gantt charts and a table"
+SUMMARY = "schedules compared on one device: Gantt charts and a table"
 
 _DEFAULTS = {
     "ascend": ("serial", "chunk1", "chunk2", "chunk4", "amla"),
@@ -20,7 +20,7 @@ _DEFAULTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Options(MachineOptions):
-    schedules: tuple[str, ...] = flag((), "orders or kernels; none: the published orders")
+    schedules: tuple[str, ...] = flag((), "orders or kernels; by default the published orders")
 
 
 def run(options: Options, output: Output) -> Outcome:
@@ -33,7 +33,7 @@ def run(options: Options, output: Output) -> Outcome:
         reports = [simulate(profile, problem, name) for name in names]
     rows = [{"name": n} | report_row(r) for n, r in zip(names, reports, strict=True)]
     show_table(
-        f"Schedules on {profile.name}; busy and idle: a core's matrix unit, of its longest piece",
+        f"Schedules on {profile.name}; busy and idle: the matrix unit in the longest work item",
         rows,
         {
             "name": "name",
@@ -50,14 +50,14 @@ def run(options: Options, output: Output) -> Outcome:
     )
     until = max(report.timeline.total for report in reports)
     lanes = sum(len(report.timeline.schedule.units) for report in reports)
-    title = f"Schedules on {profile.name}, one core's longest piece"
+    title = f"Schedules on {profile.name}, the longest work item of a core"
     size = (15.0, 1.1 * len(reports) + 0.42 * lanes)
     path = output.path("compare.png")
     with plotting.figure(path, title, rows=len(reports), size=size) as axes:
         for ax, name, report in zip(plotting.several(axes), names, reports, strict=True):
             draw_gantt(ax, report.timeline, until=until)
             ax.set_title(
-                f"{name}: {report.timeline.total * 1e6:.1f} µs a core, "
+                f"{name}: {report.timeline.total * 1e6:.1f} µs per core, "
                 f"{report.seconds * 1e6:.1f} µs in all, bound by {report.bound_by}",
                 fontsize=10,
             )

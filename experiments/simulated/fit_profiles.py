@@ -1,12 +1,11 @@
-"""Fits the constants of the devices that have published rows.
+"""Fits the constants of the devices that have published measurements.
 
     python -m experiments.simulated.fit_profiles
 
-Every second row is fitted, the others are only reported on. The constants are those a datasheet
-does not give: efficiencies, latencies, what one core can copy. They are the same for all rows and
-variants of a device. The result is written to
-mla_jax/hal/profiles/fitted.json, which the profiles read.
-scipy, which jax needs anyway, does the least squares on log errors.
+Every second row is used for the fit, and the others only for a report. The constants are those that
+a datasheet does not give: efficiencies, latencies, and how fast one core copies. They are the same
+for all rows and variants of a device. The result is written to mla_jax/hal/profiles/fitted.json,
+which the profiles read. scipy, which jax depends on, computes the least squares of log errors.
 """
 
 import dataclasses
@@ -30,7 +29,7 @@ from experiments.simulated.predictions import (
 )
 from mla_jax.hal import HardwareProfile, Number, Problem, load_profile, simulate
 
-Bounds = dict[str, tuple[float, float, float]]  # field -> lowest, start, highest
+Bounds = dict[str, tuple[float, float, float]]  # field -> (lowest, start, highest)
 
 GPU: Bounds = {
     "memory.hbm_efficiency": (0.7, 0.9, 0.95),
@@ -65,14 +64,15 @@ DEVICES: dict[str, tuple[str, Bounds]] = {
     ASCEND_DEVICE: ("ascend_int8_v11_over_v0.csv", ASCEND),
 }
 
-# Published in text, not in a table: chunk 4 over chunk 1, int8, one request; AMLA's share of peak.
+# Numbers published in text and not in a table: chunk 4 over chunk 1 with int8 and one request, and
+# AMLA's share of the peak.
 CHUNK_GAIN = {4096: 1.045, 2048: 1.092}
 AMLA_SHARE = 0.868
-ANCHOR_WEIGHT = 1.7  # they are single figures, to be met within 2 and 3 points
+ANCHOR_WEIGHT = 1.7  # single numbers weigh more, so that they agree within 2 and 3 points
 
 
 def changed(profile: HardwareProfile, values: dict[str, float]) -> HardwareProfile:
-    """A profile with other constants."""
+    """Returns a profile with other constants."""
     numbers = dict(profile.numbers)
     for field, value in values.items():
         numbers[field] = Number(value, numbers[field].unit, "being fitted", "fitted")
@@ -80,7 +80,7 @@ def changed(profile: HardwareProfile, values: dict[str, float]) -> HardwareProfi
 
 
 def ascend_anchors(profile: HardwareProfile) -> list[tuple[str, float, float]]:
-    """(what, model, published) for what the sources say in text."""
+    """Returns (what, model, published) for the numbers that the sources give in text."""
     found = []
     for kv_len, gain in CHUNK_GAIN.items():
         problem = Problem((kv_len,), 128, kv_dtype="int8")
@@ -91,18 +91,18 @@ def ascend_anchors(profile: HardwareProfile) -> list[tuple[str, float, float]]:
 
 
 def amla_share(profile: HardwareProfile) -> float:
-    """AMLA at S_q * H = 256, a request of 16384 tokens for every core."""
+    """Returns AMLA's share of the peak for one request per core, of 256 rows and 16384 tokens."""
     return simulate(profile, Problem((16384,) * profile.cores, 128, 2), "amla").utilisation
 
 
 def log_errors(profile: HardwareProfile, rows: Sequence[Row]) -> np.ndarray:
-    """ln(model / published) of each row."""
+    """Returns ln(model / published) of each row."""
     pairs = ((predict(row, profile), float(row[published_quantity(row)])) for row in rows)
     return np.array([math.log(model / published) for model, published in pairs])
 
 
 def fit(device: str, rows: Sequence[Row], bounds: Bounds) -> dict[str, float]:
-    """The constants that fit `rows` best; large errors count less than squarely."""
+    """Returns the constants that fit `rows` best; large errors count less than their squares."""
     start = load_profile(device)
 
     def residuals(x: np.ndarray) -> np.ndarray:
@@ -121,7 +121,7 @@ def fit(device: str, rows: Sequence[Row], bounds: Bounds) -> dict[str, float]:
 
 
 def mape(errors: np.ndarray) -> float:
-    """Mean absolute percentage error."""
+    """Returns the mean absolute percentage error."""
     return float(np.mean(np.abs(np.exp(errors) - 1))) * 100
 
 

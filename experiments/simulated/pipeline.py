@@ -1,4 +1,4 @@
-"""One schedule on one profile: Gantt chart, Perfetto trace, report."""
+"""Simulates one schedule on one profile: Gantt chart, Perfetto trace and report."""
 
 import dataclasses
 import json

@@ -1,7 +1,7 @@
-"""Rows of the published tables, and what the model of `mla_jax.hal` says of each.
+"""Reads rows of the published tables, and predicts each with the model of `mla_jax.hal`.
 
-A table is known by its columns: `us` (time of a kernel), `gb_per_s` without `us` (the bandwidth it
-reached), or `speedup_v11_over_v0` (int8 kernels on Ascend, one over the other).
+A table is recognized by its columns: `us` (time of a kernel), `gb_per_s` without `us` (the
+bandwidth reached), or `speedup_v11_over_v0` (one int8 kernel on Ascend relative to another).
 """
 
 import csv
@@ -14,9 +14,9 @@ from mla_jax.hal.simulator.simulate import Report
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "published"
 TABLES = ("h200_mla_decode.csv", "flashinfer_mla_decode.csv", "ascend_int8_v11_over_v0.csv")
-ASCEND_DEVICE = "Ascend910B1"  # the Ascend table names 24 cores and no device
-ASCEND_HEADS = 128  # nor heads: those of DeepSeek-V3, one query token
-QUANTITIES = ("us", "gb_per_s", "speedup_v11_over_v0")  # what a table publishes, by precedence
+ASCEND_DEVICE = "Ascend910B1"  # assumed: the Ascend table says 24 cores and names no device
+ASCEND_HEADS = 128  # assumed: those of DeepSeek-V3, with one query token
+QUANTITIES = ("us", "gb_per_s", "speedup_v11_over_v0")  # published quantities, by precedence
 
 _NEEDED = {
     "us": ("device", "variant", "lengths", "page_size", "batch", "kv_len", "heads", "s_q"),
@@ -28,7 +28,7 @@ Row = Mapping[str, str]
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a table. ValueError when its columns are not those of a published one."""
+    """Reads the rows of a table. Raises ValueError unless its columns are those of one."""
     with path.open(newline="", encoding="utf-8") as file:
         try:
             rows = list(csv.DictReader(file))
@@ -49,7 +49,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def published_quantity(row: Row) -> str:
-    """Which of QUANTITIES a row gives."""
+    """Returns the one of QUANTITIES that a row gives."""
     for quantity in QUANTITIES:
         if quantity in row:
             return quantity
@@ -57,7 +57,7 @@ def published_quantity(row: Row) -> str:
 
 
 def lengths_of(row: Row) -> tuple[int, ...]:
-    """KV lengths of a row's requests; "varlen" draws them as the tables' README says."""
+    """Returns the KV lengths of a row; "varlen" draws them as the tables' README says."""
     batch, mean = int(row["batch"]), int(row["kv_len"])
     kind = row.get("lengths", "uniform")
     if kind == "uniform":
@@ -70,7 +70,7 @@ def lengths_of(row: Row) -> tuple[int, ...]:
 
 
 def report_of(row: Row, profile: HardwareProfile | None = None) -> Report:
-    """The model's report for a row of a GPU table."""
+    """Returns the model's report for a row of a GPU table."""
     profile = profile or load_profile(row["device"])
     problem = Problem(
         kv_lens=lengths_of(row),
@@ -83,7 +83,7 @@ def report_of(row: Row, profile: HardwareProfile | None = None) -> Report:
 
 
 def predict(row: Row, profile: HardwareProfile | None = None) -> float:
-    """What the model says of the row's published quantity, in the same unit."""
+    """Returns the model's prediction of a row's published quantity, in the same unit."""
     quantity = published_quantity(row)
     if quantity == "us":
         return report_of(row, profile).seconds * 1e6

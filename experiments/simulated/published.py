@@ -1,4 +1,4 @@
-"""Each published row beside the model's figure: error per row, mean absolute error per table."""
+"""Compares the model with published rows: error per row, mean absolute error per table."""
 
 import dataclasses
 import math
@@ -23,20 +23,20 @@ from mla_jax.hal import Problem, load_profile, simulate
 from mla_jax.hal.profiles.sources import fitted_constants
 from mla_jax.hal.simulator.ascend_costs import ASCEND_KERNELS, INGREDIENTS, with_ingredients
 
-SUMMARY = "the simulator against published and measured rows, or a table like them"
+SUMMARY = "the simulator compared with published and measured rows, or with your own table"
 
-BARS = {  # MAPE in percent, of all rows of a table
+BARS = {  # largest mean absolute percentage error (MAPE) over all rows of a table
     "h200_mla_decode.csv": 12.0,
     "flashinfer_mla_decode.csv": 15.0,
     "ascend_int8_v11_over_v0.csv": 4.0,
 }
-CLOSE = 1.05  # two variants nearer than this need not be told apart
+CLOSE = 1.05  # ratio of two variants up to which the model need not say which is faster
 SAME_CASE = ("device", "lengths", "batch", "kv_len", "heads", "s_q")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    table: str | None = flag(None, "a CSV file with the columns of a published table; none: those")
+    table: str | None = flag(None, "a CSV file with a published table's columns; default: those")
 
 
 def run(options: Options, output: Output) -> Outcome:
@@ -70,7 +70,7 @@ def run(options: Options, output: Output) -> Outcome:
 
 
 def predicted_row(table: str, index: int, row: dict[str, str]) -> Row:
-    """The row with `predicted`, `published` and `error_percent`. InputError if it can't be told."""
+    """Adds `predicted`, `published` and `error_percent` to a row; raises InputError if it can't."""
     try:
         quantity = published_quantity(row)
         published, predicted = float(row[quantity]), predict(row)
@@ -87,12 +87,12 @@ def predicted_row(table: str, index: int, row: dict[str, str]) -> Row:
 
 
 def mean_error(rows: Sequence[Row]) -> float:
-    """Mean absolute percentage error."""
+    """Returns the mean absolute percentage error."""
     return math.fsum(abs(row["error_percent"]) for row in rows) / len(rows)
 
 
 def summarise(name: str, rows: list[Row], own: bool) -> Row:
-    """MAPE of a table; of its fitted and its other rows where it is the one that was fitted."""
+    """Returns the MAPE of a table; for a fitted one also of its fitted and its other rows."""
     right, pairs = faster_named(rows)
     worst = max(rows, key=lambda row: abs(row["error_percent"]))
     return {
@@ -108,7 +108,7 @@ def summarise(name: str, rows: list[Row], own: bool) -> Row:
 
 
 def faster_named(rows: list[Row]) -> tuple[int, int]:
-    """(right, all) of the pairs of variants of one case that differ by more than 5 %."""
+    """Returns (correct, all) of the pairs of variants that differ by more than 5 % in one case."""
     cases: dict[tuple, list[Row]] = {}
     for row in rows:
         if "variant" in row:
@@ -125,7 +125,7 @@ def faster_named(rows: list[Row]) -> tuple[int, int]:
 
 
 def text_points() -> list[Row]:
-    """What the Ascend sources say in text, within how many points, and whether it is met."""
+    """Returns the numbers of the Ascend sources' text, the allowed distance, and the verdict."""
     margins = (2.0, 2.0, 3.0)
     found = ascend_anchors(load_profile(ASCEND_DEVICE))
     return [
@@ -137,7 +137,7 @@ def text_points() -> list[Row]:
 
 
 def ablation_rows() -> list[Row]:
-    """Speed-up over V0 with each ingredient of V11 alone, and with it and all before it."""
+    """Returns V11's speed over V0 with each ingredient alone, and with all up to it."""
     profile, first = load_profile(ASCEND_DEVICE), ASCEND_KERNELS["int8-v0"]
     rows: list[Row] = []
     names = list(INGREDIENTS)
@@ -154,7 +154,7 @@ def ablation_rows() -> list[Row]:
 
 
 def show_constants() -> None:
-    """The fitted constants, with how well each device's rows are met."""
+    """Prints the fitted constants, and how well each device's rows are met."""
     for device, fit in fitted_constants().items():
         say(
             f"{device}: fitted on {fit['rows']} (MAPE {fit['mape_fitted_rows']} %, the other rows "
@@ -168,6 +168,7 @@ def show_constants() -> None:
 
 
 def draw(path: Path, rows: list[Row]) -> None:
+    """Draws the model's values over the published ones, a panel per table."""
     tables = list(dict.fromkeys(row["table"] for row in rows))
     size = (5.2 * max(1, len(tables)), 4.8)
     with plotting.figure(path, "Model against published", columns=len(tables), size=size) as axes:

@@ -1,4 +1,4 @@
-"""What the time is sensitive to: bandwidth, synchronisation, chunk and tile, one at a time."""
+"""Finds what the time depends on: varies bandwidth, synchronization, chunk and tile one by one."""
 
 import dataclasses
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def run(options: Options, output: Output) -> Outcome:
     spread = spreads(rows)
     if not spread:
         raise InputError("--schedule: none of the values fits on this profile")
-    _draw(output, f"{options.schedule} on {profile.name}: what the time is sensitive to", rows)
+    _draw(output, f"{options.schedule} on {profile.name}: sensitivity of the time", rows)
     most = max(spread, key=lambda knob: spread[knob])
     return Outcome(True, f"most sensitive to {most}: {spread[most]:.2f} times from best to worst",
                    rows, {"spread": spread, "default_us": start * 1e6})  # fmt: skip
@@ -69,7 +69,7 @@ def _apply(make: Callable[[], Machine], problem: Problem) -> tuple:
 def knobs(
     profile: HardwareProfile, problem: Problem, kernel: Kernel | AscendKernel
 ) -> dict[str, list[tuple[float, Callable[[], Machine]]]]:
-    """Knob -> (value, how to make the machine and kernel with it)."""
+    """Returns, by knob, pairs of a value and a function that makes the machine with it."""
     sync = "latency.cross_core" if profile.family == "ascend" else "latency.barrier"
 
     def scaled(field: str, factor: float) -> Callable[[], Machine]:
@@ -104,7 +104,8 @@ def knobs(
 
 
 def spreads(rows: list[Row]) -> dict[str, float]:
-    """Worst over best time of each knob."""
+    """Returns the worst time over the best time per knob."""
+
     times: dict[str, list[float]] = {}
     for row in rows:
         if row["us"] is not None:

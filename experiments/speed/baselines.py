@@ -1,8 +1,9 @@
-"""Other libraries' MLA decode, timed beside ours in the same run where they are installed.
+"""MLA decode of other libraries, the baselines, timed in the same run if they are installed.
 
-FlashInfer (https://docs.flashinfer.ai/api/mla.html): BatchMLAPagedAttentionWrapper over the same
-pages, shared by DLPack, with its backends fa2 and fa3. `pip install mla-jax[peers]` brings it. In
-one process with torch JAX must leave it memory: XLA_PYTHON_CLIENT_PREALLOCATE=false.
+FlashInfer (https://docs.flashinfer.ai/api/mla.html) has BatchMLAPagedAttentionWrapper with the
+backends fa2 and fa3. It reads the same pages, shared by DLPack. `pip install mla-jax[peers]`
+installs it. In one process with torch, JAX must leave memory to torch:
+XLA_PYTHON_CLIENT_PREALLOCATE=false.
 """
 
 import functools
@@ -15,12 +16,12 @@ import numpy as np
 from experiments.speed import timing
 from experiments.speed.decode_bench import SCALE, Inputs
 
-WORKSPACE_BYTES = 128 << 20  # that FlashInfer's documentation recommends
+WORKSPACE_BYTES = 128 << 20  # recommended by FlashInfer's documentation
 
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why no peer can run here; None where they can."""
+    """Returns why no baseline can run here, or None if they can."""
     for module in ("torch", "flashinfer.mla"):
         try:
             importlib.import_module(module)
@@ -32,7 +33,7 @@ def unavailable() -> str | None:
 
 
 class FlashInfer:
-    """One backend of the wrapper, planned for a row's inputs."""
+    """One backend of FlashInfer's wrapper, planned for a row's inputs."""
 
     def __init__(self, name: str, inputs: Inputs) -> None:
         import torch
@@ -40,7 +41,7 @@ class FlashInfer:
 
         row, rank = inputs.row, inputs.setup.kv_lora_rank
         q = torch.from_dlpack(inputs.q).reshape(row.batch * row.s_q, row.heads, -1)
-        # Views: latent and rope part of the same rows.
+        # Latent and rope part are views of the same rows.
         pages = [
             torch.from_dlpack(layer["pages"]).reshape(-1, row.page_size, inputs.setup.width)
             for layer in inputs.layers
@@ -81,7 +82,7 @@ class FlashInfer:
         self._shape = (row.batch, row.s_q, row.heads)
 
     def launch(self, i: int) -> None:
-        """On layer i, or the one that it comes round to."""
+        """Runs layer i, modulo the number of layers."""
         layer = i % len(self._latent)
         self._wrapper.run(
             q_nope=self._q,
@@ -94,18 +95,18 @@ class FlashInfer:
         )
 
     def between(self) -> None:
-        """The small kernel of a separated burst: reads the output, writes into q, adds nothing."""
+        """Runs a small kernel between launches: reads the output and writes q, unchanged."""
         element = self._out[:1, :1, :1]
         self._q[:1, :1, :1] += element != element
 
     def output(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """(o, lse) on that layer, lse by natural log; FlashInfer's is by base 2."""
+        """Returns (o, lse) of a layer; FlashInfer's lse to base 2 becomes a natural log."""
         self.launch(layer)
         o, lse = (x.float().cpu().numpy() for x in (self._out, self._lse))
         return o.reshape(*self._shape, -1), lse.reshape(self._shape) * np.log(2.0)
 
     def bursts(self, launches: int) -> dict[str, timing.Burst]:
-        """By the column of their time."""
+        """Returns the bursts by the column of their time."""
         modes: dict[str, Callable[[], None] | None] = {"us": None, "us_separated": self.between}
         return {
             column: timing.torch_burst(self.launch, launches, separated=separated)

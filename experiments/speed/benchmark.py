@@ -1,11 +1,11 @@
-"""Times decode attention over a grid: every implementation here, XLA's own attention, and peers.
+"""Times decode attention on a grid of shapes: all implementations here, plain JAX, and baselines.
 
     python -m experiments.launch --experiment=benchmark --preset=standard --output_dir=out
 
-Run again with the same folder it goes on where it ended; --seconds ends it in time; what was killed
-has its rows in rows.jsonl, and --collect makes a result of them on any machine. Peers'
-published and measured times (benchmarks/) and the simulator's prediction for the device stand
-beside each row. docs/benchmarking.md says what the columns mean.
+A second run with the same folder resumes where the first one ended. --seconds limits the time. A
+run that was killed leaves its rows in rows.jsonl, and --collect makes a result of them on any
+machine. Each row also has published and measured times of baselines (benchmarks/) and the
+simulator's prediction for the device. docs/benchmarking.md explains the columns.
 """
 
 import csv
@@ -27,8 +27,7 @@ from experiments.framework.journal import Journal
 from experiments.framework.options import flag, seed_flag
 from experiments.framework.results import write_whole
 from experiments.simulated.predictions import FOLDER, read_table
-from experiments.speed import baselines as peers
-from experiments.speed import timing
+from experiments.speed import baselines, timing
 from experiments.speed.best_when import AXES, PEERS
 from experiments.speed.decode_bench import Contender, Setup, contender
 from experiments.speed.decode_runner import Runner, Task
@@ -42,10 +41,10 @@ from experiments.speed.shapes import (
 )
 from mla_jax.hal import PROFILES, HardwareProfile, Problem, simulate
 
-SUMMARY = "times decode attention over a grid beside XLA, peers, ceilings and the simulator"
+SUMMARY = "times decode attention on a grid, with plain JAX, baselines, ceilings and the simulator"
 
-DEEPSEEK_WIDTHS = (512, 64)  # (kv_lora_rank, rope_dim) that rates, peers and the simulator are of
-MEASURED = FOLDER.parent / "measured"  # CARD_decode.json: ours and peers, timed in one process
+DEEPSEEK_WIDTHS = (512, 64)  # kv_lora_rank and rope_dim of rates, baselines and predictions
+MEASURED = FOLDER.parent / "measured"  # CARD_decode.json: hopper and baselines of one process
 SIMULATED = {  # implementation -> the simulator's kernel of the same structure
     "hopper": "flashmla_dense",
     "hopper multiply": "flashmla_dense",
@@ -57,22 +56,22 @@ SIMULATED = {  # implementation -> the simulator's kernel of the same structure
 @dataclasses.dataclass(frozen=True)
 class Options:
     preset: str | None = flag(
-        None, "of rows; none: tiny on a CPU, else quick", choices=tuple(PRESETS)
+        None, "set of rows; by default tiny on a CPU, else quick", choices=tuple(PRESETS)
     )
-    heads: tuple[int, ...] = flag((), "only rows with these", lower_bound=1)
-    s_q: tuple[int, ...] = flag((), "only rows with these", lower_bound=1)
-    batch: tuple[int, ...] = flag((), "only rows with these", lower_bound=1)
-    kv_len: tuple[int, ...] = flag((), "only rows with these", lower_bound=1)
-    lengths: tuple[str, ...] = flag((), "only rows with these", choices=LENGTHS)
-    page_size: tuple[int, ...] = flag((), "only rows with these", choices=PAGE_SIZES)
-    dtype: tuple[str, ...] = flag((), "only rows with these, of the cache", choices=DTYPES)
+    heads: tuple[int, ...] = flag((), "only rows with these values", lower_bound=1)
+    s_q: tuple[int, ...] = flag((), "only rows with these values", lower_bound=1)
+    batch: tuple[int, ...] = flag((), "only rows with these values", lower_bound=1)
+    kv_len: tuple[int, ...] = flag((), "only rows with these values", lower_bound=1)
+    lengths: tuple[str, ...] = flag((), "only rows with these values", choices=LENGTHS)
+    page_size: tuple[int, ...] = flag((), "only rows with these values", choices=PAGE_SIZES)
+    dtype: tuple[str, ...] = flag((), "only rows with these values, of the cache", choices=DTYPES)
     implementations: tuple[str, ...] = flag(
-        (), "which to run, jnp (XLA's attention over contiguous KV) among them; all if not given"
+        (), "which to run; jnp is plain JAX over contiguous KV; by default all"
     )
-    peers: tuple[str, ...] = flag(PEERS, "which to run where installed", choices=PEERS)
-    seconds: float = flag(0.0, "begin nothing new after as many; 0: no limit", lower_bound=0)
-    collect: bool = flag(False, "run nothing: the result of the rows that the folder has")
-    memory_gib: float = flag(0.0, "for caches; 0: six tenths of the device's", lower_bound=0)
+    peers: tuple[str, ...] = flag(PEERS, "baselines to run if installed", choices=PEERS)
+    seconds: float = flag(0.0, "time after which no work starts; 0: no limit", lower_bound=0)
+    collect: bool = flag(False, "run nothing, make a result of the rows in the folder")
+    memory_gib: float = flag(0.0, "for caches; 0 is 60 % of the device's", lower_bound=0)
     kv_lora_rank: int = flag(512, "of the cache", lower_bound=16)
     rope_dim: int = flag(64, "of the cache", lower_bound=16)
     seed: int = seed_flag("of all random numbers")
@@ -94,8 +93,8 @@ def run(options: Options, output: Output) -> Outcome:
         journal = Journal.open(output.rows_path())
         runner = Runner(setup, journal, options.seconds)
         journal.begin(measured_ceilings(), setup.widths)
-        reason = peers.unavailable() if options.peers else "none was asked for"
-        say(f"peers: {', '.join(options.peers) if reason is None else reason}")
+        reason = baselines.unavailable() if options.peers else "none was requested"
+        say(f"baselines: {', '.join(options.peers) if reason is None else reason}")
         left = runner.run(tasks, options.peers if reason is None else ())
     table = finished(journal, setup)
     show(table)
@@ -105,10 +104,11 @@ def run(options: Options, output: Output) -> Outcome:
     if not options.collect:
         journal.end()
     counts = {s: sum(r["status"] == s for r in table) for s in ("measured", "failed", "skipped")}
-    said = ", ".join(f"{count} {status}" for status, count in counts.items())
+    counted = ", ".join(f"{count} {status}" for status, count in counts.items())
+    remaining = f", {left} left for another run" if left else ""
     return Outcome(
         passed=counts["measured"] > 0 and not counts["failed"],
-        summary=f"{said}{f', {left} left for another run' if left else ''}: {best_words(table)}",
+        summary=f"{counted}{remaining}: {best_words(table)}",
         rows=table,
         headline={
             "preset": name,
@@ -122,7 +122,7 @@ def run(options: Options, output: Output) -> Outcome:
 
 
 def collected(output: Output) -> Journal:
-    """What the folder holds."""
+    """Reads the rows in the folder."""
     if not (output.folder / "rows.jsonl").exists():
         raise InputError(f"--collect: there is no rows.jsonl in {output.folder}")
     journal = Journal.open(output.rows_path(), skipped=True)
@@ -132,28 +132,28 @@ def collected(output: Output) -> Journal:
 
 
 def missing(journal: Journal, tasks: Iterable[Task]) -> int:
-    """How many of tasks it has not."""
+    """Returns how many tasks have no row."""
     return sum((row, who.name) not in journal.rows for row, who in tasks)
 
 
 def filtered(rows: Iterable[Shape], options: Options) -> list[Shape]:
-    """The rows that every filter lets pass."""
+    """Returns the rows that pass every filter."""
     wanted = {axis: getattr(options, axis) for axis in AXES if getattr(options, axis)}
     return [row for row in rows if all(getattr(row, a) in v for a, v in wanted.items())]
 
 
 def contenders_of(names: Sequence[str]) -> list[Contender]:
-    """Those named, or all that can run here and `jnp`. InputError for one that can't."""
+    """Returns those named, or all that can run here and `jnp`. Raises InputError otherwise."""
     ours = [name for name in names if name != "jnp"]
     found = chosen(tuple(ours)) if ours or not names else []
     return [contender(name) for name in [*found, *(["jnp"] if not names or "jnp" in names else [])]]
 
 
 def tasks_of(rows: Sequence[Shape], contenders: Sequence[Contender], preset: str) -> list[Task]:
-    """Who runs which row.
+    """Returns the pairs of a row and a contender to run.
 
-    `jnp` has no pages and reads bf16: it runs those rows, on one page size. In `standard` a kernel
-    runs every row, and what is plain JAX the rows of one token, bf16 and pages of 64 alone.
+    `jnp` has no pages and reads bf16, so that it runs bf16 rows with one page size. In `standard`
+    a kernel runs every row. Plain JAX then only runs the rows of one token, bf16 and pages of 64.
     """
     has_kernel = any(who.separated for who in contenders)
     first: dict[Shape, int] = {}
@@ -174,16 +174,17 @@ def tasks_of(rows: Sequence[Shape], contenders: Sequence[Contender], preset: str
 
 
 def measured_ceilings() -> dict[str, float]:
-    """Of this device, by XLA: copy, read (GB/s), matmul (TFLOPS), matmul_int8 (TOPS).
+    """Measures rates of this device with XLA, {} on a CPU.
 
-    None on a CPU: its caches are faster than its memory, its vector units differ by dtype, and a
-    launch may use some of its threads, so that no rate that one program reaches bounds another's.
+    They are copy and read (GB/s), matmul (TFLOPS) and matmul_int8 (TOPS). On a CPU no rate of one
+    program bounds another's: its caches are faster than its memory, its vector units differ by
+    dtype, and a launch may use only some of its threads.
     """
     return {} if jax.default_backend() == "cpu" else timing.ceilings()
 
 
 def finished(journal: Journal, setup: Setup) -> list[Row]:
-    """The journal's rows in order, with all that follows from them and stands beside them."""
+    """Returns the journal's rows in order, with their rates and what they are compared with."""
     rows = sorted(journal.rows.values(), key=lambda r: (Shape.of(r), r["implementation"]))
     rank, rope = journal.widths or setup.widths
     setup = dataclasses.replace(setup, kv_lora_rank=rank, rope_dim=rope)
@@ -196,13 +197,13 @@ def finished(journal: Journal, setup: Setup) -> list[Row]:
     roofs = roofs_of(table, journal)
     published = published_times()
     return [
-        _beside(row, roofs[row["session"]], baseline, published) if "device" in row else row
+        _compared(row, roofs[row["session"]], baseline, published) if "device" in row else row
         for row in table
     ]
 
 
 def _with_rates(row: Row, journal: Journal, setup: Setup) -> Row:
-    """A measured row with its device and, of DeepSeek's widths, its rates; others as they are."""
+    """Adds the device and, with DeepSeek's widths, the rates to a measured row."""
     if row["status"] != "measured":
         return row
     shape = Shape.of(row)
@@ -216,10 +217,10 @@ def _with_rates(row: Row, journal: Journal, setup: Setup) -> Row:
 
 
 def roofs_of(table: Iterable[Row], journal: Journal) -> list[dict[str, float]]:
-    """The roof of each session: its `read` (GB/s), `bf16` and `int8` (TFLOPS); {} without ceilings.
+    """Returns the roof per session: `read` (GB/s), `bf16` and `int8` (TFLOPS); {} without ceilings.
 
-    A roof is the highest rate that anything reached in that session: one of the probes of
-    `measured_ceilings`, or a row itself. So no row is above it.
+    A roof is the highest rate that anything reached in the session, whether a probe of
+    `measured_ceilings` or a row. No row can exceed it.
     """
     roofs: list[dict[str, float]] = []
     for session in journal.sessions:
@@ -233,19 +234,19 @@ def roofs_of(table: Iterable[Row], journal: Journal) -> list[dict[str, float]]:
     for row in table:
         if roofs and "tflops" in row and (roof := roofs[row["session"]]):
             roof["read"] = max(roof["read"], row["gb_per_s"])
-            # An int8 cache is multiplied in int8 and in bf16; the faster of both bounds it.
+            # With an int8 cache some products are int8 and some bf16; the faster dtype bounds it.
             for dtype in ("bf16", "int8") if row["dtype"] == "bf16" else ("int8",):
                 roof[dtype] = max(roof[dtype], row["tflops"])
     return roofs
 
 
-def _beside(
+def _compared(
     row: Row,
     roof: Mapping[str, float],
     baseline: Mapping[tuple[str, Shape], float],
     published: Mapping[tuple, list[Row]],
 ) -> Row:
-    """A measured row with what it is compared with: roof, `jnp`, peers, the simulator."""
+    """Adds to a measured row what it is compared with: roof, `jnp`, baselines, the simulator."""
     shape = Shape.of(row)
     if roof and "tflops" in row:
         row["of_read"] = row["gb_per_s"] / roof["read"]
@@ -267,7 +268,7 @@ def _beside(
 
 
 def profile_of(device_kind: str) -> HardwareProfile | None:
-    """The simulator's profile for what JAX calls a device ("NVIDIA H200"); None: it has none."""
+    """Returns the simulator's profile for JAX's name of a device ("NVIDIA H200"), or None."""
     words = set(re.split(r"[^A-Za-z0-9]+", device_kind.upper()))
     for profile in PROFILES.values():
         model, *rest = profile.name.upper().split("_")
@@ -278,7 +279,7 @@ def profile_of(device_kind: str) -> HardwareProfile | None:
 
 
 def published_times() -> dict[tuple[str, Shape], list[Row]]:
-    """(device, shape) -> peers' bf16 times from benchmarks/, each with its source."""
+    """Returns the bf16 times of baselines from benchmarks/ with sources, by (device, shape)."""
     tables = [
         (f"published/{path.name}", row)
         for path in sorted(FOLDER.glob("*_mla_decode.csv"))
@@ -307,11 +308,11 @@ def published_times() -> dict[tuple[str, Shape], list[Row]]:
 
 
 def beside(shape: Shape, row: Row, known: Sequence[Row]) -> Row:
-    """The fastest known peer, and our speed against it; a bf16 peer beside int8 rows too."""
+    """Returns the fastest known baseline and our speed over it; int8 rows get a bf16 baseline."""
     columns: Row = {}
     for key in ("us", "us_separated"):
         if known and row.get(key):
-            best = min(known, key=lambda peer: peer[key])
+            best = min(known, key=lambda baseline: baseline[key])
             columns[f"peer_{key}"] = best[key]
             columns[f"speed_over_peer_{key}"] = best[key] / row[key]
             columns[f"peer_{key}_source"] = f"{best['variant']}, {best['source']}"
@@ -332,14 +333,14 @@ COLUMNS = {
     "prediction_error_percent": "error %",
     "error": "o error",
 }
-SHOWN = (  # of COLUMNS, on a console
+SHOWN = (  # the columns of the table on the console
     *("implementation", "us", "us_separated", "gb_per_s", "of_ceiling"),
     *("speed_over_jnp", "speed_over_peer_us"),
 )
 
 
 def show(table: Sequence[Row]) -> None:
-    """The measured rows on the console, and why others failed."""
+    """Prints the measured rows, and why others failed or were skipped."""
     rows = [{"row": Shape.of(row).label, **row} for row in table]
     measured = [row for row in rows if row["status"] == "measured"]
     used = {k: COLUMNS[k] for k in SHOWN if any(row.get(k) is not None for row in measured)}
@@ -358,7 +359,7 @@ def show(table: Sequence[Row]) -> None:
 
 
 def write_csv(path: Path, table: Sequence[Row]) -> None:
-    """All rows, all columns."""
+    """Writes all rows with all columns."""
     columns = list(dict.fromkeys(key for row in table for key in row))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
@@ -367,7 +368,7 @@ def write_csv(path: Path, table: Sequence[Row]) -> None:
 
 
 def markdown(table: Sequence[Row]) -> str:
-    """The measured rows as a Markdown table, the others as a list of reasons."""
+    """Returns the measured rows as a Markdown table, the others as a list of reasons."""
     measured = [row for row in table if row["status"] == "measured"]
     used = {k: v for k, v in COLUMNS.items() if any(row.get(k) is not None for row in measured)}
     lines = [
@@ -395,7 +396,7 @@ def _cell(value: Any) -> str:
 
 
 def best_words(table: Sequence[Row]) -> str:
-    """Who is fastest how often, among shapes that more than one ran on the same device."""
+    """Returns how often each was fastest, among shapes with two or more times on one device."""
     by_shape: dict[tuple[str, Shape], list[Row]] = {}
     for row in table:
         if row["status"] == "measured":
@@ -414,10 +415,10 @@ def best_words(table: Sequence[Row]) -> str:
 
 
 def draw(output: Output, table: Sequence[Row], journal: Journal) -> None:
-    """The roofline with every row, time by batch, speed-up over `jnp` by length.
+    """Draws the roofline with every row, time by batch, and speed over `jnp` by length.
 
-    A set of pictures for each device that rows are of: times of one mean nothing beside another's.
-    Who was skipped in all rows stands in the legends, with no times.
+    There is a set of pictures per device, because times of different devices are not comparable.
+    The legends also name those that were skipped in all rows.
     """
     skipped = {row["implementation"] for row in table if row["status"] == "skipped"}
     absent = sorted(skipped - {row["implementation"] for row in table if "device" in row})
@@ -466,20 +467,20 @@ def _draw_device(
 
 
 def _look(i: int) -> dict[str, str]:
-    """Colour and marker of series `i`, of any number: a colour comes back with another marker."""
+    """Returns colour and marker of series `i`; a colour is repeated with another marker."""
     colours, markers = plotting.COLOURS, plotting.MARKERS
-    turn, place = divmod(i, len(colours))
-    return {"color": colours[place], "marker": markers[(place + turn) % len(markers)]}
+    cycle, place = divmod(i, len(colours))
+    return {"color": colours[place], "marker": markers[(place + cycle) % len(markers)]}
 
 
 def _name_absent(axes: Any, names: Sequence[str]) -> None:
-    """A line of the legend, and no mark, for each."""
+    """Adds an entry without a mark to the legend, for each name."""
     for name in names:
         axes.plot([], [], " ", label=f"{name}: skipped")
 
 
 def _draw_roofline(axes: Any, rows: Sequence[Row], roof: Mapping[str, float], look: Any) -> None:
-    """Each row below the roof of its dtype, with one for each dtype that rows have; {}: no roof."""
+    """Draws each row below the roof of its dtype; {} is no roof."""
     intensity = {id(row): row["tflops"] * 1e3 / row["gb_per_s"] for row in rows}
     ends = [min(intensity.values()) / 2, max(intensity.values()) * 2]
     for dtype, dashes in (("bf16", "-"), ("int8", "--")):
@@ -504,7 +505,7 @@ def _draw_lines(
     path: Path, title: str, rows: Sequence[Row], look: Any, absent: Sequence[str], *, x: str,
     y: str, hold: str, y_label: str,
 ) -> None:  # fmt: skip
-    """A panel for each head count: a line for each implementation and value of `hold`."""
+    """Draws a panel per number of heads, with a line per implementation and value of `hold`."""
     page = 64 if any(row["page_size"] == 64 for row in rows) else rows[0]["page_size"]
     rows = [row for row in rows if row["page_size"] == page]
     heads = sorted({row["heads"] for row in rows})

@@ -1,6 +1,6 @@
-"""What is best when: the rows of a benchmark in a few classes of shapes, and who wins each.
+"""Summarizes a benchmark by classes of shapes: the fastest of each, and ratios to baselines.
 
-Standard library only, so that tools/tables.py can use it as it is.
+It uses the standard library only, so that tools/tables.py can import it without dependencies.
 """
 
 import statistics
@@ -9,18 +9,18 @@ from typing import Any
 
 Row = dict[str, Any]
 
-BASELINE = "jnp"  # XLA's own attention, over contiguous KV
+BASELINE = "jnp"  # plain JAX over contiguous KV, compiled by XLA
 PEERS = (
     "flashinfer_fa2",
     "flashinfer_fa3",
-)  # those of experiments/speed/baselines.py
+)  # the baselines of experiments/speed/baselines.py
 AXES = ("batch", "dtype", "heads", "s_q", "page_size", "lengths", "kv_len")
-LONG = 8192  # KV tokens a request from which a context is called long
-MANY = 32  # requests from which a batch is called many
+LONG = 8192  # KV tokens per request from which a context counts as long
+MANY = 32  # requests from which a batch counts as many
 
 
 def class_of(row: Row) -> Row:
-    """The class of a row's shape, as the columns that name it."""
+    """Returns the class of a row's shape, as the columns that name it."""
     batch, kv_len = row["batch"], row["kv_len"]
     return {
         "heads": row["heads"],
@@ -34,11 +34,11 @@ def class_of(row: Row) -> Row:
 
 
 def best_when(rows: Iterable[Row]) -> list[Row]:
-    """A row a class: who is fastest on how many of its shapes, and what our best is worth there.
+    """Returns one row per class: which is fastest on how many shapes, and ratios of our best.
 
-    Ours is the fastest that is neither a peer nor `jnp`; a ratio above 1 says that it is faster. A
-    peer's time is the least of those in the run and of the known one that stands in `peer_us`.
-    Ratios are geometric means, with the least and the largest where a class has several shapes.
+    Ours is the fastest that is neither a baseline library nor `jnp`. A ratio above 1 says that ours
+    is faster. The time of the baseline is the smallest in the run or in `peer_us`. Ratios are
+    geometric means, with the smallest and largest if a class has several shapes.
     """
     shapes: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -51,7 +51,7 @@ def best_when(rows: Iterable[Row]) -> list[Row]:
 
 
 def ratio_words(values: Sequence[float]) -> str:
-    """`1.07 (0.93 to 1.20)`: mean, least, largest; one number where there is but one."""
+    """Returns mean, smallest and largest as "1.07 (0.93 to 1.20)", or one number if all agree."""
     if not values:
         return ""
     mean = f"{statistics.geometric_mean(values):.2f}"
@@ -83,7 +83,7 @@ def _summary(key: Row, shapes: Sequence[Sequence[Row]]) -> Row:
             over_peer.append(min(known) / best["us"])
         if BASELINE in times:
             over_baseline.append(times[BASELINE] / best["us"])
-        elif best.get("speed_over_jnp"):  # its time is of the same shape on other pages
+        elif best.get("speed_over_jnp"):  # relative to the same shape with other pages
             over_baseline.append(best["speed_over_jnp"])
         if best.get("of_ceiling"):
             share.append(best["of_ceiling"])

@@ -1,8 +1,8 @@
-"""How decode attention is timed: a model's layers over caches of their own, checked, in bursts.
+"""Programs and inputs for timing decode attention: the layers of a model, in bursts of launches.
 
-Rows that share batch and cache dtype share `Pool`s: one flat array of tokens a layer, seen as pages
-of any size. Rows that differ in their lengths alone share compiled programs too, as the steps of a
-server do.
+Each layer has its own cache, and outputs are checked. Rows with the same batch and cache dtype
+share a `Pool`: one flat array of tokens per layer, which is viewed as pages of any size. Rows that
+differ only in their lengths share compiled programs too, as the steps of a server do.
 """
 
 import dataclasses
@@ -25,55 +25,58 @@ from mla_jax.problem import AttentionProblem
 from mla_jax.reference.attention import attention_float64
 from mla_jax.registry import IMPLEMENTATIONS
 
-MOSAIC_CALLS = ("mosaic_gpu", "mosaic_gpu_v2")  # that jax.export does not promise to keep
-SCALE = 192**-0.5  # of DeepSeek-V2 and V3
-GRAIN = 128  # tokens that pools are multiples of: the largest page
-SHORT_TABLE, MOST_IN_SHORT_TABLES = 4096, 16384  # tokens: of a block table, of all of a batch
-LONG_BURST = 0.02  # seconds, about; a card at its power limit slows down
-# Relative error of o against float64 on what is in the cache. With an int8 cache P is rounded with
-# V's scale folded in, and q to 14 bits.
+MOSAIC_CALLS = ("mosaic_gpu", "mosaic_gpu_v2")  # jax.export does not promise to keep these stable
+SCALE = 192**-0.5  # softmax scale of DeepSeek-V2 and V3
+GRAIN = 128  # pools have a multiple of so many tokens: the largest page
+SHORT_TABLE, MOST_IN_SHORT_TABLES = 4096, 16384  # tokens: per block table, and per batch
+LONG_BURST = 0.02  # seconds, approximately; longer bursts slow down a card at its power limit
+# Bounds of the relative error of o against float64, for the values in the cache. With an int8 cache
+# P is rounded with V's scale folded in, and q to 14 bits.
 BOUND = {"bf16": OUTPUT_BOUND["bfloat16"], "int8": 6e-3}
 BOUND_OF_LSE = {"bf16": 1e-3, "int8": 2e-3}
-# KV tokens of a batch up to which those are timed that define or show and are not made to race.
+# KV tokens per batch up to which implementations are timed that are not made to be fast.
 MOST_TOKENS = {"reference": 1 << 14, "split_kv": 1 << 14, "blockwise": 1 << 10}
-SLOW_LAYERS = 4  # that plain JAX is timed on: it is bound by its many launches, not by memory
-ORACLE_TOKENS = 40_000  # that a check reads at most, after the longest request
+SLOW_LAYERS = 4  # layers for plain JAX, which is limited by its many launches, not by memory
+ORACLE_TOKENS = 40_000  # tokens that a check reads at most, besides the longest request
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What this machine and run allow."""
+    """The limits of this machine and run."""
 
     memory: int  # bytes for caches
     kv_lora_rank: int = 512
     rope_dim: int = 64
-    rotate: int = 4 * timing.L2_BYTES  # bytes of KV between two visits of a layer
+    rotate: int = 4 * timing.L2_BYTES  # bytes of KV read between two launches of a layer
     min_layers: int = 4
     usual_layers: int = 12
     max_layers: int = 128
-    launches: int = 48  # of a program, about
+    launches: int = 48  # per program, approximately
     rounds: int = 7
-    page_rounds: int = 45  # where page sizes are compared: a few hundredths are between them
+    page_rounds: int = 45  # for comparing page sizes, which differ by a few percent
     pause: float = 0.03
     seed: int = 0
 
     @property
     def widths(self) -> tuple[int, int]:
-        """(kv_lora_rank, rope_dim), as sessions have it."""
+        """(kv_lora_rank, rope_dim), as stored in sessions."""
         return self.kv_lora_rank, self.rope_dim
 
     @property
     def width(self) -> int:
-        """D."""
+        """D, the values per token."""
         return self.kv_lora_rank + self.rope_dim
 
     def token_bytes(self, dtype: str) -> int:
-        """Of a token in a layer's cache: int8 has a float32 scale and a bf16 rope part."""
+        """Returns bytes per token and layer; int8 has a float32 scale and a bf16 rope part."""
         return self.kv_lora_rank + 2 * self.rope_dim + 4 if dtype == "int8" else 2 * self.width
 
     @staticmethod
     def here(memory_gib: float, kv_lora_rank: int, rope_dim: int, seed: int) -> "Setup":
-        """For the default device; memory_gib 0: six tenths of what it has, 2 GiB on a CPU."""
+        """Returns the setup of the default device.
+
+        memory_gib: memory for caches; 0 is 60 % of the device's, or 2 GiB on a CPU.
+        """
         statistics = jax.devices()[0].memory_stats() or {}
         limit = int(0.6 * statistics["bytes_limit"]) if "bytes_limit" in statistics else 2 << 30
         memory = int(memory_gib * 2**30) or limit
@@ -86,22 +89,22 @@ class Setup:
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """Who computes: the op with an implementation and options, or `jnp`."""
+    """An implementation with options of the op, or `jnp`, as it is timed."""
 
     name: str
-    options: tuple[tuple[str, Any], ...] = ()  # of the op, implementation among them
-    separated: bool = False  # time it with a kernel between launches too
-    most_layers: int | None = None  # that it is timed on, where it is slow
-    most_tokens: int | None = None  # KV tokens of a batch past which it is not timed
+    options: tuple[tuple[str, Any], ...] = ()  # options of the op, including implementation
+    separated: bool = False  # whether it is also timed with a kernel between launches
+    most_layers: int | None = None  # layers that it is timed on at most, if it is slow
+    most_tokens: int | None = None  # KV tokens per batch up to which it is timed
 
     @property
     def implementation(self) -> str | None:
-        """None: `jnp`, attention over contiguous KV."""
+        """The name of the implementation; None is `jnp`, attention over contiguous KV."""
         return dict(self.options).get("implementation")
 
 
 def contender(name: str) -> Contender:
-    """An implementation by its name, with default options; or "jnp"."""
+    """Returns an implementation with default options, or "jnp"."""
     if name == "jnp":
         return Contender("jnp")
     options = (("implementation", name),)
@@ -114,16 +117,16 @@ def contender(name: str) -> Contender:
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """The caches of some rows, one for each of `layers`."""
+    """The caches of some rows, one per layer."""
 
     tokens: int
-    capacity: int  # tokens that a request's block table reaches, at most
+    capacity: int  # tokens per block table at most
     layers: int
     dtype: str
 
     @staticmethod
     def of(rows: Sequence[Shape], setup: Setup) -> "Pool":
-        """Large enough for the largest of rows; layers enough for the smallest."""
+        """Returns a pool with tokens for the largest of the rows and layers for the smallest."""
         tokens, token_bytes = max(map(pool_tokens, rows)), setup.token_bytes(rows[0].dtype)
         capacity = max(-(-max(row.seq_lens) // GRAIN) * GRAIN for row in rows)
         smallest = min(sum(row.seq_lens) for row in rows) * token_bytes
@@ -135,7 +138,7 @@ class Pool:
         return Pool(tokens, capacity, layers, rows[0].dtype)
 
     def structs(self, setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
-        """A layer's arrays by the cache's field that they fill, a row a token."""
+        """Returns the arrays of a layer by the cache's field, with one row per token."""
         if self.dtype == "bf16":
             return {"pages": _struct((self.tokens, setup.width), jnp.bfloat16)}
         return {
@@ -145,7 +148,7 @@ class Pool:
         }
 
     def fill(self, setup: Setup) -> list[dict[str, jax.Array]]:
-        """Random layers, the same for the same seed."""
+        """Returns random layers, the same for the same seed."""
         make = jax.jit(functools.partial(_random_layer, self, setup))
         return [make(key) for key in jax.random.split(jax.random.key(setup.seed), self.layers)]
 
@@ -164,12 +167,12 @@ def _random_layer(pool: Pool, setup: Setup, key: jax.Array) -> dict[str, jax.Arr
 
 
 def pool_tokens(row: Shape) -> int:
-    """Tokens that a row's pages take, whatever their size."""
+    """Returns the tokens of a row's pages, which are the same for every page size."""
     return sum(-(-length // GRAIN) for length in row.seq_lens) * GRAIN
 
 
 def lacks_memory(row: Shape, setup: Setup) -> str | None:
-    """Why a row's caches don't fit here; None where they do."""
+    """Returns why a row's caches do not fit here, or None if they do."""
     needed = pool_tokens(row) * setup.token_bytes(row.dtype) * setup.min_layers
     if needed <= setup.memory:
         return None
@@ -180,7 +183,7 @@ def lacks_memory(row: Shape, setup: Setup) -> str | None:
 
 
 def cache_struct(pool: Pool, page_size: int, setup: Setup) -> PagedKVCache:
-    """A cache of the pool with ShapeDtypeStructs in it. ValueError where there is no such cache."""
+    """Returns a cache of ShapeDtypeStructs for the pool; raises ValueError if there is none."""
     return jax.eval_shape(
         lambda: PagedKVCache.create(
             pool.tokens // page_size,
@@ -198,9 +201,9 @@ def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Everything about rows that share programs: all but their lengths is one, see `key`."""
+    """Rows that share programs, because they only differ in lengths; see `key`."""
 
-    row: Shape  # any of them
+    row: Shape  # any of the rows
     pool: Pool
     setup: Setup
 
@@ -215,10 +218,10 @@ class Work:
 
     @property
     def capacity(self) -> int:
-        """Tokens that a request's block table reaches.
+        """Tokens per block table.
 
-        Few short requests have short tables, as a server that sorts steps by length gives them:
-        kernels choose by it.
+        A few short requests have short tables, as in a server that groups steps by length. Kernels
+        select their tile sizes by it.
         """
         short = max(self.row.seq_lens) <= SHORT_TABLE
         short &= self.row.batch * SHORT_TABLE <= MOST_IN_SHORT_TABLES
@@ -234,7 +237,7 @@ class Work:
         return _struct((self.row.batch,), jnp.int32)
 
     def refuses(self, who: Contender) -> str | None:
-        """Why `who` can't compute this here; None where it can."""
+        """Returns why `who` can't compute this, or None if it can."""
         name = who.implementation
         if name is None:
             return None if self.row.dtype == "bf16" else "it reads bf16"
@@ -265,10 +268,10 @@ class Work:
         return IMPLEMENTATIONS[name].unavailable(problem)
 
     def planner(self, who: Contender) -> Callable[[jax.Array], Any]:
-        """seq_lens -> what `who` wants planned once a step; None for most."""
+        """Returns seq_lens -> the plan that `who` uses in one step; None for most."""
         if who.implementation != "hopper":
             return lambda seq_lens: None
-        from pallas_kernels.hopper.attention import plan_decode
+        from pallas_kernels.hopper.planning import plan_decode
 
         rescale = dict(who.options).get("rescale", "multiply")
         rows, cache = self.row.s_q * self.row.heads, "int8" if self.row.dtype == "int8" else "float"
@@ -277,7 +280,7 @@ class Work:
         )
 
     def step(self, who: Contender) -> Callable[..., tuple[jax.Array, jax.Array]]:
-        """(q, layer, (block tables, seq_lens, plan)) -> (o, lse)."""
+        """Returns (q, layer, (block tables, seq_lens, plan)) -> (o, lse)."""
         struct = cache_struct(self.pool, self.row.page_size, self.setup)
 
         def step(q: jax.Array, layer: Mapping[str, jax.Array], shared: tuple) -> tuple:
@@ -293,18 +296,18 @@ class Work:
         return step
 
     def passes(self, rows: Iterable[Shape], layers: int) -> int:
-        """How often a program goes through the layers: `launches` where they are short."""
+        """Returns how often a program runs all layers: `launches` times if they are short."""
         longest = max(estimated_seconds(row, self.setup) for row in rows)
         launches = min(self.setup.launches, LONG_BURST / longest)
         return max(1, round(launches / layers))
 
     def compile(self, who: Contender, rows: Sequence[Shape]) -> "Programs":
-        """Takes seconds, most of them outside Python: run several in threads."""
+        """Compiles the programs; takes seconds, most of them outside Python, so use threads."""
         count = min(self.pool.layers, who.most_layers or self.pool.layers)
         layers = [self.pool.structs(self.setup)] * count
         plan = jax.jit(self.planner(who))
         shared = self.tables, self.seq_lens, jax.eval_shape(plan, self.seq_lens)
-        # Exported, a kernel is lowered once for all its bursts; Python has one thread for that.
+        # An exported kernel is lowered once for all bursts. Lowering runs in one thread of Python.
         checks = [export.DisabledSafetyCheck.custom_call(name) for name in MOSAIC_CALLS]
         step = jax.jit(self.step(who))
         exported = export.export(step, disabled_checks=checks)(self.q, layers[0], shared)
@@ -324,7 +327,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """Compiled: the plan, and the bursts on so many layers by the column of their time."""
+    """The compiled plan and the compiled bursts on so many layers, by the column of their time."""
 
     layers: int
     plan: Callable[[jax.Array], Any]
@@ -332,16 +335,17 @@ class Programs:
 
 
 def estimated_seconds(row: Shape, setup: Setup) -> float:
-    """Of a launch on an H200, about: to choose how many make a burst."""
+    """Returns the approximate time of a launch on an H200, to choose the launches of a burst."""
     tokens = sum(row.seq_lens)
     flops = 2 * tokens * row.s_q * row.heads * (setup.width + setup.kv_lora_rank)
     return max(1e-5, tokens * setup.token_bytes(row.dtype) / 4e12, flops / 6e14)
 
 
 def jnp_step(kv_lora_rank: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Absorbed attention as a JAX user writes it, over contiguous KV: what XLA makes of it.
+    """Returns absorbed attention over contiguous KV, as a JAX user writes it.
 
-    (q [B, S, H, D], kv [B, T, D], seq_lens [B]) -> (o, lse)."""
+    The function is (q [B, S, H, D], kv [B, T, D], seq_lens [B]) -> (o, lse).
+    """
 
     def step(q: jax.Array, kv: jax.Array, seq_lens: jax.Array) -> tuple[jax.Array, jax.Array]:
         scores = jnp.einsum("bshd,btd->bsht", q, kv, preferred_element_type=jnp.float32) * SCALE
@@ -357,7 +361,7 @@ def jnp_step(kv_lora_rank: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
 
 
 def contiguous(row: Shape, setup: Setup) -> tuple[tuple[int, int, int], int]:
-    """Shape [B, T, D] of what `jnp` reads, and in how many layers."""
+    """Returns the shape [B, T, D] of the KV that `jnp` reads, and the number of layers."""
     longest = max(row.seq_lens)
     layer_bytes = row.batch * longest * 2 * setup.width
     layers = min(max(2, math.ceil(setup.rotate / layer_bytes)), setup.max_layers)
@@ -370,9 +374,9 @@ def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def lacks_contiguous_memory(row: Shape, setup: Setup) -> str | None:
-    """Why `jnp` can't have its KV and scores beside the caches; None where it can."""
+    """Returns why KV and scores of `jnp` do not fit beside the caches, or None if they do."""
     (batch, longest, width), layers = contiguous(row, setup)
-    scores = batch * row.s_q * row.heads * longest * 12  # float32 twice, and what XLA keeps
+    scores = batch * row.s_q * row.heads * longest * 12  # bytes: float32 twice, and XLA's copy
     needed = batch * longest * width * 2 * layers + scores
     if needed <= setup.memory / 2:
         return None
@@ -380,7 +384,7 @@ def lacks_contiguous_memory(row: Shape, setup: Setup) -> str | None:
 
 
 def compile_jnp(row: Shape, setup: Setup) -> timing.ModelProgram:
-    """The burst of `jnp`, for this row's lengths."""
+    """Compiles the burst of `jnp` for this row's lengths."""
     shape, layers = contiguous(row, setup)
     q = _struct((row.batch, row.s_q, row.heads, setup.width), jnp.bfloat16)
     kv = [_struct(shape, jnp.bfloat16)] * layers
@@ -396,7 +400,7 @@ def compile_jnp(row: Shape, setup: Setup) -> timing.ModelProgram:
 
 @dataclasses.dataclass
 class Inputs:
-    """A row's arrays."""
+    """The arrays of a row."""
 
     row: Shape
     setup: Setup
@@ -409,7 +413,7 @@ class Inputs:
     def make(
         row: Shape, setup: Setup, layers: list[dict[str, jax.Array]], capacity: int
     ) -> "Inputs":
-        """Pages in random order, q as large as k."""
+        """Returns inputs with pages in random order and q of k's magnitude."""
         rng = np.random.default_rng(setup.seed)
         size = row.page_size
         order = rng.permutation(layers[0]["pages"].shape[0] // size).astype(np.int32)
@@ -422,17 +426,17 @@ class Inputs:
         return Inputs(row, setup, layers, jnp.asarray(q, jnp.bfloat16), tables, lengths)
 
     def shared(self, programs: Programs) -> tuple[jax.Array, jax.Array, Any]:
-        """Block tables, lengths, plan."""
+        """Returns block tables, lengths and plan."""
         return jnp.asarray(self.tables), self.seq_lens, programs.plan(self.seq_lens)
 
     def contiguous(self) -> list[jax.Array]:
-        """Layers [B, T, D] for `jnp`: other random numbers, in no pages."""
+        """Returns layers [B, T, D] of other random numbers without pages, for `jnp`."""
         shape, count = contiguous(self.row, self.setup)
         keys = jax.random.split(jax.random.key(self.setup.seed), count)
         return [_normal(key, shape) for key in keys]
 
     def sample(self) -> list[int]:
-        """Requests to check: the longest, the shortest and others, as many as are soon read."""
+        """Returns requests to check: the longest, and two of the shortest if they are not long."""
         lengths = self.row.seq_lens
         by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         chosen, tokens = by_length[:1], 0
@@ -443,7 +447,7 @@ class Inputs:
         return chosen
 
     def rows_of(self, request: int, layer: int) -> np.ndarray:
-        """[T, D] float64: what is in the cache, by the definition of pages."""
+        """Returns the rows of a request in the cache, [T, D] float64, as pages are defined."""
         size, capacity = self.row.page_size, self.tables.shape[1] * self.row.page_size
         position = np.arange(capacity)
         place = self.tables[request, position // size] * size + position % size
@@ -458,7 +462,7 @@ class Inputs:
         )
 
     def oracle(self, layer: int) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """request -> (o, lse) in float64 over that layer."""
+        """Returns request -> (o, lse) in float64 for a layer."""
         q = np.asarray(self.q)
         return {
             request: attention_float64(
@@ -474,7 +478,7 @@ class Inputs:
 def errors_of(
     output: tuple[Any, Any], wanted: Mapping[int, tuple[np.ndarray, np.ndarray]], dtype: str
 ) -> Row:
-    """`error`, `lse_error` and whether they are within bounds. All rows must be finite."""
+    """Returns `error`, `lse_error` and whether both are in bounds and all outputs are finite."""
     o, lse = (np.asarray(x) for x in output)
     requests = list(wanted)
     error = relative_error(o[requests], np.stack([wanted[i][0] for i in requests]))
@@ -488,7 +492,7 @@ def errors_of(
 def time_bursts(
     bursts: Mapping[str, timing.Burst], *, rounds: int, pause: float
 ) -> dict[str, timing.Timing]:
-    """All of them in turn; what is slow in fewer rounds."""
+    """Times all bursts in turn, slow ones in fewer rounds."""
     once = {}
     for name, burst in bursts.items():
         burst.run(1)

@@ -1,10 +1,9 @@
-"""Runs rows of decode benchmarks: compiles in threads, checks, times, and can go on where it ended.
+"""Runs rows of decode benchmarks: compiles in threads, checks and times them, and can resume.
 
-Every row is written to `rows.jsonl` (see journal.py) as soon as it is known. Where that file is
-there already, its measured and failed rows are not run again; skipped ones are looked at anew.
-Pools of many rows go first, so that time which ends early leaves little undone. The
-contenders of a shape take turns, and so do its page sizes, because a card's speed changes from
-minute to minute.
+Every row is written to `rows.jsonl` (see journal.py) as soon as it is known. If that file exists,
+its measured and failed rows are not run again, but skipped ones are. Pools of many rows run first,
+so that a run that ends early leaves few rows. The contenders of a shape alternate, and so do its
+page sizes, because the speed of a card changes from minute to minute.
 """
 
 import dataclasses
@@ -22,8 +21,7 @@ import numpy as np
 from experiments.framework.console import say, track
 from experiments.framework.experiment import Row
 from experiments.framework.journal import Journal, Key
-from experiments.speed import baselines as peers
-from experiments.speed import timing
+from experiments.speed import baselines, timing
 from experiments.speed.decode_bench import (
     SCALE,
     Contender,
@@ -41,29 +39,29 @@ from experiments.speed.decode_bench import (
 from experiments.speed.shapes import Shape
 from mla_jax.reference.attention import attention_float64
 
-WORKS_AT_A_TIME = 8  # whose programs are compiled before they are timed
+WORKS_AT_A_TIME = 8  # groups of rows whose programs are compiled before they are timed
 
 Task = tuple[Shape, Contender]
-Entry = tuple[dict[str, timing.Burst], Row]  # by the column of their time; what is known before it
+Entry = tuple[dict[str, timing.Burst], Row]  # bursts by time column, and the columns known before
 
 
 class DeviceLostError(Exception):
-    """The device answers nothing any more."""
+    """Raised when the device no longer responds."""
 
 
 @dataclasses.dataclass
 class Runner:
-    """Times tasks, pool after pool."""
+    """Times tasks, one pool after the other."""
 
     setup: Setup
     journal: Journal
-    seconds: float  # after which nothing new is begun; 0: none
+    seconds: float  # time after which no work starts; 0 is no limit
 
     def __post_init__(self) -> None:
         self._end = time.monotonic() + self.seconds if self.seconds else float("inf")
 
     def run(self, tasks: Sequence[Task], peer_names: Sequence[str] = ()) -> int:
-        """Runs what is not done yet; returns how many tasks were left for lack of time."""
+        """Runs the tasks without a row; returns how many were left for lack of time."""
         shared: dict[tuple, list[Shape]] = {}
         for row in dict.fromkeys(row for row, _ in tasks):
             if lacks_memory(row, self.setup) is None:
@@ -88,7 +86,7 @@ class Runner:
         return (row, name) in self.journal.rows
 
     def _skips(self, task: Task, pools: Mapping[tuple, Pool]) -> bool:
-        """Notes why a task can't be run, if it can't."""
+        """Returns whether a task can't be run, and records the reason."""
         row, who = task
         reason = lacks_memory(row, self.setup)
         if reason is None and who.implementation is None:
@@ -96,12 +94,12 @@ class Runner:
         if reason is None:
             reason = Work(row, pools[row.batch, row.dtype], self.setup).refuses(who)
         if reason is None and who.most_tokens and sum(row.seq_lens) > who.most_tokens:
-            reason = f"it is timed up to {who.most_tokens} KV tokens: it defines, it does not race"
+            reason = f"timed up to {who.most_tokens} KV tokens, because it is not made to be fast"
         if reason is not None:
             self.journal.add(row, who.name, "skipped", reason=reason)
         return reason is not None
 
-    def _run_pool(self, pool: Pool, tasks: list[Task], peer_names: Sequence[str]) -> None:
+    def _run_pool(self, pool: Pool, tasks: list[Task], baseline_names: Sequence[str]) -> None:
         layers: list[Any] = []
         for chunk in self._chunks(pool, tasks):
             if self._late():
@@ -115,11 +113,13 @@ class Runner:
             for match in track(matches.values(), label):
                 if self._late():
                     return
-                self._run_match(match, pool, layers, programs, peer_names)
+                self._run_match(match, pool, layers, programs, baseline_names)
 
     def _chunks(self, pool: Pool, tasks: Iterable[Task]) -> Iterator[list[list[Task]]]:
-        """WORKS_AT_A_TIME groups of tasks that share programs, or a few more: those that differ in
-        page size alone stay together."""
+        """Yields groups of tasks that share programs, about WORKS_AT_A_TIME at once.
+
+        Tasks that differ only in page size stay together.
+        """
         families: dict[tuple, dict[tuple, list[Task]]] = {}
         for row, who in tasks:
             key = heads, s_q, _, capacity = Work(row, pool, self.setup).key
@@ -135,7 +135,7 @@ class Runner:
             yield chunk
 
     def _compile(self, pool: Pool, chunk: Sequence[Sequence[Task]]) -> dict[Any, Future]:
-        """Programs by contender and `Work.key`, of `jnp` by row; in threads."""
+        """Compiles in threads; returns programs by contender and `Work.key`, or row for `jnp`."""
         jobs: dict[Any, Callable[[], Any]] = {}
         for group in chunk:
             for who in dict.fromkeys(who for _, who in group):
@@ -151,7 +151,7 @@ class Runner:
             try:
                 for _ in track(as_completed(futures.values()), "compiling", total=len(futures)):
                     pass
-            except BaseException:  # An interrupt waits for none of them.
+            except BaseException:  # an interrupt does not wait for programs
                 executor.shutdown(wait=False, cancel_futures=True)
                 raise
         return futures
@@ -162,13 +162,13 @@ class Runner:
         pool: Pool,
         layers: list[Any],
         programs: dict[Any, Future],
-        peer_names: Sequence[str],
+        baseline_names: Sequence[str],
     ) -> None:
-        """Times rows that differ in page size alone, all of them in turn."""
+        """Times rows that differ only in page size, all of them in turn."""
         entries: dict[Key, Entry] = {}
         for row in dict.fromkeys(row for row, _ in tasks):
             contenders = [who for other, who in tasks if other == row]
-            entries |= self._enter_row(row, pool, layers, contenders, programs, peer_names)
+            entries |= self._enter_row(row, pool, layers, contenders, programs, baseline_names)
 
         def label(key: Key, column: str) -> str:
             return f"{key[0].label}, {key[1]}, {column}"
@@ -202,9 +202,9 @@ class Runner:
         layers: list[Any],
         contenders: Iterable[Contender],
         programs: dict[Any, Future],
-        peer_names: Sequence[str],
+        baseline_names: Sequence[str],
     ) -> dict[Key, Entry]:
-        """Those that are right; a failure is a row of the journal already."""
+        """Returns the entries whose output is right; records the others as failed."""
         work = Work(row, pool, self.setup)
         inputs = Inputs.make(row, self.setup, layers, work.capacity)
         oracles: dict[int, Any] = {}
@@ -237,9 +237,9 @@ class Runner:
             enter(who.name, make)
         bursts = [burst for mine, _ in found.values() for burst in mine.values()]
         launches = max((burst.launches for burst in bursts), default=0)
-        for name in peer_names if launches else ():
+        for name in baseline_names if launches else ():
             if not self._done(row, name) and row.dtype == "bf16":
-                enter(name, functools.partial(_enter_peer, name, inputs, launches, oracle))
+                enter(name, functools.partial(_enter_baseline, name, inputs, launches, oracle))
         return found
 
     def _enter_op(
@@ -261,7 +261,7 @@ class Runner:
         )
 
     def _enter_jnp(self, inputs: Inputs, compiled: "Future[timing.ModelProgram]") -> Entry:
-        """Checked on one request; its KV is in no pages, so the oracle is its own."""
+        """Makes the entry of `jnp`, checked on one request with a reference for its own KV."""
         program = compiled.result()
         kv = inputs.contiguous()
         arguments = inputs.q, kv, inputs.seq_lens
@@ -280,7 +280,7 @@ class Runner:
         return {"us": program.burst(*arguments)}, columns
 
     def _fail(self, row: Shape, name: str, error: Exception) -> None:
-        """Notes a failure. DeviceLostError where the device is gone: then nothing is noted."""
+        """Records a failure. Raises DeviceLostError instead if the device does not respond."""
         try:
             jax.block_until_ready(jnp.zeros(8) + 1)
         except Exception as lost:
@@ -292,7 +292,9 @@ class Runner:
         self.journal.add(row, name, "failed", reason=reason)
 
 
-def _enter_peer(name: str, inputs: Inputs, launches: int, oracle: Callable[[int], Any]) -> Entry:
-    peer = peers.FlashInfer(name, inputs)
-    columns = errors_of(peer.output(0), oracle(0), inputs.row.dtype)
-    return peer.bursts(launches), {**columns, "layers": len(inputs.layers)}
+def _enter_baseline(
+    name: str, inputs: Inputs, launches: int, oracle: Callable[[int], Any]
+) -> Entry:
+    baseline = baselines.FlashInfer(name, inputs)
+    columns = errors_of(baseline.output(0), oracle(0), inputs.row.dtype)
+    return baseline.bursts(launches), {**columns, "layers": len(inputs.layers)}

@@ -1,8 +1,8 @@
-"""The Hopper decode kernel on the rows for which it has a bar to clear, with each of its options.
+"""Times the Hopper decode kernel on the shapes that have a target, with each of its options.
 
     python -m experiments.launch --experiment=kernel_bench --output_dir=out
 
-Machinery, columns, resuming and --collect are those of `benchmark`. It needs an H100 or H200.
+Columns, resuming and --collect are those of `benchmark`. It needs an H100 or H200.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from experiments.framework.experiment import InputError, Outcome, Output, Row
 from experiments.framework.journal import Journal
 from experiments.framework.options import flag, seed_flag
 from experiments.framework.results import write_whole
-from experiments.speed import baselines as peers
+from experiments.speed import baselines
 from experiments.speed.benchmark import (
     collected,
     finished,
@@ -29,32 +29,32 @@ from experiments.speed.decode_runner import Runner
 from experiments.speed.shapes import PRESETS, Shape, preset
 from mla_jax.registry import IMPLEMENTATIONS
 
-SUMMARY = "the Hopper kernel against its bars, with each of its options: time and error"
+SUMMARY = "the Hopper kernel and its targets, with each of its options: time and error"
 
 KERNEL = "hopper"
-VARIANTS: dict[str, dict[str, str]] = {  # options of the op, beside the defaults
+VARIANTS: dict[str, dict[str, str]] = {  # options of the op that differ from the defaults
     "multiply": {},
     "exponent_add": {"rescale": "exponent_add"},
     "partials_bfloat16": {"partial_dtype": "bfloat16"},
     "partials_float32": {"partial_dtype": "float32"},
 }
-PAGE_BARS = {128: 0.98, 16: 0.9, 1: 0.75}  # speed, against pages of 64
+PAGE_BARS = {128: 0.98, 16: 0.9, 1: 0.75}  # page size -> speed relative to pages of 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    preset: str = flag("bars", "of rows; bars: those that have one", choices=tuple(PRESETS))
-    variants: tuple[str, ...] = flag((), "options to run; none: all", choices=tuple(VARIANTS))
-    peers: tuple[str, ...] = flag((), "which to run beside it", choices=PEERS)
-    seconds: float = flag(0.0, "begin nothing new after as many; 0: no limit", lower_bound=0)
-    memory_gib: float = flag(0.0, "for caches; 0: six tenths of the device's", lower_bound=0)
+    preset: str = flag("bars", "set of rows; bars: those with a target", choices=tuple(PRESETS))
+    variants: tuple[str, ...] = flag((), "options to run; default: all", choices=tuple(VARIANTS))
+    peers: tuple[str, ...] = flag((), "baselines to run, too", choices=PEERS)
+    seconds: float = flag(0.0, "time after which no work starts; 0: no limit", lower_bound=0)
+    memory_gib: float = flag(0.0, "for caches; 0 is 60 % of the device's", lower_bound=0)
     seed: int = seed_flag("of all random numbers")
-    collect: bool = flag(False, "run nothing: the result of the rows that the folder has")
+    collect: bool = flag(False, "run nothing, make a result of the rows in the folder")
 
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """What is wanted of some rows, in a column of theirs."""
+    """A target: the smallest value that a column should have in some rows."""
 
     work: str
     column: str
@@ -63,7 +63,10 @@ class Bar:
 
 
 def _is(**wanted: object) -> Callable[[Shape], bool]:
-    """Whether a bf16 row has these values, or one of a tuple's; page 64 and uniform if not said."""
+    """Returns whether a bf16 row has these values; a tuple allows several.
+
+    Without a value for them, the page size is 64 and lengths are uniform.
+    """
     full = {"page_size": 64, "lengths": "uniform", "dtype": "bf16", "s_q": 1} | wanted
 
     def concerns(row: Shape) -> bool:
@@ -104,7 +107,7 @@ BARS = (
 def run(options: Options, output: Output) -> Outcome:
     variants = [variant(name) for name in options.variants or VARIANTS]
     rows = preset(options.preset)
-    # On other pages the options cost what they cost on pages of 64.
+    # The options are only timed with pages of 64, because their cost does not depend on pages.
     tasks = [
         (row, who)
         for row in rows
@@ -121,12 +124,12 @@ def run(options: Options, output: Output) -> Outcome:
         journal = Journal.open(output.rows_path())
         runner = Runner(setup, journal, options.seconds)
         journal.begin(measured_ceilings(), setup.widths)
-        left = runner.run(tasks, options.peers if peers.unavailable() is None else ())
+        left = runner.run(tasks, options.peers if baselines.unavailable() is None else ())
     table = with_pages(finished(journal, setup))
     show(table)
     bars, costs = bar_rows(table), cost_rows(table)
-    show_table("Bars", bars)
-    show_table("What options cost, against the first", costs)
+    show_table("Targets", bars)
+    show_table("Cost of the options, relative to the first", costs)
     write_csv(output.path("kernel_bench.csv"), table)
     write_whole(output.path("kernel_bench.md"), markdown(table))
     if not options.collect:
@@ -136,7 +139,7 @@ def run(options: Options, output: Output) -> Outcome:
     met = sum(bar["met"] is True for bar in bars)
     return Outcome(
         passed=measured > 0 and not failed,
-        summary=f"{met} of {len(bars)} bars met; {measured} measured, {failed} failed"
+        summary=f"{met} of {len(bars)} targets met; {measured} measured, {failed} failed"
         f"{f', {left} left for another run' if left else ''}",
         rows=table,
         headline={"bars": bars, "costs": costs, "left": left, "sessions": journal.sessions},
@@ -145,13 +148,13 @@ def run(options: Options, output: Output) -> Outcome:
 
 
 def variant(name: str) -> Contender:
-    """The kernel with the options of that name."""
+    """Returns the kernel with the options of that name."""
     options = {"implementation": KERNEL, **VARIANTS[name]}
     return Contender(f"{KERNEL} {name}", tuple(options.items()), separated=True)
 
 
 def with_pages(table: list[Row]) -> list[Row]:
-    """The rows, with `speed_over_page_64` where that is known of the same device."""
+    """Adds `speed_over_page_64` to the rows for which it is known on the same device."""
 
     def key(row: Row) -> tuple:
         same = dataclasses.replace(Shape.of(row), page_size=64)
@@ -170,9 +173,9 @@ def with_pages(table: list[Row]) -> list[Row]:
 
 
 def bar_rows(table: Sequence[Row], implementation: str | None = None) -> list[Row]:
-    """Each bar with the worst of its rows; `met` None: nothing known.
+    """Returns each target with the worst of its rows; `met` is None if nothing is known.
 
-    implementation: whose rows; None: the kernel's with default options, as they are called here.
+    implementation: whose rows; None is the kernel with default options.
     """
     implementation = implementation or variant(next(iter(VARIANTS))).name
     found: list[Row] = []
@@ -192,7 +195,7 @@ def bar_rows(table: Sequence[Row], implementation: str | None = None) -> list[Ro
 
 
 def cost_rows(table: Sequence[Row]) -> list[Row]:
-    """Time against the default options, smallest and largest, and the largest error."""
+    """Returns the smallest and largest time relative to the defaults, and the largest error."""
     first, *others = (variant(name).name for name in VARIANTS)
     measured = {
         ((row.get("device"), Shape.of(row)), row["implementation"]): row

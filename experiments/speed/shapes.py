@@ -1,4 +1,4 @@
-"""The grid of decode benchmarks: what a row is, which rows a preset holds."""
+"""The grid of decode benchmarks: shapes, and the presets made of them."""
 
 import dataclasses
 import itertools
@@ -20,29 +20,29 @@ DTYPES = ("bf16", "int8")
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Shape:
-    """One decode step of one layer; a row of the benchmark is a shape and who computes it."""
+    """One decode step of one layer; a row of the benchmark is a shape and an implementation."""
 
     batch: int
     dtype: str  # of the cache
     heads: int
     s_q: int
     page_size: int
-    lengths: str  # "uniform", or "varlen": drawn around kv_len as benchmarks/published says
+    lengths: str  # "uniform", or "varlen": random around kv_len, see benchmarks/published
     kv_len: int
 
     @property
     def seq_lens(self) -> tuple[int, ...]:
-        """KV tokens of each request, its query tokens among them."""
+        """KV tokens of each request, including its query tokens."""
         return lengths_of({key: str(value) for key, value in dataclasses.asdict(self).items()})
 
     @property
     def without_pages(self) -> "Shape":
-        """What it has in common with those that differ in page size alone."""
+        """The shape without its page size, to find shapes that differ only in that."""
         return dataclasses.replace(self, page_size=0)
 
     @property
     def label(self) -> str:
-        """In words, for progress and messages."""
+        """The shape in words, for progress and messages."""
         ragged = "~" if self.lengths == "varlen" else ""
         return (
             f"{self.heads} heads, S_q {self.s_q}, {self.batch} x {ragged}{self.kv_len}, "
@@ -51,7 +51,7 @@ class Shape:
 
     @staticmethod
     def of(row: Row) -> "Shape":
-        """The shape of a result's row. ValueError where it has none, or one that can't be."""
+        """Returns the shape of a result's row. Raises ValueError if it has no valid shape."""
         values: dict[str, Any] = {axis: row.get(axis) for axis in AXES}
         shape = Shape(**values)
         for axis in AXES:
@@ -74,7 +74,7 @@ def shapes(
     page_size: Sequence[int] = (64,),
     dtype: Sequence[str] = ("bf16",),
 ) -> Iterator[Shape]:
-    """The product of the axes."""
+    """Yields the product of the axes."""
     for b, d, h, s, p, kind, kv in itertools.product(
         batch, dtype, heads, s_q, page_size, lengths, kv_len
     ):
@@ -82,21 +82,21 @@ def shapes(
 
 
 def _tiny() -> Iterator[Shape]:
-    """For a CPU: seconds."""
+    """Yields shapes for a CPU, which take seconds."""
     yield from shapes((4, 16), (1, 2), (1, 4), (64, 256), page_size=(16,))
     yield from shapes((16,), (1,), (4,), (256,), ("varlen",), (1, 64))
     yield from shapes((16,), (1,), (4,), (256,), page_size=(64,), dtype=("int8",))
 
 
 def _quick() -> Iterator[Shape]:
-    """A GPU minute."""
+    """Yields shapes that take a minute on a GPU."""
     yield from shapes((16, 128), (1,), (1,), (1024, 16384))
     yield from shapes((16, 64, 128), (1,), (128,), (4096,))
     yield from shapes((64,), (1,), (128,), (4096,), ("varlen",))
 
 
 def _standard() -> Iterator[Shape]:
-    """Every axis, around what is served; all rows for which issue and README name a bar."""
+    """Yields shapes along every axis, around those of servers, and all that have a target."""
     usual = (16, 64, 128)
     yield from shapes(usual, (1,), (1, 16, 64, 128), (1024, 4096, 16384))
     yield from shapes(usual, (1,), (1, 16), (65536,))
@@ -114,12 +114,12 @@ def _standard() -> Iterator[Shape]:
 
 
 def _full() -> Iterator[Shape]:
-    """The whole grid: hours."""
+    """Yields the whole grid, which takes hours."""
     yield from shapes(HEADS, S_Q, BATCHES, KV_LENS, LENGTHS, PAGE_SIZES, DTYPES)
 
 
 def _bars() -> Iterator[Shape]:
-    """The rows for which the Hopper kernels have a bar to clear."""
+    """Yields the shapes for which the Hopper kernels have a target."""
     yield from shapes((128,), (1, 2), (64, 128), (4096, 16384))
     yield from shapes((64,), (1,), (128,), (4096,))
     yield from shapes((16,), (1,), (128,), (16384,))
@@ -140,5 +140,5 @@ PRESETS = {
 
 
 def preset(name: str) -> list[Shape]:
-    """The rows of a preset, sorted so that rows which share arrays stand together."""
+    """Returns the shapes of a preset, sorted so that those that share arrays are adjacent."""
     return sorted(set(PRESETS[name]()))

@@ -1,14 +1,15 @@
-"""Time on a GPU: short bursts of launches, variants interleaved, cost per launch as a slope.
+"""Times work on a GPU in short bursts of launches; the time per launch is a slope.
 
-A `Burst` is a few launches of one workload behind one asynchronous call: a jitted function that
-XLA turns into a CUDA graph, or a graph that torch captured. `measure` runs every burst once and
-then some more times and divides the difference, which cancels what the host and the first launch
-cost. Bursts are short and pauses follow, since a card at its power limit slows down as it works;
-variants take turns, in changing order, and only their ratios within one `measure` mean much.
+A `Burst` is a few launches of one workload in one asynchronous call. The call is a jitted function
+that XLA turns into a CUDA graph, or a graph that torch captured. `measure` runs every burst once
+and then several times, and divides the difference by the extra launches. This cancels the cost of
+the host and of the first launch. Bursts are short and pauses follow, because a card at its power
+limit slows down while it works. Bursts alternate in changing order. Only ratios within one
+`measure` are reliable.
 
-Two ways to put the launches of a burst in a row:
-  back to back   nothing between them: launches that can overlap do
-  separated      a small kernel between them that needs the last one's output, as in a model
+The launches of a burst follow each other in one of two ways:
+  back to back   directly, so that launches may overlap
+  separated      with a small dependent kernel between them, as in a model
 """
 
 import itertools
@@ -26,22 +27,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-L2_BYTES = 60 << 20  # of an H200
-MOST_REPEATS = 512  # that `measure` goes up to where noise hides the work
+L2_BYTES = 60 << 20  # L2 cache of an H200
+MOST_REPEATS = 512  # repeats up to which `measure` goes if noise hides the work
 # Independent launches of a graph must not run side by side.
 ONE_AFTER_THE_OTHER = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
 
 
 @dataclass(frozen=True)
 class Burst:
-    """`enqueue` starts `launches` launches and returns at once, `wait` waits for them."""
+    """A burst: `enqueue` starts `launches` launches and returns, `wait` waits for them."""
 
     launches: int
     enqueue: Callable[[], Any]
     wait: Callable[[], Any]
 
     def run(self, repeats: int) -> tuple[float, float]:
-        """Seconds until `repeats` bursts were enqueued, and until they were done."""
+        """Returns the seconds until `repeats` bursts were enqueued, and until they were done."""
         start = time.perf_counter()
         for _ in range(repeats):
             self.enqueue()
@@ -52,9 +53,10 @@ class Burst:
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds a launch: median and quartiles over the rounds.
+    """Microseconds per launch: median and quartiles over the rounds.
 
-    `host_bound` says that enqueueing took nearly as long as the work: the figure is the host's.
+    `host_bound` says that enqueueing took almost as long as the work, so that the time is the
+    host's.
     """
 
     us: float
@@ -72,14 +74,13 @@ def measure(
 ) -> dict[str, Timing]:
     """Times every burst in turn, `rounds` times, `pause` seconds apart.
 
-    The order is another one each round, see `orders`: what follows a heavy burst finds a warmer
-    card.
+    The order changes in each round, see `orders`, because a card is warmer after a heavy burst.
 
-    A round runs a burst once, and then as often as fills `seconds` beside it, so that what a host
-    is late by is small against the difference. Where noise still exceeds some of the work (a lower
-    quartile that is not above 0), it times all of it again over four times as long.
+    A round runs a burst once, and then as many more times as fill `seconds`. The delays of the host
+    are then small relative to the difference. If noise still exceeds the work of a burst (its lower
+    quartile is not above 0), all bursts are timed again over four times as long.
 
-    Raises RuntimeError naming the bursts that are lost in noise however often they run.
+    Raises RuntimeError naming the bursts that stay below the noise at MOST_REPEATS repeats.
     """
     repeats = {}
     for name, burst in bursts.items():
@@ -94,7 +95,7 @@ def measure(
         for name in (names[i] for i in order):
             burst = bursts[name]
             time.sleep(pause)
-            burst.run(1)  # a card that has paused is slower, which the slope would take off
+            burst.run(1)  # a card is slower after a pause, which would reduce the slope
             _, once = burst.run(1)
             enqueued, more = burst.run(1 + repeats[name])
             samples[name].append((more - once) / (repeats[name] * burst.launches) * 1e6)
@@ -117,10 +118,10 @@ def measure(
 
 
 def orders(count: int) -> Iterator[list[int]]:
-    """Orders of 0 .. count - 1, without end, in which each comes after each other equally often.
+    """Yields orders of 0 .. count - 1 without end; each follows each other equally often.
 
-    Once within every `count` of them, or twice within 2 * count where that is odd: the rows of a
-    square balanced for what comes before (E. J. Williams, 1949, Aust. J. Sci. Res. A 2, 149).
+    It does so once in every `count` orders, or twice in 2 * count if that is odd. The orders are
+    the rows of a balanced square (E. J. Williams, 1949, Aust. J. Sci. Res. A 2, 149).
     """
     zigzag = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(count)]  # 0, 1, -1, 2, ...
     for start in itertools.count():
@@ -141,20 +142,20 @@ def _asynchronous(compiled: Callable[..., Any], arguments: tuple, launches: int)
 class ModelProgram:
     """The attention of a model's decode steps, compiled for arrays of some shapes.
 
-    `launches` times in a row it attends to the next layer's cache; every layer has a cache of its
-    own, and all share what belongs to the step: block tables, lengths, a plan. So the checks that
-    layers share are made once, as in a model, and KV that is larger than L2 is never found in it.
+    It attends `launches` times, each time to the cache of the next layer. All layers share what
+    belongs to the step: block tables, lengths and a plan. Checks that layers share are therefore
+    made once, as in a model. KV that exceeds L2 is never found in L2.
     """
 
     launches: int
     compiled: Callable[..., Any]
 
     def burst(self, q: jax.Array, layers: Sequence[Any], shared: Any) -> Burst:
-        """Of the arrays, which must have the shapes that it was compiled for."""
+        """Returns the burst for arrays of the shapes that it was compiled for."""
         return _asynchronous(self.compiled, (q, layers, shared), self.launches)
 
     def last_output(self, q: jax.Array, layers: Sequence[Any], shared: Any) -> Any:
-        """What the last launch gave, on layer (launches - 1) % len(layers)."""
+        """Returns the output of the last launch, on layer (launches - 1) % len(layers)."""
         return self.compiled(q, layers, shared)[1]
 
 
@@ -168,15 +169,18 @@ def compile_model(
     separated: bool = False,
     compiler_options: Mapping[str, str] = ONE_AFTER_THE_OTHER,
 ) -> ModelProgram:
-    """One program of `passes` times through `layers`: `step(q, layer, shared)` for each, in order.
+    """Compiles a program that runs `step(q, layer, shared)` for all layers, `passes` times.
 
     Args:
-        step: gives a pytree of arrays.
-        q: floating point; its first element is written between launches, always the same value,
-            by a kernel that reads the output before: this ties the launches to one another.
-        layers, shared: pytrees; all of them arrays or `jax.ShapeDtypeStruct`, q too.
-        separated: write q after every launch, as a model's next layer would, and not only at the
-            end of a pass.
+        step: returns a pytree of arrays.
+        q: floating point array. A kernel between launches reads the output and then writes q's
+            first element, always with the same value. This makes the launches dependent.
+        layers: pytrees of arrays or `jax.ShapeDtypeStruct`, as q is.
+        shared: a pytree of the same kind.
+        passes: how often the layers are run.
+        separated: whether q is written after every launch, as by a model's next layer, or only at
+            the end of a pass.
+        compiler_options: options for XLA.
     """
     step = jax.jit(step)
 
@@ -189,7 +193,7 @@ def compile_model(
         for _ in range(passes):
             firsts = []
             for layer in layers:
-                # The barrier: XLA must not compute only the element that is looked at.
+                # The barrier keeps XLA from computing only the element that is read.
                 output = jax.lax.optimization_barrier(step(q, layer, shared))
                 leaf = jax.tree.leaves(output)[0]
                 firsts.append(leaf[(0,) * leaf.ndim].astype(jnp.float32))
@@ -211,8 +215,11 @@ def torch_burst(
     cycles: int = 1,
     separated: Callable[[], Any] | None = None,
 ) -> Burst:
-    """A CUDA graph of `call(0)`, ..., `call(launches - 1)`, with `separated()` in between,
-    replayed `cycles` times. It keeps both: the graph reads and writes what is theirs."""
+    """Captures `call(0)`, ..., `call(launches - 1)` in a CUDA graph, replayed `cycles` times.
+
+    `separated()` is called between launches. The burst keeps both functions alive, because the
+    graph reads and writes their arrays.
+    """
     import torch
 
     graph = torch.cuda.CUDAGraph()
@@ -234,10 +241,11 @@ def torch_burst(
 def decode_rates(
     us: float, seq_lens: Sequence[int], *, heads: int, seq_q: int = 1, token_bytes: int = 1152
 ) -> tuple[float, float]:
-    """TFLOPS and GB/s of an absorbed MLA decode with 576 latent and rope columns, 512 of them V.
+    """Returns TFLOPS and GB/s of an absorbed MLA decode with 576 latent and rope columns.
 
-    Bytes: the KV once, q and the output once (both 16 bit). Operations: every query token against
-    every key, masked or not. (The definitions of benchmarks/published.)
+    V is 512 of the columns. Bytes are the KV once, and q and the output once, both 16 bit.
+    Operations are those of every query token with every key, masked or not. benchmarks/published
+    defines them in the same way.
     """
     rows = len(seq_lens) * seq_q * heads
     flops = 2 * sum(seq_lens) * seq_q * heads * (576 + 512)
@@ -245,8 +253,11 @@ def decode_rates(
 
 
 def ceilings(gib: float = 1.0, size: int = 8192) -> dict[str, float]:
-    """What XLA reaches here: copy and read (GB/s, read plus written), matmul in bf16 (TFLOPS) and
-    in int8 (matmul_int8, 1e12 operations a second)."""
+    """Measures rates of XLA here.
+
+    They are copy and read (GB/s, read plus written), matmul in bf16 (TFLOPS), and matmul_int8 (1e12
+    operations per second).
+    """
     keys = jax.random.split(jax.random.key(0), 4)
     columns = 8192
     shape = int(gib * 2**30) // (2 * columns), columns
@@ -279,10 +290,10 @@ def ceilings(gib: float = 1.0, size: int = 8192) -> dict[str, float]:
 
 
 def kernel_times(burst: Burst, repeats: int = 3) -> dict[str, list[float]]:
-    """Microseconds that each kernel of a burst ran, by name, from the profiler's trace.
+    """Returns the microseconds of each kernel of a burst, by name, from the profiler's trace.
 
-    Tracing costs time between kernels: use it to see where a launch's time goes, not how long
-    launches take. Empty where the profiler saw no GPU.
+    Tracing adds time between kernels. Use it to see the parts of a launch, not to time launches.
+    The result is empty if the profiler saw no GPU.
     """
     burst.run(1)
     with tempfile.TemporaryDirectory() as folder:

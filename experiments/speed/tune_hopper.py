@@ -1,11 +1,12 @@
-"""Times tile plans of the Hopper kernels and writes the best.
+"""Times tile plans of the Hopper kernels and writes the best ones to the table.
 
     python -m experiments.speed.tune_hopper
 
-Runs on the GPU it tunes for. For each class of query rows in pallas_kernels/hopper/tuned.json (or
-those named: `tune_hopper 16 any int8-16`) every plan that fits is timed on some workloads, in turn
-with the plan in the table; first the sizes, then what a piece of a split, and cutting at all, are
-taken to cost. The table is changed where the geometric mean of the times falls by more than GAIN.
+It runs on the GPU to be tuned. The classes of query rows are those of
+pallas_kernels/hopper/tuned.json, or those named: `tune_hopper 16 any int8-16`. For each class,
+every plan that fits is timed on some workloads and compared with the plan in the table. Sizes are
+varied first, then the overhead of a work item and of splitting at all. The table is changed if the
+geometric mean of the times falls by more than GAIN.
 """
 
 import functools
@@ -30,12 +31,12 @@ from experiments.speed.shapes import Shape
 from experiments.speed.timing import Burst, ModelProgram, compile_model, measure
 from mla_jax.hal import TilePlan, TilePlanError
 from mla_jax.registry import IMPLEMENTATIONS
-from pallas_kernels.hopper.tuning import few_tokens, plan_of, tuned
+from pallas_kernels.hopper.tuned import few_tokens, plan_of, tuned
 
 Entry = dict[str, Any]
 Timer = Callable[[Sequence[Entry], int], list[list[float]]]
 
-WORKLOADS = (  # requests, tokens of each, whether all have as many
+WORKLOADS = (  # requests, tokens per request, kind of lengths
     (16, 1024, "uniform"),
     (64, 1024, "uniform"),
     (64, 1024, "varlen"),
@@ -43,37 +44,37 @@ WORKLOADS = (  # requests, tokens of each, whether all have as many
     (128, 4096, "varlen"),
     (4, 16384, "uniform"),
 )
-ANY_ROWS = 128  # timed for the class of all other rows
-GAIN = 0.01  # less is noise
+ANY_ROWS = 128  # query rows that are timed for the class of all other rows
+GAIN = 0.01  # smaller gains are noise
 DEPTHS = ((2, 2, 2), (2, 2, 3), (3, 2, 3), (3, 3, 3))
 REGISTERS = ((240, 24), (232, 40))
 CHOICES: dict[str, list[Entry]] = {
-    "transposed": [{"depths": [*d], "q_buffers": q} for d in DEPTHS for q in (1, 2)],
-    "transposed_int8": [
+    "decode_transposed": [{"depths": [*d], "q_buffers": q} for d in DEPTHS for q in (1, 2)],
+    "decode_transposed_int8": [
         {"computing": c, "depth": d} for c, d in itertools.product((1, 2), (2, 3, 4, 5))
     ],
-    "seesaw": [{"registers": [*r]} for r in REGISTERS],
-    "roles_int8": [{"depth": d} for d in (2, 3)],
+    "decode": [{"registers": [*r]} for r in REGISTERS],
+    "decode_int8": [{"depth": d} for d in (2, 3)],
 }
 FEW_BLOCKS, MORE_BLOCKS = (0, 1, 2, 3, 5), (2, 3, 5, 8)
 OVERHEADS = {
-    "transposed": FEW_BLOCKS,
-    "transposed_int8": FEW_BLOCKS,
-    "seesaw": MORE_BLOCKS,
-    "roles_int8": MORE_BLOCKS,
+    "decode_transposed": FEW_BLOCKS,
+    "decode_transposed_int8": FEW_BLOCKS,
+    "decode": MORE_BLOCKS,
+    "decode_int8": MORE_BLOCKS,
 }
-MERGE_OVERHEADS = (0, 4, 8)  # blocks
+MERGE_OVERHEADS = (0, 4, 8)  # in blocks
 OVERHEADS_OF = "split_overhead", "merge_overhead"
 
 
 def name_of(entry: Entry) -> str:
-    """16, any, int8-16, int8-any, ..."""
+    """Returns the name of a class: 16, any, int8-16, int8-any, ..."""
     rows = str(entry["most_rows"] or "any")
     return f"int8-{rows}" if entry.get("cache") == "int8" else rows
 
 
 def sizes(entry: Entry) -> Iterator[Entry]:
-    """The entry with every choice of buffers and registers that fits; the entry itself first."""
+    """Yields the entry, then the entry with every choice of buffers and registers that fits."""
     yield entry
     for choice in CHOICES[entry["kernel"]]:
         candidate = entry | choice
@@ -82,7 +83,7 @@ def sizes(entry: Entry) -> Iterator[Entry]:
 
 
 def overheads(entry: Entry) -> Iterator[Entry]:
-    """The entry with other costs of a piece; the entry itself first."""
+    """Yields the entry, then the entry with other overheads of work items and of merging."""
     yield entry
     choices = itertools.product(OVERHEADS[entry["kernel"]], MERGE_OVERHEADS)
     for candidate in (entry | dict(zip(OVERHEADS_OF, each, strict=True)) for each in choices):
@@ -91,7 +92,7 @@ def overheads(entry: Entry) -> Iterator[Entry]:
 
 
 def fits(entry: Entry) -> bool:
-    """Whether the entry makes a legal plan."""
+    """Returns whether the entry makes a legal plan."""
     try:
         plan_of(entry)
     except TilePlanError:
@@ -100,9 +101,9 @@ def fits(entry: Entry) -> bool:
 
 
 def tune(entry: Entry, time_all: Timer) -> Entry:
-    """The fastest of the entry's relatives, with the times of its workloads in `timed`.
+    """Returns the fastest variant of the entry, with the times of its workloads in `timed`.
 
-    time_all(entries, rows): microseconds [entry][workload].
+    time_all(entries, rows): returns microseconds [entry][workload].
     """
     rows = entry["most_rows"] or ANY_ROWS
     best = entry | {"timed": None}
@@ -119,15 +120,18 @@ def tune(entry: Entry, time_all: Timer) -> Entry:
 
 
 class GpuStopwatch:
-    """Back to back through a model's layers, KV from memory, the plan made before, as it is once a
-    step. What differs in the plan alone is one program. A wrong result is an error."""
+    """Times entries back to back through the layers of a model, with KV from memory.
+
+    The plan is made once before, as in a step. Entries that differ only in the plan share a
+    program. A wrong result raises RuntimeError.
+    """
 
     def __init__(self) -> None:
         self.setup = Setup.here(0, 512, 64, 0)
         self.programs: dict[tuple, ModelProgram] = {}
 
     def __call__(self, entries: Sequence[Entry], rows: int) -> list[list[float]]:
-        """Microseconds of each entry on each workload."""
+        """Returns microseconds [entry][workload]."""
         dtype = "int8" if entries[0].get("cache") == "int8" else "bf16"
         shapes = [Shape(b, dtype, rows, 1, 64, kind, kv) for b, kv, kind in WORKLOADS]
         times: dict[Shape, list[float]] = {}
@@ -136,12 +140,12 @@ class GpuStopwatch:
         return [list(each) for each in zip(*(times[shape] for shape in shapes), strict=True)]
 
     def _time(self, shapes: list[Shape], entries: Sequence[Entry]) -> dict[Shape, list[float]]:
-        """Of shapes that differ in their lengths alone."""
+        """Times shapes that differ only in their lengths."""
         pool = Pool.of(shapes, self.setup)
         work = Work(shapes[0], pool, self.setup)
         wanted = {(work.row, _kernel_of(entry)): entry for entry in entries}
         new = {key: entry for key, entry in wanted.items() if key not in self.programs}
-        with ThreadPoolExecutor(os.cpu_count() or 1) as executor:  # (most of it isn't Python)
+        with ThreadPoolExecutor(os.cpu_count() or 1) as executor:
             compiled = executor.map(lambda e: self._compile(e, work, shapes), new.values())
             self.programs |= zip(new, compiled, strict=True)
         layers = pool.fill(self.setup)
@@ -164,8 +168,7 @@ class GpuStopwatch:
         return found
 
     def _compile(self, entry: Entry, work: Work, shapes: Sequence[Shape]) -> ModelProgram:
-        from pallas_kernels.hopper.attention import attend
-        from pallas_kernels.hopper.int8 import attend_int8
+        from pallas_kernels.hopper.attention import attend, attend_int8
 
         rows, struct = work.row.heads, cache_struct(work.pool, work.row.page_size, self.setup)
         attention: Callable[..., Any] = attend_int8
@@ -191,14 +194,15 @@ class GpuStopwatch:
 
 
 def _kernel_of(entry: Entry) -> str:
-    """What entries that differ in their plans alone have in common."""
+    """Returns the part of an entry that determines its program: all but overheads and times."""
     return json.dumps({k: v for k, v in entry.items() if k not in (*OVERHEADS_OF, "timed")})
 
 
 def _planner(entry: Entry, shape: Shape) -> Callable[[jax.Array], Any]:
-    from pallas_kernels.hopper.attention import plan_decode
+    from pallas_kernels.hopper.planning import plan_decode
 
-    return functools.partial(plan_decode, rows=shape.heads, tiles=_tiles(entry, shape))
+    # The split alone: entries that differ in their costs of splitting share one compiled kernel.
+    return lambda seq_lens: plan_decode(seq_lens, shape.heads, tiles=_tiles(entry, shape)).split
 
 
 def _tiles(entry: Entry, shape: Shape) -> TilePlan:
@@ -206,7 +210,8 @@ def _tiles(entry: Entry, shape: Shape) -> TilePlan:
 
 
 def write_table(path: Path, classes: Sequence[Entry], device: str | None) -> None:
-    """One entry a line. What is kept for few tokens stays as it is."""
+    """Writes the table, one entry per line; the entries for few tokens stay as they are."""
+
     head = {"device": device, "few_tokens": few_tokens()}
     lines = [f'  "{name}": {json.dumps(value)}' for name, value in head.items()]
     entries = ",\n".join(f"    {json.dumps(entry)}" for entry in classes)

@@ -1,35 +1,35 @@
-"""Reads JSON files of a checkpoint, and finds the language model's part of a config.json."""
+"""Reads the JSON files of a checkpoint and finds the language model's part of a config.json."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# Under which keys multimodal models keep the config of their language model.
+# The keys under which multimodal models store the config of their language model.
 WRAPPERS = ("text_config", "language_config", "llm_config")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that can't be read as what its config.json describes."""
+    """Raised for a checkpoint that can't be read as its config.json describes it."""
 
 
 def shown(value: Any) -> str:
-    """A value in an error message: at most 60 characters, whatever a file holds."""
+    """Returns a value for an error message, at most 60 characters long."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # more digits, or deeper, than Python prints
+    except (ValueError, RecursionError):  # Python refuses huge integers and deep nesting
         text = f"a {type(value).__name__} that is too long to print"
     return excerpt(text, 60)
 
 
 def excerpt(text: object, length: int = 200) -> str:
-    """The first characters of a text that a file, or a library's error, made."""
+    """Returns the first `length` characters of a text from a file or from a library's error."""
     text = str(text)
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises CheckpointError naming the file unless it holds one."""
+    """Reads the JSON object in a file; raises CheckpointError naming the file if it has none."""
     try:
         return parse_json_object(path.read_bytes())
     except OSError as error:
@@ -39,7 +39,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json_object(text: bytes) -> dict[str, Any]:
-    """The JSON object in a text. Raises ValueError unless it is one, of unique keys."""
+    """Parses a JSON object; raises ValueError unless the text is one, with unique keys."""
     try:
         raw = json.loads(text.decode("utf-8"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
@@ -50,23 +50,26 @@ def parse_json_object(text: bytes) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuses a key that is there twice, of which readers take either."""
+    """Makes a dict of key and value pairs; raises ValueError for a key that occurs twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {shown(twice)} is there twice in one object")
+        raise ValueError(f"the key {shown(twice)} occurs twice in one object")
     return found
 
 
 def config_json_path(path: str | Path) -> Path:
-    """Where a config.json is, given the file or its folder; raises FileNotFoundError without."""
+    """Returns the path of a config.json, given the file or its folder.
+
+    Raises FileNotFoundError if there is none, CheckpointError if it is not a file.
+    """
     path = Path(path)
     try:
         if path.is_dir():
             path = path / "config.json"
         found = path.exists()
-    except (OSError, ValueError):  # a name that no file system takes
+    except (OSError, ValueError):  # the operating system refuses the name
         found = False
     if not found:
         raise FileNotFoundError(f"no config.json at {path}")
@@ -78,16 +81,17 @@ def config_json_path(path: str | Path) -> Path:
 def language_model_config(
     raw: Mapping[str, Any], where: str
 ) -> tuple[Mapping[str, Any], list[tuple[str, Mapping[str, Any]]]]:
-    """The language model's part of a config, and what encloses it.
+    """Returns the language model's part of a config, and the objects that enclose it.
 
     Args:
-        raw: a config.json's dict; the part may be inside of WRAPPERS, also of several.
-        where: what the config is called in errors.
+        raw: the dict of a config.json. The part may be nested under several of WRAPPERS.
+        where: the name of the config in error messages.
 
     Returns:
-        The innermost dict, and from the outside in (the wrapper's key, the dict that has it).
+        The innermost dict, and from the outside inwards pairs of a wrapper's key and the dict that
+        has this key.
 
-    Raises CheckpointError for a wrapper that is no object, and for two that differ.
+    Raises CheckpointError for a wrapper that is not an object, and for two wrappers that differ.
     """
     around: list[tuple[str, Mapping[str, Any]]] = []
     while True:

@@ -1,7 +1,8 @@
-"""Which keys of a config.json would change the attention's numbers, though nothing here reads them.
+"""Finds keys of a config.json that ask for another attention than this library computes.
 
-A key is left alone if it is in `LEFT_ALONE`, or if its name does not belong to attention. Any other
-must have its neutral value, i.e. the one that asks for the attention that this library computes.
+`MLAConfig` reads the keys in `READ`. Any other key may be present if it is in `LEFT_ALONE`, or if
+its name has nothing to do with attention. The remaining keys must have their neutral value, which
+asks for the attention that this library computes.
 """
 
 import re
@@ -15,7 +16,7 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# What `MLAConfig.from_hf` reads itself.
+# The keys that `MLAConfig.from_hf` reads.
 READ = _names(
     """
     model_type hidden_size num_attention_heads q_lora_rank kv_lora_rank qk_nope_head_dim
@@ -25,8 +26,8 @@ READ = _names(
     """
 )
 
-# Keys whose names sound of attention, and which leave its numbers in inference alone: dropout,
-# choices of kernel, what is returned, heads and layers outside of attention.
+# Keys whose names are about attention but that do not change its results in inference: dropout,
+# the choice of a kernel, what is returned, and heads and layers outside of attention.
 LEFT_ALONE = _names(
     """
     attention_dropout attn_dropout attn_pdrop attention_probs_dropout_prob attention_dropout_prob
@@ -82,7 +83,7 @@ def _one_of(*names: str) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, str) and value.lower() in names
 
 
-# The neutral values of keys for which False or nothing is none. None always is.
+# The neutral values of keys whose neutral value is not False or empty. None is always neutral.
 _NEUTRAL: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
         (
@@ -117,7 +118,7 @@ _NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "pos_emb_type": _one_of("rope", "rotary"),
 }
 
-# Of these a shape tells the neutral values.
+# The neutral values of these keys follow from the shape of the layer.
 _HEADS = (
     *("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv", "num_query_groups"),
     *("num_heads", "n_heads", "n_head", "multi_query_group_num"),
@@ -127,8 +128,8 @@ _SHAPED = frozenset((*_HEADS, *_WIDTHS, "qk_head_dim", "rotary_dim", "rope_head_
 
 
 def foreign_keys(raw: Mapping[str, Any]) -> list[str]:
-    """The keys that ask for another attention, as "key = value"; a shape decides about the rest."""
-    slides = raw.get("use_sliding_window") is not False  # what Qwen's configs say of an unused one
+    """Returns the keys that ask for another attention, as "key = value", without `_SHAPED` keys."""
+    slides = raw.get("use_sliding_window") is not False  # Qwen's configs keep an unused window
     return [
         f"{excerpt(key, 60)} = {shown(value)}"
         for key, value in raw.items()
@@ -140,7 +141,7 @@ def foreign_keys(raw: Mapping[str, Any]) -> list[str]:
 
 
 def foreign_shapes(raw: Mapping[str, Any], config: Any) -> list[str]:
-    """The keys that contradict the shape of `config`, an `MLAConfig`, as "key = value (wanted)"."""
+    """Returns the keys that contradict the shape of an `MLAConfig`, as "key = value (not x)"."""
     c = config
     wanted: dict[str, tuple[int, ...]] = dict.fromkeys(_HEADS, (c.num_heads,))
     widths = (c.qk_rope_head_dim, c.qk_nope_head_dim, c.v_head_dim, c.qk_head_dim, c.latent_dim)

@@ -1,8 +1,9 @@
-"""Reads tensors by name from a published checkpoint folder, without loading the files whole.
+"""Reads tensors by name from a published checkpoint folder, without reading whole files.
 
 A folder holds either one `model.safetensors` or shards with `model.safetensors.index.json`.
-DeepSeek-V3 and R1 store matrices as float8 e4m3 with one float32 factor for each 128 x 128 block
-beside it (`weight_scale_inv`; value = fp8 * factor, the last blocks ragged).
+DeepSeek-V3 and R1 store matrices as float8 e4m3, with one float32 factor per block of 128 x 128 in
+a second tensor, `weight_scale_inv`. A value is its fp8 value times the factor of its block. The
+last blocks of a matrix may be smaller.
 """
 
 import os
@@ -29,20 +30,20 @@ __all__ = ["Checkpoint", "CheckpointError", "dequantize_blocks"]
 
 INDEX = "model.safetensors.index.json"
 
-# A layer of multi-head latent attention has a tensor of one of these names. Encoders of images and
-# layers of another attention, which also call theirs self_attn, have none.
+# A layer of multi-head latent attention has a tensor with one of these names. Image encoders and
+# layers of other attention also call theirs self_attn, but have none of them.
 _MLA_LAYER = re.compile(
     r"(?P<prefix>(?P<stem>(?:.*\.)?)layers\.(?P<layer>[0-9]+)\.self_attn\.)"
     r"(?:kv_a_proj_with_mqa|kv_a_layernorm|kv_b_proj|q_a_proj|q_a_layernorm|q_b_proj)\.",
     re.DOTALL,
 )
 
-# What libraries of quantisation put beside or instead of a matrix's `weight`.
+# The names of tensors that quantization libraries store beside or instead of a matrix's `weight`.
 _QUANTISED = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|SCB|weight_(?!scale_inv$)\w+|weight\..+)|[._](blocks|scales)"
 )
-# Tensors that may accompany the weights without changing them: scales of activations and of an fp8
-# cache, a table of frequencies.
+# Tensors that may accompany the weights without changing them: scales of activations, scales of an
+# fp8 cache, and a table of frequencies.
 _HARMLESS = re.compile(r"(^|\.)(input_scale|activation_scale|[qkv]_scale|rotary_emb\.inv_freq)$")
 
 _DTYPES: dict[str, Any] = {
@@ -55,10 +56,10 @@ _DTYPES: dict[str, Any] = {
 
 
 class Checkpoint:
-    """A folder of safetensors; opening it reads no tensor, `read` only the bytes of that one.
+    """A folder of safetensors files; opening it reads no tensor.
 
-    Raises FileNotFoundError without folder or config.json, CheckpointError naming the file or
-    tensor that is missing, corrupt, or of a wrong shape or dtype.
+    Raises FileNotFoundError if the folder or its config.json is missing. Raises CheckpointError
+    naming the file or tensor that is missing, corrupt, or of a wrong shape or dtype.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -77,21 +78,23 @@ class Checkpoint:
 
     @property
     def files(self) -> Mapping[str, Path]:
-        """Which file each tensor is in."""
+        """The file of each tensor, by the tensor's name."""
         return self._files
 
     @property
     def layers(self) -> list[int]:
-        """The numbers of the layers that have multi-head latent attention here."""
+        """The numbers of the layers with multi-head latent attention, in ascending order."""
         return sorted({layer for _, layer in self._layers.values()})
 
     def layer_prefix(self, layer: int | None = None, prefix: str | None = None) -> str:
-        """`model.layers.{layer}.self_attn.`, or whatever stands before `layers` here.
+        """Returns the part of the tensor names before a layer's own, `model.layers.3.self_attn.`.
 
         Args:
-            layer: None: the lowest that is there.
-            prefix: chooses where several models have that layer: "model." or all of
+            layer: number of the layer; None selects the lowest in the folder.
+            prefix: chooses a model if several have that layer: "model." or all of
                 "model.layers.3.self_attn.".
+
+        Raises CheckpointError unless exactly one layer fits.
         """
         found = self._layers
         if prefix is not None:
@@ -114,13 +117,13 @@ class Checkpoint:
         if len(prefixes) != 1:
             listed = f"{prefixes}: choose one by prefix" if prefixes else f"only layers {numbers}"
             raise CheckpointError(
-                f"{self.folder}: layer {shown(layer)} must be there once, as "
+                f"{self.folder}: layer {shown(layer)} must exist once, as "
                 f"model.layers.{shown(layer)}.self_attn.* with kv_a_proj_with_mqa; found {listed}"
             )
         return prefixes[0]
 
     def check_names(self, prefix: str, names: Iterable[str]) -> None:
-        """Raises CheckpointError unless the layer has these tensors, and no other that matters."""
+        """Raises CheckpointError if the layer lacks one of these tensors or has unknown others."""
         names = list(names)
         here = [name.removeprefix(prefix) for name in self._files if name.startswith(prefix)]
         modules = {name.rpartition(".")[0] for name in names}
@@ -148,9 +151,10 @@ class Checkpoint:
             )
 
     def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The tensor of that name and shape, of the file's dtype; fp8 comes as float32, scaled.
+        """Reads the tensor of that name and shape, in the file's dtype.
 
-        NaN and infinity are values like others.
+        A fp8 matrix is multiplied by its factors and returned as float32. NaN and infinity are
+        values like any others. Raises CheckpointError for another shape or dtype.
         """
         value = self._read_raw(name)
         if value.shape != shape:
@@ -159,12 +163,12 @@ class Checkpoint:
         if value.dtype != ml_dtypes.float8_e4m3fn:
             if scale_name in self._files:
                 raise CheckpointError(
-                    f"{self.folder}: {name} must be fp8, as {scale_name} is there, "
+                    f"{self.folder}: {name} must be fp8, because {scale_name} exists, "
                     f"got {value.dtype}"
                 )
             return value
         if value.ndim != 2:
-            raise CheckpointError(f"{self.folder}: {name} is fp8 but no matrix: {value.shape}")
+            raise CheckpointError(f"{self.folder}: {name} is fp8 but not a matrix: {value.shape}")
         block = self._weight_block_size()
         scale = self._read_raw(scale_name)
         blocks = tuple(-(-size // edge) for size, edge in zip(shape, block, strict=True))
@@ -178,7 +182,7 @@ class Checkpoint:
         return dequantize_blocks(value, scale, block)
 
     def _find_files(self) -> dict[str, Path]:
-        """Which file each tensor is in: as the index says, else as the files' headers do."""
+        """Returns the file of each tensor, from the index or else from the headers of the files."""
         index = self.folder / INDEX
         if os.path.lexists(index):
             return _read_index(index)
@@ -194,7 +198,7 @@ class Checkpoint:
         return files
 
     def _find_layers(self) -> dict[str, tuple[str, int]]:
-        """Returns, per prefix of tensors, what precedes `layers` in it and the layer's number."""
+        """Returns, per prefix of tensors, the part before `layers` and the layer's number."""
         layers = {}
         for name in self._files:
             match = _MLA_LAYER.match(name)
@@ -221,7 +225,7 @@ class Checkpoint:
         if name in self._twice:
             raise CheckpointError(
                 f"tensor {name} is in {self._files[name]} and in {self._twice[name]}, "
-                f"and no {INDEX} chooses"
+                f"and no {INDEX} says which to read"
             )
         return self._files[name]
 
@@ -244,9 +248,9 @@ class Checkpoint:
             raise CheckpointError(f"{path}: {name} can't be read: {error}") from error
 
     def _find_quantization(self) -> Mapping[str, Any]:
-        """What config.json says of quantisation, beside or in the language model's part.
+        """Returns the quantization_config of config.json, or of its language model's part.
 
-        Its keys are looked at only where a tensor is quantised.
+        The values are only checked when a quantized tensor is read.
         """
         inner, around = language_model_config(self.config, str(self.config_path))
         levels = [outer for _, outer in around] + [inner]
@@ -263,12 +267,12 @@ class Checkpoint:
         return found[0]
 
     def _quantisation_name(self) -> str:
-        """What config.json calls its quantisation, as the end of an error message."""
+        """Returns the quantization method of config.json, as the end of an error message."""
         method = self._quantization.get("quant_method")
         return "" if method is None else f" (quantization_config.quant_method: {shown(method)})"
 
     def _weight_block_size(self) -> tuple[int, int]:
-        """The rows and columns that share a factor, by default DeepSeek's 128 x 128."""
+        """Returns the rows and columns that share a factor, by default DeepSeek's 128 x 128."""
         quantization = self._quantization
         where = f"{self.config_path}: quantization_config"
         method = quantization.get("quant_method", "fp8")
@@ -289,12 +293,13 @@ class Checkpoint:
 def dequantize_blocks(
     weight: np.ndarray, scale_inv: np.ndarray, block: tuple[int, int] = (128, 128)
 ) -> np.ndarray:
-    """weight * its block's factor, float32.
+    """Returns weight times the factor of its block, float32.
 
     Args:
         weight: [out, in], fp8.
-        scale_inv: [ceil(out / block[0]), ceil(in / block[1])]; DeepSeek's name, yet a multiplier.
-        block: rows and columns of a block; the last ones may be ragged.
+        scale_inv: [ceil(out / block[0]), ceil(in / block[1])] factors. Despite DeepSeek's name, the
+            weight is multiplied by them.
+        block: rows and columns of a block; the last blocks may be smaller.
     """
     rows, columns = weight.shape
     factors = np.repeat(scale_inv.astype(np.float32), min(block[0], rows), axis=0)[:rows]
@@ -303,9 +308,9 @@ def dequantize_blocks(
 
 
 def _read_index(index: Path) -> dict[str, Path]:
-    """The weight_map of an index: tensor -> file, each inside of the index's folder by its name.
+    """Reads the weight_map of an index: the file of each tensor, inside the index's folder.
 
-    A file may be a symbolic link that leaves the folder, as in the cache of Hugging Face.
+    A file may be a symbolic link out of the folder, as in the cache of Hugging Face.
     """
     try:
         weight_map = parse_json_object(index.read_bytes()).get("weight_map")
@@ -323,14 +328,14 @@ def _read_index(index: Path) -> dict[str, Path]:
             if not _is_inside(file):
                 raise CheckpointError(
                     f"{index}: weight_map puts {shown(name)} in {shown(file)}, "
-                    "which is no name of a file in this folder"
+                    "which does not name a file in this folder"
                 )
             paths[file] = index.parent / file
     return {name: paths[file] for name, file in weight_map.items()}
 
 
 def _is_inside(file: str) -> bool:
-    """Whether a relative path names something below the folder it starts at, on any system."""
+    """Returns whether a relative path stays below its folder on any operating system."""
     return (
         file.isprintable()
         and not re.search(r'[\\:*?"<>|]', file)
@@ -343,13 +348,13 @@ def _is_inside(file: str) -> bool:
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    """name -> {dtype, shape, data_offsets from the start of the file}, as the file's header says.
+    """Returns name -> {dtype, shape, data_offsets from the start of the file} of a file's header.
 
-    The safetensors package checks the file; we read the bytes ourselves, because the package has
-    no numpy type for fp8.
+    The safetensors package checks the file. The tensors are read without it, because it has no
+    numpy dtype for fp8.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path} is {'no file' if path.exists() else 'missing'}")
+        raise CheckpointError(f"{path} is {'not a file' if path.exists() else 'missing'}")
     try:
         with safetensors.safe_open(path, framework="np"):
             pass

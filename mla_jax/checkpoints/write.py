@@ -1,4 +1,4 @@
-"""Writes layers into a checkpoint folder, such that a crash leaves the old state or the new."""
+"""Writes layers into a checkpoint folder; a crash leaves either the old layers or the new ones."""
 
 import dataclasses
 import json
@@ -25,12 +25,12 @@ def write_layer(
     """Adds or replaces one layer.
 
     Args:
-        folder: made if it is not there.
-        config: must be that of the folder's config.json if it has one, which then stays.
-        layer: its number.
+        folder: created if it does not exist.
+        config: must equal that of the folder's config.json if there is one, which is then kept.
+        layer: number of the layer.
         tensors: by their names below `model.layers.{layer}.self_attn.`.
 
-    Raises ValueError and FileExistsError before it writes anything.
+    Raises ValueError or FileExistsError before anything is written.
     """
     texts = {}
     if not os.path.lexists(folder / "config.json"):
@@ -58,16 +58,17 @@ def write_layer(
 
 
 def _present(folder: Path, config: MLAConfig) -> dict[str, str]:
-    """Which file each tensor in the folder is in.
+    """Returns the file of each tensor in the folder, by the tensor's name.
 
-    Raises unless there is none, or the folder is `config`'s and this module's.
+    Raises ValueError or FileExistsError if the folder has another config or files that this module
+    did not write.
     """
     if os.path.lexists(folder) and not folder.is_dir():
-        raise FileExistsError(f"folder must be a folder or new, {folder} is something else")
+        raise FileExistsError(f"folder must be a folder or not exist yet, {folder} is a file")
     there = [*folder.glob("*.safetensors"), *folder.glob(f"*{INDEX.removeprefix('model')}")]
     if not os.path.lexists(folder / "config.json"):
         if there:
-            raise FileExistsError(f"{there[0]}: weights without a config.json are here already")
+            raise FileExistsError(f"{there[0]}: the folder has weights but no config.json")
         return {}
     path = config_json_path(folder)
     found = config_from_json(read_json_object(path), str(path))
@@ -100,7 +101,7 @@ def _json(value: object) -> str:
 def _replace(
     folder: Path, texts: Mapping[str, str], target: str, tensors: dict[str, np.ndarray]
 ) -> None:
-    """Writes all files under other names first, and then gives them theirs, the index last."""
+    """Writes all files under temporary names and then renames them, the index last."""
     names = [*(name for name in texts if name != INDEX), target]
     names += [INDEX] if INDEX in texts else []
     new = {name: folder / f".{name}.{os.getpid()}.tmp" for name in names}

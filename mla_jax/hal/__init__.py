@@ -1,9 +1,11 @@
-"""The hardware-abstraction layer: what a machine is, what fits on it, in which order work is issued
-and how long that takes.
+"""The hardware abstraction layer (hal): describes devices, chooses tile sizes, simulates kernels.
+
+A profile holds a device's numbers, a tile plan fits its buffers, and a schedule is an order in
+which work is issued. The simulator computes the time that a schedule takes.
 
     profile = load_profile("H200_SXM")
     problem = Problem(kv_lens=(4096,) * 128, heads=128)
-    plan = plan_tiles(profile, problem)                # legal against every buffer, or refused
+    plan = plan_tiles(profile, problem)                # fits every buffer, or raises
     report = simulate(profile, problem, "flashmla_dense")
 """
 
@@ -50,7 +52,7 @@ PROFILES: dict[str, HardwareProfile] = {
 
 
 def load_profile(name_or_path: str | Path) -> HardwareProfile:
-    """A profile by name, or one that a user wrote as a JSON file."""
+    """Returns a profile by its name, or reads one from a JSON file. Raises ValueError otherwise."""
     if str(name_or_path) in PROFILES:
         return PROFILES[str(name_or_path)]
     if Path(name_or_path).is_file():

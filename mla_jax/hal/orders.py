@@ -1,9 +1,11 @@
 """The published issue orders, each a function from a number of KV blocks to a `Schedule`.
 
-Ascend orders have the stages QK (C1), SM (V1), PV (C2), UP (V2); AMLA replaces UP by ADD, the
-integer add that rescales O in memory. GPU orders load KV into shared-memory slots (LOAD_L, LOAD_R:
-the two halves of the 512 latent columns, the rope columns ride with the first), and keep O in
-registers, halved over the output columns (PV_L, PV_R).
+Ascend orders have the stages QK (C1), SM (softmax, V1), PV (C2) and UP (update of O, V2). AMLA
+replaces UP by ADD, the integer add that rescales O in memory.
+
+GPU orders load KV into slots in shared memory with LOAD_L and LOAD_R, the two halves of the 512
+latent columns. LOAD_L also loads the rope columns. O stays in registers, halved over the output
+columns, which PV_L and PV_R compute.
 """
 
 from collections.abc import Callable
@@ -17,15 +19,15 @@ ScheduleFn = Callable[[int], Schedule]
 
 @dataclass(frozen=True)
 class AscendOrder:
-    """How C1, V1, C2 and V2 are issued. ValueError for what makes no order.
+    """An Ascend issue order of C1, V1, C2 and V2. Raises ValueError for an impossible one.
 
-    chunk: KV blocks whose QK are issued together (0: all of them).
-    preload: chunks of QK issued ahead of the first PV.
-    rescale: "multiply" (O makes a round trip through UP) or "exponent_add" (AMLA).
-    signals: 1 after QK, or 2 (int8: one for the nope part and one for the rope part).
-    update: UP once a "block" or once a "chunk".
-    update_slots: 1, or 2: one slot of Otmp more than the chunk needs (UP ping-pong).
-    overlap: False lets no block start before the one before it is done.
+    chunk: KV blocks whose QK are issued together; 0 is all of them.
+    preload: chunks of QK that are issued before the first PV.
+    rescale: "multiply", where O is read and written back by UP, or "exponent_add" (AMLA).
+    signals: 1 or 2 after QK. With int8, 2 are one for the nope part and one for the rope part.
+    update: whether UP runs once per "block" or once per "chunk".
+    update_slots: 1, or 2 for one slot of Otmp more than a chunk needs (UP ping-pong).
+    overlap: False lets no block start before the previous one is done.
     """
 
     name: str = "chunk1"
@@ -57,7 +59,7 @@ class AscendOrder:
             )
 
     def slots(self, num_blocks: int) -> dict[str, int]:
-        """Slots of each workspace buffer."""
+        """Returns the number of slots of each workspace buffer."""
         chunk = min(self.chunk or num_blocks, num_blocks)
         ahead = min(chunk * (self.preload + 1), num_blocks)
         slots = {"S": ahead, "P": ahead, "state": 1, "O": 1}
@@ -68,20 +70,20 @@ class AscendOrder:
         return slots
 
     def workspace_bytes(self, num_blocks: int, rows: int, block_kv: int, itemsize: int) -> int:
-        """Bytes of S, P, Otmp and O in global memory for one core."""
+        """Returns the bytes of S, P, Otmp and O in global memory for one core."""
         slots = self.slots(num_blocks)
         wide = slots["S"] + slots.get("S_rope", 0)
         values = wide * block_kv + (slots.get("Otmp", 0) + 1) * 512
         return rows * (4 * values + itemsize * slots["P"] * block_kv)
 
-    @lru_cache(maxsize=1024)  # noqa: B019  (a frozen value: nothing is kept alive by it)
+    @lru_cache(maxsize=1024)  # noqa: B019  an order is an immutable value, so the cache is no leak
     def __call__(self, num_blocks: int) -> Schedule:
         chunk = min(self.chunk or num_blocks, num_blocks)
         build = ScheduleBuilder(self.name, num_blocks, chunk, self.slots(num_blocks))
         chunks = [range(i, min(i + chunk, num_blocks)) for i in range(0, num_blocks, chunk)]
-        for turn in range(len(chunks) + self.preload):
-            issued = chunks[turn] if turn < len(chunks) else range(0)
-            drained = chunks[turn - self.preload] if turn >= self.preload else range(0)
+        for index in range(len(chunks) + self.preload):
+            issued = chunks[index] if index < len(chunks) else range(0)
+            drained = chunks[index - self.preload] if index >= self.preload else range(0)
             if self.rescale == "exponent_add" and self.preload:
                 for block in issued:
                     self._keys(build, block)
@@ -118,7 +120,7 @@ class AscendOrder:
         build.add("vector", "SM", block, reads=inputs + state, writes=outputs)
 
     def _accumulate(self, build: ScheduleBuilder, blocks: range) -> None:
-        """AMLA: the vector unit adds to O's exponents, the cube adds P.V to O, both in memory."""
+        """Adds AMLA's steps: the vector unit adds to O's exponents, the cube unit adds P.V to O."""
         for block in blocks:
             p, before = build.slot("P", block), (Access("O", 0, block - 1),) if block else ()
             if block:
@@ -126,7 +128,7 @@ class AscendOrder:
             build.add("cube", "PV", block, reads=(p, *before), writes=(Access("O", 0, block),))
 
     def _round_trip(self, build: ScheduleBuilder, blocks: range) -> None:
-        """P.V goes to Otmp; the vector unit brings O in, rescales it, adds and writes it back."""
+        """Adds PV into Otmp, and UP: the vector unit reads O, rescales it, adds and writes it."""
         for block in blocks:
             p, otmp = build.slot("P", block), build.slot("Otmp", block)
             build.add("cube", "PV", block, reads=(p,), writes=(otmp,))
@@ -162,7 +164,7 @@ ASCEND_ORDERS = {
 
 
 def _load(build: ScheduleBuilder, block: int, ctas: tuple[str, ...] = ("",)) -> None:
-    """Both halves of a block; with two CTAs each loads one half and sends it to both."""
+    """Adds the loads of a block; of two CTAs each loads one half and multicasts it to both."""
     for half, cta in zip("LR", (ctas[0], ctas[-1]), strict=True):
         slots = tuple(build.slot(f"kv_{half.lower()}{c}", block) for c in ctas)
         build.add(f"load{cta}", f"LOAD_{half}", block, writes=slots)
@@ -192,7 +194,7 @@ def _pv(build: ScheduleBuilder, unit: str, half: str, block: int, cta: str = "")
 def _store(
     build: ScheduleBuilder, last: int, units: tuple[str, str], cta: str = "", staged: bool = False
 ) -> None:
-    """O out; `staged` through the KV slots after the last block's, which must be free by then."""
+    """Adds the stores of O; `staged` stores use the KV slots that follow the last block's."""
     for half, unit in zip("LR", units, strict=True):
         reads = (Access(f"O_{half}{cta}", 0, last), Access(f"state{cta}", 0, last))
         slot = (build.slot(f"kv_{half.lower()}{cta}", last + 1),) if staged else ()
@@ -213,7 +215,10 @@ def _gpu_builder(
 
 @lru_cache(maxsize=1024)
 def fa2(num_blocks: int, *, stages: int = 2, name: str = "fa2") -> Schedule:
-    """One pipeline: every warp does QK, softmax and PV of a block in turn; only loads overlap."""
+    """Returns the order of a single pipeline, in which only loads overlap with computation.
+
+    Every warp does QK, softmax and PV of a block one after the other.
+    """
     build = _gpu_builder(name, num_blocks, stages, stages, 1)
     for block in range(min(stages, num_blocks)):
         _load(build, block)
@@ -231,9 +236,11 @@ def fa2(num_blocks: int, *, stages: int = 2, name: str = "fa2") -> Schedule:
 
 @lru_cache(maxsize=1024)
 def fa3(num_blocks: int, *, stages: int = 4, name: str = "fa3") -> Schedule:
-    """FlashInfer's first FA3 template: a producer and two consumers that issue QK of the next
-    block before PV of this one, so that softmax runs under PV (3 warpgroups). The output leaves
-    through the KV slots."""
+    """Returns the order of FlashInfer's first FA3 template: a producer and two consumers.
+
+    The consumers issue QK of the next block before PV of this one, so that softmax runs at the same
+    time as PV. The output is stored through the KV slots.
+    """
     build = _gpu_builder(name, num_blocks, stages, stages, 2)
     for block in range(min(stages, num_blocks)):
         _load(build, block)
@@ -255,8 +262,11 @@ def fa3(num_blocks: int, *, stages: int = 4, name: str = "fa3") -> Schedule:
 def fa3_two(
     num_blocks: int, *, stages: int = 2, widen: bool = False, name: str = "fa3-2wg"
 ) -> Schedule:
-    """FlashInfer's later template: warpgroup 0 loads and does PV of the left half, warpgroup 1
-    does QK, softmax and PV of the right half. `widen`: fp8 KV is turned to bf16 by warpgroup 1."""
+    """Returns the order of FlashInfer's later template.
+
+    Warpgroup 0 loads and does PV of the left half. Warpgroup 1 does QK, softmax and PV of the right
+    half. With `widen` it also converts fp8 KV to bf16.
+    """
     build = _gpu_builder(name, num_blocks, stages, stages, 1)
     for block in range(min(stages, num_blocks)):
         _load(build, block)
@@ -277,7 +287,7 @@ def fa3_two(
 
 @lru_cache(maxsize=1024)
 def four_warpgroups(num_blocks: int, *, stages: int = 2, name: str = "four-wg") -> Schedule:
-    """Load, QK, PV of the left half and PV of the right half each have a warpgroup."""
+    """Returns an order in which load, QK and the two halves of PV each have a warpgroup."""
     build = _gpu_builder(name, num_blocks, stages, stages, 2)
     for block in range(min(stages, num_blocks)):
         _load(build, block)
@@ -296,11 +306,13 @@ def four_warpgroups(num_blocks: int, *, stages: int = 2, name: str = "four-wg") 
 
 @lru_cache(maxsize=1024)
 def seesaw(num_blocks: int, *, stages: int = 2, ahead: int = 2, name: str = "seesaw") -> Schedule:
-    """FlashMLA's order: two warpgroups, each owns half of the output columns, two KV blocks in
-    flight; each does QK and softmax of its own block, then PV with both P's.
+    """Returns FlashMLA's order: two warpgroups, each with half of the output columns.
 
-    ahead: blocks whose QK are issued before the first of their PV. The two warpgroups' queues run
-    by readiness: with keys waiting that is 2 (one softmax under the other's matrix work), while
+    Two KV blocks are processed at a time. Each warpgroup does QK and softmax of its own block, then
+    its half of PV with both P's. FlashMLA calls it "seesaw".
+
+    ahead: blocks whose QK are issued before the first of their PV. A warpgroup issues what is
+    ready. If keys are waiting that is 2, and one softmax overlaps with the other's matrix work. If
     keys arrive one block at a time it is 1.
     """
     build = _gpu_builder(name, num_blocks, 2, stages, 2)
@@ -324,8 +336,11 @@ def seesaw(num_blocks: int, *, stages: int = 2, ahead: int = 2, name: str = "see
 def seesaw_cluster(
     num_blocks: int, *, stages: int = 2, ahead: int = 2, name: str = "seesaw-cluster2"
 ) -> Schedule:
-    """The seesaw order in a cluster of two CTAs that hold two row tiles of one request: each loads
-    half of every KV block and multicasts it to both. The second CTA's names end in "@1"."""
+    """Returns FlashMLA's order in a cluster of two CTAs with two row tiles of one request.
+
+    Each CTA loads half of every KV block and multicasts it to both. The names of the second CTA end
+    in "@1".
+    """
     ctas = ("", "@1")
     build = _gpu_builder(name, num_blocks, 2, stages, 2, ctas)
     for block in range(min(stages, num_blocks)):
@@ -349,7 +364,7 @@ def seesaw_cluster(
 
 @lru_cache(maxsize=1024)
 def split_loop(num_blocks: int, *, stages: int = 1, name: str = "triton-split") -> Schedule:
-    """A Triton-style loop: one stream that loads K, waits, QK, softmax, loads V, waits, PV."""
+    """Returns the order of a Triton loop: load K, wait, QK, softmax, load V, wait, PV."""
     build = _gpu_builder(name, num_blocks, 1, stages, 1)
     for block in range(num_blocks):
         _load(build, block)
@@ -375,7 +390,7 @@ GPU_ORDERS: dict[str, ScheduleFn] = {
 
 
 def schedule_named(name: str) -> ScheduleFn:
-    """An order by name. ValueError lists the names there are."""
+    """Returns an order by its name. Raises ValueError, which lists the names, if there is none."""
     orders: dict[str, ScheduleFn] = {**ASCEND_ORDERS, **GPU_ORDERS}
     if name not in orders:
         raise ValueError(f"schedule = {name!r}, wanted one of {', '.join(sorted(orders))}")

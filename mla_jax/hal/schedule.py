@@ -1,12 +1,15 @@
 """An issue order as data, and the proof that it is legal.
 
-A `Schedule` is one ordered list of `Step`s. Steps of one unit (an instruction stream: the cube
-core, a vector core, a warpgroup, its queue of matrix instructions, the copy engine) run in list
-order, one after the other; steps of different units are ordered only by signals. A step names the
-block of KV it works on, the buffer slots it reads and writes with the block whose data it expects
-or leaves there, and the signals that it waits for and gives.
+A `Schedule` is one ordered list of `Step`s. A unit is an instruction stream: the cube core, a
+vector core, a warpgroup, its queue of matrix instructions, or the copy engine. Steps of one unit
+run in list order, one after the other. Steps of different units are ordered only by signals.
 
-The simulator times this object, the blockwise kernel executes it and the Gantt picture draws it.
+A step has a KV block that it works on. It lists the buffer slots that it reads and writes, with the
+block whose data it expects or leaves there. It also lists the signals that it waits for and gives.
+A slot is one of the equal parts of a buffer that hold successive blocks.
+
+The simulator computes the time of a schedule, the blockwise kernel executes it, and the Gantt chart
+draws it.
 """
 
 from collections import Counter
@@ -15,7 +18,7 @@ from typing import NamedTuple
 
 
 class Access(NamedTuple):
-    """Slot `slot` of `buffer`, holding the data of KV block `block`."""
+    """Slot number `slot` of `buffer` while it holds the data of KV block `block`."""
 
     buffer: str
     slot: int
@@ -23,7 +26,7 @@ class Access(NamedTuple):
 
 
 class Signal(NamedTuple):
-    """Given once, by the step (stage, block)."""
+    """A signal that the step (stage, block) gives once."""
 
     stage: str
     block: int
@@ -31,7 +34,7 @@ class Signal(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """One stage issue. `block` is the KV block, or -1 for what comes before the first."""
+    """One stage that a unit runs for KV block `block`, or -1 for a step before the first block."""
 
     unit: str
     stage: str
@@ -46,14 +49,14 @@ class Step:
 
 
 class IllegalScheduleError(ValueError):
-    """Says which step of a schedule breaks which rule."""
+    """Raised for a schedule that breaks a rule; names the step and the rule."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps in issue order for `num_blocks` KV blocks; `period` blocks repeat in steady state.
+    """Steps in issue order for `num_blocks` KV blocks; the pattern repeats every `period` blocks.
 
-    `buffers` gives the slots of each buffer. `name` says which order it is.
+    `buffers` gives the number of slots of each buffer. `name` is the name of the order.
     """
 
     name: str
@@ -64,19 +67,20 @@ class Schedule:
 
     @property
     def units(self) -> tuple[str, ...]:
+        """The names of the units, in order of their first step."""
         return tuple(dict.fromkeys(step.unit for step in self.steps))
 
     @property
     def num_signals(self) -> int:
-        """Waits in the whole schedule: what synchronisation is paid for."""
+        """The number of waits in the schedule, a measure of its synchronization."""
         return sum(len(step.waits) for step in self.steps)
 
     def check(self) -> None:
         """Proves the schedule legal or raises IllegalScheduleError naming the first bad step.
 
-        Each unit walks its own steps; a step runs when its signals were given. Vector clocks then
-        say what certainly happened before what: each read must find the data it expects, written
-        before it, and each write must come after everything that still needs the slot.
+        The steps of each unit run in order, each as soon as its signals are given. Vector clocks
+        then record what certainly happened before what. Each read must find the expected data,
+        written before it. Each write must come after everything that still needs the slot.
         """
         for index, step in _replay(self.steps):
             for access in (*step.reads, *step.writes):
@@ -90,7 +94,7 @@ class Schedule:
 
 
 def _replay(steps: tuple[Step, ...]) -> list[tuple[int, Step]]:
-    """An order that the units' streams can really run in, with each step's index in the list."""
+    """Returns an order in which the units can run, with each step's index in the list."""
     given: Counter[Signal] = Counter(signal for step in steps for signal in step.gives)
     for signal, times in given.items():
         if times > 1:
@@ -126,6 +130,7 @@ def _replay(steps: tuple[Step, ...]) -> list[tuple[int, Step]]:
 
 
 def _check_accesses(steps: tuple[Step, ...]) -> None:
+    """Raises IllegalScheduleError for a read or write that is not ordered after what it needs."""
     clocks = _Clocks()
     last_write: dict[tuple[str, int], tuple[int, Step, int]] = {}
     readers: dict[tuple[str, int], list[tuple[int, Step]]] = {}
@@ -171,7 +176,7 @@ def _name(access: Access) -> str:
 
 
 class _Clocks:
-    """Vector clocks: per step, how many steps of each unit certainly ended before it ends."""
+    """Vector clocks: for each step, how many steps of each unit certainly ended before it ends."""
 
     def __init__(self) -> None:
         self._unit: dict[str, dict[str, int]] = {}
@@ -180,6 +185,7 @@ class _Clocks:
         self._place: dict[int, tuple[str, int]] = {}
 
     def run(self, index: int, step: Step) -> None:
+        """Updates the clocks with a step, whose waits must have been given."""
         clock = dict(self._unit.get(step.unit, {}))
         for signal in step.waits:
             for unit, count in self._signal[signal].items():
@@ -192,19 +198,19 @@ class _Clocks:
             self._signal[signal] = clock
 
     def before(self, first: int, second: int) -> bool:
-        """Did step `first` certainly end before step `second` started?"""
+        """Returns whether step `first` certainly ends before step `second` starts."""
         unit, count = self._place[first]
         return first != second and self._end[second].get(unit, 0) >= count
 
     def known(self, unit: str, waits: list[Signal], first: int) -> bool:
-        """Would a step issued now on `unit` with `waits` come after step `first`?"""
+        """Returns whether a step added now to `unit` with these waits would start after `first`."""
         other, count = self._place[first]
         clocks = [self._unit.get(unit, {}), *(self._signal[signal] for signal in waits)]
         return any(clock.get(other, 0) >= count for clock in clocks)
 
 
 class ScheduleBuilder:
-    """Collects steps in issue order and puts in the fewest signals that make them legal."""
+    """Collects steps in issue order and adds the fewest signals that make them legal."""
 
     def __init__(self, name: str, num_blocks: int, period: int, buffers: dict[str, int]) -> None:
         self._name, self._num_blocks, self._period = name, num_blocks, period
@@ -215,7 +221,7 @@ class ScheduleBuilder:
         self._readers: dict[tuple[str, int], list[int]] = {}
 
     def slot(self, buffer: str, block: int) -> Access:
-        """Where `buffer` keeps block `block`: its slots are used in turn."""
+        """Returns the slot of `buffer` for block `block`; blocks use the slots in turn."""
         return Access(buffer, block % self._buffers[buffer], block)
 
     def add(
@@ -226,7 +232,7 @@ class ScheduleBuilder:
         reads: tuple[Access, ...] = (),
         writes: tuple[Access, ...] = (),
     ) -> None:
-        """Appends a step; the waits follow from what it reads and overwrites."""
+        """Appends a step; its waits follow from what it reads and overwrites."""
         needed = [self._writer[a[:2]] for a in reads]
         for access in writes:
             slot = access[:2]
@@ -249,7 +255,7 @@ class ScheduleBuilder:
             self._readers[access[:2]] = []
 
     def build(self) -> Schedule:
-        """The schedule, with the signals nobody waits for dropped."""
+        """Returns the schedule without the signals that no step waits for."""
         wanted = {signal for step in self._steps for signal in step.waits}
         steps = tuple(
             Step(s.unit, s.stage, s.block, s.reads, s.writes, s.waits,

@@ -1,7 +1,7 @@
-"""Tile sizes that fit: profile + problem -> TilePlan, legal against every buffer.
+"""Tile sizes that fit: from profile and problem to a `TilePlan` that fits every buffer.
 
-A `TilePlan` is plain data with what a kernel is built with and what each buffer holds. It checks
-itself when made: a plan that does not fit is refused with the buffer and the excess named.
+A `TilePlan` is plain data: the parameters of a kernel and the content of each buffer. It checks
+itself when it is made. A plan that does not fit raises an error with the buffer and the excess.
 """
 
 import math
@@ -12,13 +12,13 @@ from mla_jax.hal.profiles.profile import HardwareProfile
 from mla_jax.hal.work import ITEMSIZE, Problem
 
 LATENT, ROPE, KEY = 512, 64, 576
-FRACTAL = 16  # rows of the cube unit's fractal and of an mma.sync tile
+FRACTAL = 16  # rows of the cube unit's fractal, and of an mma.sync tile
 WGMMA_ROWS = 64
 
 
 @dataclass(frozen=True)
 class Tile:
-    """An m x k . k x n product (n keys or output columns) at one memory level."""
+    """A product m x k . k x n at one memory level; n counts keys or output columns."""
 
     level: str
     stage: str
@@ -29,7 +29,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class BufferUse:
-    """`count` buffers of `bytes_each` for `what`, in the memory `buffer`."""
+    """`count` buffers of `bytes_each` bytes for `what` in the memory `buffer`."""
 
     buffer: str
     what: str
@@ -38,26 +38,35 @@ class BufferUse:
 
     @property
     def bytes(self) -> int:
+        """Bytes of all buffers."""
         return self.bytes_each * self.count
 
 
 class TilePlanError(ValueError):
-    """Names the buffer that a plan overfills, and by how much."""
+    """Raised for a plan that overfills a buffer; names the buffer and the excess."""
 
 
 @dataclass(frozen=True)
 class TilePlan:
-    """What a kernel is built with.
+    """The parameters of a kernel.
 
-    block_q: query rows of a core's tile; block_kv: keys of a block; kv_stages: KV blocks in flight;
-    qk: "sharded" (each warpgroup a part of the keys, P gathered), "duplicated" (each computes all
-    of QK) or "whole"; cluster: cores that share every KV block, each with rows of its own;
-    pairs: workers 2i and 2i + 1, in a cluster, merge in their shared memories what only they share;
-    num_workers: persistent cores or clusters; split_overhead: blocks that a piece of a split costs
-    on top of its own, merge_overhead: that it costs to cut at all, which
-    `mla_jax.splits.planner` balances by; registers: per thread, by warpgroup;
-    tiles: products at every level; uses: what each buffer holds; capacity: bytes (registers: their
-    number) of each buffer. Raises TilePlanError when a use is above its capacity.
+    block_q: query rows of a core's tile.
+    block_kv: keys per block.
+    kv_stages: KV blocks in flight.
+    qk: "sharded" (each warpgroup has a part of the keys, and P is exchanged), "duplicated" (each
+        computes all of QK) or "whole".
+    cluster: cores that share every KV block, each with rows of its own.
+    pairs: whether workers 2i and 2i + 1 form a cluster and merge the tile that they share through
+        their shared memories.
+    num_workers: persistent cores or clusters.
+    split_overhead: blocks that a work item of a split tile costs besides its own, for the planner.
+    merge_overhead: blocks that it costs to split any tile at all, for the planner.
+    registers: per thread, by warpgroup.
+    tiles: products at every memory level.
+    uses: content of each buffer.
+    capacity: bytes of each buffer; for registers their number.
+
+    Raises TilePlanError if a use exceeds its capacity.
     """
 
     profile: str
@@ -85,7 +94,7 @@ class TilePlan:
             )
         for buffer, used in self.used().items():
             if buffer not in self.capacity:
-                raise TilePlanError(f"{self.profile}: {buffer} is no buffer of this profile")
+                raise TilePlanError(f"{self.profile}: {buffer} is not a buffer of this profile")
             if used > self.capacity[buffer]:
                 parts = ", ".join(
                     f"{u.what} {u.count} x {u.bytes_each}" for u in self.uses if u.buffer == buffer
@@ -99,20 +108,20 @@ class TilePlan:
             excess = threads - self.capacity["registers"]
             raise TilePlanError(
                 f"{self.profile}: registers holds {self.capacity['registers']}, warpgroups with "
-                f"{self.registers} a thread need {threads}, {excess} too many"
+                f"{self.registers} per thread need {threads}, {excess} too many"
             )
 
     @property
     def rows_per_tile(self) -> int:
-        """Query rows that one piece of a split plan covers."""
+        """Query rows per work item of a split plan."""
         return self.block_q * self.cluster
 
     def slots(self, what: str) -> int:
-        """How many buffers there are of `what`, a name in `uses`."""
+        """Returns the number of buffers for `what`, a name in `uses`."""
         return next(use.count for use in self.uses if use.what == what)
 
     def used(self) -> dict[str, int]:
-        """Bytes used of each buffer."""
+        """Returns the bytes used of each buffer."""
         totals: dict[str, int] = {}
         for use in self.uses:
             totals[use.buffer] = totals.get(use.buffer, 0) + use.bytes
@@ -127,7 +136,7 @@ def plan_tiles(
     block_kv: int | None = None,
     kv_stages: int | None = None,
 ) -> TilePlan:
-    """The best plan that fits, or exactly the one asked for (TilePlanError if it does not fit)."""
+    """Returns the best plan that fits, or the one asked for; raises TilePlanError if none fits."""
     if profile.family == "ascend":
         return ascend_tiles(profile, problem, block_q=block_q, block_kv=block_kv)
     return gpu_tiles(profile, problem, block_q=block_q, block_kv=block_kv, kv_stages=kv_stages)
@@ -141,9 +150,9 @@ def gpu_tiles(
     block_kv: int | None = None,
     kv_stages: int | None = None,
 ) -> TilePlan:
-    """Two KV stages if any block size allows them, then the largest block.
+    """Returns a plan with two KV stages if any block size allows them, and the largest block.
 
-    QK is sharded over the keys of two warpgroups where each still gets a 16-key tile.
+    QK is sharded over the keys of two warpgroups if each gets at least 16 keys.
     """
     block_q = block_q or WGMMA_ROWS
     errors: list[TilePlanError] = []
@@ -164,7 +173,7 @@ def _gpu_plan(
     if block_q % FRACTAL:
         raise TilePlanError(f"{profile.name}: block_q = {block_q}, wanted a multiple of {FRACTAL}")
     item = ITEMSIZE[problem.kv_dtype]
-    # P of a block takes the place of its rope keys, dead after QK, where it fits there.
+    # P of a block replaces its rope keys, which QK has already read, if it fits there.
     rope_or_p = keys * max(ROPE * item, block_q * 2)
     uses = [
         BufferUse("shared", "q", block_q * KEY * 2),
@@ -194,7 +203,7 @@ def _gpu_plan(
 
 
 def _largest(candidates: Iterable[int], fits_below: float) -> int:
-    """The largest candidate of at most `fits_below`; 0 when there is none."""
+    """Returns the largest candidate of at most `fits_below`, or 0 if there is none."""
     return max((c for c in candidates if c <= fits_below), default=0)
 
 
@@ -209,11 +218,11 @@ def ascend_tiles(
     block_q: int | None = None,
     block_kv: int | None = None,
 ) -> TilePlan:
-    """FIA's tiling from the buffer sizes.
+    """Returns FIA's tiling for the sizes of the buffers.
 
-    L0C holds two fp32 tiles, as square as can be: 128 x 128. L1 keeps Q resident and turns three
-    buffers of keys over: the widest key slice that leaves room is 288 of 576. L0A and L0B hold two
-    slices each of what L1 feeds them. A block has as many keys as let a vector core hold 16 rows of
+    L0C holds two fp32 tiles, as square as possible: 128 x 128. L1 keeps Q and has three buffers for
+    keys in rotation. The widest slice of keys that leaves room is 288 of 576. L0A and L0B hold two
+    slices each of what L1 provides. A block has as many keys as let a vector core hold 16 rows of
     S, P and their double buffers in UB.
     """
     item = ITEMSIZE[problem.kv_dtype]

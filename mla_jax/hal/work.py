@@ -1,7 +1,7 @@
-"""Who does what: requests cut into pieces for the cores, as each published kernel cuts them.
+"""Division of work: requests split into work items for the cores, as each published kernel does it.
 
-A piece is a stretch of KV blocks of one tile of query rows. Times of merging are counted from the
-same plan, since it says how many parts each tile came in.
+A work item is a range of KV blocks of one tile of query rows. The time of merging follows from the
+same plan, which says how many items each tile has.
 """
 
 import heapq
@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention call. `kv_lens` are tokens per request; rows of a request are s_q * heads."""
+    """One attention call: `kv_lens` tokens per request, s_q * heads query rows per request."""
 
     kv_lens: tuple[int, ...]
     heads: int
@@ -35,30 +35,32 @@ class Problem:
 
     @property
     def rows(self) -> int:
+        """Query rows per request."""
         return self.s_q * self.heads
 
     @property
     def batch(self) -> int:
+        """The number of requests."""
         return len(self.kv_lens)
 
     @property
     def flops(self) -> float:
-        """2 * rows * (576 + 512) for every token of KV."""
+        """Operations of the call: 2 * rows * (576 + 512) per token of KV."""
         return 2.0 * self.rows * sum(self.kv_lens) * (576 + 512)
 
     @property
     def token_bytes(self) -> float:
-        """Bytes of one token of one layer's cache (int8: the 64 rope values stay bf16)."""
+        """Bytes per token in one layer's cache; with int8 the 64 rope values stay bf16."""
         return 512 + 128 if self.kv_dtype == "int8" else 576 * ITEMSIZE[self.kv_dtype]
 
     @property
     def query_bytes(self) -> float:
-        """Bytes of q read and o written, bf16."""
+        """Bytes of q read and of o written, in bf16."""
         return 2.0 * self.batch * self.rows * (576 + 512)
 
     @property
     def bytes(self) -> float:
-        """The KV read once, plus q and o."""
+        """Bytes of KV, read once, plus q and o."""
         return sum(self.kv_lens) * self.token_bytes + self.query_bytes
 
 
@@ -67,11 +69,14 @@ ITEMSIZE = {"bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
 
 @dataclass(frozen=True)
 class Work:
-    """Pieces in the order they are handed out.
+    """Work items in the order in which they are assigned.
 
-    blocks, rows: KV blocks and query rows of each piece; worker: the worker it belongs to, or -1
-    where free workers take the next piece; tile: the row tile it is a part of. `sharers` row tiles
-    read the same KV at about the same time. `cluster` cores run each piece together.
+    blocks, rows: KV blocks and query rows of each item.
+    worker: the worker of each item, or -1 if free workers take the next item.
+    tile: the row tile of each item.
+    sharers: number of row tiles that read the same KV at about the same time.
+    cluster: number of cores that run an item together.
+    limit: tokens per item at most, where the kernel has such a limit.
     """
 
     blocks: np.ndarray
@@ -85,23 +90,23 @@ class Work:
 
     @property
     def parts(self) -> np.ndarray:
-        """Parts of each tile; 1 where it was not cut."""
+        """Work items of each tile; 1 if it is not split."""
         return np.bincount(self.tile)
 
     @property
     def split(self) -> np.ndarray:
-        """Does each piece write a partial result?"""
+        """Whether each work item writes a partial."""
         return self.parts[self.tile] > 1
 
 
 def _tiles(problem: Problem, tile_rows: int) -> list[int]:
-    """Rows of each row tile of one request."""
+    """Returns the rows of each row tile of one request."""
     full, rest = divmod(problem.rows, tile_rows)
     return [tile_rows] * full + ([rest] if rest else [])
 
 
 def whole_tiles(problem: Problem, *, tile_rows: int, block_kv: int, workers: int) -> Work:
-    """No split: free workers take the next (request, row tile)."""
+    """Returns work without splits: free workers take the next (request, row tile)."""
     tiles = _tiles(problem, tile_rows)
     blocks = np.repeat([max(math.ceil(n / block_kv), 1) for n in problem.kv_lens], len(tiles))
     return Work(
@@ -117,33 +122,36 @@ def whole_tiles(problem: Problem, *, tile_rows: int, block_kv: int, workers: int
 def walk_parts(
     problem: Problem, *, tile_rows: int, block_kv: int, workers: int, overhead: int = 5
 ) -> Work:
-    """FlashMLA: workers / row tiles parts walk the blocks of all requests, each with a payload of
-    ceil(sum(blocks + overhead) / parts) + overhead (csrc/smxx/decode/get_decoding_sched_meta)."""
+    """Returns FlashMLA's plan (csrc/smxx/decode/get_decoding_sched_meta).
+
+    Each of workers / row tiles parts takes blocks of the requests in order, up to a payload of
+    ceil(sum(blocks + overhead) / parts) + overhead.
+    """
     tiles = _tiles(problem, tile_rows)
     parts = max(workers // len(tiles), 1)
     blocks = [max(math.ceil(n / block_kv), 1) for n in problem.kv_lens]
     payload = math.ceil(sum(b + overhead for b in blocks) / parts) + overhead
-    pieces: list[tuple[int, int, int]] = []
+    items: list[tuple[int, int, int]] = []
     request = done = 0
     for part in range(parts):
         left = payload
         while request < len(blocks):
             remaining = blocks[request] - done
             if left >= remaining + overhead:
-                pieces.append((remaining, request, part))
+                items.append((remaining, request, part))
                 left -= remaining + overhead
                 request, done = request + 1, 0
                 continue
             if left > overhead:
-                pieces.append((left - overhead, request, part))
+                items.append((left - overhead, request, part))
                 done += left - overhead
             break
-    return _per_row_tile(pieces, tiles, parts)
+    return _per_row_tile(items, tiles, parts)
 
 
-def _per_row_tile(pieces: list[tuple[int, int, int]], tiles: list[int], parts: int) -> Work:
-    """Every row tile has workers of its own that walk the same pieces."""
-    size, request, part = (np.array(column) for column in zip(*pieces, strict=True))
+def _per_row_tile(items: list[tuple[int, int, int]], tiles: list[int], parts: int) -> Work:
+    """Returns work in which each row tile has its own workers, with the same items."""
+    size, request, part = (np.array(column) for column in zip(*items, strict=True))
     count = len(tiles)
     return Work(
         blocks=np.tile(size, count),
@@ -156,7 +164,7 @@ def _per_row_tile(pieces: list[tuple[int, int, int]], tiles: list[int], parts: i
 
 
 def split_plan_work(plan: Any, problem: Problem) -> Work:
-    """The pieces of a `mla_jax.SplitPlan` (concrete arrays), for a kernel that executes it."""
+    """Returns the work items of a `SplitPlan` with concrete arrays, for a kernel that runs it."""
     request, start = np.asarray(plan.request), np.asarray(plan.worker_start)
     used = request >= 0
     row_tile = np.asarray(plan.row_tile)[used]
@@ -185,9 +193,12 @@ def _limit_512(tokens: int) -> int:
 def heap_parts(
     problem: Problem, *, tile_rows: int, block_kv: int, workers: int, steps_of: int
 ) -> Work:
-    """FlashInfer: pieces of at most a common limit, each given to the least loaded cluster
-    (include/flashinfer/attention/scheduler.cuh, MLAPlan). `steps_of` is what the limit is rounded
-    to: 512 tokens in the first split-k version, 256 (and less for short work) later."""
+    """Returns FlashInfer's plan (include/flashinfer/attention/scheduler.cuh, MLAPlan).
+
+    Work items have at most a common number of tokens, and each goes to the least loaded cluster.
+    steps_of: what the limit is rounded up to, 512 tokens in the first split-k version, later 256
+    and less for short work.
+    """
     cluster = 2 if problem.rows > tile_rows else 1
     clusters = workers // cluster
     tiles = _tiles(problem, tile_rows * cluster)
@@ -195,7 +206,7 @@ def heap_parts(
     average = max(math.ceil(total / clusters), 1)
     limit = _limit_512(average) if steps_of == 512 else _limit_256(average)
     heap = [(0.0, c) for c in range(clusters)]
-    pieces: list[tuple[int, int, int, int]] = []
+    items: list[tuple[int, int, int, int]] = []
     for request, length in enumerate(problem.kv_lens):
         for t, rows in reversed(list(enumerate(tiles))):
             left = length
@@ -204,11 +215,11 @@ def heap_parts(
                 size = min(left, limit)
                 heapq.heappush(heap, (cost + 2 * tile_rows * cluster + size, c))
                 blocks = max(math.ceil(size / block_kv), 1)
-                pieces.append((blocks, rows, c, request * len(tiles) + t))
+                items.append((blocks, rows, c, request * len(tiles) + t))
                 left -= size
                 if left <= 0:
                     break
-    blocks_, rows_, worker, tile = (np.array(column) for column in zip(*pieces, strict=True))
+    blocks_, rows_, worker, tile = (np.array(column) for column in zip(*items, strict=True))
     return Work(blocks_, np.minimum(rows_, tile_rows), worker, tile, clusters,
                 sharers=cluster * len(tiles), cluster=cluster, limit=limit)  # fmt: skip
 
@@ -216,16 +227,19 @@ def heap_parts(
 def fixed_splits(
     problem: Problem, *, tile_rows: int, block_kv: int, workers: int, splits: int
 ) -> Work:
-    """A grid of (request, row tile, split): every request is cut in the same number of parts,
-    rounded up to whole blocks, and free workers take the next (SGLang's Triton decode)."""
+    """Returns the plan of SGLang's Triton decode, a grid of (request, row tile, split).
+
+    Every request is split in the same number of parts, rounded up to whole blocks, and free workers
+    take the next part.
+    """
     tiles = _tiles(problem, tile_rows)
-    pieces: list[tuple[int, int, int]] = []
+    items: list[tuple[int, int, int]] = []
     for split in range(splits):
         for t, rows in enumerate(tiles):
             for request, length in enumerate(problem.kv_lens):
                 part = math.ceil(math.ceil(length / splits) / block_kv) * block_kv
                 size = min(part, length - part * split)
                 if size > 0:
-                    pieces.append((math.ceil(size / block_kv), rows, request * len(tiles) + t))
-    blocks, rows_, tile = (np.array(column) for column in zip(*pieces, strict=True))
+                    items.append((math.ceil(size / block_kv), rows, request * len(tiles) + t))
+    blocks, rows_, tile = (np.array(column) for column in zip(*items, strict=True))
     return Work(blocks, rows_, np.full(len(blocks), -1), tile, workers, sharers=len(tiles))

@@ -8,12 +8,16 @@ from mla_jax.implementations.scores import attend_block, mark_drafts
 from mla_jax.online_softmax import SoftmaxState, finalize, init_state
 from mla_jax.problem import AttentionProblem
 
-BLOCK_TOKENS = 256  # that are read at a time, at least a page
+BLOCK_TOKENS = 256  # tokens per KV block; a block has at least one page
 
 
 @jax.jit
 def attend_xla(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
-    """Online softmax over KV blocks, as many as the longest request has: memory of one block."""
+    """Computes online softmax over KV blocks, one block in memory at a time.
+
+    Returns o [B, S, H, kv_lora_rank] of q's dtype and lse [B, S, H] float32. The loop has as many
+    steps as the longest request has blocks.
+    """
     cache, seq_lens = problem.cache, problem.seq_lens
     q, visible = problem.query_rows(), problem.visible_keys()
     pages = max(1, BLOCK_TOKENS // cache.page_size)

@@ -1,4 +1,4 @@
-"""The implementation `reference`: gathers all keys of a request and takes one softmax of them."""
+"""The implementation `reference`: gathers all keys of a request and computes one softmax."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,11 @@ from mla_jax.problem import AttentionProblem
 
 @jax.jit
 def attend_reference(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
-    """The definition: gathers all keys, one softmax, float32 throughout. Has nothing to rescale."""
+    """Computes attention by its definition: all keys at once, one softmax, float32 throughout.
+
+    Returns o [B, S, H, kv_lora_rank] of q's dtype and lse [B, S, H] float32. It ignores `rescale`,
+    because a single softmax has nothing to rescale.
+    """
     cache = problem.cache
     capacity = problem.block_tables.shape[1] * cache.page_size
     kv = cache.gather(problem.block_tables, max_len=capacity, seq_lens=problem.seq_lens)

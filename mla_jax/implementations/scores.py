@@ -1,4 +1,4 @@
-"""Scores of a block of keys and their step of the online softmax, for plain JAX."""
+"""Scores of a KV block and its step of the online softmax, in plain JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from mla_jax.problem import AttentionProblem
 
 
 def scores_of(q: jax.Array, kv: jax.Array, softmax_scale: float) -> jax.Array:
-    """q [N, R, D] . kv [N, T, D] * scale: [N, R, T] float32."""
+    """Returns q [N, R, D] times kv [N, T, D], scaled: [N, R, T] float32."""
     dtype = common_dtype(q, kv)
     scores = jnp.einsum(
         "nrd,ntd->nrt",
@@ -30,21 +30,24 @@ def attend_block(
     lengths: jax.Array,
     visible: jax.Array,
 ) -> SoftmaxState:
-    """Takes one block of keys into the recurrence.
+    """Updates the softmax state of N groups of rows with one block of keys each.
 
     Args:
+        problem: gives the softmax scale, the causality and the kind of rescaling.
+        state: of rows [N, R].
         q: [N, R, D].
-        kv: [N, T, D]; at and past `lengths` anything, NaN too.
-        positions: [N, T] or [1, T] of the keys.
-        lengths: [N].
-        visible: [N, R], the keys that each row sees; at most lengths.
+        kv: [N, T, D]; rows at and past `lengths` may hold anything, also NaN.
+        positions: [N, T] or [1, T] int32, positions of the keys.
+        lengths: [N] int32, tokens per request.
+        visible: [N, R] int32, the number of keys that each row sees, at most `lengths`.
     """
     kv = jnp.where((positions < lengths[:, None])[..., None], kv, 0)
     scores = scores_of(q, kv, problem.softmax_scale)
     scores = jnp.where(positions[:, None] < visible[..., None], scores, -jnp.inf)
     values = kv[..., : problem.cache.kv_lora_rank]
     if _has_drafts(problem):
-        # What one row sees and another must not is taken as 0; `mark_drafts` makes up for it.
+        # A value that is not finite must not reach the rows that do not see its key, and 0 times it
+        # would be NaN. It counts as 0 here, and `mark_drafts` marks the rows that do see it.
         first_hidden = jnp.where(visible > 0, visible, lengths[:, None]).min(-1, keepdims=True)
         kept = jnp.isfinite(values) | (positions < first_hidden)[..., None]
         values = jnp.where(kept, values, 0)
@@ -52,16 +55,16 @@ def attend_block(
 
 
 def _has_drafts(problem: AttentionProblem) -> bool:
-    """Whether there are keys that some rows of a request see and others must not.
+    """Returns whether a request has keys that some of its rows see and others must not see.
 
-    Only the last S - 1 keys of a request can be such: the tokens that its own queries come from.
-    Rows that see no key at all do not count: `finalize` makes them 0 whatever was summed up.
+    These can only be its last S - 1 keys, the tokens that its own queries belong to. Rows that see
+    no key at all do not matter, because `finalize` sets them to 0.
     """
     return problem.causal and problem.q.shape[1] > 1
 
 
 def mark_drafts(problem: AttentionProblem, o: jax.Array, lse: jax.Array) -> jax.Array:
-    """o [B, R, kv_lora_rank] with `mark_nonfinite` over the keys that `_has_drafts` speaks of."""
+    """Applies `mark_nonfinite` to o [B, R, kv_lora_rank] for the keys that `_has_drafts` names."""
     if not _has_drafts(problem):
         return o
     cache, seq_lens = problem.cache, problem.seq_lens[:, None]

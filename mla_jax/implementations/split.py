@@ -12,28 +12,33 @@ from mla_jax.problem import AttentionProblem
 from mla_jax.splits.plan import SplitPlan, covered_requests
 from mla_jax.splits.planner import merge_partials, plan_splits
 
-WORKERS = 16  # that it plans for if it is given no plan
-ROWS = 64  # of a tile, at most
-BLOCK_TOKENS = 64
+WORKERS = 16  # workers of the plan that is made if none is given
+ROWS = 64  # query rows per tile, at most
+BLOCK_TOKENS = 64  # tokens per KV block
+
+
+def plan_split_kv(seq_lens: jax.Array, rows: int) -> SplitPlan:
+    """Returns the plan that `split_kv` makes for itself, for so many query rows per request."""
+    return plan_splits(
+        seq_lens,
+        num_workers=WORKERS,
+        rows=rows,
+        rows_per_tile=min(ROWS, rows),
+        block_size=BLOCK_TOKENS,
+    )
 
 
 @jax.jit
 def attend_split_kv(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
-    """Runs a SplitPlan to the letter: all workers step together, each block by block through its
-    pieces; partial results wait in their slots in partial_dtype, and are merged at the end.
+    """Runs a split plan: all workers step together, block by block through their work items.
 
-    The shapes of a step depend on the plan's workers and tiles, not on the batch, so that with
-    `plan_fixed` a row's bits don't either. A request that the plan doesn't cover comes out NaN.
+    Partials are stored in `partial_dtype` and merged at the end. The shapes of a step depend on the
+    plan's workers and tiles, not on the batch, so that with `plan_fixed` a row has the same bits in
+    any batch. The rows of a request that the plan does not cover are NaN.
+
+    Returns o [B, S, H, kv_lora_rank] of q's dtype and lse [B, S, H] float32.
     """
-    plan = problem.plan
-    if plan is None:
-        plan = plan_splits(
-            problem.seq_lens,
-            num_workers=WORKERS,
-            rows=problem.num_rows,
-            rows_per_tile=min(ROWS, problem.num_rows),
-            block_size=BLOCK_TOKENS,
-        )
+    plan = problem.plan.split if problem.plan else plan_split_kv(problem.seq_lens, problem.num_rows)
     covered = covered_requests(plan, problem.seq_lens)
     cache, seq_lens = problem.cache, jnp.where(covered, problem.seq_lens, -1)
     q = _row_tiles(problem.query_rows(), plan)  # [T, rows, D]
@@ -48,14 +53,14 @@ def attend_split_kv(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
     )
     offsets = jnp.arange(plan.block_size, dtype=jnp.int32)
 
-    def begin(piece: jax.Array) -> tuple[jax.Array, jax.Array]:
-        piece = jnp.minimum(piece, plan.num_items - 1)
-        return piece, plan.block_start[piece]
+    def begin(item: jax.Array) -> tuple[jax.Array, jax.Array]:
+        item = jnp.minimum(item, plan.num_items - 1)
+        return item, plan.block_start[item]
 
     def step(_: jax.Array, carry: tuple) -> tuple:
-        piece, block, state, (o, lse, partial_o, partial_lse) = carry
-        working = piece < plan.worker_start[1:]
-        here, _ = begin(piece)
+        item, block, state, (o, lse, partial_o, partial_lse) = carry
+        working = item < plan.worker_start[1:]
+        here, _ = begin(item)
         request, end = jnp.maximum(plan.request[here], 0), plan.block_end[here]
         tile = plan.tile_of(request, plan.row_tile[here])
         positions = block[:, None] * plan.block_size + offsets
@@ -65,30 +70,31 @@ def attend_split_kv(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
         state = attend_block(problem, state, q[tile], kv, positions, length, limit)
 
         done = working & (block + 1 >= end)
-        to_slot, to_tile = done & (plan.partial[here] >= 0), done & (plan.partial[here] < 0)
-        slot = jnp.where(to_slot, plan.partial[here], partial_o.shape[0])  # past the end: dropped
+        to_partial, to_tile = done & (plan.partial[here] >= 0), done & (plan.partial[here] < 0)
+        # An index past the end of an array drops the write.
+        partial = jnp.where(to_partial, plan.partial[here], partial_o.shape[0])
         tile = jnp.where(to_tile, tile, plan.num_tiles)
-        piece_o, piece_lse = finalize(state)
+        item_o, item_lse = finalize(state)
         written = (
-            o.at[tile].set(piece_o, mode="drop"),
-            lse.at[tile].set(piece_lse, mode="drop"),
-            partial_o.at[slot].set(piece_o.astype(partial_o.dtype), mode="drop"),
-            partial_lse.at[slot].set(piece_lse, mode="drop"),
+            o.at[tile].set(item_o, mode="drop"),
+            lse.at[tile].set(item_lse, mode="drop"),
+            partial_o.at[partial].set(item_o.astype(partial_o.dtype), mode="drop"),
+            partial_lse.at[partial].set(item_lse, mode="drop"),
         )
         state = jax.tree.map(
             lambda new, old: jnp.where(done.reshape(-1, *[1] * (old.ndim - 1)), new, old),
             init_state(rows, width),
             state,
         )
-        piece = piece + done.astype(jnp.int32)
-        return piece, jnp.where(done, begin(piece)[1], block + 1), state, written
+        item = item + done.astype(jnp.int32)
+        return item, jnp.where(done, begin(item)[1], block + 1), state, written
 
     steps = jnp.maximum(plan.block_end - plan.block_start, 1)
     steps = jnp.append(jnp.zeros(1, jnp.int32), jnp.cumsum(steps, dtype=jnp.int32))[
         plan.worker_start
     ]
-    piece = plan.worker_start[:-1]
-    carry = (piece, begin(piece)[1], init_state(rows, width), outputs)
+    item = plan.worker_start[:-1]
+    carry = (item, begin(item)[1], init_state(rows, width), outputs)
     *_, (o, lse, partial_o, partial_lse) = lax.fori_loop(0, jnp.diff(steps).max(), step, carry)
     o, lse = merge_partials(plan, o, partial_o, lse, partial_lse)
     o, lse = _without_tiles(o, problem), _without_tiles(lse, problem)
@@ -97,7 +103,7 @@ def attend_split_kv(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
 
 
 def _row_tiles(rows: jax.Array, plan: SplitPlan) -> jax.Array:
-    """[B, R, ...] to tiles [T, rows_per_tile, ...], the last of a request filled up with 0."""
+    """Reshapes [B, R, ...] to tiles [T, rows_per_tile, ...]; zeros fill a request's last tile."""
     missing = plan.num_row_tiles * plan.rows_per_tile - rows.shape[1]
     padded = jnp.pad(rows, [(0, 0), (0, missing)] + [(0, 0)] * (rows.ndim - 2))
     tiles = padded.reshape(len(rows), plan.num_row_tiles, plan.rows_per_tile, *rows.shape[2:])
@@ -105,7 +111,7 @@ def _row_tiles(rows: jax.Array, plan: SplitPlan) -> jax.Array:
 
 
 def _without_tiles(tiles: jax.Array, problem: AttentionProblem) -> jax.Array:
-    """[T, rows_per_tile, ...] back to [B, R, ...]."""
+    """Reshapes tiles [T, rows_per_tile, ...] to [B, R, ...], without the zeros at the end."""
     batch = problem.q.shape[0]
     rows = tiles.reshape(-1, batch, *tiles.shape[1:]).swapaxes(0, 1)
     return rows.reshape(batch, -1, *tiles.shape[2:])[:, : problem.num_rows]

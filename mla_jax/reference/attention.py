@@ -1,6 +1,6 @@
-"""Float64 oracles in numpy, one request and one token at a time; they share no code with the rest.
+"""Float64 reference of the attention in numpy, one request and one token at a time.
 
-What every test and experiment compares with.
+Every test and experiment compares with it. It shares no code with the implementations.
 """
 
 from typing import Any
@@ -16,15 +16,18 @@ def attention_float64(
     kv_lora_rank: int,
     causal: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Absorbed MLA attention of one request, by the definition.
+    """Computes absorbed MLA attention of one request by its definition.
 
     Args:
-        q: [S, H, D], the last S tokens' queries: token i stands at position T - S + i.
+        q: [S, H, D], queries of the last S tokens: token i is at position T - S + i.
         kv: [T, D]; V is its first kv_lora_rank columns.
+        softmax_scale: factor of the scores.
+        kv_lora_rank: columns of V.
+        causal: whether a token sees no later keys.
 
     Returns:
-        o [S, H, kv_lora_rank] and lse [S, H] (natural log), float64; without a key, or with scores
-        of -inf only, 0 and -inf. A score of +inf or NaN makes both NaN.
+        o [S, H, kv_lora_rank] and lse [S, H] (natural log), float64. A row without a key, or with
+        scores of -inf only, has o = 0 and lse = -inf. A score of +inf or NaN makes both NaN.
     """
     q, kv = np.asarray(q, np.float64), np.asarray(kv, np.float64)
     o = np.zeros((*q.shape[:2], kv_lora_rank))
@@ -36,7 +39,7 @@ def attention_float64(
         with np.errstate(invalid="ignore"):
             scores = softmax_scale * (q[token] @ visible.T)  # [H, keys]
             top = scores.max(axis=1)
-            some = top != -np.inf  # of NaN, too
+            some = top != -np.inf  # also True for NaN
             weights = np.exp(scores[some] - top[some, None])
             total = weights.sum(axis=1)
             o[token, some] = (weights / total[:, None]) @ visible[:, :kv_lora_rank]
@@ -45,10 +48,10 @@ def attention_float64(
 
 
 def read_pages_float64(cache: Any, block_table: np.ndarray, length: int) -> np.ndarray:
-    """The first `length` rows of one request in a PagedKVCache: [length, D] float64.
+    """Reads the first `length` rows of one request from a PagedKVCache: [length, D] float64.
 
-    Finds each element of layout NZ by its address ((d / C0) * page_size + t) * C0 + d % C0. An int8
-    latent counts its steps times the scale of its token, of its 128 columns or of the whole cache.
+    Layout NZ stores element (t, d) at address ((d / C0) * page_size + t) * C0 + d % C0. An int8
+    value is multiplied by the scale of its token, of its 128 columns, or of the whole cache.
     """
     positions = np.arange(length)
     page = np.asarray(block_table)[positions // cache.page_size]
@@ -65,7 +68,7 @@ def read_pages_float64(cache: Any, block_table: np.ndarray, length: int) -> np.n
 
 
 def _read_array(cache: Any, array: Any, page: np.ndarray, t: np.ndarray, width: int) -> np.ndarray:
-    """Rows t of pages `page` of one array of the cache: [length, width] float64."""
+    """Reads tokens t of pages `page` from one array of the cache: [length, width] float64."""
     values, columns = np.asarray(array), np.arange(width)
     address = t[:, None] * width + columns
     if cache.layout == "NZ":
@@ -84,7 +87,7 @@ def paged_attention_float64(
     query_lens: np.ndarray | None = None,
     causal: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`paged_mla_attention` in float64: o [B, S, H, kv_lora_rank] and lse [B, S, H]."""
+    """Computes `paged_mla_attention` in float64: o [B, S, H, kv_lora_rank] and lse [B, S, H]."""
     q = np.asarray(q).astype(np.float64)
     o = np.zeros((*q.shape[:3], cache.kv_lora_rank))
     lse = np.full(q.shape[:3], -np.inf)

@@ -1,19 +1,19 @@
-"""The whole layer in float64 numpy, written from the papers alone: the oracle of `layer`.
+"""Float64 reference of the whole layer in numpy, written from the papers alone.
 
-Slow and plain, keys and values expanded head by head. It shares no code with the rest of `mla_jax`
-but the shapes of `MLAConfig` and `MLAParams`.
+It is slow and plain, and expands keys and values head by head. It shares no code with the rest of
+`mla_jax` except the shapes of `MLAConfig` and `MLAParams`.
 """
 
 import math
 
 import numpy as np
 
+from mla_jax.checkpoints.weights import MLAParams
 from mla_jax.config import MLAConfig
-from mla_jax.weights import MLAParams
 
 
 def layer_float64(config: MLAConfig, params: MLAParams, x: np.ndarray) -> np.ndarray:
-    """x [B, S, hidden] -> out [B, S, hidden], causal, positions from 0, float64.
+    """Computes the causal layer for x [B, S, hidden], positions from 0: [B, S, hidden] float64.
 
     Raises TypeError for a config or params of another type, ValueError for an x of another shape or
     with a dim of 0.
@@ -32,7 +32,7 @@ def layer_float64(config: MLAConfig, params: MLAParams, x: np.ndarray) -> np.nda
 
 
 def _sequence(config: MLAConfig, params: MLAParams, x: np.ndarray) -> np.ndarray:
-    """One request: x [S, hidden] -> [S, hidden]."""
+    """Computes the layer for one request: x [S, hidden] -> [S, hidden]."""
     p = {k: np.asarray(v, np.float64) for k, v in vars(params).items() if v is not None}
     rank, nope = config.kv_lora_rank, config.qk_nope_head_dim
     turn = np.exp(1j * np.arange(len(x))[:, None] * _frequencies(config)) * _rotation_scale(config)
@@ -62,14 +62,16 @@ def _norm(config: MLAConfig, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def _turn(config: MLAConfig, x: np.ndarray, turn: np.ndarray) -> np.ndarray:
-    """Channel pairs as complex numbers, times exp(i * angle)."""
+    """Rotates channel pairs of x [S, rope] by complex factors `turn` [S, rope / 2]."""
     even, odd = (x[:, ::2], x[:, 1::2]) if config.rope_interleave else np.split(x, 2, -1)
     turned = (even + 1j * odd) * turn
-    return np.concatenate([turned.real, turned.imag], -1)  # q and k alike, so the order is free
+    # q and k are reordered alike, so that the order of the channels does not change a score.
+    return np.concatenate([turned.real, turned.imag], -1)
 
 
 def _frequencies(config: MLAConfig) -> np.ndarray:
-    """YaRN, arXiv 2309.00071 section 3.2: theta_d * ((1 - gamma) / s + gamma)."""
+    """Returns YaRN's frequencies theta_d * ((1 - gamma) / s + gamma), arXiv 2309.00071, 3.2."""
+
     width, yarn = config.qk_rope_head_dim, config.rope_scaling
     theta = config.rope_theta ** (-np.arange(0, width, 2) / width)
     if yarn is None:

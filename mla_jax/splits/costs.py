@@ -1,9 +1,9 @@
-"""What a piece of split-KV work costs: the two models of the field that plans are balanced by.
+"""Cost models for work items: a planner balances the sum of these costs over the workers.
 
-- "blocks": FlashMLA's tile scheduler (get_mla_metadata): a piece costs its blocks + `overhead`,
-  5 for blocks of 64 tokens on Hopper.
-- "fia": Ascend's fused-infer-attention tiling: a block costs 6 * ceil(rows / 16) +
-  10 * ceil(tokens / 64), and a piece nothing more.
+- "blocks" is the model of FlashMLA's tile scheduler (get_mla_metadata). A work item costs its KV
+  blocks plus `overhead`, which is 5 on Hopper with blocks of 64 tokens.
+- "fia" is the model of Ascend's fused-infer-attention tiling. A block costs 6 * ceil(rows / 16) +
+  10 * ceil(tokens / 64), and a work item has no overhead.
 """
 
 import math
@@ -15,38 +15,40 @@ import jax.numpy as jnp
 from mla_jax import checks
 
 COST_MODELS = ("blocks", "fia")
-MOST_WORK = 2**29  # a quarter of int32, of what a plan's pieces cost at the least
+# Upper bound of a plan's total cost with one block per tile. It is a quarter of int32's range,
+# which leaves room for the sums that the planner makes.
+MOST_WORK = 2**29
 _MOST_ROW_TILES = 2**20
 _LARGEST = 2**31 - 1
 
 
 class SplitCosts(NamedTuple):
-    """A model's numbers for one shape of work; hashable, a static argument of jit."""
+    """The numbers of a cost model for one shape of work; hashable, so jit takes it as static."""
 
-    overhead: int  # of a piece
-    by_rows: tuple[int, ...]  # of a block, for the rows of each row tile
-    by_tokens: int  # of a block, for every 64 of its tokens begun
+    overhead: int  # cost per work item, besides its blocks
+    by_rows: tuple[int, ...]  # [num_row_tiles] cost per block that depends on the tile's rows
+    by_tokens: int  # cost per block and 64 tokens of it, rounded up
     block_size: int
     rows_per_tile: int
 
     @property
     def num_row_tiles(self) -> int:
-        """Row tiles of a request."""
+        """Row tiles per request."""
         return len(self.by_rows)
 
     @property
     def full(self) -> tuple[int, ...]:
-        """Costs of a full block, for the rows of each row tile."""
+        """Cost of a full block of each row tile."""
         by_tokens = self.by_tokens * math.ceil(self.block_size / 64)
         return tuple(rows + by_tokens for rows in self.by_rows)
 
     @property
     def least(self) -> int:
-        """What one request costs, if each of its row tiles is a piece of one full block."""
+        """Cost of one request if each of its row tiles is a work item of one full block."""
         return sum(self.full) + self.num_row_tiles * self.overhead
 
     def require_work(self, batch: int) -> None:
-        """Raises ValueError where already one block of each tile is past MOST_WORK."""
+        """Raises ValueError if one block per tile already costs more than MOST_WORK."""
         if batch * self.least > MOST_WORK:
             raise ValueError(
                 f"seq_lens, rows, block_size and overhead must be such that one block and one "
@@ -55,10 +57,12 @@ class SplitCosts(NamedTuple):
             )
 
     def block_costs(self, seq_lens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """int32 costs of a full block [num_row_tiles], and of each request's last
-        [B, num_row_tiles]; seq_lens of 0 or more."""
+        """Returns int32 costs of a full block [num_row_tiles] and of the last block per request.
+
+        seq_lens: [B] int32, 0 or more. The costs of the last blocks are [B, num_row_tiles].
+        """
         by_rows = jnp.asarray(self.by_rows, jnp.int32)
-        before_last = (seq_lens - 1) % self.block_size  # tokens of the last block but one
+        before_last = (seq_lens - 1) % self.block_size  # the last block's tokens, minus one
         last = by_rows + self.by_tokens * (before_last // 64 + 1)[:, None]
         return jnp.asarray(self.full, jnp.int32), last
 
@@ -66,10 +70,12 @@ class SplitCosts(NamedTuple):
 def split_costs(
     cost_model: str, *, rows: int, rows_per_tile: int, block_size: int, overhead: int
 ) -> SplitCosts:
-    """The model of that name for requests of `rows` query rows; `overhead` in blocks.
+    """Returns the cost model of that name for requests of `rows` query rows.
 
-    Raises TypeError or ValueError naming the argument that can't be; too many rows or too large an
-    overhead are those for which a sum of costs could leave int32.
+    overhead: cost of a work item besides its blocks, in blocks.
+
+    Raises TypeError or ValueError that names the invalid argument. Rows and overhead are also
+    limited so that no sum of costs can leave int32.
     """
     checks.require_one_of("cost_model", cost_model, COST_MODELS)
     rows = checks.require_positive("rows", rows)

@@ -1,4 +1,17 @@
-"""The line of all tiles, on which a planner places its cuts."""
+"""The line of all tiles, along which a planner assigns ranges of work to workers.
+
+The line is the work list of a batch: tile after tile, each as long as its request has KV blocks. A
+place is a position on the line. It counts `unit` KV blocks, and a tile without blocks is one place
+long, so that every tile starts at a place of its own. Three tiles of 4, 0 and 3 blocks (unit 1):
+
+    tile      |    0    |1|   2   |
+    place      0 1 2 3   4 5 6 7   8 = length
+    edge       0         4 5
+
+A boundary is the place at which one worker's range ends and the next one's begins. Boundaries 0, 3
+and 8 give worker 0 the first 3 blocks of tile 0, and worker 1 the rest. A boundary inside a tile
+splits it into two work items. A boundary at an edge splits nothing.
+"""
 
 from typing import NamedTuple
 
@@ -10,17 +23,14 @@ from mla_jax.splits.plan import num_blocks
 
 
 class Line(NamedTuple):
-    """All tiles in a row, measured in cost and in places.
+    """All tiles one after the other, measured in places and in cost; the arrays are int32."""
 
-    A place counts `unit` blocks, and 1 for a tile without any, so that each tile's edge is its own.
-    """
-
-    kv_blocks: jax.Array  # [T] of each tile
-    unit: jax.Array | int  # KV blocks that count as one on the line
-    blocks: jax.Array  # [T] of each tile, in units
-    edge: jax.Array  # [T] the place where the tile starts
-    length: jax.Array  # places in all
-    cost_start: jax.Array  # [T] what stands before the tile
+    kv_blocks: jax.Array  # [T] KV blocks of each tile
+    unit: jax.Array | int  # KV blocks per place, a power of two in balanced plans
+    blocks: jax.Array  # [T] length of each tile in units, 0 for a tile without blocks
+    edge: jax.Array  # [T] the place at which the tile starts
+    length: jax.Array  # number of places on the line
+    cost_start: jax.Array  # [T] cost of all tiles before this one
     cost_total: jax.Array
     full: jax.Array  # [T] cost of a full block
     last: jax.Array  # [T] cost of the tile's last block
@@ -28,7 +38,7 @@ class Line(NamedTuple):
 
     @staticmethod
     def lay(seq_lens: jax.Array, costs: SplitCosts, unit: jax.Array | int, most: int) -> "Line":
-        """The line of these lengths; what a request has past `most` units is not measured."""
+        """Returns the line of these lengths; blocks past `most` units per tile are not counted."""
         seq_lens = jnp.maximum(seq_lens, 0)
         kv_blocks = num_blocks(seq_lens, costs.block_size)
         full, last = costs.block_costs(seq_lens)
@@ -52,14 +62,15 @@ class Line(NamedTuple):
         )
 
     def tile_at(self, places: jax.Array) -> jax.Array:
-        """The tile that each place is in."""
+        """Returns the index of the tile that each place is in."""
         return find(self.edge, places, side="right") - 1
 
-    def cut(self, num_workers: int, count: jax.Array, spread: jax.Array) -> jax.Array:
-        """Places [W + 1] that cut the line in `count` equal shares; the other workers get none.
+    def split_evenly(self, num_workers: int, count: jax.Array, spread: jax.Array) -> jax.Array:
+        """Returns boundaries [W + 1] of equal shares for the first `count` workers.
 
-        A tile's overhead stands before its blocks, or, with `spread`, on all of them alike: the
-        one suits tiles longer than a share, the other tiles cut in two or three.
+        The other workers get empty ranges. A tile's overhead counts before its blocks. With
+        `spread` it is distributed over all of them. The former suits tiles longer than a share, the
+        latter suits tiles that are split in two or three.
         """
         share = shares(self.cost_total, num_workers, count)
         tile = find(self.cost_start, share, side="right") - 1
@@ -76,7 +87,10 @@ class Line(NamedTuple):
         return jnp.where(worker >= count, self.length, place).at[0].set(0)
 
     def place_in(self, tile: jax.Array, inside: jax.Array) -> jax.Array:
-        """The places in tiles that so much cost of their blocks stands before, or an edge."""
+        """Returns the places at which the blocks before them cost `inside`, or a near tile edge.
+
+        An edge replaces a place that would leave a work item shorter than a third of its overhead.
+        """
         blocks, full, last = self.blocks[tile], self.full[tile], self.last[tile]
         taken = jnp.clip((inside + full // 2) // full, 0, jnp.maximum(blocks - 1, 0))
         whole = (blocks > 0) & (inside - (blocks - 1) * full >= last - last // 2)
@@ -85,22 +99,23 @@ class Line(NamedTuple):
         taken = jnp.where(whole | ((taken > 0) & (blocks - taken < shortest)), blocks, taken)
         return self.edge[tile] + taken
 
-    def cut_at_edges(self, num_workers: int) -> jax.Array:
-        """Places [W + 1] that give every worker whole tiles: the edges nearest to equal shares."""
+    def split_at_edges(self, num_workers: int) -> jax.Array:
+        """Returns boundaries [W + 1] at the edges nearest to equal shares: no tile is split."""
         share = shares(self.cost_total, num_workers, jnp.int32(num_workers))
         cost_end = jnp.append(self.cost_start[1:], self.cost_total)
         middle = self.cost_start + (cost_end - self.cost_start) // 2
         edges = jnp.append(self.edge, self.length)
         return edges[find(middle, share)].at[-1].set(self.length)
 
-    def cut_in_pairs(self, num_workers: int) -> jax.Array:
-        """Places [W + 1] that give each pair of workers whole tiles, half of them to each."""
-        edges = self.cut_at_edges(num_workers // 2)
+    def split_in_pairs(self, num_workers: int) -> jax.Array:
+        """Returns boundaries [W + 1] that give each pair of workers whole tiles, half to each."""
+        edges = self.split_at_edges(num_workers // 2)
         begin, end = edges[:-1], edges[1:]
         cost_at = jnp.append(self.cost_start, self.cost_total)
         first, stop = (find(self.edge, at) for at in (begin, end))
         start, stop = cost_at[first], cost_at[stop]
-        # The tile that the middle lies in, and what of its blocks makes both halves cost the same.
+        # The middle of a pair's range lies in `tile`. Both halves cost the same if the first takes
+        # so many of the tile's blocks that they make up for the difference around the tile.
         tile = find(self.cost_start, start + (stop - start) // 2, side="right") - 1
         before, after = cost_at[tile] - start, stop - cost_at[tile + 1]
         middle = self.place_in(tile, (after - before + self.cost_of_blocks(tile)) // 2)
@@ -108,43 +123,46 @@ class Line(NamedTuple):
         return jnp.append(jnp.stack([begin, middle], axis=1).ravel(), self.length)
 
     def cost_of_blocks(self, tile: jax.Array) -> jax.Array:
-        """What tiles cost but for their overhead."""
+        """Returns the cost of tiles without their overhead."""
         cost = (self.blocks[tile] - 1) * self.full[tile] + self.last[tile]
         return jnp.where(self.blocks[tile] > 0, cost, 0)
 
-    def inner(self, cuts: jax.Array) -> jax.Array:
-        """[W + 1] bool: which of them cut a tile, each place once."""
-        inside = self.edge[self.tile_at(cuts)] < cuts
-        return inside & (cuts < self.length) & (cuts != jnp.roll(cuts, 1))
+    def inside_tiles(self, boundaries: jax.Array) -> jax.Array:
+        """Returns [W + 1] bool: whether a boundary splits a tile; equal boundaries count once."""
+        inside = self.edge[self.tile_at(boundaries)] < boundaries
+        return inside & (boundaries < self.length) & (boundaries != jnp.roll(boundaries, 1))
 
-    def largest_load(self, cuts: jax.Array) -> jax.Array:
-        """The cost of the costliest stretch between two cuts."""
-        tile = self.tile_at(cuts)  # behind the end: the last
-        taken = jnp.minimum(cuts - self.edge[tile], self.blocks[tile])
+    def largest_load(self, boundaries: jax.Array) -> jax.Array:
+        """Returns the largest cost of a range between two boundaries."""
+        # `before` is the cost of all work before each boundary. A worker whose range starts inside
+        # a tile pays the tile's overhead `again`, because its part is a work item of its own.
+        tile = self.tile_at(boundaries)  # the last tile for a boundary at the end of the line
+        taken = jnp.minimum(boundaries - self.edge[tile], self.blocks[tile])
         whole = (taken > 0) & (taken == self.blocks[tile])
         before = taken * self.full[tile] + jnp.where(whole, self.last[tile] - self.full[tile], 0)
         before = before + jnp.where(taken > 0, self.costs.overhead, 0) + self.cost_start[tile]
-        before = jnp.where(cuts == self.length, self.cost_total, before)
-        again = jnp.where((taken > 0) & (cuts < self.length), self.costs.overhead, 0)
-        return jnp.where(cuts[1:] > cuts[:-1], again[:-1] + jnp.diff(before), 0).max()
+        before = jnp.where(boundaries == self.length, self.cost_total, before)
+        again = jnp.where((taken > 0) & (boundaries < self.length), self.costs.overhead, 0)
+        return jnp.where(boundaries[1:] > boundaries[:-1], again[:-1] + jnp.diff(before), 0).max()
 
 
 def shares(total: jax.Array, num_workers: int, count: jax.Array) -> jax.Array:
-    """[W + 1] int32: w * total / count, without the overflow of that product; w <= count."""
+    """Returns w * total / count for w = 0 .. W, [W + 1] int32, without overflow for w <= count."""
     w = jnp.arange(num_workers + 1, dtype=jnp.int32)
     return w * (total // count) + w * (total % count) // count
 
 
 def running_sum(values: jax.Array) -> jax.Array:
-    """int32, whatever JAX's width of a sum of integers is."""
+    """Returns the cumulative sum in int32, also where JAX would sum integers in int64."""
     return jnp.cumsum(values, dtype=jnp.int32)
 
 
 def to_float32(values: jax.Array) -> jax.Array:
+    """Returns the values as float32."""
     return values.astype(jnp.float32)
 
 
 def find(values: jax.Array, queries: jax.Array, side: str = "left") -> jax.Array:
-    """searchsorted as one fused kernel: by default it would be a loop of kernels."""
+    """Returns `searchsorted` as int32, compiled to one kernel where JAX's default is a loop."""
     method = "compare_all" if values.size * queries.size <= 1 << 18 else "scan_unrolled"
     return jnp.searchsorted(values, queries, side=side, method=method).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""What a split-KV plan is: which worker computes what, as int32 arrays, and whether it is sound."""
+"""The split-KV plan: which worker computes what, as int32 arrays, and the checks of a plan."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ _OF_ITEMS = ("request", "row_tile", "block_start", "block_end", "partial")
 
 
 class SlowPlanWarning(UserWarning):
-    """A plan is right for a problem, but the kernel that runs it would be faster with another."""
+    """Warns that a plan is valid for a problem, but another would make the kernel faster."""
 
 
 @functools.partial(
@@ -71,15 +71,15 @@ class SplitPlan:
         return self.tile_partial_start.shape[0] - 1
 
     def arrays(self) -> dict[str, jax.Array]:
-        """The plan's arrays, by name."""
+        """Returns the plan's arrays, by name."""
         names = (*_OF_ITEMS, "worker_start", "tile_partial_start")
         return {name: getattr(self, name) for name in names}
 
     def check(self) -> None:
         """Raises TypeError or ValueError where the plan is not what its description says.
 
-        Types, shapes and sizes are checked always, the pieces themselves unless they are traced.
-        For which lengths the plan is, `check_covers` looks.
+        Types, shapes and sizes are always checked, the values of the arrays unless they are traced.
+        `check_covers` checks that a plan is made for given lengths.
         """
         for name in ("block_size", "rows_per_tile", "num_row_tiles"):
             checks.require_positive(f"plan.{name}", getattr(self, name))
@@ -102,9 +102,9 @@ class SplitPlan:
             _check_items(self, **jax.device_get(self.arrays()))
 
     def check_covers(self, seq_lens: jax.Array) -> None:
-        """Raises ValueError where a plan that `check` passes is for other lengths than these.
+        """Raises ValueError if a plan that passes `check` is made for other lengths.
 
-        seq_lens: [B] int32; nothing is checked if they or the plan are traced.
+        seq_lens: [B] int32. Nothing is checked if the lengths or the plan are traced.
         """
         if not checks.is_concrete(seq_lens, *self.arrays().values()):
             return
@@ -112,7 +112,7 @@ class SplitPlan:
         request, row_tile, end = jax.device_get(tuple(getattr(self, name) for name in names))
         lengths, used = np.asarray(seq_lens).astype(np.int64), request >= 0
         until = np.zeros((self.num_row_tiles, len(lengths)), np.int64)
-        until[row_tile[used], request[used]] = end[used]  # a tile's last piece is written last
+        until[row_tile[used], request[used]] = end[used]  # a tile's last item is the last write
         blocks = -(-np.maximum(lengths, 0) // self.block_size)
         for number in np.flatnonzero((until != blocks).any(axis=0)):
             raise ValueError(
@@ -122,9 +122,9 @@ class SplitPlan:
 
 
 def check_plan(plan: Any, seq_lens: Any) -> None:
-    """Raises TypeError or ValueError unless a plan is sound and covers these lengths, [B] int32.
+    """Raises TypeError or ValueError unless a plan is valid and covers these lengths.
 
-    What is traced, of either, is not looked at.
+    seq_lens: [B] int32. Traced values of the plan and the lengths are not checked.
     """
     if not isinstance(plan, SplitPlan):
         raise TypeError(f"plan must be a SplitPlan, got {type(plan).__name__}")
@@ -138,19 +138,19 @@ def check_plan(plan: Any, seq_lens: Any) -> None:
 
 @jax.jit
 def covered_requests(plan: SplitPlan, seq_lens: jax.Array) -> jax.Array:
-    """[B] bool: whether the plan's pieces hold as many blocks as each request has.
+    """Returns [B] bool: whether the plan's items have as many blocks as each request.
 
-    False for a plan made for other lengths. It counts and does not look where the blocks are:
-    `check_plan` does that for a plan that is not traced.
+    False marks a request of a plan that was made for other lengths. Only the number of blocks is
+    compared. `check_plan` also checks which blocks they are, for a plan that is not traced.
     """
     batch = plan.num_tiles // plan.num_row_tiles
     taken = jnp.where(plan.request >= 0, plan.block_end - plan.block_start, 0)
-    taken = jax.ops.segment_sum(taken, plan.request, batch)  # drops request = -1
+    taken = jax.ops.segment_sum(taken, plan.request, batch)  # drops unused items: request -1
     return taken == num_blocks(seq_lens, plan.block_size) * plan.num_row_tiles
 
 
 def require_lengths(seq_lens: jax.Array) -> None:
-    """Raises ValueError for a length below 0, unless they are traced."""
+    """Raises ValueError for a length below 0, unless the lengths are traced."""
     if checks.is_concrete(seq_lens):
         lengths = np.asarray(seq_lens)
         for request in np.flatnonzero(lengths < 0):
@@ -158,7 +158,7 @@ def require_lengths(seq_lens: jax.Array) -> None:
 
 
 def num_blocks(seq_lens: jax.Array, block_size: int) -> jax.Array:
-    """Blocks of each length, int32; a length below 0 counts as 0."""
+    """Returns the number of blocks of each length, int32; a length below 0 has none."""
     return (jnp.maximum(seq_lens, 0) - 1) // block_size + 1
 
 
@@ -172,7 +172,7 @@ def _check_items(
     worker_start: np.ndarray,
     tile_partial_start: np.ndarray,
 ) -> None:
-    """Raises ValueError for a work item, a worker or a partial that can't be where it is."""
+    """Raises ValueError for the first value of the plan's arrays that is not as specified."""
     used = int((request >= 0).sum())
     batch = plan.num_tiles // plan.num_row_tiles
     _require("request", request, np.arange(len(request)) < used, request >= 0, "-1 at the end only")
@@ -192,7 +192,7 @@ def _check_items(
     rows = (row_tile >= 0) & (row_tile < plan.num_row_tiles)
     _require("row_tile", row_tile, rows, True, f"in 0 .. {plan.num_row_tiles - 1}")
     tile = row_tile * batch + request
-    first = np.diff(tile, prepend=-1) != 0  # pieces that begin a tile
+    first = np.diff(tile, prepend=-1) != 0  # items that begin a tile
     in_order = tile == np.cumsum(first) - 1
     words = "of the tiles 0, 1, ... (row_tile * B + request) in order"
     _require("request and plan.row_tile", tile, in_order, True, words)
@@ -200,21 +200,23 @@ def _check_items(
         got = tile[-1] + 1 if used else 0
         raise ValueError(f"plan.request must name all {plan.num_tiles} tiles, got {got}")
     _require_equal("block_start", start, np.where(first, 0, np.append(0, end[:-1])), 0)
-    pieces = np.bincount(tile, minlength=plan.num_tiles)
-    least = start.astype(np.int64) + (pieces[tile] > 1)
-    _require("block_end", end, end >= least, True, "past block_start where a tile is cut")
+    items = np.bincount(tile, minlength=plan.num_tiles)
+    is_split = items[tile] > 1
+    least = start.astype(np.int64) + is_split
+    _require("block_end", end, end >= least, True, "past block_start where a tile is split")
 
     steps = np.diff(worker_start)
     _require("worker_start", worker_start, np.append(True, steps >= 0), True, "in rising order")
     for at, wanted in ((0, 0), (plan.num_workers, used)):
         _require_equal("worker_start", worker_start[[at]], np.array([wanted]), at)
-    cut = pieces[tile] > 1
-    _require_equal("partial", partial[:used], np.where(cut, np.cumsum(cut) - 1, -1), 0)
-    slots = np.where(pieces > 1, pieces, 0)
-    _require_equal("tile_partial_start", tile_partial_start, np.append(0, np.cumsum(slots)), 0)
-    if slots.sum() > plan.num_partials:
+    indices = np.where(is_split, np.cumsum(is_split) - 1, -1)
+    _require_equal("partial", partial[:used], indices, 0)
+    partials = np.where(items > 1, items, 0)
+    _require_equal("tile_partial_start", tile_partial_start, np.append(0, np.cumsum(partials)), 0)
+    if partials.sum() > plan.num_partials:
         raise ValueError(
-            f"plan.num_partials must be at least the {slots.sum()} in use, got {plan.num_partials}"
+            f"plan.num_partials must be at least the {partials.sum()} in use, "
+            f"got {plan.num_partials}"
         )
 
 

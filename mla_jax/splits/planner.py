@@ -1,18 +1,19 @@
-"""Split-KV planning: ragged work cut into equal shares, as int32 arrays of static shape.
+"""Split-KV planning: divides the work on requests of different lengths into equal shares.
 
-The work is a line: tile after tile, tile t = row_tile * B + request, each as many KV
-blocks long as its request. Every worker takes a stretch of the line; a tile that two workers
-share is cut into pieces, whose partial results are merged (flash-decoding). Everything here runs
-under jit on traced lengths, without a loop over pieces, so that a decode loop plans on the device
-once a step and traces once.
+A plan is made of int32 arrays of static shape. The work is a line of tiles, drawn in `line`. Tile
+row_tile * B + request is as many KV blocks long as its request. Every worker gets a range of the
+line. Two workers that share a tile split it into work items, whose partial results are merged. This
+is known as flash-decoding. Planning runs under jit on traced lengths, without a loop over work
+items. A decode loop therefore plans on the device in every step and traces once.
 
-Cuts lie at the block edge nearest to an equal share of the cost (`split_costs` has the models).
-One that would leave a piece of less than a third of its own overhead (with 5: a single block)
-moves to the tile's edge: that saves a piece and its merge, and costs the neighbour a block.
+A range ends at the block edge nearest to an equal share of the cost, by one of the models in
+`costs`. An edge that would leave a work item of less than a third of its own overhead moves to the
+tile's edge. With an overhead of 5 that is a work item of one block. Moving the edge saves the work
+item and its merge, and costs the neighbour a block.
 
-All sums are int32 whatever the lengths are. Where the cost of all blocks could leave it, blocks
-are counted in units of a power of two of them, the smallest with which it does not: such a plan
-cuts at multiples of the unit, 2^-30 of the work or less, and still takes every block once.
+All sums are int32, whatever the lengths are. If the cost of all blocks could exceed int32, the line
+counts units of 2^k blocks, with the smallest k that keeps the sums in range. Such a plan splits at
+multiples of the unit, which is 2^-30 of the work or less. It still covers every block once.
 """
 
 import dataclasses
@@ -49,11 +50,11 @@ __all__ = [
     "plan_splits",
 ]
 
-PAIR_OVERHEAD = 1  # blocks that it costs two workers to merge in their shared memories
-_MOST_WORKERS = 2**15  # so that the product of two counts of workers is an int32
-_MOST_COST = 2**30  # of the blocks on a line; MOST_WORK more is still an int32
+PAIR_OVERHEAD = 1  # cost of merging a pair's partials through shared memory, in blocks
+_MOST_WORKERS = 2**15  # the product of two worker counts fits int32
+_MOST_COST = 2**30  # largest cost of all blocks on a line; MOST_WORK can be added in int32
 _LARGEST = 2**31 - 1
-_BEYOND = np.int32(_LARGEST)  # sorts behind every place on the line
+_BEYOND = np.int32(_LARGEST)  # place of an unused item: it sorts after every place on the line
 
 
 def plan_splits(
@@ -69,33 +70,34 @@ def plan_splits(
     in_pairs: bool = False,
     max_seq_len: int | None = None,
 ) -> SplitPlan:
-    """A balanced plan: shares that are equal within about one overhead and one block.
+    """Returns a balanced plan: loads differ by about one overhead and one block at most.
 
     Args:
-        seq_lens: [B] int32, may be traced, and then below 0 counts as 0.
-        num_workers: what runs at a time (CTAs, clusters, cores).
-        rows: query rows of a request, S_q * H.
-        rows_per_tile: rows that one worker holds at a time.
-        block_size: KV tokens a block.
-        cost_model: "blocks" or "fia". Of the worker counts tried, the plan with the smallest
-            maximum is kept, among equals the one with the fewest cuts, then the fewest workers.
-            "blocks" cuts no tile where that gains nothing (as many equal requests as workers,
-            say), which spares the merge.
-        overhead: of a piece, in blocks; "fia" has none and takes no notice.
-        merge_overhead: what it costs, once and in blocks, that tiles are cut at all: the plan of
-            whole tiles is kept if it is no more than that behind. Not of "fia".
-        in_pairs: workers 2i and 2i + 1 merge what only they share at next to no cost (a cluster's
-            CTAs, through their shared memories): whole tiles for pairs are tried, too, each pair's
-            cut in the middle, and kept if more than PAIR_OVERHEAD cheaper. Like whole tiles, not
-            with an overhead of 0 or "fia".
-        max_seq_len: the longest length there may be, if that is known, which makes planning
-            cheaper where the work of all requests of that length fits int32; None: any. If a
-            traced length is past it, its last piece is longer: right, but not balanced.
+        seq_lens: [B] int32. A traced length below 0 counts as 0.
+        num_workers: number of CTAs, clusters or cores that run at the same time.
+        rows: query rows per request, S * H.
+        rows_per_tile: query rows that one worker computes at a time.
+        block_size: KV tokens per block.
+        cost_model: "blocks" or "fia". The planner tries several numbers of workers and keeps the
+            plan whose largest load is smallest. Among equals it prefers fewer split tiles, then
+            fewer workers. "blocks" splits no tile where that gains nothing, for example with as
+            many equal requests as workers, because whole tiles need no merge.
+        overhead: cost of a work item besides its blocks, in blocks. "fia" ignores it.
+        merge_overhead: cost of a plan that splits any tile, once, in blocks. The plan of whole
+            tiles is kept if its largest load is at most this much larger. "fia" and an
+            overhead of 0 ignore it.
+        in_pairs: whether workers 2i and 2i + 1 can merge the tiles that only they share at little
+            cost, as the CTAs of a cluster can. The planner then also tries a plan that gives whole
+            tiles to pairs and halves each pair's range. It keeps that plan if its largest load is
+            smaller by more than PAIR_OVERHEAD. "fia" and an overhead of 0 ignore it.
+        max_seq_len: largest length that can occur, or None for any. Planning is cheaper if the work
+            of all requests at this length fits int32. A longer traced length gets a correct plan in
+            which its last work item is too long.
 
     Returns:
-        A plan of num_tiles + num_workers pieces and 2 * (num_workers - 1) slots.
+        A plan of num_tiles + num_workers work items and 2 * (num_workers - 1) partials.
 
-    Raises TypeError or ValueError naming the argument that can't be.
+    Raises TypeError or ValueError that names the invalid argument.
     """
     costs = split_costs(
         cost_model,
@@ -112,7 +114,7 @@ def plan_splits(
         raise ValueError(f"merge_overhead must be at most {MOST_WORK // 2}, got {merge_overhead}")
     in_pairs = checks.require_bool("in_pairs", in_pairs)
     if in_pairs and num_workers % 2:
-        raise ValueError(f"num_workers must be even where they are in pairs, got {num_workers}")
+        raise ValueError(f"num_workers must be even with in_pairs, got {num_workers}")
     seq_lens = checks.snapshot(seq_lens)
     most = math.ceil((max_seq_len or _LARGEST) / costs.block_size)
     return _plan_splits(seq_lens, num_workers, costs, merge_overhead, in_pairs, most)
@@ -129,20 +131,20 @@ def plan_fixed(
     block_size: int = 64,
     overhead: int = 5,
 ) -> SplitPlan:
-    """The batch-invariant plan: a request is cut at multiples of split_size tokens, always.
+    """Returns the batch-invariant plan, which splits every request at multiples of split_size.
 
-    What a request is cut into depends on its own length alone, and pieces are merged in KV order,
-    so its rows have the same bits whatever else is in the batch. Workers get whole pieces, balanced
-    as well as that allows.
+    The work items of a request depend on its own length alone, and their partials are merged in KV
+    order. The rows of a request therefore have the same bits whatever else is in the batch.
+    Workers get whole work items, balanced as well as that allows.
 
     Args:
-        split_size: tokens, a multiple of block_size.
-        max_seq_len: the longest length there may be; it fixes the plan's shape.
+        split_size: tokens per work item, a multiple of block_size.
+        max_seq_len: largest length that can occur, which determines the plan's shape. A longer
+            traced length gets a correct plan in which its last work item exceeds split_size.
         seq_lens, num_workers, rows, rows_per_tile, block_size, overhead: as in `plan_splits`, with
             the cost model "blocks".
 
-    Raises TypeError or ValueError naming the argument that can't be. If a traced length is past
-    max_seq_len, its last piece is longer than split_size: right, but not balanced.
+    Raises TypeError or ValueError that names the invalid argument.
     """
     split_size = checks.require_positive("split_size", split_size)
     max_seq_len = _check_max_seq_len(max_seq_len)
@@ -156,11 +158,11 @@ def plan_fixed(
     num_workers = _check(seq_lens, num_workers, costs, max_seq_len)
     split_blocks = min(split_size, _LARGEST) // costs.block_size
     most = math.ceil(max_seq_len / split_size)
-    pieces = len(seq_lens) * costs.num_row_tiles * most
-    if pieces > MOST_WORK:
+    items = len(seq_lens) * costs.num_row_tiles * most
+    if items > MOST_WORK:
         raise ValueError(
-            f"max_seq_len / split_size must give at most {MOST_WORK} pieces, got {most} for each "
-            f"of {pieces // most} tiles"
+            f"max_seq_len / split_size must give at most {MOST_WORK} work items, got {most} for "
+            f"each of {items // most} tiles"
         )
     return _plan_fixed(checks.snapshot(seq_lens), num_workers, costs, split_blocks, most)
 
@@ -173,13 +175,13 @@ def plan_loads(
     cost_model: str = "blocks",
     overhead: int = 5,
 ) -> jax.Array:
-    """[W] float32: what each worker's pieces cost under a model.
+    """Returns the cost of each worker's work items under a cost model, [W] float32.
 
     Args:
         plan: from `plan_splits` or `plan_fixed`, for these seq_lens.
         seq_lens, rows, cost_model, overhead: as in `plan_splits`.
 
-    Raises TypeError or ValueError naming the argument that can't be.
+    Raises TypeError or ValueError that names the invalid argument.
     """
     check_plan(plan, seq_lens)
     costs = split_costs(
@@ -200,31 +202,33 @@ def plan_loads(
 def merge_partials(
     plan: SplitPlan, o: jax.Array, partial_o: jax.Array, lse: jax.Array, partial_lse: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Outputs of all tiles: as they are, or for cut tiles the merge of their slots in KV order.
+    """Returns the outputs of all tiles, merging the partials of split tiles in KV order.
 
     Args:
-        o: [num_tiles, rows_per_tile, D_v]; of cut tiles anything.
-        partial_o: [slots, rows_per_tile, D_v].
-        lse: [num_tiles, rows_per_tile] float32; of cut tiles anything.
-        partial_lse: [slots, rows_per_tile] float32.
+        plan: names the partials of each tile.
+        o: [num_tiles, rows_per_tile, D_v]; ignored for split tiles.
+        partial_o: [num_partials, rows_per_tile, D_v].
+        lse: [num_tiles, rows_per_tile] float32; ignored for split tiles.
+        partial_lse: [num_partials, rows_per_tile] float32.
 
-    Returns o (o's dtype, merged in float32) and lse.
+    Returns:
+        o [num_tiles, rows_per_tile, D_v] of o's dtype, merged in float32, and lse, float32.
     """
     first, end = plan.tile_partial_start[:-1], plan.tile_partial_start[1:]
 
     def take(k: jax.Array) -> tuple[jax.Array, jax.Array]:
-        slot = jnp.minimum(first + k, partial_lse.shape[0] - 1)
-        part = jnp.where((first + k < end)[:, None], partial_lse[slot], -jnp.inf)
-        return partial_o[slot].astype(jnp.float32), part
+        partial = jnp.minimum(first + k, partial_lse.shape[0] - 1)
+        part = jnp.where((first + k < end)[:, None], partial_lse[partial], -jnp.inf)
+        return partial_o[partial].astype(jnp.float32), part
 
     def add(k: jax.Array, merged: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         part_o, part_lse = take(k)
         return merge_states(jnp.stack([merged[0], part_o]), jnp.stack([merged[1], part_lse]))
 
     merged_o, merged_lse = jax.lax.fori_loop(1, (end - first).max(), add, take(jnp.int32(0)))
-    cut = (end > first)[:, None]
-    o = jnp.where(cut[..., None], merged_o.astype(o.dtype), o)
-    return o, jnp.where(cut, merged_lse, lse)
+    is_split = (end > first)[:, None]
+    o = jnp.where(is_split[..., None], merged_o.astype(o.dtype), o)
+    return o, jnp.where(is_split, merged_lse, lse)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
@@ -236,43 +240,52 @@ def _plan_splits(
     in_pairs: bool,
     most: int,
 ) -> SplitPlan:
-    """The plan of `plan_splits`; most: blocks of a request."""
+    """Returns the plan of `plan_splits`; a request has at most `most` blocks.
+
+    The candidates are equal shares for 1 .. num_workers workers, twice: with a tile's overhead
+    before its blocks, and spread over them.
+    """
     blocks = num_blocks(seq_lens, costs.block_size)
     total = to_float32(blocks).sum() * np.float32(sum(costs.full))
     unit = _unit(total, len(seq_lens) * most * sum(costs.full))
     line = Line.lay(seq_lens, costs, unit, most)
     counts = jnp.tile(jnp.arange(1, num_workers + 1, dtype=jnp.int32), 2 if costs.overhead else 1)
     spread = jnp.arange(len(counts)) >= num_workers
-    all_cuts = jax.vmap(functools.partial(line.cut, num_workers))(counts, spread)
+    candidates = jax.vmap(functools.partial(line.split_evenly, num_workers))(counts, spread)
+    # A number of workers below the square root of the number of blocks is not tried: the longest
+    # range would have at least that many blocks.
     fewest = jnp.sqrt(to_float32(line.blocks.sum(dtype=jnp.int32))).astype(jnp.int32)
     tried = counts >= jnp.minimum(fewest, num_workers)
-    largest = jnp.where(tried, jax.vmap(line.largest_load)(all_cuts), _BEYOND)
-    inner = jax.vmap(line.inner)(all_cuts).sum(axis=1, dtype=jnp.int32)
-    cuts = all_cuts[jnp.argmin(jnp.where(largest == largest.min(), inner, _BEYOND))]
+    largest = jnp.where(tried, jax.vmap(line.largest_load)(candidates), _BEYOND)
+    splits = jax.vmap(line.inside_tiles)(candidates).sum(axis=1, dtype=jnp.int32)
+    best = jnp.argmin(jnp.where(largest == largest.min(), splits, _BEYOND))
+    boundaries = candidates[best]
     if costs.overhead:
-        whole = line.cut_at_edges(num_workers)
-        least = line.largest_load(cuts) + merge_overhead
-        cuts = jnp.where(line.largest_load(whole) <= least, whole, cuts)
+        whole = line.split_at_edges(num_workers)
+        least = line.largest_load(boundaries) + merge_overhead
+        boundaries = jnp.where(line.largest_load(whole) <= least, whole, boundaries)
         if in_pairs:
             least = jnp.minimum(line.largest_load(whole), least)
-            halves = line.cut_in_pairs(num_workers)
-            cuts = jnp.where(line.largest_load(halves) + PAIR_OVERHEAD < least, halves, cuts)
-    starts = jnp.sort(jnp.append(line.edge, jnp.where(line.inner(cuts), cuts, _BEYOND)[1:]))
-    return _assemble(line, starts, find(starts, cuts), 2 * (num_workers - 1))
+            halves = line.split_in_pairs(num_workers)
+            is_cheaper = line.largest_load(halves) + PAIR_OVERHEAD < least
+            boundaries = jnp.where(is_cheaper, halves, boundaries)
+    inside = jnp.where(line.inside_tiles(boundaries), boundaries, _BEYOND)
+    starts = jnp.sort(jnp.append(line.edge, inside[1:]))
+    return _assemble(line, starts, find(starts, boundaries), 2 * (num_workers - 1))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _plan_fixed(
     seq_lens: jax.Array, num_workers: int, costs: SplitCosts, split_blocks: int, most: int
 ) -> SplitPlan:
-    """The plan of `plan_fixed`: every place on the line is a piece; most: pieces of a tile."""
+    """Returns the plan of `plan_fixed`: each place is a work item, at most `most` per tile."""
     line = Line.lay(seq_lens, costs, split_blocks, most)
     place = jnp.arange(len(line.blocks) * most, dtype=jnp.int32)
     starts = jnp.where(place < line.length, place, _BEYOND)
     num_partials = len(place) if most > 1 else 0
     unbalanced = jnp.zeros(num_workers + 1, jnp.int32)
     plan = _assemble(line, starts, unbalanced, num_partials, fixed=True)
-    # Worker w starts at the first piece whose middle lies past w equal shares of the cost.
+    # Worker w starts at the first item whose middle is past w equal shares of the cost.
     blocks = jnp.clip(plan.block_end - plan.block_start, 1, split_blocks)
     total = to_float32(blocks).sum() + np.float32(len(place) * costs.overhead)
     unit = _unit(total, len(place) * (split_blocks + costs.overhead))
@@ -295,13 +308,13 @@ def _plan_loads(plan: SplitPlan, seq_lens: jax.Array, costs: SplitCosts) -> jax.
     cost = np.float32(costs.overhead) + to_float32(blocks) * full
     cost = jnp.where(plan.request >= 0, cost + jnp.where(has_last, last - full, 0), 0)
     worker = find(plan.worker_start, jnp.arange(plan.num_items, dtype=jnp.int32), "right") - 1
-    return jax.ops.segment_sum(cost, worker, plan.num_workers)  # drops unused pieces
+    return jax.ops.segment_sum(cost, worker, plan.num_workers)  # drops unused items
 
 
 def _assemble(
     line: Line, starts: jax.Array, worker_start: jax.Array, num_partials: int, fixed: bool = False
 ) -> SplitPlan:
-    """The plan whose pieces start at the sorted places `starts` (unused ones: _BEYOND)."""
+    """Returns the plan whose items start at the sorted places `starts`; unused ones are _BEYOND."""
     batch = len(line.blocks) // line.costs.num_row_tiles
     used = starts < line.length
     tile = jnp.where(used, line.tile_at(starts), 0)
@@ -309,15 +322,15 @@ def _assemble(
     until = jnp.minimum(jnp.append(starts[1:], _BEYOND), line.length)
     end = jnp.where(used, jnp.minimum(until - line.edge[tile], line.blocks[tile]), 0)
     partial = used & ((begin > 0) | (end < line.blocks[tile]))
-    slots = running_sum(partial)
-    before = jnp.append(jnp.zeros(1, jnp.int32), slots)
+    partials_used = running_sum(partial)
+    before = jnp.append(jnp.zeros(1, jnp.int32), partials_used)
     to_tile_end = used & (end == line.blocks[tile])
     return SplitPlan(
         request=jnp.where(used, tile % batch, -1),
         row_tile=jnp.where(used, tile // batch, 0),
         block_start=begin * line.unit,
         block_end=jnp.where(to_tile_end, line.kv_blocks[tile], end * line.unit),
-        partial=jnp.where(partial, slots - 1, -1),
+        partial=jnp.where(partial, partials_used - 1, -1),
         worker_start=worker_start,
         tile_partial_start=before[find(starts, jnp.append(line.edge, line.length))],
         block_size=line.costs.block_size,
@@ -329,7 +342,7 @@ def _assemble(
 
 
 def _check(seq_lens: Any, num_workers: Any, costs: SplitCosts, max_seq_len: int | None) -> int:
-    """The number of workers as a Python int, if lengths and workers are what a planner takes."""
+    """Returns num_workers as a Python int; raises unless lengths and workers suit a planner."""
     checks.require_shape("seq_lens", seq_lens, "[B]", None)
     checks.require_int32("seq_lens", seq_lens)
     checks.require_positive("B of seq_lens", seq_lens.shape[0])
@@ -352,11 +365,12 @@ def _check_max_seq_len(max_seq_len: Any) -> int:
 
 
 def _unit(total: jax.Array, bound: int) -> jax.Array | int:
-    """The smallest power of two with which total / unit is _MOST_COST or less.
+    """Returns the smallest power of two for which total / unit is at most _MOST_COST.
 
-    total: float32, a sum that may be past int32. bound: its largest value as far as that is known
-    beforehand; one that is small enough leaves nothing to compute.
+    total: float32 sum, which may exceed int32. bound: the largest value of the sum that is known
+    at trace time. If it is at most _MOST_COST, the unit is 1 without any computation.
     """
+
     if bound <= _MOST_COST:
         return 1
     limits = np.float32(_MOST_COST) * np.exp2(np.arange(30, dtype=np.float32))

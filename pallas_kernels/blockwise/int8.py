@@ -1,9 +1,9 @@
-"""The int8 path of Ascend's kernel, walked by the same schedules.
+"""The int8 kernel of Ascend, which executes the same schedules.
 
-The arithmetic is that of `int8_dataflow` with weights in int8: S_nope = int8 q x int8 k -> int32,
-S_rope -> float32, P quantised per row and block, P.V int8 x int8 -> int32; UP brings it to scale.
-With two signals after QK the nope part is brought to scale (DEQUANT) while the rope part is still
-being multiplied.
+The arithmetic is that of `int8_dataflow` with weights in int8. S_nope is int8 q x int8 k -> int32,
+S_rope is float32, and P is quantized per row and block. P.V is int8 x int8 -> int32, which UP
+multiplies by the scales. With two signals after QK, DEQUANT multiplies the nope part by its scales
+while the rope part is still being computed.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from mla_jax.cache import PagedKVCache
 from mla_jax.hal.orders import ASCEND_ORDERS, AscendOrder
 from mla_jax.hal.schedule import Schedule
 from mla_jax.hal.tiling import TilePlan
-from mla_jax.int8_dataflow import scores_to_scale, weights_in_int8
 from mla_jax.online_softmax import finalize, rescale_output, weigh
+from mla_jax.reference.int8_dataflow import scores_to_scale, weights_in_int8
 from pallas_kernels.blockwise.launch import (
     Workspace,
     begin_state,
@@ -45,17 +45,18 @@ def blockwise_mla_int8(
     tiles: TilePlan | None = None,
     interpret: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over an int8 cache with scales per token or for all of it.
+    """Computes attention over an int8 cache with one scale per token or for the whole cache.
 
     Args:
-        q, block_tables, seq_lens, visible, order, tiles: as `blockwise_mla` has them.
+        q, block_tables, seq_lens, visible, softmax_scale, order, tiles, interpret: as in
+            `blockwise_mla`.
         cache: int8, ND or NZ, any page size.
 
     Returns:
         o [B, R, kv_lora_rank] and lse [B, R], float32.
 
-    Raises ValueError for a cache of other scales or none, and for an AMLA order (its O is added to
-    in memory, which int32 products can't be).
+    Raises ValueError for a cache with other scales or none, and for an AMLA order. AMLA adds P.V to
+    O in memory, which int32 products do not allow.
     """
     if cache.scales is None or cache.scale_granularity == "group":
         raise ValueError(
@@ -84,17 +85,17 @@ def blockwise_mla_int8(
             "o": ((tile, width), jnp.float32),
         }
 
-    walk = functools.partial(
-        _walk, meta=cache, softmax_scale=softmax_scale, two_signals=order.signals == 2
+    kernel = functools.partial(
+        _kernel, meta=cache, softmax_scale=softmax_scale, two_signals=order.signals == 2
     )
     return launch(
-        walk, order, rows=[quantize.quantize(q_nope, q_scale), q_scale, q_rope], cache=cache,
+        kernel, order, rows=[quantize.quantize(q_nope, q_scale), q_scale, q_rope], cache=cache,
         block_tables=block_tables, seq_lens=seq_lens, visible=visible, width=width,
         tiles=tiles, kv_dtype="int8", workspace=workspace, interpret=interpret,
     )  # fmt: skip
 
 
-def _walk(
+def _kernel(
     program_ref: Any,
     q_nope_ref: Any,
     q_scale_ref: Any,
@@ -122,7 +123,7 @@ def _walk(
     softmax_scale: float,
     two_signals: bool,
 ) -> None:
-    """All steps for one tile; `work_ref` is O."""
+    """Runs all steps for one tile. `work_ref` is O; `names` are the ops of the program."""
     length = length_ref[0]
     get = functools.partial(column, program_ref)
     begin_state(state_refs, work_ref)
@@ -145,13 +146,13 @@ def _walk(
         qk_nope(i)
         qk_rope(i)
 
-    def dequantise(i: jax.Array) -> None:
+    def dequantize(i: jax.Array) -> None:
         slot = get("s", i)
         s_ref[slot] = scores_to_scale(s_nope_ref[slot], q_scale_ref[0], keys(i)["scales"])
 
     def softmax(i: jax.Array) -> None:
         if not two_signals:
-            dequantise(i)
+            dequantize(i)
         slot = get("s", i)
         hidden = positions(get("block", i)) >= visible_ref[0][:, None]
         scores = (lax.optimization_barrier(s_ref[slot]) + s_rope_ref[slot]) * softmax_scale
@@ -169,16 +170,17 @@ def _walk(
 
     def up(i: jax.Array) -> None:
         slot = get("p", i)
-        came = otmp_ref[get("otmp", i)].astype(jnp.float32) * p_scale_ref[slot][:, None]
+        added = otmp_ref[get("otmp", i)].astype(jnp.float32) * p_scale_ref[slot][:, None]
         kept = rescale_output(work_ref[...], factor_ref[slot])
-        kept, came = lax.optimization_barrier((kept, came))
-        work_ref[...] = kept + came
+        # The barrier keeps the compiler from fusing the product and the sum to one rounding.
+        kept, added = lax.optimization_barrier((kept, added))
+        work_ref[...] = kept + added
 
     ops: dict[str, Callable[[jax.Array], None]] = {
         "QK": qk,
         "QK_NOPE": qk_nope,
         "QK_ROPE": qk_rope,
-        "DEQUANT": dequantise,
+        "DEQUANT": dequantize,
         "SM": softmax,
         "PV": pv,
         "UP": up,
@@ -188,7 +190,7 @@ def _walk(
 
 
 def _times_transposed(q: jax.Array, keys: jax.Array, dtype: Any) -> jax.Array:
-    """q [R, D] . keys [T, D] -> [R, T], summed in `dtype`."""
+    """Returns q [R, D] times keys [T, D] transposed, [R, T], summed in `dtype`."""
     if dtype == jnp.float32:
         q, keys = q.astype(jnp.float32), keys.astype(jnp.float32)
     return lax.dot_general(

@@ -1,13 +1,15 @@
-"""Paged MLA that walks a hal `Schedule` step by step, in portable Pallas (interpret mode on a CPU).
+"""Paged MLA that executes a hal `Schedule` step by step, in portable Pallas.
 
-The dataflow is Ascend's: S, P, what P.V gives (Otmp) and O stand in workspace, the matrix stages
-(QK, PV) and the vector stages (SM, UP, or AMLA's ADD) meet only there, and each stage touches just
-the slots that the schedule names. GPU orders run too: they load keys into slots and keep O in two
-halves. What a stage computes does not depend on when it is issued, so every legal schedule of one
-kind gives the same bits. (Barriers keep the compiler from contracting a product and a sum in one
-program and not in another.)
+On a CPU it runs in Pallas's interpret mode. The dataflow is Ascend's. S, P, the result of P.V
+(Otmp) and O are in workspace memory. The matrix stages (QK, PV) and the vector stages (SM, UP, or
+AMLA's ADD) exchange data only there, and each stage uses only the slots that the schedule names.
+GPU orders run too: they load keys into slots and keep O in two halves.
 
-One grid cell is one request and one tile of query rows.
+The result of a stage does not depend on when it is issued, so that every legal schedule of one kind
+gives the same bits. Optimization barriers keep the compiler from contracting a product and a sum in
+one program and not in another.
+
+One grid cell computes one tile of query rows of one request.
 """
 
 import functools
@@ -54,17 +56,19 @@ def blockwise_mla(
     compensate: bool = True,
     interpret: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of query rows over a paged latent cache, in the order of a schedule.
+    """Computes attention of query rows over a paged latent cache, in the order of a schedule.
 
     Args:
         q: [B, R, D] query rows [q_latent | q_rope].
         cache: ND or NZ, any page size, float32, bfloat16 or float16.
-        block_tables: [B, max_pages] int32; unused slots may hold anything.
-        seq_lens: [B] int32; pages past them may hold anything.
+        block_tables: [B, max_pages] int32; unused entries may hold anything.
+        seq_lens: [B] int32; rows of pages past them may hold anything.
         visible: [B, R] int32: a row sees keys 0 .. visible - 1.
-        order: the schedule for a number of blocks; an order that has ADD steps is AMLA.
-        tiles: block sizes (block_q rows, block_kv keys); None: what fits an Ascend 910B.
-        compensate: in AMLA, make up for what rounding the residual lost.
+        softmax_scale: factor of the scores.
+        order: the schedule for a number of blocks. An order with ADD steps is AMLA.
+        tiles: block sizes (block_q rows, block_kv keys); None is what fits an Ascend 910B.
+        compensate: whether AMLA corrects for the rounding of the residual.
+        interpret: whether Pallas interprets the kernel, as on a CPU.
 
     Returns:
         o [B, R, kv_lora_rank] and lse [B, R], float32.
@@ -84,9 +88,11 @@ def blockwise_mla(
             "o": ((tile, cache.kv_lora_rank), jnp.float32),
         }
 
-    walk = functools.partial(_walk, meta=cache, softmax_scale=softmax_scale, compensate=compensate)
+    kernel = functools.partial(
+        _kernel, meta=cache, softmax_scale=softmax_scale, compensate=compensate
+    )
     o, lse = launch(
-        walk, order, rows=[q], cache=cache, block_tables=block_tables, seq_lens=seq_lens,
+        kernel, order, rows=[q], cache=cache, block_tables=block_tables, seq_lens=seq_lens,
         visible=visible, width=cache.kv_lora_rank, tiles=tiles, kv_dtype="bf16",
         workspace=workspace, interpret=interpret,
     )  # fmt: skip
@@ -100,7 +106,7 @@ def _is_amla(schedule: Schedule) -> bool:
     return schedule.buffers.get("Otmp") is None and "O" in schedule.buffers
 
 
-def _walk(
+def _kernel(
     program_ref: Any,
     q_ref: Any,
     pages_ref: Any,
@@ -122,7 +128,7 @@ def _walk(
     softmax_scale: float,
     compensate: bool,
 ) -> None:
-    """All steps for one tile. `work_ref` is O; slots and blocks come from the program's rows."""
+    """Runs all steps for one tile. `work_ref` is O; the program's rows give slots and blocks."""
     width = meta.kv_lora_rank
     half = width // 2
     left, right, rope = slice(0, half), slice(half, width), slice(width, None)
@@ -163,7 +169,7 @@ def _walk(
         factor_ref[get("p", i)] = factor
 
     def product(i: jax.Array, values: jax.Array) -> jax.Array:
-        finite = jnp.where(jnp.isfinite(values), values, 0)  # `mark_nonfinite` makes up for it
+        finite = jnp.where(jnp.isfinite(values), values, 0)  # `mark_nonfinite` marks these rows
         return weighted_sum(p_ref[get("p", i)], finite)
 
     def pv(i: jax.Array) -> None:
@@ -182,8 +188,8 @@ def _walk(
     def pv_half(columns: slice) -> Callable[[jax.Array], None]:
         def run(i: jax.Array) -> None:
             kept = rescale_output(work_ref[:, columns], factor_ref[get("p", i)])
-            came = product(i, kv_ref[get("kv", i), :, columns])
-            work_ref[:, columns] = lax.optimization_barrier(kept) + came
+            added = product(i, kv_ref[get("kv", i), :, columns])
+            work_ref[:, columns] = lax.optimization_barrier(kept) + added
 
         return run
 

@@ -1,4 +1,4 @@
-"""What the bf16 and the int8 kernel share around the walk: tiles of rows, workspace, the call."""
+"""The common parts of the bf16 and the int8 kernel: row tiles, workspace and the Pallas call."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ STATE = ("m", "l", "residual", "lost")
 
 
 def launch(
-    walk: Callable[..., None],
+    kernel: Callable[..., None],
     order: Callable[[int], Schedule],
     *,
     rows: Sequence[jax.Array],
@@ -37,12 +37,21 @@ def launch(
     workspace: Callable[[Schedule, int, int], Workspace],
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs `walk` for every (request, row tile).
+    """Runs `kernel` for every (request, row tile).
 
-    rows: arrays [B, R, ...] cut in tiles. `walk` gets refs in the order program, rows, arrays of
-    the cache, table, length, visible, o, lse, workspace, state, and by name `names` (the program's
-    ops) and `block_kv`. workspace: from schedule, rows and keys of a tile.
-    Returns o [B, R, width] and lse [B, R].
+    Args:
+        kernel: gets refs in the order program, rows, arrays of the cache, block table, length,
+            visible, o, lse, workspace, state. By name it gets `names` (the program's ops) and
+            `block_kv`.
+        order: the schedule for a number of blocks.
+        rows: arrays [B, R, ...] that are divided into row tiles.
+        cache, block_tables, seq_lens, visible, tiles, interpret: as in `blockwise_mla`.
+        width: columns of o.
+        kv_dtype: dtype for which tiles are chosen, if there are none.
+        workspace: makes the workspace from a schedule and the rows and keys of a tile.
+
+    Returns:
+        o [B, R, width] and lse [B, R], float32.
     """
     capacity = block_tables.shape[1] * cache.page_size
     if tiles is None:
@@ -76,7 +85,7 @@ def launch(
         jax.ShapeDtypeStruct((batch, num_tiles * tile), jnp.float32),
     ]
     run = pl.pallas_call(
-        functools.partial(walk, names=names, block_kv=tiles.block_kv),
+        functools.partial(kernel, names=names, block_kv=tiles.block_kv),
         grid=(batch, num_tiles),
         in_specs=[
             whole(program.shape),
@@ -92,7 +101,7 @@ def launch(
     )
 
     @jax.custom_jvp
-    @jax.jit  # so that `jax_debug_nans` looks at these two and not at workspace nobody wrote
+    @jax.jit  # so that `jax_debug_nans` checks these two outputs and not unused workspace
     def attended(*inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         o, lse, *_ = run(*inputs)
         return o[:, :count], lse[:, :count]
@@ -114,9 +123,9 @@ def key_rows(
     positions: jax.Array,
     length: jax.Array,
 ) -> dict[str, jax.Array]:
-    """What the cache, whose arrays are `refs`, stores at `positions`, by the arrays' names.
+    """Reads the tokens at `positions` from the cache whose arrays are `refs`, by array name.
 
-    [T, ...] each; 0 at and past `length`, whatever stands there.
+    Each result is [T, ...], and 0 at and past `length`, whatever the cache holds there.
     """
     arrays: dict[str, Any] = {n: r[...] for n, r in zip(meta.arrays(), refs, strict=True)}
     cache = dataclasses.replace(meta, **arrays)
@@ -129,7 +138,7 @@ def key_rows(
 
 
 def begin_state(state_refs: Sequence[Any], o_ref: Any) -> None:
-    """No key seen yet."""
+    """Initializes the state and o: no key has been seen."""
     m_ref, l_ref, residual_ref, lost_ref = state_refs
     m_ref[...] = jnp.full(m_ref.shape, -jnp.inf, m_ref.dtype)
     for ref, value in ((l_ref, 0), (residual_ref, 1), (lost_ref, 1), (o_ref, 0)):
@@ -137,12 +146,13 @@ def begin_state(state_refs: Sequence[Any], o_ref: Any) -> None:
 
 
 def read_state(state_refs: Sequence[Any], o_ref: Any) -> SoftmaxState:
+    """Returns the softmax state from its refs."""
     m_ref, l_ref, residual_ref, lost_ref = state_refs
     return SoftmaxState(m_ref[...], l_ref[...], o_ref[...], residual_ref[...], lost_ref[...])
 
 
 def write_state(state_refs: Sequence[Any], state: SoftmaxState) -> None:
-    """All of the state but o."""
+    """Writes the softmax state to its refs, without o."""
     values = (state.m, state.l, state.residual, state.lost)
     for ref, value in zip(state_refs, values, strict=True):
         ref[...] = value

@@ -1,4 +1,4 @@
-"""A hal Schedule as the kernel reads it: one row of int32 a step."""
+"""A hal Schedule in the form that the kernel reads: one row of int32 per step."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,19 +10,20 @@ from jax.experimental import pallas as pl
 
 from mla_jax.hal.schedule import Schedule, Step
 
-# What a step does: a stage of the schedule, but for QK on keys in slots (QK_LOADED) and PV into O.
+# The ops of a program. They are the stages of schedules, except that QK on loaded keys is QK_LOADED
+# and that PV that adds to O is ACCUMULATE.
 OPS = (
     "LOAD_L", "LOAD_R", "QK", "QK_LOADED", "QK_NOPE", "QK_ROPE", "DEQUANT", "SM",
     "PV", "ACCUMULATE", "ADD", "UP", "PV_L", "PV_R",
 )  # fmt: skip
 COLUMNS = ("op", "block", "kv", "s", "p", "otmp")
-_SKIPPED = {"LOAD_Q", "ISSUE", "WIDEN", "STORE_L", "STORE_R"}  # they move nothing here
+_SKIPPED = {"LOAD_Q", "ISSUE", "WIDEN", "STORE_L", "STORE_R"}  # these stages move no data here
 
 
 def compile_schedule(schedule: Schedule) -> tuple[tuple[str, ...], np.ndarray]:
-    """(names of the ops it has, [steps, len(COLUMNS)] int32 in issue order).
+    """Returns (names of the ops, int32 [steps, len(COLUMNS)] in issue order).
 
-    Slots that a step does not use are 0. An UP of several blocks becomes one row a block. Raises
+    Slots that a step does not use are 0. An UP of several blocks becomes one row per block. Raises
     IllegalScheduleError if the schedule is not legal.
     """
     schedule.check()
@@ -32,7 +33,7 @@ def compile_schedule(schedule: Schedule) -> tuple[tuple[str, ...], np.ndarray]:
 
 
 def _rows(step: Step) -> list[tuple[str, int, int, int, int, int]]:
-    if step.stage in _SKIPPED or "@" in step.stage:  # a cluster's other CTA has other rows
+    if step.stage in _SKIPPED or "@" in step.stage:  # "@" marks steps of the cluster's other CTA
         return []
     slots = {access.buffer: access.slot for access in (*step.writes, *step.reads)}
     kv = slots.get("kv_l", slots.get("kv_r", 0))
@@ -55,7 +56,7 @@ def _rows(step: Step) -> list[tuple[str, int, int, int, int, int]]:
 
 
 def column(program_ref: Any, name: str, index: jax.Array) -> jax.Array:
-    """The named entry of step `index`."""
+    """Returns the named column of step `index`."""
     return program_ref[index, COLUMNS.index(name)]
 
 
@@ -65,7 +66,7 @@ def run_program(
     ops: Mapping[str, Callable[[jax.Array], None]],
     is_live: Callable[[jax.Array], jax.Array],
 ) -> None:
-    """Walks all steps, ops[name](index) for each whose block is live; names as compiled."""
+    """Runs ops[name](index) for all steps whose block `is_live`; names as compiled."""
     branches = [ops[name] for name in names]
 
     def step(index: jax.Array, carry: None) -> None:

@@ -47,9 +47,9 @@ def test_out_of_pages_changes_nothing():
     allocator = PageAllocator(3, page_size=16)
     allocator.allocate("a", 20)
     pages = allocator.pages("a")
-    with pytest.raises(OutOfPagesError, match=r"'b' wants 2 more pages .* 1 of 3 are free"):
+    with pytest.raises(OutOfPagesError, match=r"'b' needs 2 more pages .* 1 of 3 are free"):
         allocator.allocate("b", 17)
-    with pytest.raises(OutOfPagesError, match="'a' wants 2 more pages"):
+    with pytest.raises(OutOfPagesError, match="'a' needs 2 more pages"):
         allocator.extend("a", 50)
     assert allocator.requests == ("a",)
     assert (allocator.pages("a"), allocator.num_tokens("a")) == (pages, 20)

@@ -29,7 +29,7 @@ from mla_jax.cache import PAGE_SIZES, PagedKVCache
 from mla_jax.reference.attention import attention_float64
 from mla_jax.registry import IMPLEMENTATIONS, available_implementations, compute
 from mla_jax.splits.planner import SlowPlanWarning, plan_splits
-from pallas_kernels.hopper import attention as hopper
+from pallas_kernels.hopper import device, planning
 
 PURE = ("reference", "xla", "split_kv")
 # Decode, MTP, a chunk behind a prefix, a whole prefill and an empty request, in one batch.
@@ -281,7 +281,7 @@ def test_blockwise_refuses_an_int8_cache():
 
 def test_hopper_says_what_cache_it_lacks(monkeypatch):
     """On a machine that has the GPU: the op refuses by name, and without one goes to xla."""
-    monkeypatch.setattr(hopper, "machine_lacks", lambda: None)
+    monkeypatch.setattr(device, "machine_lacks", lambda: None)
     batch = make_batch(np.random.default_rng(17), [40, 7], [1, 1], page_size=16, dtype="int8")
     reason = "it takes page sizes 64, 128 of a cache of int8, got 16"
     with pytest.raises(ValueError, match=f"implementation 'hopper' can't run this: {reason}"):
@@ -470,7 +470,11 @@ PLAN = plan_splits(GOOD["seq_lens"], num_workers=2, rows=8)
         ({"partial_dtype": "int8"}, ValueError, "partial_dtype must be one of .* got 'int8'"),
         ({"partial_dtype": "half-ish"}, ValueError, "partial_dtype must be one of .*'half-ish'"),
         ({"implementation": "cuda"}, ValueError, "implementation must be None or one of .*'cuda'"),
-        ({"plan": PLAN.request}, TypeError, "plan must be a SplitPlan, got ArrayImpl"),
+        (
+            {"plan": PLAN.request},
+            TypeError,
+            "plan must be a DecodePlan or a SplitPlan, got ArrayImpl",
+        ),
         (
             {"plan": plan_splits(i32(3), num_workers=2, rows=4)},
             ValueError,
@@ -545,8 +549,8 @@ def test_the_choice_is_of_the_platform_that_is_lowered_for(marked, half_batch):
 
 def test_a_plan_that_keeps_the_kernels_away_is_named(half_batch, monkeypatch):
     """The best implementation here does not take its blocks: another one runs, with a warning."""
-    monkeypatch.setattr(hopper, "target_lacks", lambda platform, device: None)
-    monkeypatch.setattr(hopper, "refuses", lambda *problem: problem[3] and "its blocks are of 16")
+    monkeypatch.setattr(device, "target_lacks", lambda platform, device: None)
+    monkeypatch.setattr(planning, "refuses", lambda *problem: problem[3] and "its blocks are of 16")
     plan = plan_splits(half_batch.seq_lens, num_workers=2, rows=4, block_size=16)
     with pytest.warns(SlowPlanWarning, match=r"'hopper' does not .*'xla' runs: its blocks"):
         got = attend(*half_batch.args, plan=plan)
@@ -568,7 +572,7 @@ def test_the_card_that_is_lowered_for_counts(marked, half_batch, monkeypatch):
         cosines(functools.partial(attend, implementation="hopper"), *half_batch.args)
     monkeypatch.setattr(Card, "compute_capability", "9.0")
     assert cosines(attend, *half_batch.args) == 1
-    assert hopper.num_sms() == 108
+    assert device.num_sms() == 108
     o, _ = attend(*half_batch.args)  # on the CPU still
     assert o.devices() == {jax.devices()[0]}
 

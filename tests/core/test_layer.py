@@ -16,10 +16,10 @@ from random_layer import random_params
 
 from mla_jax.cache import PagedKVCache
 from mla_jax.checkpoints.read import Checkpoint
+from mla_jax.checkpoints.weights import load_hf, rotate_latent
 from mla_jax.config import MLAConfig, YarnScaling
 from mla_jax.layer import attend, mla_layer, naive_mla_layer, preprocess, project_output
 from mla_jax.reference.layer import layer_float64
-from mla_jax.weights import load_hf, rotate_latent
 
 GOLDEN = sorted((Path(__file__).parents[1] / "data" / "golden").iterdir())
 TOLERANCE = 2e-5  # relative Frobenius error, float32
@@ -482,7 +482,7 @@ def test_what_is_refused_late_leaves_the_cache():
     for implementation in ("hopper", ["hopper"]):
         with pytest.raises(ValueError, match="'hopper' can't run this"):
             mla_layer(params, SMALL, x, cache, tables, lens, implementation=implementation)
-    with pytest.raises(TypeError, match="plan must be a SplitPlan"):
+    with pytest.raises(TypeError, match="plan must be a DecodePlan or a SplitPlan"):
         mla_layer(params, SMALL, x, cache, tables, lens, plan=3)
     assert not np.any(cache.pages)
 

@@ -21,12 +21,11 @@ from mla_jax import merge_states, quantize
 from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import PagedKVCache
 from mla_jax.config import MLAConfig
-from mla_jax.int8_dataflow import QUERIES, WEIGHTS, attend_int8
 from mla_jax.layer import mla_layer, naive_mla_layer
 from mla_jax.online_softmax import RESCALES, finalize, init_state, update
+from mla_jax.reference.int8_dataflow import QUERIES, WEIGHTS, attend_int8
 from mla_jax.splits.planner import plan_fixed, plan_splits
 from pallas_kernels.hopper import attention as attention_of_hopper
-from pallas_kernels.hopper import int8
 
 # Flags of JAX's configuration. What fails under one of these two fails under both.
 X64_AND_STRICT = {"jax_enable_x64": True, "jax_numpy_dtype_promotion": "strict"}
@@ -221,7 +220,7 @@ def test_the_hopper_kernels_are_lowered_in_every_mode(heads: int, cache: str) ->
     kernel: Any = functools.partial(attention_of_hopper.attend, kv_lora_rank=128)
     pages, widths = [((9, 64, 192), jnp.bfloat16)], 192
     if cache == "int8":  # of 512 + 64 alone
-        kernel, widths = int8.attend_int8, 576
+        kernel, widths = attention_of_hopper.attend_int8, 576
         pages = [((9, 64, 512), jnp.int8), ((9, 64, 64), jnp.bfloat16), ((9, 64), jnp.float32)]
     ints = [((3, 8), jnp.int32), ((3,), jnp.int32), ((3,), jnp.int32)]
     shapes = [((3, 2 * heads, widths), jnp.bfloat16), *pages, *ints]

@@ -11,8 +11,8 @@ import pytest
 from paged_batch import RANK, SCALE, TOLERANCE, Batch, element, make_batch
 
 from mla_jax.attention import paged_mla_attention
-from mla_jax.int8_dataflow import weights_in_int8
 from mla_jax.reference.attention import attention_float64
+from mla_jax.reference.int8_dataflow import weights_in_int8
 
 PAGE = 16
 # Four draft tokens behind a prefix, a whole prefill, and a request with fewer queries than drafts.

@@ -15,8 +15,8 @@ from paged_batch import SCALE as BATCH_SCALE
 from mla_jax import quantize
 from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import PagedKVCache
-from mla_jax.int8_dataflow import WEIGHTS, attend_int8, weights_in_int8
 from mla_jax.reference.attention import attention_float64
+from mla_jax.reference.int8_dataflow import WEIGHTS, attend_int8, weights_in_int8
 
 RANK, ROPE, SCALE = 256, 32, 0.05
 X = np.ones((2, 256), np.float32)

@@ -320,7 +320,7 @@ def test_fixed_plan_takes_a_traced_length_past_its_maximum_whole():
         (
             {"num_workers": 3, "in_pairs": True},
             ValueError,
-            "num_workers must be even where they are in pairs, got 3",
+            "num_workers must be even with in_pairs, got 3",
         ),
     ],
 )

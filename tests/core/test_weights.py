@@ -13,8 +13,7 @@ from random_layer import random_params
 from safetensors.numpy import load_file, save_file
 
 from mla_jax.checkpoints.read import Checkpoint, CheckpointError, dequantize_blocks
-from mla_jax.config import MLAConfig
-from mla_jax.weights import (
+from mla_jax.checkpoints.weights import (
     check_params,
     hf_shapes,
     init_params,
@@ -25,6 +24,7 @@ from mla_jax.weights import (
     rotate_latent,
     save_hf,
 )
+from mla_jax.config import MLAConfig
 
 CONFIG = MLAConfig(
     hidden_size=24,
@@ -235,7 +235,7 @@ def test_missing_and_wrong_fp8_scales_are_named(checkpoint):
     fp8 = ml_dtypes.float8_e4m3fn
     for name in (
         "q_a_proj.weight_scale_inv is missing",
-        "q_a_layernorm.weight is fp8 but no matrix",
+        "q_a_layernorm.weight is fp8 but not a matrix",
     ):
         tensors = {PREFIX + k: np.ones(s, fp8) for k, s in hf_shapes(CONFIG).items()}
         if "layernorm" in name:
@@ -246,7 +246,7 @@ def test_missing_and_wrong_fp8_scales_are_named(checkpoint):
 
 
 def test_layer_that_is_not_there(checkpoint):
-    with pytest.raises(CheckpointError, match=r"layer 7 must be there once.* only layers \[0\]"):
+    with pytest.raises(CheckpointError, match=r"layer 7 must exist once.* only layers \[0\]"):
         load_hf(checkpoint, 7)
     with pytest.raises(ValueError, match="layer must be 0 or more, got -1"):
         load_hf(checkpoint, -1)
@@ -301,7 +301,7 @@ def test_dtype_that_is_not_a_weights(checkpoint):
 
 def test_layer_that_is_there_twice(checkpoint):
     rewrite(checkpoint, lambda t: t.update({f"draft.{k}": v for k, v in t.items()}))
-    with pytest.raises(CheckpointError, match=r"layer 0 must be there once.* found \['"):
+    with pytest.raises(CheckpointError, match=r"layer 0 must exist once.* found \['"):
         load_hf(checkpoint)
 
 

@@ -23,7 +23,7 @@ from paged_batch import (
 from mla_jax.hal import ASCEND_ORDERS, AscendOrder, IllegalScheduleError, schedule_named
 from mla_jax.hal.orders import ScheduleFn
 from mla_jax.hal.tiling import TilePlan
-from mla_jax.int8_dataflow import attend_int8
+from mla_jax.reference.int8_dataflow import attend_int8
 from pallas_kernels.blockwise import blockwise_mla, blockwise_mla_int8
 
 

@@ -103,7 +103,7 @@ def test_a_missing_field_is_named(field: str) -> None:
 
 def test_unknown_fields_families_and_names(tmp_path: Path) -> None:
     profile = PROFILES["Ascend910B1"]
-    with pytest.raises(ValueError, match=r"engine\.warp is no field"):
+    with pytest.raises(ValueError, match=r"engine\.warp is not a field"):
         profile.with_values({"engine.warp": 1.0})
     with pytest.raises(ValueError, match="family is 'tpu'"):
         dataclasses.replace(profile, family="tpu")  # type: ignore[arg-type]
@@ -176,7 +176,7 @@ def test_other_parts_are_checked(change: dict, error: type[Exception], message: 
         ({"name": None}, "name must be a string, got None"),
         ({"numbers": []}, "numbers must be an object"),
         ({"numbers": None}, "numbers must be an object"),
-        ({"colour": "red"}, "'colour' is no key"),
+        ({"colour": "red"}, "'colour' is not a key"),
         ({"family": 3}, "family is 3"),
         ({"note": []}, "note must be a string"),
         ({"core.clock": 3}, "core.clock must be an object"),
@@ -187,7 +187,7 @@ def test_other_parts_are_checked(change: dict, error: type[Exception], message: 
         ({"core.clock": {"unit": 3}}, r"core\.clock has a unit that must be a string"),
         ({"core.clock": {"source": ""}}, r"core\.clock has no source"),
         ({"core.clock": {"certainty": []}}, r"core\.clock has a certainty that must be a string"),
-        ({"core.clock": {"colour": "red"}}, r"core\.clock: 'colour' is no key"),
+        ({"core.clock": {"colour": "red"}}, r"core\.clock: 'colour' is not a key"),
     ],
 )
 def test_a_file_is_checked_by_name(tmp_path: Path, change: dict, message: str) -> None:

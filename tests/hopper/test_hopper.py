@@ -20,9 +20,10 @@ from mla_jax import (
     plan_fixed,
     plan_splits,
 )
-from pallas_kernels.hopper import attention
+from mla_jax.splits.decode_plan import DecodePlan
+from pallas_kernels.hopper import attention, device, planning
 from pallas_kernels.hopper.kernels.merge import merge, units
-from pallas_kernels.hopper.tuning import choose_tile_plan, tile_plan_of_height
+from pallas_kernels.hopper.tuned import choose_tile_plan, tile_plan_of_height
 from pallas_kernels.hopper.work_items import PARTIAL, work_list
 
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -380,14 +381,13 @@ def test_compiles_for_sm90a(h200, batch, heads, tokens, page_size, dtype, rescal
 @pytest.mark.parametrize("heads", [8, 64, 128])
 def test_workers_wait_only_where_all_run_at_once(monkeypatch, heads, sms, launches):
     """Where a card is not known to have an SM for each CTA, the merge is a launch of its own."""
-    monkeypatch.setattr(attention, "resident_ctas", lambda: sms)
-    monkeypatch.setattr(attention, "num_sms", lambda: 132)  # when the plan was made
+    monkeypatch.setattr(device, "resident_ctas", lambda: sms)
+    monkeypatch.setattr(device, "num_sms", lambda: 132)  # when the plan was made
     batch = HopperBatch(np.random.default_rng(0), [300, 70], heads=heads)
-    plan = attention.plan_decode(batch.seq_lens, heads)
-    assert plan.num_workers * (1 + (plan.rows_per_tile == 128)) == 132
+    plan = planning.plan_decode(batch.seq_lens, heads)
+    assert plan.split.num_workers * plan.tiles.cluster == plan.num_sms == 132
     kernel = functools.partial(
         attention.attend.__wrapped__,
-        tiles=tile_plan_of_height(plan.rows_per_tile, num_tiles=plan.num_tiles),
         num_heads=heads,
         kv_lora_rank=512,
         softmax_scale=SCALE,
@@ -413,9 +413,11 @@ def test_refusals_name_what_it_takes():
     any_plan = plan_splits(jnp.ones(2, jnp.int32), num_workers=2, rows=8)
 
     def reason(q_dtype=BF16, rescale="multiply", rows_per_tile=None, page_size=64, **cache):
-        plan = rows_per_tile and dataclasses.replace(any_plan, rows_per_tile=rows_per_tile)
+        plan = rows_per_tile and DecodePlan(
+            dataclasses.replace(any_plan, rows_per_tile=rows_per_tile)
+        )
         cache = dataclasses.replace(PagedKVCache.create(2, **cache), page_size=page_size)
-        return attention.refuses(q_dtype, cache, rescale, plan)
+        return planning.refuses(q_dtype, cache, rescale, plan)
 
     for good in (
         {}, {"page_size": 16, "rescale": "exponent_add"}, {"q_dtype": F16, "dtype": F16},

@@ -11,8 +11,8 @@ import pytest
 from hopper_batch import SCALE, HopperBatch, invalid_requests, op, with_latents_times
 
 from mla_jax import paged_mla_attention, plan_fixed, plan_splits
-from pallas_kernels.hopper import attention
-from pallas_kernels.hopper.tuning import choose_tile_plan
+from pallas_kernels.hopper import device, planning
+from pallas_kernels.hopper.tuned import choose_tile_plan
 from pallas_kernels.hopper.work_items import PARTIAL, work_list
 
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -145,9 +145,9 @@ def test_plans_in_pairs_share_tiles(shortest, longest, requests, workers, least,
 
 @pytest.mark.parametrize(("shortest", "longest", "requests", "page_size", "least"), TWO_PIECES)
 def test_plans_cut_tiles_in_two(shortest, longest, requests, page_size, least, monkeypatch):
-    monkeypatch.setattr(attention, "num_sms", lambda: 132)
+    monkeypatch.setattr(device, "num_sms", lambda: 132)
     _, lens = drawn(shortest, longest, requests)
-    plan = attention.plan_decode(jnp.array(lens, jnp.int32), 128)
+    plan = planning.plan_decode(jnp.array(lens, jnp.int32), 128).split
     assert without_slot(plan, "by_first") >= least
 
 
@@ -172,8 +172,8 @@ def test_tiles_in_two_pieces_repeated_on_the_gpu(
 ):
     rng, lens = drawn(shortest, longest, requests)
     batch = HopperBatch(rng, lens, heads=64, num_queries=2, page_size=page_size)
-    plan = attention.plan_decode(batch.seq_lens, 128)
-    assert without_slot(plan, "by_first") >= least
+    plan = planning.plan_decode(batch.seq_lens, 128)
+    assert without_slot(plan.split, "by_first") >= least
     check_repeats(batch, plan, rescale=rescale)
 
 

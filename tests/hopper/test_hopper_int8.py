@@ -12,16 +12,13 @@ from sass import overwritten_in_flight
 
 from mla_jax import plan_fixed, plan_splits
 from mla_jax.hal import load_profile
-from pallas_kernels.hopper import int8
-from pallas_kernels.hopper.tuning import (
-    choose_tile_plan,
-    roles_int8_tiles,
-    transposed_int8_tiles,
-)
+from pallas_kernels.hopper import attention
+from pallas_kernels.hopper.config import decode_int8_tiles, decode_transposed_int8_tiles
+from pallas_kernels.hopper.tuned import choose_tile_plan
 
 
 def tiles(**sizes):
-    return transposed_int8_tiles(load_profile("H200_SXM"), **sizes)
+    return decode_transposed_int8_tiles(load_profile("H200_SXM"), **sizes)
 
 
 def split(batch, workers, rows_per_tile):
@@ -174,7 +171,7 @@ def test_compiles_for_sm90a(h200, heads, tokens, requests):
     """
 
     def attend(*args):
-        return int8.attend_int8(*args, None, num_heads=heads, softmax_scale=SCALE, causal=True)
+        return attention.attend_int8(*args, None, num_heads=heads, softmax_scale=SCALE, causal=True)
 
     def struct(shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -266,7 +263,7 @@ def test_sizes_on_the_gpu(plan):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "plan",
-    [roles_int8_tiles(load_profile("H200_SXM"), rows_per_tile=64, depth=2)],
+    [decode_int8_tiles(load_profile("H200_SXM"), rows_per_tile=64, depth=2)],
 )
 def test_sizes_of_64_rows_on_the_gpu(plan):
     batch = Int8Batch(np.random.default_rng(0), LENGTHS, heads=64)

@@ -170,12 +170,12 @@ class TestSupport:
                     assert (reason is None) == listed, (name, size, reason)
 
     def test_changes_with_the_code(self, tables, monkeypatch):
-        from pallas_kernels.hopper import attention
+        from pallas_kernels.hopper import planning
 
         support = sys.modules["tables_support"]
         before = support.support(ROOT)
         assert before in README
-        monkeypatch.setattr(attention, "PAGE_SIZES", {"float": (16,), "int8": (64,)})
+        monkeypatch.setattr(planning, "PAGE_SIZES", {"float": (16,), "int8": (64,)})
         after = support.support(ROOT)
         assert "| as the cache | 16 | ND | any |" in after
         assert after != before

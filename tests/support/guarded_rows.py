@@ -9,7 +9,7 @@ from hopper_batch import SCALE, HopperBatch
 from int8_batch import Int8Batch
 
 from mla_jax import SplitPlan, plan_splits
-from pallas_kernels.hopper import attention, int8
+from pallas_kernels.hopper import attention
 
 # One request of a single block, one of several, which the plans split, and one without a key.
 SEQ_LENS = [40, 330, 0]
@@ -54,7 +54,7 @@ def check_rows(
     options = {"num_heads": rows // tokens, "softmax_scale": SCALE, "causal": True}
     if kind == "int8":
         batch: Any = Int8Batch(rng, lens, **shape)
-        attend: Any = int8.attend_int8
+        attend: Any = attention.attend_int8
     else:
         batch = HopperBatch(rng, lens, kv_lora_rank=128, **shape)
         attend, options["kv_lora_rank"] = attention.attend, 128

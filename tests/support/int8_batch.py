@@ -9,7 +9,7 @@ from hopper_batch import GARBAGE_PAGE, SCALE
 
 from mla_jax import PagedKVCache, quantize
 from mla_jax.reference.attention import attention_float64
-from pallas_kernels.hopper import int8
+from pallas_kernels.hopper import attention
 
 
 class Int8Batch:
@@ -81,7 +81,7 @@ class Int8Batch:
 
     def jitted(self, plan=None, *, causal=True, requests=slice(None), interpret=None, **options):
         """A function that attends; interpreted, it has guards around the outputs."""
-        attend = int8.attend_int8
+        attend = attention.attend_int8
         if interpret is not None:
             attend = functools.partial(run_guarded, attend, interpret=interpret)
         batch, tokens, heads, width = self.q[requests].shape

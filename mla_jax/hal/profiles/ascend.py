@@ -1,13 +1,14 @@
-"""Ascend profiles: data only.
+"""Profiles of Ascend devices; data only.
 
-Letters in sources: S official source code, D official document, P paper, C community, X derived.
+The letter at the start of a source says what it is: S official source code, D official document, P
+paper, C community, X derived.
 """
 
 from mla_jax.hal.profiles.profile import Certainty, HardwareProfile
 from mla_jax.hal.profiles.sources import Entry, build
 
 _GIB = 2.0**30
-_FITTED = "Ascend910B1"  # the published rows name 24 cores and no device: this one is assumed
+_FITTED = "Ascend910B1"  # assumed: the published rows say 24 cores but name no device
 _CORE = "S: CANN operator sources, one AI core"
 _DMA = "S: flat DMA table of a performance model in the CANN sources"
 

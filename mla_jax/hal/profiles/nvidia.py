@@ -1,5 +1,7 @@
-"""NVIDIA profiles: data only. Clocks are the boost clocks; what is sustained is in the fitted
-efficiencies."""
+"""Profiles of NVIDIA devices; data only.
+
+Clocks are boost clocks. The fitted efficiencies account for the lower sustained clocks.
+"""
 
 from mla_jax.hal.profiles.profile import HardwareProfile
 from mla_jax.hal.profiles.sources import Entry, build
@@ -12,7 +14,7 @@ _SM: dict[str, Entry] = {
     "engine.cuda": (128, _GUIDE, "official"),
     "engine.sfu": (16, _GUIDE, "official"),
     "engine.shared_pipe": (128, _GUIDE, "official"),
-    # What a device without any fit would run on; a fit of it or of a relative replaces them.
+    # Values for a device without any fit. A fit on it or on a similar device replaces them.
     "memory.hbm_efficiency": (0.9, "as measured reads on H200 reach", "assumed"),
     "engine.tensor_efficiency": (0.75, "as large bf16 products on H200 reach", "assumed"),
     "engine.cuda_efficiency": (0.8, "issue slots of straight code", "assumed"),
@@ -66,7 +68,7 @@ def _older(
     tensor: float,
     note: str,
 ) -> HardwareProfile:
-    """Ampere and Ada: mma.sync is the tensor cores' own instruction."""
+    """Returns the profile of an Ampere or Ada device, whose tensor cores execute mma.sync."""
     entries: dict[str, Entry] = _SM | {
         "core.count": (sms, _SHEET, "document"),
         "core.clock": (clock, f"boost clock, {_SHEET}", "document"),

@@ -1,8 +1,8 @@
-"""What a machine is, in numbers: every one with its unit, its source and how sure we are of it.
+"""Hardware profiles: a device described by numbers, each with unit, source and certainty.
 
-A profile is flat data: a field name such as `memory.hbm_bandwidth` to a `Number`. The family
-says which fields a profile must have and in what unit (`FIELDS`). Tile sizes, legality and
-simulated time all read the same profile.
+A profile maps field names such as `memory.hbm_bandwidth` to a `Number`. The family determines which
+fields a profile must have, and their units (`FIELDS`). Tile sizes, checks of buffers and simulated
+times all read the same profile.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ Certainty = Literal[
 ]
 Family = Literal["ascend", "nvidia"]
 
-# Fields of every family, then of each. Units: "1" is a count or a ratio.
+# The fields of every family, then those of each. Unit "1" is a count or a ratio.
 _COMMON = {
     "core.count": "1",
     "core.clock": "Hz",
@@ -80,7 +80,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "latency.second_launch": "s",
     },
 }
-# A buffer on the left must fit in the one on the right; an efficiency is at most 1.
+# The buffer on the left must fit in the memory on the right.
 _NESTED = [
     ("buffer.l0a", "buffer.l1"),
     ("buffer.l0b", "buffer.l1"),
@@ -89,8 +89,8 @@ _NESTED = [
     ("buffer.shared", "buffer.l2"),
     ("buffer.l2", "memory.hbm_bytes"),
 ]
-# Lowest and highest value by field, else by unit: far beyond any machine, so that what lies outside
-# is a mistake of the unit or a typing error.
+# Lowest and highest value by field, or else by unit. They are far beyond any device, so that a
+# value outside is a wrong unit or a typing error.
 _RANGES: dict[str, tuple[float, float]] = {
     "core.count": (1, 1e5),
     "core.vector_cores": (1, 1e3),
@@ -114,12 +114,13 @@ _RANGES: dict[str, tuple[float, float]] = {
     "element/cycle": (1e-3, 1e8),
     "B/cycle": (1e-3, 1e8),
 }
-_WHOLE = ("core.count", "core.vector_cores", "core.dies", "buffer.registers")  # bytes are, too
+# Fields of unit "1" that are whole numbers. Bytes are whole numbers, too.
+_WHOLE = ("core.count", "core.vector_cores", "core.dies", "buffer.registers")
 
 
 @dataclass(frozen=True)
 class Number:
-    """A value in SI units, where it comes from and how sure that is."""
+    """A value in SI units, its source, and how certain it is."""
 
     value: float
     unit: str
@@ -129,12 +130,14 @@ class Number:
 
 @dataclass(frozen=True)
 class HardwareProfile:
-    """One device. Raises an error that names the field where the numbers describe no machine:
-    TypeError for a wrong type, ValueError for a wrong value.
+    """The profile of one device.
 
     Values are converted to Python floats before they are checked. `fitted_on` names the device
-    whose published rows fixed the fitted numbers: its own name, a relative's, or "" when nothing
-    was fitted.
+    whose published measurements determined the fitted numbers: this device, a similar one, or ""
+    when nothing was fitted.
+
+    Raises TypeError for a wrong type and ValueError for numbers that describe no device. The
+    message names the field.
     """
 
     name: str
@@ -159,7 +162,7 @@ class HardwareProfile:
         fields = FIELDS[self.family]
         for field in self.numbers:
             if field not in fields:
-                raise ValueError(f"{self.name}: {field} is no field of family {self.family!r}")
+                raise ValueError(f"{self.name}: {field} is not a field of family {self.family!r}")
         numbers = {}
         for field, unit in fields.items():
             if field not in self.numbers:
@@ -182,37 +185,38 @@ class HardwareProfile:
         return self.numbers[field].value
 
     def bytes(self, field: str) -> int:
-        """A capacity as a whole number of bytes."""
+        """Returns a capacity as a whole number of bytes."""
         return int(self[field])
 
     @property
     def cycle(self) -> float:
-        """Seconds a clock cycle takes."""
+        """Seconds per clock cycle."""
         return 1.0 / self["core.clock"]
 
     @property
     def cores(self) -> int:
+        """The number of cores: SMs, or Ascend's cube cores."""
         return int(self["core.count"])
 
     @property
     def matrix_peak(self) -> float:
-        """bf16 matrix FLOP/s of the whole device at the profile's clock, no efficiency taken."""
+        """Peak of bf16 matrix operations of the whole device in flop/s, at an efficiency of 1."""
         engine = "engine.cube_fp16" if self.family == "ascend" else "engine.tensor_bf16"
         return self[engine] * self["core.clock"] * self.cores
 
     def with_values(
         self, values: Mapping[str, float], source: str = "changed by the user"
     ) -> "HardwareProfile":
-        """A copy with some fields changed; values are checked as those of a new profile."""
+        """Returns a copy with some values changed, which are checked as in a new profile."""
         numbers = dict(self.numbers)
         for field, value in values.items():
             if field not in numbers:
-                raise ValueError(f"{self.name}: {field} is no field of family {self.family!r}")
+                raise ValueError(f"{self.name}: {field} is not a field of family {self.family!r}")
             numbers[field] = Number(value, numbers[field].unit, source, "assumed")
         return dataclasses.replace(self, numbers=numbers)
 
     def table(self) -> list[tuple[str, float, str, str, str]]:
-        """(field, value, unit, certainty, source) rows, for people."""
+        """Returns rows of (field, value, unit, certainty, source), for printing."""
         return [
             (field, n.value, n.unit, n.certainty, n.source)
             for field, n in sorted(self.numbers.items())
@@ -227,7 +231,7 @@ def _require_text(what: str, value: Any, *, empty: bool = False) -> None:
 
 
 def _checked(name: str, field: str, unit: str, number: Any) -> Number:
-    """The number of a field with its value as a Python float, or an error that names the field."""
+    """Returns the number of a field with a float value; raises an error that names the field."""
     where = f"{name}: {field}"
     if not isinstance(number, Number):
         raise TypeError(f"{where} must be a Number, got {type(number).__name__}")
@@ -262,7 +266,7 @@ def save_profile(profile: HardwareProfile, path: str | Path) -> None:
 
 
 def read_profile(path: str | Path) -> HardwareProfile:
-    """Reads a profile that `save_profile` or a user wrote. ValueError names what is wrong."""
+    """Reads a profile from JSON. Raises ValueError that names the invalid part of the file."""
     path = Path(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -287,7 +291,7 @@ def read_profile(path: str | Path) -> HardwareProfile:
 def _require_keys(
     where: str, data: Any, needed: tuple[str, ...], allowed: tuple[str, ...] = ()
 ) -> None:
-    """Raises ValueError unless data is an object with what is needed and nothing past `allowed`."""
+    """Raises ValueError unless data is an object with the needed keys and no unknown ones."""
     if not isinstance(data, dict):
         raise ValueError(f"{where} must be an object with {', '.join(needed)}, got {data!r:.60}")
     for key in needed:
@@ -295,4 +299,6 @@ def _require_keys(
             raise ValueError(f"{where} has no {key}: {key} is missing")
     for key in data:
         if key not in (*needed, *allowed):
-            raise ValueError(f"{where}: {key!r} is no key, wanted {', '.join((*needed, *allowed))}")
+            raise ValueError(
+                f"{where}: {key!r} is not a key, wanted {', '.join((*needed, *allowed))}"
+            )

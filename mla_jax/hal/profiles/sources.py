@@ -1,4 +1,4 @@
-"""Shorthand for profile data: numbers with their sources, and the constants that a fit found."""
+"""Builds profiles from numbers with their sources and from the constants that a fit found."""
 
 import functools
 import json
@@ -12,14 +12,14 @@ Entry = tuple[float, str, Certainty]
 
 @functools.cache
 def fitted_constants() -> dict[str, dict]:
-    """Returns, per device, the constants that `fit_profiles` wrote and how they were fitted."""
+    """Returns the constants that `fit_profiles` wrote, per device, and how they were fitted."""
     return json.loads(files("mla_jax.hal.profiles").joinpath("fitted.json").read_text())
 
 
 def build(
     name: str, family: str, entries: Mapping[str, Entry], fitted_on: str, note: str = ""
 ) -> HardwareProfile:
-    """A profile from (value, source, certainty) entries, with the constants fitted on a device."""
+    """Builds a profile from (value, source, certainty) entries and constants fitted on a device."""
     units = FIELDS[family]
     numbers = {
         f: Number(v, units.get(f, ""), source, sure) for f, (v, source, sure) in entries.items()

@@ -1,8 +1,8 @@
-"""FIA-style MLA kernels for Ascend: an issue order, the ingredients of the int8 kernel's versions,
-and what each stage costs on the engines of a core.
+"""Costs of MLA kernels in the style of Ascend's fused-infer-attention (FIA).
 
-A "core" is one cube core with its two vector cores. Stage times are sums of counted work (cube
-fractals, vector elements, bytes moved) over the profile's rates; see `ascend_costs`.
+A kernel is an issue order and choices that change the cost of a stage. A "core" is one cube core
+with its two vector cores. The time of a stage is the sum of its counted work (cube fractals, vector
+elements, bytes moved) over the profile's rates.
 """
 
 import dataclasses
@@ -19,18 +19,20 @@ from mla_jax.hal.work import ITEMSIZE
 
 @dataclass(frozen=True)
 class AscendKernel:
-    """An order and the choices that change what a stage costs.
+    """An issue order and the choices that change the cost of a stage.
 
     tail_row_sum: row sums and maxima are kept element-wise over a block and reduced once at its
-        end instead of for every slice of columns.
-    unit_flags: cube, FixPipe and L0C hand tiles over by unit flags, without a set/wait pair a tile.
-    fractal_layout: S and P stay in the cube's fractal layout, so that P needs no conversion on its
-        way to L1.
-    convert_load: the cache is ND and is turned into fractals on load (False: an NZ cache).
-    head_group: query rows that one vector instruction covers.
-    update_ping_pong: UP brings the next rows in while it works on these.
-    q_tokens: query tokens a job takes ("Q2": 2).
-    block_kv: keys of a block; None: as many as fit (512 on all 910s).
+        end, instead of once per slice of columns.
+    unit_flags: cube, FixPipe and L0C pass tiles on by unit flags, without a set/wait pair per tile.
+    fractal_layout: S and P stay in the cube's fractal layout, so that P is not converted on its way
+        to L1.
+    convert_load: the cache is ND and is converted to fractals on load; False is an NZ cache.
+    head_group: query rows per vector instruction.
+    update_ping_pong: UP loads the next rows while it computes on these.
+    q_tokens: query tokens per job ("Q2": 2).
+    block_kv: keys per block; None is as many as fit, 512 on all 910s.
+
+    Raises ValueError for choices that exclude each other.
     """
 
     name: str
@@ -63,7 +65,7 @@ class AscendKernel:
 
     @property
     def job_rows(self) -> int:
-        """Most query rows of one job: int8 keeps two products of QK, so it takes half of them."""
+        """Query rows per job at most; int8 keeps two products of QK and has half as many."""
         return 128 if self.kv_dtype == "int8" else 128 * self.q_tokens
 
 
@@ -80,7 +82,7 @@ _V0 = AscendKernel(
 )
 _V11_ORDER = AscendOrder("int8-v11", chunk=4, preload=0, signals=2, update="chunk")
 
-# Each of V11's ingredients by itself, in the order in which the ablation switches them on.
+# The ingredients of V11, one by one, in the order in which the ablation adds them.
 INGREDIENTS: dict[str, dict[str, object]] = {
     "tail row sum and max": {"tail_row_sum": True},
     "cube and L0C unit flags": {"unit_flags": True},
@@ -94,7 +96,7 @@ INGREDIENTS: dict[str, dict[str, object]] = {
 
 
 def with_ingredients(kernel: AscendKernel, *names: str) -> AscendKernel:
-    """`kernel` with some of V11's ingredients switched on."""
+    """Returns `kernel` with some of V11's ingredients."""
     order: dict[str, object] = {}
     direct: dict[str, object] = {}
     for name in names:
@@ -120,7 +122,7 @@ ASCEND_KERNELS = {
 
 @dataclass(frozen=True)
 class _Work:
-    """Counted work of a stage: bytes by DMA path, cube cycles, vector cycles."""
+    """The counted work of a stage: bytes by DMA path, cube cycles, vector cycles."""
 
     cube: float = 0.0
     l0a: float = 0.0
@@ -136,12 +138,12 @@ class _Work:
 
 
 def cube_cycles(rows: int, depth: int, columns: int, itemsize: int, head: float = 6.0) -> float:
-    """Cycles of one L0 multiply: head + ceil(m / 16) * ceil(k bytes / 32) * ceil(n / 16)."""
+    """Returns the cycles of an L0 multiply: head + ceil(m/16) * ceil(k bytes/32) * ceil(n/16)."""
     return head + math.ceil(rows / 16) * math.ceil(depth * itemsize / 32) * math.ceil(columns / 16)
 
 
 def _product(plan: TilePlan, rows: int, depth: int, columns: int, item: int, head: float) -> _Work:
-    """rows x depth . depth x columns in L0 tiles, as FIA loops over them."""
+    """Returns the work of rows x depth . depth x columns in L0 tiles, in FIA's loop order."""
     tiles = {tile.stage: tile for tile in plan.tiles if tile.level == "l0"}
     side, step = tiles["PV"].n, tiles["QK"].k
     row_tiles = [min(side, rows - r) for r in range(0, rows, side)]
@@ -161,19 +163,20 @@ def _product(plan: TilePlan, rows: int, depth: int, columns: int, item: int, hea
 def ascend_costs(
     profile: HardwareProfile, kernel: AscendKernel, plan: TilePlan, rows: int, share: float
 ) -> Costs:
-    """Seconds of each stage for a tile of `rows` rows and blocks of plan.block_kv keys.
+    """Returns the cost function of stages, for a tile of `rows` rows and blocks of plan.block_kv.
 
-    `share`: bytes per second that the device's memory has for this core while all are at work.
+    share: bytes per second of the device's memory for this core while all cores are working.
     """
     keys, item = plan.block_kv, ITEMSIZE[kernel.kv_dtype]
     int8 = kernel.kv_dtype == "int8"
     head, cycle, scale = profile["engine.cube_head"], profile.cycle, profile["engine.dma_scale"]
     vectors = profile["core.vector_cores"]
     flag = profile["latency.flag"]
-    from_l2 = profile["memory.l2_bandwidth"] / profile.cores  # QK has just brought the values there
+    # PV reads the values from L2, because QK has just loaded them.
+    from_l2 = profile["memory.l2_bandwidth"] / profile.cores
 
     def passes(wide: float, narrow: float, columns: int) -> float:
-        """Cycles of a vector core for so many passes over rows x columns, by element rate."""
+        """Returns vector cycles of passes over rows x columns, by their element rate."""
         elements = rows * columns / vectors
         instructions = math.ceil(rows / vectors / kernel.head_group) * math.ceil(columns / LATENT)
         per_pass = instructions * profile["engine.vector_head"]
@@ -220,11 +223,11 @@ def ascend_costs(
             from_l2)  # fmt: skip
 
     def softmax(inputs: float) -> StageCost:
-        # scale, subtract, exponential, max, cast; the sum once more where it is reduced by slices
+        # Scale, subtract, exponential, maximum and cast, and a sum if slices are reduced.
         narrow, wide = 5.0, 1.0
         if not kernel.tail_row_sum:
             narrow += 1.0
-        if int8:  # dynamic scale of P: multiply and cast
+        if int8:  # the dynamic scale of P takes a multiplication and a cast
             narrow, wide = narrow + 1.0, wide + 1.0
             if kernel.order.signals == 1:
                 narrow, wide = narrow + 2.0, wide + 1.0
@@ -271,7 +274,7 @@ def ascend_costs(
 
 
 def job_rows(kernel: AscendKernel, rows: int) -> list[int]:
-    """Rows of each job of a request: an even split into jobs of at most `job_rows` rows."""
+    """Returns the rows of each job of a request, which is split evenly."""
     jobs = math.ceil(rows / max(kernel.job_rows, FRACTAL))
     size = math.ceil(rows / jobs)
     return [min(size, rows - start) for start in range(0, rows, size)]

@@ -1,8 +1,7 @@
-"""The kernels that the published tables measure, each as order + plan + what its stages cost.
+"""The kernels of the published tables, each with its orders, its plan and the costs of its stages.
 
-Nothing here is fitted: a kernel says how its work is laid out (which instruction multiplies, what
-goes through shared memory, how many barriers a block has, how parts are merged) and the profile
-says how fast the machine does each of these things.
+Nothing here is fitted. A kernel describes its instructions, its traffic through shared memory, its
+barriers per block and its merge. The profile says how fast the device does each of them.
 """
 
 import dataclasses
@@ -18,21 +17,30 @@ from mla_jax.hal.simulator.one_core import Costs, StageCost
 from mla_jax.hal.tiling import KEY, LATENT, ROPE
 from mla_jax.hal.work import ITEMSIZE, Problem, Work
 
-SOFTMAX_OPS = 8  # scale, mask, max, subtract, exponent's multiply, sum, convert, store
+SOFTMAX_OPS = 8  # scale, mask, maximum, subtract, exponent's multiply, sum, convert, store
 
 
 @dataclass(frozen=True)
 class Kernel:
     """A decode kernel.
 
-    orders: its schedule, or the ones that its warpgroups fall into by readiness (the faster
-    counts); plan: how it cuts the work; matrix: "wgmma" (operands read from shared
-    memory by the tensor core) or "mma_sync" (each warp brings its operands to registers first);
-    copy: "tma", "cp_async" (issued by the computing warps) or "gather" (one address a row looked
-    up first); block_q, block_kv: its tile; warps: that compute; qk: "whole", "sharded" or
-    "duplicated"; barriers: block-wide barriers per KV block; merge: how parts are put together;
-    partial_bytes: of one value of a partial output; multicast: CTAs of a cluster that share
-    the loading of every KV block; value_loads: 2 where the values are loaded again after softmax.
+    orders: its schedule, or the schedules that its warpgroups may follow, of which the fastest
+        counts.
+    plan: function that divides the work.
+    matrix: "wgmma", where the tensor core reads operands from shared memory, or "mma_sync", where
+        each warp loads its operands to registers first.
+    copy: "tma", "cp_async", which the computing warps issue, or "gather", which looks up one
+        address per row first.
+    block_q, block_kv: its tile.
+    warps: number of warps that compute.
+    qk: "whole", "sharded" or "duplicated", as in `TilePlan`.
+    barriers: block-wide barriers per KV block.
+    merge: how partials are merged. "none" is not at all. "merge_first" and "merge" are FlashInfer's
+        first and later version, in the same launch after a grid sync. "combine" and "stage2" are
+        second kernels, of FlashMLA and of SGLang's Triton decode.
+    partial_bytes: bytes per value of a partial output.
+    value_loads: 2 if the values are loaded again after softmax.
+    multicast: CTAs of a cluster that share the loading of every KV block.
     """
 
     name: str
@@ -54,9 +62,9 @@ class Kernel:
 def gpu_costs(
     profile: HardwareProfile, kernel: Kernel, rows: int, split: bool, kv: str, share: float
 ) -> Costs:
-    """Seconds of each stage of `kernel` for a tile with `rows` real rows.
+    """Returns the cost function of stages, for a tile with `rows` real rows.
 
-    `share`: bytes per second that the device's memory has for this core while all are at work.
+    share: bytes per second of the device's memory for this core while all cores are working.
     """
     cycle = profile.cycle
     m, keys, item = kernel.block_q, kernel.block_kv, ITEMSIZE[kv]
@@ -71,7 +79,7 @@ def gpu_costs(
     gather = kernel.copy == "gather"
 
     def operands(qk: bool) -> float:
-        """Bytes that cross the shared-memory pipe for QK, or for half of PV."""
+        """Returns the bytes that QK, or half of PV, reads through the shared-memory pipe."""
         if kernel.matrix == "wgmma":
             return (m + keys) * KEY * 2 if qk else keys * (m + LATENT // 2) * 2
         row_warps = m // 16
@@ -115,7 +123,7 @@ def gpu_costs(
         raise ValueError(f"{kernel.name}: no cost for stage {step.stage}")
 
     def of_cta(step: Step) -> StageCost:
-        """The second CTA of a cluster has engines of its own."""
+        """Returns the cost of a step; the second CTA of a cluster has engines of its own."""
         name, _, cta = step.stage.partition("@")
         cost = stage(dataclasses.replace(step, stage=name))
         cta = cta or step.unit.partition("@")[2]
@@ -128,35 +136,36 @@ def gpu_costs(
 
 
 def merge_seconds(profile: HardwareProfile, kernel: Kernel, problem: Problem, plan: Work) -> float:
-    """Seconds from the last piece's end to the last merged row's."""
+    """Returns the seconds from the end of the last work item to the last merged row."""
     parts = int(plan.parts.max())
     memory = profile["memory.l2_bandwidth"]
     rows_split = float(plan.rows[plan.split].sum()) * plan.cluster
     traffic = rows_split * LATENT * kernel.partial_bytes / memory
-    turn = profile["latency.l2"]
+    load = profile["latency.l2"]
     if kernel.merge == "none":
         return 0.0
     if kernel.merge == "merge_first":
-        # One cluster per tile, two rows at a time.
+        # One cluster per tile merges two rows at a time.
         if parts == 1:
             return profile["latency.grid_sync"]
         rows = int(plan.rows.max())
-        turns = math.ceil(rows / 2) * parts
-        return profile["latency.grid_sync"] + max(turns * turn, traffic)
+        loads = math.ceil(rows / 2) * parts
+        return profile["latency.grid_sync"] + max(loads * load, traffic)
     if kernel.merge == "merge":
         if parts == 1:
             return profile["latency.grid_sync"]
         chunks = max(max(problem.kv_lens) * plan.cluster // plan.limit, 1)
         rows = math.ceil(int(plan.rows.max()) * plan.cluster / chunks)
-        turns = math.ceil(rows / 4) * parts
-        return profile["latency.grid_sync"] + max(turns * turn, traffic)
-    # A second kernel, one warp a row. FlashMLA's waits on the device (programmatic dependent
+        loads = math.ceil(rows / 4) * parts
+        return profile["latency.grid_sync"] + max(loads * load, traffic)
+    # A second kernel merges with one warp per row. FlashMLA's is already launched and waits on the
+    # device (programmatic dependent launch), Triton's is launched in full.
     # launch), Triton's is launched in full.
     warps = problem.batch * problem.rows
     waves = math.ceil(warps / (64 * profile.cores))
-    turns = parts if parts > 1 or kernel.merge == "stage2" else 0
+    loads = parts if parts > 1 or kernel.merge == "stage2" else 0
     start = profile["latency.memory" if kernel.merge == "combine" else "latency.second_launch"]
-    return start + max(waves * turns * turn, traffic)
+    return start + max(waves * loads * load, traffic)
 
 
 def _flashmla(profile: HardwareProfile) -> Kernel:
@@ -167,7 +176,7 @@ def _flashmla(profile: HardwareProfile) -> Kernel:
 
 
 def _flashinfer_tile(profile: HardwareProfile) -> tuple[int, int]:
-    """(block_kv, stages) that FlashInfer's FA2 template takes for the shared memory there is."""
+    """Returns (block_kv, stages) of FlashInfer's FA2 template for the size of shared memory."""
     shared = profile.bytes("buffer.shared")
     return (64, 2) if shared >= 221696 else (32, 2) if shared >= 147968 else (16, 1)
 
@@ -208,21 +217,21 @@ def _triton(profile: HardwareProfile) -> Kernel:
 
 
 def _cluster(profile: HardwareProfile) -> Kernel:
-    """FlashMLA's order with two row tiles in a cluster, each KV block multicast to both."""
+    """Returns FlashMLA's order with two row tiles per cluster, which multicasts KV blocks."""
     order = orders.seesaw_cluster
     both = (order, partial(order, ahead=1, name="seesaw-cluster2-1-ahead"))
     return dataclasses.replace(_flashmla(profile), name="seesaw_cluster2", orders=both, multicast=2)
 
 
 def _four(profile: HardwareProfile) -> Kernel:
-    """An idea to try: load, QK, and the two halves of PV each have a warpgroup."""
+    """Returns a hypothetical kernel: load, QK and the two halves of PV each have a warpgroup."""
     return dataclasses.replace(
         _flashmla(profile), name="four_warpgroups", orders=(orders.four_warpgroups,), warps=12
     )
 
 
 def _fa3_duplicated(profile: HardwareProfile) -> Kernel:
-    """The first FA3 template with QK in both consumers: no gathering of P."""
+    """Returns the first FA3 template with QK in both consumers, which need not exchange P."""
     return dataclasses.replace(
         _fa3_first(profile), name="fa3_qk_duplicated", qk="duplicated", barriers=1
     )
@@ -257,7 +266,7 @@ KERNEL_OF_ORDER = {
 
 
 def with_block(kernel: Kernel, block_kv: int) -> Kernel:
-    """The kernel with another KV tile, its plan cut to match."""
+    """Returns the kernel with another KV block size and a plan for it."""
     return dataclasses.replace(
         kernel, block_kv=block_kv, plan=partial(kernel.plan, block_kv=block_kv)
     )

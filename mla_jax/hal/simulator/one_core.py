@@ -1,9 +1,9 @@
-"""How long a schedule takes on one core: discrete events, deterministic.
+"""The time of a schedule on one core, by a deterministic simulation of events.
 
-A step starts when its unit has ended its previous step, when the engines it uses are free and when
-the signals it waits for have arrived; it holds each engine for that engine's share of the work.
-Engines serve steps in issue order, so every time is a maximum of sums of durations: it never falls
-when a duration rises.
+A step starts when its unit has ended its previous step, its engines are free, and the signals that
+it waits for have arrived. It holds each engine for that engine's share of the work. Engines serve
+steps in issue order. Every time is therefore a maximum of sums of durations, and never falls when a
+duration rises.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,8 +14,12 @@ from mla_jax.hal.schedule import Schedule, Step
 
 @dataclass(frozen=True)
 class StageCost:
-    """Seconds a stage holds each engine; `hold`: what the unit spends on top, on no engine;
-    `latency`: from the unit's being free again to the result's being there."""
+    """The cost of a stage in seconds.
+
+    busy: how long it holds each engine.
+    hold: additional time of the unit, on no engine.
+    latency: from the time the unit is free again to the time the result is available.
+    """
 
     busy: Mapping[str, float]
     hold: float = 0.0
@@ -23,7 +27,7 @@ class StageCost:
 
     @property
     def work(self) -> float:
-        """Seconds the unit is taken."""
+        """Seconds for which the unit is occupied."""
         return max(self.busy.values(), default=0.0) + self.hold
 
 
@@ -32,7 +36,7 @@ Costs = Callable[[Step], StageCost]
 
 @dataclass(frozen=True)
 class Timeline:
-    """Start and end of every step (seconds), the order of `schedule.steps`."""
+    """Start and end of every step in seconds, in the order of `schedule.steps`."""
 
     schedule: Schedule
     start: tuple[float, ...]
@@ -41,10 +45,11 @@ class Timeline:
 
     @property
     def total(self) -> float:
+        """Seconds until the last result is available."""
         return max(e + c.latency for e, c in zip(self.end, self.costs, strict=True))
 
     def engine_busy(self) -> dict[str, float]:
-        """Seconds each engine is held in all."""
+        """Returns the seconds for which each engine is held in total."""
         busy: dict[str, float] = {}
         for cost in self.costs:
             for engine, seconds in cost.busy.items():
@@ -53,14 +58,14 @@ class Timeline:
 
 
 def run_schedule(schedule: Schedule, costs: Costs, signal: float = 0.0) -> Timeline:
-    """The plain event loop. `signal`: seconds from a signal's being given to its being seen."""
+    """Simulates a schedule. signal: seconds from giving a signal to its arrival."""
     unit_free: dict[str, float] = {}
     engine_free: dict[str, float] = {}
     arrived: dict[tuple[str, int], float] = {}
     cost_of: dict[tuple[str, str, int], StageCost] = {}
     starts, ends, used = [], [], []
     for step in schedule.steps:
-        key = (step.unit, step.stage, len(step.reads))  # a first update reads no O
+        key = (step.unit, step.stage, len(step.reads))  # the first update does not read O
         cost = cost_of.get(key)
         if cost is None:
             cost = cost_of[key] = costs(step)
@@ -82,12 +87,12 @@ def run_schedule(schedule: Schedule, costs: Costs, signal: float = 0.0) -> Timel
 
 
 class BlockTimes:
-    """Seconds of a core for n KV blocks, for any n: exact, but simulated only until it repeats.
+    """Seconds of a core for n KV blocks, for any n; exact, but simulated only until it repeats.
 
-    Where every step of a stretch of blocks starts the same time after its like one period before,
-    all that follows does too (each time is a maximum of sums of the times before it), so the rest
-    is a multiplication. The stretch is a period and `_REACH` blocks, further than any order looks
-    ahead.
+    Let every step in a range of blocks start the same time after the same step one period earlier.
+    Then so do all later steps, because each time is a maximum of sums of earlier times. The rest is
+    a multiplication. The range is a period and `_REACH` blocks, which is further than any order
+    looks ahead.
     """
 
     _REACH = 8
@@ -100,7 +105,7 @@ class BlockTimes:
         self._tried = 0
 
     def plain(self, num_blocks: int) -> float:
-        """The whole event loop."""
+        """Returns the seconds of num_blocks blocks by simulating all of them."""
         if num_blocks not in self._known:
             line = run_schedule(self._order(num_blocks), self._costs, self._signal)
             self._known[num_blocks] = line.total
@@ -117,11 +122,11 @@ class BlockTimes:
         start, period, step = self._steady
         if num_blocks <= start + period:
             return self.plain(num_blocks)
-        turns = (num_blocks - start) // period
-        return self.plain(num_blocks - turns * period) + turns * step
+        repeats = (num_blocks - start) // period
+        return self.plain(num_blocks - repeats * period) + repeats * step
 
     def _find_steady(self, length: int) -> tuple[int, int, float] | None:
-        """(length from which it repeats, period, seconds a period), if `length` blocks show it."""
+        """Returns (blocks before it repeats, period, seconds per period), or None if unknown."""
         schedule = self._order(length)
         period, margin = schedule.period, schedule.period + self._REACH
         line = run_schedule(schedule, self._costs, self._signal)

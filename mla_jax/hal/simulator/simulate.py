@@ -1,7 +1,8 @@
-"""One attention call on a whole device: cut into pieces, each timed on a core, all run together.
+"""Simulates one attention call on a whole device.
 
-`simulate` answers with the total time, what bounds it, where the matrix unit idles and the
-timeline of the longest piece, which is what the Gantt picture draws.
+The call is divided into work items. Each is timed on one core, and then all run together. The
+report has the total time, what bounds it, when the matrix unit idles, and the timeline of the
+longest item, which the Gantt chart draws.
 """
 
 import math
@@ -33,18 +34,18 @@ ENGINE_KIND = {
     "copy": "memory", "shared": "memory", "mte2": "memory", "mte2v": "memory", "mte3": "memory",
     "fixpipe": "memory",
 }  # fmt: skip
-SHOWN_BLOCKS = 64  # a picture of more says nothing new; shares are taken over as many
+SHOWN_BLOCKS = 64  # blocks of the timeline, which is long enough to show the steady state
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a call costs. Seconds; shares are of the core's time.
+    """The cost of a call in seconds; shares are of the time of a core's longest work item.
 
-    bound_by: "matrix", "vector", "memory" or "sync", and `engine` the busiest one.
-    bubbles: the matrix unit's idle share of the longest piece: before its first step ("head"),
-    between steps ("steady"), after its last ("tail"), and in steps that another engine holds longer
-    ("in steps"). With `matrix_busy` they add up to 1.
-    utilisation: of the device's matrix peak, over the whole call.
+    bound_by: "matrix", "vector", "memory" or "sync". `engine` is the busiest engine.
+    bubbles: the share in which the matrix unit idles: before its first step ("head"), between steps
+        ("steady"), after its last step ("tail"), and in steps that another engine holds longer ("in
+        steps"). With `matrix_busy` they add up to 1.
+    utilisation: share of the device's matrix peak, over the whole call.
     """
 
     name: str
@@ -63,22 +64,27 @@ class Report:
 
     @property
     def matrix_busy(self) -> float:
-        """The share of the longest piece in which the matrix unit computes."""
+        """The share of the longest work item in which the matrix unit computes."""
         return self.engine_share[matrix_engine(self.engine_share)]
 
     @property
     def tflops(self) -> float:
+        """Operations per second, in 10^12."""
         return self.flops / self.seconds / 1e12
 
     @property
     def gb_per_s(self) -> float:
+        """Bytes of memory traffic per second, in 10^9."""
         return self.bytes / self.seconds / 1e9
 
 
 def simulate(
     profile: HardwareProfile, problem: Problem, kernel: str | Kernel | AscendKernel
 ) -> Report:
-    """Times one call. `kernel`: a kernel of this family or its name, or an order's name."""
+    """Simulates one call. kernel: a kernel, its name, or the name of an order.
+
+    Raises ValueError for a kernel of another family or an unknown name.
+    """
     if isinstance(kernel, str):
         kernel = named_kernel(profile, kernel, problem.kv_dtype)
     if isinstance(kernel, Kernel):
@@ -93,7 +99,7 @@ def simulate(
 def named_kernel(
     profile: HardwareProfile, name: str, kv_dtype: str = "bf16"
 ) -> Kernel | AscendKernel:
-    """A kernel by its own name or its order's. ValueError lists the names on this profile."""
+    """Returns a kernel by its name or its order's. Raises ValueError, which lists the names."""
     if profile.family == "nvidia":
         name = KERNEL_OF_ORDER.get(name, name)
         if name in KERNELS:
@@ -111,8 +117,11 @@ def _unknown(profile: HardwareProfile, name: str, known: list[str]) -> ValueErro
 
 
 def _fair_share(profile: HardwareProfile, plan: Work, multicast: int = 1) -> float:
-    """Bytes per second for each core while all are at work. Row tiles that read the same KV get
-    it from the L2 cache: HBM serves it once, L2 once for each cluster that shares the loading."""
+    """Returns bytes per second per core while all cores work.
+
+    Row tiles that read the same KV get it from the L2 cache. HBM serves it once, and L2 once per
+    cluster that shares the loading.
+    """
     active = min(plan.num_workers, len(plan.blocks)) * plan.cluster
     memory = profile["memory.hbm_bandwidth"] * profile["memory.hbm_efficiency"]
     return (
@@ -121,12 +130,12 @@ def _fair_share(profile: HardwareProfile, plan: Work, multicast: int = 1) -> flo
 
 
 class _LoadedTimes:
-    """Block times on a memory that this kernel keeps busy for a fraction of the time.
+    """Times of blocks on a memory that this kernel keeps busy for a fraction of the time.
 
-    With all cores at work the memory gives each its share; busy for only a fraction f of the time,
-    it serves a load at share / f. The times are those of the f at which both agree: n blocks take
-    max(time with loads at share / f, bytes / (share * f)), and the smallest over f counts. Each
-    term falls when an engine speeds up, so the result does too.
+    While all cores work, the memory gives each its share. If it is busy for only a fraction f of
+    the time, it serves a load at share / f. The result uses the f at which both agree: n blocks
+    take max(time with loads at share / f, bytes / (share * f)), and the smallest over f counts.
+    Each term falls when an engine becomes faster, and so does the result.
     """
 
     FRACTIONS = (1.0, 0.9, 0.8, 0.71, 0.63, 0.56, 0.5, 0.42, 0.35, 0.28, 0.2, 0.1)
@@ -150,7 +159,7 @@ class _LoadedTimes:
         return min(times(num_blocks) for times in self._times[fraction])
 
     def __call__(self, num_blocks: int) -> tuple[float, float]:
-        """(seconds for so many blocks, the fraction)."""
+        """Returns (seconds of num_blocks blocks, the fraction)."""
         loads = num_blocks * self._bytes / self._share
         low, high = 0, len(self.FRACTIONS) - 1  # the fraction falls with the index
         while low < high:
@@ -164,11 +173,11 @@ class _LoadedTimes:
         return min((max(self._at(f, num_blocks), loads / f), f) for f in near)
 
     def alone(self, num_blocks: int) -> float:
-        """Seconds with the memory to itself: at most those of all at work."""
+        """Returns the seconds with the memory to itself, at most those with all cores working."""
         return min(self._at(0.0, num_blocks), self(num_blocks)[0])
 
     def timeline(self, num_blocks: int) -> Timeline:
-        """The faster order's timeline at the fraction that so many blocks run at."""
+        """Returns the timeline of the fastest order, at the fraction of so many blocks."""
         costs = self._costs_at(self._share / self(num_blocks)[1])
         lines = [run_schedule(order(num_blocks), costs, self._signal) for order in self._orders]
         return min(lines, key=lambda line: line.total)
@@ -206,7 +215,7 @@ def _simulate_gpu(profile: HardwareProfile, problem: Problem, kernel: Kernel) ->
 
 
 def _simulate_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendKernel) -> Report:
-    """Jobs (request, row tile) are handed to free cores; none is cut over the keys."""
+    """Simulates jobs (request, row tile) that free cores take; no job is split over the keys."""
     rows = job_rows(kernel, problem.rows)
     plan_problem = Problem((512,), heads=max(rows), kv_dtype=kernel.kv_dtype)
     tile = plan_tiles(profile, plan_problem, block_kv=kernel.block_kv)
@@ -226,9 +235,9 @@ def _simulate_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendK
     for r in sorted(set(rows)):
         costs_at = partial(ascend_costs, profile, kernel, tile, r)
         times[r] = _LoadedTimes((kernel.order,), costs_at, share, block_bytes, signal)
-    pieces = list(zip(work.rows.tolist(), work.blocks.tolist(), strict=True))
-    crowded = np.array([times[r](b)[0] for r, b in pieces])
-    alone = np.array([times[r].alone(b) for r, b in pieces])
+    items = list(zip(work.rows.tolist(), work.blocks.tolist(), strict=True))
+    crowded = np.array([times[r](b)[0] for r, b in items])
+    alone = np.array([times[r].alone(b) for r, b in items])
     cores = machine.makespan(crowded, alone, work.worker, work.num_workers)
     timeline = times[max(rows)].timeline(min(int(blocks.max()), SHOWN_BLOCKS))
     return _report(profile, problem, kernel.name, timeline, cores, 0.0)
@@ -265,19 +274,22 @@ def _report(
 
 
 def verdict(share: dict[str, float], running: float) -> tuple[str, str]:
-    """(what bounds the call, the busiest engine): "sync" when the busiest engine works for less
-    than half of the call, so that waiting, launching and merging take the rest."""
+    """Returns (what bounds the call, the busiest engine).
+
+    It is "sync" if the busiest engine works for less than half of the call, so that waiting,
+    launching and merging take the rest.
+    """
     engine = max(share, key=lambda e: share[e])
     return ("sync" if share[engine] * running < 0.5 else ENGINE_KIND[engine]), engine
 
 
 def matrix_engine(engines: Iterable[str]) -> str:
-    """The matrix unit's name among a core's engines."""
+    """Returns the name of the matrix unit among a core's engines."""
     return next(engine for engine in engines if engine in ("cube", "tensor"))
 
 
 def matrix_bubbles(timeline: Timeline) -> dict[str, float]:
-    """The (first CTA's) matrix unit's idle share of a timeline: head, steady, tail, in steps."""
+    """Returns the idle shares of the (first CTA's) matrix unit: head, steady, tail, in steps."""
     spans = sorted(
         (start, end)
         for step, start, end in zip(

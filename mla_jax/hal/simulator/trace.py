@@ -1,11 +1,11 @@
-"""A timeline for people: a Gantt chart, a Chrome or Perfetto trace, a report in words."""
+"""Presents a timeline: as a Gantt chart, as a Chrome or Perfetto trace, or in words."""
 
 from typing import Any
 
 from mla_jax.hal.simulator.one_core import Timeline
 from mla_jax.hal.simulator.simulate import Report
 
-# Stage -> colour group; the same stage has the same colour on every device.
+# The colour of each group of stages; a stage has the same colour on every device.
 STAGE_COLOURS = {
     "LOAD": "#8C6D31",
     "ISSUE": "#8C6D31",
@@ -21,12 +21,12 @@ STAGE_COLOURS = {
 
 
 def stage_group(stage: str) -> str:
-    """LOAD_L -> LOAD, QK_ROPE -> QK: the part of a stage's name that its colour follows."""
+    """Returns the part of a stage's name that its colour follows: LOAD_L -> LOAD, QK_ROPE -> QK."""
     return stage.split("@")[0].split("_")[0]
 
 
 def chrome_trace(timeline: Timeline) -> dict[str, Any]:
-    """The timeline in Chrome's trace event format (open it in Perfetto): one thread a unit."""
+    """Returns the timeline in Chrome's trace event format, for Perfetto: one thread per unit."""
     units = timeline.schedule.units
     events: list[dict[str, Any]] = [
         {"ph": "M", "name": "process_name", "pid": 0, "args": {"name": timeline.schedule.name}}
@@ -57,8 +57,10 @@ def chrome_trace(timeline: Timeline) -> dict[str, Any]:
 
 
 def draw_gantt(axes: Any, timeline: Timeline, *, until: float | None = None) -> None:
-    """Draws on matplotlib axes: a lane a unit, stages coloured, block numbers in them; where a
-    matrix unit stands idle between its steps the lane is hatched. `until`: seconds the axis shows.
+    """Draws a Gantt chart on matplotlib axes: a lane per unit, a colour per stage, block numbers.
+
+    Lanes are hatched where a matrix unit is idle between its steps. until: seconds on the axis;
+    None is the whole timeline.
     """
     units = timeline.schedule.units
     total = until or timeline.total
@@ -92,7 +94,7 @@ def _bar(axes: Any, lane: int, start: float, end: float, **style: Any) -> None:
 
 
 def describe(report: Report) -> list[str]:
-    """What a report says, the verdict first."""
+    """Returns the lines of a report in words, what bounds the call first."""
     idle = ", ".join(f"{where} {share:.1%}" for where, share in report.bubbles.items())
     busy = ", ".join(
         f"{engine} {share:.0%}"

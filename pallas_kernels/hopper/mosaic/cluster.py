@@ -1,7 +1,7 @@
-"""The other CTA of a cluster of two, whose shared memory this one writes.
+"""Writes to the shared memory of the other CTA of a cluster of two, and signals it.
 
-The interpreter can't reach another CTA's shared memory: there what is sent goes through GMEM, with
-the same barriers.
+The interpreter can't reach another CTA's shared memory. There the data goes through GMEM, with the
+same barriers.
 """
 
 import dataclasses
@@ -20,39 +20,48 @@ from jax._src.state.primitives import get_ref_and_transforms
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.mosaic.primitives import (
+from pallas_kernels.hopper.mosaic.primitives import Backend
+from pallas_kernels.hopper.mosaic.threads import (
     ROWS,
     SCALAR,
     WGMMA_OPERAND,
-    Backend,
     array_of,
     own_four,
     place_in_tile,
+    scalar_of,
 )
 from pallas_kernels.hopper.mosaic.transposed import COLUMNS
 
 
 def peer_barrier(warpgroups: int, *, interpreting: bool) -> plgpu.ClusterBarrier:
-    """For `Peer.arrive` and `wait`: of so many warpgroups in each of the two CTAs."""
+    """Returns the barrier that `Peer.arrive` and `Peer.wait` use.
+
+    warpgroups: how many of each of the two CTAs arrive.
+    """
     arrivals = warpgroups * (1 if interpreting else 128)
     return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=arrivals)
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """Called by all threads of a warpgroup. What is sent is there once both have arrived.
+    """Exchanges data with the other CTA. All threads of a warpgroup call its methods together.
 
-    through: where the interpreter has what is sent, float32 [2, rows, columns]; else anything.
+    Data that one CTA sends can be received once both have arrived on a barrier.
+
+    rank: the index of this CTA in the cluster, 0 or 1.
+    through: float32 GMEM [2, rows, columns], which carries the data in the interpreter. On the GPU
+        nothing reads it.
     """
 
     g: Backend
-    rank: Any  # of this CTA: 0 or 1
+    rank: Any
     through: Any
 
     def send_tile(self, refs, column: int, value) -> None:
-        """A (64, n) WGMMA tile, in the order of its registers, to these SMEM refs of the peer.
+        """Sends a (64, n) WGMMA tile to SMEM refs of the other CTA, for `received_tile`.
 
-        float32, an equal part to each ref; for `received_tile`. column: its first in `through`.
+        The tile is stored as float32 in the order of its registers, an equal part to each ref.
+        column: the tile's first column in `through`.
         """
         if self.g.interpreting:
             self.through[1 - self.rank, :, column : column + value.shape[1]] = value
@@ -68,6 +77,7 @@ class Peer:
         send(*refs, value, 1 - self.rank)
 
     def received_tile(self, refs, column: int, shape) -> jax.Array:
+        """Returns the WGMMA tile that the other CTA has sent to these SMEM refs of this CTA."""
         if self.g.interpreting:
             return self.through[self.rank, : shape[0], column : column + shape[1]]
         of_ref = plgpu.RefType(WGMMA_OPERAND)
@@ -93,7 +103,7 @@ class Peer:
         return load(*refs)
 
     def send_rows(self, ref, column: int, value) -> None:
-        """One value a row, as ROWS, to this SMEM ref of the peer; for `received_rows`."""
+        """Sends one value per row, as ROWS, to a SMEM ref of the other CTA."""
         if self.g.interpreting:
             self.through[1 - self.rank, :, column] = value
             return
@@ -104,19 +114,21 @@ class Peer:
             row, _ = place_in_tile()
             start = _address_in(rank.registers.item(), target, row, 4)
             for i, one in enumerate(rows.registers.flat):
-                if isinstance(one.type, ir.VectorType):
-                    one = vector.extract(one, [], [0])
-                _store(f"f32 [$0 + {32 * i}], $1", start, one)
+                _store(f"f32 [$0 + {32 * i}], $1", start, scalar_of(one))
 
         send(ref, value, 1 - self.rank)
 
     def received_rows(self, ref, column: int) -> jax.Array:
+        """Returns the values, as ROWS, that `send_rows` of the other CTA has sent."""
         if self.g.interpreting:
             return self.through[self.rank, :, column]
         return self.g.load_rows(ref)
 
     def arrive(self, barrier) -> None:
-        """On this barrier of both CTAs: each thread, so that each tells of what it has sent."""
+        """Arrives on this barrier of both CTAs.
+
+        Each thread arrives, because each releases only the data that it has sent itself.
+        """
         if self.g.interpreting:
             plgpu.barrier_arrive(barrier)
             return
@@ -125,13 +137,14 @@ class Peer:
         _arrive_p.bind(ref)
 
     def wait(self, barrier) -> None:
-        """Until all have arrived; then what they have sent is there."""
+        """Waits until all have arrived, and makes the data that they have sent visible."""
         plgpu.barrier_wait(barrier)
         if self.g.interpreting:
             return
 
         @plgpu.inline_mgpu()
-        def fence(ctx):  # (The wait itself acquires from this CTA only.)
+        def fence(ctx):
+            # The wait itself acquires from this CTA only.
             del ctx
             _fence()
 
@@ -140,10 +153,13 @@ class Peer:
 
 @dataclasses.dataclass(frozen=True)
 class TransposedPeer(Peer):
-    """`Peer` where queries are the columns of a tile, as `TransposedBackend` has them."""
+    """`Peer` for the transposed kernels, where queries are the columns of a tile."""
 
     def send_columns(self, ref, row: int, value) -> None:
-        """One value a column, as COLUMNS, to this SMEM ref of the peer. row: in `through`."""
+        """Sends one value per column, as COLUMNS, to a SMEM ref of the other CTA.
+
+        row: the row of `through` that carries the values.
+        """
         if self.g.interpreting:
             self.through[1 - self.rank, row] = value
             return
@@ -154,7 +170,8 @@ class TransposedPeer(Peer):
             row, column = place_in_tile()
             start = _address_in(rank.registers.item(), target, column, 4)
             first = arith.cmpi(arith.CmpIPredicate.eq, row, mgpu.utils.c(0, row.type))
-            with mgpu.utils.when(first):  # (Others have the same values.)
+            # All lanes of a column hold the same value, so one of them sends it.
+            with mgpu.utils.when(first):
                 for j, pair in enumerate(columns.registers.flat):
                     two = [vector.extract(pair, [], [i]) for i in range(2)]
                     _store(f"v2.f32 [$0 + {32 * j}], {{$1, $2}}", start, *two)
@@ -162,15 +179,17 @@ class TransposedPeer(Peer):
         send(ref, value, 1 - self.rank)
 
     def received_columns(self, ref, row: int) -> jax.Array:
+        """Returns the values, as COLUMNS, that `send_columns` of the other CTA has sent."""
         if self.g.interpreting:
             return self.through[self.rank, row]
         return plgpu.load(ref, layout=COLUMNS, optimized=False)
 
     def send_half(self, refs, value) -> jax.Array:
-        """Of a (2 m, n) WGMMA tile the m rows of the peer's number to these SMEM refs there.
+        """Sends half of a (2 m, n) WGMMA tile to the other CTA and returns the other half.
 
-        float32, an equal part to each ref, in the order of registers; for `received_tile`. Returns
-        the m rows of this CTA's number.
+        CTA 0 keeps the first m rows, CTA 1 the last m rows. The half that is sent is stored to
+        SMEM refs of the other CTA, for `received_tile`: as float32 in the order of its registers,
+        an equal part to each ref.
         """
         m, n = value.shape[0] // 2, value.shape[1]
         if self.g.interpreting:
@@ -188,12 +207,12 @@ class TransposedPeer(Peer):
         def send(ctx, *args):
             del ctx
             *targets, tile, rank = args
-            rank = rank.registers.item()  # of the peer
+            rank = rank.registers.item()  # of the other CTA
             second = arith.cmpi(arith.CmpIPredicate.ne, rank, mgpu.utils.c(0, rank.type))
             halves = list(zip(*tile.registers.reshape(2, -1), strict=True))
-            given = np.empty(len(halves), dtype=object)
-            given[:] = [arith.select(second, b, a) for a, b in halves]
-            _store_parts(rank, targets, given)
+            sent = np.empty(len(halves), dtype=object)
+            sent[:] = [arith.select(second, b, a) for a, b in halves]
+            _store_parts(rank, targets, sent)
             kept = [arith.select(second, a, b) for a, b in halves]
             return array_of(kept, (m, n), mgpu.WGMMA_LAYOUT)
 
@@ -201,43 +220,58 @@ class TransposedPeer(Peer):
 
 
 def joined(m, total, m_other, l_other):
-    """Maxima and sums of both, and what a weight of the one and of the other counts (log2)."""
-    ahead = m >= m_other
-    less = jnp.exp2(-jnp.abs(m - m_other))  # what a weight of the lower maximum counts
-    total = jnp.where(ahead, total, l_other) + less * jnp.where(ahead, l_other, total)
-    weights = jnp.where(ahead, 1.0, less), jnp.where(ahead, less, 1.0)
-    return jnp.maximum(m, m_other), total, *weights
+    """Combines the softmax statistics of two parts of the keys.
+
+    Args:
+        m: running maxima of the scores (log2) of the first part.
+        total: sums of 2^(score - m) of the first part.
+        m_other, l_other: maxima and sums of the second part.
+
+    Returns:
+        Maxima and sums over both parts, and the factors by which to scale o of the first and of the
+        second part.
+    """
+    is_larger = m >= m_other
+    factor = jnp.exp2(-jnp.abs(m - m_other))  # of the part with the smaller maximum
+    total = jnp.where(is_larger, total, l_other) + factor * jnp.where(is_larger, l_other, total)
+    factors = jnp.where(is_larger, 1.0, factor), jnp.where(is_larger, factor, 1.0)
+    return jnp.maximum(m, m_other), total, *factors
 
 
-def _no_value(ptx: str, *args: ir.Value, constraints: str = "") -> None:
+def _run_ptx(ptx: str, *args: ir.Value, constraints: str = "") -> None:
+    """Runs instructions that return nothing."""
     void = ir.Type.parse("!llvm.void")
     llvm.inline_asm(void, args, ptx, constraints, has_side_effects=True)
 
 
 def _fence() -> None:
-    _no_value("fence.acq_rel.cluster;")
+    _run_ptx("fence.acq_rel.cluster;")
 
 
 def _in_cta(rank: ir.Value, address: ir.Value) -> ir.Value:
-    """An address (i32) in shared memory -> the same in CTA `rank` (i32, shared::cluster)."""
+    """Returns where CTA `rank` (i32) has what this CTA has at a shared memory address (i32)."""
     ptx = "mapa.shared::cluster.u32 $0, $1, $2;"
     return llvm.inline_asm(address.type, [address, rank], ptx, "=r,r,r")
 
 
 def _address_in(rank: ir.Value, ref: ir.Value, index: ir.Value, itemsize: int) -> ir.Value:
-    """Of ref's element `index` in CTA `rank`, for `_store`."""
+    """Returns the address of a SMEM ref's element `index` in CTA `rank`, for `_store`."""
     mine = llvm.ptrtoint(index.type, mgpu.utils.memref_ptr(ref))
     offset = arith.muli(index, mgpu.utils.c(itemsize, index.type))
     return _in_cta(rank, arith.addi(mine, offset))
 
 
-def _store(what: str, address: ir.Value, *values: ir.Value) -> None:
+def _store(operands: str, address: ir.Value, *values: ir.Value) -> None:
+    """Stores float32 values to an address of `_address_in`, which is $0 in `operands`."""
     constraints = ",".join(["r", *("f" for _ in values)])
-    _no_value(f"st.shared::cluster.{what};", address, *values, constraints=constraints)
+    _run_ptx(f"st.shared::cluster.{operands};", address, *values, constraints=constraints)
 
 
 def _store_parts(rank: ir.Value, targets: list[ir.Value], registers: np.ndarray) -> None:
-    """Registers of two values, an equal part to the blocks of 512 of each target in CTA `rank`."""
+    """Stores registers of two values each, an equal part to each SMEM ref of CTA `rank`.
+
+    Each ref gets blocks of 512 values, four neighbouring ones per thread.
+    """
     parts = np.split(registers.reshape(-1, 2), len(targets))
     for target, part in zip(targets, parts, strict=True):
         start = _address_in(rank, target, own_four(), 4)
@@ -263,8 +297,9 @@ def _arrive_lowering(ctx, barrier):
     i32 = ir.IntegerType.get_signless(32)
     mine = llvm.ptrtoint(i32, barrier.barrier.get_ptr())
     _fence()
+    # The fence releases what this thread has sent, so the arrivals themselves can be relaxed.
     for rank in (0, 1):
         address = _in_cta(mgpu.utils.c(rank, i32), mine)
         ptx = "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [$0];"
-        _no_value(ptx, address, constraints="r")
+        _run_ptx(ptx, address, constraints="r")
     return ()

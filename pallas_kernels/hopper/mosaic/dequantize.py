@@ -1,16 +1,16 @@
-"""Primitives of the int8 decode kernel: V^T widened from int8 to bfloat16 on its way to wgmma.
+"""Primitives of the int8 kernels: dequantizes V^T from int8 to bfloat16 on its way to wgmma.
 
-wgmma can't read 8-bit operands transposed, so O^T = V^T P^T needs V^T in 16 bits. It goes through
-registers, as operand A, and never back to shared memory: `ldmatrix.trans` hands each thread pairs
-of neighbouring dimensions of two neighbouring tokens, four bytes, which are two of the registers
-that operand A wants (two tokens of one dimension each) once the bytes are spread.
+wgmma can't read 8-bit operands transposed, so O^T = V^T P^T needs V^T in 16 bits. V^T passes
+through registers as operand A and is never written back to shared memory. `ldmatrix.trans` gives
+each thread four bytes: two neighbouring dimensions of two neighbouring tokens. A register of
+operand A holds two tokens of one dimension, so these four bytes become two registers.
 
-Spreading: byte ^ 0x80 is u = x + 128 in 0 .. 255, and the bfloat16 with bits 0x00uu is u * 2^-133
-(a subnormal, or one of the first binade above, which lie on one line). One fused multiply-add gives
-(u - 128) / 64 = x / 64, exactly. So V comes out in units of WIDENED_UNIT.
+The conversion is exact. The byte x ^ 0x80 is u = x + 128 in 0 .. 255. The bfloat16 with bits 0x00uu
+is u * 2^-133, because subnormals and the first normal binade have the same spacing. One fused
+multiply-add computes (u - 128) / 64 = x / 64. So the result is x * WIDENED_UNIT.
 
-The rows of O^T are in an order of their own (`place_in_dimensions`); `Rows.store_dimensions` undoes
-it.
+The rows of O^T are in the order of `place_in_dimensions`. `Rows.store_dimensions` restores the
+order of the dimensions.
 """
 
 import dataclasses
@@ -26,29 +26,27 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.mosaic.primitives import array_of
+from pallas_kernels.hopper.mosaic.threads import array_of, thread
 from pallas_kernels.hopper.mosaic.transposed import COLUMNS, TransposedBackend
 from pallas_kernels.hopper.mosaic.wgmma import operand
 
-# How shared memory holds int8 that wgmma reads.
-INT8_OPERAND = operand(1)
-WIDENED_UNIT = 2.0**-6  # what a step of int8 is worth after widening
-GROUP = 64  # rows of O^T that one wgmma makes
-TOKENS = 64  # of a block
-_FOUR_AT_ONCE = 32  # tokens of an ldmatrix
+INT8_OPERAND = operand(1)  # tiling and swizzle of int8 in shared memory that wgmma reads
+WIDENED_UNIT = 2.0**-6  # the bfloat16 value of 1 in int8
+GROUP = 64  # rows of O^T that one wgmma computes
+TOKENS = 64  # tokens per block
+_LDMATRIX_TOKENS = 32  # tokens that one ldmatrix loads
 
 
-def _thread_of_warpgroup() -> tuple[ir.Value, ir.Value]:
-    """Warp (0 .. 3) and lane, i32."""
-    constant, i32 = mgpu.utils.c, ir.IntegerType.get_signless(32)
-    thread = arith.remui(mgpu.utils.thread_idx(), constant(128, i32))
-    return arith.divui(thread, constant(32, i32)), arith.remui(thread, constant(32, i32))
+def _warp_and_lane() -> tuple[ir.Value, ir.Value]:
+    """Returns this thread's warp in its warpgroup (0 to 3) and its lane, both i32."""
+    constant, mine = mgpu.utils.c, thread()
+    return arith.divui(mine, constant(32, mine.type)), arith.remui(mine, constant(32, mine.type))
 
 
 def place_in_dimensions() -> tuple[ir.Value, ir.Value]:
-    """Dimension and query (i32) of the first element that a thread holds of O^T (see above)."""
+    """Returns dimension and query (i32) of the first element of O^T that a thread holds."""
     i32, constant = ir.IntegerType.get_signless(32), mgpu.utils.c
-    warp, lane = _thread_of_warpgroup()
+    warp, lane = _warp_and_lane()
     query = arith.muli(arith.remui(lane, constant(4, i32)), constant(2, i32))
     dimension = arith.addi(
         arith.muli(warp, constant(128, i32)),
@@ -58,20 +56,23 @@ def place_in_dimensions() -> tuple[ir.Value, ir.Value]:
 
 
 def _bytes_layout(tokens: int) -> tuple[tuple[int], Any]:
-    """Shape and layout, int32, of what `_bytes` gives."""
+    """Returns shape and layout of the int32 array that `_bytes` returns."""
     shape = (GROUP * tokens // 4,)
     return shape, plgpu.Layout.WG_STRIDED(shape, vec_size=1)
 
 
 def _steps(first_group: int, tokens: int) -> Iterator[tuple[int, int, int]]:
-    """Group of rows, first token, tokens: what is widened at a time."""
+    """Yields the steps of dequantizing V^T: group of rows, first token, number of tokens."""
     for group in itertools.count(first_group):
         for first in range(0, TOKENS, tokens):
             yield group, first, tokens
 
 
 def _ldmatrix_transposed(address: ir.Value) -> list[ir.Value]:
-    """Four 8 x 8 matrices of byte pairs, transposed: i32 each; row addresses from 32 lanes."""
+    """Loads four 8 x 8 matrices of byte pairs, transposed, one i32 each.
+
+    address: each of the 32 lanes gives the address of one row of a matrix.
+    """
     i32 = ir.IntegerType.get_signless(32)
     result = llvm.inline_asm(
         llvm.StructType.get_literal([i32] * 4),
@@ -83,8 +84,11 @@ def _ldmatrix_transposed(address: ir.Value) -> list[ir.Value]:
     return [llvm.extractvalue(i32, result, [i]) for i in range(4)]
 
 
-def _spread(four: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Bytes 0 and 2, and bytes 1 and 3, of signed x, as bfloat16 pairs of x * WIDENED_UNIT."""
+def _dequantize_bytes(four: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Returns x * WIDENED_UNIT of four signed bytes x as two pairs of bfloat16.
+
+    The first pair has bytes 0 and 2, the second one bytes 1 and 3.
+    """
     i32 = ir.IntegerType.get_signless(32)
     result = llvm.inline_asm(
         llvm.StructType.get_literal([i32] * 2),
@@ -104,11 +108,14 @@ def _spread(four: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 @dataclasses.dataclass(frozen=True)
 class WideningBackend(TransposedBackend):
-    """`TransposedBackend` with int8 products and widening."""
+    """`TransposedBackend` with the primitives of the int8 kernels."""
 
     # -- scores -----------------------------------------------------------------------------------
     def joined_halves(self, x, unit: int) -> jax.Array:
-        """(64, n) float32, unit * high + low, of an int32 (64, 2 n) tile of high's and low's."""
+        """Returns unit * high + low as a float32 (64, n) tile.
+
+        x: int32 (64, 2 n), high in its first n columns and low in the others.
+        """
         n = x.shape[1] // 2
         if self.interpreting:
             return (x[:, :n] * unit + x[:, n:]).astype(jnp.float32)
@@ -117,44 +124,50 @@ class WideningBackend(TransposedBackend):
             arg_types=(plgpu.Layout.WGMMA,),
             return_type=plgpu.ShapeDtypeStruct((64, n), jnp.float32, plgpu.Layout.WGMMA),
         )
-        def join(ctx, tile):
+        def combine(ctx, tile):
             del ctx
             registers = list(tile.registers.flat)
             floats = ir.VectorType.get((2,), ir.F32Type.get())
-            units = mgpu.utils.c(unit, registers[0].type)
-            joined = [
-                arith.sitofp(floats, arith.addi(arith.muli(high, units), low))
+            factor = mgpu.utils.c(unit, registers[0].type)
+            combined = [
+                arith.sitofp(floats, arith.addi(arith.muli(high, factor), low))
                 for high, low in zip(registers[: n // 4], registers[n // 4 :], strict=True)
             ]
-            return array_of(joined, (64, n), mgpu.fragmented_array.WGMMA_LAYOUT)
+            return array_of(combined, (64, n), mgpu.fragmented_array.WGMMA_LAYOUT)
 
-        return join(x)
+        return combine(x)
 
     # -- O^T += V^T P^T ----------------------------------------------------------------------------
     def load_columns(self, ref) -> jax.Array:
-        """(n,) beside the columns of a (64, n) tile."""
+        """Loads one value per column of a (64, n) WGMMA tile, as COLUMNS."""
         return ref[...] if self.interpreting else plgpu.load(ref, layout=COLUMNS, optimized=False)
 
     def begin_widening(self, v, first_group: int = 0, tokens: int = TOKENS):
-        """What of V^T `mma_widened` needs first: it needs no P. v: int8 SMEM (TOKENS, d_v)."""
+        """Returns the first steps of V^T for `mma_widened`, before P is known.
+
+        The arguments are those of `mma_widened`.
+        """
         if self.interpreting:
             return None
         steps = _steps(first_group, tokens)
-        return self._widened(self._bytes(v, *next(steps))), self._bytes(v, *next(steps))
+        return self._dequantized(self._bytes(v, *next(steps))), self._bytes(v, *next(steps))
 
     def mma_widened(
         self, accs, v, p_t, begun, *, first_group: int = 0, tokens: int = TOKENS
     ) -> None:
-        """O^T += V^T P^T, the last product left in flight.
+        """Adds WIDENED_UNIT * V^T P^T to O^T and leaves the last product in flight.
 
-        `tokens` of a group of rows are widened while those before them are multiplied.
+        It works in steps of one group of rows and `tokens` tokens. It dequantizes a step while
+        wgmma multiplies the step before.
 
         Args:
-            accs: O^T in parts from group first_group on, (m, n) each, m a multiple of GROUP, in
-                units of WIDENED_UNIT.
+            accs: accumulators (m, n) that together hold O^T from group first_group on. m is a
+                multiple of GROUP.
             v: int8 SMEM (TOKENS, d_v), tiled as INT8_OPERAND.
             p_t: P^T, bfloat16 SMEM (TOKENS, n), tiled for slices of `tokens`.
-            begun: what `begin_widening` gave for the same first_group and tokens.
+            begun: from `begin_widening` with the same first_group and tokens.
+            first_group: the first group of GROUP rows of O^T.
+            tokens: how many tokens a step dequantizes, TOKENS or a part of it.
         """
         if self.interpreting:
             first = GROUP * first_group
@@ -173,17 +186,18 @@ class WideningBackend(TransposedBackend):
         for k, (group, first, _) in enumerate(steps):
             mine = p_t.at[pl.ds(first, tokens)] if tokens < TOKENS else p_t
             plgpu.wgmma(places[group - first_group], ready, mine)
-            plgpu.wgmma_wait(1)  # until the registers of the step before are free
+            # The product of the step before must end, because `ready` gets its registers.
+            plgpu.wgmma_wait(1)
             if k + 1 < len(steps):
-                ready = self._widened(following)
+                ready = self._dequantized(following)
             if k + 2 < len(steps):
                 following = self._bytes(v, *steps[k + 2])
 
     def _bytes(self, ref, group: int, first: int, tokens: int) -> jax.Array:
-        """The bytes of rows 64 * group .. of V^T as `_widened` takes them, of some tokens.
+        """Loads a group of rows of V^T for some tokens, as `_dequantized` takes them.
 
-        A row of V^T is a dimension: all of them once over the groups, in the order that
-        `Rows.store_dimensions` knows.
+        A row of V^T is a dimension. The groups together have each dimension once, in the order of
+        `place_in_dimensions`.
         """
         shape, layout = _bytes_layout(tokens)
 
@@ -196,10 +210,10 @@ class WideningBackend(TransposedBackend):
             i32, constant = ir.IntegerType.get_signless(32), mgpu.utils.c
             one = ir.VectorType.get((1,), i32)
             (tokens_down, tile_across, *_), _ = ir.MemRefType(tile.type).get_strides_and_offset()
-            warp, lane = _thread_of_warpgroup()
+            warp, lane = _warp_and_lane()
             matrix, token = (f(lane, constant(8, i32)) for f in (arith.divui, arith.remui))
-            # Lane 8q + r gives the address of 16 bytes of token 8q + r, where the swizzle has
-            # them: a warp's 128 columns are one swizzled tile, and `group` counts chunks in it.
+            # Lane 8q + r gives the swizzled address of 16 bytes of token 8q + r. A warp's 128
+            # columns are one swizzled tile, and `group` is the index of a 16-byte chunk in it.
             chunk = arith.xori(token, constant(group, i32))
             offset = arith.addi(
                 arith.addi(arith.muli(matrix, constant(tokens_down, i32)),
@@ -209,15 +223,15 @@ class WideningBackend(TransposedBackend):
             )  # fmt: skip
             address = arith.addi(llvm.ptrtoint(i32, mgpu.utils.memref_ptr(tile)), offset)
             registers = []
-            for row in range(first // 8, (first + tokens) // 8, _FOUR_AT_ONCE // 8):
+            for row in range(first // 8, (first + tokens) // 8, _LDMATRIX_TOKENS // 8):
                 here = arith.addi(address, constant(row * tokens_down, i32))
                 registers += [vector.broadcast(one, x) for x in _ldmatrix_transposed(here)]
             return array_of(registers, shape, layout.to_mgpu(), is_signed=True)
 
         return load(ref)
 
-    def _widened(self, four_bytes) -> jax.Array:
-        """Rows of V^T, bfloat16 in units of WIDENED_UNIT: (GROUP, tokens) for operand A."""
+    def _dequantized(self, four_bytes) -> jax.Array:
+        """Returns rows of WIDENED_UNIT * V^T as bfloat16 (GROUP, tokens), for operand A."""
         tokens = four_bytes.shape[0] * 4 // GROUP
         shape, (_, layout) = (GROUP, tokens), _bytes_layout(tokens)
 
@@ -225,21 +239,24 @@ class WideningBackend(TransposedBackend):
             arg_types=(layout,),
             return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, plgpu.Layout.WGMMA),
         )
-        def widen(ctx, packed):
+        def dequantize(ctx, packed):
             del ctx
             pair = ir.VectorType.get((2,), ir.BF16Type.get())
             registers = [
                 llvm.bitcast(pair, bits)
                 for four in packed.registers.flat
-                for bits in _spread(vector.extract(four, [], [0]))
+                for bits in _dequantize_bytes(vector.extract(four, [], [0]))
             ]
             return array_of(registers, shape, mgpu.fragmented_array.WGMMA_LAYOUT)
 
-        return widen(four_bytes)
+        return dequantize(four_bytes)
 
     # -- between two warpgroups -----------------------------------------------------------------
     def hand_over(self, ref, value) -> None:
-        """An (m, n) WGMMA tile to float32 SMEM ref (n, m), for `take_over` alone to read."""
+        """Stores an (m, n) WGMMA tile to a float32 SMEM ref (n, m), for `take_over`.
+
+        The values are in the order of the registers, so only `take_over` can read them.
+        """
         if self.interpreting:
             ref[...] = value.T
             return
@@ -253,7 +270,7 @@ class WideningBackend(TransposedBackend):
         write(ref, value)
 
     def take_over(self, ref) -> jax.Array:
-        """What another warpgroup's `hand_over` has put there."""
+        """Loads the tile that another warpgroup's `hand_over` has stored."""
         if self.interpreting:
             return ref[...].T
         n, m = ref.shape
@@ -272,13 +289,16 @@ class WideningBackend(TransposedBackend):
 
 
 def _own_places(ref: ir.Value) -> list[list[ir.Value]]:
-    """Indices of a thread's pairs in a float32 ref (n, m): one row of 256 values a register."""
+    """Returns the indices of a thread's pairs in a float32 ref (n, m).
+
+    Each row holds 256 values: one register, which has two values, of each thread.
+    """
     index, constant = ir.IndexType.get(), mgpu.utils.c
     n, m = ir.MemRefType(ref.type).shape
-    warp, lane = _thread_of_warpgroup()
+    warp, lane = _warp_and_lane()
     i32 = lane.type
-    thread = arith.addi(arith.muli(warp, constant(32, i32)), lane)
-    column = arith.index_cast(index, arith.muli(thread, constant(2, i32)))
+    mine = arith.addi(arith.muli(warp, constant(32, i32)), lane)
+    column = arith.index_cast(index, arith.muli(mine, constant(2, i32)))
     if m != 256:
         raise ValueError(f"hand_over takes halves of 256 dimensions, got {m}")
     return [[constant(k, index), column] for k in range(n)]

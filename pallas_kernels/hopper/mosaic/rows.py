@@ -1,8 +1,9 @@
-"""Stores rows of o and lse: the only way for a kernel to write them, and never past the last one.
+"""Stores rows of o and lse, and never past the last row.
 
-A tile has as many rows as its plan says, but the last tile of a request may have fewer, and one of
-two CTAs that share a tile may have none. `Rows` knows how many exist; its methods store what a
-kernel holds, in whatever layout it holds it, to those rows and to no other.
+Kernels write their results only through this module. The plan fixes the rows of a tile, but the
+last tile of a request may have fewer. If two CTAs share that tile, one of them may have none.
+`Rows` counts the rows that exist. Its methods store values to those rows only, from any layout in
+which a kernel holds them.
 """
 
 import dataclasses
@@ -17,31 +18,35 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.mosaic.dequantize import GROUP, place_in_dimensions
-from pallas_kernels.hopper.mosaic.primitives import (
+from pallas_kernels.hopper.mosaic.primitives import Backend
+from pallas_kernels.hopper.mosaic.threads import (
     ROWS,
     SCALAR,
-    Backend,
     element_pointer,
     place_in_tile,
+    scalar_of,
 )
 from pallas_kernels.hopper.mosaic.transposed import COLUMNS
 
-BLOCK = 64  # rows of a WGMMA tile, and columns of a part of one
-SWIZZLED_ROWS = 8  # of a tile in shared memory
-# What a thread stores: (row, counted from its first one; element, likewise; the register).
+BLOCK = 64  # rows of a WGMMA tile, and columns of one of its parts
+SWIZZLED_ROWS = 8  # rows per swizzled tile in shared memory
+# One store of a thread: its row and its element, counted from the thread's first ones, and the
+# register.
 Store = tuple[int, int, ir.Value]
-# The first row (i32) and the first element (i32) of a thread, and its stores. Where threads hold
-# copies of a value all of them store it, because choosing one takes a register.
+# The first row (i32) and the first element (i32) of a thread, and its stores. Where several threads
+# hold copies of a value, all of them store it, because choosing one thread takes a register.
 Places = tuple[ir.Value, ir.Value, Iterator[Store]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Rows first .. first + height of an array, those at or past `total` left out.
+    """Rows first .. first + height - 1 of an array, without those at or past `total`.
 
-    at: indices of the array's dimensions before that of the rows, e.g. (request,). first: traced, a
-    multiple of height. height, total: static. ragged: whether there can be a tile with fewer rows
-    than height; False leaves the comparison out of the code.
+    at: indices of the array's dimensions before that of the rows, e.g. (request,).
+    first: the first row, traced, a multiple of height.
+    height, total: static.
+    ragged: whether a tile can have fewer rows than height. False removes the comparison from the
+        code.
     """
 
     at: tuple[Any, ...]
@@ -57,20 +62,20 @@ class Rows:
 
     @staticmethod
     def of_partial(at: tuple[Any, ...], first: Any, height: int) -> "Rows":
-        """Returns rows of a partial result, whose array has a row for every row of the tile."""
+        """Returns rows of a partial result, whose array has every row of the tile."""
         return Rows(at, first, height, height, ragged=False)
 
     @property
     def count(self) -> Any:
-        """How many of the rows exist; it may be negative, or above height."""
+        """Returns how many of the rows exist. It can be negative, or above height."""
         return self.total - self.first if self.ragged else self.height
 
     def row(self, index: Any) -> "Rows":
-        """One row of the tile, which must have it."""
+        """Returns one row of the tile. The tile must have it."""
         return Rows(self.at, self.first + index, 1, self.total, self.ragged)
 
     def when_there(self, store: Callable[[int], None]) -> None:
-        """Calls store(n) where n of the rows exist: all of them, or total % height."""
+        """Calls store(n) if n > 0 rows exist: n is height, or total % height in the last tile."""
         if not self.ragged:
             store(self.height)
             return
@@ -81,7 +86,10 @@ class Rows:
             pl.when((self.first < self.total) & (end > self.total))(lambda: store(rest))
 
     def store(self, ref: Any, value: Any, *columns: Any) -> None:
-        """Stores value [height, ...] as JAX does; columns: slices of the other dimensions."""
+        """Stores value [height, ...] by an assignment to the reference.
+
+        columns: slices of the dimensions after that of the rows.
+        """
 
         def store(there: int) -> None:
             part = value if there == self.height else value[:there]
@@ -110,8 +118,10 @@ class Rows:
     def store_parts(self, g: Backend, ref: Any, column: int, parts: Any, staging: Any) -> None:
         """Stores WGMMA tiles (64, 64) side by side to ref [..., R, d], from a column on.
 
-        By TMA, through a SMEM ref (64, n) that `WGMMA_OPERAND` tiles; it may be written again when
-        this returns. TMA takes arrays with rows by eights: others are stored from registers.
+        TMA copies them if the array's rows are a multiple of 8, the rows per swizzled tile. Else
+        threads store them from registers.
+
+        staging: SMEM (64, n) that `WGMMA_OPERAND` tiles. It may be overwritten after this returns.
         """
         columns = range(0, BLOCK * len(parts), BLOCK)
         if self.total % SWIZZLED_ROWS:
@@ -131,20 +141,20 @@ class Rows:
         self.when_there(copy)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    # -- a value per row ------------------------------------------------------------------------
+    # -- one value per row ----------------------------------------------------------------------
     def store_values(self, g: Backend, ref: Any, values: Any) -> None:
-        """Stores values [64] that lie beside a WGMMA tile, as ROWS, to ref [..., R]."""
+        """Stores values [64], one per row of a WGMMA tile (ROWS), to ref [..., R]."""
 
         def places(array: Any, strides: list[int]) -> Places:
             del strides
             row, _ = place_in_tile()
-            stores = ((8 * i, 8 * i, _scalar(x)) for i, x in enumerate(array.registers.flat))
+            stores = ((8 * i, 8 * i, scalar_of(x)) for i, x in enumerate(array.registers.flat))
             return row, row, stores
 
         self._store(g, ref, values, ROWS, places)
 
     def store_column_values(self, g: Backend, ref: Any, values: Any) -> None:
-        """Stores values [height] that lie above a WGMMA tile, as COLUMNS, to ref [..., R]."""
+        """Stores values [height], one per column of a WGMMA tile (COLUMNS), to ref [..., R]."""
 
         def places(array: Any, strides: list[int]) -> Places:
             del strides
@@ -158,7 +168,7 @@ class Rows:
 
         self._store(g, ref, values, COLUMNS, places)
 
-    # -- a row of values ------------------------------------------------------------------------
+    # -- several values per row -----------------------------------------------------------------
     def store_tile(self, g: Backend, ref: Any, value: Any, column: Any) -> None:
         """Stores a (64, n) WGMMA tile to ref [..., R, d], from a column on."""
 
@@ -178,7 +188,8 @@ class Rows:
     def store_transposed(self, g: Backend, ref: Any, value: Any, column: Any = 0) -> None:
         """Stores the transpose of an (m, height) WGMMA tile to ref [..., R, d], from a column on.
 
-        Eight lanes write eight neighbours: 32-byte sectors of float32, no shared memory.
+        Eight lanes write eight neighbouring values. In float32 these fill a sector of 32 bytes, so
+        the transpose needs no shared memory.
         """
 
         def places(tile: Any, strides: list[int]) -> Places:
@@ -200,9 +211,9 @@ class Rows:
         self._store(g, ref, value, plgpu.Layout.WGMMA, places, columns, transposed=True)
 
     def store_dimensions(self, g: Backend, ref: Any, value: Any, first_group: int) -> None:
-        """Stores rows of O^T (m, height), from groups first_group .., to ref [..., R, d].
+        """Stores a part of O^T (m, height), whose first group is first_group, to ref [..., R, d].
 
-        O^T comes from `WideningBackend.mma_widened`, in the order of dimensions that `widen` has.
+        `WideningBackend.mma_widened` computes O^T, in the order of `place_in_dimensions`.
         """
 
         def places(tile: Any, strides: list[int]) -> Places:
@@ -240,9 +251,19 @@ class Rows:
         *columns: Any,
         transposed: bool = False,
     ) -> None:
-        """Stores from registers, each thread what it holds, row by row where they are ragged."""
+        """Stores each thread's registers, and compares row by row if the rows are ragged.
+
+        Args:
+            g: the primitives.
+            ref: the array.
+            value: what to store, [height, ...], or [..., height] if it is transposed.
+            layout: the value's layout.
+            places: returns a thread's stores, given the value and the strides of the array.
+            *columns: slices of the dimensions after that of the rows.
+            transposed: whether the rows are the value's columns.
+        """
         if g.interpreting or not (columns or self.ragged):
-            # Pallas's own store of a value per row takes fewer registers.
+            # Pallas's own store of one value per row takes fewer registers.
             self.store(ref, value.T if transposed else value, *columns)
             return
 
@@ -258,29 +279,25 @@ class Rows:
                 for _, element, register in stores:
                     _put(start, element, register, array.mlir_dtype)
                 return
-            # One number to compare with, since few registers are left beside a tile.
+            # All comparisons use the same number, because a tile leaves few registers free.
             room = arith.subi(limit[0].registers.item(), row)
             by_row: dict[int, list[tuple[int, ir.Value]]] = {}
-            for further, element, register in stores:
-                by_row.setdefault(further, []).append((element, register))
-            for further, of_row in by_row.items():
-                bound = mgpu.utils.c(further, room.type)
+            for offset, element, register in stores:
+                by_row.setdefault(offset, []).append((element, register))
+            for offset, of_row in by_row.items():
+                bound = mgpu.utils.c(offset, room.type)
                 with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.sgt, room, bound)):
                     for element, register in of_row:
                         _put(start, element, register, array.mlir_dtype)
 
-        # The view begins at the first row. Its size is not that of the store.
+        # The view begins at the first row. The store's size is not limited to that of the view.
         rows = pl.ds(self.first, min(self.height, ref.shape[len(self.at)]))
         store(ref.at[*self.at, rows, *columns], value, *limit)
 
 
 def _index(row: ir.Value, stride: int, column: ir.Value) -> ir.Value:
+    """Returns the index (i32) of an element in an array with this many elements per row."""
     return arith.addi(arith.muli(row, mgpu.utils.c(stride, row.type)), column)
-
-
-def _scalar(register: ir.Value) -> ir.Value:
-    is_vector = isinstance(register.type, ir.VectorType)
-    return vector.extract(register, [], [0]) if is_vector else register
 
 
 def _put(start: ir.Value, element: int, register: ir.Value, dtype: ir.Type) -> None:

@@ -1,7 +1,7 @@
-"""wgmma by its instruction: a product that needs no accumulator filled first.
+"""Emits wgmma for a product that needs no zeroed accumulator.
 
-Mosaic's own adds to an accumulator, which has to be zeroed in registers before, and computes
-descriptors in 64 bits, which takes registers that the int8 kernels do not have.
+Mosaic GPU's own wgmma adds to an accumulator, which must first be zeroed in registers. It also
+computes descriptors in 64 bits, which takes registers that the int8 kernels do not have.
 """
 
 from typing import Any
@@ -11,25 +11,30 @@ from jax._src.lib.mlir.dialects import arith, llvm, nvvm
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-LINE_BYTES, K_BYTES = 128, 32  # a line of a swizzled tile, and what one wgmma takes of it
+LINE_BYTES = 128  # bytes per line of a swizzled tile
+K_BYTES = 32  # bytes per line that one wgmma reads
 
 
 def operand(itemsize: int) -> Any:
-    """How shared memory holds what wgmma reads, of items of so many bytes."""
-    return (  # (mypy takes the protocol's empty method for abstract.)
+    """Returns tiling and swizzle of an array in shared memory that wgmma reads.
+
+    itemsize: bytes per element.
+    """
+    # mypy takes the protocol's empty method for an abstract one.
+    return (
         plgpu.TilingTransform((8, LINE_BYTES // itemsize)),  # type: ignore[abstract]
         plgpu.SwizzleTransform(LINE_BYTES),  # type: ignore[abstract]
     )
 
 
 def products(a: ir.Value, b: ir.Value) -> list[ir.Value]:
-    """The accumulators (n / 2 a thread) of a @ b.T, left in flight.
+    """Starts a @ b.T, leaves it in flight and returns its accumulators, n / 2 per thread.
 
     a, b: SMEM refs (64, k) and (n, k), as `operand` tiles them: [m / 8, lines, 8, 128 bytes].
     """
     (rows, lines, *_), element = ir.MemRefType(b.type).shape, ir.MemRefType(b.type).element_type
     nvvm.wgmma_fence_aligned()
-    starts = [(_sixteens(tile), tile) for tile in (a, b)]
+    starts = [(_start_in_sixteens(tile), tile) for tile in (a, b)]
     registers: list[ir.Value] = []
     for line in range(lines):
         for offset in range(0, LINE_BYTES, K_BYTES):
@@ -39,15 +44,23 @@ def products(a: ir.Value, b: ir.Value) -> list[ir.Value]:
     return registers
 
 
-def _sixteens(tile: ir.Value) -> ir.Value:
-    """Where (i32, in 16 bytes) a SMEM ref begins."""
+def _start_in_sixteens(tile: ir.Value) -> ir.Value:
+    """Returns the address of a SMEM ref divided by 16 (i32)."""
     i32 = ir.IntegerType.get_signless(32)
     return arith.shrui(llvm.ptrtoint(i32, mgpu.utils.memref_ptr(tile)), mgpu.utils.c(4, i32))
 
 
 def _descriptor(start: ir.Value, tile: ir.Value, line: int, offset: int) -> ir.Value:
-    """Of a SMEM ref in swizzled tiles [m / 8, lines, 8, 128 bytes], K-major, from a byte of a line
-    on, for wgmma. (By 32-bit sums: Mosaic's own take twice the registers.)"""
+    """Returns wgmma's descriptor (i64) of a K-major SMEM ref, from byte `offset` of a line on.
+
+    It adds in 32 bits, because Mosaic GPU's 64-bit sums take twice the registers.
+
+    Args:
+        start: from `_start_in_sixteens`.
+        tile: the ref, in swizzled tiles [m / 8, lines, 8, 128 bytes].
+        line: the index of the line.
+        offset: a multiple of K_BYTES.
+    """
     i64 = ir.IntegerType.get_signless(64)
     (down, across, *_), _ = ir.MemRefType(tile.type).get_strides_and_offset()
     itemsize = mgpu.utils.bytewidth(ir.MemRefType(tile.type).element_type)
@@ -61,7 +74,15 @@ def _descriptor(start: ir.Value, tile: ir.Value, line: int, offset: int) -> ir.V
 def _wgmma(
     registers: list[ir.Value], n: int, element: ir.Type, a: ir.Value, b: ir.Value
 ) -> list[ir.Value]:
-    """The accumulators (n / 2 a thread) after a wgmma of K-major operands; [] before the first."""
+    """Returns the accumulators, n / 2 per thread, after one wgmma of K-major operands.
+
+    Args:
+        registers: the accumulators before it. An empty list stands for zeros.
+        n: rows of b.
+        element: the type of the operands' elements.
+        a: the descriptor of operand A.
+        b: the descriptor of operand B.
+    """
     if element == ir.IntegerType.get_signless(8):
         shape, kind, signs = f"m64n{n}k32.s32.s8.s8", "r", ""
         field: ir.Type = ir.IntegerType.get_signless(32)

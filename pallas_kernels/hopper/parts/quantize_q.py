@@ -10,14 +10,13 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import llvm, vector
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax import quantize
-from pallas_kernels.hopper.mosaic.primitives import Backend, array_of
+from pallas_kernels.hopper.mosaic.primitives import Backend
+from pallas_kernels.hopper.mosaic.quantize import high_and_low
 
 ROW_GROUP = 8  # rows that a warpgroup rounds at a time: those of a swizzled tile
 # float32 around it, up to 2^22 away, are whole numbers, and the bits of n more are n more. Its own
@@ -105,46 +104,7 @@ def _halves(g: Backend, x: Any) -> tuple[Any, Any]:
         high = (bits >> quantize.HALF.bit_length() - 1).astype(jnp.int8)
         return high, ((bits & quantize.HALF - 1) - quantize.HALF // 2).astype(jnp.int8)
 
-    def byte_tile():
-        return plgpu.ShapeDtypeStruct(x.shape, jnp.int8, _LATENT)
-
-    @plgpu.inline_mgpu(arg_types=(_LATENT,), return_type=(byte_tile(), byte_tile()))
-    def part(ctx, whole):
-        del ctx
-        i32 = ir.IntegerType.get_signless(32)
-        parts: tuple[list, list] = ([], [])
-        for register in whole.registers.flat:
-            count = ir.VectorType(register.type).shape[0]
-            fours = [_bytes_of_four([vector.extract(register, [], [i + k]) for k in range(4)])
-                     for i in range(0, count, 4)]  # fmt: skip
-            for found, words in zip(parts, zip(*fours, strict=True), strict=True):
-                packed = vector.from_elements(ir.VectorType.get((len(words),), i32), words)
-                bytes_ = ir.VectorType.get((count,), ir.IntegerType.get_signless(8))
-                found.append(vector.bitcast(bytes_, packed))
-        return tuple(array_of(found, whole.shape, whole.layout, is_signed=True) for found in parts)
-
-    return part(bits)
-
-
-def _bytes_of_four(values: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
-    """High and low of four values, four bytes each: bits 7 to 14, and bits 0 to 6 less 64."""
-    i32 = ir.IntegerType.get_signless(32)
-    result = llvm.inline_asm(
-        llvm.StructType.get_literal([i32] * 2),
-        values,
-        "{ .reg .b32 a, b, c;"
-        " prmt.b32 a, $2, $3, 0x5410;"  # two bytes of each
-        " prmt.b32 b, $4, $5, 0x5410;"
-        " prmt.b32 c, a, b, 0x6420;"
-        " and.b32 c, c, 0x7f7f7f7f;"
-        " add.u32 c, c, 0x40404040;"  # no byte overflows: up to 127 + 64
-        " xor.b32 $1, c, 0x80808080;"
-        " add.u32 a, a, a;"
-        " add.u32 b, b, b;"
-        " prmt.b32 $0, a, b, 0x7531; }",
-        "=r,=r,r,r,r,r",
-    )
-    return tuple(llvm.extractvalue(i32, result, [i]) for i in range(2))
+    return high_and_low(bits, _LATENT)
 
 
 def _beside(g: Backend, rows: Any, shape: tuple[int, ...], layout: Any) -> Any:

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels.hopper.kernels.merge import Meeting, Place, Refs, merge_shares, row_parts
 from pallas_kernels.hopper.mosaic.primitives import Backend
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests, float_struct
+from pallas_kernels.hopper.parts.combine import Meeting, Place, Refs, merge_shares, row_parts
 from pallas_kernels.hopper.work_items import BLOCK, WorkItem
 
 

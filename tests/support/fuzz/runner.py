@@ -134,7 +134,7 @@ def make_plan(case: Case, lengths: Any) -> Any:
     if case.plan == "fixed":
         return plan_fixed(lengths, split_size=case.split_size, max_seq_len=case.longest, **sizes)
     if case.plan == "decode":
-        from pallas_kernels.hopper.attention import plan_decode
+        from pallas_kernels.hopper.planning import plan_decode
 
         return plan_decode(
             lengths, case.rows, capacity=case.capacity, cache=case.kind, rescale=case.rescale
@@ -149,7 +149,7 @@ def _interpreted(
     """The Hopper kernels as the op calls them, under the interpreter."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from pallas_kernels.hopper import attention, int8
+    from pallas_kernels.hopper import attention
 
     rows = q.reshape(case.batch, case.rows, case.width)
     work = (tables, seq_lens, query_lens, plan)
@@ -158,7 +158,7 @@ def _interpreted(
         "partial_dtype": partial_dtype, "interpret": plgpu.InterpretGPUParams(),
     }  # fmt: skip
     if case.kind == "int8":
-        o, lse = int8.attend_int8(
+        o, lse = attention.attend_int8(
             rows, cache.pages, cache.rope_pages, cache.scales, *work, **options
         )
     else:

@@ -1,18 +1,22 @@
-"""What the kernels compute over an int8 latent, integer for integer, in plain JAX.
+"""The computation of the kernels over an int8 latent cache, integer for integer, in plain JAX.
 
-Scores: q_nope is rounded to int8 with a scale for each row; the nope part is an int8 x int8 ->
-int32 product brought to scale, the rope part stays float:
-    S = (q_i8 . k_i8) * q_scale * k_scale + q_rope . k_rope.
-Rounding q to 8 bits costs as much as rounding the cache does; "int14" queries are two int8,
-q = 128 * high + low, whose products with K meet in one int32. (Where K is widened to bfloat16
-anyway, q_nope may stay "bfloat16".)
-The output takes the int8 latent as V, with V's scale folded into P. P is then rounded to
-- "int8" on Ascend: each row of a block in steps of its largest entry / 127, products in int32;
-- "bfloat16" on Hopper, whose 8-bit products can't read V as it lies: V is widened, exactly.
-The row's sum takes P before it is rounded. Blocks meet as in `online_softmax`.
+Scores: q_nope is quantized to int8 with one scale per row. Its product with the latent is int8 x
+int8 -> int32 and is multiplied by the scales. The rope part stays in floating point:
 
-A latent with a scale for each 128 columns needs a P for each group of columns. That is here to
-measure what such scales are worth; no kernel does it.
+    S = (q_i8 . k_i8) * q_scale * k_scale + q_rope . k_rope
+
+Quantizing q to 8 bits costs as much accuracy as quantizing the cache does. "int14" queries are two
+int8 values, q = 128 * high + low, whose products with K are added in int32. Where K is converted to
+bfloat16 anyway, q_nope may stay "bfloat16".
+
+Output: V is the int8 latent, and its scale is multiplied into P. P is then rounded to one of
+- "int8", on Ascend. Each row of a block has a scale of its largest entry / 127, and the products
+  are int32.
+- "bfloat16", on Hopper, whose 8-bit products can't read V in its layout. V is dequantized, exactly.
+The sum of a row adds P before rounding. Blocks are combined as in `online_softmax`.
+
+A latent with one scale per 128 columns needs one P per group of columns. No kernel supports it; it
+is implemented here to measure the accuracy of such scales.
 """
 
 import dataclasses
@@ -31,14 +35,14 @@ WEIGHTS = ("int8", "bfloat16")
 
 
 def scores_to_scale(products: jax.Array, q_scale: jax.Array, k_scale: jax.Array) -> jax.Array:
-    """float32 of products [..., R, T] of steps, with q_scale [R] and k_scale [..., T]."""
+    """Returns int32 products [..., R, T] times q_scale [R] and k_scale [..., T], float32."""
     return products.astype(jnp.float32) * (q_scale[:, None] * k_scale[..., None, :])
 
 
 def weights_in_int8(p: jax.Array, v_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """P [R, T] with v_scale [..., T] folded in: int8 [..., R, T], and each row's scale [..., R].
+    """Quantizes P [R, T] times v_scale [..., T]: int8 [..., R, T] and float32 scales [..., R].
 
-    Weights of 0 stay so, whatever the key's scale is: the row may not see the key.
+    A weight of 0 stays 0, even if the key's scale is NaN, because the row may not see the key.
     """
     folded = jnp.where(p == 0, 0, p * v_scale[..., None, :])
     p_scale = quantize.scale_for(folded.max(-1))
@@ -56,21 +60,23 @@ def attend_int8(
     queries: str = "int8",
     block: int = 128,
 ) -> tuple[jax.Array, jax.Array]:
-    """R query rows over T keys, all of which they see.
+    """Computes attention of R query rows over T keys, all of which they see.
 
     Args:
         q: [R, W + rope_dim] = [q_latent | q_rope], float.
-        latent: [T, W] int8, in steps of `scales`: [T], [T, W / 128] or [].
+        latent: [T, W] int8.
+        scales: float32 scales of the latent: [T], [T, W / 128] or [].
         k_rope: [T, rope_dim], float.
-        weights, queries: what P and q_nope are rounded to, one of WEIGHTS and QUERIES.
-        block: keys that share a row's scale of P, and after which the output is rescaled.
+        softmax_scale: factor of the scores.
+        weights: dtype that P is rounded to, one of WEIGHTS.
+        queries: dtype that q_nope is rounded to, one of QUERIES.
+        block: keys per step of the online softmax, which share one scale of P per row.
 
     Returns:
         o [R, W] and lse [R] (natural log), float32.
 
-    Raises ValueError for other weights or queries, or shapes that do not fit; TypeError for arrays
-    of other dtypes, a latent that is not int8 first of all, and where q is differentiated that is
-    rounded to int8.
+    Raises ValueError for other weights or queries, or shapes that do not fit. Raises TypeError for
+    other dtypes, and if q is both quantized to int8 and differentiated.
     """
     checks.require_one_of("weights", weights, WEIGHTS)
     checks.require_one_of("queries", queries, QUERIES)
@@ -114,7 +120,7 @@ def _attend_int8(
     queries: str,
     block: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """`attend_int8`, its arguments checked."""
+    """Computes `attend_int8` for arguments that have been checked."""
     count, width = latent.shape
     softmax_scale = jnp.asarray(softmax_scale, jnp.float32)
     groups = scales.shape[1] if scales.ndim == 2 else 1
@@ -141,11 +147,11 @@ def _attend_int8(
         new, p, decay = weigh(state, jnp.where(exists, scores, -jnp.inf), jnp.float32)
         if weights == "int8":
             p, p_scale = weights_in_int8(p, scales)
-            came = _product("grt,gtc->grc", p, latent).astype(jnp.float32) * p_scale[..., None]
+            added = _product("grt,gtc->grc", p, latent).astype(jnp.float32) * p_scale[..., None]
         else:
             p = (p * scales[:, None]).astype(jnp.bfloat16)
-            came = _product("grt,gtc->grc", p, latent)
-        o = rescale_output(state.o, decay) + jnp.moveaxis(came, 0, 1).reshape(state.o.shape)
+            added = _product("grt,gtc->grc", p, latent)
+        o = rescale_output(state.o, decay) + jnp.moveaxis(added, 0, 1).reshape(state.o.shape)
         return dataclasses.replace(new, o=o), None
 
     def blocks(keys: jax.Array) -> jax.Array:
@@ -158,12 +164,12 @@ def _attend_int8(
 
 
 def _columns(x: jax.Array, groups: int) -> jax.Array:
-    """[N, W] as [G, N, W / G]."""
+    """Reshapes [N, W] to [G, N, W / G], one part per group of columns."""
     return jnp.moveaxis(x.reshape(len(x), groups, -1), 1, 0)
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Einsum: int32 of two int8, else float32, which holds a product of two bfloat16 exactly."""
+    """Computes an einsum: int32 of two int8 arrays, otherwise float32, exact for bfloat16."""
     if a.dtype == b.dtype == jnp.int8:
         return jnp.einsum(spec, a, b, preferred_element_type=jnp.int32)
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)

@@ -15,16 +15,15 @@ from experiments.speed import tune_hopper
 from mla_jax import PagedKVCache, paged_mla_attention
 from mla_jax.hal import PROFILES, Problem, TilePlanError, plan_tiles
 from mla_jax.splits.planner import SlowPlanWarning, plan_fixed, plan_splits
-from pallas_kernels.hopper import attention, int8
-from pallas_kernels.hopper.tuning import (
+from pallas_kernels.hopper import attention, device, planning
+from pallas_kernels.hopper.config import decode_int8_tiles, decode_tiles
+from pallas_kernels.hopper.config import decode_transposed_int8_tiles as transposed_int8
+from pallas_kernels.hopper.config import decode_transposed_tiles as transposed
+from pallas_kernels.hopper.tuned import (
     choose_tile_plan,
     few_tokens,
     plan_of,
-    roles_int8_tiles,
-    seesaw_tiles,
     tile_plan_of_height,
-    transposed_int8_tiles,
-    transposed_tiles,
     tuned,
 )
 
@@ -92,44 +91,44 @@ def test_amla_has_its_own_tiles_for_few_tokens_too() -> None:
 
 def test_the_seesaw_plan_is_the_one_the_profile_arrives_at() -> None:
     general = plan_tiles(H200, Problem((4096,), heads=128))
-    plan = seesaw_tiles(H200, rows_per_tile=64)
+    plan = decode_tiles(H200, rows_per_tile=64)
     assert (plan.block_q, plan.block_kv, plan.kv_stages, plan.num_workers) == (
         general.block_q, general.block_kv, general.kv_stages, general.num_workers,
     )  # fmt: skip
-    assert seesaw_tiles(PROFILES["H20"], rows_per_tile=128).num_workers == 39
+    assert decode_tiles(PROFILES["H20"], rows_per_tile=128).num_workers == 39
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: transposed_tiles(H200, rows_per_tile=16, depths=(3, 3, 2)),
+        (lambda: transposed(H200, rows_per_tile=16, depths=(3, 3, 2)),
          r"H200_SXM: shared holds 232448 bytes.*22688 too many.*kv left 3 x 32768"),
-        (lambda: transposed_tiles(PROFILES["A100_SXM4_80GB"], rows_per_tile=8),
+        (lambda: transposed(PROFILES["A100_SXM4_80GB"], rows_per_tile=8),
          "A100_SXM4_80GB: shared holds 166912"),
-        (lambda: transposed_tiles(H200, rows_per_tile=40), "rows_per_tile = 40, wanted a multiple"),
-        (lambda: transposed_tiles(H200, rows_per_tile=24, kv_lora_rank=128, pairs=True),
+        (lambda: transposed(H200, rows_per_tile=40), "rows_per_tile = 40, wanted a multiple"),
+        (lambda: transposed(H200, rows_per_tile=24, kv_lora_rank=128, pairs=True),
          "pairs = True, wanted False for 24 rows and kv_lora_rank 128"),
-        (lambda: transposed_tiles(H200, rows_per_tile=8, depths=(2, 0, 2)), "depths"),
-        (lambda: transposed_tiles(H200, rows_per_tile=8, q_buffers=0), "q_buffers = 0"),
-        (lambda: transposed_tiles(H200, rows_per_tile=8, rope_dim=48), "rope_dim = 48"),
-        (lambda: seesaw_tiles(H200, rows_per_tile=96), "rows_per_tile = 96, wanted 64, or 128"),
-        (lambda: seesaw_tiles(H200, rows_per_tile=64, registers=(240, 40)),
+        (lambda: transposed(H200, rows_per_tile=8, depths=(2, 0, 2)), "depths"),
+        (lambda: transposed(H200, rows_per_tile=8, q_buffers=0), "q_buffers = 0"),
+        (lambda: transposed(H200, rows_per_tile=8, rope_dim=48), "rope_dim = 48"),
+        (lambda: decode_tiles(H200, rows_per_tile=96), "rows_per_tile = 96, wanted 64, or 128"),
+        (lambda: decode_tiles(H200, rows_per_tile=64, registers=(240, 40)),
          r"registers holds 65536.*1024 too many"),
-        (lambda: seesaw_tiles(H200, rows_per_tile=64, registers=(236, 24)), "registers = 236"),
-        (lambda: seesaw_tiles(H200, rows_per_tile=64, registers=(160, 24)), "registers = 160"),
-        (lambda: seesaw_tiles(H200, rows_per_tile=64, kv_lora_rank=640), "kv_lora_rank = 640"),
-        (lambda: transposed_int8_tiles(H200, rows_per_tile=24), "rows_per_tile = 24.* up to 16"),
-        (lambda: transposed_int8_tiles(H200, rows_per_tile=40, computing=1), "8 up to 32"),
-        (lambda: transposed_int8_tiles(H200, rows_per_tile=8, computing=3), "computing = 3"),
-        (lambda: transposed_int8_tiles(H200, rows_per_tile=8, depth=3), "depth = 3, wanted a mul"),
-        (lambda: transposed_int8_tiles(H200, rows_per_tile=8, depth=6), "shared holds 232448"),
-        (lambda: roles_int8_tiles(H200, rows_per_tile=128), "rows_per_tile = 128, wanted 64"),
-        (lambda: roles_int8_tiles(H200, rows_per_tile=64, rope_dim=128), "rope_dim = 128, wa"),
-        (lambda: roles_int8_tiles(H200, rows_per_tile=64, depth=4), "shared holds 232448"),
-        (lambda: roles_int8_tiles(H200, rows_per_tile=64, depth=1), "depth = 1, wanted >= 2"),
-        (lambda: roles_int8_tiles(H200, rows_per_tile=64, registers=(176, 136, 20)), "setmaxnreg"),
-        (lambda: roles_int8_tiles(H200, rows_per_tile=64, registers=(176, 128, 24)), ">= 136"),
-        (lambda: roles_int8_tiles(H200, rows_per_tile=64, registers=(176, 144, 24)), "too many"),
+        (lambda: decode_tiles(H200, rows_per_tile=64, registers=(236, 24)), "registers = 236"),
+        (lambda: decode_tiles(H200, rows_per_tile=64, registers=(160, 24)), "registers = 160"),
+        (lambda: decode_tiles(H200, rows_per_tile=64, kv_lora_rank=640), "kv_lora_rank = 640"),
+        (lambda: transposed_int8(H200, rows_per_tile=24), "rows_per_tile = 24.* up to 16"),
+        (lambda: transposed_int8(H200, rows_per_tile=40, computing=1), "8 up to 32"),
+        (lambda: transposed_int8(H200, rows_per_tile=8, computing=3), "computing = 3"),
+        (lambda: transposed_int8(H200, rows_per_tile=8, depth=3), "depth = 3, wanted a mul"),
+        (lambda: transposed_int8(H200, rows_per_tile=8, depth=6), "shared holds 232448"),
+        (lambda: decode_int8_tiles(H200, rows_per_tile=128), "rows_per_tile = 128, wanted 64"),
+        (lambda: decode_int8_tiles(H200, rows_per_tile=64, rope_dim=128), "rope_dim = 128, wa"),
+        (lambda: decode_int8_tiles(H200, rows_per_tile=64, depth=4), "shared holds 232448"),
+        (lambda: decode_int8_tiles(H200, rows_per_tile=64, depth=1), "depth = 1, wanted >= 2"),
+        (lambda: decode_int8_tiles(H200, rows_per_tile=64, registers=(176, 136, 20)), "setmaxnreg"),
+        (lambda: decode_int8_tiles(H200, rows_per_tile=64, registers=(176, 128, 24)), ">= 136"),
+        (lambda: decode_int8_tiles(H200, rows_per_tile=64, registers=(176, 144, 24)), "too many"),
         (lambda: choose_tile_plan(16, cache="int8", rescale="exponent_add"), "int8 cache, rescale"),
         (lambda: plan_of(dict(tuned()[0], kernel="both")), "kernel = 'both'"),
         (lambda: tile_plan_of_height(40), "rows_per_tile must be one of 8, 16"),
@@ -141,7 +140,7 @@ def test_what_can_not_be_is_refused_by_name(make, message: str) -> None:
 
 
 def test_slots_are_named() -> None:
-    plan = transposed_tiles(H200, rows_per_tile=16, depths=(3, 2, 3))
+    plan = transposed(H200, rows_per_tile=16, depths=(3, 2, 3))
     assert [plan.slots(f"kv {part}") for part in ("left", "right", "rope")] == [3, 2, 3]
     assert plan.slots("q") == 2
 
@@ -200,7 +199,7 @@ def test_the_stopwatch_checks_what_it_times(monkeypatch, right: bool) -> None:
         return o[:, 0] * (1.0 if right else 1.1), lse[:, 0]
 
     monkeypatch.setattr(attention, "attend", attend)
-    monkeypatch.setattr(attention, "num_sms", lambda: 132)
+    monkeypatch.setattr(device, "num_sms", lambda: 132)
     monkeypatch.setattr(
         tune_hopper, "WORKLOADS", ((2, 100, "uniform"), (2, 100, "varlen"), (1, 64, "uniform"))
     )
@@ -227,10 +226,10 @@ class TestPlansOfOthers:
 
     @pytest.mark.parametrize(("rows", "cache"), [(16, "float"), (128, "float"), (128, "int8")])
     def test_the_right_plan_is_silent(self, rows, cache):
-        plan = shapes(attention.plan_decode, self.LENS, rows=rows, capacity=8192, cache=cache)
+        plan = shapes(planning.plan_decode, self.LENS, rows=rows, capacity=8192, cache=cache)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            attention.warn_if_slow(plan, rows, capacity=8192, cache=cache)
+            planning.warn_if_slow(plan.split, rows, capacity=8192, cache=cache)
 
     @pytest.mark.parametrize("cache", ["float", "int8"])
     def test_another_plan_is_said(self, cache, monkeypatch):
@@ -239,10 +238,9 @@ class TestPlansOfOthers:
         plan = shapes(plan_splits, self.LENS, num_workers=132, rows=128, rows_per_tile=height)
         message = f"plan has rows_per_tile {height} and 132 workers, .* for 8 requests of 128 rows"
         with pytest.warns(SlowPlanWarning, match=message):
-            attention.warn_if_slow(plan, 128, capacity=8192, cache=cache)
+            planning.warn_if_slow(plan, 128, capacity=8192, cache=cache)
 
-        for module in (attention, int8):
-            monkeypatch.setattr(module, "launch", lambda *_, **__: "launched")
+        monkeypatch.setattr(attention, "launch", lambda *_, **__: "launched")
         options = {"num_heads": 128, "softmax_scale": 1.0, "causal": True}
         tables, pages = jnp.zeros((8, 128), jnp.int32), np.zeros((1, 64, 512), np.int8)
         work = tables, self.LENS, None, plan
@@ -250,7 +248,7 @@ class TestPlansOfOthers:
         attend = functools.partial(attention.attend.__wrapped__, q, q[:1, :64], kv_lora_rank=512)
         if cache == "int8":
             attend = functools.partial(
-                int8.attend_int8.__wrapped__, q, pages, q[:1, :64, :64], None
+                attention.attend_int8.__wrapped__, q, pages, q[:1, :64, :64], None
             )
         with pytest.warns(SlowPlanWarning, match=message):
             assert attend(*work, **options) == "launched"
@@ -260,7 +258,7 @@ class TestPlansOfOthers:
         with pytest.warns(
             SlowPlanWarning, match="6 workers.* tuned for rows_per_tile 128 and 66 w"
         ):
-            attention.warn_if_slow(plan, 128, capacity=8192)
+            planning.warn_if_slow(plan, 128, capacity=8192)
 
     def test_a_fixed_plan_may_have_the_tiles_of_any_batch(self):
         lens, options = np.full(1, 64, np.int32), {"split_size": 64, "max_seq_len": 64}
@@ -268,7 +266,7 @@ class TestPlansOfOthers:
         plan = shapes(plan_fixed, lens, num_workers=66, rows=128, rows_per_tile=128, **options)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            attention.warn_if_slow(plan, 128, capacity=64)
+            planning.warn_if_slow(plan, 128, capacity=64)
         plan = shapes(plan_splits, lens, num_workers=66, rows=128, rows_per_tile=128)
         with pytest.warns(SlowPlanWarning, match="for 1 requests of 128 rows and up to 64 keys"):
-            attention.warn_if_slow(plan, 128, capacity=64)
+            planning.warn_if_slow(plan, 128, capacity=64)

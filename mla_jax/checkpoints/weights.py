@@ -1,7 +1,7 @@
-"""One attention layer's weights: `MLAParams`, seeded, read from or written to a checkpoint.
+"""The weights of one attention layer: `MLAParams`, random or from a checkpoint, and its writer.
 
-The published format is Hugging Face's: a folder with config.json and safetensors files, whose
-tensors are called `model.layers.{layer}.self_attn.q_a_proj.weight` and so on; matrices [out, in].
+The published format is Hugging Face's: a folder with config.json and safetensors files. Tensors are
+named `model.layers.{layer}.self_attn.q_a_proj.weight` and so on, and matrices are [out, in].
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ Shape = tuple[int, ...]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MLAParams:
-    """The weights of one layer, named as in the DeepSeek-V2 paper; the heads are an axis.
+    """The weights of one layer, named as in the DeepSeek-V2 paper; heads are an axis.
 
-    `kv_b_proj` is held only as its two halves, in the orientation in which absorption uses them.
-    None: the config has no such weight (`w_dq` and `norm_q` without a low-rank query; the biases
-    without `attention_bias`).
+    `kv_b_proj` is stored as its two halves, in the orientation in which absorption uses them. A
+    field is None if the config has no such weight: `w_dq` and `norm_q` without a low-rank query,
+    and the biases without `attention_bias`.
     """
 
     w_dq: jax.Array | None  # [hidden, q_lora]
@@ -48,7 +48,7 @@ class MLAParams:
 
 
 def param_shapes(config: MLAConfig) -> dict[str, Shape | None]:
-    """The shape of each field of `MLAParams`; None for a field that this config leaves out."""
+    """Returns the shape of each field of `MLAParams`, or None for a field that is None."""
     c, heads, q_lora = config, config.num_heads, config.q_lora_rank
     bias = config.attention_bias
     return {
@@ -69,7 +69,7 @@ def param_shapes(config: MLAConfig) -> dict[str, Shape | None]:
 def check_params(params: MLAParams, config: MLAConfig) -> None:
     """Raises TypeError or ValueError naming the first field of `params` that does not fit `config`.
 
-    Each must be an array of float32, bfloat16 or float16, or None where the config has no such
+    Each field must be an array of float32, bfloat16 or float16, or None if the config has no such
     weight.
     """
     _require_params(params)
@@ -94,9 +94,9 @@ def _require_config(config: MLAConfig) -> None:
 
 
 def _float_dtype(name: str, dtype: DTypeLike) -> np.dtype:
-    """The dtype, which must be one of FLOAT_DTYPES."""
+    """Returns the dtype; raises TypeError or ValueError unless it is one of FLOAT_DTYPES."""
     try:
-        if dtype is None:  # NumPy would take float64
+        if dtype is None:  # numpy would read None as float64
             raise TypeError
         found = jnp.dtype(dtype).name
     except TypeError:
@@ -108,7 +108,7 @@ def _float_dtype(name: str, dtype: DTypeLike) -> np.dtype:
 
 
 def _layer_number(layer: int) -> int:
-    """The number of a layer as a Python int; raises TypeError or ValueError unless it is one."""
+    """Returns a layer number as a Python int; raises TypeError or ValueError unless it is one."""
     if not isinstance(layer, int | np.integer) or isinstance(layer, bool):
         raise TypeError(f"layer must be an integer, got {shown(layer)}")
     if not 0 <= layer < 10**9:
@@ -117,10 +117,10 @@ def _layer_number(layer: int) -> int:
 
 
 def init_params(key: jax.Array, config: MLAConfig, dtype: DTypeLike = jnp.float32) -> MLAParams:
-    """Seeded weights that keep unit variance: normal, fan-in scaled; norms 1, biases 0.
+    """Returns random weights that keep unit variance: normal, scaled by fan-in; norms 1, biases 0.
 
     Args:
-        key: one key, of `jax.random.key` or `jax.random.PRNGKey`.
+        key: one key of `jax.random.key` or `jax.random.PRNGKey`.
         config: gives the shapes.
         dtype: float32, bfloat16 or float16.
     """
@@ -152,14 +152,14 @@ def init_params(key: jax.Array, config: MLAConfig, dtype: DTypeLike = jnp.float3
 
 
 def rotate_latent(params: MLAParams) -> MLAParams:
-    """The same layer, whose latent c_kv is turned by a Hadamard matrix: better int8 caches.
+    """Returns weights of the same layer with a rotated latent, for more accurate int8 caches.
 
-    The norm of the latent does not see a rotation of what it gets, so W_DKV takes the matrix R, and
-    W_UK and W_UV take its inverse and norm_kv, which becomes 1: nothing is added to a step. No
-    channel then stands out, neither by norm_kv nor by itself. Computed in float32, of the weights'
-    dtypes again.
+    The rotation is a Hadamard matrix R. The norm of a latent does not change when the latent is
+    rotated, so that W_DKV can absorb R. W_UK and W_UV absorb its inverse and norm_kv, which becomes
+    1. A step costs the same as before. The magnitudes of the channels are then similar. Products
+    are computed in float32 and rounded to the weights' dtypes.
 
-    Raises TypeError for params that are no `MLAParams` of floats, and ValueError for wrong shapes
+    Raises TypeError unless params are an `MLAParams` of floats. Raises ValueError for wrong shapes,
     or a kv_lora_rank that is not a power of 2.
     """
     _require_params(params)
@@ -191,7 +191,7 @@ def rotate_latent(params: MLAParams) -> MLAParams:
 
 
 def hf_shapes(config: MLAConfig) -> dict[str, Shape]:
-    """Tensor names below `model.layers.N.self_attn.` and their shapes, as published."""
+    """Returns the published tensor names below `model.layers.N.self_attn.` and their shapes."""
     c, heads = config, config.num_heads
     shapes: dict[str, Shape] = {}
     if c.q_lora_rank is None:
@@ -213,7 +213,7 @@ def hf_shapes(config: MLAConfig) -> dict[str, Shape]:
 
 
 def params_from_hf(tensors: Mapping[str, Any], config: MLAConfig) -> MLAParams:
-    """`MLAParams` from tensors named and shaped as `hf_shapes(config)` says."""
+    """Makes `MLAParams` from tensors with the names and shapes of `hf_shapes(config)`."""
     heads, nope = config.num_heads, config.qk_nope_head_dim
     w_uq = tensors["q_proj.weight" if config.q_lora_rank is None else "q_b_proj.weight"].T
     kv_up = tensors["kv_b_proj.weight"].reshape(heads, -1, config.kv_lora_rank)
@@ -234,9 +234,9 @@ def params_from_hf(tensors: Mapping[str, Any], config: MLAConfig) -> MLAParams:
 
 
 def params_to_hf(params: MLAParams, config: MLAConfig) -> dict[str, np.ndarray]:
-    """The inverse of `params_from_hf`, as contiguous numpy arrays of the dtypes of `params`.
+    """Returns the tensors of `params` by name, as `params_from_hf` takes them: numpy, contiguous.
 
-    Raises ValueError naming the field of `params` that is not of `config`'s shape.
+    Raises ValueError naming the field of `params` that does not have `config`'s shape.
     """
     check_params(params, config)
     p = jax.tree.map(np.asarray, params)
@@ -264,23 +264,22 @@ def load_hf(
     *,
     prefix: str | None = None,
 ) -> tuple[MLAConfig, MLAParams]:
-    """Reads one attention layer of a published checkpoint; only its own bytes leave the disk.
+    """Reads one attention layer of a published checkpoint; reads no other tensor from disk.
 
     Args:
         folder: holds config.json and the safetensors file or shards.
-        layer: which layer, from 0; layers past num_hidden_layers (MTP modules) are fine. None:
-            the lowest that is there.
-        dtype: of the returned weights (float32, bfloat16, float16), whatever the file stores. NaN
-            and infinity are loaded as they are.
-        prefix: chooses among several models in the folder that have such a layer: what stands
-            before "layers." in the names of its tensors, e.g. "model." or "draft.model.".
+        layer: number of the layer from 0, also past num_hidden_layers for an MTP module. None
+            selects the lowest in the folder.
+        dtype: dtype of the returned weights (float32, bfloat16 or float16), whatever the file has.
+            NaN and infinity are loaded unchanged.
+        prefix: chooses among several models in the folder that have such a layer. It is the part of
+            their tensor names before "layers.", such as "model." or "draft.model.".
 
     Raises:
-        FileNotFoundError: no such folder, or no config.json in it.
+        FileNotFoundError: the folder or its config.json does not exist.
         CheckpointError: a file, key or tensor is missing, corrupt, of a wrong shape, dtype or
-            range, is quantised in an unsupported way, or asks for another attention; the message
-            names it.
-        TypeError, ValueError: an argument can't be; the message names it.
+            range, quantized in an unsupported way, or asks for another attention.
+        TypeError, ValueError: an invalid argument. Every message names what is wrong.
     """
     layer = None if layer is None else _layer_number(layer)
     dtype = _float_dtype("dtype", dtype)
@@ -301,8 +300,8 @@ def load_hf(
 
 
 def _as_dtype(name: str, value: np.ndarray, dtype: np.dtype) -> jax.Array:
-    """The tensor in another dtype; raises CheckpointError where a finite value would overflow."""
-    with np.errstate(over="ignore"):  # looked for below
+    """Casts a tensor; raises CheckpointError if a finite value would overflow."""
+    with np.errstate(over="ignore"):  # overflow is checked below
         converted = jnp.asarray(value, dtype)
     if jnp.finfo(value.dtype).max > jnp.finfo(dtype).max:
         lost = np.isfinite(value) & ~np.isfinite(np.asarray(converted))
@@ -314,20 +313,21 @@ def _as_dtype(name: str, value: np.ndarray, dtype: np.dtype) -> jax.Array:
 
 
 def save_hf(folder: str | Path, config: MLAConfig, params: MLAParams, *, layer: int = 0) -> None:
-    """Adds one attention layer to a checkpoint in the published format, and makes a new one first.
+    """Adds one attention layer to a checkpoint in the published format, which it may create.
 
-    The first layer is in model.safetensors. Each further layer is in a file of its own, and
-    model.safetensors.index.json says where. A layer that is there is replaced. Each file is
-    replaced as a whole, the index last: a reader meanwhile, or after a crash, finds the old
-    layers or the new. One process at a time may write.
+    The first layer is written to model.safetensors. Each further layer has its own file, and
+    model.safetensors.index.json lists them. A layer that exists is replaced. Each file is replaced
+    as a whole, the index last. A concurrent reader, or one after a crash, therefore finds either
+    the old layers or the new ones. Only one process at a time may write.
 
-    The errors below are raised before anything is written.
+    All errors are raised before anything is written.
 
     Raises:
-        TypeError, ValueError: an argument can't be, `params` aren't of `config`'s shapes, the
-            format can't express `config`, or the folder's config.json is of another config.
+        TypeError, ValueError: an invalid argument, `params` that do not have `config`'s shapes, a
+            `config` that the format can't express, or a folder with another config.
         FileExistsError: the folder holds weights that `save_hf` did not write.
     """
+
     layer = _layer_number(layer)
     _require_config(config)
     if not isinstance(folder, str | os.PathLike):

@@ -1,0 +1,95 @@
+"""`plan_decode`: the way to make the plan of a decode step."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from mla_jax import checks
+from mla_jax.cache import PagedKVCache
+from mla_jax.hal import HardwareProfile, load_profile
+from mla_jax.online_softmax import RESCALES
+from mla_jax.registry import IMPLEMENTATIONS, PlanRequest, check_names
+from mla_jax.splits.decode_plan import DecodePlan
+from mla_jax.splits.plan import require_lengths
+
+
+def plan_decode(
+    seq_lens: jax.Array,
+    *,
+    cache: PagedKVCache,
+    num_heads: int,
+    num_query_tokens: int = 1,
+    profile: HardwareProfile | str | None = None,
+    implementation: str | Sequence[str] | None = None,
+    max_seq_len: int | None = None,
+    rescale: str = "multiply",
+) -> DecodePlan:
+    """Plans a decode step: how its work is split over a device, and the tiles of the kernel.
+
+    Make one plan per step and pass it to every layer as `plan=`: all layers have the same lengths.
+    Without a plan every call of the op makes its own. Works under `jax.jit` with traced lengths;
+    the shapes of the plan depend on shapes and options only, so that a decode loop traces once.
+
+    Args:
+        seq_lens: [B] int32, keys per request, its new tokens included; 0: none.
+        cache: the cache that is attended to. Its dtype, page size and widths count, not its values.
+        num_heads: query heads.
+        num_query_tokens: query tokens per request, S of the op's q.
+        profile: a hardware profile or its name, e.g. "H100_SXM5" (`mla_jax.hal.PROFILES`). None:
+            this machine's Hopper GPU, or where there is none an H200 with 132 SMs. `hopper` refuses
+            a plan that is for more SMs than this machine's GPU has.
+        implementation: as in `paged_mla_attention`; the plan is for the first name that takes such
+            a cache. None: ("hopper", "split_kv").
+        max_seq_len: keys that a request's block table reaches, max_pages * page_size; None: not
+            known. With it, steps of a few short requests get faster tiles.
+        rescale: "multiply" or "exponent_add", as in the op.
+
+    Returns:
+        The plan, a pytree: the arrays of its split are data, all else is static.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: an argument out of its range, a profile that is not known or on which the tiles
+            do not fit, or implementations of which none takes such a cache.
+    """
+    checks.require_shape("seq_lens", seq_lens, "[B]", None)
+    checks.require_int32("seq_lens", seq_lens)
+    checks.require_positive("B of seq_lens", seq_lens.shape[0])
+    require_lengths(seq_lens)
+    if not isinstance(cache, PagedKVCache):
+        raise TypeError(f"cache must be a PagedKVCache, got {type(cache).__name__}")
+    cache.check()
+    rows = checks.require_positive("num_heads", num_heads)
+    rows *= checks.require_positive("num_query_tokens", num_query_tokens)
+    if not isinstance(rescale, str):
+        raise TypeError(f"rescale must be one of {', '.join(RESCALES)}, got {rescale!r}")
+    checks.require_one_of("rescale", rescale, RESCALES)
+    if max_seq_len is not None:
+        checks.require_positive("max_seq_len", max_seq_len)
+    request = PlanRequest(
+        checks.snapshot(seq_lens), cache, rows, rescale, max_seq_len, _profile(profile)
+    )
+    names = ("hopper", "split_kv") if implementation is None else check_names(implementation)
+    reasons = {}
+    for name in names:
+        planner = IMPLEMENTATIONS[name].planner
+        if planner is None:
+            reasons[name] = "it takes no plan"
+            continue
+        plan = planner(request)
+        if isinstance(plan, DecodePlan):
+            return plan
+        reasons[name] = plan
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise ValueError(f"implementation: none of those named can be planned for: {listed}")
+
+
+def _profile(profile: Any) -> HardwareProfile | None:
+    if profile is None or isinstance(profile, HardwareProfile):
+        return profile
+    if not isinstance(profile, str):
+        raise TypeError(
+            f"profile must be a HardwareProfile or a name, got {type(profile).__name__}"
+        )
+    return load_profile(profile)

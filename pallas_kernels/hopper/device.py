@@ -1,0 +1,48 @@
+"""Which GPU this machine has, and whether the Hopper kernels can run on it."""
+
+import jax
+
+ASSUMED_SMS = 132  # of an H100 or H200 SXM
+
+
+def card() -> jax.Device | None:
+    """Returns the first NVIDIA GPU of this machine, or None; it need not be the default device."""
+    try:
+        return jax.devices("cuda")[0]
+    except RuntimeError:
+        return None
+
+
+def target_lacks(platform: str, device: jax.Device | None) -> str | None:
+    """Returns why a program for that platform can't have the kernels; None where it can.
+
+    device: the one that the program is for; None: not known, e.g. where it is exported.
+    """
+    if platform == "cuda" and device is None:
+        return None
+    capability = getattr(device, "compute_capability", None)
+    if platform != "cuda" or capability != "9.0":
+        found = f"compute capability {capability}" if capability else platform
+        return f"it needs an NVIDIA GPU of compute capability 9.0 (H100, H200), here is {found}"
+    return None
+
+
+def machine_lacks() -> str | None:
+    """Returns why the kernels can't run on this machine; None where they can."""
+    device = card()
+    return target_lacks("cuda" if device else jax.devices()[0].platform, device)
+
+
+def num_sms() -> int:
+    """Returns the SMs to plan for: of this machine's Hopper GPU, or else `ASSUMED_SMS`."""
+    return resident_ctas() or ASSUMED_SMS
+
+
+def resident_ctas() -> int:
+    """Returns how many CTAs certainly run at the same time: one on each SM of this machine's GPU.
+
+    0 where it has no Hopper GPU: a program that is exported here may run on a card with fewer SMs
+    than `num_sms` assumes.
+    """
+    device = card()
+    return device.core_count if device is not None and machine_lacks() is None else 0

@@ -1,0 +1,118 @@
+"""Counters between CTAs, registers per thread, indices, and the start of dependent kernels.
+
+The interpreter has no atomics, so its callers do without counters. It ignores register counts and
+dependent launches.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+from jax import lax
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper.mosaic.threads import SCALAR, Mode, element_pointer, read_number
+
+REGISTER_FILE = 65536  # registers of an SM
+
+
+@dataclasses.dataclass(frozen=True)
+class Control(Mode):
+    """Counters in GMEM, register counts, and indices of a CTA and a warpgroup."""
+
+    # A counter goes from 0 to limit - 1 and back to 0 after `limit` calls of `count_up`.
+    def count_up(self, counters, index, limit, *, publishes: bool) -> None:
+        """Increments counters[index] modulo limit, once for the warpgroup.
+
+        publishes: whether other CTAs that see the new count also see all that this warpgroup has
+        written.
+        """
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, SCALAR))
+        def count(ctx, target, place, wrap):
+            del ctx
+            if publishes:
+                mgpu.utils.warpgroup_barrier()
+            wrap = wrap.registers.item()
+            last = arith.subi(wrap, mgpu.utils.c(1, wrap.type))
+            _one_thread(
+                ("fence.acq_rel.gpu; " if publishes else "")
+                + "red.relaxed.gpu.global.inc.u32 [$0], $1;",
+                element_pointer(target, place.registers.item()),
+                last,
+            )
+
+        count(counters, index, limit)
+
+    def wait_for(self, counters, index, count) -> None:
+        """Waits until counters[index] >= count.
+
+        Then this warpgroup sees what others wrote before they counted up with `publishes`.
+        """
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, SCALAR))
+        def wait(ctx, target, place, count):
+            del ctx
+            _one_thread(
+                "{ .reg .pred less; .reg .u32 seen;"
+                " again: ld.acquire.gpu.global.u32 seen, [$0];"
+                " setp.lt.u32 less, seen, $1; @less bra again; }",
+                element_pointer(target, place.registers.item()),
+                count.registers.item(),
+            )
+            mgpu.utils.warpgroup_barrier()
+
+        wait(counters, index, count)
+
+    def take_registers(self, registers: Sequence[int], warpgroup: int) -> None:
+        """Gives each thread of this warpgroup registers[warpgroup] registers from here on.
+
+        All warpgroups start with an equal share. PTX leaves it undefined to decrease to more
+        registers than a thread has, or to increase to fewer, so this chooses the direction.
+        """
+        share = REGISTER_FILE // (128 * len(registers)) // 8 * 8
+        if not self.interpreting:
+            count = registers[warpgroup]
+            action: Literal["increase", "decrease"] = "increase" if count > share else "decrease"
+            plgpu.set_max_registers(count, action=action)
+
+    def cta_of_cluster(self) -> jax.Array:
+        """Returns this CTA's index in its cluster.
+
+        It is read where it is needed, so it takes no register in between.
+        """
+        if self.interpreting:
+            return lax.axis_index("cluster")
+        return read_number("mov.u32 $0, %cluster_ctarank;")
+
+    def warpgroup(self) -> jax.Array:
+        """Returns this warpgroup's index, which is also read where it is needed."""
+        if self.interpreting:
+            return lax.axis_index("wg")
+        # The shuffle shows the compiler that the index is the same in all lanes of a warp.
+        return read_number(
+            "mov.u32 $0, %tid.x; shr.u32 $0, $0, 7; shfl.sync.idx.b32 $0, $0, 0, 0x1f, 0xffffffff;"
+        )
+
+    def wait_for_previous_kernel(self) -> None:
+        """Waits for the earlier kernels of the stream.
+
+        It must run before the first read of anything that they write.
+        """
+        if not self.interpreting:
+            plgpu.griddepcontrol_wait()
+
+    def let_next_kernel_start(self) -> None:
+        """Allows the stream's next kernel to start before this one ends."""
+        if not self.interpreting:
+            plgpu.griddepcontrol_launch_dependents()
+
+
+def _one_thread(ptx: str, *args: ir.Value) -> None:
+    """Runs instructions in one thread of the warpgroup."""
+    with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
+        mgpu.utils.inline_ptx(ptx, *args, has_side_effects=True)

@@ -1,0 +1,156 @@
+"""Accumulators and matrix products by wgmma.
+
+In the interpreter an accumulator is float32 scratch, and a product is a plain one that is added to
+it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import nvvm, vector
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper.mosaic.values import Values
+from pallas_kernels.hopper.mosaic.wgmma import operand, products
+
+
+@dataclasses.dataclass(frozen=True)
+class Products(Values):
+    """Accumulators, and products that are added to them or kept in registers of their own."""
+
+    def accumulator_scratch(self, threads: int, *shapes: tuple[int, int]) -> tuple:
+        """Returns scratch that replaces the accumulators of each thread in the interpreter.
+
+        On the GPU it is empty.
+        """
+        if not self.interpreting:
+            return ()
+        return tuple(plgpu.SMEM((threads, *shape), jnp.float32) for shape in shapes)
+
+    def with_accumulators(self, run, scratch, thread: int, *shapes: tuple[int, int]):
+        """Returns run(*accumulators), with float32 accumulators of the given shapes."""
+        if self.interpreting:
+            return run(*(ref.at[thread] for ref in scratch))
+        return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+    def zero(self, acc) -> None:
+        """Fills an accumulator with zeros."""
+        acc[...] = self.full(acc.shape, 0.0, plgpu.Layout.WGMMA)
+
+    def read(self, acc) -> jax.Array:
+        """Returns the accumulator's value. The caller has waited for its products."""
+        return acc[...] if self.interpreting else plgpu.wgmma_accumulator_load(acc, wait_n=None)
+
+    def add_exponent(self, value, shift) -> jax.Array:
+        """Returns value * 2^shift by an integer add to its bits (AMLA, arXiv 2509.25224).
+
+        `shift` [rows] holds whole numbers from -300 to 0. A result below the smallest normal
+        number becomes 0, because a bare add would wrap through the sign bit.
+        """
+
+        def across(rows):
+            return lax.broadcast_in_dim(rows, value.shape, [0])
+
+        bits = lax.bitcast_convert_type(value, jnp.int32) + across(shift.astype(jnp.int32) << 23)
+        underflows = jnp.abs(value) < across(jnp.exp2(-126.0 - shift))
+        scaled = lax.bitcast_convert_type(bits, jnp.float32)
+        return jnp.where(underflows, jnp.zeros_like(scaled), scaled)
+
+    def mma(self, acc, a, b) -> None:
+        """Starts acc += a @ b and leaves it in flight."""
+        if self.interpreting:
+            acc[...] = acc[...] + jnp.dot(
+                a[...].astype(jnp.float32), b[...].astype(jnp.float32), precision="highest"
+            )
+        else:
+            self._fence_registers()
+            plgpu.wgmma(acc, a, b)
+
+    def mma_t(self, acc, a, b) -> None:
+        """Starts acc += a @ b.T and leaves it in flight."""
+        if self.interpreting:
+            acc[...] = acc[...] + jnp.dot(
+                a[...].astype(jnp.float32), b[...].astype(jnp.float32).T, precision="highest"
+            )
+        else:
+            self._fence_registers()
+            plgpu.wgmma(acc, a, b.transpose((1, 0)))
+
+    def _fence_registers(self) -> None:
+        """Orders register accesses before the next wgmma, where a branch or a wait is between.
+
+        Without this fence ptxas inserts one (C7519), and it may serialise every wgmma (C7520).
+        """
+
+        @plgpu.inline_mgpu()
+        def fence(ctx):
+            del ctx
+            nvvm.wgmma_fence_aligned()
+
+        fence()
+
+    def wait_mma(self, in_flight: int) -> None:
+        """Waits until at most `in_flight` groups of products are still in flight."""
+        if self.interpreting:
+            # wgmma reads shared memory through the async proxy. The interpreter's plain loads do
+            # not, so without this they would race with the next TMA copy.
+            plgpu.commit_smem()
+        else:
+            plgpu.wgmma_wait(in_flight)
+
+    def product_t(self, a, b, dtype) -> jax.Array:
+        """Starts a @ b.T into new registers, which need not be zeroed, and leaves it in flight.
+
+        Only `landed` may read the result, after a wait. In the interpreter int32 results are
+        exact below 2^24.
+
+        Args:
+            a: SMEM (64, k) of int8 or of 16 bits, tiled by `operand`.
+            b: SMEM (n, k), likewise, with n up to 256.
+            dtype: int32 for int8 operands, float32 for others.
+        """
+        if self.interpreting:
+            operands = a[...].astype(jnp.float32), b[...].astype(jnp.float32).T
+            return jnp.dot(*operands, precision="highest").astype(dtype)
+
+        tiled, n = plgpu.RefType(operand(a.dtype.itemsize)), b.shape[0]
+
+        @plgpu.inline_mgpu(
+            arg_types=(tiled, tiled),
+            return_type=plgpu.ShapeDtypeStruct((64, n), dtype, plgpu.Layout.WGMMA),
+        )
+        def start(ctx, a, b):
+            del ctx
+            registers = products(a, b)
+            layout = mgpu.WGMMA_LAYOUT
+            array = np.empty(layout.registers_shape((64, n)), dtype=object)
+            pair = ir.VectorType.get((2,), registers[0].type)
+            array.flat[:] = [
+                vector.from_elements(pair, registers[i : i + 2])
+                for i in range(0, len(registers), 2)
+            ]
+            signed = True if dtype == jnp.int32 else None
+            return mgpu.FragmentedArray(_registers=array, _layout=layout, _is_signed=signed)
+
+        return start(a, b)
+
+    def landed(self, product) -> jax.Array:
+        """Returns the value that `product_t` started. The caller has waited for it."""
+        if self.interpreting:
+            return product
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.Layout.WGMMA,),
+            return_type=plgpu.ShapeDtypeStruct(product.shape, product.dtype, plgpu.Layout.WGMMA),
+        )
+        def read(ctx, value):
+            del ctx
+            return mgpu.fragmented_array.optimization_barrier(value)
+
+        return read(product)

@@ -1,0 +1,177 @@
+"""What the Hopper kernels take, and the decode plans that they run."""
+
+import functools
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mla_jax.cache import PagedKVCache
+from mla_jax.hal import HardwareProfile, TilePlan, TilePlanError
+from mla_jax.splits.decode_plan import DecodePlan
+from mla_jax.splits.plan import SlowPlanWarning, SplitPlan
+from mla_jax.splits.planner import plan_splits
+from pallas_kernels.hopper import device
+from pallas_kernels.hopper.tuned import choose_tile_plan, tile_heights, tile_plan_of_height
+from pallas_kernels.hopper.work_items import BLOCK
+
+PAGE_SIZES = {  # by what the cache holds
+    "float": (1, 2, 4, 8, 16, 32, 64, 128),
+    "int8": (64, 128),
+}
+_MOST_KEYS = 2**31 - 1
+
+
+def kind_of(cache: PagedKVCache) -> str:
+    """Returns which kernels a cache takes: "float" for 16-bit caches, "int8"."""
+    return "float" if cache.scale_granularity is None else "int8"
+
+
+def refuses(q_dtype: Any, cache: PagedKVCache, rescale: str, plan: DecodePlan | None) -> str | None:
+    """Returns why the kernels can't take a problem of this kind; None where they can.
+
+    A plan with tiles is refused where this machine's GPU has fewer SMs than it is for.
+    """
+    q_dtype = jnp.dtype(q_dtype)
+    kind = kind_of(cache)
+    if kind == "int8":
+        if q_dtype != jnp.bfloat16:
+            return f"over an int8 cache it takes q bfloat16, got {q_dtype.name}"
+        if cache.scale_granularity != "token":
+            return f"it takes an int8 cache with scales per token, got {cache.scale_granularity!r}"
+        if rescale != "multiply":
+            return f"over an int8 cache it takes rescale 'multiply', got {rescale!r}"
+    elif q_dtype != cache.dtype or q_dtype.itemsize != 2:
+        return (
+            "it takes q and cache both bfloat16 or both float16, got "
+            f"{q_dtype.name} and {cache.dtype.name}"
+        )
+    if cache.layout != "ND":
+        return f"it takes cache layout ND, got {cache.layout}"
+    if cache.page_size not in PAGE_SIZES[kind]:
+        sizes = ", ".join(map(str, PAGE_SIZES[kind]))
+        return f"it takes page sizes {sizes} of a cache of {kind}, got {cache.page_size}"
+    heights = tile_heights(kind, rescale=rescale)
+    latent, rope = cache.kv_lora_rank, cache.rope_dim
+    try:
+        for height in heights:
+            tile_plan_of_height(height, cache=kind, kv_lora_rank=latent, rope_dim=rope)
+    except TilePlanError as error:
+        return f"its tiles can't have these widths: {error}"
+    return None if plan is None else _refuses_plan(plan, heights, kind, rescale)
+
+
+def _refuses_plan(
+    plan: DecodePlan, heights: tuple[int, ...], kind: str, rescale: str
+) -> str | None:
+    split = plan.split
+    if split.block_size != BLOCK or split.rows_per_tile not in heights:
+        return (
+            f"with rescale {rescale!r} and a cache of {kind} it takes plans of block_size {BLOCK} "
+            f"and rows_per_tile {', '.join(map(str, heights))}, got {split.block_size} and "
+            f"{split.rows_per_tile}"
+        )
+    if plan.num_sms and 0 < device.resident_ctas() < plan.num_sms:
+        return (
+            f"the plan is for {plan.num_sms} SMs (profile {plan.profile}), and this machine's GPU "
+            f"has {device.resident_ctas()}"
+        )
+    return None
+
+
+def plan_decode(
+    seq_lens: jax.Array,
+    rows: int,
+    *,
+    capacity: int | None = None,
+    cache: str = "float",
+    rescale: str = "multiply",
+    kv_lora_rank: int = 512,
+    rope_dim: int = 64,
+    tiles: TilePlan | None = None,
+    profile: HardwareProfile | None = None,
+) -> DecodePlan:
+    """Returns the plan with which the kernels are fastest on a batch, in equal shares per SM.
+
+    Args:
+        seq_lens: [B] int32, keys per request.
+        rows: query rows per request: query tokens times heads.
+        capacity: keys that a request's block table reaches; None: not known. A few short requests
+            get other tiles.
+        cache: "float" (16 bits) or "int8".
+        rescale: "multiply" or "exponent_add".
+        tiles: of the kernel; None: the tuned ones.
+        profile: of the GPU; None: this machine's, or else an H200.
+    """
+    tiles = tiles or choose_tile_plan(
+        rows,
+        batch=seq_lens.shape[0],
+        capacity=capacity,
+        cache=cache,
+        rescale=rescale,
+        profile=profile,
+        kv_lora_rank=kv_lora_rank,
+        rope_dim=rope_dim,
+    )
+    sms = device.num_sms() if profile is None else profile.cores
+    split = plan_splits(
+        seq_lens,
+        num_workers=_workers_for(tiles, sms),
+        rows=rows,
+        rows_per_tile=tiles.rows_per_tile,
+        overhead=tiles.split_overhead,
+        merge_overhead=tiles.merge_overhead,
+        in_pairs=tiles.pairs,
+        max_seq_len=None if capacity is None else min(capacity, _MOST_KEYS),
+    )
+    return DecodePlan(split, tiles, sms)
+
+
+def with_tiles(
+    plan: DecodePlan | SplitPlan, *, cache: str, kv_lora_rank: int, rope_dim: int
+) -> DecodePlan:
+    """Returns a plan that has tiles: those that it has, or the tuned ones for its split."""
+    if isinstance(plan, DecodePlan) and plan.tiles is not None:
+        return plan
+    split = plan.split if isinstance(plan, DecodePlan) else plan
+    tiles = tile_plan_of_height(
+        split.rows_per_tile,
+        num_tiles=split.num_tiles,
+        cache=cache,
+        kv_lora_rank=kv_lora_rank,
+        rope_dim=rope_dim,
+    )
+    return DecodePlan(split, tiles, device.num_sms())
+
+
+def warn_if_slow(
+    plan: SplitPlan, rows: int, *, capacity: int, cache: str = "float", rescale: str = "multiply"
+) -> None:
+    """Warns, with SlowPlanWarning, of a plan with other tiles or workers than `plan_decode` takes.
+
+    A plan of `plan_fixed` may have the tiles that suit an unknown batch: it is for results that do
+    not depend on the batch. Arguments as in `plan_decode`.
+    """
+    batch = plan.num_tiles // plan.num_row_tiles
+    choose = functools.partial(choose_tile_plan, rows, cache=cache, rescale=rescale)
+    best = choose(batch=batch, capacity=capacity)
+    if plan.fixed and plan.rows_per_tile != best.rows_per_tile:
+        best = choose()
+    workers = _workers_for(best, device.num_sms())
+    if (plan.rows_per_tile, plan.num_workers) == (best.rows_per_tile, workers):
+        return
+    warnings.warn(
+        f"plan has rows_per_tile {plan.rows_per_tile} and {plan.num_workers} workers, with which "
+        f"the kernel is slower than it can be: for {batch} requests of {rows} rows and up to "
+        f"{capacity} keys it is tuned for rows_per_tile {best.rows_per_tile} and {workers} "
+        "workers. With plan=None it plans for itself",
+        SlowPlanWarning,
+        stacklevel=2,
+    )
+
+
+def _workers_for(tiles: TilePlan, sms: int) -> int:
+    """Returns the workers of a GPU: CTAs, or clusters of two; an even number where in pairs."""
+    workers = sms // tiles.cluster
+    return workers - workers % 2 if tiles.pairs else workers

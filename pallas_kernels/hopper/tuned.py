@@ -1,0 +1,155 @@
+"""Which sizes of the Hopper kernels suit a problem: a lookup in `tuned.json`.
+
+The table has an entry for each class of query rows. `python -m experiments.speed.tune_hopper` times
+candidates on a GPU and writes it.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+from typing import Any
+
+from mla_jax.checks import require_one_of
+from mla_jax.hal import HardwareProfile, TilePlan, load_profile
+from pallas_kernels.hopper.config import (
+    MOST_COLUMNS,
+    can_be_in_pairs,
+    decode_int8_tiles,
+    decode_tiles,
+    decode_transposed_int8_tiles,
+    decode_transposed_tiles,
+    refused,
+)
+
+KERNELS: dict[str, Callable[..., TilePlan]] = {
+    "decode_transposed": decode_transposed_tiles,
+    "decode": decode_tiles,
+    "decode_transposed_int8": decode_transposed_int8_tiles,
+    "decode_int8": decode_int8_tiles,
+}
+
+
+def choose_tile_plan(
+    rows: int,
+    *,
+    batch: int | None = None,
+    capacity: int | None = None,
+    cache: str = "float",
+    rescale: str = "multiply",
+    profile: HardwareProfile | None = None,
+    kv_lora_rank: int = 512,
+    rope_dim: int = 64,
+) -> TilePlan:
+    """Returns the tuned sizes for `rows` query rows per request (tokens * heads).
+
+    Args:
+        batch: requests; None: not known.
+        capacity: keys that a request's block table reaches; None: not known. A few short requests
+            get tiles of few rows: each tile reads the cache again, but all SMs have work, and there
+            are fewer and smaller partial results to combine.
+        cache: "float" (16 bits) or "int8".
+        rescale: "multiply" or "exponent_add"; the latter only `decode` has.
+        profile: of the GPU; None: of an H200.
+
+    Raises:
+        ValueError: another cache, or one that no kernel takes with this rescale.
+    """
+    require_one_of("cache", cache, tuple(few_tokens()))
+
+    def of_height(height: int) -> TilePlan:
+        return tile_plan_of_height(
+            height,
+            num_tiles=None if batch is None else batch * -(-rows // height),
+            cache=cache,
+            profile=profile,
+            kv_lora_rank=kv_lora_rank,
+            rope_dim=rope_dim,
+        )
+
+    known = batch is not None and capacity is not None
+    if known and rows > MOST_COLUMNS and rescale == "multiply":
+        few = few_tokens()[cache]
+        for height in few["rows_per_tile"]:
+            if -(-rows // height) * batch * capacity <= few["most"]:
+                return of_height(height)
+    for entry in tuned(cache):
+        if entry["most_rows"] is not None and rows > entry["most_rows"]:
+            continue
+        if rescale == "multiply" or entry["kernel"] == "decode":
+            return of_height(entry["rows_per_tile"])
+    raise ValueError(f"{cache} cache, rescale = {rescale!r}, {rows} rows: not in tuned.json")
+
+
+def tile_plan_of_height(
+    rows_per_tile: int,
+    *,
+    num_tiles: int | None = None,
+    cache: str = "float",
+    profile: HardwareProfile | None = None,
+    kv_lora_rank: int = 512,
+    rope_dim: int = 64,
+) -> TilePlan:
+    """Returns the tuned sizes for tiles of so many rows, as a split plan has them."""
+    widths = {"kv_lora_rank": kv_lora_rank, "rope_dim": rope_dim}
+    for entry in tuned(cache):
+        if entry["rows_per_tile"] == rows_per_tile:
+            return plan_of(entry, profile, num_tiles=num_tiles, **widths)
+    heights = ", ".join(map(str, tile_heights(cache)))
+    raise ValueError(f"rows_per_tile must be one of {heights}, got {rows_per_tile}")
+
+
+def tile_heights(cache: str = "float", *, rescale: str = "multiply") -> tuple[int, ...]:
+    """Returns the rows_per_tile of split plans that the kernels take."""
+    return tuple(
+        entry["rows_per_tile"]
+        for entry in tuned(cache)
+        if rescale == "multiply" or entry["kernel"] == "decode"
+    )
+
+
+def plan_of(
+    entry: Mapping[str, Any],
+    profile: HardwareProfile | None = None,
+    *,
+    num_tiles: int | None = None,
+    **widths: Any,
+) -> TilePlan:
+    """Returns the checked sizes of one entry of the table.
+
+    num_tiles: tiles of all requests; None: not known. Workers of `decode_transposed` are in pairs
+    if more than half of the pairs get a tile and none gets two. Fewer tiles are split into more
+    than two items. With more tiles, clusters cost a launch more time than they save in the merge.
+    """
+    profile = profile or load_profile("H200_SXM")
+    if entry["kernel"] not in KERNELS:
+        raise refused(profile, "kernel", entry["kernel"], " or ".join(KERNELS))
+    sizes = {k: v for k, v in entry.items() if k not in ("cache", "most_rows", "kernel", "timed")}
+    if entry["kernel"] == "decode_transposed" and num_tiles is not None:
+        a_tile_each = profile.cores // 4 < num_tiles <= profile.cores // 2
+        latent = widths.get("kv_lora_rank", 512)
+        sizes["pairs"] = a_tile_each and can_be_in_pairs(entry["rows_per_tile"], latent)
+    return KERNELS[entry["kernel"]](profile, **sizes, **widths)
+
+
+@functools.cache
+def tuned(cache: str | None = None) -> tuple[dict[str, Any], ...]:
+    """Returns the entries of tuned.json for a cache, "float" or "int8"; None: all of them.
+
+    They are in the order of rising rows; each is for up to `most_rows` rows, None for any number.
+    """
+    classes = _table()["classes"]
+    return tuple(entry for entry in classes if cache in (None, entry.get("cache", "float")))
+
+
+def few_tokens() -> dict[str, dict[str, Any]]:
+    """Returns, per cache, which `rows_per_tile` to try in order for batches of few tokens.
+
+    The first is taken whose tiles, all together, read `most` tokens or fewer.
+    """
+    return _table()["few_tokens"]
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    return json.loads(files("pallas_kernels.hopper").joinpath("tuned.json").read_text())

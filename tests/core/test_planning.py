@@ -1,0 +1,125 @@
+"""`plan_decode`: one plan with the split and the tiles, for any machine."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from paged_batch import SCALE, assert_matches, make_batch
+
+import mla_jax
+from mla_jax import DecodePlan, PagedKVCache, paged_mla_attention, plan_decode
+from mla_jax.hal import load_profile
+from pallas_kernels.hopper import device, planning
+
+LENS = np.array([300, 0, 4096, 70], np.int32)
+CACHE = PagedKVCache.create(2, page_size=64)
+
+
+def planned(lens=LENS, **options):
+    """Returns the plan without the values of its arrays, which costs no compilation."""
+    options = {"cache": CACHE, "num_heads": 16} | options
+    return jax.eval_shape(functools.partial(plan_decode, **options), lens)
+
+
+@pytest.mark.parametrize(
+    ("options", "tiles", "workers"),
+    [
+        ({}, 16, 132),
+        ({"num_heads": 128}, 128, 66),
+        ({"num_heads": 64}, 64, 132),
+        ({"num_heads": 16, "num_query_tokens": 4}, 64, 132),
+        ({"num_heads": 128, "max_seq_len": 1024}, 16, 132),  # few short requests
+        ({"num_heads": 16, "rescale": "exponent_add"}, 64, 132),
+        ({"num_heads": 128, "profile": "H20"}, 128, 39),
+        ({"num_heads": 128, "profile": load_profile("H100_SXM5")}, 128, 66),
+        ({"num_heads": 128, "cache": PagedKVCache.create(2, dtype="int8")}, 64, 132),
+    ],
+)
+def test_plans_for_the_profile(options, tiles, workers):
+    plan = planned(**options)
+    assert (plan.split.rows_per_tile, plan.split.num_workers) == (tiles, workers)
+    assert plan.num_sms == plan.split.num_workers * plan.tiles.cluster
+    assert plan.tiles.rows_per_tile == tiles
+    wanted = options.get("profile", "H200_SXM")
+    assert plan.profile == getattr(wanted, "name", wanted)
+
+
+def test_pairs_are_those_of_the_cache_widths():
+    """With latents of 128 the other CTA's half of a tile is no whole register: no pairs."""
+    lens = np.full(50, 200, np.int32)
+    for rank, pairs in ((512, True), (128, False)):
+        cache = PagedKVCache.create(2, page_size=64, kv_lora_rank=rank)
+        assert planned(lens, cache=cache, num_heads=8).tiles.pairs == pairs
+
+
+def test_a_card_with_fewer_sms_refuses_by_name(monkeypatch):
+    monkeypatch.setattr(device, "resident_ctas", lambda: 114)
+    plan = planned(profile="H200_SXM")
+    reason = planning.refuses(jnp.bfloat16, CACHE, "multiply", plan)
+    assert reason == "the plan is for 132 SMs (profile H200_SXM), and this machine's GPU has 114"
+    own = planned()
+    assert own.num_sms == 114
+    assert planning.refuses(jnp.bfloat16, CACHE, "multiply", own) is None
+
+
+def test_falls_back_to_plain_jax():
+    cache = PagedKVCache.create(2, page_size=64, dtype="float32")
+    plan = planned(cache=cache)
+    assert plan.tiles is None
+    assert plan.num_sms == 0
+    with pytest.raises(ValueError, match="hopper: it takes q and cache both bfloat16"):
+        planned(cache=cache, implementation="hopper")
+    with pytest.raises(ValueError, match="xla: it takes no plan"):
+        planned(implementation="xla")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"cache": None}, TypeError, "cache must be a PagedKVCache, got NoneType"),
+        ({"num_heads": 0}, ValueError, "num_heads"),
+        ({"num_heads": 1.5}, TypeError, "num_heads"),
+        ({"num_query_tokens": 0}, ValueError, "num_query_tokens"),
+        ({"max_seq_len": 0}, ValueError, "max_seq_len"),
+        ({"rescale": "add"}, ValueError, "rescale must be one of"),
+        ({"rescale": 1}, TypeError, "rescale must be one of"),
+        ({"profile": "H999"}, ValueError, "H999"),
+        ({"profile": 9}, TypeError, "profile must be a HardwareProfile or a name, got int"),
+        ({"implementation": "fast"}, ValueError, "implementation"),
+        ({"profile": "L40", "implementation": "hopper"}, ValueError, "hopper: L40"),
+    ],
+)
+def test_bad_arguments_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        planned(**options)
+
+
+def test_the_op_takes_it_and_traces_once():
+    batch = make_batch(np.random.default_rng(0), [40, 7, 0], [1, 1, 0], dtype="float32")
+    traces = []
+
+    @jax.jit
+    def step(q, cache, tables, seq_lens, query_lens):
+        traces.append(1)
+        plan = plan_decode(seq_lens, cache=cache, num_heads=q.shape[2], num_query_tokens=q.shape[1])
+        assert isinstance(plan, DecodePlan)
+        return paged_mla_attention(
+            q, cache, tables, seq_lens, query_lens=query_lens, plan=plan,
+            softmax_scale=SCALE, implementation="split_kv",
+        )  # fmt: skip
+
+    args = *batch.args, batch.query_lens
+    assert_matches(step(*args), batch.oracle(), 1e-5, 1e-5)
+    step(*args)
+    assert len(traces) == 1
+
+
+def test_is_a_pytree():
+    plan = plan_decode(jnp.asarray(LENS), cache=CACHE, num_heads=16)
+    again = jax.tree.unflatten(jax.tree.structure(plan), jax.tree.leaves(plan))
+    assert (again.tiles, again.num_sms) == (plan.tiles, plan.num_sms)
+    chex.assert_trees_all_equal(again.split.arrays(), plan.split.arrays())
+    assert "plan_decode" in mla_jax.__all__
