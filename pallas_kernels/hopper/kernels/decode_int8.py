@@ -59,7 +59,7 @@ from pallas_kernels.hopper.kernels.decode_int8_refs import (
     Role,
     Scratch,
 )
-from pallas_kernels.hopper.mosaic.dequantize import WideningBackend
+from pallas_kernels.hopper.mosaic.dequantize import DequantizingBackend
 from pallas_kernels.hopper.mosaic.primitives import OWN_BARRIERS
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, float_struct
 from pallas_kernels.hopper.work_items import BLOCK, WorkItem, block_sources, fits
@@ -178,7 +178,7 @@ def decode_int8(call: DecodeCall) -> tuple[jax.Array, ...]:
             f"q must have a multiple of {QUERIES} rows and rope_pages {BLOCK} columns, got "
             f"{call.q.shape} and {call.cache[1].shape}"
         )
-    g = WideningBackend(interpreting=call.interpreting)
+    g = DequantizingBackend(interpreting=call.interpreting)
 
     def body(inputs: Inputs, outputs: Outputs, partials: Partials, scratch: Scratch) -> None:
         g.wait_for_previous_kernel()

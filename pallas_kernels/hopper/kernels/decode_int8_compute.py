@@ -23,12 +23,17 @@ from pallas_kernels.hopper.kernels.decode_int8_refs import (
     per_query,
     per_token,
 )
-from pallas_kernels.hopper.kernels.merge import Place, Refs, merge_shares, row_parts
-from pallas_kernels.hopper.mosaic.dequantize import GROUP, WIDENED_UNIT
+from pallas_kernels.hopper.mosaic.dequantize import DEQUANTIZED_STEP, GROUP
 from pallas_kernels.hopper.mosaic.primitives import ROWS
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.mosaic.transposed import COLUMNS
 from pallas_kernels.hopper.parts.call import Outputs
+from pallas_kernels.hopper.parts.combine import (
+    CombineRefs,
+    OutputRows,
+    combine_shares,
+    divide_into_rows,
+)
 from pallas_kernels.hopper.parts.quantize_q import fetch_q
 from pallas_kernels.hopper.work_items import BLOCK, LN2, NO_KEY, WorkItem
 
@@ -122,7 +127,7 @@ class Softmax(Role):
     def _finished(self, products: tuple[Any, ...]) -> tuple[Any, ...]:
         """Waits for products and returns their values."""
         self.g.wait_mma(0)
-        return tuple(map(self.g.landed, products))
+        return tuple(map(self.g.completed, products))
 
     def _compute_block(self, blocks: Blocks, is_last: bool, i: Any, progress: Progress) -> Progress:
         """Makes P^T of block i from its S^T, and S^T of the next block."""
@@ -149,7 +154,7 @@ class Softmax(Role):
         """Returns scores less the maxima so far, in log2 units, and the scales of the tokens."""
         halves, rope = products
         scales = self.g.load_rows(self.scratch.token_scales.at[stage])
-        s = self.g.joined_halves(halves, quantize.HALF) * per_token(scales) + rope
+        s = self.g.combine_halves(halves, quantize.HALF) * per_token(scales) + rope
         refs = self.scratch.q_steps, self.scratch.maxima
         steps, maxima = (self.g.load_columns(ref.at[zero]) for ref in refs)
         return s * per_query(steps) - per_query(maxima), scales
@@ -230,7 +235,7 @@ class Softmax(Role):
         plgpu.barrier_arrive(self.item_done(to.request))
 
         plgpu.barrier_wait(self.sums_taken(to.request))
-        inverse = jnp.where(total != 0.0, (1.0 / WIDENED_UNIT) / total, 0.0)
+        inverse = jnp.where(total != 0.0, (1.0 / DEQUANTIZED_STEP) / total, 0.0)
         scratch.inverse_sums.at[opaque_zero(to.request)][...] = inverse + nan_if_invalid
         for i, value in enumerate(to):
             scratch.destination[i] = value
@@ -320,14 +325,14 @@ class Output(Role):
         plgpu.barrier_wait(scratch.full.at[stage])
         v = scratch.latent.at[stage]
         part: dict[str, int] = {"first_group": first_group, "tokens": STEP_TOKENS}
-        begun = g.begin_widening(v, **part)
+        begun = g.begin_dequantizing(v, **part)
         plgpu.barrier_wait(self.p_ready(stage))
 
         @pl.when(scratch.rescales[stage] > 0)
         def _rescale() -> None:
             g.scale_columns(o_acc, g.load_columns(scratch.factors.at[stage]))
 
-        g.mma_widened((o_acc,), v, scratch.p.at[stage], begun, **part)
+        g.mma_dequantized((o_acc,), v, scratch.p.at[stage], begun, **part)
         g.wait_mma(0)
         plgpu.barrier_arrive(self.stage_free(stage))
         return self.stage_after(stage)
@@ -335,16 +340,16 @@ class Output(Role):
     def _combine(self, side: Any) -> None:
         """Combines this warpgroup's share of the split tiles of the CTA."""
         width, plan = self.call.kv_lora_rank, self.call.plan
-        parts = row_parts(
+        parts = divide_into_rows(
             self.g, plan, QUERIES, width, OUTPUT_WARPGROUPS, in_flight=COMBINE_REGISTERS
         )
-        merge_shares(
+        combine_shares(
             parts,
-            Refs(self.partials.o, self.partials.lse, self.outputs.o, self.outputs.lse),
+            CombineRefs(self.partials.o, self.partials.lse, self.outputs.o, self.outputs.lse),
             self.inputs.requests.work.items,
             self.item_range(),
-            meet=self.counter_of,
-            place=lambda request, row_tile: Place(self.rows_of(request, row_tile), 0),
+            counter_of=self.counter_of,
+            place=lambda request, row_tile: OutputRows(self.rows_of(request, row_tile), 0),
             wg=side,
             wgs=OUTPUT_WARPGROUPS,
         )

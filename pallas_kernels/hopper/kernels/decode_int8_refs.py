@@ -9,12 +9,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.kernels.merge import Meeting
-from pallas_kernels.hopper.mosaic.dequantize import INT8_OPERAND, WideningBackend
+from pallas_kernels.hopper.mosaic.dequantize import INT8_OPERAND, DequantizingBackend
 from pallas_kernels.hopper.mosaic.primitives import WGMMA_OPERAND
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.mosaic.transposed import WARPS
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
+from pallas_kernels.hopper.parts.combine import TileCounter
 from pallas_kernels.hopper.work_items import BLOCK, range_of
 
 QUERIES = 64  # query rows per tile: the columns of S^T and of O^T
@@ -134,7 +134,7 @@ class Scratch(NamedTuple):
     accumulators: tuple[Any, ...]  # O^T in the interpreter; empty on a GPU, which has registers
 
     @staticmethod
-    def types(call: DecodeCall, g: WideningBackend) -> "Scratch":
+    def types(call: DecodeCall, g: DequantizingBackend) -> "Scratch":
         """Returns shapes and layouts for a call."""
         stages, latent = call.tiles.kv_stages, call.kv_lora_rank
 
@@ -202,7 +202,7 @@ class Role:
     """
 
     call: DecodeCall
-    g: WideningBackend
+    g: DequantizingBackend
     inputs: Inputs
     outputs: Outputs
     partials: Partials
@@ -266,13 +266,13 @@ class Role:
         """Returns a tile's rows in the outputs."""
         return self.call.rows_of(request, row_tile * QUERIES, QUERIES)
 
-    def counter_of(self, request: Any, row_tile: Any, num_partials: Any) -> Meeting:
+    def counter_of(self, request: Any, row_tile: Any, num_partials: Any) -> TileCounter:
         """Returns the counter of a split tile.
 
         Three warpgroups signal each partial, since two have written its o and one its lse. The two
         output warpgroups of each CTA combine.
         """
-        return Meeting(
+        return TileCounter(
             self.g,
             self.inputs.requests.counters,
             self.call.plan.tile_of(request, row_tile),
@@ -294,4 +294,4 @@ class Role:
         def _store_partial() -> None:
             write(Rows.of_partial((to.partial,), 0, QUERIES), self.partials)
             if self.call.combines:
-                self.counter_of(to.request, to.row_tile, to.num_partials).leave()
+                self.counter_of(to.request, to.row_tile, to.num_partials).count_partial()

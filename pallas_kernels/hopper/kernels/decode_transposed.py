@@ -120,7 +120,7 @@ class Loader:
     def _load_item(self, number: Any, blocks_before: Any, item: WorkItem) -> None:
         cta, kv_blocks, invalid = self.cta, self.cta.kv_blocks, self.cta.scratch.invalid
         kv_len, _ = cta.lengths(item)
-        first_ahead = kv_blocks.ahead(item.request, item.block_start, kv_len)
+        first_ahead = kv_blocks.prefetch_table(item.request, item.block_start, kv_len)
         q_stage = lax.rem(number, cta.sizes.q_stages)
         plgpu.barrier_wait(cta.scratch.q_empty.at[q_stage])
         planned = item._replace(partial=item.own_partial)
@@ -129,8 +129,8 @@ class Loader:
 
         def load_block(i, ahead):
             # A block's part of the block table is read while the block before it is loaded.
-            following = kv_blocks.ahead(item.request, item.block_start + i + 1, kv_len)
-            found, all_exist = kv_blocks.find(ahead, item.request, item.block_start + i, kv_len)
+            following = kv_blocks.prefetch_table(item.request, item.block_start + i + 1, kv_len)
+            found, all_exist = kv_blocks.locate(ahead, item.request, item.block_start + i, kv_len)
 
             @pl.when(~all_exist)
             def _mark_invalid():

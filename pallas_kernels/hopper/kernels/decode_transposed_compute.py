@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.kernels.decode_transposed_refs import Cta, Pair, PerPart
-from pallas_kernels.hopper.mosaic.cluster import joined
+from pallas_kernels.hopper.mosaic.cluster import combine_softmax
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.mosaic.transposed import COLUMNS
 from pallas_kernels.hopper.parts.transposed import Mask, rows_of
@@ -121,7 +121,7 @@ class Computer:
         g.zero(hand.s_acc)
         for part, stage in zip(parts, stages, strict=True):
             plgpu.barrier_wait(part.full.at[stage])
-            self.cta.kv_blocks.see()
+            self.cta.kv_blocks.make_visible()
             g.mma_t(hand.s_acc, part.kv.at[stage], part.q.at[hand.q_stage + zero])
         g.wait_mma(0)
         parts.rope.release(stages.rope)
@@ -217,7 +217,7 @@ class Computer:
         def nothing():
             return tuple(g.full((sizes.rows,), value, COLUMNS) for value in (NO_KEY, 0.0))
 
-        m, total, weight, _ = joined(m, total, *lax.cond(kept, from_other, nothing))
+        m, total, weight, _ = combine_softmax(m, total, *lax.cond(kept, from_other, nothing))
         return m, total, weight
 
     def _store_half(self, pair: Pair, hand: InHand, rows: Rows, o: Any, lse: Any) -> None:

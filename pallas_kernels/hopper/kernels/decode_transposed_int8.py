@@ -45,7 +45,7 @@ from pallas_kernels.hopper.kernels.decode_transposed_int8_refs import (
     Scratch,
     Sizes,
 )
-from pallas_kernels.hopper.mosaic.dequantize import WideningBackend
+from pallas_kernels.hopper.mosaic.dequantize import DequantizingBackend
 from pallas_kernels.hopper.mosaic.primitives import OWN_BARRIERS
 from pallas_kernels.hopper.parts.call import DecodeCall
 from pallas_kernels.hopper.parts.transposed import Partials, require_whole_tiles
@@ -60,7 +60,7 @@ def decode_transposed_int8(call: DecodeCall) -> Partials:
     """
     require_whole_tiles(call)
     sizes = Sizes.of(call)
-    g = WideningBackend(interpreting=call.interpreting)
+    g = DequantizingBackend(interpreting=call.interpreting)
 
     def body(inputs, outputs, partials, scratch):
         g.wait_for_previous_kernel()

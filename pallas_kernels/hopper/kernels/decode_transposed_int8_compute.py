@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax import quantize
 from pallas_kernels.hopper.kernels.decode_transposed_int8_refs import ITEM_STAGES, Cta
-from pallas_kernels.hopper.mosaic.dequantize import GROUP, WIDENED_UNIT
+from pallas_kernels.hopper.mosaic.dequantize import DEQUANTIZED_STEP, GROUP
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.mosaic.transposed import COLUMNS
 from pallas_kernels.hopper.parts.quantize_q import fetch_q
@@ -171,8 +171,8 @@ class Computer:
         norm = softmax.norm * across(alpha, tile) + p
         plgpu.commit_smem()  # wgmma must see P.
         values = scratch.kv.latent.at[stage]
-        begun = g.begin_widening(values)
-        g.mma_widened((hand.o_left, hand.o_right), values, p_smem.transpose((1, 0)), begun)
+        begun = g.begin_dequantizing(values)
+        g.mma_dequantized((hand.o_left, hand.o_right), values, p_smem.transpose((1, 0)), begun)
         # All of V is in registers, while its last product is still in flight.
         plgpu.barrier_arrive(scratch.empty.at[stage])
         g.wait_mma(0)
@@ -194,14 +194,14 @@ class Computer:
             g.product_t(kv.rope.at[stage], q.rope.at[zero], jnp.float32),
         )
         g.wait_mma(0)
-        s_halves, s_rope = map(g.landed, products)
+        s_halves, s_rope = map(g.completed, products)
         token_scale = lax.broadcast_in_dim(g.load_rows(kv.scales.at[stage]), tile, [0])
         # Scales and scores that no row may see may be NaN. So they are replaced: multiplied by 0
         # they would stay NaN.
         visible = hand.mask.visible((hand.item.block_start + i) * BLOCK)
         token_scale = jnp.where(visible, token_scale, 0.0)
         row_scale = across(g.load_columns(q.step.at[zero]), tile)
-        s = g.joined_halves(s_halves, quantize.HALF) * token_scale + s_rope
+        s = g.combine_halves(s_halves, quantize.HALF) * token_scale + s_rope
         return jnp.where(visible, s * row_scale, -jnp.inf), token_scale
 
     # -- the end of a work item ---------------------------------------------------------------
@@ -213,7 +213,7 @@ class Computer:
         g, scratch, other = self.cta.g, self.cta.scratch, 1 - self.warpgroup
         kept, given = halves[self.warpgroup], halves[other]
         plgpu.barrier_wait(scratch.taken)
-        g.hand_over(scratch.given_o.at[self.warpgroup], g.read(given.o))
+        g.store_registers(scratch.given_o.at[self.warpgroup], g.read(given.o))
         scratch.given_softmax.at[self.warpgroup, 0][...] = m
         scratch.given_softmax.at[self.warpgroup, 1][...] = total
         plgpu.barrier_arrive(scratch.given)
@@ -221,7 +221,7 @@ class Computer:
         other_m, other_total = (
             g.load_columns(scratch.given_softmax.at[other, i]) for i in range(2)
         )
-        other_o = g.take_over(scratch.given_o.at[other])
+        other_o = g.load_registers(scratch.given_o.at[other])
         plgpu.barrier_arrive(scratch.taken)
         top = jnp.maximum(m, other_m)
         factor = jnp.exp2(jnp.minimum(m, other_m) - top)
@@ -248,7 +248,7 @@ class Computer:
         plgpu.barrier_arrive(scratch.item_done.at[item_stage])
         blank = jnp.where((hand.kv_len < 0) | invalid, jnp.nan, 0.0)
         seen = total != 0.0
-        inverse = jnp.where(seen, (1.0 / WIDENED_UNIT) / total, 0.0) + blank
+        inverse = jnp.where(seen, (1.0 / DEQUANTIZED_STEP) / total, 0.0) + blank
         lse = jnp.where(seen, m * LN2 + jnp.log(total), -jnp.inf) + blank
         half_tile, _ = cta.sizes.output_halves
         halves = [Half(half.number, half.o * across(inverse, half_tile)) for half in halves]

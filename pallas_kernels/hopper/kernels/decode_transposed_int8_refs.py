@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.mosaic.dequantize import INT8_OPERAND, WideningBackend
+from pallas_kernels.hopper.mosaic.dequantize import INT8_OPERAND, DequantizingBackend
 from pallas_kernels.hopper.mosaic.primitives import WGMMA_OPERAND
 from pallas_kernels.hopper.mosaic.transposed import WARPS
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
@@ -129,7 +129,7 @@ class Scratch(NamedTuple):
     accumulators: tuple  # both halves of O^T in the interpreter, empty on the GPU
 
     @staticmethod
-    def types(g: WideningBackend, call: DecodeCall, sizes: Sizes) -> "Scratch":
+    def types(g: DequantizingBackend, call: DecodeCall, sizes: Sizes) -> "Scratch":
         """Returns what to allocate."""
 
         def wide(*shape):
@@ -180,7 +180,7 @@ class Scratch(NamedTuple):
 class Cta:
     """A CTA of the launch: what all of its warpgroups have."""
 
-    g: WideningBackend
+    g: DequantizingBackend
     call: DecodeCall
     sizes: Sizes
     inputs: Inputs
@@ -203,7 +203,7 @@ class Cta:
         """How split tiles are combined: by all warpgroups that compute."""
         refs = self.inputs.requests, self.outputs, self.partials
         count = self.sizes.computing
-        return SplitTiles(self.g, self.call, *refs, leaving=count, combining=count)
+        return SplitTiles(self.g, self.call, *refs, writers=count, combining=count)
 
     def lengths(self, item: WorkItem) -> tuple[Any, Any]:
         """Returns (kv length, query length) of an item's request; a kv length of -1: invalid."""

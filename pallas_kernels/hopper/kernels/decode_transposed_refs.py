@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.mosaic.cluster import TransposedPeer, peer_barrier
+from pallas_kernels.hopper.mosaic.cluster import TransposedOtherCta, cluster_barrier
 from pallas_kernels.hopper.mosaic.primitives import WGMMA_OPERAND
 from pallas_kernels.hopper.mosaic.transposed import WARPS, TransposedBackend
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
@@ -105,8 +105,8 @@ class PairScratch(NamedTuple):
     def types(g: TransposedBackend, sizes: Sizes) -> "PairScratch":
         return PairScratch(
             softmax=plgpu.SMEM((2, sizes.rows), jnp.float32),
-            softmax_sent=peer_barrier(1, interpreting=g.interpreting),
-            output_sent=peer_barrier(1, interpreting=g.interpreting),
+            softmax_sent=cluster_barrier(1, interpreting=g.interpreting),
+            output_sent=cluster_barrier(1, interpreting=g.interpreting),
         )
 
 
@@ -183,7 +183,7 @@ class Pair(NamedTuple):
     """The cluster of two CTAs that this CTA belongs to."""
 
     rank: Any  # of this CTA: 0 or 1
-    other: TransposedPeer  # the other CTA
+    other: TransposedOtherCta  # the other CTA
     scratch: PairScratch
 
 
@@ -219,7 +219,7 @@ class Cta:
             rank = lax.axis_index("cluster")
             number = 2 * group + rank
             exchange = None if inputs.exchange is None else inputs.exchange.at[group]
-            pair = Pair(rank, TransposedPeer(g, rank, exchange), scratch.pair)
+            pair = Pair(rank, TransposedOtherCta(g, rank, exchange), scratch.pair)
         row = inputs.requests.work.ranges.at[number]
         refs = inputs, outputs, partials, scratch
         return Cta(g, call, sizes, *refs, row, range_of(row), pair)
@@ -241,7 +241,7 @@ class Cta:
     def split_tiles(self) -> SplitTiles:
         """How split tiles are combined: one warpgroup stores partial results, both combine them."""
         refs = self.inputs.requests, self.outputs, self.partials
-        return SplitTiles(self.g, self.call, *refs, leaving=1, combining=WARPGROUPS)
+        return SplitTiles(self.g, self.call, *refs, writers=1, combining=WARPGROUPS)
 
     def lengths(self, item: WorkItem) -> tuple[Any, Any]:
         """Returns (kv length, query length) of an item's request; a kv length of -1: invalid."""

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 from pallas_kernels.hopper.mosaic.primitives import Backend
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests, float_struct
-from pallas_kernels.hopper.parts.combine import Meeting, Place, Refs, merge_shares, row_parts
+from pallas_kernels.hopper.parts.combine import (
+    CombineRefs,
+    OutputRows,
+    TileCounter,
+    combine_shares,
+    divide_into_rows,
+)
 from pallas_kernels.hopper.work_items import BLOCK, WorkItem
 
 
@@ -66,7 +72,7 @@ def rows_of(call: DecodeCall, request: Any, row_tile: Any) -> Rows:
 class SplitTiles:
     """Combines the partial results of split tiles inside of the launch.
 
-    leaving: how many warpgroups of a CTA store each partial result.
+    writers: how many warpgroups of a CTA store each partial result.
     combining: how many warpgroups of a CTA combine partial results.
     """
 
@@ -75,36 +81,36 @@ class SplitTiles:
     requests: Requests
     outputs: Outputs
     partials: Partials
-    leaving: int
+    writers: int
     combining: int
 
-    def _meeting(self, request: Any, row_tile: Any, num_partials: Any) -> Meeting:
+    def _meeting(self, request: Any, row_tile: Any, num_partials: Any) -> TileCounter:
         """Returns the counter through which the CTAs of a tile wait for each other."""
         tile = self.call.plan.tile_of(request, row_tile)
-        leaving, combining = self.leaving * num_partials, self.combining * num_partials
-        return Meeting(self.g, self.requests.counters, tile, leaving, combining)
+        leaving, combining = self.writers * num_partials, self.combining * num_partials
+        return TileCounter(self.g, self.requests.counters, tile, leaving, combining)
 
     def signal(self, item: WorkItem) -> None:
         """Signals that the calling warpgroup has stored its part of the item's partial result."""
         if self.call.combines:
-            self._meeting(item.request, item.row_tile, item.num_partials).leave()
+            self._meeting(item.request, item.row_tile, item.num_partials).count_partial()
 
     def combine(self, items: tuple[Any, Any], warpgroup: Any) -> None:
         """Combines the calling warpgroup's share of the split tiles that its CTA has items of."""
         call = self.call
-        merge_shares(
-            row_parts(
+        combine_shares(
+            divide_into_rows(
                 self.g,
                 call.plan,
                 call.tiles.rows_per_tile,
                 call.kv_lora_rank,
                 warpgroups=self.combining,
             ),
-            Refs(*self.partials, *self.outputs),
+            CombineRefs(*self.partials, *self.outputs),
             self.requests.work.items,
             items,
-            meet=self._meeting,
-            place=lambda request, row_tile: Place(rows_of(call, request, row_tile), 0),
+            counter_of=self._meeting,
+            place=lambda request, row_tile: OutputRows(rows_of(call, request, row_tile), 0),
             wg=warpgroup,
             wgs=self.combining,
         )
