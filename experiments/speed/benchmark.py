@@ -41,7 +41,7 @@ from experiments.speed.shapes import (
 )
 from mla_jax.hal import PROFILES, HardwareProfile, Problem, simulate
 
-SUMMARY = "times decode attention on a grid, with plain JAX, baselines, ceilings and the simulator"
+SUMMARY = "times decode attention on a grid, beside plain JAX, baselines and the simulator"
 
 DEEPSEEK_WIDTHS = (512, 64)  # kv_lora_rank and rope_dim of rates, baselines and predictions
 MEASURED = FOLDER.parent / "measured"  # CARD_decode.json: hopper and baselines of one process
