@@ -16,6 +16,7 @@ from mla_jax.allocator import OutOfPagesError, PageAllocator
 from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import PagedKVCache
 from mla_jax.checkpoints.read import CheckpointError
+from mla_jax.checkpoints.weights import MLAParams, init_params, load_hf, rotate_latent, save_hf
 from mla_jax.config import PRESETS, MLAConfig, YarnScaling
 from mla_jax.layer import attend, mla_layer, naive_mla_layer, preprocess, project_output
 from mla_jax.online_softmax import merge_states
@@ -23,7 +24,6 @@ from mla_jax.planning import plan_decode
 from mla_jax.registry import available_implementations
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.planner import SlowPlanWarning, SplitPlan, plan_fixed, plan_loads, plan_splits
-from mla_jax.weights import MLAParams, init_params, load_hf, rotate_latent, save_hf
 
 __all__ = [
     "PRESETS",

@@ -23,12 +23,12 @@ import numpy as np
 from mla_jax import checks
 from mla_jax.attention import prepare, require_query_lens
 from mla_jax.cache import PagedKVCache
+from mla_jax.checkpoints.weights import MLAParams, check_params
 from mla_jax.config import MLAConfig
 from mla_jax.registry import compute
 from mla_jax.rope import apply_rope, check_positions
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import SplitPlan
-from mla_jax.weights import MLAParams, check_params
 
 
 def mla_layer(

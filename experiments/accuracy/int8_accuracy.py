@@ -33,11 +33,11 @@ from experiments.framework.options import flag, seed_flag
 from experiments.serving.demo import small_config
 from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import PagedKVCache
+from mla_jax.checkpoints.weights import init_params
 from mla_jax.layer import preprocess
 from mla_jax.quantize import GRANULARITIES, hadamard, scales_of
 from mla_jax.reference.attention import attention_float64
 from mla_jax.reference.int8_dataflow import attend_int8
-from mla_jax.weights import init_params
 
 SUMMARY = "an int8 latent cache compared with float64, by scales, dataflow and data"
 

@@ -29,12 +29,12 @@ from experiments.serving.demo_batch import Batch, Step
 from experiments.serving.demo_results import Measurement, Result, draw, show
 from mla_jax import checks
 from mla_jax.cache import LAYOUTS, PAGE_SIZES, PagedKVCache
+from mla_jax.checkpoints.weights import MLAParams, init_params, load_hf, save_hf
 from mla_jax.config import MLAConfig
 from mla_jax.layer import mla_layer
 from mla_jax.problem import AttentionProblem
 from mla_jax.reference.layer import layer_float64
 from mla_jax.registry import IMPLEMENTATIONS
-from mla_jax.weights import MLAParams, init_params, load_hf, save_hf
 
 SUMMARY = "load a layer, prefill a batch, decode, MTP; every step compared with float64"
 

@@ -8,8 +8,8 @@ import math
 
 import numpy as np
 
+from mla_jax.checkpoints.weights import MLAParams
 from mla_jax.config import MLAConfig
-from mla_jax.weights import MLAParams
 
 
 def layer_float64(config: MLAConfig, params: MLAParams, x: np.ndarray) -> np.ndarray:

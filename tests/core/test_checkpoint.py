@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from mla_jax.checkpoints import write as checkpoint_write
 from mla_jax.checkpoints.read import INDEX, Checkpoint, CheckpointError, dequantize_blocks
+from mla_jax.checkpoints.weights import load_hf, params_to_hf, save_hf
 from mla_jax.config import MLAConfig
-from mla_jax.weights import load_hf, params_to_hf, save_hf
 
 CONFIG = MLAConfig(
     hidden_size=24,

@@ -16,10 +16,10 @@ from random_layer import random_params
 
 from mla_jax.cache import PagedKVCache
 from mla_jax.checkpoints.read import Checkpoint
+from mla_jax.checkpoints.weights import load_hf, rotate_latent
 from mla_jax.config import MLAConfig, YarnScaling
 from mla_jax.layer import attend, mla_layer, naive_mla_layer, preprocess, project_output
 from mla_jax.reference.layer import layer_float64
-from mla_jax.weights import load_hf, rotate_latent
 
 GOLDEN = sorted((Path(__file__).parents[1] / "data" / "golden").iterdir())
 TOLERANCE = 2e-5  # relative Frobenius error, float32

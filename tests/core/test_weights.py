@@ -13,8 +13,7 @@ from random_layer import random_params
 from safetensors.numpy import load_file, save_file
 
 from mla_jax.checkpoints.read import Checkpoint, CheckpointError, dequantize_blocks
-from mla_jax.config import MLAConfig
-from mla_jax.weights import (
+from mla_jax.checkpoints.weights import (
     check_params,
     hf_shapes,
     init_params,
@@ -25,6 +24,7 @@ from mla_jax.weights import (
     rotate_latent,
     save_hf,
 )
+from mla_jax.config import MLAConfig
 
 CONFIG = MLAConfig(
     hidden_size=24,

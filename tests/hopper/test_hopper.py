@@ -22,7 +22,8 @@ from mla_jax import (
 )
 from mla_jax.splits.decode_plan import DecodePlan
 from pallas_kernels.hopper import attention, device, planning
-from pallas_kernels.hopper.kernels.merge import merge, units
+from pallas_kernels.hopper.kernels.merge import merge
+from pallas_kernels.hopper.parts.combine import row_scales
 from pallas_kernels.hopper.tuned import choose_tile_plan, tile_plan_of_height
 from pallas_kernels.hopper.work_items import PARTIAL, work_list
 
@@ -170,7 +171,7 @@ def test_a_tile_in_two_pieces_interpreted(races, lost):
 @pytest.mark.parametrize("largest", [0.0, 1e-40, 1.2e-38, 6e-8, 1.0, 65535.9, 3.4e38])
 def test_units_hold_a_row_as_float16(largest):
     largest = np.float32(largest)
-    unit, inverse = map(np.float32, units(jnp.float32(largest)))
+    unit, inverse = map(np.float32, row_scales(jnp.float32(largest)))
     assert unit * inverse == 1
     held = np.float16(largest * inverse)
     assert held <= 2**15

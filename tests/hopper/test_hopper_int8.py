@@ -162,7 +162,8 @@ def test_overwritten_registers_are_found():
 
 
 @pytest.mark.parametrize(
-    ("heads", "tokens", "requests"), [(15, 1, 4), (16, 2, 4), (75, 1, 4), (128, 1, 1)]
+    ("heads", "tokens", "requests"),
+    [(15, 1, 4), (16, 2, 4), (32, 2, 4), (64, 1, 4), (75, 1, 4), (128, 1, 1)],
 )
 def test_compiles_for_sm90a(h200, heads, tokens, requests):
     """Nothing serialised, ignored or spilled, and operand A stays in its registers.

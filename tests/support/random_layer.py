@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from mla_jax.weights import MLAParams, param_shapes
+from mla_jax.checkpoints.weights import MLAParams, param_shapes
 
 
 def random_params(config, dtype=jnp.float32, seed=0):

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.kernels.decode_finish import Finish
-from pallas_kernels.hopper.kernels.decode_kernel import (
+from pallas_kernels.hopper.kernels.decode_refs import (
     KV_LEN,
     OPEN_PAIRS,
     QUERY_LEN,
@@ -45,7 +45,7 @@ class Running(NamedTuple):
 class Item(NamedTuple):
     """The work item in hand."""
 
-    state: Any  # its shared memory: `decode_kernel.KV_LEN` and so on
+    state: Any  # its shared memory: `decode_refs.KV_LEN` and so on
     begin: Any  # its first KV block
     num_blocks: Any
     q_rope: Any | None  # the rope columns of q in registers; None: in shared memory
@@ -222,7 +222,7 @@ class ComputingWarpgroup:
         k.g.zero(item.s_acc)
         for columns in k.columns:
             plgpu.barrier_wait(columns.full.at[barrier_set])
-            k.kv_blocks.see()
+            k.kv_blocks.make_visible()
             in_registers = columns.q is k.scratch.q_rope and item.q_rope is not None
             q = item.q_rope if in_registers else columns.q.at[zero]
             k.g.mma_t(item.s_acc, q, columns.kv.at[stage])

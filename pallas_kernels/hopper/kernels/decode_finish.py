@@ -14,11 +14,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.kernels.decode_kernel import INVALID, KV_LEN, QUERY_LEN, Kernel
-from pallas_kernels.hopper.kernels.merge import BLOCK_COLUMNS, Meeting, units
-from pallas_kernels.hopper.mosaic.cluster import joined
+from pallas_kernels.hopper.kernels.decode_refs import INVALID, KV_LEN, QUERY_LEN, Kernel
+from pallas_kernels.hopper.mosaic.cluster import combine_softmax
 from pallas_kernels.hopper.mosaic.primitives import ROWS
 from pallas_kernels.hopper.mosaic.rows import Rows
+from pallas_kernels.hopper.parts.combine import BLOCK_COLUMNS, TileCounter, row_scales
 from pallas_kernels.hopper.work_items import BLOCK, LN2, LOG2E, NO_KEY, WorkItem, kept_partial
 
 
@@ -33,7 +33,7 @@ class Target(NamedTuple):
     row: Any  # the first of them
     kept: Any  # whether this CTA combines the tile's two items
     next_partial: Any  # in a cluster of two: where the other item left its partial
-    meeting: Meeting  # counts that partial
+    tile_counter: TileCounter  # counts that partial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Finish:
             row=row,
             kept=work.partial < -1,
             next_partial=kept_partial(work.partial) + 1,
-            meeting=k.meet(work.request, work.row_tile, 1),
+            tile_counter=k.counter_of(work.request, work.row_tile, 1),
         )
         self.combine_and_store(target, o, top, total)
 
@@ -92,14 +92,14 @@ class Finish:
             return tuple(g.full((BLOCK,), value, ROWS) for value in (NO_KEY, 0.0))
 
         other = lax.cond(target.kept, of_other_item, nothing)
-        top, total, weight, others_weight = joined(top, total, *other)
+        top, total, weight, others_weight = combine_softmax(top, total, *other)
         seen = total != 0.0
         inverse, others_inverse = (jnp.where(seen, w / total, 0.0) for w in (weight, others_weight))
         # Written so that it can be contracted in one way only: the same bits in every program.
         lse = jnp.where(seen, (top + jnp.log(total) * LOG2E) * LN2, -jnp.inf)
 
         def scaled():
-            scale, inverse_scale = units(jnp.abs(o).max(axis=1) * inverse)
+            scale, inverse_scale = row_scales(jnp.abs(o).max(axis=1) * inverse)
             self.partial_rows(target, target.partial, self.me).store_values(
                 g, k.partials.scales, scale
             )
@@ -126,7 +126,7 @@ class Finish:
             )
             self.store(target, parts, lse)
             if k.call.combines:
-                pl.when(target.kept)(target.meeting.end)
+                pl.when(target.kept)(target.tile_counter.count_combined)
 
     # -- both warpgroups, both CTAs, both items -------------------------------------------------
     def sum_of_both(self, total: jax.Array) -> jax.Array:
@@ -155,7 +155,7 @@ class Finish:
     def stats_of_partial(self, target: Target) -> tuple[jax.Array, jax.Array]:
         """Returns maxima and sums of the tile's other item, from its partial result."""
         if self.k.call.combines:
-            target.meeting.wait()
+            target.tile_counter.wait()
         rows = pl.ds(target.cta * BLOCK, BLOCK)
         lse = self.k.g.load_rows(self.k.partials.lse.at[target.next_partial, rows])
         seen = lse != -jnp.inf
@@ -215,7 +215,7 @@ class Finish:
         if self.me == 0:
             self.partial_rows(target, target.partial).store_values(g, k.partials.lse, lse)
         if k.call.combines:
-            k.meet(target.request, target.row_tile, target.num_partials).leave()
+            k.counter_of(target.request, target.row_tile, target.num_partials).count_partial()
 
     def partial_part(self, target: Target, partial: Any, i: int) -> Any:
         """Returns where part i of this warpgroup's columns is in a partial result."""

@@ -14,31 +14,13 @@ from mla_jax.splits.planner import SplitPlan
 from pallas_kernels.hopper.mosaic.primitives import Backend
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.parts.combine import (
-    BLOCK_COLUMNS,
-    HALF_TOP,
-    Meeting,
-    Place,
-    Refs,
-    block_parts,
-    merge_shares,
-    row_parts,
-    units,
+    CombineRefs,
+    OutputRows,
+    combine_shares,
+    divide_into_columns,
+    divide_into_rows,
 )
 from pallas_kernels.hopper.work_items import WorkList, range_of
-
-# The decode kernels import these names from here.
-__all__ = [
-    "BLOCK_COLUMNS",
-    "HALF_TOP",
-    "Meeting",
-    "Place",
-    "Refs",
-    "block_parts",
-    "merge",
-    "merge_shares",
-    "row_parts",
-    "units",
-]
 
 WARPGROUPS = 4  # per CTA
 
@@ -72,9 +54,9 @@ def merge(
     ctas = partial_o.shape[1] if in_blocks else 1
     rows = partial_lse.shape[1] // ctas
     if in_blocks:
-        ways = block_parts(g, plan, width, WARPGROUPS)
+        ways = divide_into_columns(g, plan, width, WARPGROUPS)
     else:
-        ways = row_parts(g, plan, rows, width, WARPGROUPS)
+        ways = divide_into_rows(g, plan, rows, width, WARPGROUPS)
 
     def body(partial_o_ref, partial_lse_ref, *rest):
         *scales_ref, ranges_ref, items_ref, o_ref, lse_ref = rest
@@ -87,14 +69,14 @@ def merge(
             tile_rows = Rows.of_tile(
                 request, first, rows, total=num_rows, rows_per_tile=plan.rows_per_tile
             )
-            return Place(tile_rows, cta)
+            return OutputRows(tile_rows, cta)
 
-        merge_shares(
+        combine_shares(
             ways,
-            Refs(partial_o_ref, partial_lse_ref, o_ref, lse_ref, *scales_ref),
+            CombineRefs(partial_o_ref, partial_lse_ref, o_ref, lse_ref, *scales_ref),
             items_ref,
             range_of(ranges_ref.at[worker]),
-            meet=lambda *_: None,
+            counter_of=lambda *_: None,
             place=place,
             wg=lax.axis_index("wg"),
             wgs=WARPGROUPS,

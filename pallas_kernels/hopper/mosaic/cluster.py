@@ -33,8 +33,8 @@ from pallas_kernels.hopper.mosaic.threads import (
 from pallas_kernels.hopper.mosaic.transposed import COLUMNS
 
 
-def peer_barrier(warpgroups: int, *, interpreting: bool) -> plgpu.ClusterBarrier:
-    """Returns the barrier that `Peer.arrive` and `Peer.wait` use.
+def cluster_barrier(warpgroups: int, *, interpreting: bool) -> plgpu.ClusterBarrier:
+    """Returns the barrier that `OtherCta.arrive` and `OtherCta.wait` use.
 
     warpgroups: how many of each of the two CTAs arrive.
     """
@@ -43,7 +43,7 @@ def peer_barrier(warpgroups: int, *, interpreting: bool) -> plgpu.ClusterBarrier
 
 
 @dataclasses.dataclass(frozen=True)
-class Peer:
+class OtherCta:
     """Exchanges data with the other CTA. All threads of a warpgroup call its methods together.
 
     Data that one CTA sends can be received once both have arrived on a barrier.
@@ -152,8 +152,8 @@ class Peer:
 
 
 @dataclasses.dataclass(frozen=True)
-class TransposedPeer(Peer):
-    """`Peer` for the transposed kernels, where queries are the columns of a tile."""
+class TransposedOtherCta(OtherCta):
+    """`OtherCta` for the transposed kernels, where queries are the columns of a tile."""
 
     def send_columns(self, ref, row: int, value) -> None:
         """Sends one value per column, as COLUMNS, to a SMEM ref of the other CTA.
@@ -219,7 +219,7 @@ class TransposedPeer(Peer):
         return send(*refs, value, 1 - self.rank)
 
 
-def joined(m, total, m_other, l_other):
+def combine_softmax(m, total, m_other, l_other):
     """Combines the softmax statistics of two parts of the keys.
 
     Args:

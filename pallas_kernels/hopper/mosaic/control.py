@@ -15,8 +15,7 @@ from jax._src.lib.mlir.dialects import arith
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.mosaic.mode import Mode
-from pallas_kernels.hopper.mosaic.threads import SCALAR, element_pointer, read_number
+from pallas_kernels.hopper.mosaic.threads import SCALAR, Mode, element_pointer, read_number
 
 REGISTER_FILE = 65536  # registers of an SM
 

@@ -7,7 +7,7 @@ operand A holds two tokens of one dimension, so these four bytes become two regi
 
 The conversion is exact. The byte x ^ 0x80 is u = x + 128 in 0 .. 255. The bfloat16 with bits 0x00uu
 is u * 2^-133, because subnormals and the first normal binade have the same spacing. One fused
-multiply-add computes (u - 128) / 64 = x / 64. So the result is x * WIDENED_UNIT.
+multiply-add computes (u - 128) / 64 = x / 64. So the result is x * DEQUANTIZED_STEP.
 
 The rows of O^T are in the order of `place_in_dimensions`. `Rows.store_dimensions` restores the
 order of the dimensions.
@@ -31,7 +31,7 @@ from pallas_kernels.hopper.mosaic.transposed import COLUMNS, TransposedBackend
 from pallas_kernels.hopper.mosaic.wgmma import operand
 
 INT8_OPERAND = operand(1)  # tiling and swizzle of int8 in shared memory that wgmma reads
-WIDENED_UNIT = 2.0**-6  # the bfloat16 value of 1 in int8
+DEQUANTIZED_STEP = 2.0**-6  # the bfloat16 value of 1 in int8
 GROUP = 64  # rows of O^T that one wgmma computes
 TOKENS = 64  # tokens per block
 _LDMATRIX_TOKENS = 32  # tokens that one ldmatrix loads
@@ -85,7 +85,7 @@ def _ldmatrix_transposed(address: ir.Value) -> list[ir.Value]:
 
 
 def _dequantize_bytes(four: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Returns x * WIDENED_UNIT of four signed bytes x as two pairs of bfloat16.
+    """Returns x * DEQUANTIZED_STEP of four signed bytes x as two pairs of bfloat16.
 
     The first pair has bytes 0 and 2, the second one bytes 1 and 3.
     """
@@ -107,11 +107,11 @@ def _dequantize_bytes(four: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 
 @dataclasses.dataclass(frozen=True)
-class WideningBackend(TransposedBackend):
+class DequantizingBackend(TransposedBackend):
     """`TransposedBackend` with the primitives of the int8 kernels."""
 
     # -- scores -----------------------------------------------------------------------------------
-    def joined_halves(self, x, unit: int) -> jax.Array:
+    def combine_halves(self, x, unit: int) -> jax.Array:
         """Returns unit * high + low as a float32 (64, n) tile.
 
         x: int32 (64, 2 n), high in its first n columns and low in the others.
@@ -142,20 +142,20 @@ class WideningBackend(TransposedBackend):
         """Loads one value per column of a (64, n) WGMMA tile, as COLUMNS."""
         return ref[...] if self.interpreting else plgpu.load(ref, layout=COLUMNS, optimized=False)
 
-    def begin_widening(self, v, first_group: int = 0, tokens: int = TOKENS):
-        """Returns the first steps of V^T for `mma_widened`, before P is known.
+    def begin_dequantizing(self, v, first_group: int = 0, tokens: int = TOKENS):
+        """Returns the first steps of V^T for `mma_dequantized`, before P is known.
 
-        The arguments are those of `mma_widened`.
+        The arguments are those of `mma_dequantized`.
         """
         if self.interpreting:
             return None
         steps = _steps(first_group, tokens)
         return self._dequantized(self._bytes(v, *next(steps))), self._bytes(v, *next(steps))
 
-    def mma_widened(
+    def mma_dequantized(
         self, accs, v, p_t, begun, *, first_group: int = 0, tokens: int = TOKENS
     ) -> None:
-        """Adds WIDENED_UNIT * V^T P^T to O^T and leaves the last product in flight.
+        """Adds DEQUANTIZED_STEP * V^T P^T to O^T and leaves the last product in flight.
 
         It works in steps of one group of rows and `tokens` tokens. It dequantizes a step while
         wgmma multiplies the step before.
@@ -165,7 +165,7 @@ class WideningBackend(TransposedBackend):
                 multiple of GROUP.
             v: int8 SMEM (TOKENS, d_v), tiled as INT8_OPERAND.
             p_t: P^T, bfloat16 SMEM (TOKENS, n), tiled for slices of `tokens`.
-            begun: from `begin_widening` with the same first_group and tokens.
+            begun: from `begin_dequantizing` with the same first_group and tokens.
             first_group: the first group of GROUP rows of O^T.
             tokens: how many tokens a step dequantizes, TOKENS or a part of it.
         """
@@ -173,7 +173,7 @@ class WideningBackend(TransposedBackend):
             first = GROUP * first_group
             for acc in accs:
                 m = acc.shape[0]
-                part = v[:, first : first + m].astype(jnp.float32).T * WIDENED_UNIT
+                part = v[:, first : first + m].astype(jnp.float32).T * DEQUANTIZED_STEP
                 product = jnp.dot(part, p_t[...].astype(jnp.float32), precision="highest")
                 acc[...] = acc[...] + product
                 first += m
@@ -231,7 +231,7 @@ class WideningBackend(TransposedBackend):
         return load(ref)
 
     def _dequantized(self, four_bytes) -> jax.Array:
-        """Returns rows of WIDENED_UNIT * V^T as bfloat16 (GROUP, tokens), for operand A."""
+        """Returns rows of DEQUANTIZED_STEP * V^T as bfloat16 (GROUP, tokens), for operand A."""
         tokens = four_bytes.shape[0] * 4 // GROUP
         shape, (_, layout) = (GROUP, tokens), _bytes_layout(tokens)
 
@@ -252,10 +252,10 @@ class WideningBackend(TransposedBackend):
         return dequantize(four_bytes)
 
     # -- between two warpgroups -----------------------------------------------------------------
-    def hand_over(self, ref, value) -> None:
-        """Stores an (m, n) WGMMA tile to a float32 SMEM ref (n, m), for `take_over`.
+    def store_registers(self, ref, value) -> None:
+        """Stores an (m, n) WGMMA tile to a float32 SMEM ref (n, m), for `load_registers`.
 
-        The values are in the order of the registers, so only `take_over` can read them.
+        The values are in the order of the registers, so only `load_registers` can read them.
         """
         if self.interpreting:
             ref[...] = value.T
@@ -269,8 +269,8 @@ class WideningBackend(TransposedBackend):
 
         write(ref, value)
 
-    def take_over(self, ref) -> jax.Array:
-        """Loads the tile that another warpgroup's `hand_over` has stored."""
+    def load_registers(self, ref) -> jax.Array:
+        """Loads the tile that another warpgroup's `store_registers` has stored."""
         if self.interpreting:
             return ref[...].T
         n, m = ref.shape
@@ -300,5 +300,5 @@ def _own_places(ref: ir.Value) -> list[list[ir.Value]]:
     mine = arith.addi(arith.muli(warp, constant(32, i32)), lane)
     column = arith.index_cast(index, arith.muli(mine, constant(2, i32)))
     if m != 256:
-        raise ValueError(f"hand_over takes halves of 256 dimensions, got {m}")
+        raise ValueError(f"store_registers takes halves of 256 dimensions, got {m}")
     return [[constant(k, index), column] for k in range(n)]

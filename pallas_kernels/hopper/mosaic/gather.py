@@ -23,11 +23,11 @@ from jax._src.state.primitives import get_ref_and_transforms
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.mosaic.mode import Mode
 from pallas_kernels.hopper.mosaic.threads import (
     CHUNK_BYTES,
     THREADS,
     WGMMA_OPERAND,
+    Mode,
     element_pointer,
 )
 

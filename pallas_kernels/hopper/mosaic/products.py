@@ -107,7 +107,7 @@ class Products(Values):
     def product_t(self, a, b, dtype) -> jax.Array:
         """Starts a @ b.T into new registers, which need not be zeroed, and leaves it in flight.
 
-        Only `landed` may read the result, after a wait. In the interpreter int32 results are
+        Only `completed` may read the result, after a wait. In the interpreter int32 results are
         exact below 2^24.
 
         Args:
@@ -140,7 +140,7 @@ class Products(Values):
 
         return start(a, b)
 
-    def landed(self, product) -> jax.Array:
+    def completed(self, product) -> jax.Array:
         """Returns the value that `product_t` started. The caller has waited for it."""
         if self.interpreting:
             return product

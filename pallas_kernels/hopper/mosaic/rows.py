@@ -213,7 +213,7 @@ class Rows:
     def store_dimensions(self, g: Backend, ref: Any, value: Any, first_group: int) -> None:
         """Stores a part of O^T (m, height), whose first group is first_group, to ref [..., R, d].
 
-        `WideningBackend.mma_widened` computes O^T, in the order of `place_in_dimensions`.
+        `DequantizingBackend.mma_dequantized` computes O^T, in the order of `place_in_dimensions`.
         """
 
         def places(tile: Any, strides: list[int]) -> Places:

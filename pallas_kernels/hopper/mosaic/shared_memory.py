@@ -8,8 +8,14 @@ from jax._src.lib.mlir.dialects import arith, llvm, nvvm, vector
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.mosaic.mode import Mode
-from pallas_kernels.hopper.mosaic.threads import CHUNK_BYTES, SCALAR, WGMMA_OPERAND, opaque, thread
+from pallas_kernels.hopper.mosaic.threads import (
+    CHUNK_BYTES,
+    SCALAR,
+    WGMMA_OPERAND,
+    Mode,
+    opaque,
+    thread,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ A warpgroup holds a (64, n) WGMMA tile as follows. Warp w holds rows 16 w to 16 
 block of 8 columns a lane holds two neighbouring columns of two rows that are 8 rows apart.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,16 @@ CHUNK_BYTES = 16  # what a thread copies at once, and the unit that swizzling pe
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value per row of a (64, n) WGMMA tile
 SCALAR = plgpu.Layout.WG_SPLAT(())
 THREADS = plgpu.Layout.WG_STRIDED((128,), vec_size=1)  # one value per thread of a warpgroup
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """The base class of all groups of primitives.
+
+    interpreting: whether the kernel runs in the interpreter on a CPU. False emits instructions.
+    """
+
+    interpreting: bool
 
 
 def thread() -> ir.Value:

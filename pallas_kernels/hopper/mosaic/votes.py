@@ -13,8 +13,7 @@ from jax._src.lib.mlir.dialects import arith, llvm, vector
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.mosaic.mode import Mode
-from pallas_kernels.hopper.mosaic.threads import ROWS, SCALAR, THREADS
+from pallas_kernels.hopper.mosaic.threads import ROWS, SCALAR, THREADS, Mode
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,24 +41,24 @@ BLOCK_COLUMNS = 8  # columns per block of a partial
 HALF_TOP = 14  # log2 of a row's largest float16 value, rounded down; float16 ends below 2^16
 
 
-class Refs(NamedTuple):
+class CombineRefs(NamedTuple):
     """The arrays that combining reads and writes."""
 
     partial_o: Any  # rows [partials, rows, d_v], or blocks [partials, ctas, d_v / 8, 512]
     partial_lse: Any  # [partials, rows]
     o: Any  # [B, R, d_v]
     lse: Any  # [B, R]
-    partial_units: Any = None  # scales [partials, 2, rows] of both halves of the columns
+    partial_scales: Any = None  # scales [partials, 2, rows] of both halves of the columns
 
 
-class Place(NamedTuple):
+class OutputRows(NamedTuple):
     """Where a CTA's part of a tile is in the output."""
 
     rows: Rows
     cta: Any  # which of the CTAs that share the tile
 
 
-class Meeting(NamedTuple):
+class TileCounter(NamedTuple):
     """Lets the workers of a split tile wait until all of its partials are there.
 
     There is one counter per tile and per CTA of those that share the tile. It counts the warpgroups
@@ -68,20 +68,20 @@ class Meeting(NamedTuple):
     g: Backend
     counters: Any  # int32 ref
     counter: Any  # index
-    leaving: Any  # how many warpgroups write partials
-    merging: Any  # how many warpgroups combine
+    writers: Any  # how many warpgroups write partials
+    combiners: Any  # how many warpgroups combine
 
-    def leave(self) -> None:
+    def count_partial(self) -> None:
         """Signals that this warpgroup has written its part of a partial."""
-        self.g.count_up(self.counters, self.counter, self.leaving + self.merging, publishes=True)
+        self.g.count_up(self.counters, self.counter, self.writers + self.combiners, publishes=True)
 
     def wait(self) -> None:
         """Waits until all warpgroups have written their parts."""
-        self.g.wait_for(self.counters, self.counter, self.leaving)
+        self.g.wait_for(self.counters, self.counter, self.writers)
 
-    def end(self) -> None:
+    def count_combined(self) -> None:
         """Signals that this warpgroup has combined its share."""
-        self.g.count_up(self.counters, self.counter, self.leaving + self.merging, publishes=False)
+        self.g.count_up(self.counters, self.counter, self.writers + self.combiners, publishes=False)
 
 
 class Sums(NamedTuple):
@@ -108,10 +108,10 @@ class Division(NamedTuple):
 
     number: int  # of parts
     partials_at_once: int  # loaded before they are added
-    segments: Callable[[Refs, Place, Any], list[Segment]]  # of the part with that index
+    segments: Callable[[CombineRefs, OutputRows, Any], list[Segment]]  # of the part with that index
 
 
-class Ways(NamedTuple):
+class Divisions(NamedTuple):
     """How tiles of up to `most` partials are divided, and how tiles of more partials are."""
 
     few: Division
@@ -119,7 +119,7 @@ class Ways(NamedTuple):
     many: Division
 
 
-def _ways(plan: SplitPlan, divide: Callable[[int, int], Division]) -> Ways:
+def _ways(plan: SplitPlan, divide: Callable[[int, int], Division]) -> Divisions:
     """Returns a division for the usual number of partials per tile, and one for many partials.
 
     A long request among short ones has many partials, because many workers share it.
@@ -131,9 +131,9 @@ def _ways(plan: SplitPlan, divide: Callable[[int, int], Division]) -> Ways:
     """
     usual = max(1, round(plan.num_workers / plan.num_tiles))
     if plan.fixed:
-        return Ways(divide(usual, 2), MANY // 2, divide(plan.num_workers, MANY))
+        return Divisions(divide(usual, 2), MANY // 2, divide(plan.num_workers, MANY))
     many = divide(max(plan.num_workers, usual), max(MANY, usual))
-    return Ways(divide(usual, max(2, usual)), max(MANY // 2, 2 * usual), many)
+    return Divisions(divide(usual, max(2, usual)), max(MANY // 2, 2 * usual), many)
 
 
 def _in_even_rounds(partials: int, most: int) -> int:
@@ -142,14 +142,14 @@ def _in_even_rounds(partials: int, most: int) -> int:
     return -(-partials // rounds)
 
 
-def row_parts(
+def divide_into_rows(
     g: Backend,
     plan: SplitPlan,
     rows: int,
     width: int,
     warpgroups: int,
     in_flight: int | None = None,
-) -> Ways:
+) -> Divisions:
     """Divides a tile into groups of rows, or into columns of single rows.
 
     Columns are divided where a tile has more partials than rows.
@@ -182,7 +182,7 @@ def _divide_rows(
     across = width // columns
     layout = plgpu.Layout.WG_STRIDED((columns,), vec_size=columns // 128)
 
-    def segments(refs: Refs, place: Place, part: Any) -> list[Segment]:
+    def segments(refs: CombineRefs, place: OutputRows, part: Any) -> list[Segment]:
         real_rows = jnp.minimum(rows, place.rows.count)
         top, index = (part // across) * group, part % across
         column = pl.ds(index * columns, columns)
@@ -223,10 +223,10 @@ def _divide_rows(
     return Division(count, at_once, segments)
 
 
-def block_parts(g: Backend, plan: SplitPlan, width: int, warpgroups: int) -> Ways:
+def divide_into_columns(g: Backend, plan: SplitPlan, width: int, warpgroups: int) -> Divisions:
     """Divides a tile of 64 rows into ranges of columns.
 
-    The arguments are as in `row_parts`.
+    The arguments are as in `divide_into_rows`.
     """
     return _ways(plan, functools.partial(_divide_blocks, g, width, warpgroups))
 
@@ -237,7 +237,7 @@ def _divide_blocks(
     share = width // (partials * warpgroups)  # columns per warpgroup
     columns = 64 if share >= 64 else 32 if share >= 32 else 16 if share >= 16 else BLOCK_COLUMNS
 
-    def segments(refs: Refs, place: Place, part: Any) -> list[Segment]:
+    def segments(refs: CombineRefs, place: OutputRows, part: Any) -> list[Segment]:
         column = part * columns
 
         def write(lse, o):
@@ -250,9 +250,9 @@ def _divide_blocks(
             return value.astype(jnp.float32)
 
         def scale(partial):
-            if refs.partial_units is None:
+            if refs.partial_scales is None:
                 return 1.0
-            return g.load_rows(refs.partial_units.at[partial, 2 * column // width, partial_rows])
+            return g.load_rows(refs.partial_scales.at[partial, 2 * column // width, partial_rows])
 
         partial_rows = pl.ds(place.cta * BLOCK, BLOCK)
         empty_rows = g.full((BLOCK,), NO_KEY, ROWS), g.full((BLOCK,), 0.0, ROWS)
@@ -305,7 +305,12 @@ def _combine_part(segments: list[Segment], first: Any, count: Any, at_once: int)
 
 
 def _combine_share(
-    refs: Refs, place: Place, partials: tuple[Any, Any, Any], wg: Any, wgs: int, division: Division
+    refs: CombineRefs,
+    place: OutputRows,
+    partials: tuple[Any, Any, Any],
+    wg: Any,
+    wgs: int,
+    division: Division,
 ) -> None:
     """Combines the parts of a tile that one of `wgs` warpgroups takes for one of its partials.
 
@@ -322,13 +327,13 @@ def _combine_share(
     lax.fori_loop(0, jnp.maximum(division.number - begin + stride - 1, 0) // stride, part, ())
 
 
-def merge_shares(
-    ways: Ways,
-    refs: Refs,
+def combine_shares(
+    ways: Divisions,
+    refs: CombineRefs,
     items_ref: Any,
     items: tuple[Any, Any],
-    meet: Callable[[Any, Any, Any], Meeting | None],
-    place: Callable[[Any, Any], Place],
+    counter_of: Callable[[Any, Any, Any], TileCounter | None],
+    place: Callable[[Any, Any], OutputRows],
     wg: Any,
     wgs: int,
 ) -> None:
@@ -339,9 +344,9 @@ def merge_shares(
         refs: the arrays.
         items_ref: `WorkList.items`. A tile of one partial is not combined here.
         items: the worker's range of items, from and to.
-        meet: (request, row tile, partials of the tile) -> Meeting, or None where no
+        counter_of: (request, row tile, partials of the tile) -> TileCounter, or None where no
             warpgroup has to wait.
-        place: (request, row tile) -> Place.
+        place: (request, row tile) -> OutputRows.
         wg: the index of this warpgroup among those that combine.
         wgs: how many of the worker's warpgroups combine.
     """
@@ -352,9 +357,9 @@ def merge_shares(
 
         @pl.when((own >= 0) & (count > 1))
         def _split():
-            meeting = meet(request, row_tile, count)
-            if meeting:
-                meeting.wait()
+            tile_counter = counter_of(request, row_tile, count)
+            if tile_counter:
+                tile_counter.wait()
             partials = own, first, count
             share = functools.partial(
                 _combine_share, refs, place(request, row_tile), partials, wg, wgs
@@ -364,15 +369,15 @@ def merge_shares(
             else:
                 pl.when(count <= ways.most)(functools.partial(share, ways.few))
                 pl.when(count > ways.most)(functools.partial(share, ways.many))
-            if meeting:
-                meeting.end()
+            if tile_counter:
+                tile_counter.count_combined()
 
         return ()
 
     lax.fori_loop(*items, combine_item, ())
 
 
-def units(largest: Any) -> tuple[Any, Any]:
+def row_scales(largest: Any) -> tuple[Any, Any]:
     """Returns power-of-two scales for rows of float16, and their inverses.
 
     Division by a power of two is exact.

@@ -55,12 +55,12 @@ class CopiedBlocks:
     pages_ref: Any
     collective_axes: str | None
 
-    def ahead(self, request: Any, block: Any, kv_len: Any) -> Any:
+    def prefetch_table(self, request: Any, block: Any, kv_len: Any) -> Any:
         """Returns nothing, because `find` reads the few page ids itself."""
         del request, block, kv_len
         return ()
 
-    def find(self, ahead: Any, request: Any, block: Any, kv_len: Any) -> tuple[Any, Any]:
+    def locate(self, ahead: Any, request: Any, block: Any, kv_len: Any) -> tuple[Any, Any]:
         """Returns where the block is, and whether the cache has all of its pages."""
         del ahead
         num_pages, page_size, _ = self.pages_ref.shape
@@ -77,7 +77,7 @@ class CopiedBlocks:
                 collective_axes=self.collective_axes,
             )
 
-    def see(self) -> None:
+    def make_visible(self) -> None:
         """Does nothing, because TMA writes through the same proxy as wgmma reads."""
 
 
@@ -93,14 +93,14 @@ class GatheredBlocks:
     table_ref: Any
     pages_ref: Any
 
-    def ahead(self, request: Any, block: Any, kv_len: Any) -> Any:
+    def prefetch_table(self, request: Any, block: Any, kv_len: Any) -> Any:
         """Returns the page ids of the block's tokens, one per thread, without checking them."""
         page_size = self.pages_ref.shape[1]
         page = block * (BLOCK // page_size) + self.g.gathered_row() // page_size
         page = jnp.minimum(page, last_page(kv_len, page_size))
         return self.g.load_indexed(self.table_ref, request * self.table_ref.shape[1] + page)
 
-    def find(self, ahead: Any, request: Any, block: Any, kv_len: Any) -> tuple[Any, Any]:
+    def locate(self, ahead: Any, request: Any, block: Any, kv_len: Any) -> tuple[Any, Any]:
         """Returns rows of the cache as [num_pages * page_size, D], and whether all pages exist."""
         del request, block, kv_len
         num_pages, page_size, _ = self.pages_ref.shape
@@ -116,7 +116,7 @@ class GatheredBlocks:
         self.g.track_copies(full)
         plgpu.barrier_arrive(full)
 
-    def see(self) -> None:
+    def make_visible(self) -> None:
         """Makes the gathered rows visible to wgmma."""
         # cp.async writes through the generic proxy, as a store does, and wgmma reads through the
         # async proxy. The wait for the barrier makes the copies visible to the waiting thread. A

@@ -1,9 +1,11 @@
-"""q from bfloat16 to two int8 and a rope part, in steps of each row, on its way to shared memory.
+"""Quantizes q on its way to shared memory, for the kernels over an int8 cache.
 
-The counterpart of `widen`. Two int8 are q's latent part in 14 bits (`quantize.quantize_in_halves`):
-what 8 bits lose of q costs as much as the int8 cache does. Steps are powers of two, so the rope
-part can be in units of them as well, as it is. Rounding is by an add, since float32 holds whole
-numbers only from 2^23 on.
+Each row gets a step, a power of two. The latent part of q becomes two int8 values of 14 bits
+together, q = (128 * high + low) * step, as `quantize.quantize_in_halves` defines it. Rounding q to
+8 bits would cost as much accuracy as the int8 cache does. The rope part is divided by the step too,
+which is exact, and stays bfloat16.
+
+`mosaic/dequantize.py` is the counterpart for V.
 """
 
 from typing import Any
@@ -18,19 +20,22 @@ from mla_jax import quantize
 from pallas_kernels.hopper.mosaic.primitives import Backend
 from pallas_kernels.hopper.mosaic.quantize import high_and_low
 
-ROW_GROUP = 8  # rows that a warpgroup rounds at a time: those of a swizzled tile
-# float32 around it, up to 2^22 away, are whole numbers, and the bits of n more are n more. Its own
-# two lowest bytes are 0.
-WHOLE = 1.5 * 2.0**23
+ROW_GROUP = 8  # rows that a warpgroup quantizes at a time: those of a swizzled tile
+# Adding this number rounds to a whole number, because float32 has no fractions between 2^23 and
+# 2^24. The two lowest bytes of its bits are 0, so those of the sum are the whole number.
+ROUNDING = 1.5 * 2.0**23
 
 
-def _rows_of_lanes(columns: int) -> Any:
-    """Two rows a warp, 16 lanes side by side on each, which write a swizzled tile bank by bank."""
+def _row_layout(columns: int) -> Any:
+    """Returns a layout of 8 rows: two per warp, with 16 lanes side by side on each.
+
+    Such lanes write a swizzled tile without bank conflicts.
+    """
     tiling = mgpu.fragmented_array.Tiling(((ROW_GROUP, columns), (2, columns // 16)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-2, -3), vector_dim=-1)
 
 
-_LATENT, _ROPE = _rows_of_lanes(128), _rows_of_lanes(64)
+_LATENT, _ROPE = _row_layout(128), _row_layout(64)
 
 
 def fetch_q(
@@ -43,18 +48,20 @@ def fetch_q(
     *,
     unit: float,
 ) -> None:
-    """Rows of q to shared memory, by one warpgroup: its parts and what their steps are worth.
+    """Quantizes rows of q and writes them to shared memory, with one warpgroup.
 
-    `commit_smem` and a barrier must stand between this and what reads it.
+    The caller runs `commit_smem` and then arrives at the barrier that the reader waits for.
 
     Args:
         q_ref: bfloat16 GMEM [B, R, D + E], D a multiple of 128 and E of 64.
-        place: the request and the first row.
-        into: int8 SMEM [1, 2 * n, D], high of n rows and then low, tiled as `widen.INT8_OPERAND`;
-            rope bfloat16 SMEM [1, n, E], tiled as `primitives.WGMMA_OPERAND`; and float32 SMEM
-            [1, n], a row's step times unit.
-        begin: the first of these n rows.
-        rows: how many, a multiple of ROW_GROUP.
+        place: the request and its first row.
+        into: three SMEM refs with room for n rows: int8 [1, 2 * n, D], the high parts of n rows
+            and then the low parts, tiled as `dequantize.INT8_OPERAND`; bfloat16 [1, n, E], the rope
+            part, tiled as `primitives.WGMMA_OPERAND`; float32 [1, n], the step of each row times
+            unit.
+        begin: where the rows begin among these n.
+        rows: their number, a multiple of ROW_GROUP.
+        unit: the softmax scale, in log2 units.
     """
     halves, ropes, steps = into
     _, twice, latent = halves.shape
@@ -69,37 +76,37 @@ def fetch_q(
         x = g.load_strided(ref.at[:, pl.ds(0, latent)], _LATENT)
         return x, g.load_strided(ref.at[:, pl.ds(latent, ref.shape[1] - latent)], _ROPE)
 
-    def write(group, x, rest):
-        mine = group_at(begin, group)
+    def write(group, x, rope):
+        target = group_at(begin, group)
         step = quantize.step_of_halves(jnp.abs(x).max(axis=1))
         inverse = 1.0 / step
-        in_steps = x.astype(jnp.float32) * _beside(g, inverse, x.shape, _LATENT)
+        in_steps = x.astype(jnp.float32) * _per_row(g, inverse, x.shape, _LATENT)
         high, low = _halves(g, in_steps)
-        halves.at[0, mine][...] = high
+        halves.at[0, target][...] = high
         halves.at[0, group_at(twice // 2 + begin, group)][...] = low
-        in_steps = rest.astype(jnp.float32) * _beside(g, inverse, rest.shape, _ROPE)
-        ropes.at[0, mine][...] = in_steps.astype(rest.dtype)
-        steps.at[0, mine][...] = step * unit
+        in_steps = rope.astype(jnp.float32) * _per_row(g, inverse, rope.shape, _ROPE)
+        ropes.at[0, target][...] = in_steps.astype(rope.dtype)
+        steps.at[0, target][...] = step * unit
 
     if groups == 1:
         write(0, *fetch(0))
         return
 
-    # (A loop: code that runs once waits for memory as data does.)
-    def turn(group, fetched):
+    # A loop and not unrolled code: code that runs once has to be read from memory, as data does.
+    def step(group, fetched):
         following = fetch(jnp.minimum(group + 1, groups - 1))
         write(group, *fetched)
         return following
 
-    lax.fori_loop(0, groups, turn, fetch(0))
+    lax.fori_loop(0, groups, step, fetch(0))
 
 
 def _halves(g: Backend, x: Any) -> tuple[Any, Any]:
-    """int8 high and low of float32 x: 128 * high + low = rint(x), low in -64 .. 63.
+    """Returns int8 (high, low) of float32 x: 128 * high + low = rint(x), low in -64 .. 63.
 
-    Two bytes of rint(x) + 64 hold low + 64 in 7 bits, and high above.
+    The lowest 7 bits of rint(x) + 64 are low + 64, and the bits above are high.
     """
-    bits = lax.bitcast_convert_type(x + (WHOLE + quantize.HALF // 2), jnp.int32)
+    bits = lax.bitcast_convert_type(x + (ROUNDING + quantize.HALF // 2), jnp.int32)
     if g.interpreting:
         high = (bits >> quantize.HALF.bit_length() - 1).astype(jnp.int8)
         return high, ((bits & quantize.HALF - 1) - quantize.HALF // 2).astype(jnp.int8)
@@ -107,6 +114,7 @@ def _halves(g: Backend, x: Any) -> tuple[Any, Any]:
     return high_and_low(bits, _LATENT)
 
 
-def _beside(g: Backend, rows: Any, shape: tuple[int, ...], layout: Any) -> Any:
-    spread = lax.broadcast_in_dim(rows, shape, [0])
+def _per_row(g: Backend, values: Any, shape: tuple[int, ...], layout: Any) -> Any:
+    """Returns a value per row, spread over the columns of an array."""
+    spread = lax.broadcast_in_dim(values, shape, [0])
     return spread if g.interpreting else plgpu.layout_cast(spread, layout)

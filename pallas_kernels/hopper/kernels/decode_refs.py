@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.kernels.merge import Meeting, Place, Refs
-from pallas_kernels.hopper.mosaic.cluster import Peer, peer_barrier
+from pallas_kernels.hopper.mosaic.cluster import OtherCta, cluster_barrier
 from pallas_kernels.hopper.mosaic.primitives import WGMMA_OPERAND, Backend
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
+from pallas_kernels.hopper.parts.combine import CombineRefs, OutputRows, TileCounter
 from pallas_kernels.hopper.parts.kv_load import arrivals, blocks
 from pallas_kernels.hopper.work_items import BLOCK, ITEM_FIELDS, range_of
 
@@ -93,7 +93,7 @@ class Scratch(NamedTuple):
             )
 
         def of_both_ctas(warpgroups: int) -> Any:
-            return peer_barrier(warpgroups, interpreting=g.interpreting) if pairs else None
+            return cluster_barrier(warpgroups, interpreting=g.interpreting) if pairs else None
 
         return Scratch(
             q_left=tiles(1, BLOCK, half),
@@ -153,7 +153,7 @@ class Kernel:
     scratch: Scratch
     rank: Any
     range_ref: Any
-    other_cta: Peer
+    other_cta: OtherCta
 
     @property
     def half(self) -> int:
@@ -213,18 +213,18 @@ class Kernel:
         """Returns this CTA's rows of a tile in the outputs."""
         return self.call.rows_of(request, self.first_row(row_tile), BLOCK)
 
-    def place(self, request: Any, row_tile: Any) -> Place:
-        return Place(self.rows_of(request, row_tile), self.part_of_tile())
+    def place(self, request: Any, row_tile: Any) -> OutputRows:
+        return OutputRows(self.rows_of(request, row_tile), self.part_of_tile())
 
-    def meet(self, request: Any, row_tile: Any, items: Any) -> Meeting:
+    def counter_of(self, request: Any, row_tile: Any, items: Any) -> TileCounter:
         """Returns the counter with which `items` work items of a tile wait for each other."""
         counter = self.call.plan.tile_of(request, row_tile) * self.cluster + self.part_of_tile()
         counters = self.inputs.requests.counters
-        return Meeting(self.g, counters, counter, leaving=2 * items, merging=2 * items)
+        return TileCounter(self.g, counters, counter, writers=2 * items, combiners=2 * items)
 
     @property
-    def merge_refs(self) -> Refs:
-        return Refs(
+    def merge_refs(self) -> CombineRefs:
+        return CombineRefs(
             self.partials.o,
             self.partials.lse,
             self.outputs.o,

@@ -1,0 +1,355 @@
+"""The computing warpgroups of `decode_int8`: one makes P^T, two make O^T."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from mla_jax import quantize
+from pallas_kernels.hopper.kernels.decode_int8_refs import (
+    DISCARDED,
+    FIELD,
+    OUTPUT_WARPGROUPS,
+    QUERIES,
+    SOFTMAX_WARPGROUP,
+    STEP_TOKENS,
+    Destination,
+    Partials,
+    Role,
+    opaque_zero,
+    per_query,
+    per_token,
+)
+from pallas_kernels.hopper.mosaic.dequantize import DEQUANTIZED_STEP, GROUP
+from pallas_kernels.hopper.mosaic.primitives import ROWS
+from pallas_kernels.hopper.mosaic.rows import Rows
+from pallas_kernels.hopper.mosaic.transposed import COLUMNS
+from pallas_kernels.hopper.parts.call import Outputs
+from pallas_kernels.hopper.parts.combine import (
+    CombineRefs,
+    OutputRows,
+    combine_shares,
+    divide_into_rows,
+)
+from pallas_kernels.hopper.parts.quantize_q import fetch_q
+from pallas_kernels.hopper.work_items import BLOCK, LN2, NO_KEY, WorkItem
+
+SUM_LIMIT = 2.0**64  # where a query's sum of e^(s - m) is larger, the work item is repeated
+COMBINE_REGISTERS = 32  # per thread, for partial o in flight: what is left beside the rest
+
+
+class Blocks(NamedTuple):
+    """The KV blocks of the work item in hand."""
+
+    start: Any
+    unmasked_end: Any  # blocks before this one are visible to every query of the tile
+    running: Any  # whether every block raises the maxima, and not only the first one
+
+
+class Progress(NamedTuple):
+    """What the softmax warpgroup carries from one block to the next, in registers."""
+
+    sums: Any  # per query: each thread's part of the sum of e^(s - m)
+    stage: Any
+    products: tuple[Any, ...]  # S^T of the block: the integer part and the rope part; () at the end
+
+
+class Softmax(Role):
+    """Warpgroup 2 makes P^T of each block, and sums and lse of each work item.
+
+    S^T, softmax and S^T of the next block are one chain. It takes longer than the output
+    warpgroups need for a block, so they are ready when P^T is. The next S^T is started before P^T
+    is signalled, ahead of the products of the output warpgroups.
+    """
+
+    def run(self) -> None:
+        self.g.take_registers(self.call.tiles.registers, SOFTMAX_WARPGROUP)
+        self.scratch.descriptor[FIELD.repeats] = 0
+
+        def run_item(items_left: Any) -> Any:
+            self._load_queries(items_left)
+            return self._compute_item()
+
+        first, stop = self.item_range()
+        # The number of items left is in the descriptor, so it takes no register while one runs.
+        none_left = lax.while_loop(lambda left: left > 0, run_item, stop - first)
+        plgpu.barrier_wait(self.sums_taken(none_left))
+
+    # -- the queries of an item -----------------------------------------------------------------
+    def _load_queries(self, items_left: Any) -> None:
+        """Writes q, the number of keys that each query sees, and unset maxima."""
+        item, scratch = self.scratch.descriptor, self.scratch
+        plgpu.barrier_wait(self.item_ready(items_left))
+        request, row_tile = item[FIELD.request], item[FIELD.row_tile]
+        targets = scratch.q_latent, scratch.q_rope, scratch.q_steps
+        first = request, row_tile * QUERIES
+        fetch_q(self.g, self.inputs.q, first, targets, 0, QUERIES, unit=self.call.log2_scale)
+        row_tile, kv_len, query_len = self._query_fields()
+        # The zero keeps the division by a power of two from being hoisted, where it would spill.
+        row = self.g.iota_line(QUERIES, COLUMNS) + (row_tile * QUERIES + opaque_zero(kv_len))
+        token = row // self.call.num_heads
+        keys = kv_len - query_len + token + 1 if self.call.causal else kv_len
+        scratch.visible_keys.at[0][...] = jnp.where(token < query_len, keys, 0)
+        for i, value in enumerate((0.0, 1.0)):
+            scratch.maxima.at[i][...] = self.g.full((QUERIES,), value, COLUMNS)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.q_ready(row_tile))
+
+    def _query_fields(self) -> tuple[Any, Any, Any]:
+        """Returns (row_tile, kv_len, query_len)."""
+        item = self.scratch.descriptor
+        return item[FIELD.row_tile], item[FIELD.kv_len], item[FIELD.query_len]
+
+    def _unmasked_end(self, start: Any, end: Any) -> Any:
+        """Returns the end of the blocks that every query of the tile sees completely."""
+        row_tile, kv_len, query_len = self._query_fields()
+        row = row_tile * QUERIES
+        fewest_keys = kv_len
+        if self.call.causal:
+            fewest_keys = kv_len - query_len + row // self.call.num_heads + 1
+        last_token = (row + QUERIES - 1) // self.call.num_heads
+        some_absent = jnp.minimum(last_token, self.call.num_queries - 1) >= query_len
+        return jnp.clip(jnp.where(some_absent, 0, fewest_keys) // BLOCK, start, end)
+
+    # -- one block ------------------------------------------------------------------------------
+    def _start_scores(self, stage: Any, zero: Any) -> tuple[Any, Any]:
+        """Starts S^T of a block: one product for both int8 parts of q, one for the rope part."""
+        scratch = self.scratch
+        plgpu.barrier_wait(scratch.full.at[stage])
+        halves = self.g.product_t(scratch.latent.at[stage], scratch.q_latent.at[zero], jnp.int32)
+        return halves, self.g.product_t(
+            scratch.rope.at[stage], scratch.q_rope.at[zero], jnp.float32
+        )
+
+    def _finished(self, products: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Waits for products and returns their values."""
+        self.g.wait_mma(0)
+        return tuple(map(self.g.completed, products))
+
+    def _compute_block(self, blocks: Blocks, is_last: bool, i: Any, progress: Progress) -> Progress:
+        """Makes P^T of block i from its S^T, and S^T of the next block."""
+        scratch, (sums, stage, products) = self.scratch, progress
+        zero, next_stage = opaque_zero(i), self.stage_after(stage)
+        above, scales = self._above_maxima(stage, zero, products)
+
+        mask = functools.partial(self._mask, i, zero)
+        above, scales = lax.cond(i >= blocks.unmasked_end, mask, lambda *same: same, above, scales)
+        raises = (i == blocks.start) | blocks.running
+        raise_maxima = functools.partial(self._raise_maxima, blocks, stage, zero)
+        above, sums = lax.cond(raises, raise_maxima, lambda *same: same, above, sums)
+
+        p = jnp.exp2(above)
+        sums = sums + self.g.column_parts(p, "add")
+        scratch.rescales[stage] = raises.astype(jnp.int32)
+        scratch.p.at[stage][...] = (p * per_token(scales)).astype(self.call.q.dtype)
+        started = () if is_last else self._start_scores(next_stage, zero)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.p_ready(stage))
+        return Progress(sums, next_stage, self._finished(started))
+
+    def _above_maxima(self, stage: Any, zero: Any, products: tuple[Any, ...]) -> tuple[Any, Any]:
+        """Returns scores less the maxima so far, in log2 units, and the scales of the tokens."""
+        halves, rope = products
+        scales = self.g.load_rows(self.scratch.token_scales.at[stage])
+        s = self.g.combine_halves(halves, quantize.HALF) * per_token(scales) + rope
+        refs = self.scratch.q_steps, self.scratch.maxima
+        steps, maxima = (self.g.load_columns(ref.at[zero]) for ref in refs)
+        return s * per_query(steps) - per_query(maxima), scales
+
+    def _mask(self, i: Any, zero: Any, above: Any, scales: Any) -> tuple[Any, Any]:
+        """Hides keys of block i from the queries that must not see them.
+
+        A hidden score may be NaN, so it is replaced and not multiplied. The scale of a token past
+        the length, or one that is not finite, becomes 0, so that its P is 0 times 0. A query that
+        sees such a token has a score of NaN already.
+        """
+        position = self.g.iota_line(BLOCK, ROWS) + i * BLOCK
+        keys = self.g.load_columns(self.scratch.visible_keys.at[zero])
+        visible = per_token(position) < per_query(keys)
+        finite = jnp.abs(scales) < jnp.inf
+        usable = finite & (position < self.scratch.descriptor[FIELD.kv_len])
+        return jnp.where(visible, above, -jnp.inf), jnp.where(usable, scales, 0.0)
+
+    def _raise_maxima(
+        self, blocks: Blocks, stage: Any, zero: Any, above: Any, sums: Any
+    ) -> tuple[Any, Any]:
+        """Raises the maxima to those of a block, and rescales the sums.
+
+        The first finite score of a query sets its maximum, whichever block has it. If only the
+        first block raises maxima and has no score for a query, the maximum becomes NO_KEY. A score
+        in a later block then makes the sum infinite, and the item is repeated.
+        """
+        scratch = self.scratch
+        maxima, unset = (self.g.load_columns(scratch.maxima.at[zero + n]) for n in range(2))
+        largest = self.g.reduce_rows(above, scratch.of_warps, "max")
+        no_score = largest == -jnp.inf
+        first = jnp.where(no_score, jnp.where(blocks.running, 0.0, NO_KEY), largest)
+        rise = jnp.where(unset > 0.0, first, jnp.maximum(largest, 0.0))
+        factor = jnp.exp2(jnp.minimum(-rise, 0.0))  # a first maximum may fall: O and sums are 0
+        scratch.maxima.at[zero][...] = maxima + rise
+        scratch.maxima.at[zero + 1][...] = jnp.where(no_score, unset, 0.0)
+        scratch.factors.at[stage][...] = factor
+        return above - per_query(rise), sums * factor
+
+    # -- one work item --------------------------------------------------------------------------
+    def _compute_item(self) -> Any:
+        """Makes P^T of all blocks, then sums and lse. Returns how many items are left."""
+        item = self.scratch.descriptor
+        start, end = item[FIELD.block_start], item[FIELD.block_end]
+        first_stage = item[FIELD.first_stage]
+        blocks = Blocks(start, self._unmasked_end(start, end), item[FIELD.repeats] > 0)
+        no_sums = self.g.full((QUERIES,), 0.0, COLUMNS)
+
+        def all_blocks(_: Any, sums: Any) -> Any:
+            products = self._finished(self._start_scores(first_stage, opaque_zero(end)))
+            progress = Progress(sums, first_stage, products)
+            block = functools.partial(self._compute_block, blocks)
+            progress = lax.fori_loop(start, end - 1, functools.partial(block, False), progress)
+            return block(True, item[FIELD.block_end] - 1, progress).sums
+
+        # This runs once, or not at all for a request without keys.
+        sums = lax.fori_loop(0, jnp.minimum(end - start, 1), all_blocks, no_sums)
+        return self._finish_item(sums, blocks.running, opaque_zero(end))
+
+    def _finish_item(self, sums: Any, running: Any, zero: Any) -> Any:
+        """Signals the sums and stores lse. Returns how many items are left.
+
+        Where a sum is too large the item is repeated with running maxima, and this result is
+        discarded.
+        """
+        g, scratch, item = self.g, self.scratch, self.scratch.descriptor
+        planned = WorkItem.read(item)
+        total = g.over_rows(sums, scratch.of_warps, "add")
+        maxima = g.load_columns(scratch.maxima.at[zero])
+        repeats = (g.any_above(total, SUM_LIMIT, COLUMNS) & ~running).astype(jnp.int32)
+        item[FIELD.repeats] = repeats
+        partial = jnp.where(repeats > 0, DISCARDED, planned.partial)
+        to = Destination(planned.request, planned.row_tile, partial, planned.num_partials)
+        items_left = item[FIELD.items_left] - 1 + repeats
+        # The loader has written the field before the barrier of the last block.
+        invalid = item[FIELD.invalid] > 0
+        nan_if_invalid = jnp.where((item[FIELD.kv_len] < 0) | invalid, jnp.nan, 0.0)
+        plgpu.barrier_arrive(self.item_done(to.request))
+
+        plgpu.barrier_wait(self.sums_taken(to.request))
+        inverse = jnp.where(total != 0.0, (1.0 / DEQUANTIZED_STEP) / total, 0.0)
+        scratch.inverse_sums.at[opaque_zero(to.request)][...] = inverse + nan_if_invalid
+        for i, value in enumerate(to):
+            scratch.destination[i] = value
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.sums_ready(to.request))
+        lse = jnp.where(total != 0.0, maxima * LN2 + jnp.log(total), -jnp.inf) + nan_if_invalid
+        self.store(to, lambda rows, arrays: rows.store_column_values(g, arrays.lse, lse))
+        return items_left
+
+
+class OutputState(NamedTuple):
+    """What an output warpgroup carries from one work item to the next."""
+
+    p: Any  # the item's place in the work list
+    stage: Any  # of its first block
+    num_blocks: Any
+
+
+class Output(Role):
+    """Warpgroups 0 and 1 compute O^T += V^T P^T, half of the dimensions each.
+
+    They normalize and store it, and at the end they combine the split tiles of the CTA. Each holds
+    half of O^T in registers and has few others. So it takes the number of blocks from the work
+    list, and the destination of the result from the softmax warpgroup when all blocks are done.
+    """
+
+    @property
+    def half(self) -> int:
+        """Dimensions per output warpgroup."""
+        return self.call.kv_lora_rank // OUTPUT_WARPGROUPS
+
+    def run(self, warpgroup: Any) -> None:
+        self.g.take_registers(self.call.tiles.registers, 0)
+        for stage in range(self.stages):
+            plgpu.barrier_arrive(self.stage_free(stage))  # every stage starts free
+        plgpu.barrier_arrive(self.sums_taken(0))
+        halves = [functools.partial(self._run_items, side) for side in range(OUTPUT_WARPGROUPS)]
+        side = lax.switch(warpgroup, halves)
+        if self.call.combines:
+            self._combine(side)
+
+    def _run_items(self, side: int) -> Any:
+        """Computes the first (0) or the second (1) half of all items. Returns side as an array."""
+
+        def run_item(state: OutputState) -> OutputState:
+            compute = functools.partial(self._compute_item, side, state)
+            accumulators = self.scratch.accumulators
+            return self.g.with_accumulators(compute, accumulators, side, (self.half, QUERIES))
+
+        first, _ = self.item_range()
+        state = OutputState(first, jnp.int32(0), self._num_blocks(self.work_range()))
+        # The end of the range is read for each item, since no register is left for it beside O^T.
+        lax.while_loop(lambda state: state.p < self.item_range()[1], run_item, state)
+        return jnp.int32(side)
+
+    def _num_blocks(self, item: Any) -> Any:
+        """Returns the number of blocks of an item of the work list, which is a ref."""
+        return item[FIELD.block_end] - item[FIELD.block_start]
+
+    def _compute_item(self, side: int, state: OutputState, o_acc: Any) -> OutputState:
+        """Computes and stores half of O^T of an item. Returns the state for the next one."""
+        scratch, g = self.scratch, self.g
+        first_group = side * self.half // GROUP
+        g.zero(o_acc)
+        add_block = functools.partial(self._add_block, first_group, o_acc)
+        stage = lax.fori_loop(0, state.num_blocks, add_block, state.stage)
+        plgpu.barrier_wait(self.sums_ready(state.num_blocks))
+        to = Destination.read(scratch.destination)
+        next_p = state.p + jnp.where(to.partial == DISCARDED, 0, 1)
+        next_num_blocks = self._num_blocks(self.listed_item(next_p))
+        inverse = g.load_columns(scratch.inverse_sums.at[0])
+        o = g.read(o_acc) * per_query(inverse, (self.half, QUERIES))
+        plgpu.barrier_arrive(self.sums_taken(next_num_blocks))
+
+        def write(rows: Rows, arrays: Outputs | Partials) -> None:
+            rows.store_dimensions(g, arrays.o, o.astype(arrays.o.dtype), first_group)
+
+        self.store(to, write)
+        return OutputState(next_p, stage, next_num_blocks)
+
+    def _add_block(self, first_group: int, o_acc: Any, _: Any, stage: Any) -> Any:
+        """Adds V^T P^T of a block to O^T. Returns the next stage.
+
+        The first tokens of V^T are dequantized before P^T is ready.
+        """
+        scratch, g = self.scratch, self.g
+        plgpu.barrier_wait(scratch.full.at[stage])
+        v = scratch.latent.at[stage]
+        part: dict[str, int] = {"first_group": first_group, "tokens": STEP_TOKENS}
+        begun = g.begin_dequantizing(v, **part)
+        plgpu.barrier_wait(self.p_ready(stage))
+
+        @pl.when(scratch.rescales[stage] > 0)
+        def _rescale() -> None:
+            g.scale_columns(o_acc, g.load_columns(scratch.factors.at[stage]))
+
+        g.mma_dequantized((o_acc,), v, scratch.p.at[stage], begun, **part)
+        g.wait_mma(0)
+        plgpu.barrier_arrive(self.stage_free(stage))
+        return self.stage_after(stage)
+
+    def _combine(self, side: Any) -> None:
+        """Combines this warpgroup's share of the split tiles of the CTA."""
+        width, plan = self.call.kv_lora_rank, self.call.plan
+        parts = divide_into_rows(
+            self.g, plan, QUERIES, width, OUTPUT_WARPGROUPS, in_flight=COMBINE_REGISTERS
+        )
+        combine_shares(
+            parts,
+            CombineRefs(self.partials.o, self.partials.lse, self.outputs.o, self.outputs.lse),
+            self.inputs.requests.work.items,
+            self.item_range(),
+            counter_of=self.counter_of,
+            place=lambda request, row_tile: OutputRows(self.rows_of(request, row_tile), 0),
+            wg=side,
+            wgs=OUTPUT_WARPGROUPS,
+        )
