@@ -164,13 +164,16 @@ def _attend_hopper(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
     return o.reshape(*shape, cache.kv_lora_rank), lse.reshape(shape)
 
 
-def _hopper_missing() -> str | None:
-    """Why the Hopper kernels can't be imported: `hopper.mosaic` refuses versions of JAX."""
-    return _kernels_missing("hopper.mosaic") or _kernels_missing("hopper.attention")
+def _hopper_missing(name: str) -> str | None:
+    """Returns why `hopper.name` can't be imported or its kernels can't run with this JAX, or None.
+
+    `hopper.mosaic` refuses versions of JAX that the kernels are not tested with.
+    """
+    return _kernels_missing("hopper.mosaic") or _kernels_missing(f"hopper.{name}")
 
 
 def _hopper_lacks(target: Target) -> str | None:
-    missing = _hopper_missing()
+    missing = _hopper_missing("attention")
     if missing is not None:
         return missing
     from pallas_kernels.hopper import device
@@ -182,7 +185,7 @@ def _hopper_lacks(target: Target) -> str | None:
 
 
 def _hopper_refuses(problem: AttentionProblem) -> str | None:
-    missing = _hopper_missing()
+    missing = _hopper_missing("attention")
     if missing is not None:
         return missing
     from pallas_kernels.hopper import planning
@@ -191,7 +194,7 @@ def _hopper_refuses(problem: AttentionProblem) -> str | None:
 
 
 def _plan_hopper(request: PlanRequest) -> DecodePlan | str:
-    missing = _kernels_missing("hopper.planning")
+    missing = _hopper_missing("planning")
     if missing is not None:
         return missing
     from pallas_kernels.hopper import planning
