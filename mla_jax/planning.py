@@ -8,8 +8,9 @@ import jax
 from mla_jax import checks
 from mla_jax.cache import PagedKVCache
 from mla_jax.hal import HardwareProfile, load_profile
+from mla_jax.implementations.implementation import PlanRequest
 from mla_jax.online_softmax import RESCALES
-from mla_jax.registry import IMPLEMENTATIONS, PlanRequest, check_names
+from mla_jax.registry import IMPLEMENTATIONS, check_names
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import require_lengths
 

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from tables_common import table
 
 from mla_jax.cache import LAYOUTS, PAGE_SIZES, PagedKVCache
+from mla_jax.implementations.implementation import Implementation, Target
 from mla_jax.problem import AttentionProblem
 from mla_jax.quantize import GRANULARITIES
-from mla_jax.registry import IMPLEMENTATIONS, Implementation, Target
+from mla_jax.registry import IMPLEMENTATIONS
 
 FLOATS = ("float32", "bfloat16", "float16")
 TOKENS = 4096  # that the block table of the one request reaches

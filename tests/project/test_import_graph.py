@@ -16,6 +16,7 @@ FILES = {
     for path in sorted((ROOT / package).rglob("*.py"))
 }
 # A module of mla_jax may import only what stands before it here; one that is missing is a leaf.
+WITH_KERNELS = ("mla_jax.implementations.blockwise", "mla_jax.implementations.hopper")
 STOREYS = ("problem", "implementations", "registry", "planning", "attention", "layer")
 
 
@@ -62,7 +63,7 @@ def test_mla_jax_imports_downwards():
                 beside = name.split(".")[1] == module.split(".")[1]  # in one folder
                 assert storey(name) < storey(module) or storey(module) == 0 or beside
             elif name.startswith("pallas_kernels"):
-                assert module == "mla_jax.registry", f"{module} imports {name}"
+                assert module in WITH_KERNELS, f"{module} imports {name}"
             else:
                 pytest.fail(f"{module} imports {name}")
 

@@ -1,0 +1,94 @@
+"""The implementation `hopper`: the Mosaic GPU kernels of `pallas_kernels.hopper`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mla_jax.hal import TilePlanError
+from mla_jax.implementations.implementation import Implementation, PlanRequest, Target
+from mla_jax.implementations.kernels import kernels_missing
+from mla_jax.problem import AttentionProblem
+from mla_jax.splits.decode_plan import DecodePlan
+
+
+def _attend(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
+    from pallas_kernels.hopper import attention
+
+    cache = problem.cache
+    work = problem.block_tables, problem.seq_lens, problem.query_lens, problem.plan
+    options: dict[str, Any] = {
+        "num_heads": problem.q.shape[2],
+        "softmax_scale": problem.softmax_scale,
+        "causal": problem.causal,
+        "partial_dtype": problem.partial_dtype,
+    }
+    if cache.rope_pages is None or cache.scales is None:
+        rank, rescale = cache.kv_lora_rank, problem.rescale
+        o, lse = attention.attend(
+            problem.query_rows(), cache.pages, *work, kv_lora_rank=rank, rescale=rescale, **options
+        )
+    else:
+        o, lse = attention.attend_int8(
+            problem.query_rows(), cache.pages, cache.rope_pages, cache.scales, *work, **options
+        )
+    shape = problem.q.shape[:3]
+    return o.reshape(*shape, cache.kv_lora_rank), lse.reshape(shape)
+
+
+def _missing(name: str) -> str | None:
+    """Returns why `hopper.name` can't be imported or its kernels can't run with this JAX, or None.
+
+    `hopper.mosaic` refuses versions of JAX that the kernels are not tested with.
+    """
+    return kernels_missing("hopper.mosaic") or kernels_missing(f"hopper.{name}")
+
+
+def _lacks(target: Target) -> str | None:
+    missing = _missing("attention")
+    if missing is not None:
+        return missing
+    from pallas_kernels.hopper import device
+
+    reason = device.target_lacks(target.platform, target.device)
+    if reason is None and target.partitioned:
+        return "the compiler can't partition it over devices: call it inside jax.shard_map"
+    return reason
+
+
+def _refuses(problem: AttentionProblem) -> str | None:
+    missing = _missing("attention")
+    if missing is not None:
+        return missing
+    from pallas_kernels.hopper import planning
+
+    return planning.refuses(problem.q.dtype, problem.cache, problem.rescale, problem.plan)
+
+
+def _plan(request: PlanRequest) -> DecodePlan | str:
+    missing = _missing("planning")
+    if missing is not None:
+        return missing
+    from pallas_kernels.hopper import planning
+
+    cache = request.cache
+    q_dtype = jnp.bfloat16 if cache.dtype == jnp.int8 else cache.dtype
+    reason = planning.refuses(q_dtype, cache, request.rescale, None)
+    if reason is not None:
+        return reason
+    try:
+        return planning.plan_decode(
+            request.seq_lens,
+            request.rows,
+            capacity=request.max_seq_len,
+            cache=planning.kind_of(cache),
+            rescale=request.rescale,
+            kv_lora_rank=cache.kv_lora_rank,
+            rope_dim=cache.rope_dim,
+            profile=request.profile,
+        )
+    except TilePlanError as error:
+        return str(error)
+
+
+HOPPER = Implementation("hopper", _attend, _refuses, _lacks, finds_invalid=True, planner=_plan)

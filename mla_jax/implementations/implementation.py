@@ -1,0 +1,117 @@
+"""What an implementation of the attention op is, and what it is asked."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.interpreters import mlir
+
+from mla_jax.cache import PagedKVCache
+from mla_jax.hal import HardwareProfile
+from mla_jax.problem import AttentionProblem
+from mla_jax.splits.decode_plan import DecodePlan
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The platform and device that a call is compiled for."""
+
+    platform: str  # as JAX names it for lowering: "cpu", "cuda", "rocm", "tpu", ...
+    device: jax.Device | None = None  # None: not known, e.g. where a program is exported
+    partitioned: bool = False  # whether the compiler spreads the call over several devices
+
+    @staticmethod
+    def here(problem: AttentionProblem | None = None) -> "Target":
+        """Returns where an eager call runs: where its arrays are committed, else by default."""
+        for array in jax.tree.leaves(problem):
+            traced = isinstance(array, jax.core.Tracer)
+            if isinstance(array, jax.Array) and not traced and array.committed:
+                devices = sorted(array.devices(), key=lambda device: device.id)
+                return Target(_platform(devices[0]), devices[0], len(devices) > 1)
+        default = jax.config.jax_default_device
+        if default is None or isinstance(default, str):
+            default = jax.devices(default)[0]
+        return Target(_platform(default), default)
+
+    @staticmethod
+    def of_lowering(context: mlir.LoweringRuleContext, platform: str | None) -> "Target":
+        """Returns what a lowering rule lowers for.
+
+        platform: the one that the rule is registered for; None: it is registered for all.
+        """
+        module = context.module_context
+        platform = platform or (context.platforms or module.platforms)[0]
+        axes: Any = module.axis_context
+        if hasattr(axes, "manual_axes"):  # in a shard_map: whole for each device if over all axes
+            partitioned = len(axes.manual_axes) < len(axes.mesh.axis_names)
+        else:
+            partitioned = axes.num_devices > 1
+        devices = getattr(axes, "device_assignment", None) or ()
+        device = next((one for one in devices if _platform(one) == platform), None)
+        if device is None:
+            try:
+                device = jax.devices(platform)[0]
+            except RuntimeError:  # this machine has none, or JAX has not been told to use it
+                device = None
+        return Target(platform, device, partitioned)
+
+
+def _platform(device: jax.Device) -> str:
+    if device.platform != "gpu":
+        return device.platform
+    capability = str(getattr(device, "compute_capability", ""))
+    return "rocm" if capability.startswith("gfx") else "cuda"
+
+
+class PlanRequest(NamedTuple):
+    """What `mla_jax.plan_decode` asks an implementation for, checked."""
+
+    seq_lens: jax.Array  # [B] int32
+    cache: PagedKVCache
+    rows: int  # query rows per request
+    rescale: str
+    max_seq_len: int | None  # keys that a block table reaches
+    profile: HardwareProfile | None  # None: this machine's device
+
+
+def takes_any(_: AttentionProblem) -> str | None:
+    return None
+
+
+def runs_anywhere(_: Target) -> str | None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to compute the op.
+
+    Attributes:
+        run: takes a problem and returns o [B, S, H, kv_lora_rank] of q's dtype and lse [B, S, H]
+            float32.
+        refuses: returns why it can't take a problem on any machine, or None if it can.
+        lacks: returns why it can't run on a platform and device, or None if it can.
+        finds_invalid: whether `run` finds invalid requests and gives them NaN itself. Other
+            implementations get seq_lens = -1 for such requests.
+        planner: makes a plan, or returns why it can't; None: the implementation takes no plan.
+    """
+
+    name: str
+    run: Callable[[AttentionProblem], tuple[jax.Array, jax.Array]]
+    refuses: Callable[[AttentionProblem], str | None] = takes_any
+    lacks: Callable[[Target], str | None] = runs_anywhere
+    finds_invalid: bool = False
+    planner: Callable[[PlanRequest], DecodePlan | str] | None = None
+
+    def unavailable(self, problem: AttentionProblem | None = None) -> str | None:
+        """Returns why an eager call could not run the problem here; None where it could.
+
+        Without a problem it returns why this machine could run none.
+        """
+        reason = self.lacks(Target.here(problem))
+        return self.refuses(problem) if reason is None and problem is not None else reason
+
+    def compute(self, problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
+        """Returns o and lse, with NaN for invalid requests."""
+        return self.run(problem if self.finds_invalid else problem.mark_invalid())
