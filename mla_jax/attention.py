@@ -70,12 +70,13 @@ def paged_mla_attention(
     """Computes attention of absorbed queries over the latents in the cache (arXiv 2405.04434).
 
     It serves decode (S = 1), multi-token prediction, ragged prefill and chunks of a prefill behind
-    a cached prefix: query lengths may differ. The new tokens' rows must be in the cache already.
+    a cached prefix: query lengths may differ. The new tokens' rows must be in the cache already,
+    as `PagedKVCache.append` writes them; `mla_layer` and `attend` do so themselves.
 
     Args:
         q: [B, S, H, D] = [q_latent | q_rope], not scaled; float32, bfloat16 or float16.
         cache: K is a row [c_kv | k_rope] of D values, V its first kv_lora_rank. The plain-JAX
-            implementations read an int8 cache dequantised, in float32.
+            implementations read an int8 cache dequantized, in float32.
         block_tables: [B, max_pages] int32; entries past a request's length may hold anything.
         seq_lens: [B] int32, keys per request, its new tokens included; 0: none.
         softmax_scale: multiplies the scores (`MLAConfig.softmax_scale`); above 0 and known at
@@ -104,11 +105,12 @@ def paged_mla_attention(
 
     The choice: what an implementation refuses about the problem (dtypes, layouts, sizes) is known
     when the call is traced. What it refuses about the machine is decided when the program is
-    lowered, for that platform and device: those of an eager call's arrays or of
-    `jax.default_device`, of jit, or of `jax.export`. A program that is exported for CUDA on a
+    lowered. The platform and device are those of an eager call's arrays, or else of
+    `jax.default_device`; under jit those that jit compiles for; under `jax.export` the platforms
+    that it names. A program that is exported for CUDA on a
     machine without an NVIDIA GPU is for a Hopper GPU, planned for 132 SMs; for other cards name
-    "xla". Under `jax.jvp` and `jax.vmap` the last name that can take the problem runs, for None
-    "xla".
+    "xla". The kernels have no derivative and no batching rule: under `jax.grad`, `jax.jvp` and
+    `jax.vmap` the last name that can take the problem runs, for None "xla".
 
     Raises:
         TypeError: an argument of another type, or a dtype other than those above.
@@ -247,7 +249,7 @@ def _check_options(rescale: Any, partial_dtype: Any, plan: Any, q: jax.Array) ->
         dtype = jnp.dtype(partial_dtype)
     except TypeError:
         options = ", ".join(checks.FLOAT_DTYPES)
-        # The name of a dtype that there is not is a wrong value, all else of a wrong type.
+        # An unknown name of a dtype is a wrong value, anything else that is no dtype a wrong type.
         kind = ValueError if isinstance(partial_dtype, str) else TypeError
         raise kind(f"partial_dtype must be one of {options}, got {partial_dtype!r}") from None
     checks.require_one_of("partial_dtype", dtype.name, checks.FLOAT_DTYPES)
