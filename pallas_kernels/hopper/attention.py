@@ -21,7 +21,6 @@ from pallas_kernels.hopper.planning import plan_decode, warn_if_slow, with_tiles
 from pallas_kernels.hopper.work_items import BLOCK, WorkList, work_list
 from pallas_kernels.modes import jit_with_defaults
 
-RESCALES = {"multiply": "lazy", "exponent_add": "exponent_add"}  # of the op -> of the kernel
 OPTIONS = ("num_heads", "softmax_scale", "causal", "partial_dtype", "tiles", "interpret")
 
 
@@ -84,7 +83,7 @@ def attend(
         interpret=interpret,
         softmax_scale=softmax_scale,
         causal=causal,
-        rescale=RESCALES[rescale],
+        exponent_add=rescale == "exponent_add",
     )
 
 

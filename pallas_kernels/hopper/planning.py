@@ -102,7 +102,8 @@ def plan_decode(
         cache: "float" (16 bits) or "int8".
         rescale: "multiply" or "exponent_add".
         tiles: of the kernel; None: the tuned ones.
-        profile: of the GPU; None: this machine's, or else an H200.
+        profile: of the GPU; None: workers for this machine's GPU, or else for an H200, and the
+            tiles of an H200.
     """
     tiles = tiles or choose_tile_plan(
         rows,

@@ -24,7 +24,8 @@ class WorkItem(NamedTuple):
 
     partial: index of the partial result that the item leaves; -1: the item is a whole tile, and its
     result is the output; below -1: the worker keeps the result (`kept_partial`) and combines it
-    itself. first_partial, num_partials: those of the item's tile.
+    itself. first_partial, num_partials: the partials that are merged together, those of the item's
+    tile, or after "by_first" (`work_list`) the item's own alone.
     """
 
     request: Any
@@ -57,7 +58,7 @@ class WorkList(NamedTuple):
     """ranges [W, 9 or 10]: per worker its first item, then the range of its items, then the step.
 
     items [P, 7]: per work item, as `WorkItem`. The first item is beside the range, so that a worker
-    starts with one read, and before it, so that one pointer reads either array.
+    starts with one read, and at the same offsets as in `items`, so that one pointer reads either.
     """
 
     ranges: Any
@@ -73,10 +74,11 @@ def work_list(plan: Any, finish: str = "merge") -> WorkList:
         in their shared memories, without partials. Its two items have `kept_partial`, and the
         second worker runs its items backwards, so that both finish with this tile. Ranges have one
         column more, the step from an item to the next, and an even number of rows.
-    "by_first": of a tile in two items, the first item's worker reaches the tile last. It keeps its
-        own result (`kept_partial`) and adds the other's, which the other worker, which reaches the
-        tile first, has left before: its item has one partial, its own. Not for a fixed plan, in
-        which one worker may have both.
+    "by_first": a tile in two items is the last one of worker w and the first one of worker w + 1.
+        So w + 1 leaves its partial early, listed as a tile of one partial, so that nothing merges
+        it. Worker w, at its end, keeps its own result (`kept_partial`) and adds the other's. It
+        waits only for what another worker does first, so that no two wait for each other. Not for
+        a fixed plan (`SplitPlan.fixed`), in which one worker may have both items.
     """
     tile = plan.tile_of(jnp.maximum(plan.request, 0), plan.row_tile)
     start = plan.tile_partial_start

@@ -16,7 +16,8 @@ A CTA has three warpgroups:
 
 The latent is both key and value, so each block is loaded once. The overlap of the two computing
 warpgroups is FlashMLA's "seesaw" pipeline (https://github.com/deepseek-ai/FlashMLA).
-docs/hopper_decode.md draws it.
+docs/hopper_decode.md draws it. A few short requests run `decode_transposed` instead, whatever their
+number of rows (tuned.json, "few_tokens").
 """
 
 import dataclasses
@@ -34,9 +35,10 @@ from pallas_kernels.hopper.kernels.decode_refs import (
     KV_LEN,
     LOADER,
     OPEN_PAIRS,
+    REQUEST,
     STAGES,
+    Cta,
     Inputs,
-    Kernel,
     Partials,
     Scratch,
 )
@@ -58,8 +60,8 @@ from pallas_kernels.hopper.work_items import (
 def decode(call: DecodeCall) -> tuple[jax.Array, ...]:
     """Runs the work items of a call.
 
-    It writes rows below R of whole tiles to `call.outputs` and, if the call combines, those of
-    split tiles too.
+    It writes to `call.outputs`, and never past row R: whole tiles, tiles that a CTA or a pair of
+    CTAs combines by itself and, if the call combines, all other split tiles.
 
     Args:
         call: with q [B, R or more, D] of bfloat16 or float16, its rows a multiple of 8, and a cache
@@ -89,7 +91,7 @@ def decode(call: DecodeCall) -> tuple[jax.Array, ...]:
             group = plan.num_workers - 1 - group
         exchange = None if inputs.exchange is None else inputs.exchange.at[group]
         ranges = inputs.requests.work.ranges
-        kernel = Kernel(
+        cta = Cta(
             call=call,
             g=g,
             inputs=inputs,
@@ -101,7 +103,7 @@ def decode(call: DecodeCall) -> tuple[jax.Array, ...]:
             other_cta=OtherCta(g, rank, exchange),
         )
         # Branches, so that what one role needs holds no register through another.
-        lax.cond(warpgroup < LOADER, lambda: compute(kernel, warpgroup), Loader(kernel).run)
+        lax.cond(warpgroup < LOADER, lambda: compute(cta, warpgroup), Loader(cta).run)
 
     partials = plgpu.kernel(
         body,
@@ -128,35 +130,36 @@ class Loader:
     every CTA that shares the block, have released their half of it.
     """
 
-    k: Kernel
+    cta: Cta
 
     def run(self) -> None:
-        k = self.k
-        k.g.take_registers(k.call.tiles.registers, LOADER)
+        cta = self.cta
+        cta.g.take_registers(cta.call.tiles.registers, LOADER)
         # Not `run_items`: its next item would hold registers while an item is loaded.
-        head = tuple(k.range_ref[i] for i in range(ITEM_FIELDS))
-        first, stop = range_of(k.range_ref)
-        at = first_of(k.range_ref) if k.pairs else first
+        head = tuple(cta.range_ref[i] for i in range(ITEM_FIELDS))
+        first, stop = range_of(cta.range_ref)
+        at = first_of(cta.range_ref) if cta.pairs else first
         lax.fori_loop(0, stop - first, self.load_item, (at, *head))
         # Wait for every release: a CTA must not end before the other CTA has released its stages.
-        plgpu.barrier_wait(k.scratch.q_empty)
-        for empty in (k.scratch.empty_left, k.scratch.empty_right):
+        plgpu.barrier_wait(cta.scratch.q_empty)
+        for empty in (cta.scratch.empty_left, cta.scratch.empty_right):
             for stage in range(STAGES):
                 plgpu.barrier_wait(empty.at[stage])
 
     def load_item(self, n: Any, carry: tuple) -> tuple:
         """Loads the worker's n-th item. carry: its index in the work list, and its fields."""
-        k = self.k
+        cta = self.cta
         at, *fields = carry
         item = WorkItem(*fields)
         num_blocks = item.block_end - item.block_start
-        rank = 0 if k.pairs else k.rank
-        row = (item.row_tile * k.cluster + rank) * BLOCK
-        kv_len, query_len = k.call.lengths(k.inputs.requests, item.request)
-        ahead = k.kv_blocks.prefetch_table(item.request, item.block_start, kv_len)
-        following = k.kv_blocks.prefetch_table(item.request, item.block_start + 1, kv_len)
-        found, all_exist = k.kv_blocks.locate(ahead, item.request, item.block_start, kv_len)
-        state = k.item(n)
+        rank = 0 if cta.pairs else cta.rank
+        row = (item.row_tile * cta.cluster + rank) * BLOCK
+        kv_len, query_len = cta.call.lengths(cta.inputs.requests, item.request)
+        ahead = cta.kv_blocks.prefetch_table(item.request, item.block_start, kv_len)
+        following = cta.kv_blocks.prefetch_table(item.request, item.block_start + 1, kv_len)
+        found, all_exist = cta.kv_blocks.locate(ahead, item.request, item.block_start, kv_len)
+        # Free: `load_q` of the item before has waited until item n - 2 was finished.
+        state = cta.item(n)
         planned = item._replace(partial=item.own_partial)
         invalid = ~fits(planned, kv_len) | ((num_blocks > 0) & ~all_exist)
         open_pairs = self.open_pairs(item, kv_len, query_len, num_blocks)
@@ -178,13 +181,13 @@ class Loader:
 
         def load_next(i, ahead):
             # Read again, so that they hold no register between blocks.
-            request, kv_len = state[0], state[KV_LEN]
-            following = k.kv_blocks.prefetch_table(request, item.block_start + i + 1, kv_len)
-            found, all_exist = k.kv_blocks.locate(ahead, request, item.block_start + i, kv_len)
+            request, kv_len = state[REQUEST], state[KV_LEN]
+            following = cta.kv_blocks.prefetch_table(request, item.block_start + i + 1, kv_len)
+            found, all_exist = cta.kv_blocks.locate(ahead, request, item.block_start + i, kv_len)
 
             @pl.when(~all_exist)
             def _():
-                state[INVALID] = 1
+                state[INVALID] = 1  # visible with the barrier of the block
 
             self.load_block(found, i % STAGES, self.barrier_set(i, state[OPEN_PAIRS]))
             return following
@@ -194,8 +197,8 @@ class Loader:
 
     def next_item(self, at: Any) -> tuple:
         """Returns the index and the fields of the item after the one at this index."""
-        k, items = self.k, self.k.inputs.requests.work.items
-        following = at + (step_of(k.range_ref) if k.pairs else 1)
+        cta, items = self.cta, self.cta.inputs.requests.work.items
+        following = at + (step_of(cta.range_ref) if cta.pairs else 1)
         following = jnp.clip(following, 0, items.shape[0] - 1)
         return following, *(items[following, i] for i in range(ITEM_FIELDS))
 
@@ -205,55 +208,57 @@ class Loader:
         The tile's first row, over all CTAs that share it, sees the fewest keys.
         """
         shortest = kv_len
-        if self.k.call.causal:
-            first_row = item.row_tile * self.k.cluster * BLOCK
-            shortest = kv_len - query_len + first_row // self.k.call.num_heads + 1
+        if self.cta.call.causal:
+            first_row = item.row_tile * self.cta.cluster * BLOCK
+            shortest = kv_len - query_len + first_row // self.cta.call.num_heads + 1
         return jnp.clip((shortest // BLOCK - item.block_start) // 2, 0, num_blocks // 2)
 
     def load_q(self, request: Any, row: Any) -> None:
         """Loads 64 rows of q, or all of them where there are fewer."""
-        k = self.k
-        rows = min(BLOCK, k.inputs.q.shape[1])
-        plgpu.barrier_wait(k.scratch.q_empty)
-        for columns in k.columns:
+        cta = self.cta
+        rows = min(BLOCK, cta.inputs.q.shape[1])
+        plgpu.barrier_wait(cta.scratch.q_empty)
+        for columns in cta.columns:
             plgpu.copy_gmem_to_smem(
-                k.inputs.q.at[request, pl.ds(row, rows), pl.ds(columns.start, columns.width)],
+                cta.inputs.q.at[request, pl.ds(row, rows), pl.ds(columns.start, columns.width)],
                 columns.q.at[0] if rows == BLOCK else columns.q.at[0, pl.ds(0, rows)],
-                k.scratch.q_full,
+                cta.scratch.q_full,
             )
 
     def load_block(self, found: Any, stage: Any, barrier_set: Any) -> None:
-        """Loads a KV block, found by `kv_blocks.find`, when its stage is free."""
-        for columns in self.k.columns:
+        """Loads a KV block, found by `kv_blocks.locate`, when its stage is free."""
+        for columns in self.cta.columns:
             if columns.empty is not None:
                 plgpu.barrier_wait(columns.empty.at[stage])
             full = columns.full.at[barrier_set]
-            self.k.kv_blocks.load(found, columns.start, columns.kv.at[stage], full)
+            self.cta.kv_blocks.load(found, columns.start, columns.kv.at[stage], full)
 
     @staticmethod
     def barrier_set(i: Any, open_pairs: Any) -> Any:
         """Returns the index of the barrier set that signals block i of an item.
 
         The set of its stage; or one of two more for blocks that warpgroup 0 scores whatever their
-        stage is. So the warpgroup that scores a block has seen every phase of its barriers.
+        stage is. Mosaic GPU keeps the parity of a barrier in the waiting thread and flips it with
+        each wait, so that a thread may not miss a completion. Hence each set has one warpgroup that
+        waits for all of its completions.
         """
         return i % STAGES + jnp.where(i < 2 * open_pairs, 0, STAGES)
 
 
-def compute(kernel: Kernel, warpgroup: jax.Array) -> None:
+def compute(cta: Cta, warpgroup: jax.Array) -> None:
     """Runs a computing warpgroup: its items, then its share of the split tiles."""
-    kernel.g.take_registers(kernel.call.tiles.registers, 0)
-    lax.switch(warpgroup, [ComputingWarpgroup(kernel, me).run for me in (0, 1)])
-    if kernel.call.combines:
+    cta.g.take_registers(cta.call.tiles.registers, 0)
+    lax.switch(warpgroup, [ComputingWarpgroup(cta, me).run for me in (0, 1)])
+    if cta.call.combines:
         # One copy of this code for both warpgroups: an SM caches 128 KB of instructions.
         combine_shares(
-            divide_into_columns(kernel.g, kernel.call.plan, kernel.call.kv_lora_rank, warpgroups=2),
-            kernel.merge_refs,
-            kernel.inputs.requests.work.items,
-            kernel.work_range,
-            counter_of=kernel.counter_of,
-            place=kernel.place,
-            wg=kernel.g.warpgroup(),
+            divide_into_columns(cta.g, cta.call.plan, cta.call.kv_lora_rank, warpgroups=2),
+            cta.combine_refs,
+            cta.inputs.requests.work.items,
+            cta.item_range,
+            counter_of=cta.counter_of,
+            place=cta.place,
+            wg=cta.g.warpgroup(),
             wgs=2,
         )
 

@@ -1,8 +1,14 @@
 """The end of a work item in the decode kernel: combine, normalise, and store or leave a partial.
 
-A work item is a whole tile, or one of several of a split tile. Where a split tile has two items
-only, the CTA that reaches it last combines both in registers ("kept" items). Else the item leaves a
-partial result, and the end of the launch or `merge` combines all partials of the tile.
+An item ends in one of three ways, which its `WorkItem.partial` says:
+
+    -1          whole tile: store the output;
+    0 or more   one of several items of a split tile: leave a partial result, which the end of the
+                launch or `merge` combines with the others;
+    below -1    kept, one of the two items of a split tile, and no merge follows:
+                tiles of 128 rows: this cluster waits for the other item's partial and adds it,
+                tiles of 64 rows: the two CTAs of a cluster exchange halves of O, and each stores
+                its half of the columns.
 """
 
 import dataclasses
@@ -14,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.kernels.decode_refs import INVALID, KV_LEN, QUERY_LEN, Kernel
+from pallas_kernels.hopper.kernels.decode_refs import INVALID, KV_LEN, QUERY_LEN, Cta
 from pallas_kernels.hopper.mosaic.cluster import combine_softmax
 from pallas_kernels.hopper.mosaic.primitives import ROWS
 from pallas_kernels.hopper.mosaic.rows import Rows
@@ -29,7 +35,7 @@ class Target(NamedTuple):
     row_tile: Any
     partial: Any  # as in `WorkItem`
     num_partials: Any
-    cta: Any  # which 64 rows of the tile this CTA has
+    tile_part: Any  # which 64 rows of the tile this CTA has
     row: Any  # the first of them
     kept: Any  # whether this CTA combines the tile's two items
     next_partial: Any  # in a cluster of two: where the other item left its partial
@@ -43,25 +49,26 @@ class Finish:
     q: this warpgroup's half of q, which is free now. item: `decode_compute.Item`.
     """
 
-    k: Kernel
+    cta: Cta
     me: int
     q: Any
     item: Any
 
     def run(self, top: jax.Array, total: jax.Array) -> None:
         """Writes the result of rows with these maxima (log2 units) and sums of P."""
-        k, g, state = self.k, self.k.g, self.item.state
+        cta, g, state = self.cta, self.cta.g, self.item.state
         # What is read here holds no register during the loops over blocks.
         *fields, kv_len = (state[i] for i in range(KV_LEN + 1))
         work = WorkItem(*fields)
-        cta = k.part_of_tile()
-        row = (work.row_tile * k.cluster + cta) * BLOCK
+        tile_part = cta.part_of_tile()
+        row = (work.row_tile * cta.cluster + tile_part) * BLOCK
         invalid = state[INVALID] > 0  # Written before the barrier of the item's last block.
         total = self.sum_of_both(total)
         o = g.read(self.item.o_acc)
-        if k.inputs.requests.query_lens is not None:
-            # Rows without a query were never masked, and hold whatever q was there.
-            query = (g.iota((BLOCK,), 0) + row) // k.call.num_heads < state[QUERY_LEN]
+        if cta.inputs.requests.query_lens is not None:
+            # Rows without a query have attended to keys with whatever q holds: masks do not know
+            # them. They see no key.
+            query = (g.iota((BLOCK,), 0) + row) // cta.call.num_heads < state[QUERY_LEN]
             top, total = jnp.where(query, top, NO_KEY), jnp.where(query, total, 0.0)
             o = jnp.where(self.across(query), o, 0.0)
         total += jnp.where((kv_len < 0) | invalid, jnp.nan, 0.0)
@@ -70,21 +77,21 @@ class Finish:
             row_tile=work.row_tile,
             partial=work.partial,
             num_partials=work.num_partials,
-            cta=cta,
+            tile_part=tile_part,
             row=row,
             kept=work.partial < -1,
             next_partial=kept_partial(work.partial) + 1,
-            tile_counter=k.counter_of(work.request, work.row_tile, 1),
+            tile_counter=cta.counter_of(work.request, work.row_tile, 1),
         )
         self.combine_and_store(target, o, top, total)
 
     def combine_and_store(
         self, target: Target, o: jax.Array, top: jax.Array, total: jax.Array
     ) -> None:
-        k, g = self.k, self.k.g
+        cta, g = self.cta, self.cta.g
 
         def of_other_item():
-            if k.pairs:
+            if cta.pairs:
                 return self.exchange_stats(top, total)
             return self.stats_of_partial(target)
 
@@ -94,24 +101,26 @@ class Finish:
         other = lax.cond(target.kept, of_other_item, nothing)
         top, total, weight, others_weight = combine_softmax(top, total, *other)
         seen = total != 0.0
-        inverse, others_inverse = (jnp.where(seen, w / total, 0.0) for w in (weight, others_weight))
-        # Written so that it can be contracted in one way only: the same bits in every program.
+        weight, others_weight = (jnp.where(seen, w / total, 0.0) for w in (weight, others_weight))
+        # One fused multiply-add is possible here, so that every program forms the same one.
         lse = jnp.where(seen, (top + jnp.log(total) * LOG2E) * LN2, -jnp.inf)
 
         def scaled():
-            scale, inverse_scale = row_scales(jnp.abs(o).max(axis=1) * inverse)
+            scale, inverse_scale = row_scales(jnp.abs(o).max(axis=1) * weight)
             self.partial_rows(target, target.partial, self.me).store_values(
-                g, k.partials.scales, scale
+                g, cta.partials.scales, scale
             )
-            return inverse * inverse_scale
+            return weight * inverse_scale
 
-        factor = inverse  # One factor for all, so that O is multiplied once.
-        if k.scaled_partials:
-            factor = lax.cond(target.partial >= 0, scaled, lambda: inverse)
+        # The weight, and for a scaled partial 1 / scale, in one factor: O is multiplied once. In a
+        # pair of CTAs the other one has applied its weight before it sends.
+        factor = weight
+        if cta.scaled_partials:
+            factor = lax.cond(target.partial >= 0, scaled, lambda: weight)
         o *= self.across(factor)
-        if k.pairs:
+        if cta.pairs:
             # In a shared tile each CTA finishes the half of the columns that has its rank.
-            sends = target.kept & (k.rank != self.me)
+            sends = target.kept & (cta.rank != self.me)
             pl.when(sends)(lambda: self.send(o))
 
             @pl.when(~sends)
@@ -121,22 +130,25 @@ class Finish:
         else:
             parts = lax.cond(
                 target.kept,
-                lambda: self.with_partial(target, o, others_inverse),
+                lambda: self.with_partial(target, o, others_weight),
                 lambda: self.parts_of(o),
             )
             self.store(target, parts, lse)
-            if k.call.combines:
+            if cta.call.combines:
                 pl.when(target.kept)(target.tile_counter.count_combined)
 
     # -- both warpgroups, both CTAs, both items -------------------------------------------------
     def sum_of_both(self, total: jax.Array) -> jax.Array:
-        """Each warpgroup has summed P of the blocks that it scored."""
-        k, sums = self.k, self.k.scratch.row_sum
+        """Adds the sums of both warpgroups, each over the blocks that it scored.
+
+        Both are relative to the same maximum (`decode_compute.Running`).
+        """
+        cta, sums = self.cta, self.cta.scratch.row_sum
         sums.at[self.me][...] = total
         plgpu.commit_smem()
-        plgpu.barrier_arrive(k.scratch.sums_ready)
-        plgpu.barrier_wait(k.scratch.sums_ready)
-        return k.g.load_rows(sums.at[0]) + k.g.load_rows(sums.at[1])
+        plgpu.barrier_arrive(cta.scratch.sums_ready)
+        plgpu.barrier_wait(cta.scratch.sums_ready)
+        return cta.g.load_rows(sums.at[0]) + cta.g.load_rows(sums.at[1])
 
     def exchange_stats(self, top: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns maxima and sums of the other CTA's item of a shared tile.
@@ -144,44 +156,44 @@ class Finish:
         Each warpgroup sends one of the two. After the exchange, both CTAs have read q for the last
         time.
         """
-        k, other = self.k, self.k.other_cta
-        places = (k.scratch.others_max, k.half), (k.scratch.others_sum, k.half + 1)
+        cta, other = self.cta, self.cta.other_cta
+        places = (cta.scratch.others_max, cta.half), (cta.scratch.others_sum, cta.half + 1)
         other.send_rows(*places[self.me], (top, total)[self.me])
-        other.arrive(k.scratch.stats_sent)
-        other.wait(k.scratch.stats_sent)
+        other.arrive(cta.scratch.stats_sent)
+        other.wait(cta.scratch.stats_sent)
         maxima, sums = (other.received_rows(*place) for place in places)
         return maxima, sums
 
     def stats_of_partial(self, target: Target) -> tuple[jax.Array, jax.Array]:
         """Returns maxima and sums of the tile's other item, from its partial result."""
-        if self.k.call.combines:
+        if self.cta.call.combines:
             target.tile_counter.wait()
-        rows = pl.ds(target.cta * BLOCK, BLOCK)
-        lse = self.k.g.load_rows(self.k.partials.lse.at[target.next_partial, rows])
+        rows = pl.ds(target.tile_part * BLOCK, BLOCK)
+        lse = self.cta.g.load_rows(self.cta.partials.lse.at[target.next_partial, rows])
         seen = lse != -jnp.inf
         return jnp.where(seen, lse * LOG2E, NO_KEY), jnp.where(seen, 1.0, 0.0)
 
     def send(self, o: jax.Array) -> None:
         """Sends this warpgroup's columns to where q was in the other CTA."""
-        s = self.k.scratch
-        self.k.other_cta.send_tile((s.q_left.at[0], s.q_right.at[0]), 0, o)
-        self.k.other_cta.arrive(s.o_sent)
+        s = self.cta.scratch
+        self.cta.other_cta.send_tile((s.q_left.at[0], s.q_right.at[0]), 0, o)
+        self.cta.other_cta.arrive(s.o_sent)
 
     def received(self) -> jax.Array:
         """Returns the other CTA's part of this warpgroup's columns."""
-        k, s = self.k, self.k.scratch
-        k.other_cta.wait(s.o_sent)
+        cta, s = self.cta, self.cta.scratch
+        cta.other_cta.wait(s.o_sent)
         places = (s.q_left.at[0], s.q_right.at[0])
-        o = k.other_cta.received_tile(places, 0, (BLOCK, k.half))
-        plgpu.commit_smem()  # All of it is read before any of it is overwritten.
+        o = cta.other_cta.received_tile(places, 0, (BLOCK, cta.half))
+        plgpu.commit_smem()  # All warps have read it before any of it is overwritten.
         return o
 
     def with_partial(self, target: Target, o: jax.Array, weights: jax.Array) -> tuple:
         """Returns o and the other item's partial times its weights, in parts of 64 columns."""
-        k, g = self.k, self.k.g
-        if k.scaled_partials:
-            rows = pl.ds(target.cta * BLOCK, BLOCK)
-            scales = k.partials.scales.at[target.next_partial, self.me, rows]
+        cta, g = self.cta, self.cta.g
+        if cta.scaled_partials:
+            rows = pl.ds(target.tile_part * BLOCK, BLOCK)
+            scales = cta.partials.scales.at[target.next_partial, self.me, rows]
             weights = weights * g.load_rows(scales)
         spread = lax.broadcast_in_dim(weights, (BLOCK, 64), [0])
         return tuple(
@@ -198,37 +210,39 @@ class Finish:
         pl.when(target.partial >= 0)(lambda: self.leave_partial(target, parts, lse))
 
     def store_output(self, target: Target, parts: tuple, lse: jax.Array) -> None:
-        k, g = self.k, self.k.g
-        rows = k.rows_of(target.request, target.row_tile)
-        parts = tuple(part.astype(k.call.q.dtype) for part in parts)
+        cta, g = self.cta, self.cta.g
+        rows = cta.rows_of(target.request, target.row_tile)
+        parts = tuple(part.astype(cta.call.q.dtype) for part in parts)
         staging = self.q.at[self.item.opaque(0)]
-        rows.store_parts(g, k.outputs.o, self.me * k.half, parts, staging)
+        rows.store_parts(g, cta.outputs.o, self.me * cta.half, parts, staging)
         if self.me == 0:
-            rows.store_values(g, k.outputs.lse, lse)
+            rows.store_values(g, cta.outputs.lse, lse)
 
     def leave_partial(self, target: Target, parts: tuple, lse: jax.Array) -> None:
-        k, g = self.k, self.k.g
+        cta, g = self.cta, self.cta.g
         for i, part in enumerate(parts):
-            part = part.astype(k.call.partial_dtype)
+            part = part.astype(cta.call.partial_dtype)
             place = self.partial_part(target, target.partial, i)
-            g.store_blocks(place, part, k.call.num_rows - target.row)
+            g.store_blocks(place, part, cta.call.num_rows - target.row)
         if self.me == 0:
-            self.partial_rows(target, target.partial).store_values(g, k.partials.lse, lse)
-        if k.call.combines:
-            k.counter_of(target.request, target.row_tile, target.num_partials).count_partial()
+            self.partial_rows(target, target.partial).store_values(g, cta.partials.lse, lse)
+        if cta.call.combines:
+            cta.counter_of(target.request, target.row_tile, target.num_partials).count_partial()
 
     def partial_part(self, target: Target, partial: Any, i: int) -> Any:
         """Returns where part i of this warpgroup's columns is in a partial result."""
         zero = self.item.opaque(0)  # Without it, pointers would be held in registers.
-        first = zero + (self.me * self.k.half + i * 64) // BLOCK_COLUMNS
-        return self.k.partials.o.at[partial, zero + target.cta, pl.ds(first, 64 // BLOCK_COLUMNS)]
+        first = zero + (self.me * self.cta.half + i * 64) // BLOCK_COLUMNS
+        return self.cta.partials.o.at[
+            partial, zero + target.tile_part, pl.ds(first, 64 // BLOCK_COLUMNS)
+        ]
 
     def partial_rows(self, target: Target, *index: Any) -> Rows:
         """Returns this CTA's rows of a partial result."""
-        return Rows.of_partial(index, target.cta * BLOCK, BLOCK)
+        return Rows.of_partial(index, target.tile_part * BLOCK, BLOCK)
 
     def parts_of(self, o: jax.Array) -> tuple:
-        return tuple(o[:, c : c + 64] for c in range(0, self.k.half, 64))
+        return tuple(o[:, c : c + 64] for c in range(0, self.cta.half, 64))
 
     def across(self, rows: jax.Array) -> jax.Array:
-        return lax.broadcast_in_dim(rows, (BLOCK, self.k.half), [0])
+        return lax.broadcast_in_dim(rows, (BLOCK, self.cta.half), [0])

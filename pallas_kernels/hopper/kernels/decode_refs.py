@@ -18,11 +18,12 @@ from pallas_kernels.hopper.work_items import BLOCK, ITEM_FIELDS, range_of
 
 LOADER = 2  # number of the loader warpgroup; 0 and 1 compute
 STAGES = 2  # of KV blocks, and of work items
-# What shared memory holds of a work item, after its fields:
+# Indices of what shared memory holds of a work item: its fields, and after them
+REQUEST, ROW_TILE, BLOCK_START, BLOCK_END = range(4)
 KV_LEN = ITEM_FIELDS
 QUERY_LEN = ITEM_FIELDS + 1
-INVALID = ITEM_FIELDS + 2  # 1: some of its keys are not in the cache, so its rows are NaN
-OPEN_PAIRS = ITEM_FIELDS + 3  # pairs of KV blocks of which every row of the tile sees every key
+INVALID = ITEM_FIELDS + 2  # 1: a page that the cache lacks, or a plan for another length: NaN
+OPEN_PAIRS = ITEM_FIELDS + 3  # pairs of KV blocks that need no mask for any row of the tile
 ITEM_STATE = ITEM_FIELDS + 4
 
 
@@ -44,6 +45,7 @@ class Partials(NamedTuple):
 class Scratch(NamedTuple):
     """Shared memory of a CTA. "left" and "right" are halves of the latent columns."""
 
+    # The leading 1 takes `Item.opaque`, so that descriptors are computed inside of loops.
     q_left: Any  # [1, 64, half]; at the end also staging of o, or what the other CTA sends of o
     q_right: Any
     q_rope: Any  # [1, 64, rope]
@@ -139,7 +141,7 @@ class Columns(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
+class Cta:
     """One CTA of the launch.
 
     rank: its number in the cluster. range_ref: its worker's row of the work list's ranges.
@@ -194,7 +196,7 @@ class Kernel:
         return blocks(self.g, table, self.inputs.pages, self.cluster)
 
     @property
-    def work_range(self) -> tuple[Any, Any]:
+    def item_range(self) -> tuple[Any, Any]:
         """The worker's items, from and to."""
         return range_of(self.range_ref)
 
@@ -223,7 +225,7 @@ class Kernel:
         return TileCounter(self.g, counters, counter, writers=2 * items, combiners=2 * items)
 
     @property
-    def merge_refs(self) -> CombineRefs:
+    def combine_refs(self) -> CombineRefs:
         return CombineRefs(
             self.partials.o,
             self.partials.lse,

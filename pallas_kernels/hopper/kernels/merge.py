@@ -10,7 +10,7 @@ from typing import Any
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax.splits.planner import SplitPlan
+from mla_jax.splits.plan import SplitPlan
 from pallas_kernels.hopper.mosaic.primitives import Backend
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.parts.combine import (

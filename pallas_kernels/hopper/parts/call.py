@@ -41,8 +41,7 @@ class DecodeCall:
         combines: whether the launch itself combines split tiles. Its CTAs then wait for each other,
             so all of them have to run at the same time.
         partial_dtype: of the partial o of split tiles.
-        rescale: of O when a running maximum grows: "multiply" in every block, "lazy" only where it
-            grew by much, "exponent_add" likewise and by AMLA's integer add.
+        exponent_add: whether O is rescaled by AMLA's integer add, or else by multiplication.
         interpret: `plgpu.InterpretGPUParams()` runs the kernel on a CPU; None: on the GPU.
     """
 
@@ -59,7 +58,7 @@ class DecodeCall:
     tiles: TilePlan
     combines: bool
     partial_dtype: Any
-    rescale: str = "lazy"
+    exponent_add: bool = False
     interpret: Any = None
 
     @property

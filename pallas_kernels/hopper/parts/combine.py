@@ -9,7 +9,7 @@ not split cost nothing here.
 The tile is divided into parts, and each warpgroup combines some of them. How it is divided depends
 on how the decode kernel stores a partial:
 
-    rows    `decode_transposed` and the int8 kernels store float32 rows.
+    rows    `decode_transposed` and the int8 kernels store rows.
     blocks  `decode` stores blocks of 64 rows x 8 columns in the order of its registers. float16
             partials have one power-of-two scale per row and half of the columns. So no value
             overflows, and only values more than 2^28 below the largest of their row lose bits.
@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax.splits.planner import SplitPlan
+from mla_jax.splits.plan import SplitPlan
 from pallas_kernels.hopper.mosaic.primitives import ROWS, Backend
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.work_items import (

@@ -8,10 +8,10 @@ threads copy one line of a token.
 
 Both ways have the same methods:
 
-    ahead  reads the part of the block table that the next block needs, one block early
-    find   returns where a block is
-    load   copies some columns of the block to a stage, whose barrier counts `arrivals`
-    see    runs after the wait for that barrier and before wgmma reads the stage
+    prefetch_table  reads the part of the block table that the next block needs, one block early
+    locate          returns where a block is
+    load            copies some columns of the block to a stage, whose barrier counts `arrivals`
+    make_visible    runs after the wait for that barrier and before wgmma reads the stage
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ class CopiedBlocks:
     collective_axes: str | None
 
     def prefetch_table(self, request: Any, block: Any, kv_len: Any) -> Any:
-        """Returns nothing, because `find` reads the few page ids itself."""
+        """Returns nothing, because `locate` reads the few page ids itself."""
         del request, block, kv_len
         return ()
 
