@@ -59,7 +59,7 @@ from pallas_kernels.hopper.kernels.decode_int8_refs import (
     Role,
     Scratch,
 )
-from pallas_kernels.hopper.mosaic.dequantize import DequantizingBackend
+from pallas_kernels.hopper.mosaic.int8 import DequantizingBackend
 from pallas_kernels.hopper.mosaic.primitives import OWN_BARRIERS
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, float_struct
 from pallas_kernels.hopper.work_items import BLOCK, WorkItem, block_sources, fits

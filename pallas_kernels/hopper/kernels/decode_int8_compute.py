@@ -23,7 +23,7 @@ from pallas_kernels.hopper.kernels.decode_int8_refs import (
     per_query,
     per_token,
 )
-from pallas_kernels.hopper.mosaic.dequantize import DEQUANTIZED_STEP, GROUP
+from pallas_kernels.hopper.mosaic.int8 import DEQUANTIZED_STEP, GROUP
 from pallas_kernels.hopper.mosaic.primitives import ROWS
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.mosaic.transposed import COLUMNS

@@ -45,7 +45,7 @@ from pallas_kernels.hopper.kernels.decode_transposed_int8_refs import (
     Scratch,
     Sizes,
 )
-from pallas_kernels.hopper.mosaic.dequantize import DequantizingBackend
+from pallas_kernels.hopper.mosaic.int8 import DequantizingBackend
 from pallas_kernels.hopper.mosaic.primitives import OWN_BARRIERS
 from pallas_kernels.hopper.parts.call import DecodeCall
 from pallas_kernels.hopper.parts.transposed import Partials, require_whole_tiles

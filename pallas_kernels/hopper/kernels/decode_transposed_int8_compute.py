@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax import quantize
 from pallas_kernels.hopper.kernels.decode_transposed_int8_refs import ITEM_STAGES, Cta
-from pallas_kernels.hopper.mosaic.dequantize import DEQUANTIZED_STEP, GROUP
+from pallas_kernels.hopper.mosaic.int8 import DEQUANTIZED_STEP, GROUP
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.mosaic.transposed import COLUMNS
 from pallas_kernels.hopper.parts.quantize_q import fetch_q

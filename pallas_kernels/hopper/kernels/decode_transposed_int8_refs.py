@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.mosaic.dequantize import INT8_OPERAND, DequantizingBackend
+from pallas_kernels.hopper.mosaic.int8 import INT8_OPERAND, DequantizingBackend
 from pallas_kernels.hopper.mosaic.primitives import WGMMA_OPERAND
 from pallas_kernels.hopper.mosaic.transposed import WARPS
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.mosaic.dequantize import GROUP, place_in_dimensions
+from pallas_kernels.hopper.mosaic.int8 import GROUP, place_in_dimensions
 from pallas_kernels.hopper.mosaic.primitives import Backend
 from pallas_kernels.hopper.mosaic.threads import (
     ROWS,

@@ -5,7 +5,7 @@ together, q = (128 * high + low) * step, as `quantize.quantize_in_halves` define
 8 bits would cost as much accuracy as the int8 cache does. The rope part is divided by the step too,
 which is exact, and stays bfloat16.
 
-`mosaic/dequantize.py` is the counterpart for V.
+`mosaic/int8.py` is the counterpart for V.
 """
 
 from typing import Any
@@ -17,8 +17,8 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax import quantize
+from pallas_kernels.hopper.mosaic.int8 import high_and_low
 from pallas_kernels.hopper.mosaic.primitives import Backend
-from pallas_kernels.hopper.mosaic.quantize import high_and_low
 
 ROW_GROUP = 8  # rows that a warpgroup quantizes at a time: those of a swizzled tile
 # Adding this number rounds to a whole number, because float32 has no fractions between 2^23 and

@@ -1,4 +1,4 @@
-"""Primitives of the int8 kernels: dequantizes V^T from int8 to bfloat16 on its way to wgmma.
+"""Primitives of the int8 kernels: V^T becomes bfloat16 on its way to wgmma, q two int8 halves.
 
 wgmma can't read 8-bit operands transposed, so O^T = V^T P^T needs V^T in 16 bits. V^T passes
 through registers as operand A and is never written back to shared memory. `ldmatrix.trans` gives
@@ -302,3 +302,51 @@ def _own_places(ref: ir.Value) -> list[list[ir.Value]]:
     if m != 256:
         raise ValueError(f"store_registers takes halves of 256 dimensions, got {m}")
     return [[constant(k, index), column] for k in range(n)]
+
+
+def high_and_low(bits: jax.Array, layout: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns int8 arrays of bits 7 to 14 of each int32, and of bits 0 to 6 minus 64.
+
+    layout: of `bits` and of the results. A thread holds neighbouring values by fours in it.
+    """
+
+    def byte_tile():
+        return plgpu.ShapeDtypeStruct(bits.shape, jnp.int8, layout)
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=(byte_tile(), byte_tile()))
+    def split(ctx, whole):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        parts: tuple[list, list] = ([], [])
+        for register in whole.registers.flat:
+            count = ir.VectorType(register.type).shape[0]
+            fours = [_bytes_of_four([vector.extract(register, [], [i + k]) for k in range(4)])
+                     for i in range(0, count, 4)]  # fmt: skip
+            for found, words in zip(parts, zip(*fours, strict=True), strict=True):
+                packed = vector.from_elements(ir.VectorType.get((len(words),), i32), words)
+                bytes_ = ir.VectorType.get((count,), ir.IntegerType.get_signless(8))
+                found.append(vector.bitcast(bytes_, packed))
+        return tuple(array_of(found, whole.shape, whole.layout, is_signed=True) for found in parts)
+
+    return split(bits)
+
+
+def _bytes_of_four(values: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
+    """Returns the high and the low bytes of four values (i32), four bytes in each result."""
+    i32 = ir.IntegerType.get_signless(32)
+    result = llvm.inline_asm(
+        llvm.StructType.get_literal([i32] * 2),
+        values,
+        "{ .reg .b32 a, b, c;"
+        " prmt.b32 a, $2, $3, 0x5410;"  # the two low bytes of each value
+        " prmt.b32 b, $4, $5, 0x5410;"
+        " prmt.b32 c, a, b, 0x6420;"
+        " and.b32 c, c, 0x7f7f7f7f;"
+        " add.u32 c, c, 0x40404040;"  # no byte overflows: each is at most 127 + 64
+        " xor.b32 $1, c, 0x80808080;"
+        " add.u32 a, a, a;"
+        " add.u32 b, b, b;"
+        " prmt.b32 $0, a, b, 0x7531; }",
+        "=r,=r,r,r,r,r",
+    )
+    return tuple(llvm.extractvalue(i32, result, [i]) for i in range(2))
