@@ -85,7 +85,7 @@ class TestPrefixes:
             CheckpointError, match=r"prefix must be one of 'draft\.', 'model\.', got"
         ):
             load_hf(folder, prefix="vision.")
-        with pytest.raises(CheckpointError, match=r"layer 1 must be .* found only layers \[0\]"):
+        with pytest.raises(CheckpointError, match=r"layer 1 must exist once, .* found only layers \[0\]"):
             load_hf(folder, 1, prefix="draft.")
 
     def test_a_layer_number_of_5000_digits(self, folder):
@@ -159,7 +159,7 @@ class TestQuantisation:
     def test_a_scale_beside_a_float_weight(self, folder):
         name = PREFIX + "q_b_proj.weight"
         rewrite(folder, {name + "_scale_inv": np.ones((1, 1), np.float32)})
-        with pytest.raises(CheckpointError, match=f"{name} must be fp8, as .* got float32"):
+        with pytest.raises(CheckpointError, match=f"{name} must be fp8, because .* got float32"):
             load_hf(folder)
 
     def test_blocks_may_be_far_wider_than_the_matrix(self):
@@ -295,7 +295,7 @@ class TestSave:
             save_hf(folder, CONFIG, LAYERS[1], layer=1)
         assert (folder / "model.safetensors").read_bytes() == before
         (folder / "config.json").unlink()
-        with pytest.raises(FileExistsError, match=r"weights without a config\.json are here"):
+        with pytest.raises(FileExistsError, match=r"has weights but no config\.json"):
             save_hf(folder, CONFIG, LAYERS[1])
 
     @pytest.mark.parametrize("layer", [0, 1])
