@@ -27,7 +27,7 @@ class Line(NamedTuple):
 
     kv_blocks: jax.Array  # [T] KV blocks of each tile
     unit: jax.Array | int  # KV blocks per place, a power of two in balanced plans
-    blocks: jax.Array  # [T] length of each tile in units, 0 for a tile without blocks
+    blocks: jax.Array  # [T] length of each tile in `unit` KV blocks, 0 for a tile without blocks
     edge: jax.Array  # [T] the place at which the tile starts
     length: jax.Array  # number of places on the line
     cost_start: jax.Array  # [T] cost of all tiles before this one
