@@ -276,7 +276,13 @@ class Work:
         rescale = dict(who.options).get("rescale", "multiply")
         rows, cache = self.row.s_q * self.row.heads, "int8" if self.row.dtype == "int8" else "float"
         return lambda seq_lens: plan_decode(
-            seq_lens, rows, capacity=self.capacity, cache=cache, rescale=rescale
+            seq_lens,
+            rows,
+            capacity=self.capacity,
+            cache=cache,
+            rescale=rescale,
+            kv_lora_rank=self.setup.kv_lora_rank,
+            rope_dim=self.setup.rope_dim,
         )
 
     def step(self, who: Contender) -> Callable[..., tuple[jax.Array, jax.Array]]:

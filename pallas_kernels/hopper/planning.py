@@ -59,7 +59,9 @@ def refuses(q_dtype: Any, cache: PagedKVCache, rescale: str, plan: DecodePlan | 
             tile_plan_of_height(height, cache=kind, kv_lora_rank=latent, rope_dim=rope)
     except TilePlanError as error:
         return f"its tiles can't have these widths: {error}"
-    return None if plan is None else _refuses_plan(plan, heights, kind, rescale)
+    if plan is None:
+        return None
+    return _refuses_plan(plan, heights, kind, rescale) or _refuses_tiles(plan, kind, latent, rope)
 
 
 def _refuses_plan(
@@ -78,6 +80,28 @@ def _refuses_plan(
             f"has {device.resident_ctas()}"
         )
     return None
+
+
+def _refuses_tiles(plan: DecodePlan, kind: str, kv_lora_rank: int, rope_dim: int) -> str | None:
+    """Returns why a plan's tiles are not for a cache of this kind and these widths, or None.
+
+    What a kernel computes and keeps names it, whatever the number of stages or the profile are.
+    """
+    if plan.tiles is None:
+        return None
+    wanted = tile_plan_of_height(
+        plan.split.rows_per_tile, cache=kind, kv_lora_rank=kv_lora_rank, rope_dim=rope_dim
+    )
+    given, own = (
+        (tiles.rows_per_tile, tiles.tiles, [use.what for use in tiles.uses])
+        for tiles in (plan.tiles, wanted)
+    )
+    if given == own:
+        return None
+    return (
+        f"the plan's tiles are for another cache than this one of {kind} with kv_lora_rank "
+        f"{kv_lora_rank} and rope_dim {rope_dim}: make the plan with this cache"
+    )
 
 
 def plan_decode(

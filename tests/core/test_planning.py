@@ -65,6 +65,24 @@ def test_a_card_with_fewer_sms_refuses_by_name(monkeypatch):
     assert planning.refuses(jnp.bfloat16, CACHE, "multiply", own) is None
 
 
+@pytest.mark.parametrize("heads", [16, 64, 128])
+def test_a_plan_for_another_cache_is_refused_by_name(heads):
+    caches = {
+        "float": CACHE,
+        "int8": PagedKVCache.create(2, page_size=64, dtype="int8"),
+        "narrow": PagedKVCache.create(2, page_size=64, kv_lora_rank=256),
+    }
+    for made, cache in caches.items():
+        plan = planned(cache=cache, num_heads=heads)
+        for used, other in caches.items():
+            reason = planning.refuses(jnp.bfloat16, other, "multiply", plan)
+            if used == made:
+                assert reason is None
+            else:
+                assert reason is not None
+                assert "another cache" in reason or "rows_per_tile" in reason
+
+
 def test_falls_back_to_plain_jax():
     cache = PagedKVCache.create(2, page_size=64, dtype="float32")
     plan = planned(cache=cache)

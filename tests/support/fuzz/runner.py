@@ -137,7 +137,13 @@ def make_plan(case: Case, lengths: Any) -> Any:
         from pallas_kernels.hopper.planning import plan_decode
 
         return plan_decode(
-            lengths, case.rows, capacity=case.capacity, cache=case.kind, rescale=case.rescale
+            lengths,
+            case.rows,
+            capacity=case.capacity,
+            cache=case.kind,
+            rescale=case.rescale,
+            kv_lora_rank=case.rank,
+            rope_dim=case.width - case.rank,
         )
     return None
 
