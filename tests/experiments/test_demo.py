@@ -105,7 +105,7 @@ def test_on_a_machine_that_says_it_is_an_h200(tmp_path, monkeypatch, capsys, che
         (2, "bf16", 2, 1, 64, "uniform", 128), (1, "bf16", 2, 3, 64, "uniform", 64),
     ))  # fmt: skip
     monkeypatch.setattr(demo_plan, "served_shapes", lambda memory: shapes)
-    setup = dataclasses.replace(demo_plan.served_setup(None), kv_lora_rank=32, rope_dim=16,
+    setup = dataclasses.replace(demo_plan.served_setup(None), kv_lora_rank=128, rope_dim=64,
                                 usual_layers=2, launches=2, rounds=1)  # fmt: skip
     monkeypatch.setattr(demo_plan, "served_setup", lambda memory: setup)
 
