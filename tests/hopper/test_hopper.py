@@ -336,14 +336,9 @@ def test_compiles_for_sm90a(h200, batch, heads, tokens, page_size, dtype, rescal
     """Nothing serialised, ignored or spilled, within the chip's shared memory."""
     kv_lora_rank, rope_dim = widths
 
-    def attend(q, pages, tables, seq_lens, query_lens):
+    def attend(*args):
         return attention.attend(
-            q,
-            pages,
-            tables,
-            seq_lens,
-            query_lens,
-            None,
+            *args,
             num_heads=heads,
             kv_lora_rank=kv_lora_rank,
             softmax_scale=SCALE,
@@ -354,6 +349,14 @@ def test_compiles_for_sm90a(h200, batch, heads, tokens, page_size, dtype, rescal
     def ints(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
+    plan_decode = functools.partial(
+        planning.plan_decode,
+        rows=tokens * heads,
+        capacity=5003 * page_size,
+        rescale=rescale,
+        kv_lora_rank=kv_lora_rank,
+        rope_dim=rope_dim,
+    )
     reports = aot.compile_sm90a(
         attend,
         jax.ShapeDtypeStruct((batch, tokens * heads, sum(widths)), dtype),
@@ -361,6 +364,7 @@ def test_compiles_for_sm90a(h200, batch, heads, tokens, page_size, dtype, rescal
         ints(batch, 5003),
         ints(batch),
         ints(batch),
+        jax.eval_shape(plan_decode, ints(batch)),
     )
     (report,) = reports  # the merge is in the decode launch
     assert not report.serialized, report.messages

@@ -1,5 +1,7 @@
 """The Hopper kernel over an int8 cache: interpreter, compile for sm_90a, (marked gpu) an H200."""
 
+import functools
+
 import aot
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from sass import overwritten_in_flight
 
 from mla_jax import plan_fixed, plan_splits
 from mla_jax.hal import load_profile
-from pallas_kernels.hopper import attention
+from pallas_kernels.hopper import attention, planning
 from pallas_kernels.hopper.config import decode_int8_tiles, decode_transposed_int8_tiles
 from pallas_kernels.hopper.tuned import choose_tile_plan
 
@@ -172,11 +174,14 @@ def test_compiles_for_sm90a(h200, heads, tokens, requests):
     """
 
     def attend(*args):
-        return attention.attend_int8(*args, None, num_heads=heads, softmax_scale=SCALE, causal=True)
+        return attention.attend_int8(*args, num_heads=heads, softmax_scale=SCALE, causal=True)
 
     def struct(shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
+    plan_decode = functools.partial(
+        planning.plan_decode, rows=tokens * heads, capacity=4096 // requests * 64, cache="int8"
+    )
     decode = aot.compile_sm90a(
         attend,
         struct((requests, tokens * heads, 576), jnp.bfloat16),
@@ -186,6 +191,7 @@ def test_compiles_for_sm90a(h200, heads, tokens, requests):
         struct((requests, 4096 // requests)),
         struct((requests,)),
         struct((requests,)),
+        jax.eval_shape(plan_decode, struct((requests,))),
     )[0]
     assert not decode.serialized, decode.messages
     assert not decode.ignores_setmaxnreg, decode.messages
