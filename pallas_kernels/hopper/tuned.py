@@ -127,7 +127,7 @@ def config_of(
     profile = profile or load_profile("H200_SXM")
     if entry["kernel"] not in CONFIGS:
         raise TilePlanError(f"kernel = {entry['kernel']!r}, wanted {' or '.join(CONFIGS)}")
-    fields = {
+    fields: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in entry.items()
         if name not in _NOT_FIELDS
