@@ -210,22 +210,22 @@ def launch(
         o and lse as `attend` does.
     """
     batch, rows, _ = q.shape
-    split, tiles = plan.split, plan.tiles
+    split, config = plan.split, plan.tiles
     o, lse = new_outputs(batch, rows, options["kv_lora_rank"], q.dtype)
     combines = split.num_partials > 0 and interpret is None and _run_at_once(plan)
     work = _work_list(plan, combines or interpret is not None)
     # The kernel leaves zeros: XLA takes these for constants and may pass them to every launch.
-    counters = jnp.zeros(split.num_tiles * tiles.ctas_per_tile, jnp.int32)
+    counters = jnp.zeros(split.num_tiles * config.ctas_per_tile, jnp.int32)
     partials = kernel(
         DecodeCall(
-            q=pad_rows(q, tiles.q_row_multiple),
+            q=pad_rows(q, config.q_row_multiple),
             cache=cache,
             requests=Requests(*requests, work, counters),
             outputs=Outputs(o, lse),
             plan=split,
             num_heads=num_heads,
             num_queries=rows // num_heads,
-            tiles=tiles,
+            config=config,
             combines=combines,
             partial_dtype=jnp.dtype(partial_dtype),
             interpret=interpret,

@@ -72,7 +72,7 @@ def decode(call: DecodeCall[DecodeConfig]) -> tuple[jax.Array, ...]:
         The partial results of split tiles, as `Partials` describes them: o and lse, and the scales
         of float16 partials.
     """
-    tiles, plan = call.tiles, call.plan
+    config, plan = call.config, call.plan
     g = Backend(interpreting=call.interpreting)
 
     def body(inputs: Inputs, outputs: Outputs, partials: Partials, scratch: Scratch) -> None:
@@ -81,7 +81,7 @@ def decode(call: DecodeCall[DecodeConfig]) -> tuple[jax.Array, ...]:
         warpgroup = lax.axis_index("wg")
         rank = lax.axis_index("cluster")
         group = lax.axis_index("group")
-        if call.interpreting and not tiles.in_pairs:
+        if call.interpreting and not config.in_pairs:
             # The interpreter runs one cluster after the other: first those whose partials others
             # wait for.
             group = plan.num_workers - 1 - group
@@ -95,7 +95,7 @@ def decode(call: DecodeCall[DecodeConfig]) -> tuple[jax.Array, ...]:
             partials=partials,
             scratch=scratch,
             rank=rank,
-            range_ref=ranges.at[2 * group + rank if tiles.in_pairs else group],
+            range_ref=ranges.at[2 * group + rank if config.in_pairs else group],
             other_cta=OtherCta(g, rank, exchange),
         )
         # Branches, so that what one role needs holds no register through another.
@@ -105,7 +105,7 @@ def decode(call: DecodeCall[DecodeConfig]) -> tuple[jax.Array, ...]:
         body,
         out_type=(partial_types(call),),
         scratch_types=(Scratch.types(call, g),),
-        grid=(tiles.num_ctas(plan.num_workers) // 2,),
+        grid=(config.num_ctas(plan.num_workers) // 2,),
         grid_names=("group",),
         cluster=(2,),
         cluster_names=("cluster",),
@@ -130,7 +130,7 @@ class Loader:
 
     def run(self) -> None:
         cta = self.cta
-        cta.g.take_registers(cta.call.tiles.warpgroup_registers, LOADER)
+        cta.g.take_registers(cta.call.config.warpgroup_registers, LOADER)
         # Not `run_items`: its next item would hold registers while an item is loaded.
         head = tuple(cta.range_ref[i] for i in range(ITEM_FIELDS))
         first, stop = range_of(cta.range_ref)
@@ -243,7 +243,7 @@ class Loader:
 
 def compute(cta: Cta, warpgroup: jax.Array) -> None:
     """Runs a computing warpgroup: its items, then its share of the split tiles."""
-    cta.g.take_registers(cta.call.tiles.warpgroup_registers, 0)
+    cta.g.take_registers(cta.call.config.warpgroup_registers, 0)
     lax.switch(warpgroup, [ComputingWarpgroup(cta, me).run for me in (0, 1)])
     if cta.call.combines:
         # One copy of this code for both warpgroups: an SM caches 128 KB of instructions.
@@ -265,7 +265,7 @@ def partial_types(call: DecodeCall) -> Partials:
     float16 holds no large numbers, so its partials have a power-of-two scale per row and half of o.
     """
     rows, blocks = call.plan.rows_per_tile, call.kv_lora_rank // BLOCK_COLUMNS
-    shape = (call.num_partials, call.tiles.ctas_per_tile, blocks, BLOCK * BLOCK_COLUMNS)
+    shape = (call.num_partials, call.config.ctas_per_tile, blocks, BLOCK * BLOCK_COLUMNS)
     scaled = call.partial_dtype == jnp.float16
     return Partials(
         o=jax.ShapeDtypeStruct(shape, call.partial_dtype),
@@ -279,7 +279,7 @@ def exchange_of(call: DecodeCall) -> jax.Ref | None:
 
     The interpreter has no access to another CTA's shared memory.
     """
-    if not (call.tiles.in_pairs and call.interpreting):
+    if not (call.config.in_pairs and call.interpreting):
         return None
     groups = len(call.requests.work.ranges) // 2
     shape = (groups, 2, BLOCK, call.kv_lora_rank // 2 + 2)

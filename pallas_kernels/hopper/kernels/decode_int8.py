@@ -81,7 +81,7 @@ class Loader(Role):
     """Warpgroup 3 reads work items, checks their requests and copies their KV blocks."""
 
     def run(self) -> None:
-        self.g.take_registers(self.call.tiles.warpgroup_registers, LOADER_WARPGROUP)
+        self.g.take_registers(self.call.config.warpgroup_registers, LOADER_WARPGROUP)
         head = self._with_lengths(WorkItem.read(self.work_range()))
         first, stop = self.item_range()
         state = LoaderState(first, stop - first, jnp.int32(0), *head)

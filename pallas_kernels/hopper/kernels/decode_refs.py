@@ -64,7 +64,7 @@ class Scratch(NamedTuple):
     empty_right: Any  # likewise, computing warpgroup 1
     p_ready: Any  # per barrier set; the warpgroup that made P arrives
     sums_ready: Any  # both computing warpgroups arrive
-    # Only where two CTAs with a tile each form a cluster (`tiles.in_pairs`), else None:
+    # Only where two CTAs with a tile each form a cluster (`config.in_pairs`), else None:
     others_max: Any  # [64]: maxima of the other CTA's part of a shared tile
     others_sum: Any
     stats_sent: Any  # both computing warpgroups of both CTAs arrive
@@ -75,7 +75,7 @@ class Scratch(NamedTuple):
     def types(call: DecodeCall, g: Backend) -> "Scratch":
         """Returns the types of the allocations."""
         half, rope = call.kv_lora_rank // 2, call.rope_dim
-        in_pairs = call.tiles.in_pairs
+        in_pairs = call.config.in_pairs
 
         def tiles(*shape: int) -> Any:
             return plgpu.SMEM(shape, call.q.dtype, transforms=WGMMA_OPERAND)
@@ -88,7 +88,7 @@ class Scratch(NamedTuple):
             return plgpu.Barrier(num_arrivals=count, num_barriers=2 * STAGES)
 
         def block_empty() -> Any:
-            if call.tiles.ctas_per_tile == 1:
+            if call.config.ctas_per_tile == 1:
                 return plgpu.Barrier(num_arrivals=1, num_barriers=STAGES)
             return plgpu.ClusterBarrier(
                 collective_axes=("cluster",), num_arrivals=1, num_barriers=STAGES
@@ -165,12 +165,12 @@ class Cta:
     @property
     def ctas_per_tile(self) -> int:
         """CTAs that share a tile and its KV blocks, 64 rows each: 1 or 2."""
-        return self.call.tiles.ctas_per_tile
+        return self.call.config.ctas_per_tile
 
     @property
     def in_pairs(self) -> bool:
         """Whether the CTAs of a cluster have tiles of their own."""
-        return self.call.tiles.in_pairs
+        return self.call.config.in_pairs
 
     @property
     def scaled_partials(self) -> bool:

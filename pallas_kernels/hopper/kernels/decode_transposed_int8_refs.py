@@ -33,14 +33,14 @@ class Sizes:
 
     @staticmethod
     def of(call: DecodeCall[DecodeTransposedInt8Config]) -> "Sizes":
-        tiles = call.tiles
+        config = call.config
         return Sizes(
-            rows=tiles.rows_per_tile,
+            rows=config.rows_per_tile,
             latent=call.kv_lora_rank,
             rope=call.rope_dim,
-            stages=tiles.kv_stages,
-            computing=tiles.computing,
-            registers=tiles.warpgroup_registers,
+            stages=config.kv_stages,
+            computing=config.computing,
+            registers=config.warpgroup_registers,
         )
 
     @property

@@ -45,14 +45,14 @@ class Sizes:
 
     @staticmethod
     def of(call: DecodeCall[DecodeTransposedConfig]) -> "Sizes":
-        left, right, rope = call.tiles.kv_stages
+        left, right, rope = call.config.kv_stages
         return Sizes(
-            rows=call.tiles.rows_per_tile,
+            rows=call.config.rows_per_tile,
             latent=call.kv_lora_rank,
             rope=call.rope_dim,
-            q_stages=call.tiles.q_stages,
+            q_stages=call.config.q_stages,
             kv_stages=PerPart(rope, left, right),
-            in_pairs=call.tiles.in_pairs,
+            in_pairs=call.config.in_pairs,
         )
 
     @property

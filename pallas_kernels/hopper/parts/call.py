@@ -37,7 +37,7 @@ class DecodeCall[Config: KernelConfig]:
         q: [B, R or more, kv_lora_rank + rope_dim]; rows past R are padding.
         cache: the cache's arrays: (pages,), or (pages, rope_pages, scales) with an int8 latent.
         num_queries: query tokens per request.
-        tiles: config of the kernel.
+        config: the kernel's own.
         combines: whether the launch itself combines split tiles. Its CTAs then wait for each other,
             so all of them have to run at the same time.
         partial_dtype: of the partial o of split tiles.
@@ -55,7 +55,7 @@ class DecodeCall[Config: KernelConfig]:
     kv_lora_rank: int
     softmax_scale: float
     causal: bool
-    tiles: Config
+    config: Config
     combines: bool
     partial_dtype: Any
     exponent_add: bool = False
