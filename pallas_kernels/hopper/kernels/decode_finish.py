@@ -61,7 +61,7 @@ class Finish:
         *fields, kv_len = (state[i] for i in range(KV_LEN + 1))
         work = WorkItem(*fields)
         tile_part = cta.part_of_tile()
-        row = (work.row_tile * cta.cluster + tile_part) * BLOCK
+        row = (work.row_tile * cta.ctas_per_tile + tile_part) * BLOCK
         invalid = state[INVALID] > 0  # Written before the barrier of the item's last block.
         total = self.sum_of_both(total)
         o = g.read(self.item.o_acc)
@@ -91,7 +91,7 @@ class Finish:
         cta, g = self.cta, self.cta.g
 
         def of_other_item():
-            if cta.pairs:
+            if cta.in_pairs:
                 return self.exchange_stats(top, total)
             return self.stats_of_partial(target)
 
@@ -118,7 +118,7 @@ class Finish:
         if cta.scaled_partials:
             factor = lax.cond(target.partial >= 0, scaled, lambda: weight)
         o *= self.across(factor)
-        if cta.pairs:
+        if cta.in_pairs:
             # In a shared tile each CTA finishes the half of the columns that has its rank.
             sends = target.kept & (cta.rank != self.me)
             pl.when(sends)(lambda: self.send(o))

@@ -136,7 +136,7 @@ class Scratch(NamedTuple):
     @staticmethod
     def types(call: DecodeCall, g: DequantizingBackend) -> "Scratch":
         """Returns shapes and layouts for a call."""
-        stages, latent = call.tiles.kv_stages, call.kv_lora_rank
+        stages, latent = call.config.kv_stages, call.kv_lora_rank
 
         def operand(*shape: int) -> Any:
             return plgpu.SMEM(shape, call.q.dtype, transforms=WGMMA_OPERAND)
@@ -210,7 +210,7 @@ class Role:
 
     @property
     def stages(self) -> int:
-        return self.call.tiles.kv_stages
+        return self.call.config.kv_stages
 
     def stage_after(self, stage: Any) -> Any:
         """Returns the next stage. A comparison is cheaper than a remainder."""

@@ -27,7 +27,7 @@ class Partials(NamedTuple):
     @staticmethod
     def structs(call: DecodeCall) -> "Partials":
         """Returns the shape and dtype of each array."""
-        shape = call.num_partials, call.tiles.rows_per_tile
+        shape = call.num_partials, call.config.rows_per_tile
         return Partials(
             float_struct(*shape, call.kv_lora_rank, dtype=call.partial_dtype),
             float_struct(*shape),
@@ -45,7 +45,7 @@ class Mask(NamedTuple):
         g: Backend, call: DecodeCall, first_row: Any, kv_len: Any, query_len: Any
     ) -> "Mask":
         """Returns the mask of the tile that begins at first_row of a request."""
-        tile = (BLOCK, call.tiles.rows_per_tile)
+        tile = (BLOCK, call.config.rows_per_tile)
         token = (g.iota(tile, 1) + first_row) // call.num_heads
         limit = jnp.minimum(kv_len - query_len + token + 1, kv_len) if call.causal else kv_len
         return Mask(jnp.where(token < query_len, limit, 0), g.iota(tile, 0))
@@ -57,14 +57,14 @@ class Mask(NamedTuple):
 
 def require_whole_tiles(call: DecodeCall) -> None:
     """Raises ValueError if the rows of q are not a multiple of a tile's."""
-    have, rows = call.q.shape[1], call.tiles.rows_per_tile
+    have, rows = call.q.shape[1], call.config.rows_per_tile
     if have % rows:
         raise ValueError(f"q must have a multiple of {rows} rows (rows_per_tile), got {have}")
 
 
 def rows_of(call: DecodeCall, request: Any, row_tile: Any) -> Rows:
     """Returns the rows of a tile in the outputs."""
-    height = call.tiles.rows_per_tile
+    height = call.config.rows_per_tile
     return call.rows_of(request, row_tile * height, height)
 
 
@@ -102,7 +102,7 @@ class SplitTiles:
             divide_into_rows(
                 self.g,
                 call.plan,
-                call.tiles.rows_per_tile,
+                call.config.rows_per_tile,
                 call.kv_lora_rank,
                 warpgroups=self.combining,
             ),
