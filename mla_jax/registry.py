@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import PartitionSpec
 
 from mla_jax import checks
 from mla_jax.implementations.blockwise import BLOCKWISE
@@ -29,6 +30,7 @@ from mla_jax.implementations.implementation import (
 )
 from mla_jax.implementations.split import attend_split_kv, plan_split_kv
 from mla_jax.problem import AttentionProblem
+from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import SlowPlanWarning
 
@@ -143,7 +145,20 @@ def _runs_on_any_target(name: str) -> bool:
 
 
 def compute(problem: AttentionProblem, choice: Choice) -> tuple[jax.Array, jax.Array]:
-    """Returns o and lse, by the first of the choice that can run where the call is lowered for."""
+    """Returns o and lse, by the first of the choice that can run where the call is lowered for.
+
+    On explicit mesh axes they are sharded as q is.
+    """
+    return _compute(problem, choice=choice)
+
+
+def _output_specs(problem: AttentionProblem) -> tuple[PartitionSpec, PartitionSpec]:
+    rows = dims_of(problem.q)[:3]
+    return spec_of_dims(*rows, None), spec_of_dims(*rows)
+
+
+@on_auto_axes(_output_specs)
+def _compute(problem: AttentionProblem, *, choice: Choice) -> tuple[jax.Array, jax.Array]:
     if _runs_on_any_target(choice.names[0]):
         return IMPLEMENTATIONS[choice.names[0]].compute(problem)
     if jax.config.jax_disable_jit and not _is_traced(problem):

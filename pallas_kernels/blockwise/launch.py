@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.sharding import ManualAxisType
 
 from mla_jax.cache import PagedKVCache
 from mla_jax.hal.profiles.ascend import ASCEND910B1
@@ -16,6 +17,7 @@ from mla_jax.hal.schedule import Schedule
 from mla_jax.hal.tiling import TilePlan, plan_tiles
 from mla_jax.hal.work import Problem
 from mla_jax.online_softmax import SoftmaxState
+from mla_jax.sharding.axes import varying_axes, vary_like
 from pallas_kernels.blockwise.program import compile_schedule
 
 Workspace = dict[str, tuple[tuple[int, ...], Any]]  # name -> shape, dtype
