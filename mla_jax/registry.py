@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import PartitionSpec
+from jax.sharding import ManualAxisType, PartitionSpec
 
 from mla_jax import checks
 from mla_jax.implementations.blockwise import BLOCKWISE
@@ -231,8 +231,13 @@ def _lower_choice(
     platform: str | None = None,
 ) -> Any:
     name = choice.on(Target.of_lowering(context, platform)).name
-    if name == choice.names[-1]:
+    # In a shard_map a kernel is traced without the manual axes in its arrays' types: each device
+    # runs a program of its own, and Pallas's interpret mode has no casts between such types.
+    types = [aval.update(manual_axis_type=ManualAxisType()) for aval in context.avals_in]
+    has_casts = _runs_on_any_target(name) or types == list(context.avals_in)
+    if name == choice.names[-1] and has_casts:
         return mlir.lower_fun(core.jaxpr_as_fun(last))(context, *leaves)
+    context = context.replace(avals_in=types)
     return mlir.lower_fun(functools.partial(_compute_leaves, name, tree))(context, *leaves)
 
 
