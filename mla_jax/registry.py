@@ -180,9 +180,24 @@ def _compute_where_lowered(
     problem: AttentionProblem, choice: Choice
 ) -> tuple[jax.Array, jax.Array]:
     leaves, tree = jax.tree.flatten(problem)
-    last = functools.partial(_compute_leaves, choice.names[-1], tree)
-    o, lse = _choice_p.bind(*leaves, tree=tree, choice=choice, last=jax.make_jaxpr(last)(*leaves))
+    name = choice.names[-1]
+    types = leaves if _has_casts(name) else [_without_manual_axes(jax.typeof(x)) for x in leaves]
+    last = jax.make_jaxpr(functools.partial(_compute_leaves, name, tree))(*types)
+    o, lse = _choice_p.bind(*leaves, tree=tree, choice=choice, last=last)
     return o, lse
+
+
+def _has_casts(name: str) -> bool:
+    """Returns whether an implementation can be traced with manual axes in its arrays' types.
+
+    Kernels have no casts between such types. In a shard_map they are traced without the axes, as
+    the program of one device.
+    """
+    return _runs_on_any_target(name)
+
+
+def _without_manual_axes(aval: Any) -> Any:
+    return aval.update(manual_axis_type=ManualAxisType())
 
 
 def _compute_leaves(name: str, tree: Any, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -203,8 +218,11 @@ def _run_choice(*leaves: jax.Array, **params: Any) -> list[jax.Array]:
 
 
 @_choice_p.def_abstract_eval
-def _choice_outputs(*_: Any, last: core.ClosedJaxpr, **__: Any) -> list[Any]:
-    return list(last.out_avals)
+def _choice_outputs(*avals: Any, choice: Choice, last: core.ClosedJaxpr, **_: Any) -> list[Any]:
+    if _has_casts(choice.names[-1]):
+        return list(last.out_avals)
+    axes = frozenset().union(*(aval.manual_axis_type.varying for aval in avals))
+    return [out.update(manual_axis_type=ManualAxisType(varying=axes)) for out in last.out_avals]
 
 
 def _jvp_of_last(primals: Any, tangents: Any, *, last: core.ClosedJaxpr, **_: Any) -> Any:
@@ -231,13 +249,10 @@ def _lower_choice(
     platform: str | None = None,
 ) -> Any:
     name = choice.on(Target.of_lowering(context, platform)).name
-    # In a shard_map a kernel is traced without the manual axes in its arrays' types: each device
-    # runs a program of its own, and Pallas's interpret mode has no casts between such types.
-    types = [aval.update(manual_axis_type=ManualAxisType()) for aval in context.avals_in]
-    has_casts = _runs_on_any_target(name) or types == list(context.avals_in)
-    if name == choice.names[-1] and has_casts:
+    if not _has_casts(name):
+        context = context.replace(avals_in=[_without_manual_axes(x) for x in context.avals_in])
+    if name == choice.names[-1]:
         return mlir.lower_fun(core.jaxpr_as_fun(last))(context, *leaves)
-    context = context.replace(avals_in=types)
     return mlir.lower_fun(functools.partial(_compute_leaves, name, tree))(context, *leaves)
 
 

@@ -17,7 +17,7 @@ from mla_jax.hal.schedule import Schedule
 from mla_jax.hal.tiling import TilePlan, plan_tiles
 from mla_jax.hal.work import Problem
 from mla_jax.online_softmax import SoftmaxState
-from mla_jax.sharding.axes import varying_axes, vary_like
+from mla_jax.sharding.axes import varying_axes
 from pallas_kernels.blockwise.program import compile_schedule
 
 Workspace = dict[str, tuple[tuple[int, ...], Any]]  # name -> shape, dtype
@@ -121,7 +121,7 @@ def launch(
             "or split_kv, or apply jax.lax.stop_gradient to their arguments"
         )
 
-    return attended(*vary_like(inputs, inputs))
+    return attended(*inputs)
 
 
 def key_rows(
