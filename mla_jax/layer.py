@@ -29,6 +29,7 @@ from mla_jax.config import MLAConfig
 from mla_jax.registry import compute
 from mla_jax.rope import apply_rope, check_positions
 from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims
+from mla_jax.sharding.specs import config_of_shard
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import SplitPlan
 
@@ -48,6 +49,7 @@ def mla_layer(
     plan: DecodePlan | SplitPlan | None = None,
     rescale: str = "multiply",
     partial_dtype: Any = None,
+    head_axis: str | None = None,
 ) -> tuple[jax.Array, PagedKVCache]:
     """Computes one step of the layer for requests of different lengths.
 
@@ -65,7 +67,12 @@ def mla_layer(
         donate: whether an eager call reuses the memory of `cache` for the returned cache. Its
             arrays are then deleted, and using them raises. False copies `cache`. Under an outer jit
             the argument has no effect: donate the cache there.
-        causal, implementation, plan, rescale, partial_dtype: as in `paged_mla_attention`.
+        causal, implementation, plan, rescale, partial_dtype: as in `paged_mla_attention`. A plan
+            inside a `jax.shard_map` is for the requests and heads of one device.
+        head_axis: the axis of a `jax.shard_map` around the call that splits the heads
+            (`param_specs`). `config` is that of the whole layer. All other arguments are equal
+            along the axis, and so are the results: the projected outputs are summed over it once.
+            None: `params` has all heads.
 
     Returns:
         out: [B, S, hidden] of x.dtype. Rows past query_lens are the output bias, or 0.
@@ -76,6 +83,8 @@ def mla_layer(
             the argument, and nothing has been written. With traced lengths, an invalid request has
             NaN rows in `out`, and its tokens are not written.
     """
+    if head_axis is not None:
+        config = config_of_shard(params, config, head_axis)
     _check_input(params, config, x)
     _check_heads(config, cache)
     query_lens = _all_query_lens("x", x, seq_lens, query_lens)
@@ -97,7 +106,7 @@ def mla_layer(
         rescale=rescale,
         partial_dtype=partial_dtype,
     )
-    return project_output(params, o_latent).astype(x.dtype), cache
+    return _projected(params, o_latent, head_axis=head_axis).astype(x.dtype), cache
 
 
 def preprocess(
@@ -206,7 +215,7 @@ def project_output(params: MLAParams, o_latent: jax.Array) -> jax.Array:
     checks.require_float("o_latent", o_latent)
     heads, rank = params.w_uv.shape[:2]
     checks.require_shape("o_latent", o_latent, "[B, S, H, kv_lora_rank]", None, None, heads, rank)
-    return _projected(params, o_latent)
+    return _projected(params, o_latent, head_axis=None)
 
 
 def _specs_of_hidden(params: MLAParams, tokens: jax.Array, *_: jax.Array) -> PartitionSpec:
@@ -214,10 +223,13 @@ def _specs_of_hidden(params: MLAParams, tokens: jax.Array, *_: jax.Array) -> Par
 
 
 @on_auto_axes(_specs_of_hidden)
-def _projected(params: MLAParams, o_latent: jax.Array) -> jax.Array:
-    """Computes `project_output` for arguments that have been checked."""
+def _projected(params: MLAParams, o_latent: jax.Array, *, head_axis: str | None) -> jax.Array:
+    """Computes `project_output`, summed over the shards of the heads."""
     values = _einsum("bshc,hcv->bshv", o_latent, params.w_uv)
-    return _add_bias(_einsum("bshv,hvd->bsd", values, params.w_o), params.b_o)
+    out = _einsum("bshv,hvd->bsd", values, params.w_o)
+    if head_axis is not None:
+        out = jax.lax.psum(out, head_axis)
+    return _add_bias(out, params.b_o)
 
 
 def naive_mla_layer(

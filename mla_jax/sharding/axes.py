@@ -25,7 +25,7 @@ def varying_axes(*trees: Any) -> frozenset[str]:
 
 
 def vary_like(tree: Any, *like: Any) -> Any:
-    """Returns the pytree with arrays that vary over each manual axis that one of `like` varies over.
+    """Returns the pytree, varying over each manual axis that an array of `like` varies over.
 
     The values stay as they are. Outside of `jax.shard_map` the pytree is returned unchanged.
     """
