@@ -1,5 +1,7 @@
 """The implementation `blockwise`: a schedule of the HAL, executed by `pallas_kernels.blockwise`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +17,8 @@ def _attend(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
     from mla_jax.hal.orders import ASCEND_ORDERS
     from pallas_kernels.blockwise import blockwise_mla, blockwise_mla_int8
 
-    run, order = blockwise_mla, "amla" if problem.rescale == "exponent_add" else "chunk4"
+    run: Any = blockwise_mla
+    order = "amla" if problem.rescale == "exponent_add" else "chunk4"
     if problem.cache.dtype == jnp.int8:
         run, order = blockwise_mla_int8, "int8-2-signals"
     o, lse = run(
