@@ -5,7 +5,7 @@ work item; every CTA, or cluster of two CTAs, runs the items that the plan gives
 
     tiles of 128 rows: the two CTAs of a cluster have 64 rows each and share every KV block, which
         each CTA loads half of and multicasts to both;
-    tiles of 64 rows: the two CTAs of a cluster have items of their own ("pairs"), and combine a
+    tiles of 64 rows: the two CTAs of a cluster have items of their own (`in_pairs`), and combine a
         tile that only these two share in their shared memories.
 
 A CTA has three warpgroups:
@@ -29,6 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.config import DecodeConfig
 from pallas_kernels.hopper.kernels.decode_compute import ComputingWarpgroup
 from pallas_kernels.hopper.kernels.decode_refs import (
     FIELD,
@@ -56,7 +57,7 @@ from pallas_kernels.hopper.work_items import (
 )
 
 
-def decode(call: DecodeCall) -> tuple[jax.Array, ...]:
+def decode(call: DecodeCall[DecodeConfig]) -> tuple[jax.Array, ...]:
     """Runs the work items of a call.
 
     It writes to `call.outputs`, and never past row R: whole tiles, tiles that a CTA or a pair of
@@ -70,12 +71,7 @@ def decode(call: DecodeCall) -> tuple[jax.Array, ...]:
         The partial results of split tiles, as `Partials` describes them: o and lse, and the scales
         of float16 partials.
     """
-    tiles, plan = call.tiles, call.plan
-    if tiles.pairs != (tiles.cluster == 1):
-        raise ValueError(
-            f"tiles must have pairs where cluster is 1 and not where it is 2, got pairs "
-            f"{tiles.pairs} and cluster {tiles.cluster}"
-        )
+    config, plan = call.config, call.plan
     g = Backend(interpreting=call.interpreting)
 
     def body(inputs: Inputs, outputs: Outputs, partials: Partials, scratch: Scratch) -> None:
@@ -84,7 +80,7 @@ def decode(call: DecodeCall) -> tuple[jax.Array, ...]:
         warpgroup = lax.axis_index("wg")
         rank = lax.axis_index("cluster")
         group = lax.axis_index("group")
-        if call.interpreting and not tiles.pairs:
+        if call.interpreting and not config.in_pairs:
             # The interpreter runs one cluster after the other. So the first ones must be those for
             # whose partials others wait.
             group = plan.num_workers - 1 - group
@@ -98,7 +94,7 @@ def decode(call: DecodeCall) -> tuple[jax.Array, ...]:
             partials=partials,
             scratch=scratch,
             rank=rank,
-            range_ref=ranges.at[2 * group + rank if tiles.pairs else group],
+            range_ref=ranges.at[2 * group + rank if config.in_pairs else group],
             other_cta=OtherCta(g, rank, exchange),
         )
         # In a branch of its own, what one role needs takes no register in the other role.
@@ -108,7 +104,7 @@ def decode(call: DecodeCall) -> tuple[jax.Array, ...]:
         body,
         out_type=(partial_types(call),),
         scratch_types=(Scratch.types(call, g),),
-        grid=(-(-plan.num_workers * tiles.cluster // 2),),
+        grid=(config.num_ctas(plan.num_workers) // 2,),
         grid_names=("group",),
         cluster=(2,),
         cluster_names=("cluster",),
@@ -133,11 +129,11 @@ class Loader:
 
     def run(self) -> None:
         cta = self.cta
-        cta.g.take_registers(cta.call.tiles.registers, LOADER)
+        cta.g.take_registers(cta.call.config.warpgroup_registers, LOADER)
         # This is not `run_items`, whose next item would take registers while an item is loaded.
         head = tuple(cta.range_ref[i] for i in range(ITEM_FIELDS))
         first, stop = range_of(cta.range_ref)
-        index = first_of(cta.range_ref) if cta.pairs else first
+        index = first_of(cta.range_ref) if cta.in_pairs else first
         lax.fori_loop(0, stop - first, self.load_item, (index, *head))
         # Wait for every release: a CTA must not end before the other CTA has released its stages.
         plgpu.barrier_wait(cta.scratch.q_empty)
@@ -151,8 +147,8 @@ class Loader:
         index, *fields = carry
         item = WorkItem(*fields)
         num_blocks = item.block_end - item.block_start
-        rank = 0 if cta.pairs else cta.rank
-        row = (item.row_tile * cta.cluster + rank) * BLOCK
+        rank = 0 if cta.in_pairs else cta.rank
+        row = (item.row_tile * cta.ctas_per_tile + rank) * BLOCK
         kv_len, query_len = cta.call.lengths(cta.inputs.requests, item.request)
         page_ids = cta.kv_blocks.prefetch_table(item.request, item.block_start, kv_len)
         next_page_ids = cta.kv_blocks.prefetch_table(item.request, item.block_start + 1, kv_len)
@@ -198,7 +194,7 @@ class Loader:
     def next_item(self, index: Any) -> tuple:
         """Returns the index and the fields of the item after the one at this index."""
         cta, items = self.cta, self.cta.inputs.requests.work.items
-        following = index + (step_of(cta.range_ref) if cta.pairs else 1)
+        following = index + (step_of(cta.range_ref) if cta.in_pairs else 1)
         following = jnp.clip(following, 0, items.shape[0] - 1)
         return following, *(items[following, i] for i in range(ITEM_FIELDS))
 
@@ -207,7 +203,7 @@ class Loader:
 
         The tile's first row, over all CTAs that share it, sees the fewest keys.
         """
-        call, first_row = self.cta.call, item.row_tile * self.cta.cluster * BLOCK
+        call, first_row = self.cta.call, item.row_tile * self.cta.ctas_per_tile * BLOCK
         visible = VisibleKeys.of(call, kv_len, query_len)
         fewest_keys = visible.count(first_row // call.num_heads)
         return jnp.clip((fewest_keys // BLOCK - item.block_start) // 2, 0, num_blocks // 2)
@@ -247,7 +243,7 @@ class Loader:
 
 def compute(cta: Cta, warpgroup: jax.Array) -> None:
     """Runs a computing warpgroup: its items, then its share of the split tiles."""
-    cta.g.take_registers(cta.call.tiles.registers, 0)
+    cta.g.take_registers(cta.call.config.warpgroup_registers, 0)
     lax.switch(warpgroup, [ComputingWarpgroup(cta, side).run for side in (0, 1)])
     if cta.call.combines:
         # One copy of this code for both warpgroups: an SM caches 128 KB of instructions.
@@ -269,7 +265,7 @@ def partial_types(call: DecodeCall) -> Partials:
     float16 holds no large numbers, so its partials have a power-of-two scale per row and half of o.
     """
     rows, blocks = call.plan.rows_per_tile, call.kv_lora_rank // BLOCK_COLUMNS
-    shape = (call.num_partials, call.tiles.cluster, blocks, BLOCK * BLOCK_COLUMNS)
+    shape = (call.num_partials, call.config.ctas_per_tile, blocks, BLOCK * BLOCK_COLUMNS)
     scaled = call.partial_dtype == jnp.float16
     return Partials(
         o=float_struct(*shape, dtype=call.partial_dtype),
@@ -283,7 +279,7 @@ def exchange_of(call: DecodeCall) -> jax.Ref | None:
 
     The interpreter has no access to another CTA's shared memory.
     """
-    if not (call.tiles.pairs and call.interpreting):
+    if not (call.config.in_pairs and call.interpreting):
         return None
     groups = len(call.requests.work.ranges) // 2
     return jax.empty_ref(float_struct(groups, 2, BLOCK, call.kv_lora_rank // 2 + 2))

@@ -252,7 +252,7 @@ class ComputingWarpgroup:
 
     def release(self, stage: Any) -> None:
         """Signals that this warpgroup has read its half of V, and P, for the last time."""
-        if self.cta.cluster > 1:
+        if self.cta.ctas_per_tile > 1:
             # A local barrier counts every thread, a cluster barrier one: all warps must be done.
             plgpu.commit_smem()
         empty = (self.cta.scratch.empty_left, self.cta.scratch.empty_right)[self.side]

@@ -63,7 +63,7 @@ class Finish:
         item = WorkItem.read(descriptor)
         kv_len = descriptor[FIELD.kv_len]
         tile_part = cta.part_of_tile()
-        row = (item.row_tile * cta.cluster + tile_part) * BLOCK
+        row = (item.row_tile * cta.ctas_per_tile + tile_part) * BLOCK
         # The loader writes this before the item's last block arrives.
         invalid = descriptor[FIELD.invalid] > 0
         total = self.sum_of_both(total)
@@ -96,7 +96,7 @@ class Finish:
         cta, g = self.cta, self.cta.g
 
         def of_other_item():
-            if cta.pairs:
+            if cta.in_pairs:
                 return self.exchange_stats(m, total)
             return self.stats_of_partial(target)
 
@@ -121,7 +121,7 @@ class Finish:
         if cta.scaled_partials:
             factor = lax.cond(target.partial >= 0, scaled, lambda: weight)
         o *= per_row(factor, o.shape)
-        if cta.pairs:
+        if cta.in_pairs:
             # In a shared tile each CTA finishes the half of the columns that has its rank.
             sends = target.kept & (cta.rank != self.side)
             pl.when(sends)(lambda: self.send(o))

@@ -45,6 +45,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.config import DecodeInt8Config
 from pallas_kernels.hopper.kernels.decode_int8_compute import Output, Softmax
 from pallas_kernels.hopper.kernels.decode_int8_refs import (
     FIELD,
@@ -79,7 +80,7 @@ class Loader(Role):
     """Warpgroup 3 reads work items, checks their requests and copies their KV blocks."""
 
     def run(self) -> None:
-        self.g.take_registers(self.call.tiles.registers, LOADER_WARPGROUP)
+        self.g.take_registers(self.call.config.warpgroup_registers, LOADER_WARPGROUP)
         head = self._with_lengths(WorkItem.read(self.work_range()))
         first, stop = self.item_range()
         state = LoaderState(first, stop - first, jnp.int32(0), *head)
@@ -160,7 +161,7 @@ class Loader(Role):
             plgpu.copy_gmem_to_smem(source.at[page, rows], target.at[stage], full)
 
 
-def decode_int8(call: DecodeCall) -> Partials:
+def decode_int8(call: DecodeCall[DecodeInt8Config]) -> Partials:
     """Runs the plan of a call: one CTA per worker of the plan.
 
     The launch writes whole tiles to the call's outputs, and split tiles where it combines them.

@@ -60,7 +60,7 @@ class Softmax(Role):
     """
 
     def run(self) -> None:
-        self.g.take_registers(self.call.tiles.registers, SOFTMAX_WARPGROUP)
+        self.g.take_registers(self.call.config.warpgroup_registers, SOFTMAX_WARPGROUP)
         self.scratch.descriptor[FIELD.repeats] = 0
 
         def run_item(items_left: Any) -> Any:
@@ -261,7 +261,7 @@ class Output(Role):
         return self.call.kv_lora_rank // OUTPUT_WARPGROUPS
 
     def run(self, warpgroup: Any) -> None:
-        self.g.take_registers(self.call.tiles.registers, 0)
+        self.g.take_registers(self.call.config.warpgroup_registers, 0)
         for stage in range(self.stages):
             plgpu.barrier_arrive(self.stage_free(stage))  # every stage starts free
         plgpu.barrier_arrive(self.sums_taken(0))

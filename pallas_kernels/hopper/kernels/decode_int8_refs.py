@@ -95,7 +95,7 @@ class Scratch(NamedTuple):
     A stage holds one KV block with its P^T. S: stages; D: kv_lora_rank; E: rope_dim; n: QUERIES.
     """
 
-    # The queries of the work item that is computed now. The softmax warpgroup writes and reads all four.
+    # The queries of the current work item. The softmax warpgroup writes and reads all four.
     q_latent: Any  # [1, 2 n, D] int8: the high parts of all queries, then the low parts
     q_rope: Any  # [1, n, E] bfloat16
     q_steps: Any  # [1, n] float32: a score of one step of q, in log2 units
@@ -129,7 +129,7 @@ class Scratch(NamedTuple):
     @staticmethod
     def types(call: DecodeCall, g: DequantizingBackend) -> "Scratch":
         """Returns shapes and layouts for a call."""
-        stages, latent = call.tiles.kv_stages, call.kv_lora_rank
+        stages, latent = call.config.kv_stages, call.kv_lora_rank
 
         def operand(*shape: int) -> Any:
             return plgpu.SMEM(shape, call.q.dtype, transforms=WGMMA_OPERAND)
@@ -185,7 +185,7 @@ class Role:
 
     @property
     def stages(self) -> int:
-        return self.call.tiles.kv_stages
+        return self.call.config.kv_stages
 
     def stage_after(self, stage: Any) -> Any:
         """Returns the next stage. A comparison is cheaper than a remainder."""

@@ -80,7 +80,7 @@ class Scratch(NamedTuple):
     empty_right: Any  # likewise, computing warpgroup 1
     p_ready: Any  # per barrier set; the warpgroup that made P arrives
     sums_ready: Any  # both computing warpgroups arrive
-    # Only where two CTAs with a tile each form a cluster (`tiles.pairs`), else None:
+    # Only where two CTAs with a tile each form a cluster (`config.in_pairs`), else None:
     others_max: Any  # [64]: maxima of the other CTA's part of a shared tile
     others_sum: Any
     stats_sent: Any  # both computing warpgroups of both CTAs arrive
@@ -91,7 +91,7 @@ class Scratch(NamedTuple):
     def types(call: DecodeCall, g: Backend) -> "Scratch":
         """Returns the types of the allocations."""
         half, rope = call.kv_lora_rank // 2, call.rope_dim
-        pairs = call.tiles.pairs
+        in_pairs = call.config.in_pairs
 
         def tiles(*shape: int) -> Any:
             return plgpu.SMEM(shape, call.q.dtype, transforms=WGMMA_OPERAND)
@@ -104,14 +104,14 @@ class Scratch(NamedTuple):
             return plgpu.Barrier(num_arrivals=count, num_barriers=2 * STAGES)
 
         def block_empty() -> Any:
-            if call.tiles.cluster == 1:
+            if call.config.ctas_per_tile == 1:
                 return plgpu.Barrier(num_arrivals=1, num_barriers=STAGES)
             return plgpu.ClusterBarrier(
                 collective_axes=("cluster",), num_arrivals=1, num_barriers=STAGES
             )
 
         def of_both_ctas(warpgroups: int) -> Any:
-            return cluster_barrier(warpgroups, interpreting=g.interpreting) if pairs else None
+            return cluster_barrier(warpgroups, interpreting=g.interpreting) if in_pairs else None
 
         return Scratch(
             q_left=tiles(1, BLOCK, half),
@@ -132,8 +132,8 @@ class Scratch(NamedTuple):
             empty_right=block_empty(),
             p_ready=plgpu.Barrier(num_arrivals=1, num_barriers=2 * STAGES),
             sums_ready=plgpu.Barrier(num_arrivals=2),
-            others_max=floats(BLOCK) if pairs else None,
-            others_sum=floats(BLOCK) if pairs else None,
+            others_max=floats(BLOCK) if in_pairs else None,
+            others_sum=floats(BLOCK) if in_pairs else None,
             stats_sent=of_both_ctas(2),
             o_sent=of_both_ctas(1),
             accumulators=g.accumulator_scratch(2, *accumulator_shapes(call)),
@@ -179,14 +179,14 @@ class Cta:
         return self.call.kv_lora_rank // 2
 
     @property
-    def cluster(self) -> int:
+    def ctas_per_tile(self) -> int:
         """CTAs that share a tile and its KV blocks, 64 rows each: 1 or 2."""
-        return self.call.tiles.cluster
+        return self.call.config.ctas_per_tile
 
     @property
-    def pairs(self) -> bool:
+    def in_pairs(self) -> bool:
         """Whether the CTAs of a cluster have tiles of their own."""
-        return self.call.tiles.pairs
+        return self.call.config.in_pairs
 
     @property
     def scaled_partials(self) -> bool:
@@ -209,7 +209,7 @@ class Cta:
     @functools.cached_property
     def kv_blocks(self) -> Any:
         table = self.inputs.requests.block_tables
-        return blocks(self.g, table, self.inputs.pages, self.cluster)
+        return blocks(self.g, table, self.inputs.pages, self.ctas_per_tile)
 
     @property
     def item_range(self) -> tuple[Any, Any]:
@@ -221,11 +221,11 @@ class Cta:
 
         It is read where it is needed, so that it holds no register.
         """
-        return 0 if self.pairs else self.g.cta_of_cluster()
+        return 0 if self.in_pairs else self.g.cta_of_cluster()
 
     def first_row(self, row_tile: Any) -> Any:
         """Returns this CTA's first row of a tile."""
-        return (row_tile * self.cluster + self.part_of_tile()) * BLOCK
+        return (row_tile * self.ctas_per_tile + self.part_of_tile()) * BLOCK
 
     def rows_of(self, request: Any, row_tile: Any) -> Rows:
         """Returns this CTA's rows of a tile in the outputs."""
@@ -236,7 +236,8 @@ class Cta:
 
     def counter_of(self, request: Any, row_tile: Any, items: Any) -> TileCounter:
         """Returns the counter with which `items` work items of a tile wait for each other."""
-        counter = self.call.plan.tile_of(request, row_tile) * self.cluster + self.part_of_tile()
+        tile = self.call.plan.tile_of(request, row_tile)
+        counter = tile * self.ctas_per_tile + self.part_of_tile()
         counters = self.inputs.requests.counters
         return TileCounter(self.g, counters, counter, writers=2 * items, combiners=2 * items)
 

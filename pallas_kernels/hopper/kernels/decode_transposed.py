@@ -38,6 +38,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.config import DecodeTransposedConfig
 from pallas_kernels.hopper.kernels.decode_transposed_compute import Computer
 from pallas_kernels.hopper.kernels.decode_transposed_refs import (
     COMPUTING,
@@ -55,7 +56,7 @@ from pallas_kernels.hopper.parts.transposed import Partials, require_whole_tiles
 from pallas_kernels.hopper.work_items import WorkItem, fits
 
 
-def decode_transposed(call: DecodeCall) -> Partials:
+def decode_transposed(call: DecodeCall[DecodeTransposedConfig]) -> Partials:
     """Runs the plan: stores whole tiles in call.outputs, returns the results of split tiles.
 
     call.q has a multiple of rows_per_tile rows per request; those after the real ones are padding.

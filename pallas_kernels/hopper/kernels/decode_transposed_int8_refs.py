@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.config import DecodeTransposedInt8Config
 from pallas_kernels.hopper.mosaic.int8 import INT8_OPERAND, DequantizingBackend
 from pallas_kernels.hopper.mosaic.primitives import WGMMA_OPERAND
 from pallas_kernels.hopper.mosaic.transposed import WARPS
@@ -31,15 +32,15 @@ class Sizes:
     registers: tuple[int, ...]  # per thread, of each warpgroup
 
     @staticmethod
-    def of(call: DecodeCall) -> "Sizes":
-        tiles = call.tiles
+    def of(call: DecodeCall[DecodeTransposedInt8Config]) -> "Sizes":
+        config = call.config
         return Sizes(
-            rows=tiles.rows_per_tile,
+            rows=config.rows_per_tile,
             latent=call.kv_lora_rank,
             rope=call.rope_dim,
-            stages=tiles.kv_stages,
-            computing=len(tiles.registers) - 1,
-            registers=tiles.registers,
+            stages=config.kv_stages,
+            computing=config.computing,
+            registers=config.warpgroup_registers,
         )
 
     @property

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.config import DecodeTransposedConfig
 from pallas_kernels.hopper.mosaic.cluster import TransposedOtherCta, cluster_barrier
 from pallas_kernels.hopper.mosaic.primitives import WGMMA_OPERAND
 from pallas_kernels.hopper.mosaic.transposed import WARPS, TransposedBackend
@@ -43,15 +44,15 @@ class Sizes:
     in_pairs: bool  # CTAs 2i and 2i + 1 are a cluster, and combine a tile in shared memory
 
     @staticmethod
-    def of(call: DecodeCall) -> "Sizes":
-        stages = call.tiles.slots
+    def of(call: DecodeCall[DecodeTransposedConfig]) -> "Sizes":
+        left, right, rope = call.config.kv_stages
         return Sizes(
-            rows=call.tiles.rows_per_tile,
+            rows=call.config.rows_per_tile,
             latent=call.kv_lora_rank,
             rope=call.rope_dim,
-            q_stages=stages("q"),
-            kv_stages=PerPart(stages("kv rope"), stages("kv left"), stages("kv right")),
-            in_pairs=call.tiles.pairs,
+            q_stages=call.config.q_stages,
+            kv_stages=PerPart(rope, left, right),
+            in_pairs=call.config.in_pairs,
         )
 
     @property

@@ -36,14 +36,14 @@ def arrivals(page_size: int) -> int:
 
 
 def blocks(
-    g: Backend, table_ref: Any, pages_ref: Any, cluster: int = 1
+    g: Backend, table_ref: Any, pages_ref: Any, ctas_per_tile: int = 1
 ) -> "CopiedBlocks | GatheredBlocks":
     """Returns the blocks of a cache [num_pages, page_size, D] with a block table [B, max_pages].
 
-    cluster: CTAs of the cluster that loads them.
+    ctas_per_tile: CTAs of the cluster that loads them together.
     """
     if pages_ref.shape[1] >= SMALLEST_COPIED:
-        return CopiedBlocks(table_ref, pages_ref, "cluster" if cluster > 1 else None)
+        return CopiedBlocks(table_ref, pages_ref, "cluster" if ctas_per_tile > 1 else None)
     return GatheredBlocks(g, table_ref, pages_ref)
 
 

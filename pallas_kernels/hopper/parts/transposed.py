@@ -33,7 +33,7 @@ class Partials(NamedTuple):
     @staticmethod
     def structs(call: DecodeCall) -> "Partials":
         """Returns the shape and dtype of each array."""
-        shape = call.num_partials, call.tiles.rows_per_tile
+        shape = call.num_partials, call.config.rows_per_tile
         return Partials(
             float_struct(*shape, call.kv_lora_rank, dtype=call.partial_dtype),
             float_struct(*shape),
@@ -51,7 +51,7 @@ class Mask(NamedTuple):
         g: Backend, call: DecodeCall, first_row: Any, kv_len: Any, query_len: Any
     ) -> "Mask":
         """Returns the mask of the tile that begins at first_row of a request."""
-        tile = (BLOCK, call.tiles.rows_per_tile)
+        tile = (BLOCK, call.config.rows_per_tile)
         token = (g.iota(tile, 1) + first_row) // call.num_heads
         limit = jnp.minimum(VisibleKeys.of(call, kv_len, query_len).count(token), kv_len)
         return Mask(jnp.where(token < query_len, limit, 0), g.iota(tile, 0))
@@ -63,7 +63,7 @@ class Mask(NamedTuple):
 
 def require_whole_tiles(call: DecodeCall) -> None:
     """Raises ValueError if the rows of q are not a multiple of a tile's."""
-    have, rows = call.q.shape[1], call.tiles.rows_per_tile
+    have, rows = call.q.shape[1], call.config.rows_per_tile
     if have % rows:
         raise ValueError(f"q must have a multiple of {rows} rows (rows_per_tile), got {have}")
 
@@ -123,7 +123,7 @@ class Results:
             divide_into_rows(
                 self.g,
                 call.plan,
-                call.tiles.rows_per_tile,
+                call.config.rows_per_tile,
                 call.kv_lora_rank,
                 warpgroups=self.combining,
                 in_flight=self.in_flight,
