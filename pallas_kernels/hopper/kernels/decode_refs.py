@@ -14,17 +14,32 @@ from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
 from pallas_kernels.hopper.parts.combine import CombineRefs, OutputRows, TileCounter
 from pallas_kernels.hopper.parts.kv_load import arrivals, blocks
-from pallas_kernels.hopper.work_items import BLOCK, ITEM_FIELDS, range_of
+from pallas_kernels.hopper.work_items import BLOCK, range_of
 
 LOADER = 2  # number of the loader warpgroup; 0 and 1 compute
-STAGES = 2  # of KV blocks, and of work items
-# Indices of what shared memory holds of a work item: its fields, and after them
-REQUEST, ROW_TILE, BLOCK_START, BLOCK_END = range(4)
-KV_LEN = ITEM_FIELDS
-QUERY_LEN = ITEM_FIELDS + 1
-INVALID = ITEM_FIELDS + 2  # 1: a page that the cache lacks, or a plan for another length: NaN
-OPEN_PAIRS = ITEM_FIELDS + 3  # pairs of KV blocks that need no mask for any row of the tile
-ITEM_STATE = ITEM_FIELDS + 4
+STAGES = 2  # of KV blocks, and of work descriptors
+
+
+class Descriptor(NamedTuple):
+    """The work descriptor of a work item: one int32 per field, in shared memory.
+
+    The loader writes it. `Cta.descriptor` returns the reference, and `FIELD` has the indices.
+    """
+
+    request: Any  # the first seven are those of `WorkItem`
+    row_tile: Any
+    block_start: Any
+    block_end: Any
+    partial: Any
+    first_partial: Any
+    num_partials: Any
+    kv_len: Any  # -1: the request is invalid
+    query_len: Any
+    invalid: Any  # 1: the cache lacks a page, or the plan is for another length; results are NaN
+    unmasked_pairs: Any  # pairs of KV blocks that need no mask for any row of the tile
+
+
+FIELD = Descriptor(*range(len(Descriptor._fields)))  # the index of each field
 
 
 class Inputs(NamedTuple):
@@ -45,7 +60,8 @@ class Partials(NamedTuple):
 class Scratch(NamedTuple):
     """Shared memory of a CTA. "left" and "right" are halves of the latent columns."""
 
-    # The leading 1 takes `Item.opaque`, so that descriptors are computed inside of loops.
+    # `CurrentItem.opaque_zero` is the index into a leading 1, so that loops compute the descriptors
+    # of wgmma where they use them.
     q_left: Any  # [1, 64, half]; at the end also staging of o, or what the other CTA sends of o
     q_right: Any
     q_rope: Any  # [1, 64, rope]
@@ -54,7 +70,7 @@ class Scratch(NamedTuple):
     kv_rope: Any  # [stages, 64, rope]; after the scores of the block, its P
     row_max: Any  # [stages, 64]: the running maximum that belongs to a block's P
     row_sum: Any  # [2, 64]: sums of both computing warpgroups
-    item: Any  # [stages, ITEM_STATE] int32
+    descriptors: Any  # [stages, fields of `Descriptor`] int32
     q_full: Any  # 3 copies arrive
     q_empty: Any  # both computing warpgroups arrive
     full_left: Any  # per barrier set (`Loader.barrier_set`); the copies of a block's part arrive
@@ -106,7 +122,7 @@ class Scratch(NamedTuple):
             kv_rope=tiles(STAGES, BLOCK, rope),
             row_max=floats(STAGES, BLOCK),
             row_sum=floats(2, BLOCK),
-            item=plgpu.SMEM((STAGES, ITEM_STATE), jnp.int32),
+            descriptors=plgpu.SMEM((STAGES, len(Descriptor._fields)), jnp.int32),
             q_full=plgpu.Barrier(num_arrivals=3),
             q_empty=plgpu.Barrier(num_arrivals=2),
             full_left=block_full(),
@@ -235,9 +251,9 @@ class Cta:
             self.partials.scales,
         )
 
-    def item(self, k: Any) -> Any:
-        """Returns the shared memory that holds the worker's k-th work item."""
-        return self.scratch.item.at[k % STAGES]
+    def descriptor(self, n: Any) -> Any:
+        """Returns the `Descriptor` in shared memory of the worker's n-th work item."""
+        return self.scratch.descriptors.at[n % STAGES]
 
     def p_of(self, stage: Any) -> Any:
         """Returns where P of a block is: in the place of its rope keys."""

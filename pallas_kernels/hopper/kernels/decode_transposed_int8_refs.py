@@ -14,7 +14,7 @@ from pallas_kernels.hopper.mosaic.primitives import WGMMA_OPERAND
 from pallas_kernels.hopper.mosaic.transposed import WARPS
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
 from pallas_kernels.hopper.parts.quantize_q import ROW_GROUP
-from pallas_kernels.hopper.parts.transposed import Partials, SplitTiles
+from pallas_kernels.hopper.parts.transposed import Partials, Results
 from pallas_kernels.hopper.work_items import BLOCK, WorkItem, range_of, run_items
 
 ITEM_STAGES = 2  # The loader checks a work item while the one before it is computed.
@@ -112,7 +112,7 @@ class Scratch(NamedTuple):
 
     q: QScratch
     kv: KvScratch
-    p: Any  # [computing, rows, BLOCK]: P of the block in hand, an operand of V^T P^T
+    p: Any  # [computing, rows, BLOCK]: P of the current block, an operand of V^T P^T
     maxima: Any  # [computing, WARPS, rows]: the warps combine the maxima of a block here
     sums: Any  # [computing, WARPS, rows]: the warps combine the sums of a work item here
     # What a warpgroup gives to the other one when both have computed their blocks of a work item:
@@ -200,11 +200,11 @@ class Cta:
         return range_of(self.range)
 
     @property
-    def split_tiles(self) -> SplitTiles:
-        """How split tiles are combined: by all warpgroups that compute."""
+    def results(self) -> Results:
+        """Where results go. All warpgroups that compute store and combine partial results."""
         refs = self.inputs.requests, self.outputs, self.partials
         count = self.sizes.computing
-        return SplitTiles(self.g, self.call, *refs, writers=count, combining=count)
+        return Results(self.g, self.call, *refs, writers=count, combining=count)
 
     def lengths(self, item: WorkItem) -> tuple[Any, Any]:
         """Returns (kv length, query length) of an item's request; a kv length of -1: invalid."""

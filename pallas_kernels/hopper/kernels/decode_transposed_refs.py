@@ -14,7 +14,7 @@ from pallas_kernels.hopper.mosaic.primitives import WGMMA_OPERAND
 from pallas_kernels.hopper.mosaic.transposed import WARPS, TransposedBackend
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
 from pallas_kernels.hopper.parts.kv_load import arrivals, blocks
-from pallas_kernels.hopper.parts.transposed import Partials, SplitTiles
+from pallas_kernels.hopper.parts.transposed import Partials, Results
 from pallas_kernels.hopper.work_items import BLOCK, WorkItem, range_of, run_items
 
 COMPUTING, LOADING = 0, 1  # the warpgroups of a CTA
@@ -119,7 +119,7 @@ class Scratch(NamedTuple):
 
     q: PerPart  # [q_stages, rows, width]
     kv: PerPart  # [kv_stages, BLOCK, width]
-    p: Any  # [rows, BLOCK]: P of the block in hand, an operand of V^T P^T
+    p: Any  # [rows, BLOCK]: P of the current block, an operand of V^T P^T
     maxima: Any  # [WARPS, rows]: the warps combine the maxima of a block here
     sums: Any  # [WARPS, rows]: the warps combine the sums of a work item here
     invalid: Any  # [q_stages] int32: 1 where the plan or a page of the work item is invalid
@@ -239,10 +239,10 @@ class Cta:
         return blocks(self.g, self.inputs.requests.block_tables, self.inputs.cache)
 
     @property
-    def split_tiles(self) -> SplitTiles:
-        """How split tiles are combined: one warpgroup stores partial results, both combine them."""
+    def results(self) -> Results:
+        """Where results go. One warpgroup stores partial results, both combine them."""
         refs = self.inputs.requests, self.outputs, self.partials
-        return SplitTiles(self.g, self.call, *refs, writers=1, combining=WARPGROUPS)
+        return Results(self.g, self.call, *refs, writers=1, combining=WARPGROUPS)
 
     def lengths(self, item: WorkItem) -> tuple[Any, Any]:
         """Returns (kv length, query length) of an item's request; a kv length of -1: invalid."""
