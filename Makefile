@@ -81,13 +81,13 @@ format: $(ENVIRONMENT)
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -n "$(BASE_PYTHON)" || { echo "Python 3.12 was not found: set BASE_PYTHON=/path/to/python3.12"; exit 1; }
 	$(BASE_PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[$(EXTRAS)]"
 	touch $@
 
 # The compiler of the Hopper kernels for machines without a GPU (240 MB). It stands beside the
 # environment, not in it: where the rest of CUDA is missing, JAX would complain at every start.
 $(VENV)/.test-ready: $(VENV)/.ready
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -c constraints.txt \
 		--upgrade --target $(SM90A) jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm
 	touch $@
 
