@@ -7,6 +7,7 @@
 - Weights: `MLAParams`, `init_params`, `load_hf`, `save_hf`, `rotate_latent`, `CheckpointError`.
 - Plans: `plan_decode` makes a `DecodePlan` for a step; `plan_fixed`, `plan_splits`, `plan_loads`,
   `SplitPlan` and `SlowPlanWarning` are of its split alone.
+- Sharding: `param_specs` and `cache_specs` give PartitionSpecs, `mla_layer` takes a `head_axis`.
 - Modules: `cache_size` counts bytes of caches, `online_softmax` computes softmax by blocks of keys.
 """
 
@@ -22,6 +23,7 @@ from mla_jax.layer import attend, mla_layer, naive_mla_layer, preprocess, projec
 from mla_jax.online_softmax import merge_states
 from mla_jax.planning import plan_decode
 from mla_jax.registry import available_implementations
+from mla_jax.sharding.specs import cache_specs, param_specs
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.planner import SlowPlanWarning, SplitPlan, plan_fixed, plan_loads, plan_splits
 
@@ -40,6 +42,7 @@ __all__ = [
     "attend",
     "available_implementations",
     "cache_size",
+    "cache_specs",
     "init_params",
     "load_hf",
     "merge_states",
@@ -47,6 +50,7 @@ __all__ = [
     "naive_mla_layer",
     "online_softmax",
     "paged_mla_attention",
+    "param_specs",
     "plan_decode",
     "plan_fixed",
     "plan_loads",

@@ -22,8 +22,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from mla_jax import checks, quantize
+from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims
 
 PAGE_SIZES = (1, 16, 64, 128)
 LAYOUTS = ("ND", "NZ")
@@ -281,11 +283,7 @@ class PagedKVCache:
                 raise ValueError(f"requests[{at}] must be in 0 .. {batch - 1}, got {requests[at]}")
         positions = _checked_positions(positions, len(requests))
         block_tables, requests = (jnp.asarray(checks.snapshot(x)) for x in (block_tables, requests))
-        entry = jnp.clip(positions // self.page_size, 0, block_tables.shape[1] - 1)
-        page = block_tables.at[requests[:, None], entry].get(mode="promise_in_bounds")
-        page = jnp.clip(page, 0, self.num_pages - 1)
-        offset = positions % self.page_size
-        return {name: _read(x, page, offset) for name, x in self.arrays().items()}
+        return _stored_rows(self, block_tables, positions, requests)
 
     def _encode(self, kv: jax.Array) -> dict[str, jax.Array]:
         """Returns rows kv [..., D] in the form of `stored_rows`, without a scale of "tensor"."""
@@ -466,6 +464,26 @@ def _or_nan(keeps: jax.Array, values: jax.Array) -> jax.Array:
     return jnp.where(keeps, values, jnp.asarray(jnp.nan, values.dtype))
 
 
+def _rows_specs(
+    cache: PagedKVCache, block_tables: jax.Array, positions: jax.Array, requests: jax.Array
+) -> dict[str, PartitionSpec]:
+    """Returns the PartitionSpecs of `_stored_rows`: by request, as requests or tables are."""
+    by_request = requests if any(dims_of(requests)) else block_tables
+    split = spec_of_dims(dims_of(by_request)[0])
+    return {name: split if x.ndim else PartitionSpec() for name, x in cache.arrays().items()}
+
+
+@on_auto_axes(_rows_specs)
+def _stored_rows(
+    cache: PagedKVCache, block_tables: jax.Array, positions: jax.Array, requests: jax.Array
+) -> dict[str, jax.Array]:
+    entry = jnp.clip(positions // cache.page_size, 0, block_tables.shape[1] - 1)
+    page = block_tables.at[requests[:, None], entry].get(mode="promise_in_bounds")
+    page = jnp.clip(page, 0, cache.num_pages - 1)
+    offset = positions % cache.page_size
+    return {name: _read(x, page, offset) for name, x in cache.arrays().items()}
+
+
 def _read(array: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
     """Reads tokens from an array of the cache: [N, T, ...]; page and offset are [N, T]."""
     if array.ndim == 0:
@@ -484,6 +502,11 @@ def _write(array: jax.Array, page: jax.Array, offset: jax.Array, rows: jax.Array
     return array.at[page, :, offset, :].set(fractals, mode="drop")
 
 
+def _specs_of_cache(cache: PagedKVCache, *_: Any) -> PagedKVCache:
+    return jax.tree.map(lambda array: spec_of_dims(*dims_of(array)), cache)
+
+
+@on_auto_axes(_specs_of_cache)
 def _append(
     cache: PagedKVCache,
     kv: jax.Array,

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from mla_jax import checks
 from mla_jax.attention import prepare, require_query_lens
@@ -27,6 +28,8 @@ from mla_jax.checkpoints.weights import MLAParams, check_params
 from mla_jax.config import MLAConfig
 from mla_jax.registry import compute
 from mla_jax.rope import apply_rope, check_positions
+from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims
+from mla_jax.sharding.specs import config_of_shard
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import SplitPlan
 
@@ -46,6 +49,7 @@ def mla_layer(
     plan: DecodePlan | SplitPlan | None = None,
     rescale: str = "multiply",
     partial_dtype: Any = None,
+    head_axis: str | None = None,
 ) -> tuple[jax.Array, PagedKVCache]:
     """Computes one step of the layer for requests of different lengths.
 
@@ -63,7 +67,12 @@ def mla_layer(
         donate: whether an eager call reuses the memory of `cache` for the returned cache. Its
             arrays are then deleted, and using them raises. False copies `cache`. Under an outer jit
             the argument has no effect: donate the cache there.
-        causal, implementation, plan, rescale, partial_dtype: as in `paged_mla_attention`.
+        causal, implementation, plan, rescale, partial_dtype: as in `paged_mla_attention`. A plan
+            inside a `jax.shard_map` is for the requests and heads of one device.
+        head_axis: the axis of a `jax.shard_map` around the call that splits the heads
+            (`param_specs`). `config` is that of the whole layer. All other arguments are equal
+            along the axis, and so are the results: the projected outputs are summed over it once.
+            None: `params` has all heads.
 
     Returns:
         out: [B, S, hidden] of x.dtype. Rows past query_lens are the output bias, or 0.
@@ -74,12 +83,14 @@ def mla_layer(
             the argument, and nothing has been written. With traced lengths, an invalid request has
             NaN rows in `out`, and its tokens are not written.
     """
+    if head_axis is not None:
+        config = config_of_shard(params, config, head_axis)
     _check_input(params, config, x)
     _check_heads(config, cache)
     query_lens = _all_query_lens("x", x, seq_lens, query_lens)
     seq_lens, query_lens = map(checks.snapshot, (seq_lens, query_lens))
     positions = (seq_lens - query_lens)[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
-    q, kv = _absorbed(params, config, x, positions)
+    q, kv = _absorbed(params, x, positions, config=config)
     o_latent, cache = attend(
         config,
         q,
@@ -95,7 +106,7 @@ def mla_layer(
         rescale=rescale,
         partial_dtype=partial_dtype,
     )
-    return project_output(params, o_latent).astype(x.dtype), cache
+    return _projected(params, o_latent, head_axis=head_axis).astype(x.dtype), cache
 
 
 def preprocess(
@@ -121,7 +132,7 @@ def preprocess(
     _check_input(params, config, x)
     check_positions(positions)
     checks.require_shape("positions", positions, "[B, S]", *x.shape[:2])
-    return _absorbed(params, config, x, positions)
+    return _absorbed(params, x, positions, config=config)
 
 
 def attend(
@@ -204,8 +215,21 @@ def project_output(params: MLAParams, o_latent: jax.Array) -> jax.Array:
     checks.require_float("o_latent", o_latent)
     heads, rank = params.w_uv.shape[:2]
     checks.require_shape("o_latent", o_latent, "[B, S, H, kv_lora_rank]", None, None, heads, rank)
+    return _projected(params, o_latent, head_axis=None)
+
+
+def _specs_of_hidden(params: MLAParams, tokens: jax.Array, *_: jax.Array) -> PartitionSpec:
+    return spec_of_dims(*dims_of(tokens)[:2], dims_of(params.w_o)[2])
+
+
+@on_auto_axes(_specs_of_hidden)
+def _projected(params: MLAParams, o_latent: jax.Array, *, head_axis: str | None) -> jax.Array:
+    """Computes `project_output`, summed over the shards of the heads."""
     values = _einsum("bshc,hcv->bshv", o_latent, params.w_uv)
-    return _add_bias(_einsum("bshv,hvd->bsd", values, params.w_o), params.b_o)
+    out = _einsum("bshv,hvd->bsd", values, params.w_o)
+    if head_axis is not None:
+        out = jax.lax.psum(out, head_axis)
+    return _add_bias(out, params.b_o)
 
 
 def naive_mla_layer(
@@ -231,6 +255,15 @@ def naive_mla_layer(
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     check_positions(positions)
     checks.require_shape("positions", positions, "[B, S]", batch, length)
+    return _expanded(params, x, positions, config=config)
+
+
+@on_auto_axes(_specs_of_hidden)
+def _expanded(
+    params: MLAParams, x: jax.Array, positions: jax.Array, *, config: MLAConfig
+) -> jax.Array:
+    """Computes `naive_mla_layer` for arguments that have been checked."""
+    length = x.shape[1]
     q = jnp.concatenate(_queries(params, config, x, positions), -1)  # [B, S, H, nope + rope]
     c_kv, k_rope = jnp.split(_latents(params, config, x, positions), [config.kv_lora_rank], -1)
     k_nope = _einsum("btc,hnc->bthn", c_kv, params.w_uk)
@@ -246,8 +279,16 @@ def naive_mla_layer(
     return out.astype(x.dtype)
 
 
+def _specs_of_absorbed(
+    params: MLAParams, x: jax.Array, _: jax.Array
+) -> tuple[PartitionSpec, PartitionSpec]:
+    tokens, heads = dims_of(x)[:2], dims_of(params.w_uq)[1]
+    return spec_of_dims(*tokens, heads, None), spec_of_dims(*tokens, None)
+
+
+@on_auto_axes(_specs_of_absorbed)
 def _absorbed(
-    params: MLAParams, config: MLAConfig, x: jax.Array, positions: jax.Array
+    params: MLAParams, x: jax.Array, positions: jax.Array, *, config: MLAConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Computes `preprocess` for arguments that have been checked."""
     q_nope, q_rope = _queries(params, config, x, positions)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import ManualAxisType, PartitionSpec
 
 from mla_jax import checks
 from mla_jax.implementations.blockwise import BLOCKWISE
@@ -29,6 +30,7 @@ from mla_jax.implementations.implementation import (
 )
 from mla_jax.implementations.split import attend_split_kv, plan_split_kv
 from mla_jax.problem import AttentionProblem
+from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import SlowPlanWarning
 
@@ -143,7 +145,20 @@ def _runs_on_any_target(name: str) -> bool:
 
 
 def compute(problem: AttentionProblem, choice: Choice) -> tuple[jax.Array, jax.Array]:
-    """Returns o and lse, by the first of the choice that can run where the call is lowered for."""
+    """Returns o and lse, by the first of the choice that can run where the call is lowered for.
+
+    On explicit mesh axes they are sharded as q is.
+    """
+    return _compute(problem, choice=choice)
+
+
+def _output_specs(problem: AttentionProblem) -> tuple[PartitionSpec, PartitionSpec]:
+    rows = dims_of(problem.q)[:3]
+    return spec_of_dims(*rows, None), spec_of_dims(*rows)
+
+
+@on_auto_axes(_output_specs)
+def _compute(problem: AttentionProblem, *, choice: Choice) -> tuple[jax.Array, jax.Array]:
     if _runs_on_any_target(choice.names[0]):
         return IMPLEMENTATIONS[choice.names[0]].compute(problem)
     if jax.config.jax_disable_jit and not _is_traced(problem):
@@ -165,9 +180,24 @@ def _compute_where_lowered(
     problem: AttentionProblem, choice: Choice
 ) -> tuple[jax.Array, jax.Array]:
     leaves, tree = jax.tree.flatten(problem)
-    last = functools.partial(_compute_leaves, choice.names[-1], tree)
-    o, lse = _choice_p.bind(*leaves, tree=tree, choice=choice, last=jax.make_jaxpr(last)(*leaves))
+    name = choice.names[-1]
+    types = leaves if _has_casts(name) else [_without_manual_axes(jax.typeof(x)) for x in leaves]
+    last = jax.make_jaxpr(functools.partial(_compute_leaves, name, tree))(*types)
+    o, lse = _choice_p.bind(*leaves, tree=tree, choice=choice, last=last)
     return o, lse
+
+
+def _has_casts(name: str) -> bool:
+    """Returns whether an implementation can be traced with manual axes in its arrays' types.
+
+    Kernels have no casts between such types. In a shard_map they are traced without the axes, as
+    the program of one device.
+    """
+    return _runs_on_any_target(name)
+
+
+def _without_manual_axes(aval: Any) -> Any:
+    return aval.update(manual_axis_type=ManualAxisType())
 
 
 def _compute_leaves(name: str, tree: Any, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -188,8 +218,11 @@ def _run_choice(*leaves: jax.Array, **params: Any) -> list[jax.Array]:
 
 
 @_choice_p.def_abstract_eval
-def _choice_outputs(*_: Any, last: core.ClosedJaxpr, **__: Any) -> list[Any]:
-    return list(last.out_avals)
+def _choice_outputs(*avals: Any, choice: Choice, last: core.ClosedJaxpr, **_: Any) -> list[Any]:
+    if _has_casts(choice.names[-1]):
+        return list(last.out_avals)
+    axes = frozenset().union(*(aval.manual_axis_type.varying for aval in avals))
+    return [out.update(manual_axis_type=ManualAxisType(varying=axes)) for out in last.out_avals]
 
 
 def _jvp_of_last(primals: Any, tangents: Any, *, last: core.ClosedJaxpr, **_: Any) -> Any:
@@ -216,6 +249,8 @@ def _lower_choice(
     platform: str | None = None,
 ) -> Any:
     name = choice.on(Target.of_lowering(context, platform)).name
+    if not _has_casts(name):
+        context = context.replace(avals_in=[_without_manual_axes(x) for x in context.avals_in])
     if name == choice.names[-1]:
         return mlir.lower_fun(core.jaxpr_as_fun(last))(context, *leaves)
     return mlir.lower_fun(functools.partial(_compute_leaves, name, tree))(context, *leaves)

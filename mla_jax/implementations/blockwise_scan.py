@@ -7,6 +7,7 @@ from jax import lax
 from mla_jax.implementations.scores import attend_block, mark_drafts
 from mla_jax.online_softmax import SoftmaxState, finalize, init_state
 from mla_jax.problem import AttentionProblem
+from mla_jax.sharding.axes import vary_like
 
 BLOCK_TOKENS = 256  # tokens per KV block; a block has at least one page
 
@@ -29,6 +30,7 @@ def attend_xla(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
         return attend_block(problem, state, q, kv, positions, seq_lens, visible)
 
     state = init_state(q.shape[:2], cache.kv_lora_rank)
+    state = vary_like(state, q, cache, problem.block_tables, visible)
     state = lax.fori_loop(0, -(-seq_lens.max() // block), step, state)
     o, lse = finalize(state)
     return problem.outputs(mark_drafts(problem, o, lse), lse)

@@ -9,6 +9,7 @@ from jax import lax
 from mla_jax.implementations.scores import attend_block, mark_drafts
 from mla_jax.online_softmax import finalize, init_state
 from mla_jax.problem import AttentionProblem
+from mla_jax.sharding.axes import vary_like
 from mla_jax.splits.plan import SplitPlan, covered_requests
 from mla_jax.splits.planner import merge_partials, plan_splits
 
@@ -95,6 +96,7 @@ def attend_split_kv(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
     ]
     item = plan.worker_start[:-1]
     carry = (item, begin(item)[1], init_state(rows, width), outputs)
+    carry = vary_like(carry, plan, q, cache, problem.block_tables, visible)
     *_, (o, lse, partial_o, partial_lse) = lax.fori_loop(0, jnp.diff(steps).max(), step, carry)
     o, lse = merge_partials(plan, o, partial_o, lse, partial_lse)
     o, lse = _without_tiles(o, problem), _without_tiles(lse, problem)

@@ -27,6 +27,7 @@ import numpy as np
 
 from mla_jax import checks
 from mla_jax.online_softmax import merge_states
+from mla_jax.sharding.axes import replicated
 from mla_jax.splits.costs import MOST_WORK, SplitCosts, split_costs
 from mla_jax.splits.line import Line, find, running_sum, shares, to_float32
 from mla_jax.splits.plan import (
@@ -115,7 +116,7 @@ def plan_splits(
     in_pairs = checks.require_bool("in_pairs", in_pairs)
     if in_pairs and num_workers % 2:
         raise ValueError(f"num_workers must be even with in_pairs, got {num_workers}")
-    seq_lens = checks.snapshot(seq_lens)
+    seq_lens = _whole(seq_lens)
     most = math.ceil((max_seq_len or _LARGEST) / costs.block_size)
     return _plan_splits(seq_lens, num_workers, costs, merge_overhead, in_pairs, most)
 
@@ -164,7 +165,7 @@ def plan_fixed(
             f"max_seq_len / split_size must give at most {MOST_WORK} work items, got {most} for "
             f"each of {items // most} tiles"
         )
-    return _plan_fixed(checks.snapshot(seq_lens), num_workers, costs, split_blocks, most)
+    return _plan_fixed(_whole(seq_lens), num_workers, costs, split_blocks, most)
 
 
 def plan_loads(
@@ -196,7 +197,7 @@ def plan_loads(
             f"rows must be those of the plan, {plan.num_row_tiles} tiles of {plan.rows_per_tile}, "
             f"got {rows}"
         )
-    return _plan_loads(plan, checks.snapshot(seq_lens), costs)
+    return _plan_loads(jax.tree.map(replicated, plan), _whole(seq_lens), costs)
 
 
 def merge_partials(
@@ -339,6 +340,11 @@ def _assemble(
         num_partials=num_partials,
         fixed=fixed,
     )
+
+
+def _whole(seq_lens: Any) -> Any:
+    """Returns lengths that planning may read later, the batch's on every device."""
+    return replicated(checks.snapshot(seq_lens))
 
 
 def _check(seq_lens: Any, num_workers: Any, costs: SplitCosts, max_seq_len: int | None) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.sharding import ManualAxisType
 
 from mla_jax.cache import PagedKVCache
 from mla_jax.hal.profiles.ascend import ASCEND910B1
@@ -16,6 +17,7 @@ from mla_jax.hal.schedule import Schedule
 from mla_jax.hal.tiling import TilePlan, plan_tiles
 from mla_jax.hal.work import Problem
 from mla_jax.online_softmax import SoftmaxState
+from mla_jax.sharding.axes import varying_axes
 from pallas_kernels.blockwise.program import compile_schedule
 
 Workspace = dict[str, tuple[tuple[int, ...], Any]]  # name -> shape, dtype
@@ -80,9 +82,15 @@ def launch(
     scratch = workspace(schedule, tile, tiles.block_kv) | {
         name: ((tile,), jnp.float32) for name in STATE
     }
+    inputs = (program, *row_inputs, *pages, block_tables, seq_lens, seen)
+    axes = ManualAxisType(varying=varying_axes(inputs))
+
+    def of_output(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
+
     outputs = [
-        jax.ShapeDtypeStruct((batch, num_tiles * tile, width), jnp.float32),
-        jax.ShapeDtypeStruct((batch, num_tiles * tile), jnp.float32),
+        of_output((batch, num_tiles * tile, width), jnp.float32),
+        of_output((batch, num_tiles * tile), jnp.float32),
     ]
     run = pl.pallas_call(
         functools.partial(kernel, names=names, block_kv=tiles.block_kv),
@@ -96,7 +104,7 @@ def launch(
             of_rows(seen),
         ],
         out_specs=[*(of_rows(x) for x in outputs), *(whole(s) for s, _ in scratch.values())],
-        out_shape=[*outputs, *(jax.ShapeDtypeStruct(s, d) for s, d in scratch.values())],
+        out_shape=[*outputs, *(of_output(s, d) for s, d in scratch.values())],
         interpret=interpret,
     )
 
@@ -113,7 +121,7 @@ def launch(
             "or split_kv, or apply jax.lax.stop_gradient to their arguments"
         )
 
-    return attended(program, *row_inputs, *pages, block_tables, seq_lens, seen)
+    return attended(*inputs)
 
 
 def key_rows(

@@ -1,11 +1,12 @@
-"""The code blocks of docs/serving.md run, in order, as one program."""
+"""The code blocks of docs/serving.md and docs/sharding.md run, in order, each as one program."""
 
 import re
 import tempfile
 from pathlib import Path
 
+import pytest
+
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
-PAGE = ROOT / "docs" / "serving.md"
 
 
 def python_blocks(text: str) -> list[tuple[int, str]]:
@@ -14,11 +15,18 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, block.start(1)), block[1]) for block in found]
 
 
-def test_the_code_blocks_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "least"), [("serving.md", 12), ("sharding.md", 5)])
+def test_the_code_blocks_run(tmp_path, monkeypatch, name, least):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the page makes its checkpoint
-    blocks = python_blocks(PAGE.read_text(encoding="utf-8"))
-    assert len(blocks) >= 12
+    page = ROOT / "docs" / name
+    blocks = python_blocks(page.read_text(encoding="utf-8"))
+    assert len(blocks) >= least
     names: dict = {}
     for line, code in blocks:
         # Empty lines in front make a traceback name the line of the page.
-        exec(compile("\n" * line + code, str(PAGE), "exec"), names)
+        exec(compile("\n" * line + code, str(page), "exec"), names)
+
+
+def test_each_form_of_sharding_is_short():
+    for line, code in python_blocks((ROOT / "docs" / "sharding.md").read_text(encoding="utf-8")):
+        assert code.count("\n") <= 20, line

@@ -1,0 +1,118 @@
+"""PartitionSpecs of the layer's weights and cache, and the checks of the mesh axis they name."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from mla_jax.cache import PagedKVCache
+from mla_jax.checkpoints.weights import MLAParams, param_shapes
+from mla_jax.config import MLAConfig
+
+
+def param_specs(config: MLAConfig, mesh_axis: str) -> MLAParams:
+    """Returns the PartitionSpecs of tensor-parallel weights: heads are split over a mesh axis.
+
+    The weights that have no heads are whole on every device. The result is an `MLAParams` of
+    PartitionSpecs, for `jax.shard_map` or, as NamedShardings, for `jax.device_put` and `jax.jit`.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: in a context of `jax.set_mesh`, an axis that the mesh does not have, or whose
+            size does not divide `config.num_heads`.
+    """
+    _require_config(config)
+    size = _size_in_context("mesh_axis", mesh_axis)
+    if size is not None:
+        _require_divides("mesh_axis", mesh_axis, size, "config.num_heads", config.num_heads)
+    head_dims = {"w_uq": 1, "w_uk": 0, "w_uv": 0, "w_o": 0}
+    specs: dict[str, Any] = {
+        name: None if shape is None else PartitionSpec()
+        for name, shape in param_shapes(config).items()
+    }
+    for name, dim in head_dims.items():
+        specs[name] = PartitionSpec(*[None] * dim, mesh_axis)
+    return MLAParams(**specs)
+
+
+def cache_specs(cache: PagedKVCache, mesh_axis: str | None = None) -> PagedKVCache:
+    """Returns the PartitionSpecs of a cache: its pages are split over a mesh axis.
+
+    With `jax.shard_map` each device then has pages of its own, which it numbers from 0. Elsewhere
+    the numbers in a block table are those of the whole cache.
+
+    Args:
+        cache: the whole cache, of arrays or of their shapes (`jax.eval_shape`).
+        mesh_axis: None: every device has all pages, as where only heads are split.
+
+    Returns:
+        A `PagedKVCache` of PartitionSpecs.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: in a context of `jax.set_mesh`, an axis that the mesh does not have, or whose
+            size does not divide the number of pages.
+    """
+    if not isinstance(cache, PagedKVCache):
+        raise TypeError(f"cache must be a PagedKVCache, got {type(cache).__name__}")
+    if mesh_axis is not None:
+        size = _size_in_context("mesh_axis", mesh_axis)
+        if size is not None:
+            _require_divides("mesh_axis", mesh_axis, size, "cache.num_pages", cache.num_pages)
+    # An array without dims, such as a single scale, belongs to the whole cache.
+    return jax.tree.map(lambda x: PartitionSpec(*[mesh_axis][: len(x.shape)]), cache)
+
+
+def config_of_shard(params: Any, config: Any, head_axis: Any) -> MLAConfig:
+    """Returns the config of one device's heads, where `jax.shard_map` splits them over an axis.
+
+    Raises TypeError for a config or an axis of another type. Raises ValueError outside of a
+    `jax.shard_map` over that axis, for heads that the axis does not divide, and for `params` that
+    have all heads.
+    """
+    _require_config(config)
+    _require_name("head_axis", head_axis)
+    mesh = jax.sharding.get_abstract_mesh()
+    if head_axis not in mesh.manual_axes:
+        got = f"inside one over {', '.join(map(repr, mesh.manual_axes))}"
+        got = got if mesh.manual_axes else "outside of jax.shard_map"
+        raise ValueError(f"head_axis must be an axis of jax.shard_map, got {head_axis!r} {got}")
+    size = mesh.shape[head_axis]
+    _require_divides("head_axis", head_axis, size, "config.num_heads", config.num_heads)
+    heads = config.num_heads // size
+    if size > 1 and isinstance(params, MLAParams) and params.w_o.shape[0] == config.num_heads:
+        raise ValueError(
+            f"params must have {heads} heads of {config.num_heads} on each device of head_axis "
+            f"{head_axis!r} (param_specs), got all of them"
+        )
+    return dataclasses.replace(config, num_heads=heads)
+
+
+def _size_in_context(name: str, axis: Any) -> int | None:
+    """Returns the size of an axis of the mesh in the context, None without a mesh."""
+    _require_name(name, axis)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return None
+    if axis not in mesh.axis_names:
+        axes = ", ".join(map(repr, mesh.axis_names))
+        raise ValueError(f"{name} must be an axis of the mesh, one of {axes}, got {axis!r}")
+    return mesh.shape[axis]
+
+
+def _require_config(config: Any) -> None:
+    if not isinstance(config, MLAConfig):
+        raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
+
+
+def _require_name(name: str, axis: Any) -> None:
+    if not isinstance(axis, str):
+        raise TypeError(f"{name} must be the name of a mesh axis, got {axis!r}")
+
+
+def _require_divides(name: str, axis: str, size: int, of: str, count: int) -> None:
+    if count % size:
+        raise ValueError(
+            f"{name} must have a size that divides {of} = {count}, got {axis!r} of size {size}"
+        )
