@@ -1,8 +1,9 @@
 """The work list of a decode launch, and where a KV block lies in its pages.
 
-A split plan says which CTA (or cluster of two CTAs) computes which work items. A work item is a
-range of KV blocks of one tile. `work_list` turns the plan into two integer arrays that kernels
-read: one row per work item, and one row per worker with its range of items.
+A split plan says which worker computes which work items. A worker is a CTA, or a cluster of two
+CTAs that share their tiles. A work item is a range of KV blocks of one tile. `work_list` turns the
+plan into two integer arrays that kernels read: one row per work item, and one row per worker with
+its range of items.
 """
 
 import math
@@ -22,10 +23,12 @@ NO_KEY = -3e38  # a running maximum (log2 units) that no score has raised yet: b
 class WorkItem(NamedTuple):
     """One row of the list: what to compute, and where its result goes.
 
-    partial: index of the partial result that the item has; -1: the item is a whole tile, and its
-    result is the output; below -1: the worker keeps the result (`kept_partial`) and combines it
-    itself. first_partial, num_partials: the partials that are merged together, those of the item's
-    tile, or after "by_first" (`work_list`) the item's own alone.
+    partial: where the result goes.
+        0 or more: to the partial result with this index, because the item's tile is split;
+        -1: to the output, because the item is a whole tile;
+        below -1: nowhere yet. The worker keeps it (`kept_partial`) and combines the tile itself.
+    first_partial, num_partials: the partials that are merged together. They are those of the item's
+        tile, or after "by_first" (`work_list`) the item's own alone.
     """
 
     request: Any
@@ -74,7 +77,7 @@ def work_list(plan: Any, finish: str = "merge") -> WorkList:
         in their shared memories, without partials. Its two items have `kept_partial`, and the
         second worker runs its items backwards, so that both finish with this tile. Ranges have one
         column more, the step from an item to the next, and an even number of rows.
-    "by_first": a tile in two items is the last one of worker w and the first one of worker w + 1.
+    "by_first": of a tile in two items, one is the last of worker w, the other the first of w + 1.
         So w + 1 stores its partial early, listed as a tile of one partial, so that nothing merges
         it. Worker w, at its end, keeps its own result (`kept_partial`) and adds the other's. It
         waits only for what another worker does first, so that no two wait for each other. Not for

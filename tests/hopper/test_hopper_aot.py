@@ -1,4 +1,4 @@
-"""The compile gate itself: it sees wgmma, registers, spills and serialisation without a GPU."""
+"""The compile test itself sees wgmma, registers, spills and serialization without a GPU."""
 
 import contextlib
 import dataclasses

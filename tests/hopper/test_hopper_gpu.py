@@ -1,5 +1,7 @@
-"""The Hopper kernels on an H200, the third gate: every option against float64, repeats, one long
-request among short ones, independence of the batch; and that its plans are what it is to test."""
+"""GPU tests of the Hopper kernels: every option against float64, repeats, unequal lengths.
+
+The tests of plans run anywhere. They show that the plans here have the tiles that are to be tested.
+"""
 
 import functools
 import itertools
@@ -91,8 +93,8 @@ def test_options_on_the_gpu(heads, dtype, rescale, partial_dtype, page_size):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("heads", "times"), [(64, 1), (128, 1), (64, 20), (128, 30)])
-def test_pieces_of_any_size_on_the_gpu(heads, times):
-    lens = [5000, 900, 1800] * times  # in many pieces, or in two
+def test_partials_of_any_size_on_the_gpu(heads, times):
+    lens = [5000, 900, 1800] * times  # in many work items per tile, or in two
     batch = HopperBatch(np.random.default_rng(heads), lens, heads=heads)
     o, lse = op(batch)
     batch.check(o, lse)
@@ -110,10 +112,10 @@ def test_long_and_repeated_on_the_gpu(heads, page_size):
     check_repeats(HopperBatch(np.random.default_rng(heads), lens, **shape))
 
 
-# Shortest and longest, requests (workers, a page size); how many pieces of their plans have no
-# slot, at least.
-PAIRS = [(800, 1023, 60, 132, 100), (1, 1999, 60, 40, 20)]  # a piece a worker; up to five
-TWO_PIECES = [(800, 1023, 100, 64, 35), (1, 1999, 40, 16, 15)]
+# Shortest and longest length, number of requests, workers or page size, and at least how many items
+# of the plan keep their partial.
+PAIRS = [(800, 1023, 60, 132, 100), (1, 1999, 60, 40, 20)]  # one item per worker, and up to five
+TWO_ITEMS = [(800, 1023, 100, 64, 35), (1, 1999, 40, 16, 15)]
 SHAPES = [(64, 1, 64), (64, 1, 16), (40, 1, 1), (24, 2, 64), (16, 1, 64), (4, 2, 64), (24, 1, 1)]
 
 
@@ -123,7 +125,7 @@ def drawn(shortest, longest, requests):
 
 
 def plan_in_pairs(lens, rows, workers):
-    """Of many shared tiles, whatever cutting is taken to cost in the table."""
+    """Returns a plan with many shared tiles, whatever the cost of a split in tuned.json."""
     tiles = choose_config(rows if rows <= 32 else 64, batch=len(lens))
     assert tiles.in_pairs
     return plan_splits(
@@ -132,7 +134,7 @@ def plan_in_pairs(lens, rows, workers):
     )  # fmt: skip
 
 
-def without_slot(plan, finish):
+def kept_items(plan, finish):
     return (work_list(plan, finish)[1][:, PARTIAL] < -1).sum()
 
 
@@ -140,15 +142,15 @@ def without_slot(plan, finish):
 @pytest.mark.parametrize("rows", sorted({heads * num_queries for heads, num_queries, _ in SHAPES}))
 def test_plans_in_pairs_share_tiles(shortest, longest, requests, workers, least, rows):
     _, lens = drawn(shortest, longest, requests)
-    assert without_slot(plan_in_pairs(lens, rows, workers), "in_pairs") >= least
+    assert kept_items(plan_in_pairs(lens, rows, workers), "in_pairs") >= least
 
 
-@pytest.mark.parametrize(("shortest", "longest", "requests", "page_size", "least"), TWO_PIECES)
-def test_plans_cut_tiles_in_two(shortest, longest, requests, page_size, least, monkeypatch):
+@pytest.mark.parametrize(("shortest", "longest", "requests", "page_size", "least"), TWO_ITEMS)
+def test_plans_split_tiles_in_two(shortest, longest, requests, page_size, least, monkeypatch):
     monkeypatch.setattr(device, "num_sms", lambda: 132)
     _, lens = drawn(shortest, longest, requests)
     plan = planning.plan_decode(jnp.array(lens, jnp.int32), 128).split
-    assert without_slot(plan, "by_first") >= least
+    assert kept_items(plan, "by_first") >= least
 
 
 @pytest.mark.gpu
@@ -160,25 +162,25 @@ def test_pairs_of_workers_repeated_on_the_gpu(
     rng, lens = drawn(shortest, longest, requests)
     shape = {"heads": heads, "num_queries": num_queries, "page_size": page_size}
     plan = plan_in_pairs(lens, heads * num_queries, workers)
-    assert without_slot(plan, "in_pairs") >= least
+    assert kept_items(plan, "in_pairs") >= least
     check_repeats(HopperBatch(rng, lens, **shape), plan)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rescale", ["multiply", "exponent_add"])
-@pytest.mark.parametrize(("shortest", "longest", "requests", "page_size", "least"), TWO_PIECES)
-def test_tiles_in_two_pieces_repeated_on_the_gpu(
+@pytest.mark.parametrize(("shortest", "longest", "requests", "page_size", "least"), TWO_ITEMS)
+def test_tiles_in_two_items_repeated_on_the_gpu(
     shortest, longest, requests, page_size, least, rescale
 ):
     rng, lens = drawn(shortest, longest, requests)
     batch = HopperBatch(rng, lens, heads=64, num_queries=2, page_size=page_size)
     plan = planning.plan_decode(batch.seq_lens, 128)
-    assert without_slot(plan.split, "by_first") >= least
+    assert kept_items(plan.split, "by_first") >= least
     check_repeats(batch, plan, rescale=rescale)
 
 
 def check_repeats(batch, plan=None, **options):
-    """300 repeats give one set of bits: a moving result would be a race."""
+    """300 repeats give the same bits. A result that changes would show a race."""
     first = op(batch, plan, **options)
     batch.check(*first)
     call = functools.partial(
@@ -195,7 +197,7 @@ def check_repeats(batch, plan=None, **options):
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [16, 64, 128])
 def test_one_long_request_among_short_ones_on_the_gpu(heads):
-    """Its tile is in many more pieces than a tile is on average."""
+    """The long request's tile has many more work items than a tile has on average."""
     batch = HopperBatch(np.random.default_rng(heads), [65536, *range(1, 128)], heads=heads)
     batch.check(*op(batch))
 
@@ -205,7 +207,7 @@ def test_one_long_request_among_short_ones_on_the_gpu(heads):
     ("heads", "rows_per_tile", "times"), [(16, 16, 1), (16, 16, 10), (64, 64, 1), (128, 128, 1)]
 )
 def test_batch_invariant_on_the_gpu(heads, rows_per_tile, times):
-    """A request's rows have the same bits alone and in a batch, under a fixed split."""
+    """With a fixed split, a request's rows have the same bits alone and in a batch."""
     lens = [3000, 100, 4096, 1025] * times
     batch = HopperBatch(np.random.default_rng(heads), lens, heads=heads)
 
@@ -239,7 +241,7 @@ def test_finds_invalid_requests_on_the_gpu(heads, page_size):
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [16, 64])
 def test_more_workers_than_sms_on_the_gpu(heads):
-    """They can't wait for each other: the merge is a launch of its own."""
+    """The workers can't wait for each other, so the merge is a launch of its own."""
     batch = HopperBatch(np.random.default_rng(heads), LENGTHS, heads=heads)
     plan = plan_splits(batch.seq_lens, num_workers=300, rows=heads, rows_per_tile=heads)
     batch.check(*op(batch, plan=plan))
@@ -248,7 +250,7 @@ def test_more_workers_than_sms_on_the_gpu(heads):
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [16, 64])
 def test_independent_launches_of_one_program_on_the_gpu(heads):
-    """Such launches share counters: in order, as XLA runs them, they don't meet."""
+    """The launches share counters. XLA runs them in order, so they never overlap."""
     batch = HopperBatch(np.random.default_rng(heads), [4096, 2500], heads=heads)
     plan = plan_splits(batch.seq_lens, num_workers=10, rows=heads, rows_per_tile=heads, overhead=1)
     one = jax.jit(lambda q: paged_mla_attention(
@@ -262,7 +264,7 @@ def test_independent_launches_of_one_program_on_the_gpu(heads):
 
 @pytest.mark.gpu
 def test_inside_a_scan_on_the_gpu():
-    """A decode loop under lax.scan: lengths grow, one trace, no host."""
+    """A decode loop in lax.scan is traced once, and its lengths grow on the device."""
     batch = HopperBatch(np.random.default_rng(0), [64, 640], heads=16)
 
     def step(seq_lens, _):

@@ -1,4 +1,4 @@
-"""The Hopper kernel over an int8 cache: interpreter, compile for sm_90a, (marked gpu) an H200."""
+"""The Hopper kernels over an int8 cache: interpreted, compiled for sm_90a, and on an H200."""
 
 import functools
 
@@ -56,7 +56,7 @@ def test_interpreted(races, seq_lens, shape, rows_per_tile, options):
 
 
 def rising_batch(heads: int, rising: float) -> Int8Batch:
-    """Three requests; in the second, and for every fifth head, rope keys hardly count."""
+    """Returns three requests. In the second, and for every fifth head, rope keys hardly count."""
     batch = Int8Batch(np.random.default_rng(0), [400, 70, 200], heads=heads, rising=rising)
     for calm in (np.s_[1, ..., 512:], np.s_[:, :, ::5, 512:]):
         batch.q = batch.q.at[calm].multiply(2.0**-6)
@@ -65,8 +65,10 @@ def rising_batch(heads: int, rising: float) -> Int8Batch:
 
 
 def rises(batch: Int8Batch, request: int) -> np.ndarray:
-    """By how much (log2 units) the largest score of each query and block [blocks, heads] is above
-    all of the blocks before: of 64 tokens, from the second one on."""
+    """Returns how far the largest score of each block is above those of all blocks before.
+
+    The result is [blocks - 1, heads] in log2 units, for blocks of 64 tokens from the second on.
+    """
     scores = batch.expected_q[request, 0] @ batch.kv[request].T * SCALE / np.log(2)
     tops = np.array([scores[:, i : i + 64].max(axis=1) for i in range(0, scores.shape[1], 64)])
     return tops[1:] - np.maximum.accumulate(tops)[:-1]
@@ -74,10 +76,9 @@ def rises(batch: Int8Batch, request: int) -> np.ndarray:
 
 @pytest.mark.parametrize("rising", [3.0, 40.0])
 def test_maxima_that_rise_interpreted(races, rising):
-    """In several blocks of a piece, for some rows: what O and the sums were so far is rescaled.
+    """The maxima of some rows rise in several blocks of a work item.
 
-    By so much that the kernel of 64 rows makes some pieces twice, and others not (its FAR); and
-    by less.
+    With the larger factor they rise so far that the kernel of 64 rows repeats some work items.
     """
     batch = rising_batch(40, rising)
     often = (rises(batch, 0) > 8).sum(axis=0)
@@ -98,7 +99,7 @@ def test_any_q_interpreted():
 
 @pytest.mark.parametrize(("heads", "rows_per_tile"), [(16, 16), (64, 64)])
 def test_a_plan_for_other_lengths_interpreted(heads, rows_per_tile):
-    """What it does not cover, or would read past the end, is NaN; the rest is right."""
+    """Tiles that the plan does not cover, or for which it reads past the end, are NaN."""
     batch = Int8Batch(np.random.default_rng(heads), [200, 130, 64, 0], heads=heads)
     other = plan_splits(
         jnp.array([200, 64, 65, 1], jnp.int32),
@@ -121,18 +122,18 @@ def test_finds_invalid_requests_interpreted():
 
 
 @pytest.mark.parametrize(("heads", "rows_per_tile"), [(16, 16), (40, 64)])
-def test_a_query_of_nan_is_its_own_affair_interpreted(heads, rows_per_tile):
+def test_a_nan_query_changes_no_other_row_interpreted(heads, rows_per_tile):
     batch = Int8Batch(np.random.default_rng(0), [70], heads=heads)
     plan, interpret = split(batch, 1, rows_per_tile), plgpu.InterpretGPUParams()
     clean = batch.attend(plan, interpret=interpret)
     batch.q = batch.q.at[0, 0, 3, 5].set(jnp.nan)
-    for got, wanted in zip(batch.attend(plan, interpret=interpret), clean, strict=True):
+    for got, expected in zip(batch.attend(plan, interpret=interpret), clean, strict=True):
         assert np.isnan(np.asarray(got, np.float32)[0, 3]).all()
-        np.testing.assert_array_equal(got[0, 4:], wanted[0, 4:])
+        np.testing.assert_array_equal(got[0, 4:], expected[0, 4:])
 
 
 @pytest.mark.parametrize(("rows_per_tile", "bad"), [(32, jnp.inf), (64, jnp.nan)])
-def test_a_query_that_is_not_there_may_be_anything_interpreted(rows_per_tile, bad):
+def test_a_padding_query_may_hold_anything_interpreted(rows_per_tile, bad):
     shape = {"heads": rows_per_tile // 2, "num_queries": 2, "query_lens": [1]}
     batch = Int8Batch(np.random.default_rng(0), [70], **shape)
     batch.q = batch.q.at[0, 1].set(bad)
@@ -170,9 +171,9 @@ def test_overwritten_registers_are_found():
     [(15, 1, 4), (16, 2, 4), (32, 2, 4), (64, 1, 4), (75, 1, 4), (128, 1, 1)],
 )
 def test_compiles_for_sm90a(h200, heads, tokens, requests):
-    """Nothing serialised, ignored or spilled, and operand A stays in its registers.
+    """No product is serialized, no register spilled, and operand A stays in its registers.
 
-    The fewer tiles, the more pieces of one are merged at once, which takes registers, too.
+    With fewer tiles, more partials of a tile are merged at once, which takes registers too.
     """
 
     def attend(*args):
@@ -208,7 +209,7 @@ def test_compiles_for_sm90a(h200, heads, tokens, requests):
         assert overwritten_in_flight(decode.sass) == []
 
 
-# -------------------------------------------------------------------- the third gate, on an H200
+# -------------------------------------------------------------------- GPU tests
 
 LENGTHS = [1, 63, 64, 65, 20, 140, 0, -1, 4096, 777]
 
@@ -233,7 +234,7 @@ def test_heads_on_the_gpu(heads, page_size):
 @pytest.mark.parametrize("heads", [16, 64])
 def test_maxima_that_rise_on_the_gpu(heads, rising):
     batch = rising_batch(heads, rising)
-    for workers in (1, 4):  # pieces one after another, and cut ones
+    for workers in (1, 4):  # several work items in turn, and split tiles
         batch.check(*batch.attend(split(batch, workers, heads)))
 
 
@@ -289,7 +290,7 @@ def test_finds_invalid_requests_on_the_gpu(heads):
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [16, 64])
 def test_more_workers_than_sms_on_the_gpu(heads):
-    """They can't wait for each other: the merge is a launch of its own."""
+    """The workers can't wait for each other, so the merge is a launch of its own."""
     batch = Int8Batch(np.random.default_rng(heads), LENGTHS, heads=heads)
     batch.check(*op(batch, plan=split(batch, 300, heads)))
 
@@ -297,7 +298,7 @@ def test_more_workers_than_sms_on_the_gpu(heads):
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [16, 32, 128])
 def test_long_and_repeated_on_the_gpu(heads):
-    """300 repeats give one set of bits: a moving result would be a race."""
+    """300 repeats give the same bits. A result that changes would show a race."""
     batch = Int8Batch(np.random.default_rng(heads), [65536, 4096, 3, 1000], heads=heads)
     step = batch.jitted()
     first = step()
@@ -311,8 +312,10 @@ def test_long_and_repeated_on_the_gpu(heads):
 @pytest.mark.parametrize("workers", [132, 3])
 @pytest.mark.parametrize("heads", [16, 64])
 def test_batch_invariant_on_the_gpu(heads, workers):
-    """A request's rows have the same bits alone and in a batch, under a fixed split; also where
-    other pieces of its worker stand before it, which decides whose its even blocks are."""
+    """With a fixed split, a request's rows have the same bits alone and in a batch.
+
+    With 3 workers a worker has several items, so another warpgroup may compute the even blocks.
+    """
     batch = Int8Batch(np.random.default_rng(0), [3000, 100, 4096, 1025], heads=heads)
 
     def attend(requests):

@@ -45,7 +45,7 @@ def test_rows_are_stored_up_to_the_last_one(height, ctas):
     for total in range(1, 521):
         o = np.full((2, total + guards, 4), GUARD)
         lse = np.full((2, total + guards), GUARD)
-        wanted = 10.0 + np.arange(total + guards)
+        expected = 10.0 + np.arange(total + guards)
         tiles = -(-total // (height * ctas))
         for tile, cta in itertools.product(range(tiles), range(ctas)):
             first = (tile * ctas + cta) * height
@@ -55,10 +55,10 @@ def test_rows_are_stored_up_to_the_last_one(height, ctas):
             rows.store_tile(g, ArrayRef(o), both, 0)
             rows.store_transposed(g, ArrayRef(o), both.T, 2)
             rows.store_values(g, ArrayRef(lse), values)
-        np.testing.assert_array_equal(o[1, :total, 0], wanted[:total])
-        np.testing.assert_array_equal(o[1, :total, 1], -wanted[:total])
+        np.testing.assert_array_equal(o[1, :total, 0], expected[:total])
+        np.testing.assert_array_equal(o[1, :total, 1], -expected[:total])
         np.testing.assert_array_equal(o[1, :total, 2:], o[1, :total, :2])
-        np.testing.assert_array_equal(lse[1, :total], wanted[:total])
+        np.testing.assert_array_equal(lse[1, :total], expected[:total])
         for output in (o, lse):
             assert (output[0] == GUARD).all()
             assert (output[1, total:] == GUARD).all()

@@ -1,18 +1,22 @@
 """Paged absorbed MLA decode for Hopper: one persistent kernel for tiles of 64 or 128 query rows.
 
-A query row is one head of one query token. A tile of rows and a range of 64-token KV blocks are a
-work item; every CTA, or cluster of two CTAs, runs the items that the plan gives it:
+A query row is one head of one query token. A work item is a tile of rows and a range of KV blocks
+of 64 tokens. The plan gives each worker a range of work items. CTAs run in clusters of two:
 
-    tiles of 128 rows: the two CTAs of a cluster have 64 rows each and share every KV block, which
-        each CTA loads half of and multicasts to both;
-    tiles of 64 rows: the two CTAs of a cluster have items of their own (`in_pairs`), and combine a
-        tile that only these two share in their shared memories.
+    tiles of 128 rows: a cluster is one worker. Each CTA has 64 rows, loads half of every KV block
+        and multicasts it to both;
+    tiles of 64 rows: each CTA is a worker with items of its own (`in_pairs`). A tile that only the
+        two CTAs of a cluster share is combined in their shared memories.
 
 A CTA has three warpgroups:
 
     2  loads q and KV by TMA, or gathers small pages            `Loader`
     0  computes the left half of O's columns    }               decode_compute.py: S, softmax, O
     1  computes the right half of O's columns   }               decode_finish.py: combine, store
+
+For each work item, the loader writes a work descriptor and loads q and the KV blocks. The computing
+warpgroups add the blocks to O one pair at a time, and store the result: o and lse of a whole tile,
+or a partial result. After its last item, a worker combines its share of the split tiles.
 
 The latent is both key and value, so each block is loaded once. The overlap of the two computing
 warpgroups is FlashMLA's "seesaw" pipeline (https://github.com/deepseek-ai/FlashMLA).
@@ -180,7 +184,7 @@ class Loader:
             found, all_exist = cta.kv_blocks.locate(page_ids, request, item.block_start + i, kv_len)
 
             @pl.when(~all_exist)
-            def _():
+            def _mark_invalid():
                 descriptor[FIELD.invalid] = 1  # visible with the barrier of the block
 
             self.load_block(

@@ -53,8 +53,8 @@ class CurrentItem(NamedTuple):
     begin: Any  # its first KV block
     num_blocks: Any
     q_rope: Any | None  # the rope columns of q in registers; None: in shared memory
-    o_acc: Any
-    s_acc: Any
+    o_acc: Any  # accumulator of this warpgroup's half of O
+    s_acc: Any  # accumulator of S of a block
 
     def opaque_zero(self, i: Any) -> Any:
         """Returns 0, hidden from the compiler, which would compute all wgmma descriptors early."""
@@ -283,9 +283,9 @@ class ComputingWarpgroup:
         seen_by_all = visible.count_for_all_from(first_token) - block * BLOCK
 
         @pl.when(seen_by_all < BLOCK)
-        def _():
+        def _look():
             @pl.when(cta.g.any_not_finite(s))
-            def _():
+            def _clear():
                 for kv in (cta.scratch.kv_left, cta.scratch.kv_right):
                     cta.g.clear_not_finite(kv.at[stage], seen_by_all)
                 plgpu.commit_smem()

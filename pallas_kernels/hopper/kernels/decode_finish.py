@@ -127,7 +127,7 @@ class Finish:
             pl.when(sends)(lambda: self.send(o))
 
             @pl.when(~sends)
-            def _():
+            def _store():
                 whole = lax.cond(target.kept, lambda: o + self.received(), lambda: o)
                 self.store(target, self.parts_of(whole), lse)
         else:
