@@ -45,7 +45,7 @@ demo: $(ENVIRONMENT)  ## the main job: load a layer, prefill, decode, compare wi
 
 # Compiling for the CPU takes most of the tests' time, running hardly any. These options halve it.
 # (Where bits are compared, tests ask for optimised code.)
-QUICK_COMPILE := --xla_backend_optimization_level=0 \
+QUICK_COMPILE := --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 \
 	--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters,xla_cpu_disable_loop_unrolling,xla_cpu_optimize_for_size
 
 test: $(TEST_ENVIRONMENT) lint  ## everything that runs without a GPU

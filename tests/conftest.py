@@ -58,3 +58,12 @@ def h200(monkeypatch):
     from pallas_kernels.hopper import device  # (after XLA_FLAGS)
 
     monkeypatch.setattr(device, "resident_ctas", lambda: 132)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cheap_callbacks():
+    from interpreter import use_cheap_callbacks  # (after XLA_FLAGS)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_cheap_callbacks(monkeypatch)
+        yield

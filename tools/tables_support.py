@@ -70,7 +70,7 @@ def problem(
 CACHES: dict[str, dict[str, Any]] = {
     **{dtype: {"dtype": dtype} for dtype in FLOATS},
     **{
-        f"int8, one scale per {granularity}": {"dtype": "int8", "granularity": granularity}
+        f"int8 with one scale per {granularity}": {"dtype": "int8", "granularity": granularity}
         for granularity in GRANULARITIES
     },
 }

@@ -12,7 +12,20 @@ OUTPUT_BOUND = {"float32": 1e-5, "bfloat16": 4e-3, "float16": 5e-4}
 # The same for a whole layer with weights, activations and cache of that dtype. With "int8" only the
 # cache is int8.
 LAYER_BOUND = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 2.5e-3, "int8": 2e-2}
+LAYER_BOUND_OF_8_BITS = 4e-2  # where `rounds_to_8_bits`
 LSE_BOUND = 1e-3  # absolute; scores are accumulated in float32 for every input dtype
+
+
+def rounds_to_8_bits(implementation: str | None, cache_dtype: str) -> bool:
+    """Returns whether q and P are rounded to int8, as on Ascend, and not only the cache."""
+    return implementation == "blockwise" and cache_dtype == "int8"
+
+
+def layer_bound(implementation: str, cache_dtype: str) -> float:
+    """Returns the bound of the relative error of a layer's output."""
+    if rounds_to_8_bits(implementation, cache_dtype):
+        return LAYER_BOUND_OF_8_BITS
+    return LAYER_BOUND[cache_dtype]
 
 
 def to_numpy(value: jax.Array | np.ndarray) -> np.ndarray:

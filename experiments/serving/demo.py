@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.framework.console import say, track
-from experiments.framework.errors import LAYER_BOUND, relative_error
+from experiments.framework.errors import LAYER_BOUND, layer_bound, relative_error
 from experiments.framework.experiment import Outcome, Output, reading
 from experiments.framework.implementations import chosen, implementations_flag
 from experiments.framework.options import flag, seed_flag
@@ -120,7 +120,7 @@ def run(options: Options, output: Output) -> Outcome:
         ).strip(),
         rows=rows,
         headline={
-            "bounds": {result.cache: result.bound for result in results},
+            "bounds": {result.cache: LAYER_BOUND[result.cache] for result in results},
             "prompts": batch.prompts,
             "dtype": plan.dtype,
         }
@@ -137,9 +137,14 @@ def summary(
         by_cache.setdefault(result.cache, []).append(result)
     worst = []
     for cache, mine in by_cache.items():
-        errors = [m.error for result in mine for m in result.measured]
-        if errors:
-            worst.append(f"{np.max(errors):.1e} with a cache in {cache} (bound {mine[0].bound:g})")
+        for bound in sorted({result.bound for result in mine}):
+            alike = [result for result in mine if result.bound == bound]
+            errors = [m.error for result in alike for m in result.measured]
+            if errors:
+                which = f"a cache in {cache}"
+                if bound != LAYER_BOUND[cache]:
+                    which += f" and {', '.join(result.implementation for result in alike)}"
+                worst.append(f"{np.max(errors):.1e} with {which} (bound {bound:g})")
     sizes = [f"{mine[0].cache_bytes:,} ({cache})" for cache, mine in by_cache.items()]
     expanded = config.num_heads * (config.qk_head_dim + config.v_head_dim) / config.latent_dim
     return (
@@ -181,7 +186,7 @@ class Runner:
     ) -> None:
         self.name, self.cache_dtype = name, cache_dtype
         self.config, self.params, self.batch = config, params, batch
-        self.bound = LAYER_BOUND[cache_dtype]
+        self.bound = layer_bound(name, cache_dtype)
         with reading("layout"):
             self.cache = PagedKVCache.create(
                 batch.num_pages,

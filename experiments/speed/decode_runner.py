@@ -233,7 +233,7 @@ class Runner:
                 make = functools.partial(self._enter_jnp, inputs, programs[who.name, row])
             else:
                 program = programs[who.name, work.key]
-                make = functools.partial(self._enter_op, inputs, program, oracle)
+                make = functools.partial(self._enter_op, who, inputs, program, oracle)
             enter(who.name, make)
         bursts = [burst for mine, _ in found.values() for burst in mine.values()]
         launches = max((burst.launches for burst in bursts), default=0)
@@ -243,7 +243,11 @@ class Runner:
         return found
 
     def _enter_op(
-        self, inputs: Inputs, compiled: "Future[Programs]", oracle: Callable[[int], Any]
+        self,
+        who: Contender,
+        inputs: Inputs,
+        compiled: "Future[Programs]",
+        oracle: Callable[[int], Any],
     ) -> Entry:
         programs, rows = compiled.result(), []
         layers = inputs.layers[: programs.layers]
@@ -251,7 +255,7 @@ class Runner:
         for program in programs.bursts.values():
             layer = (program.launches - 1) % count
             output = program.last_output(*arguments)
-            rows.append(errors_of(output, oracle(layer), inputs.row.dtype))
+            rows.append(errors_of(output, oracle(layer), inputs.row.dtype, who.implementation))
         columns = max(rows, key=lambda row: (not row["correct"], row["error"]))
         tokens = sum(inputs.row.seq_lens) * count
         rotated = tokens * self.setup.token_bytes(inputs.row.dtype)

@@ -1,10 +1,10 @@
-"""Times tile plans of the Hopper kernels and writes the best ones to the table.
+"""Times configs of the Hopper kernels and writes the best ones to the table.
 
     python -m experiments.speed.tune_hopper
 
 It runs on the GPU to be tuned. The classes of query rows are those of
 pallas_kernels/hopper/tuned.json, or those named: `tune_hopper 16 any int8-16`. For each class,
-every plan that fits is timed on some workloads and compared with the plan in the table. Sizes are
+every config that fits is timed on some workloads and compared with the one in the table. Sizes are
 varied first, then the overhead of a work item and of splitting at all. The table is changed if the
 geometric mean of the times falls by more than GAIN.
 """
@@ -29,9 +29,10 @@ from experiments.framework.results import write_whole
 from experiments.speed.decode_bench import SCALE, Inputs, Pool, Setup, Work, cache_struct, errors_of
 from experiments.speed.shapes import Shape
 from experiments.speed.timing import Burst, ModelProgram, compile_model, measure
-from mla_jax.hal import TilePlan, TilePlanError
+from mla_jax.hal import TilePlanError
 from mla_jax.registry import IMPLEMENTATIONS
-from pallas_kernels.hopper.tuned import few_tokens, plan_of, tuned
+from pallas_kernels.hopper.config import KernelConfig
+from pallas_kernels.hopper.tuned import config_of, few_tokens, tuned
 
 Entry = dict[str, Any]
 Timer = Callable[[Sequence[Entry], int], list[list[float]]]
@@ -46,15 +47,15 @@ WORKLOADS = (  # requests, tokens per request, kind of lengths
 )
 ANY_ROWS = 128  # query rows that are timed for the class of all other rows
 GAIN = 0.01  # smaller gains are noise
-DEPTHS = ((2, 2, 2), (2, 2, 3), (3, 2, 3), (3, 3, 3))
+KV_STAGES = ((2, 2, 2), (2, 2, 3), (3, 2, 3), (3, 3, 3))
 REGISTERS = ((240, 24), (232, 40))
 CHOICES: dict[str, list[Entry]] = {
-    "decode_transposed": [{"depths": [*d], "q_buffers": q} for d in DEPTHS for q in (1, 2)],
+    "decode_transposed": [{"kv_stages": [*n], "q_stages": q} for n in KV_STAGES for q in (1, 2)],
     "decode_transposed_int8": [
-        {"computing": c, "depth": d} for c, d in itertools.product((1, 2), (2, 3, 4, 5))
+        {"computing": c, "kv_stages": n} for c, n in itertools.product((1, 2), (2, 3, 4, 5))
     ],
     "decode": [{"registers": [*r]} for r in REGISTERS],
-    "decode_int8": [{"depth": d} for d in (2, 3)],
+    "decode_int8": [{"kv_stages": n} for n in (2, 3)],
 }
 FEW_BLOCKS, MORE_BLOCKS = (0, 1, 2, 3, 5), (2, 3, 5, 8)
 OVERHEADS = {
@@ -92,9 +93,9 @@ def overheads(entry: Entry) -> Iterator[Entry]:
 
 
 def fits(entry: Entry) -> bool:
-    """Returns whether the entry makes a legal plan."""
+    """Returns whether the entry makes a legal config."""
     try:
-        plan_of(entry)
+        config_of(entry)
     except TilePlanError:
         return False
     return True
@@ -205,8 +206,8 @@ def _planner(entry: Entry, shape: Shape) -> Callable[[jax.Array], Any]:
     return lambda seq_lens: plan_decode(seq_lens, shape.heads, tiles=_tiles(entry, shape)).split
 
 
-def _tiles(entry: Entry, shape: Shape) -> TilePlan:
-    return plan_of(entry, num_tiles=shape.batch * -(-shape.heads // entry["rows_per_tile"]))
+def _tiles(entry: Entry, shape: Shape) -> KernelConfig:
+    return config_of(entry, num_tiles=shape.batch * -(-shape.heads // entry["rows_per_tile"]))
 
 
 def write_table(path: Path, classes: Sequence[Entry], device: str | None) -> None:

@@ -5,7 +5,7 @@ itself when it is made. A plan that does not fit raises an error with the buffer
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mla_jax.hal.profiles.profile import HardwareProfile
@@ -55,12 +55,7 @@ class TilePlan:
     kv_stages: KV blocks in flight.
     qk: "sharded" (each warpgroup has a part of the keys, and P is exchanged), "duplicated" (each
         computes all of QK) or "whole".
-    cluster: cores that share every KV block, each with rows of its own.
-    pairs: whether workers 2i and 2i + 1 form a cluster and merge the tile that they share through
-        their shared memories.
-    num_workers: persistent cores or clusters.
-    split_overhead: blocks that a work item of a split tile costs besides its own, for the planner.
-    merge_overhead: blocks that it costs to split any tile at all, for the planner.
+    num_workers: persistent cores.
     registers: per thread, by warpgroup.
     tiles: products at every memory level.
     uses: content of each buffer.
@@ -74,58 +69,62 @@ class TilePlan:
     block_kv: int
     kv_stages: int
     qk: str = "whole"
-    cluster: int = 1
-    pairs: bool = False
     num_workers: int = 0
-    split_overhead: int = 0
-    merge_overhead: int = 0
     registers: tuple[int, ...] = ()
     tiles: tuple[Tile, ...] = ()
     uses: tuple[BufferUse, ...] = ()
     capacity: dict[str, int] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for name in ("block_q", "block_kv", "kv_stages", "cluster"):
+        for name in ("block_q", "block_kv", "kv_stages"):
             if getattr(self, name) < 1:
                 raise TilePlanError(f"{self.profile}: {name} = {getattr(self, name)}, wanted >= 1")
         if self.qk not in ("sharded", "duplicated", "whole"):
             raise TilePlanError(
                 f"{self.profile}: qk = {self.qk!r}, wanted sharded, duplicated or whole"
             )
-        for buffer, used in self.used().items():
-            if buffer not in self.capacity:
-                raise TilePlanError(f"{self.profile}: {buffer} is not a buffer of this profile")
-            if used > self.capacity[buffer]:
-                parts = ", ".join(
-                    f"{u.what} {u.count} x {u.bytes_each}" for u in self.uses if u.buffer == buffer
-                )
-                raise TilePlanError(
-                    f"{self.profile}: {buffer} holds {self.capacity[buffer]} bytes, the plan needs "
-                    f"{used}, {used - self.capacity[buffer]} too many ({parts})"
-                )
-        threads = 128 * sum(self.registers)
-        if self.registers and threads > self.capacity.get("registers", threads):
-            excess = threads - self.capacity["registers"]
-            raise TilePlanError(
-                f"{self.profile}: registers holds {self.capacity['registers']}, warpgroups with "
-                f"{self.registers} per thread need {threads}, {excess} too many"
-            )
-
-    @property
-    def rows_per_tile(self) -> int:
-        """Query rows per work item of a split plan."""
-        return self.block_q * self.cluster
-
-    def slots(self, what: str) -> int:
-        """Returns the number of buffers for `what`, a name in `uses`."""
-        return next(use.count for use in self.uses if use.what == what)
+        require_fits(self.profile, self.uses, self.registers, self.capacity)
 
     def used(self) -> dict[str, int]:
         """Returns the bytes used of each buffer."""
-        totals: dict[str, int] = {}
-        for use in self.uses:
-            totals[use.buffer] = totals.get(use.buffer, 0) + use.bytes
-        return totals
+        return bytes_used(self.uses)
+
+
+def bytes_used(uses: Iterable[BufferUse]) -> dict[str, int]:
+    """Returns the bytes used of each buffer."""
+    totals: dict[str, int] = {}
+    for use in uses:
+        totals[use.buffer] = totals.get(use.buffer, 0) + use.bytes
+    return totals
+
+
+def require_fits(
+    profile: str,
+    uses: Sequence[BufferUse],
+    registers: tuple[int, ...],
+    capacity: Mapping[str, int],
+) -> None:
+    """Raises TilePlanError if uses exceed a buffer, or warpgroups the registers.
+
+    Arguments as in `TilePlan`.
+    """
+    for buffer, used in bytes_used(uses).items():
+        if buffer not in capacity:
+            raise TilePlanError(f"{profile}: {buffer} is not a buffer of this profile")
+        if used > capacity[buffer]:
+            parts = ", ".join(
+                f"{u.what} {u.count} x {u.bytes_each}" for u in uses if u.buffer == buffer
+            )
+            raise TilePlanError(
+                f"{profile}: {buffer} holds {capacity[buffer]} bytes, the plan needs "
+                f"{used}, {used - capacity[buffer]} too many ({parts})"
+            )
+    threads = 128 * sum(registers)
+    if registers and threads > capacity.get("registers", threads):
+        raise TilePlanError(
+            f"{profile}: registers holds {capacity['registers']}, warpgroups with {registers} per "
+            f"thread need {threads}, {threads - capacity['registers']} too many"
+        )
 
 
 def plan_tiles(

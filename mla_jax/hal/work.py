@@ -75,7 +75,7 @@ class Work:
     worker: the worker of each item, or -1 if free workers take the next item.
     tile: the row tile of each item.
     sharers: number of row tiles that read the same KV at about the same time.
-    cluster: number of cores that run an item together.
+    cores_per_item: number of cores that run an item together.
     limit: tokens per item at most, where the kernel has such a limit.
     """
 
@@ -85,7 +85,7 @@ class Work:
     tile: np.ndarray
     num_workers: int
     sharers: int = 1
-    cluster: int = 1
+    cores_per_item: int = 1
     limit: int = 0
 
     @property
@@ -199,9 +199,9 @@ def heap_parts(
     steps_of: what the limit is rounded up to, 512 tokens in the first split-k version, later 256
     and less for short work.
     """
-    cluster = 2 if problem.rows > tile_rows else 1
-    clusters = workers // cluster
-    tiles = _tiles(problem, tile_rows * cluster)
+    cores = 2 if problem.rows > tile_rows else 1
+    clusters = workers // cores
+    tiles = _tiles(problem, tile_rows * cores)
     total = sum(problem.kv_lens) * len(tiles)
     average = max(math.ceil(total / clusters), 1)
     limit = _limit_512(average) if steps_of == 512 else _limit_256(average)
@@ -213,7 +213,7 @@ def heap_parts(
             while True:
                 cost, c = heapq.heappop(heap)
                 size = min(left, limit)
-                heapq.heappush(heap, (cost + 2 * tile_rows * cluster + size, c))
+                heapq.heappush(heap, (cost + 2 * tile_rows * cores + size, c))
                 blocks = max(math.ceil(size / block_kv), 1)
                 items.append((blocks, rows, c, request * len(tiles) + t))
                 left -= size
@@ -221,7 +221,7 @@ def heap_parts(
                     break
     blocks_, rows_, worker, tile = (np.array(column) for column in zip(*items, strict=True))
     return Work(blocks_, np.minimum(rows_, tile_rows), worker, tile, clusters,
-                sharers=cluster * len(tiles), cluster=cluster, limit=limit)  # fmt: skip
+                sharers=cores * len(tiles), cores_per_item=cores, limit=limit)  # fmt: skip
 
 
 def fixed_splits(

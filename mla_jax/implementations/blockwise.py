@@ -1,27 +1,34 @@
 """The implementation `blockwise`: a schedule of the HAL, executed by `pallas_kernels.blockwise`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from mla_jax.implementations.implementation import Implementation, Target
 from mla_jax.implementations.kernels import kernels_missing
 from mla_jax.problem import AttentionProblem
+from mla_jax.quantize import GROUP
 
 BLOCKWISE_SCORES = 2**20  # at most per call: interpret mode takes about a second for them
 
 
 def _attend(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
     from mla_jax.hal.orders import ASCEND_ORDERS
-    from pallas_kernels.blockwise import blockwise_mla
+    from pallas_kernels.blockwise import blockwise_mla, blockwise_mla_int8
 
-    o, lse = blockwise_mla(
+    run: Any = blockwise_mla
+    order = "amla" if problem.rescale == "exponent_add" else "chunk4"
+    if problem.cache.dtype == jnp.int8:
+        run, order = blockwise_mla_int8, "int8-2-signals"
+    o, lse = run(
         problem.query_rows(),
         problem.cache,
         problem.block_tables,
         problem.seq_lens,
         problem.visible_keys(),
         softmax_scale=problem.softmax_scale,
-        order=ASCEND_ORDERS["amla" if problem.rescale == "exponent_add" else "chunk4"],
+        order=ASCEND_ORDERS[order],
     )
     return problem.outputs(o, lse)
 
@@ -32,7 +39,16 @@ def _lacks(_: Target) -> str | None:
 
 def _refuses(problem: AttentionProblem) -> str | None:
     if problem.cache.dtype == jnp.int8:
-        return "it takes caches of floating point, got int8"
+        if problem.cache.scale_granularity == "group":
+            return (
+                "it takes scale_granularity token or tensor, got group: scales per "
+                f"{GROUP} columns can't be multiplied into P, which is the same for all columns"
+            )
+        if problem.rescale != "multiply":
+            return (
+                f"it takes rescale multiply with an int8 cache, got {problem.rescale}: AMLA adds "
+                "P.V to O in memory, which int32 products do not allow"
+            )
     capacity = problem.block_tables.shape[1] * problem.cache.page_size
     scores = problem.q.shape[0] * problem.num_rows * capacity
     if scores > BLOCKWISE_SCORES:

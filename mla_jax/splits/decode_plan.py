@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 
-from mla_jax.hal.tiling import TilePlan
 from mla_jax.splits.plan import SplitPlan
 
 
@@ -19,13 +18,13 @@ class DecodePlan:
 
     Attributes:
         split: which worker computes which KV blocks; its arrays are data.
-        tiles: sizes of the Hopper kernel, static; None: the plan is for plain JAX, or the kernel
-            takes the tuned sizes for `split.rows_per_tile`.
+        tiles: config of the Hopper kernel (`pallas_kernels.hopper.config`), static; None: the plan
+            is for plain JAX, or the kernel takes the tuned config for `split.rows_per_tile`.
         num_sms: SMs of the GPU that the plan is for, static; 0: for no GPU.
     """
 
     split: SplitPlan
-    tiles: TilePlan | None = None
+    tiles: Any = None
     num_sms: int = 0
 
     @staticmethod

@@ -55,6 +55,10 @@ def blockwise_mla_int8(
     Returns:
         o [B, R, kv_lora_rank] and lse [B, R], float32.
 
+    The latent part of q and P are rounded to int8, as on Ascend. That changes o by about one
+    percent. A row is NaN if the latent part of its q has NaN or an infinity, or if it sees a key
+    whose scale is NaN or infinite.
+
     Raises ValueError for a cache with other scales or none, and for an AMLA order. AMLA adds P.V to
     O in memory, which int32 products do not allow.
     """
@@ -67,9 +71,14 @@ def blockwise_mla_int8(
         raise ValueError(f"order {order.name} rescales by {order.rescale}, int8 needs multiply")
     width = cache.kv_lora_rank
     tokens = (cache.num_pages, cache.page_size)
-    cache = dataclasses.replace(cache, scales=jnp.broadcast_to(cache.scales, tokens))
+    # An infinite scale could give a score of -inf, and the key would get weight 0.
+    scales = jnp.broadcast_to(_or_nan(jnp.isfinite(cache.scales), cache.scales), tokens)
+    cache = dataclasses.replace(cache, scales=scales)
     q_nope, q_rope = jnp.split(q, [width], axis=-1)
-    q_scale = quantize.scales_of(q_nope, "token")
+    # XLA's maximum on a CPU may ignore NaN, and int8 has none.
+    q_scale = _or_nan(jnp.isfinite(q_nope).all(-1), quantize.scales_of(q_nope, "token"))
+    # `launch` refuses derivatives by name before the rounding would.
+    q_int8 = quantize.quantize(lax.stop_gradient(q_nope), lax.stop_gradient(q_scale))
 
     def workspace(schedule: Schedule, tile: int, block_kv: int) -> Workspace:
         slots = schedule.buffers
@@ -89,10 +98,14 @@ def blockwise_mla_int8(
         _kernel, meta=cache, softmax_scale=softmax_scale, two_signals=order.signals == 2
     )
     return launch(
-        kernel, order, rows=[quantize.quantize(q_nope, q_scale), q_scale, q_rope], cache=cache,
+        kernel, order, rows=[q_int8, q_scale, q_rope], cache=cache,
         block_tables=block_tables, seq_lens=seq_lens, visible=visible, width=width,
         tiles=tiles, kv_dtype="int8", workspace=workspace, interpret=interpret,
     )  # fmt: skip
+
+
+def _or_nan(keep: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.where(keep, x, jnp.nan)
 
 
 def _kernel(

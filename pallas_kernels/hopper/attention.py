@@ -6,11 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mla_jax.hal import TilePlan
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import SplitPlan
 from pallas_kernels.hopper import device
-from pallas_kernels.hopper.config import ROW_GROUP
+from pallas_kernels.hopper.config import (
+    DecodeConfig,
+    DecodeInt8Config,
+    DecodeTransposedConfig,
+    DecodeTransposedInt8Config,
+    KernelConfig,
+)
 from pallas_kernels.hopper.kernels.decode import decode
 from pallas_kernels.hopper.kernels.decode_int8 import decode_int8
 from pallas_kernels.hopper.kernels.decode_transposed import decode_transposed
@@ -18,9 +23,14 @@ from pallas_kernels.hopper.kernels.decode_transposed_int8 import decode_transpos
 from pallas_kernels.hopper.kernels.merge import merge
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
 from pallas_kernels.hopper.planning import plan_decode, warn_if_slow, with_tiles
-from pallas_kernels.hopper.work_items import BLOCK, WorkList, work_list
+from pallas_kernels.hopper.work_items import WorkList, work_list
 from pallas_kernels.modes import jit_with_defaults
 
+Kernel = Callable[[DecodeCall], tuple[jax.Array, ...]]
+KERNELS: dict[str, dict[type[KernelConfig], Kernel]] = {  # by what the cache holds
+    "float": {DecodeConfig: decode, DecodeTransposedConfig: decode_transposed},
+    "int8": {DecodeInt8Config: decode_int8, DecodeTransposedInt8Config: decode_transposed_int8},
+}
 OPTIONS = ("num_heads", "softmax_scale", "causal", "partial_dtype", "tiles", "interpret")
 
 
@@ -39,7 +49,7 @@ def attend(
     causal: bool,
     rescale: str = "multiply",
     partial_dtype: Any = None,
-    tiles: TilePlan | None = None,
+    tiles: KernelConfig | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes attention of R = S_q * num_heads rows per request over a cache of 16-bit latents.
@@ -55,7 +65,7 @@ def attend(
         partial_dtype: of partial results of split tiles; None: float16 with a power-of-two scale
             per row for bfloat16 tiles of 64 or more rows, which adds an eighth of the error that
             rounding o does; else float32.
-        tiles: sizes of the kernel; None: those of the plan.
+        tiles: config of the kernel; None: that of the plan.
         interpret: `plgpu.InterpretGPUParams()` runs the kernel on a CPU; None: on the GPU.
 
     Returns:
@@ -66,17 +76,15 @@ def attend(
     plan = _planned(
         plan, tiles, seq_lens, q.shape[1], capacity, cache="float", rescale=rescale, **widths
     )
-    transposed = plan.split.rows_per_tile < BLOCK
     if partial_dtype is None:
-        exact = transposed or q.dtype == jnp.float16
+        exact = isinstance(plan.tiles, DecodeTransposedConfig) or q.dtype == jnp.float16
         partial_dtype = jnp.float32 if exact else jnp.float16
     return launch(
-        decode_transposed if transposed else decode,
+        KERNELS["float"][type(plan.tiles)],
         q,
         (pages,),
         (block_tables, seq_lens, query_lens),
         plan,
-        row_multiple=plan.split.rows_per_tile if transposed else ROW_GROUP,
         kv_lora_rank=kv_lora_rank,
         num_heads=num_heads,
         partial_dtype=partial_dtype,
@@ -102,7 +110,7 @@ def attend_int8(
     softmax_scale: float,
     causal: bool,
     partial_dtype: Any = None,
-    tiles: TilePlan | None = None,
+    tiles: KernelConfig | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes attention as `attend` does, over a cache of int8 latents with a scale per token.
@@ -125,12 +133,11 @@ def attend_int8(
         plan, tiles, seq_lens, q.shape[1], capacity, cache="int8", rescale="multiply", **widths
     )
     return launch(
-        decode_transposed_int8 if plan.split.rows_per_tile < BLOCK else decode_int8,
+        KERNELS["int8"][type(plan.tiles)],
         q,
         (pages, rope_pages, scales),
         (block_tables, seq_lens, query_lens),
         plan,
-        row_multiple=plan.split.rows_per_tile,
         kv_lora_rank=pages.shape[2],
         num_heads=num_heads,
         partial_dtype=jnp.float32 if partial_dtype is None else partial_dtype,
@@ -142,7 +149,7 @@ def attend_int8(
 
 def _planned(
     plan: DecodePlan | SplitPlan | None,
-    tiles: TilePlan | None,
+    tiles: KernelConfig | None,
     seq_lens: jax.Array,
     rows: int,
     capacity: int,
@@ -151,28 +158,39 @@ def _planned(
     rescale: str,
     **widths: int,
 ) -> DecodePlan:
-    """Returns the plan with tiles: as given, for a split that is given, or a new one."""
+    """Returns the plan with tiles: as given, for a split that is given, or a new one.
+
+    Raises ValueError if the tiles are for another kind of cache or for another split.
+    """
     if plan is None:
         lengths = jnp.clip(seq_lens, 0, capacity)
         kind: dict[str, Any] = {"cache": cache, "rescale": rescale, "tiles": tiles, **widths}
-        return plan_decode(lengths, rows, capacity=capacity, **kind)
-    if tiles is not None:
-        return DecodePlan(plan.split if isinstance(plan, DecodePlan) else plan, tiles)
-    if isinstance(plan, SplitPlan):
-        plan = DecodePlan(plan)
-    if plan.tiles is None:
-        warn_if_slow(plan.split, rows, capacity=capacity, cache=cache, rescale=rescale)
-    return with_tiles(plan, cache=cache, **widths)
+        plan = plan_decode(lengths, rows, capacity=capacity, **kind)
+    elif tiles is not None:
+        plan = DecodePlan(plan.split if isinstance(plan, DecodePlan) else plan, tiles)
+    else:
+        plan = plan if isinstance(plan, DecodePlan) else DecodePlan(plan)
+        if plan.tiles is None:
+            warn_if_slow(plan.split, rows, capacity=capacity, cache=cache, rescale=rescale)
+        plan = with_tiles(plan, cache=cache, **widths)
+    wanted, got = KERNELS[cache], type(plan.tiles)
+    if got not in wanted:
+        names = " or ".join(config.__name__ for config in wanted)
+        raise ValueError(f"tiles must be a {names} for a cache of {cache}, got {got.__name__}")
+    height = plan.split.rows_per_tile
+    if plan.tiles.rows_per_tile != height:
+        got_height = plan.tiles.rows_per_tile
+        raise ValueError(f"tiles must have the plan's rows_per_tile {height}, got {got_height}")
+    return plan
 
 
 def launch(
-    kernel: Callable[[DecodeCall], tuple[jax.Array, ...]],
+    kernel: Kernel,
     q: jax.Array,
     cache: tuple[jax.Array, ...],
     requests: tuple[jax.Array, jax.Array, jax.Array | None],
     plan: DecodePlan,
     *,
-    row_multiple: int,
     num_heads: int,
     partial_dtype: Any,
     interpret: Any,
@@ -186,30 +204,28 @@ def launch(
         cache: the cache's arrays.
         requests: block_tables, seq_lens and query_lens.
         plan: with tiles.
-        row_multiple: the kernel takes q with a multiple of so many rows.
         options: other fields of the `DecodeCall`.
 
     Returns:
         o and lse as `attend` does.
     """
     batch, rows, _ = q.shape
-    split, tiles = plan.split, plan.tiles
-    assert tiles is not None
+    split, config = plan.split, plan.tiles
     o, lse = new_outputs(batch, rows, options["kv_lora_rank"], q.dtype)
     combines = split.num_partials > 0 and interpret is None and _run_at_once(plan)
     work = _work_list(plan, combines or interpret is not None)
     # The kernel leaves zeros: XLA takes these for constants and may pass them to every launch.
-    counters = jnp.zeros(split.num_tiles * tiles.cluster, jnp.int32)
+    counters = jnp.zeros(split.num_tiles * config.ctas_per_tile, jnp.int32)
     partials = kernel(
         DecodeCall(
-            q=pad_rows(q, row_multiple),
+            q=pad_rows(q, config.q_row_multiple),
             cache=cache,
             requests=Requests(*requests, work, counters),
             outputs=Outputs(o, lse),
             plan=split,
             num_heads=num_heads,
             num_queries=rows // num_heads,
-            tiles=tiles,
+            config=config,
             combines=combines,
             partial_dtype=jnp.dtype(partial_dtype),
             interpret=interpret,
@@ -225,10 +241,7 @@ def launch(
 
 def _run_at_once(plan: DecodePlan) -> bool:
     """Whether all CTAs of a launch certainly run at the same time, so that they may wait."""
-    split, tiles = plan.split, plan.tiles
-    assert tiles is not None
-    ctas = (split.num_workers + split.num_workers % 2 * tiles.pairs) * tiles.cluster
-    return ctas <= device.resident_ctas()
+    return plan.tiles.num_ctas(plan.split.num_workers) <= device.resident_ctas()
 
 
 def _work_list(plan: DecodePlan, workers_may_wait: bool) -> WorkList:
@@ -237,11 +250,9 @@ def _work_list(plan: DecodePlan, workers_may_wait: bool) -> WorkList:
     A worker that waits for a partial needs the other worker to run at the same time. (The
     interpreter runs one cluster after the other, the one that is waited for first.)
     """
-    tiles = plan.tiles
-    assert tiles is not None
-    if tiles.cluster > 1 and workers_may_wait:
+    if plan.tiles.ctas_per_tile > 1 and workers_may_wait:
         return work_list(plan.split, "by_first")
-    return work_list(plan.split, "in_pairs" if tiles.pairs else "merge")
+    return work_list(plan.split, "in_pairs" if plan.tiles.in_pairs else "merge")
 
 
 def pad_rows(q: jax.Array, multiple: int) -> jax.Array:

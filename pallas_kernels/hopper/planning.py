@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from mla_jax.cache import PagedKVCache
-from mla_jax.hal import HardwareProfile, TilePlan, TilePlanError
+from mla_jax.hal import HardwareProfile, TilePlanError
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import SlowPlanWarning, SplitPlan
 from mla_jax.splits.planner import plan_splits
 from pallas_kernels.hopper import device
-from pallas_kernels.hopper.tuned import choose_tile_plan, tile_heights, tile_plan_of_height
+from pallas_kernels.hopper.config import KernelConfig
+from pallas_kernels.hopper.tuned import choose_config, config_of_height, tile_heights
 from pallas_kernels.hopper.work_items import BLOCK
 
 PAGE_SIZES = {  # by what the cache holds
@@ -56,7 +57,7 @@ def refuses(q_dtype: Any, cache: PagedKVCache, rescale: str, plan: DecodePlan | 
     latent, rope = cache.kv_lora_rank, cache.rope_dim
     try:
         for height in heights:
-            tile_plan_of_height(height, cache=kind, kv_lora_rank=latent, rope_dim=rope)
+            config_of_height(height, cache=kind, kv_lora_rank=latent, rope_dim=rope)
     except TilePlanError as error:
         return f"its tiles can't have these widths: {error}"
     if plan is None:
@@ -85,18 +86,17 @@ def _refuses_plan(
 def _refuses_tiles(plan: DecodePlan, kind: str, kv_lora_rank: int, rope_dim: int) -> str | None:
     """Returns why a plan's tiles are not for a cache of this kind and these widths, or None.
 
-    What a kernel computes and keeps names it, whatever the number of stages or the profile are.
+    The number of stages and the profile may be others than the table's.
     """
     if plan.tiles is None:
         return None
-    wanted = tile_plan_of_height(
+    wanted = config_of_height(
         plan.split.rows_per_tile, cache=kind, kv_lora_rank=kv_lora_rank, rope_dim=rope_dim
     )
-    given, own = (
-        (tiles.rows_per_tile, tiles.tiles, [use.what for use in tiles.uses])
-        for tiles in (plan.tiles, wanted)
-    )
-    if given == own:
+    fields = ("rows_per_tile", "kv_lora_rank", "rope_dim")
+    if type(plan.tiles) is type(wanted) and all(
+        getattr(plan.tiles, field) == getattr(wanted, field) for field in fields
+    ):
         return None
     return (
         f"the plan's tiles are for another cache than this one of {kind} with kv_lora_rank "
@@ -113,7 +113,7 @@ def plan_decode(
     rescale: str = "multiply",
     kv_lora_rank: int = 512,
     rope_dim: int = 64,
-    tiles: TilePlan | None = None,
+    tiles: KernelConfig | None = None,
     profile: HardwareProfile | None = None,
 ) -> DecodePlan:
     """Returns the plan with which the kernels are fastest on a batch, in equal shares per SM.
@@ -125,11 +125,11 @@ def plan_decode(
             get other tiles.
         cache: "float" (16 bits) or "int8".
         rescale: "multiply" or "exponent_add".
-        tiles: of the kernel; None: the tuned ones.
+        tiles: config of the kernel; None: the tuned one.
         profile: of the GPU; None: workers for this machine's GPU, or else for an H200, and the
             tiles of an H200.
     """
-    tiles = tiles or choose_tile_plan(
+    tiles = tiles or choose_config(
         rows,
         batch=seq_lens.shape[0],
         capacity=capacity,
@@ -142,12 +142,12 @@ def plan_decode(
     sms = device.num_sms() if profile is None else profile.cores
     split = plan_splits(
         seq_lens,
-        num_workers=_workers_for(tiles, sms),
+        num_workers=tiles.num_workers(sms),
         rows=rows,
         rows_per_tile=tiles.rows_per_tile,
         overhead=tiles.split_overhead,
         merge_overhead=tiles.merge_overhead,
-        in_pairs=tiles.pairs,
+        in_pairs=tiles.in_pairs,
         max_seq_len=None if capacity is None else min(capacity, _MOST_KEYS),
     )
     return DecodePlan(split, tiles, sms)
@@ -160,7 +160,7 @@ def with_tiles(
     if isinstance(plan, DecodePlan) and plan.tiles is not None:
         return plan
     split = plan.split if isinstance(plan, DecodePlan) else plan
-    tiles = tile_plan_of_height(
+    tiles = config_of_height(
         split.rows_per_tile,
         num_tiles=split.num_tiles,
         cache=cache,
@@ -179,11 +179,11 @@ def warn_if_slow(
     not depend on the batch. Arguments as in `plan_decode`.
     """
     batch = plan.num_tiles // plan.num_row_tiles
-    choose = functools.partial(choose_tile_plan, rows, cache=cache, rescale=rescale)
+    choose = functools.partial(choose_config, rows, cache=cache, rescale=rescale)
     best = choose(batch=batch, capacity=capacity)
     if plan.fixed and plan.rows_per_tile != best.rows_per_tile:
         best = choose()
-    workers = _workers_for(best, device.num_sms())
+    workers = best.num_workers(device.num_sms())
     if (plan.rows_per_tile, plan.num_workers) == (best.rows_per_tile, workers):
         return
     warnings.warn(
@@ -194,9 +194,3 @@ def warn_if_slow(
         SlowPlanWarning,
         stacklevel=2,
     )
-
-
-def _workers_for(tiles: TilePlan, sms: int) -> int:
-    """Returns the workers of a GPU: CTAs, or clusters of two; an even number where in pairs."""
-    workers = sms // tiles.cluster
-    return workers - workers % 2 if tiles.pairs else workers

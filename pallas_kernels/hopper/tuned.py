@@ -1,36 +1,39 @@
-"""Which sizes of the Hopper kernels suit a problem: a lookup in `tuned.json`.
+"""Which config of which Hopper kernel suits a problem: a lookup in `tuned.json`.
 
-The table has an entry for each class of query rows. `python -m experiments.speed.tune_hopper` times
+The table has an entry for each class of query rows: `most_rows`, the kernel, the fields of its
+config, and what was timed. `python -m experiments.speed.tune_hopper` times
 candidates on a GPU and writes it.
 """
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
 from mla_jax.checks import require_one_of
-from mla_jax.hal import HardwareProfile, TilePlan, load_profile
+from mla_jax.hal import HardwareProfile, TilePlanError, load_profile
 from pallas_kernels.hopper.config import (
     MOST_COLUMNS,
+    DecodeConfig,
+    DecodeInt8Config,
+    DecodeTransposedConfig,
+    DecodeTransposedInt8Config,
+    KernelConfig,
+    SmLimits,
     can_be_in_pairs,
-    decode_int8_tiles,
-    decode_tiles,
-    decode_transposed_int8_tiles,
-    decode_transposed_tiles,
-    refused,
 )
 
-KERNELS: dict[str, Callable[..., TilePlan]] = {
-    "decode_transposed": decode_transposed_tiles,
-    "decode": decode_tiles,
-    "decode_transposed_int8": decode_transposed_int8_tiles,
-    "decode_int8": decode_int8_tiles,
+CONFIGS: dict[str, type[KernelConfig]] = {
+    "decode_transposed": DecodeTransposedConfig,
+    "decode": DecodeConfig,
+    "decode_transposed_int8": DecodeTransposedInt8Config,
+    "decode_int8": DecodeInt8Config,
 }
+_NOT_FIELDS = ("cache", "most_rows", "kernel", "timed")  # of a config, in an entry
 
 
-def choose_tile_plan(
+def choose_config(
     rows: int,
     *,
     batch: int | None = None,
@@ -40,8 +43,8 @@ def choose_tile_plan(
     profile: HardwareProfile | None = None,
     kv_lora_rank: int = 512,
     rope_dim: int = 64,
-) -> TilePlan:
-    """Returns the tuned sizes for `rows` query rows per request (tokens * heads).
+) -> KernelConfig:
+    """Returns the tuned config for `rows` query rows per request (tokens * heads).
 
     Args:
         batch: requests; None: not known.
@@ -57,8 +60,8 @@ def choose_tile_plan(
     """
     require_one_of("cache", cache, tuple(few_tokens()))
 
-    def of_height(height: int) -> TilePlan:
-        return tile_plan_of_height(
+    def of_height(height: int) -> KernelConfig:
+        return config_of_height(
             height,
             num_tiles=None if batch is None else batch * -(-rows // height),
             cache=cache,
@@ -81,7 +84,7 @@ def choose_tile_plan(
     raise ValueError(f"{cache} cache, rescale = {rescale!r}, {rows} rows: not in tuned.json")
 
 
-def tile_plan_of_height(
+def config_of_height(
     rows_per_tile: int,
     *,
     num_tiles: int | None = None,
@@ -89,12 +92,12 @@ def tile_plan_of_height(
     profile: HardwareProfile | None = None,
     kv_lora_rank: int = 512,
     rope_dim: int = 64,
-) -> TilePlan:
-    """Returns the tuned sizes for tiles of so many rows, as a split plan has them."""
+) -> KernelConfig:
+    """Returns the tuned config for tiles of so many rows, as a split plan has them."""
     widths = {"kv_lora_rank": kv_lora_rank, "rope_dim": rope_dim}
     for entry in tuned(cache):
         if entry["rows_per_tile"] == rows_per_tile:
-            return plan_of(entry, profile, num_tiles=num_tiles, **widths)
+            return config_of(entry, profile, num_tiles=num_tiles, **widths)
     heights = ", ".join(map(str, tile_heights(cache)))
     raise ValueError(f"rows_per_tile must be one of {heights}, got {rows_per_tile}")
 
@@ -108,28 +111,32 @@ def tile_heights(cache: str = "float", *, rescale: str = "multiply") -> tuple[in
     )
 
 
-def plan_of(
+def config_of(
     entry: Mapping[str, Any],
     profile: HardwareProfile | None = None,
     *,
     num_tiles: int | None = None,
     **widths: Any,
-) -> TilePlan:
-    """Returns the checked sizes of one entry of the table.
+) -> KernelConfig:
+    """Returns the config of one entry of the table.
 
     num_tiles: tiles of all requests; None: not known. Workers of `decode_transposed` are in pairs
     if more than half of the pairs get a tile and none gets two. Fewer tiles are split into more
     than two items. With more tiles, clusters cost a launch more time than they save in the merge.
     """
     profile = profile or load_profile("H200_SXM")
-    if entry["kernel"] not in KERNELS:
-        raise refused(profile, "kernel", entry["kernel"], " or ".join(KERNELS))
-    sizes = {k: v for k, v in entry.items() if k not in ("cache", "most_rows", "kernel", "timed")}
+    if entry["kernel"] not in CONFIGS:
+        raise TilePlanError(f"kernel = {entry['kernel']!r}, wanted {' or '.join(CONFIGS)}")
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in entry.items()
+        if name not in _NOT_FIELDS
+    }
     if entry["kernel"] == "decode_transposed" and num_tiles is not None:
         a_tile_each = profile.cores // 4 < num_tiles <= profile.cores // 2
         latent = widths.get("kv_lora_rank", 512)
-        sizes["pairs"] = a_tile_each and can_be_in_pairs(entry["rows_per_tile"], latent)
-    return KERNELS[entry["kernel"]](profile, **sizes, **widths)
+        fields["in_pairs"] = a_tile_each and can_be_in_pairs(entry["rows_per_tile"], latent)
+    return CONFIGS[entry["kernel"]](limits=SmLimits.of(profile), **fields, **widths)
 
 
 @functools.cache

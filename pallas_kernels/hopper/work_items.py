@@ -22,7 +22,7 @@ NO_KEY = -3e38  # a running maximum (log2 units) that no score has raised yet: b
 class WorkItem(NamedTuple):
     """One row of the list: what to compute, and where its result goes.
 
-    partial: index of the partial result that the item leaves; -1: the item is a whole tile, and its
+    partial: index of the partial result that the item has; -1: the item is a whole tile, and its
     result is the output; below -1: the worker keeps the result (`kept_partial`) and combines it
     itself. first_partial, num_partials: the partials that are merged together, those of the item's
     tile, or after "by_first" (`work_list`) the item's own alone.
@@ -69,13 +69,13 @@ def work_list(plan: Any, finish: str = "merge") -> WorkList:
     """Returns the work list of a split plan.
 
     finish: how split tiles are combined.
-    "merge": all workers of a tile merge the partials that they have left.
+    "merge": all workers of a tile merge its partials.
     "in_pairs": workers 2i and 2i + 1 share a cluster. A tile that only these two share is combined
         in their shared memories, without partials. Its two items have `kept_partial`, and the
         second worker runs its items backwards, so that both finish with this tile. Ranges have one
         column more, the step from an item to the next, and an even number of rows.
     "by_first": a tile in two items is the last one of worker w and the first one of worker w + 1.
-        So w + 1 leaves its partial early, listed as a tile of one partial, so that nothing merges
+        So w + 1 stores its partial early, listed as a tile of one partial, so that nothing merges
         it. Worker w, at its end, keeps its own result (`kept_partial`) and adds the other's. It
         waits only for what another worker does first, so that no two wait for each other. Not for
         a fixed plan (`SplitPlan.fixed`), in which one worker may have both items.
@@ -89,10 +89,10 @@ def work_list(plan: Any, finish: str = "merge") -> WorkList:
     if finish == "by_first" and not plan.fixed:
         partial, first = items[:, PARTIAL], items[:, FIRST_PARTIAL]
         two = (partial >= 0) & (items[:, NUM_PARTIALS] == 2)
-        keeps, leaves = two & (partial == first), two & (partial > first)
+        keeps, stores = two & (partial == first), two & (partial > first)
         items = items.at[:, PARTIAL].set(jnp.where(keeps, kept_partial(partial), partial))
-        items = items.at[:, FIRST_PARTIAL].set(jnp.where(leaves, partial, first))
-        items = items.at[:, NUM_PARTIALS].add(-leaves.astype(jnp.int32))
+        items = items.at[:, FIRST_PARTIAL].set(jnp.where(stores, partial, first))
+        items = items.at[:, NUM_PARTIALS].add(-stores.astype(jnp.int32))
     first, stop = plan.worker_start[:-1], plan.worker_start[1:]
     return WorkList(jnp.column_stack([items[first], first, stop]), items)
 
@@ -123,9 +123,9 @@ def _shared_in_pairs(items: Any, tile: Any, worker_start: Any) -> tuple[Any, Any
     alone = (begin < middle) & (middle < end) & (tile[left] == tile[middle])
     split_before = jnp.append(jnp.zeros(1, jnp.int32), jnp.cumsum(partial >= 0))
     alone &= (items[left, NUM_PARTIALS] == 2) & (split_before[end] - split_before[begin] == 2)
-    mine = jnp.where(alone, jnp.stack([left, middle]), len(partial)).ravel()
-    theirs = kept_partial(partial)[jnp.minimum(mine, len(partial) - 1)]
-    return alone, partial.at[mine].set(theirs, mode="drop")
+    shared = jnp.where(alone, jnp.stack([left, middle]), len(partial)).ravel()
+    kept = kept_partial(partial)[jnp.minimum(shared, len(partial) - 1)]
+    return alone, partial.at[shared].set(kept, mode="drop")
 
 
 def kept_partial(partial: Any) -> Any:
@@ -157,26 +157,26 @@ def run_items(
     *,
     in_pairs: bool = False,
 ) -> None:
-    """Calls run(p, n, item) for a worker's items p, after n KV blocks of items before.
+    """Calls run(index, n, item) for each of a worker's items, after n KV blocks of items before.
 
     items: the worker's, from and to. range_ref: its row of `WorkList.ranges`; item_ref:
     `WorkList.items`. The next item is read before an item is run, so that nothing waits for the
     read; it takes registers while the item runs.
     """
     first, stop = items
-    start, way = (first_of(range_ref), step_of(range_ref)) if in_pairs else (first, 1)
+    start, step = (first_of(range_ref), step_of(range_ref)) if in_pairs else (first, 1)
 
-    def step(k, carry):
+    def run_one(k, carry):
         n, *item = carry
         item = WorkItem(*item)
-        p = start + k * way
-        following = jnp.clip(p + way, 0, item_ref.shape[0] - 1)
+        index = start + k * step
+        following = jnp.clip(index + step, 0, item_ref.shape[0] - 1)
         after = tuple(item_ref[following, i] for i in range(ITEM_FIELDS))
-        run(p, n, item)
+        run(index, n, item)
         return (n + item.block_end - item.block_start, *after)
 
     head = tuple(range_ref[i] for i in range(ITEM_FIELDS))
-    lax.fori_loop(0, stop - first, step, (jnp.int32(0), *head))
+    lax.fori_loop(0, stop - first, run_one, (jnp.int32(0), *head))
 
 
 def valid_lengths(

@@ -273,10 +273,15 @@ def test_int8_cache_goes_to_an_implementation_that_has_it():
         attend(batch.q, broken, batch.block_tables, batch.seq_lens)
 
 
-def test_blockwise_refuses_an_int8_cache():
-    batch = make_batch(np.random.default_rng(15), [40], [1], dtype="int8")
-    with pytest.raises(ValueError, match=r"'blockwise' can't run this.* floating point, got int8"):
-        attend(*batch.args, implementation="blockwise")
+def test_blockwise_says_what_it_lacks_with_an_int8_cache():
+    run = functools.partial(attend, implementation="blockwise")
+    lens = [40], [1]
+    batch = make_batch(np.random.default_rng(15), *lens, dtype="int8", granularity="group")
+    with pytest.raises(ValueError, match=r"'blockwise' can't run this: .*token or tensor.* group"):
+        run(*batch.args)
+    batch = make_batch(np.random.default_rng(15), *lens, dtype="int8")
+    with pytest.raises(ValueError, match=r"'blockwise' can't run this: .*rescale multiply.* AMLA"):
+        run(*batch.args, rescale="exponent_add")
 
 
 def test_hopper_says_what_cache_it_lacks(monkeypatch):
@@ -641,9 +646,11 @@ def test_the_first_of_several_that_can_run():
         chex.assert_trees_all_equal(attend(*batch.args, implementation=names), wanted)
     with pytest.raises(ValueError, match=r"implementation 'hopper' can't run this: .*float32"):
         attend(*batch.args, implementation=["hopper"])
-    int8 = make_batch(np.random.default_rng(21), [40, 7], [1, 1], dtype="int8", page_size=16)
+    int8 = make_batch(
+        np.random.default_rng(21), [40, 7], [1, 1], dtype="int8", granularity="group", page_size=16
+    )
     for run in (attend, jax.jit(attend, static_argnames="implementation")):
-        message = r"none of those.*: blockwise: .*got int8; hopper: it takes page sizes .* got 16"
+        message = r"none of those.*: blockwise: it takes scale_.*got group.*; hopper: .* got "
         with pytest.raises(ValueError, match=message):
             run(*int8.args, implementation=("blockwise", "hopper"))
 

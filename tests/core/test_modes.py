@@ -140,6 +140,7 @@ CASES: dict[str, Callable[[], Case]] = {
             ("split_kv", "int8", "exponent_add"),
             ("blockwise", "bfloat16", "exponent_add"),
             ("blockwise", "float32", "multiply"),
+            ("blockwise", "int8", "multiply"),
         ]
     },
     **{

@@ -49,8 +49,10 @@ def compiled(implementation: str, rescale: str = "multiply"):
     return jax.jit(lambda *args: run(*args[:4], query_lens=args[4]))
 
 
-def assert_agrees(batch: Batch, implementation: str, rescale: str, tolerance: float) -> None:
+def assert_agrees(batch: Batch, implementation: str, rescale: str) -> None:
     """NaN and -inf exactly where float64 has them, the rest close."""
+    rounds_q = implementation == "blockwise" and batch.cache.dtype == jnp.int8  # to 8 bits
+    tolerance, lse_tolerance = (1.5e-2, 5e-2) if rounds_q else (TOLERANCE["bfloat16"], 1e-2)
     o, lse = compiled(implementation, rescale)(*batch.args, batch.query_lens)
     o, lse = np.asarray(o, np.float64), np.asarray(lse)
     o_wanted, lse_wanted = batch.oracle()
@@ -58,7 +60,7 @@ def assert_agrees(batch: Batch, implementation: str, rescale: str, tolerance: fl
     finite = np.isfinite(o_wanted)
     error = np.linalg.norm((o - o_wanted)[finite]) / np.linalg.norm(o_wanted[finite])
     assert error < tolerance
-    np.testing.assert_allclose(lse, lse_wanted, rtol=0, atol=1e-2)
+    np.testing.assert_allclose(lse, lse_wanted, rtol=0, atol=lse_tolerance)
 
 
 @pytest.fixture(
@@ -69,6 +71,7 @@ def assert_agrees(batch: Batch, implementation: str, rescale: str, tolerance: fl
         ("xla", "int8", "exponent_add"),
         ("split_kv", "bfloat16", "exponent_add"),
         ("blockwise", "bfloat16", "multiply"),
+        ("blockwise", "int8", "multiply"),
     ],
     ids=" ".join,
 )
@@ -98,7 +101,7 @@ def test_a_row_depends_only_on_keys_that_it_may_see(case):
         wanted = batch.oracle()[0]
         assert np.isnan(wanted).any(axis=(1, 2, 3)).all()
         assert not np.isnan(wanted[:2, 0]).any()
-        assert_agrees(batch, implementation, rescale, TOLERANCE["bfloat16"])
+        assert_agrees(batch, implementation, rescale)
 
 
 def test_scores_of_minus_infinity(case):
@@ -117,7 +120,7 @@ def test_scores_of_minus_infinity(case):
     assert np.isfinite(lse[0]).all()
     assert np.isneginf(lse[1]).all()
     assert not o[1].any()
-    assert_agrees(batch, implementation, rescale, TOLERANCE["bfloat16"])
+    assert_agrees(batch, implementation, rescale)
 
 
 def test_large_scores_are_normalised_by_their_sum():

@@ -41,7 +41,7 @@ def planned(lens=LENS, **options):
 def test_plans_for_the_profile(options, tiles, workers):
     plan = planned(**options)
     assert (plan.split.rows_per_tile, plan.split.num_workers) == (tiles, workers)
-    assert plan.num_sms == plan.split.num_workers * plan.tiles.cluster
+    assert plan.num_sms == plan.split.num_workers * plan.tiles.ctas_per_tile
     assert plan.tiles.rows_per_tile == tiles
     wanted = options.get("profile", "H200_SXM")
     assert plan.profile == getattr(wanted, "name", wanted)
@@ -50,9 +50,9 @@ def test_plans_for_the_profile(options, tiles, workers):
 def test_pairs_are_those_of_the_cache_widths():
     """With latents of 128 the other CTA's half of a tile is no whole register: no pairs."""
     lens = np.full(50, 200, np.int32)
-    for rank, pairs in ((512, True), (128, False)):
+    for rank, in_pairs in ((512, True), (128, False)):
         cache = PagedKVCache.create(2, page_size=64, kv_lora_rank=rank)
-        assert planned(lens, cache=cache, num_heads=8).tiles.pairs == pairs
+        assert planned(lens, cache=cache, num_heads=8).tiles.in_pairs == in_pairs
 
 
 def test_a_card_with_fewer_sms_refuses_by_name(monkeypatch):
@@ -108,6 +108,11 @@ def test_falls_back_to_plain_jax():
         ({"profile": 9}, TypeError, "profile must be a HardwareProfile or a name, got int"),
         ({"implementation": "fast"}, ValueError, "implementation"),
         ({"profile": "L40", "implementation": "hopper"}, ValueError, "hopper: L40"),
+        (
+            {"profile": "Ascend910B1", "implementation": "hopper"},
+            ValueError,
+            "hopper: Ascend910B1: family = 'ascend', wanted 'nvidia'",
+        ),
     ],
 )
 def test_bad_arguments_are_named(options, error, message):

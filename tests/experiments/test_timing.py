@@ -165,7 +165,7 @@ def test_rates_are_those_of_the_published_rows(batch, kv_len, heads, seq_q, us, 
 
 
 def test_ceilings_are_rates():
-    rates = timing.ceilings(gib=2**-6, size=512)
+    rates = timing.ceilings(gib=2**-9, size=128)
     assert set(rates) == {"copy", "read", "matmul", "matmul_int8"}
     assert all(np.isfinite(rate) for rate in rates.values())
 

@@ -24,7 +24,7 @@ from mla_jax.splits.decode_plan import DecodePlan
 from pallas_kernels.hopper import attention, device, planning
 from pallas_kernels.hopper.kernels.merge import merge
 from pallas_kernels.hopper.parts.combine import row_scales
-from pallas_kernels.hopper.tuned import choose_tile_plan, tile_plan_of_height
+from pallas_kernels.hopper.tuned import choose_config, config_of_height
 from pallas_kernels.hopper.work_items import PARTIAL, work_list
 
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -132,8 +132,8 @@ def test_pairs_of_workers_interpreted(races, seq_lens, shape, workers, rescale, 
     batch = HopperBatch(np.random.default_rng(1), seq_lens, **shape)
     rows = batch.q.shape[1] * batch.q.shape[2]
     rows_per_tile = rows + -rows % 8 if rows <= 32 else 64
-    tiles = tile_plan_of_height(rows_per_tile, num_tiles=50)
-    assert tiles.pairs
+    tiles = config_of_height(rows_per_tile, num_tiles=50)
+    assert tiles.in_pairs
     plan = plan_splits(
         batch.seq_lens, num_workers=workers, rows=rows, rows_per_tile=rows_per_tile, overhead=1
     )
@@ -370,11 +370,11 @@ def test_compiles_for_sm90a(h200, batch, heads, tokens, page_size, dtype, rescal
     assert not report.serialized, report.messages
     assert not report.ignores_setmaxnreg, report.messages
     assert not report.misuses_setmaxnreg
-    # A tile plan's bytes are those that the compiler takes.
-    plan = choose_tile_plan(
+    # A config's bytes are those that the compiler takes.
+    config = choose_config(
         tokens * heads, batch=batch, rescale=rescale, kv_lora_rank=kv_lora_rank, rope_dim=rope_dim
     )
-    assert report.shared_memory == plan.used()["shared"] <= 232_448
+    assert report.shared_memory == config.shared_memory_bytes <= 232_448
     assert report.registers <= 255
     assert report.spill_stores == report.spill_loads == 0, report
     if report.sass is not None:
@@ -390,7 +390,7 @@ def test_workers_wait_only_where_all_run_at_once(monkeypatch, heads, sms, launch
     monkeypatch.setattr(device, "num_sms", lambda: 132)  # when the plan was made
     batch = HopperBatch(np.random.default_rng(0), [300, 70], heads=heads)
     plan = planning.plan_decode(batch.seq_lens, heads)
-    assert plan.split.num_workers * plan.tiles.cluster == plan.num_sms == 132
+    assert plan.split.num_workers * plan.tiles.ctas_per_tile == plan.num_sms == 132
     kernel = functools.partial(
         attention.attend.__wrapped__,
         num_heads=heads,

@@ -12,7 +12,7 @@ from hopper_batch import SCALE, HopperBatch, invalid_requests, op, with_latents_
 
 from mla_jax import paged_mla_attention, plan_fixed, plan_splits
 from pallas_kernels.hopper import device, planning
-from pallas_kernels.hopper.tuned import choose_tile_plan
+from pallas_kernels.hopper.tuned import choose_config
 from pallas_kernels.hopper.work_items import PARTIAL, work_list
 
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -124,8 +124,8 @@ def drawn(shortest, longest, requests):
 
 def plan_in_pairs(lens, rows, workers):
     """Of many shared tiles, whatever cutting is taken to cost in the table."""
-    tiles = choose_tile_plan(rows if rows <= 32 else 64, batch=len(lens))
-    assert tiles.pairs
+    tiles = choose_config(rows if rows <= 32 else 64, batch=len(lens))
+    assert tiles.in_pairs
     return plan_splits(
         jnp.array(lens, jnp.int32), num_workers=workers, rows=rows, in_pairs=True,
         rows_per_tile=tiles.rows_per_tile, overhead=tiles.split_overhead, merge_overhead=8,

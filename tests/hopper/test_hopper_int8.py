@@ -15,12 +15,14 @@ from sass import overwritten_in_flight
 from mla_jax import plan_fixed, plan_splits
 from mla_jax.hal import load_profile
 from pallas_kernels.hopper import attention, planning
-from pallas_kernels.hopper.config import decode_int8_tiles, decode_transposed_int8_tiles
-from pallas_kernels.hopper.tuned import choose_tile_plan
+from pallas_kernels.hopper.config import DecodeInt8Config, DecodeTransposedInt8Config, SmLimits
+from pallas_kernels.hopper.tuned import choose_config
+
+LIMITS = SmLimits.of(load_profile("H200_SXM"))
 
 
-def tiles(**sizes):
-    return decode_transposed_int8_tiles(load_profile("H200_SXM"), **sizes)
+def tiles(**options):
+    return DecodeTransposedInt8Config(limits=LIMITS, **options)
 
 
 def split(batch, workers, rows_per_tile):
@@ -196,9 +198,9 @@ def test_compiles_for_sm90a(h200, heads, tokens, requests):
     assert not decode.serialized, decode.messages
     assert not decode.ignores_setmaxnreg, decode.messages
     assert not decode.misuses_setmaxnreg
-    # A tile plan's bytes are those that the compiler takes.
-    plan = choose_tile_plan(tokens * heads, cache="int8")
-    assert decode.shared_memory == plan.used()["shared"] <= 232_448
+    # A config's bytes are those that the compiler takes.
+    config = choose_config(tokens * heads, cache="int8")
+    assert decode.shared_memory == config.shared_memory_bytes <= 232_448
     assert decode.registers <= 255
     assert decode.spill_stores == decode.spill_loads == 0
     if decode.sass is not None:
@@ -258,8 +260,8 @@ def test_several_tokens_on_the_gpu(heads, num_queries, causal):
     "plan",
     [  # (made where tests are collected, so that one that does not fit fails on any machine)
         tiles(rows_per_tile=16, computing=1),
-        tiles(rows_per_tile=16, computing=1, depth=3),
-        tiles(rows_per_tile=16, computing=2, depth=2),
+        tiles(rows_per_tile=16, computing=1, kv_stages=3),
+        tiles(rows_per_tile=16, computing=2, kv_stages=2),
     ],
 )
 def test_sizes_on_the_gpu(plan):
@@ -270,7 +272,7 @@ def test_sizes_on_the_gpu(plan):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "plan",
-    [decode_int8_tiles(load_profile("H200_SXM"), rows_per_tile=64, depth=2)],
+    [DecodeInt8Config(limits=LIMITS, rows_per_tile=64, kv_stages=2)],
 )
 def test_sizes_of_64_rows_on_the_gpu(plan):
     batch = Int8Batch(np.random.default_rng(0), LENGTHS, heads=64)

@@ -25,7 +25,7 @@ PLAIN = (
     ("reference", "int8"),
     ("xla", "float32"), ("xla", "bfloat16"), ("xla", "int8"),
     ("split_kv", "bfloat16"), ("split_kv", "int8"),
-    ("blockwise", "float32"), ("blockwise", "bfloat16"),
+    ("blockwise", "float32"), ("blockwise", "bfloat16"), ("blockwise", "int8"),
 )  # fmt: skip
 
 

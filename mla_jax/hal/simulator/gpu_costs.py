@@ -139,7 +139,7 @@ def merge_seconds(profile: HardwareProfile, kernel: Kernel, problem: Problem, pl
     """Returns the seconds from the end of the last work item to the last merged row."""
     parts = int(plan.parts.max())
     memory = profile["memory.l2_bandwidth"]
-    rows_split = float(plan.rows[plan.split].sum()) * plan.cluster
+    rows_split = float(plan.rows[plan.split].sum()) * plan.cores_per_item
     traffic = rows_split * LATENT * kernel.partial_bytes / memory
     load = profile["latency.l2"]
     if kernel.merge == "none":
@@ -154,8 +154,8 @@ def merge_seconds(profile: HardwareProfile, kernel: Kernel, problem: Problem, pl
     if kernel.merge == "merge":
         if parts == 1:
             return profile["latency.grid_sync"]
-        chunks = max(max(problem.kv_lens) * plan.cluster // plan.limit, 1)
-        rows = math.ceil(int(plan.rows.max()) * plan.cluster / chunks)
+        chunks = max(max(problem.kv_lens) * plan.cores_per_item // plan.limit, 1)
+        rows = math.ceil(int(plan.rows.max()) * plan.cores_per_item / chunks)
         loads = math.ceil(rows / 4) * parts
         return profile["latency.grid_sync"] + max(loads * load, traffic)
     # A second kernel merges with one warp per row. FlashMLA's is already launched and waits on the

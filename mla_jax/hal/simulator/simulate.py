@@ -122,7 +122,7 @@ def _fair_share(profile: HardwareProfile, plan: Work, multicast: int = 1) -> flo
     Row tiles that read the same KV get it from the L2 cache. HBM serves it once, and L2 once per
     cluster that shares the loading.
     """
-    active = min(plan.num_workers, len(plan.blocks)) * plan.cluster
+    active = min(plan.num_workers, len(plan.blocks)) * plan.cores_per_item
     memory = profile["memory.hbm_bandwidth"] * profile["memory.hbm_efficiency"]
     return (
         min(memory * min(plan.sharers, active) / multicast, profile["memory.l2_bandwidth"]) / active

@@ -5,7 +5,7 @@ work item; every CTA, or cluster of two CTAs, runs the items that the plan gives
 
     tiles of 128 rows: the two CTAs of a cluster have 64 rows each and share every KV block, which
         each CTA loads half of and multicasts to both;
-    tiles of 64 rows: the two CTAs of a cluster have items of their own ("pairs"), and combine a
+    tiles of 64 rows: the two CTAs of a cluster have items of their own (`in_pairs`), and combine a
         tile that only these two share in their shared memories.
 
 A CTA has three warpgroups:
@@ -29,13 +29,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.config import DecodeConfig
 from pallas_kernels.hopper.kernels.decode_compute import ComputingWarpgroup
 from pallas_kernels.hopper.kernels.decode_refs import (
-    INVALID,
-    KV_LEN,
+    FIELD,
     LOADER,
-    OPEN_PAIRS,
-    REQUEST,
     STAGES,
     Cta,
     Inputs,
@@ -44,8 +42,10 @@ from pallas_kernels.hopper.kernels.decode_refs import (
 )
 from pallas_kernels.hopper.mosaic.cluster import OtherCta
 from pallas_kernels.hopper.mosaic.primitives import OWN_BARRIERS, Backend
-from pallas_kernels.hopper.parts.call import DecodeCall, Outputs
+from pallas_kernels.hopper.mosaic.values import opaque_zero
+from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, float_struct
 from pallas_kernels.hopper.parts.combine import BLOCK_COLUMNS, combine_shares, divide_into_columns
+from pallas_kernels.hopper.parts.visible_keys import VisibleKeys
 from pallas_kernels.hopper.work_items import (
     BLOCK,
     ITEM_FIELDS,
@@ -57,7 +57,7 @@ from pallas_kernels.hopper.work_items import (
 )
 
 
-def decode(call: DecodeCall) -> tuple[jax.Array, ...]:
+def decode(call: DecodeCall[DecodeConfig]) -> tuple[jax.Array, ...]:
     """Runs the work items of a call.
 
     It writes to `call.outputs`, and never past row R: whole tiles, tiles that a CTA or a pair of
@@ -71,12 +71,7 @@ def decode(call: DecodeCall) -> tuple[jax.Array, ...]:
         The partial results of split tiles, as `Partials` describes them: o and lse, and the scales
         of float16 partials.
     """
-    tiles, plan = call.tiles, call.plan
-    if tiles.pairs != (tiles.cluster == 1):
-        raise ValueError(
-            f"tiles must have pairs where cluster is 1 and not where it is 2, got pairs "
-            f"{tiles.pairs} and cluster {tiles.cluster}"
-        )
+    config, plan = call.config, call.plan
     g = Backend(interpreting=call.interpreting)
 
     def body(inputs: Inputs, outputs: Outputs, partials: Partials, scratch: Scratch) -> None:
@@ -85,9 +80,9 @@ def decode(call: DecodeCall) -> tuple[jax.Array, ...]:
         warpgroup = lax.axis_index("wg")
         rank = lax.axis_index("cluster")
         group = lax.axis_index("group")
-        if call.interpreting and not tiles.pairs:
-            # The interpreter runs one cluster after the other: first those whose partials others
-            # wait for.
+        if call.interpreting and not config.in_pairs:
+            # The interpreter runs one cluster after the other. So the first ones must be those for
+            # whose partials others wait.
             group = plan.num_workers - 1 - group
         exchange = None if inputs.exchange is None else inputs.exchange.at[group]
         ranges = inputs.requests.work.ranges
@@ -99,17 +94,17 @@ def decode(call: DecodeCall) -> tuple[jax.Array, ...]:
             partials=partials,
             scratch=scratch,
             rank=rank,
-            range_ref=ranges.at[2 * group + rank if tiles.pairs else group],
+            range_ref=ranges.at[2 * group + rank if config.in_pairs else group],
             other_cta=OtherCta(g, rank, exchange),
         )
-        # Branches, so that what one role needs holds no register through another.
+        # In a branch of its own, what one role needs takes no register in the other role.
         lax.cond(warpgroup < LOADER, lambda: compute(cta, warpgroup), Loader(cta).run)
 
     partials = plgpu.kernel(
         body,
         out_type=(partial_types(call),),
         scratch_types=(Scratch.types(call, g),),
-        grid=(-(-plan.num_workers * tiles.cluster // 2),),
+        grid=(config.num_ctas(plan.num_workers) // 2,),
         grid_names=("group",),
         cluster=(2,),
         cluster_names=("cluster",),
@@ -126,7 +121,7 @@ def decode(call: DecodeCall) -> tuple[jax.Array, ...]:
 class Loader:
     """The loader warpgroup: q of a work item, then its KV blocks, for all items of the worker.
 
-    KV blocks go to two stages in turns. A stage is loaded again when both computing warpgroups, in
+    KV blocks go to two stages in turns. A stage is loaded again after both computing warpgroups, in
     every CTA that shares the block, have released their half of it.
     """
 
@@ -134,12 +129,12 @@ class Loader:
 
     def run(self) -> None:
         cta = self.cta
-        cta.g.take_registers(cta.call.tiles.registers, LOADER)
-        # Not `run_items`: its next item would hold registers while an item is loaded.
+        cta.g.take_registers(cta.call.config.warpgroup_registers, LOADER)
+        # This is not `run_items`, whose next item would take registers while an item is loaded.
         head = tuple(cta.range_ref[i] for i in range(ITEM_FIELDS))
         first, stop = range_of(cta.range_ref)
-        at = first_of(cta.range_ref) if cta.pairs else first
-        lax.fori_loop(0, stop - first, self.load_item, (at, *head))
+        index = first_of(cta.range_ref) if cta.in_pairs else first
+        lax.fori_loop(0, stop - first, self.load_item, (index, *head))
         # Wait for every release: a CTA must not end before the other CTA has released its stages.
         plgpu.barrier_wait(cta.scratch.q_empty)
         for empty in (cta.scratch.empty_left, cta.scratch.empty_right):
@@ -149,69 +144,69 @@ class Loader:
     def load_item(self, n: Any, carry: tuple) -> tuple:
         """Loads the worker's n-th item. carry: its index in the work list, and its fields."""
         cta = self.cta
-        at, *fields = carry
+        index, *fields = carry
         item = WorkItem(*fields)
         num_blocks = item.block_end - item.block_start
-        rank = 0 if cta.pairs else cta.rank
-        row = (item.row_tile * cta.cluster + rank) * BLOCK
+        rank = 0 if cta.in_pairs else cta.rank
+        row = (item.row_tile * cta.ctas_per_tile + rank) * BLOCK
         kv_len, query_len = cta.call.lengths(cta.inputs.requests, item.request)
-        ahead = cta.kv_blocks.prefetch_table(item.request, item.block_start, kv_len)
-        following = cta.kv_blocks.prefetch_table(item.request, item.block_start + 1, kv_len)
-        found, all_exist = cta.kv_blocks.locate(ahead, item.request, item.block_start, kv_len)
-        # Free: `load_q` of the item before has waited until item n - 2 was finished.
-        state = cta.item(n)
+        page_ids = cta.kv_blocks.prefetch_table(item.request, item.block_start, kv_len)
+        next_page_ids = cta.kv_blocks.prefetch_table(item.request, item.block_start + 1, kv_len)
+        found, all_exist = cta.kv_blocks.locate(page_ids, item.request, item.block_start, kv_len)
+        # This stage is free, because `load_q` of item n - 1 has waited for the end of item n - 2.
+        descriptor = cta.descriptor(n)
         planned = item._replace(partial=item.own_partial)
         invalid = ~fits(planned, kv_len) | ((num_blocks > 0) & ~all_exist)
-        open_pairs = self.open_pairs(item, kv_len, query_len, num_blocks)
-        more = kv_len, query_len, invalid.astype(jnp.int32), open_pairs
+        unmasked_pairs = self.unmasked_pairs(item, kv_len, query_len, num_blocks)
+        more = kv_len, query_len, invalid.astype(jnp.int32), unmasked_pairs
         for i, value in enumerate((*item, *more)):
-            state[i] = value
+            descriptor[i] = value
         plgpu.commit_smem()  # Any warp of this warpgroup may read or change it from here on.
 
         def load_first():
-            # Stage 0, but hidden from the compiler, which would hold all of its addresses.
-            zero = num_blocks >> 30
-            self.load_block(found, zero, self.barrier_set(zero, state[OPEN_PAIRS]))
+            zero = opaque_zero(num_blocks)  # the index of the block in the item, and its stage
+            self.load_block(found, zero, self.barrier_set(zero, descriptor[FIELD.unmasked_pairs]))
 
-        # The first block of a later item is loaded while the item before it is still computed. For
-        # the worker's first item q is needed first, and nothing has to be waited for.
+        # The first block of a later item is loaded while the item before it is still computed. The
+        # worker's first item needs q first, and has nothing to wait for.
         pl.when((num_blocks > 0) & (n > 0))(load_first)
         self.load_q(item.request, row)
         pl.when((num_blocks > 0) & (n == 0))(load_first)
 
-        def load_next(i, ahead):
-            # Read again, so that they hold no register between blocks.
-            request, kv_len = state[REQUEST], state[KV_LEN]
-            following = cta.kv_blocks.prefetch_table(request, item.block_start + i + 1, kv_len)
-            found, all_exist = cta.kv_blocks.locate(ahead, request, item.block_start + i, kv_len)
+        def load_next(i, page_ids):
+            # These are read again for each block, so that they take no register in between.
+            request, kv_len = descriptor[FIELD.request], descriptor[FIELD.kv_len]
+            next_page_ids = cta.kv_blocks.prefetch_table(request, item.block_start + i + 1, kv_len)
+            found, all_exist = cta.kv_blocks.locate(page_ids, request, item.block_start + i, kv_len)
 
             @pl.when(~all_exist)
             def _():
-                state[INVALID] = 1  # visible with the barrier of the block
+                descriptor[FIELD.invalid] = 1  # visible with the barrier of the block
 
-            self.load_block(found, i % STAGES, self.barrier_set(i, state[OPEN_PAIRS]))
-            return following
+            self.load_block(
+                found, i % STAGES, self.barrier_set(i, descriptor[FIELD.unmasked_pairs])
+            )
+            return next_page_ids
 
-        lax.fori_loop(1, num_blocks, load_next, following)
-        return self.next_item(at)
+        lax.fori_loop(1, num_blocks, load_next, next_page_ids)
+        return self.next_item(index)
 
-    def next_item(self, at: Any) -> tuple:
+    def next_item(self, index: Any) -> tuple:
         """Returns the index and the fields of the item after the one at this index."""
         cta, items = self.cta, self.cta.inputs.requests.work.items
-        following = at + (step_of(cta.range_ref) if cta.pairs else 1)
+        following = index + (step_of(cta.range_ref) if cta.in_pairs else 1)
         following = jnp.clip(following, 0, items.shape[0] - 1)
         return following, *(items[following, i] for i in range(ITEM_FIELDS))
 
-    def open_pairs(self, item: WorkItem, kv_len: Any, query_len: Any, num_blocks: Any) -> Any:
-        """Returns how many pairs of the item's blocks need no mask for any row of the tile.
+    def unmasked_pairs(self, item: WorkItem, kv_len: Any, query_len: Any, num_blocks: Any) -> Any:
+        """Returns how many pairs of the item's first blocks need no mask for any row of the tile.
 
         The tile's first row, over all CTAs that share it, sees the fewest keys.
         """
-        shortest = kv_len
-        if self.cta.call.causal:
-            first_row = item.row_tile * self.cta.cluster * BLOCK
-            shortest = kv_len - query_len + first_row // self.cta.call.num_heads + 1
-        return jnp.clip((shortest // BLOCK - item.block_start) // 2, 0, num_blocks // 2)
+        call, first_row = self.cta.call, item.row_tile * self.cta.ctas_per_tile * BLOCK
+        visible = VisibleKeys.of(call, kv_len, query_len)
+        fewest_keys = visible.count(first_row // call.num_heads)
+        return jnp.clip((fewest_keys // BLOCK - item.block_start) // 2, 0, num_blocks // 2)
 
     def load_q(self, request: Any, row: Any) -> None:
         """Loads 64 rows of q, or all of them where there are fewer."""
@@ -234,21 +229,22 @@ class Loader:
             self.cta.kv_blocks.load(found, columns.start, columns.kv.at[stage], full)
 
     @staticmethod
-    def barrier_set(i: Any, open_pairs: Any) -> Any:
+    def barrier_set(i: Any, unmasked_pairs: Any) -> Any:
         """Returns the index of the barrier set that signals block i of an item.
 
-        The set of its stage; or one of two more for blocks that warpgroup 0 scores whatever their
-        stage is. Mosaic GPU keeps the parity of a barrier in the waiting thread and flips it with
-        each wait, so that a thread may not miss a completion. Hence each set has one warpgroup that
-        waits for all of its completions.
+        There are two sets per stage: one for the blocks of unmasked pairs, and one for all others.
+        Mosaic GPU keeps the parity of a barrier in the waiting thread and flips it with each wait,
+        so a thread must wait for every phase. In a pair, one warpgroup scores the block of each
+        stage. Any other block is scored by warpgroup 0, whatever its stage is. With a set for each
+        case, the warpgroup that scores its blocks waits for all of its phases.
         """
-        return i % STAGES + jnp.where(i < 2 * open_pairs, 0, STAGES)
+        return i % STAGES + jnp.where(i < 2 * unmasked_pairs, 0, STAGES)
 
 
 def compute(cta: Cta, warpgroup: jax.Array) -> None:
     """Runs a computing warpgroup: its items, then its share of the split tiles."""
-    cta.g.take_registers(cta.call.tiles.registers, 0)
-    lax.switch(warpgroup, [ComputingWarpgroup(cta, me).run for me in (0, 1)])
+    cta.g.take_registers(cta.call.config.warpgroup_registers, 0)
+    lax.switch(warpgroup, [ComputingWarpgroup(cta, side).run for side in (0, 1)])
     if cta.call.combines:
         # One copy of this code for both warpgroups: an SM caches 128 KB of instructions.
         combine_shares(
@@ -258,8 +254,8 @@ def compute(cta: Cta, warpgroup: jax.Array) -> None:
             cta.item_range,
             counter_of=cta.counter_of,
             place=cta.place,
-            wg=cta.g.warpgroup(),
-            wgs=2,
+            warpgroup=cta.g.warpgroup(),
+            warpgroups=2,
         )
 
 
@@ -269,12 +265,12 @@ def partial_types(call: DecodeCall) -> Partials:
     float16 holds no large numbers, so its partials have a power-of-two scale per row and half of o.
     """
     rows, blocks = call.plan.rows_per_tile, call.kv_lora_rank // BLOCK_COLUMNS
-    shape = (call.num_partials, call.tiles.cluster, blocks, BLOCK * BLOCK_COLUMNS)
+    shape = (call.num_partials, call.config.ctas_per_tile, blocks, BLOCK * BLOCK_COLUMNS)
     scaled = call.partial_dtype == jnp.float16
     return Partials(
-        o=jax.ShapeDtypeStruct(shape, call.partial_dtype),
-        lse=jax.ShapeDtypeStruct((call.num_partials, rows), jnp.float32),
-        scales=jax.ShapeDtypeStruct((call.num_partials, 2, rows), jnp.float32) if scaled else None,
+        o=float_struct(*shape, dtype=call.partial_dtype),
+        lse=float_struct(call.num_partials, rows),
+        scales=float_struct(call.num_partials, 2, rows) if scaled else None,
     )
 
 
@@ -283,8 +279,7 @@ def exchange_of(call: DecodeCall) -> jax.Ref | None:
 
     The interpreter has no access to another CTA's shared memory.
     """
-    if not (call.tiles.pairs and call.interpreting):
+    if not (call.config.in_pairs and call.interpreting):
         return None
     groups = len(call.requests.work.ranges) // 2
-    shape = (groups, 2, BLOCK, call.kv_lora_rank // 2 + 2)
-    return jax.empty_ref(jax.ShapeDtypeStruct(shape, jnp.float32))
+    return jax.empty_ref(float_struct(groups, 2, BLOCK, call.kv_lora_rank // 2 + 2))

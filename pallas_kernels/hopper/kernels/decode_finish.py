@@ -1,11 +1,11 @@
-"""The end of a work item in the decode kernel: combine, normalise, and store or leave a partial.
+"""The end of a work item in the decode kernel: combine, normalise, and store.
 
 An item ends in one of three ways, which its `WorkItem.partial` says:
 
     -1          whole tile: store the output;
-    0 or more   one of several items of a split tile: leave a partial result, which the end of the
+    0 or more   one of several items of a split tile: store a partial result, which the end of the
                 launch or `merge` combines with the others;
-    below -1    kept, one of the two items of a split tile, and no merge follows:
+    below -1    one of the two items of a split tile, whose result the CTA keeps and combines here:
                 tiles of 128 rows: this cluster waits for the other item's partial and adds it,
                 tiles of 64 rows: the two CTAs of a cluster exchange halves of O, and each stores
                 its half of the columns.
@@ -20,12 +20,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.kernels.decode_refs import INVALID, KV_LEN, QUERY_LEN, Cta
+from pallas_kernels.hopper.kernels.decode_refs import FIELD, Cta
 from pallas_kernels.hopper.mosaic.cluster import combine_softmax
 from pallas_kernels.hopper.mosaic.primitives import ROWS
 from pallas_kernels.hopper.mosaic.rows import Rows
+from pallas_kernels.hopper.mosaic.values import per_row
 from pallas_kernels.hopper.parts.combine import BLOCK_COLUMNS, TileCounter, row_scales
-from pallas_kernels.hopper.work_items import BLOCK, LN2, LOG2E, NO_KEY, WorkItem, kept_partial
+from pallas_kernels.hopper.parts.normalize import divided, nan_if_invalid, natural_lse
+from pallas_kernels.hopper.work_items import BLOCK, LOG2E, NO_KEY, WorkItem, kept_partial
 
 
 class Target(NamedTuple):
@@ -38,89 +40,90 @@ class Target(NamedTuple):
     tile_part: Any  # which 64 rows of the tile this CTA has
     row: Any  # the first of them
     kept: Any  # whether this CTA combines the tile's two items
-    next_partial: Any  # in a cluster of two: where the other item left its partial
+    next_partial: Any  # in a cluster of two: the index of the other item's partial
     tile_counter: TileCounter  # counts that partial
 
 
 @dataclasses.dataclass(frozen=True)
 class Finish:
-    """Finishes an item, for computing warpgroup `me`.
+    """Finishes an item, for computing warpgroup `side`.
 
-    q: this warpgroup's half of q, which is free now. item: `decode_compute.Item`.
+    q: this warpgroup's half of q, which is free now. current: `decode_compute.CurrentItem`.
     """
 
     cta: Cta
-    me: int
+    side: int
     q: Any
-    item: Any
+    current: Any
 
-    def run(self, top: jax.Array, total: jax.Array) -> None:
+    def run(self, m: jax.Array, total: jax.Array) -> None:
         """Writes the result of rows with these maxima (log2 units) and sums of P."""
-        cta, g, state = self.cta, self.cta.g, self.item.state
+        cta, g, descriptor = self.cta, self.cta.g, self.current.descriptor
         # What is read here holds no register during the loops over blocks.
-        *fields, kv_len = (state[i] for i in range(KV_LEN + 1))
-        work = WorkItem(*fields)
+        item = WorkItem.read(descriptor)
+        kv_len = descriptor[FIELD.kv_len]
         tile_part = cta.part_of_tile()
-        row = (work.row_tile * cta.cluster + tile_part) * BLOCK
-        invalid = state[INVALID] > 0  # Written before the barrier of the item's last block.
+        row = (item.row_tile * cta.ctas_per_tile + tile_part) * BLOCK
+        # The loader writes this before the item's last block arrives.
+        invalid = descriptor[FIELD.invalid] > 0
         total = self.sum_of_both(total)
-        o = g.read(self.item.o_acc)
+        o = g.read(self.current.o_acc)
         if cta.inputs.requests.query_lens is not None:
-            # Rows without a query have attended to keys with whatever q holds: masks do not know
-            # them. They see no key.
-            query = (g.iota((BLOCK,), 0) + row) // cta.call.num_heads < state[QUERY_LEN]
-            top, total = jnp.where(query, top, NO_KEY), jnp.where(query, total, 0.0)
-            o = jnp.where(self.across(query), o, 0.0)
-        total += jnp.where((kv_len < 0) | invalid, jnp.nan, 0.0)
+            # The masks do not hide keys from the rows of padding tokens. Here they become rows that
+            # see no key.
+            token = (g.iota((BLOCK,), 0) + row) // cta.call.num_heads
+            real = token < descriptor[FIELD.query_len]
+            m, total = jnp.where(real, m, NO_KEY), jnp.where(real, total, 0.0)
+            o = jnp.where(per_row(real, o.shape), o, 0.0)
+        total += nan_if_invalid(kv_len, invalid)
         target = Target(
-            request=work.request,
-            row_tile=work.row_tile,
-            partial=work.partial,
-            num_partials=work.num_partials,
+            request=item.request,
+            row_tile=item.row_tile,
+            partial=item.partial,
+            num_partials=item.num_partials,
             tile_part=tile_part,
             row=row,
-            kept=work.partial < -1,
-            next_partial=kept_partial(work.partial) + 1,
-            tile_counter=cta.counter_of(work.request, work.row_tile, 1),
+            kept=item.partial < -1,
+            next_partial=kept_partial(item.partial) + 1,
+            tile_counter=cta.counter_of(item.request, item.row_tile, 1),
         )
-        self.combine_and_store(target, o, top, total)
+        self.combine_and_store(target, o, m, total)
 
     def combine_and_store(
-        self, target: Target, o: jax.Array, top: jax.Array, total: jax.Array
+        self, target: Target, o: jax.Array, m: jax.Array, total: jax.Array
     ) -> None:
+        """Adds the tile's other item where this CTA combines both, normalises O and stores it."""
         cta, g = self.cta, self.cta.g
 
         def of_other_item():
-            if cta.pairs:
-                return self.exchange_stats(top, total)
+            if cta.in_pairs:
+                return self.exchange_stats(m, total)
             return self.stats_of_partial(target)
 
         def nothing():
             return tuple(g.full((BLOCK,), value, ROWS) for value in (NO_KEY, 0.0))
 
         other = lax.cond(target.kept, of_other_item, nothing)
-        top, total, weight, others_weight = combine_softmax(top, total, *other)
-        seen = total != 0.0
-        weight, others_weight = (jnp.where(seen, w / total, 0.0) for w in (weight, others_weight))
-        # One fused multiply-add is possible here, so that every program forms the same one.
-        lse = jnp.where(seen, (top + jnp.log(total) * LOG2E) * LN2, -jnp.inf)
+        m, total, weight, others_weight = combine_softmax(m, total, *other)
+        weight, others_weight = divided(weight, total), divided(others_weight, total)
+        lse = natural_lse(m, total, log2_sum=True)
 
         def scaled():
             scale, inverse_scale = row_scales(jnp.abs(o).max(axis=1) * weight)
-            self.partial_rows(target, target.partial, self.me).store_values(
+            self.partial_rows(target, target.partial, self.side).store_values(
                 g, cta.partials.scales, scale
             )
             return weight * inverse_scale
 
-        # The weight, and for a scaled partial 1 / scale, in one factor: O is multiplied once. In a
-        # pair of CTAs the other one has applied its weight before it sends.
+        # The weight and, for a scaled partial, 1 / scale form one factor, so O is multiplied once.
+        # In a pair of CTAs, the other CTA applies its own weight before it sends.
         factor = weight
         if cta.scaled_partials:
             factor = lax.cond(target.partial >= 0, scaled, lambda: weight)
-        o *= self.across(factor)
-        if cta.pairs:
+        o *= per_row(factor, o.shape)
+        if cta.in_pairs:
             # In a shared tile each CTA finishes the half of the columns that has its rank.
-            sends = target.kept & (cta.rank != self.me)
+            sends = target.kept & (cta.rank != self.side)
             pl.when(sends)(lambda: self.send(o))
 
             @pl.when(~sends)
@@ -144,13 +147,13 @@ class Finish:
         Both are relative to the same maximum (`decode_compute.Running`).
         """
         cta, sums = self.cta, self.cta.scratch.row_sum
-        sums.at[self.me][...] = total
+        sums.at[self.side][...] = total
         plgpu.commit_smem()
         plgpu.barrier_arrive(cta.scratch.sums_ready)
         plgpu.barrier_wait(cta.scratch.sums_ready)
         return cta.g.load_rows(sums.at[0]) + cta.g.load_rows(sums.at[1])
 
-    def exchange_stats(self, top: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def exchange_stats(self, m: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns maxima and sums of the other CTA's item of a shared tile.
 
         Each warpgroup sends one of the two. After the exchange, both CTAs have read q for the last
@@ -158,7 +161,7 @@ class Finish:
         """
         cta, other = self.cta, self.cta.other_cta
         places = (cta.scratch.others_max, cta.half), (cta.scratch.others_sum, cta.half + 1)
-        other.send_rows(*places[self.me], (top, total)[self.me])
+        other.send_rows(*places[self.side], (m, total)[self.side])
         other.arrive(cta.scratch.stats_sent)
         other.wait(cta.scratch.stats_sent)
         maxima, sums = (other.received_rows(*place) for place in places)
@@ -174,7 +177,7 @@ class Finish:
         return jnp.where(seen, lse * LOG2E, NO_KEY), jnp.where(seen, 1.0, 0.0)
 
     def send(self, o: jax.Array) -> None:
-        """Sends this warpgroup's columns to where q was in the other CTA."""
+        """Sends this warpgroup's columns to the other CTA, where they take the place of q."""
         s = self.cta.scratch
         self.cta.other_cta.send_tile((s.q_left.at[0], s.q_right.at[0]), 0, o)
         self.cta.other_cta.arrive(s.o_sent)
@@ -193,9 +196,9 @@ class Finish:
         cta, g = self.cta, self.cta.g
         if cta.scaled_partials:
             rows = pl.ds(target.tile_part * BLOCK, BLOCK)
-            scales = cta.partials.scales.at[target.next_partial, self.me, rows]
+            scales = cta.partials.scales.at[target.next_partial, self.side, rows]
             weights = weights * g.load_rows(scales)
-        spread = lax.broadcast_in_dim(weights, (BLOCK, 64), [0])
+        spread = per_row(weights, (BLOCK, 64))
         return tuple(
             part
             + g.load_blocks(self.partial_part(target, target.next_partial, i)).astype(jnp.float32)
@@ -207,32 +210,32 @@ class Finish:
     def store(self, target: Target, parts: tuple, lse: jax.Array) -> None:
         """Stores the result as output, or as the item's partial."""
         pl.when(target.partial < 0)(lambda: self.store_output(target, parts, lse))
-        pl.when(target.partial >= 0)(lambda: self.leave_partial(target, parts, lse))
+        pl.when(target.partial >= 0)(lambda: self.store_partial(target, parts, lse))
 
     def store_output(self, target: Target, parts: tuple, lse: jax.Array) -> None:
         cta, g = self.cta, self.cta.g
         rows = cta.rows_of(target.request, target.row_tile)
         parts = tuple(part.astype(cta.call.q.dtype) for part in parts)
-        staging = self.q.at[self.item.opaque(0)]
-        rows.store_parts(g, cta.outputs.o, self.me * cta.half, parts, staging)
-        if self.me == 0:
+        staging = self.q.at[self.current.opaque_zero(0)]
+        rows.store_parts(g, cta.outputs.o, self.side * cta.half, parts, staging)
+        if self.side == 0:
             rows.store_values(g, cta.outputs.lse, lse)
 
-    def leave_partial(self, target: Target, parts: tuple, lse: jax.Array) -> None:
+    def store_partial(self, target: Target, parts: tuple, lse: jax.Array) -> None:
         cta, g = self.cta, self.cta.g
         for i, part in enumerate(parts):
             part = part.astype(cta.call.partial_dtype)
             place = self.partial_part(target, target.partial, i)
             g.store_blocks(place, part, cta.call.num_rows - target.row)
-        if self.me == 0:
+        if self.side == 0:
             self.partial_rows(target, target.partial).store_values(g, cta.partials.lse, lse)
         if cta.call.combines:
             cta.counter_of(target.request, target.row_tile, target.num_partials).count_partial()
 
     def partial_part(self, target: Target, partial: Any, i: int) -> Any:
         """Returns where part i of this warpgroup's columns is in a partial result."""
-        zero = self.item.opaque(0)  # Without it, pointers would be held in registers.
-        first = zero + (self.me * self.cta.half + i * 64) // BLOCK_COLUMNS
+        zero = self.current.opaque_zero(0)  # Without it, pointers would be held in registers.
+        first = zero + (self.side * self.cta.half + i * 64) // BLOCK_COLUMNS
         return self.cta.partials.o.at[
             partial, zero + target.tile_part, pl.ds(first, 64 // BLOCK_COLUMNS)
         ]
@@ -243,6 +246,3 @@ class Finish:
 
     def parts_of(self, o: jax.Array) -> tuple:
         return tuple(o[:, c : c + 64] for c in range(0, self.cta.half, 64))
-
-    def across(self, rows: jax.Array) -> jax.Array:
-        return lax.broadcast_in_dim(rows, (BLOCK, self.cta.half), [0])

@@ -40,12 +40,12 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.config import DecodeInt8Config
 from pallas_kernels.hopper.kernels.decode_int8_compute import Output, Softmax
 from pallas_kernels.hopper.kernels.decode_int8_refs import (
     FIELD,
@@ -55,20 +55,20 @@ from pallas_kernels.hopper.kernels.decode_int8_refs import (
     WARPGROUPS,
     Inputs,
     Int8Cache,
-    Partials,
     Role,
     Scratch,
 )
 from pallas_kernels.hopper.mosaic.int8 import DequantizingBackend
 from pallas_kernels.hopper.mosaic.primitives import OWN_BARRIERS
-from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, float_struct
+from pallas_kernels.hopper.parts.call import DecodeCall, Outputs
+from pallas_kernels.hopper.parts.transposed import Partials
 from pallas_kernels.hopper.work_items import BLOCK, WorkItem, block_sources, fits
 
 
 class LoaderState(NamedTuple):
     """What the loader carries from one work item to the next."""
 
-    p: Any  # the item's place in the work list
+    index: Any  # of the item in the work list
     items_left: Any  # this one included
     stage: Any  # of its first block
     item: WorkItem
@@ -80,7 +80,7 @@ class Loader(Role):
     """Warpgroup 3 reads work items, checks their requests and copies their KV blocks."""
 
     def run(self) -> None:
-        self.g.take_registers(self.call.tiles.registers, LOADER_WARPGROUP)
+        self.g.take_registers(self.call.config.warpgroup_registers, LOADER_WARPGROUP)
         head = self._with_lengths(WorkItem.read(self.work_range()))
         first, stop = self.item_range()
         state = LoaderState(first, stop - first, jnp.int32(0), *head)
@@ -93,9 +93,9 @@ class Loader(Role):
         """Returns (item, kv length, query length)."""
         return item, *self.call.lengths(self.inputs.requests, jnp.maximum(item.request, 0))
 
-    def _listed(self, p: Any) -> tuple[WorkItem, Any, Any]:
-        """Returns item p of the work list with its lengths."""
-        return self._with_lengths(WorkItem.read(self.listed_item(p)))
+    def _listed(self, index: Any) -> tuple[WorkItem, Any, Any]:
+        """Returns an item of the work list with its lengths."""
+        return self._with_lengths(WorkItem.read(self.listed_item(index)))
 
     def _load_item(self, state: LoaderState) -> LoaderState:
         """Loads the blocks of an item. Returns the state for the next item, or for its repetition.
@@ -114,15 +114,15 @@ class Loader(Role):
         no_blocks = item.block_end == item.block_start
         pl.when(no_blocks)(lambda: plgpu.barrier_wait(self.q_ready(stage)))
         # The next item is read after the loop, which leaves no registers for it.
-        following = self._listed(state.p + 1)
-        plgpu.barrier_wait(self.item_done(state.p))
+        following = self._listed(state.index + 1)
+        plgpu.barrier_wait(self.item_done(state.index))
         descriptor = self.scratch.descriptor
         repeats = descriptor[FIELD.repeats]
         following = lax.cond(
-            repeats > 0, lambda _: self._listed(state.p), lambda known: known, following
+            repeats > 0, lambda _: self._listed(state.index), lambda known: known, following
         )
-        p = state.p + 1 - repeats
-        return LoaderState(p, descriptor[FIELD.items_left] - 1 + repeats, stage, *following)
+        index = state.index + 1 - repeats
+        return LoaderState(index, descriptor[FIELD.items_left] - 1 + repeats, stage, *following)
 
     def _write_descriptor(self, state: LoaderState) -> None:
         """Writes all fields of the work descriptor but the last one, and signals it."""
@@ -161,11 +161,10 @@ class Loader(Role):
             plgpu.copy_gmem_to_smem(source.at[page, rows], target.at[stage], full)
 
 
-def decode_int8(call: DecodeCall) -> tuple[jax.Array, ...]:
+def decode_int8(call: DecodeCall[DecodeInt8Config]) -> Partials:
     """Runs the plan of a call: one CTA per worker of the plan.
 
     The launch writes whole tiles to the call's outputs, and split tiles where it combines them.
-    The call's tiles are from `tuning.roles_int8_tiles`.
 
     Returns:
         o [partials, 64, kv_lora_rank] and lse [partials, 64] of the work items of split tiles.
@@ -193,15 +192,9 @@ def decode_int8(call: DecodeCall) -> tuple[jax.Array, ...]:
         # In a switch, what one branch needs takes no register in another.
         lax.switch(jnp.maximum(warpgroup - (OUTPUT_WARPGROUPS - 1), 0), roles)
 
-    partial_rows = call.num_partials, QUERIES
     kernel = plgpu.kernel(
         body,
-        out_type=(
-            Partials(
-                o=float_struct(*partial_rows, call.kv_lora_rank, dtype=call.partial_dtype),
-                lse=float_struct(*partial_rows),
-            ),
-        ),
+        out_type=(Partials.structs(call),),
         scratch_types=(Scratch.types(call, g),),
         grid=(call.plan.num_workers,),
         grid_names=("worker",),

@@ -16,33 +16,27 @@ from pallas_kernels.hopper.kernels.decode_int8_refs import (
     QUERIES,
     SOFTMAX_WARPGROUP,
     STEP_TOKENS,
+    TILE,
     Destination,
-    Partials,
     Role,
-    opaque_zero,
-    per_query,
-    per_token,
 )
 from pallas_kernels.hopper.mosaic.int8 import DEQUANTIZED_STEP, GROUP
 from pallas_kernels.hopper.mosaic.primitives import ROWS
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.mosaic.transposed import COLUMNS
+from pallas_kernels.hopper.mosaic.values import opaque_zero, per_column, per_row
 from pallas_kernels.hopper.parts.call import Outputs
-from pallas_kernels.hopper.parts.combine import (
-    CombineRefs,
-    OutputRows,
-    combine_shares,
-    divide_into_rows,
-)
+from pallas_kernels.hopper.parts.normalize import divided, nan_if_invalid, natural_lse
 from pallas_kernels.hopper.parts.quantize_q import fetch_q
-from pallas_kernels.hopper.work_items import BLOCK, LN2, NO_KEY, WorkItem
+from pallas_kernels.hopper.parts.transposed import Partials
+from pallas_kernels.hopper.parts.visible_keys import VisibleKeys
+from pallas_kernels.hopper.work_items import BLOCK, NO_KEY, WorkItem
 
 SUM_LIMIT = 2.0**64  # where a query's sum of e^(s - m) is larger, the work item is repeated
-COMBINE_REGISTERS = 32  # per thread, for partial o in flight: what is left beside the rest
 
 
 class Blocks(NamedTuple):
-    """The KV blocks of the work item in hand."""
+    """The KV blocks of the work item that is computed now."""
 
     start: Any
     unmasked_end: Any  # blocks before this one are visible to every query of the tile
@@ -66,7 +60,7 @@ class Softmax(Role):
     """
 
     def run(self) -> None:
-        self.g.take_registers(self.call.tiles.registers, SOFTMAX_WARPGROUP)
+        self.g.take_registers(self.call.config.warpgroup_registers, SOFTMAX_WARPGROUP)
         self.scratch.descriptor[FIELD.repeats] = 0
 
         def run_item(items_left: Any) -> Any:
@@ -91,7 +85,7 @@ class Softmax(Role):
         # The zero keeps the division by a power of two from being hoisted, where it would spill.
         row = self.g.iota_line(QUERIES, COLUMNS) + (row_tile * QUERIES + opaque_zero(kv_len))
         token = row // self.call.num_heads
-        keys = kv_len - query_len + token + 1 if self.call.causal else kv_len
+        keys = VisibleKeys.of(self.call, kv_len, query_len).count(token)
         scratch.visible_keys.at[0][...] = jnp.where(token < query_len, keys, 0)
         for i, value in enumerate((0.0, 1.0)):
             scratch.maxima.at[i][...] = self.g.full((QUERIES,), value, COLUMNS)
@@ -107,9 +101,8 @@ class Softmax(Role):
         """Returns the end of the blocks that every query of the tile sees completely."""
         row_tile, kv_len, query_len = self._query_fields()
         row = row_tile * QUERIES
-        fewest_keys = kv_len
-        if self.call.causal:
-            fewest_keys = kv_len - query_len + row // self.call.num_heads + 1
+        visible = VisibleKeys.of(self.call, kv_len, query_len)
+        fewest_keys = visible.count(row // self.call.num_heads)
         last_token = (row + QUERIES - 1) // self.call.num_heads
         some_absent = jnp.minimum(last_token, self.call.num_queries - 1) >= query_len
         return jnp.clip(jnp.where(some_absent, 0, fewest_keys) // BLOCK, start, end)
@@ -144,7 +137,7 @@ class Softmax(Role):
         p = jnp.exp2(above)
         sums = sums + self.g.column_parts(p, "add")
         scratch.rescales[stage] = raises.astype(jnp.int32)
-        scratch.p.at[stage][...] = (p * per_token(scales)).astype(self.call.q.dtype)
+        scratch.p.at[stage][...] = (p * per_row(scales, TILE)).astype(self.call.q.dtype)
         started = () if is_last else self._start_scores(next_stage, zero)
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.p_ready(stage))
@@ -154,10 +147,10 @@ class Softmax(Role):
         """Returns scores less the maxima so far, in log2 units, and the scales of the tokens."""
         halves, rope = products
         scales = self.g.load_rows(self.scratch.token_scales.at[stage])
-        s = self.g.combine_halves(halves, quantize.HALF) * per_token(scales) + rope
+        s = self.g.combine_halves(halves, quantize.HALF) * per_row(scales, TILE) + rope
         refs = self.scratch.q_steps, self.scratch.maxima
         steps, maxima = (self.g.load_columns(ref.at[zero]) for ref in refs)
-        return s * per_query(steps) - per_query(maxima), scales
+        return s * per_column(steps, TILE) - per_column(maxima, TILE), scales
 
     def _mask(self, i: Any, zero: Any, above: Any, scales: Any) -> tuple[Any, Any]:
         """Hides keys of block i from the queries that must not see them.
@@ -168,7 +161,7 @@ class Softmax(Role):
         """
         position = self.g.iota_line(BLOCK, ROWS) + i * BLOCK
         keys = self.g.load_columns(self.scratch.visible_keys.at[zero])
-        visible = per_token(position) < per_query(keys)
+        visible = per_row(position, TILE) < per_column(keys, TILE)
         finite = jnp.abs(scales) < jnp.inf
         usable = finite & (position < self.scratch.descriptor[FIELD.kv_len])
         return jnp.where(visible, above, -jnp.inf), jnp.where(usable, scales, 0.0)
@@ -184,7 +177,7 @@ class Softmax(Role):
         """
         scratch = self.scratch
         maxima, unset = (self.g.load_columns(scratch.maxima.at[zero + n]) for n in range(2))
-        largest = self.g.reduce_rows(above, scratch.of_warps, "max")
+        largest = self.g.reduce_rows(above, scratch.per_warp, "max")
         no_score = largest == -jnp.inf
         first = jnp.where(no_score, jnp.where(blocks.running, 0.0, NO_KEY), largest)
         rise = jnp.where(unset > 0.0, first, jnp.maximum(largest, 0.0))
@@ -192,7 +185,7 @@ class Softmax(Role):
         scratch.maxima.at[zero][...] = maxima + rise
         scratch.maxima.at[zero + 1][...] = jnp.where(no_score, unset, 0.0)
         scratch.factors.at[stage][...] = factor
-        return above - per_query(rise), sums * factor
+        return above - per_column(rise, TILE), sums * factor
 
     # -- one work item --------------------------------------------------------------------------
     def _compute_item(self) -> Any:
@@ -222,7 +215,7 @@ class Softmax(Role):
         """
         g, scratch, item = self.g, self.scratch, self.scratch.descriptor
         planned = WorkItem.read(item)
-        total = g.over_rows(sums, scratch.of_warps, "add")
+        total = g.over_rows(sums, scratch.per_warp, "add")
         maxima = g.load_columns(scratch.maxima.at[zero])
         repeats = (g.any_above(total, SUM_LIMIT, COLUMNS) & ~running).astype(jnp.int32)
         item[FIELD.repeats] = repeats
@@ -231,17 +224,17 @@ class Softmax(Role):
         items_left = item[FIELD.items_left] - 1 + repeats
         # The loader has written the field before the barrier of the last block.
         invalid = item[FIELD.invalid] > 0
-        nan_if_invalid = jnp.where((item[FIELD.kv_len] < 0) | invalid, jnp.nan, 0.0)
+        nan = nan_if_invalid(item[FIELD.kv_len], invalid)
         plgpu.barrier_arrive(self.item_done(to.request))
 
         plgpu.barrier_wait(self.sums_taken(to.request))
-        inverse = jnp.where(total != 0.0, (1.0 / DEQUANTIZED_STEP) / total, 0.0)
-        scratch.inverse_sums.at[opaque_zero(to.request)][...] = inverse + nan_if_invalid
+        inverse = divided(1.0 / DEQUANTIZED_STEP, total)
+        scratch.inverse_sums.at[opaque_zero(to.request)][...] = inverse + nan
         for i, value in enumerate(to):
             scratch.destination[i] = value
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.sums_ready(to.request))
-        lse = jnp.where(total != 0.0, maxima * LN2 + jnp.log(total), -jnp.inf) + nan_if_invalid
+        lse = natural_lse(maxima, total, log2_sum=False) + nan
         self.store(to, lambda rows, arrays: rows.store_column_values(g, arrays.lse, lse))
         return items_left
 
@@ -249,7 +242,7 @@ class Softmax(Role):
 class OutputState(NamedTuple):
     """What an output warpgroup carries from one work item to the next."""
 
-    p: Any  # the item's place in the work list
+    index: Any  # of the item in the work list
     stage: Any  # of its first block
     num_blocks: Any
 
@@ -268,14 +261,14 @@ class Output(Role):
         return self.call.kv_lora_rank // OUTPUT_WARPGROUPS
 
     def run(self, warpgroup: Any) -> None:
-        self.g.take_registers(self.call.tiles.registers, 0)
+        self.g.take_registers(self.call.config.warpgroup_registers, 0)
         for stage in range(self.stages):
             plgpu.barrier_arrive(self.stage_free(stage))  # every stage starts free
         plgpu.barrier_arrive(self.sums_taken(0))
         halves = [functools.partial(self._run_items, side) for side in range(OUTPUT_WARPGROUPS)]
         side = lax.switch(warpgroup, halves)
         if self.call.combines:
-            self._combine(side)
+            self.results.combine(self.item_range(), side)
 
     def _run_items(self, side: int) -> Any:
         """Computes the first (0) or the second (1) half of all items. Returns side as an array."""
@@ -288,7 +281,7 @@ class Output(Role):
         first, _ = self.item_range()
         state = OutputState(first, jnp.int32(0), self._num_blocks(self.work_range()))
         # The end of the range is read for each item, since no register is left for it beside O^T.
-        lax.while_loop(lambda state: state.p < self.item_range()[1], run_item, state)
+        lax.while_loop(lambda state: state.index < self.item_range()[1], run_item, state)
         return jnp.int32(side)
 
     def _num_blocks(self, item: Any) -> Any:
@@ -304,17 +297,17 @@ class Output(Role):
         stage = lax.fori_loop(0, state.num_blocks, add_block, state.stage)
         plgpu.barrier_wait(self.sums_ready(state.num_blocks))
         to = Destination.read(scratch.destination)
-        next_p = state.p + jnp.where(to.partial == DISCARDED, 0, 1)
-        next_num_blocks = self._num_blocks(self.listed_item(next_p))
+        next_index = state.index + jnp.where(to.partial == DISCARDED, 0, 1)
+        next_num_blocks = self._num_blocks(self.listed_item(next_index))
         inverse = g.load_columns(scratch.inverse_sums.at[0])
-        o = g.read(o_acc) * per_query(inverse, (self.half, QUERIES))
+        o = g.read(o_acc) * per_column(inverse, (self.half, QUERIES))
         plgpu.barrier_arrive(self.sums_taken(next_num_blocks))
 
         def write(rows: Rows, arrays: Outputs | Partials) -> None:
             rows.store_dimensions(g, arrays.o, o.astype(arrays.o.dtype), first_group)
 
         self.store(to, write)
-        return OutputState(next_p, stage, next_num_blocks)
+        return OutputState(next_index, stage, next_num_blocks)
 
     def _add_block(self, first_group: int, o_acc: Any, _: Any, stage: Any) -> Any:
         """Adds V^T P^T of a block to O^T. Returns the next stage.
@@ -336,20 +329,3 @@ class Output(Role):
         g.wait_mma(0)
         plgpu.barrier_arrive(self.stage_free(stage))
         return self.stage_after(stage)
-
-    def _combine(self, side: Any) -> None:
-        """Combines this warpgroup's share of the split tiles of the CTA."""
-        width, plan = self.call.kv_lora_rank, self.call.plan
-        parts = divide_into_rows(
-            self.g, plan, QUERIES, width, OUTPUT_WARPGROUPS, in_flight=COMBINE_REGISTERS
-        )
-        combine_shares(
-            parts,
-            CombineRefs(self.partials.o, self.partials.lse, self.outputs.o, self.outputs.lse),
-            self.inputs.requests.work.items,
-            self.item_range(),
-            counter_of=self.counter_of,
-            place=lambda request, row_tile: OutputRows(self.rows_of(request, row_tile), 0),
-            wg=side,
-            wgs=OUTPUT_WARPGROUPS,
-        )

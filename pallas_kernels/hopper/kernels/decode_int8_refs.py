@@ -1,7 +1,6 @@
 """What the warpgroups of `decode_int8` share: references, shared memory, barriers, results."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -11,10 +10,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.mosaic.int8 import INT8_OPERAND, DequantizingBackend
 from pallas_kernels.hopper.mosaic.primitives import WGMMA_OPERAND
-from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.mosaic.transposed import WARPS
+from pallas_kernels.hopper.mosaic.values import opaque_zero
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
-from pallas_kernels.hopper.parts.combine import TileCounter
+from pallas_kernels.hopper.parts.transposed import Partials, Results, Write
 from pallas_kernels.hopper.work_items import BLOCK, range_of
 
 QUERIES = 64  # query rows per tile: the columns of S^T and of O^T
@@ -23,7 +22,8 @@ OUTPUT_WARPGROUPS = 2  # warpgroups 0 and 1 compute half of the dimensions of O^
 SOFTMAX_WARPGROUP = 2
 LOADER_WARPGROUP = 3
 WARPGROUPS = 4
-DISCARDED = 2**31 - 1  # the partial index of a result that nobody stores
+COMBINE_REGISTERS = 32  # per thread, for partial o in flight: what is left beside the rest
+DISCARDED = 2**31 - 1  # the partial index of a result that is not stored
 
 TILE = (BLOCK, QUERIES)  # the shape of S^T and P^T of one KV block
 
@@ -48,13 +48,6 @@ class Inputs(NamedTuple):
     q: Any  # [B, R or more, kv_lora_rank + rope_dim] bfloat16
     cache: Int8Cache
     requests: Requests
-
-
-class Partials(NamedTuple):
-    """The results of the work items of split tiles. The fields have the names of `Outputs`."""
-
-    o: Any  # [partials, QUERIES, kv_lora_rank]
-    lse: Any  # [partials, QUERIES] float32, natural log
 
 
 class Descriptor(NamedTuple):
@@ -102,7 +95,7 @@ class Scratch(NamedTuple):
     A stage holds one KV block with its P^T. S: stages; D: kv_lora_rank; E: rope_dim; n: QUERIES.
     """
 
-    # The queries of the work item in hand. The softmax warpgroup writes and reads all four.
+    # The queries of the current work item. The softmax warpgroup writes and reads all four.
     q_latent: Any  # [1, 2 n, D] int8: the high parts of all queries, then the low parts
     q_rope: Any  # [1, n, E] bfloat16
     q_steps: Any  # [1, n] float32: a score of one step of q, in log2 units
@@ -116,7 +109,7 @@ class Scratch(NamedTuple):
 
     # Softmax. The softmax warpgroup writes all four, the output warpgroups read the last two.
     maxima: Any  # [2, n] float32: maxima in log2 units; 1.0 where no score has set one yet
-    of_warps: Any  # [WARPS, n] float32, for reductions over the tokens of a block
+    per_warp: Any  # [WARPS, n] float32, for reductions over the tokens of a block
     factors: Any  # [S, n] float32: O is multiplied by them before the block is added
     rescales: Any  # [S] int32: 0 where all factors of the stage are 1
 
@@ -136,7 +129,7 @@ class Scratch(NamedTuple):
     @staticmethod
     def types(call: DecodeCall, g: DequantizingBackend) -> "Scratch":
         """Returns shapes and layouts for a call."""
-        stages, latent = call.tiles.kv_stages, call.kv_lora_rank
+        stages, latent = call.config.kv_stages, call.kv_lora_rank
 
         def operand(*shape: int) -> Any:
             return plgpu.SMEM(shape, call.q.dtype, transforms=WGMMA_OPERAND)
@@ -160,7 +153,7 @@ class Scratch(NamedTuple):
             p=plgpu.SMEM((stages, *TILE), call.q.dtype, transforms=P_OPERAND),
             token_scales=floats(stages, BLOCK),
             maxima=floats(2, QUERIES),
-            of_warps=floats(WARPS, QUERIES),
+            per_warp=floats(WARPS, QUERIES),
             factors=floats(stages, QUERIES),
             rescales=integers(stages),
             inverse_sums=floats(1, QUERIES),
@@ -173,24 +166,6 @@ class Scratch(NamedTuple):
                 OUTPUT_WARPGROUPS, (latent // OUTPUT_WARPGROUPS, QUERIES)
             ),
         )
-
-
-def opaque_zero(i: Any) -> Any:
-    """Returns 0, computed from a number in 0 .. 2^30 - 1 so that the compiler does not know it.
-
-    An address with this 0 in it is computed where it is used, and takes no register before.
-    """
-    return i >> 30
-
-
-def per_token(values: Any) -> Any:
-    """Spreads a value per token over a tile."""
-    return lax.broadcast_in_dim(values, TILE, [0])
-
-
-def per_query(values: Any, shape: tuple[int, int] = TILE) -> Any:
-    """Spreads a value per query over a tile, or over another shape with a column per query."""
-    return lax.broadcast_in_dim(values, shape, [1])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -210,7 +185,7 @@ class Role:
 
     @property
     def stages(self) -> int:
-        return self.call.tiles.kv_stages
+        return self.call.config.kv_stages
 
     def stage_after(self, stage: Any) -> Any:
         """Returns the next stage. A comparison is cheaper than a remainder."""
@@ -256,42 +231,32 @@ class Role:
         """Returns the CTA's work items, from and to."""
         return range_of(self.work_range())
 
-    def listed_item(self, p: Any) -> Any:
-        """Returns a ref of item p of the work list, or of the last item where p is past the end."""
+    def listed_item(self, index: Any) -> Any:
+        """Returns a ref of an item of the work list; of the last one for an index past the end."""
         items = self.inputs.requests.work.items
-        return items.at[jnp.minimum(p, items.shape[0] - 1)]
+        return items.at[jnp.minimum(index, items.shape[0] - 1)]
 
     # -- results --------------------------------------------------------------------------------
-    def rows_of(self, request: Any, row_tile: Any) -> Rows:
-        """Returns a tile's rows in the outputs."""
-        return self.call.rows_of(request, row_tile * QUERIES, QUERIES)
+    @property
+    def results(self) -> Results:
+        """Where results go.
 
-    def counter_of(self, request: Any, row_tile: Any, num_partials: Any) -> TileCounter:
-        """Returns the counter of a split tile.
-
-        Three warpgroups signal each partial, since two have written its o and one its lse. The two
-        output warpgroups of each CTA combine.
+        Three warpgroups store a partial result: two its o, and one its lse. The two output
+        warpgroups combine.
         """
-        return TileCounter(
+        return Results(
             self.g,
-            self.inputs.requests.counters,
-            self.call.plan.tile_of(request, row_tile),
-            (OUTPUT_WARPGROUPS + 1) * num_partials,
-            OUTPUT_WARPGROUPS * num_partials,
+            self.call,
+            self.inputs.requests,
+            self.outputs,
+            self.partials,
+            writers=OUTPUT_WARPGROUPS + 1,
+            combining=OUTPUT_WARPGROUPS,
+            in_flight=COMBINE_REGISTERS,
         )
 
-    def store(self, to: Destination, write: Callable[[Rows, Outputs | Partials], None]) -> None:
-        """Calls write(rows, arrays) with the rows and the arrays that a destination names.
-
-        Where the launch combines split tiles, this warpgroup then signals its part of the partial.
-        """
-
-        @pl.when(to.partial < 0)
-        def _store_output() -> None:
-            write(self.rows_of(to.request, to.row_tile), self.outputs)
-
-        @pl.when((to.partial >= 0) & (to.partial < DISCARDED))
-        def _store_partial() -> None:
-            write(Rows.of_partial((to.partial,), 0, QUERIES), self.partials)
-            if self.call.combines:
-                self.counter_of(to.request, to.row_tile, to.num_partials).count_partial()
+    def store(self, to: Destination, write: Write) -> None:
+        """Stores a result with write(rows, arrays) where its destination says, if anywhere."""
+        pl.when(to.partial < 0)(lambda: self.results.store_output(to, write))
+        is_stored = (to.partial >= 0) & (to.partial < DISCARDED)
+        pl.when(is_stored)(lambda: self.results.store_partial(to, write))

@@ -14,17 +14,32 @@ from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
 from pallas_kernels.hopper.parts.combine import CombineRefs, OutputRows, TileCounter
 from pallas_kernels.hopper.parts.kv_load import arrivals, blocks
-from pallas_kernels.hopper.work_items import BLOCK, ITEM_FIELDS, range_of
+from pallas_kernels.hopper.work_items import BLOCK, range_of
 
 LOADER = 2  # number of the loader warpgroup; 0 and 1 compute
-STAGES = 2  # of KV blocks, and of work items
-# Indices of what shared memory holds of a work item: its fields, and after them
-REQUEST, ROW_TILE, BLOCK_START, BLOCK_END = range(4)
-KV_LEN = ITEM_FIELDS
-QUERY_LEN = ITEM_FIELDS + 1
-INVALID = ITEM_FIELDS + 2  # 1: a page that the cache lacks, or a plan for another length: NaN
-OPEN_PAIRS = ITEM_FIELDS + 3  # pairs of KV blocks that need no mask for any row of the tile
-ITEM_STATE = ITEM_FIELDS + 4
+STAGES = 2  # of KV blocks, and of work descriptors
+
+
+class Descriptor(NamedTuple):
+    """The work descriptor of a work item: one int32 per field, in shared memory.
+
+    The loader writes it. `Cta.descriptor` returns the reference, and `FIELD` has the indices.
+    """
+
+    request: Any  # the first seven are those of `WorkItem`
+    row_tile: Any
+    block_start: Any
+    block_end: Any
+    partial: Any
+    first_partial: Any
+    num_partials: Any
+    kv_len: Any  # -1: the request is invalid
+    query_len: Any
+    invalid: Any  # 1: the cache lacks a page, or the plan is for another length; results are NaN
+    unmasked_pairs: Any  # pairs of KV blocks that need no mask for any row of the tile
+
+
+FIELD = Descriptor(*range(len(Descriptor._fields)))  # the index of each field
 
 
 class Inputs(NamedTuple):
@@ -45,7 +60,8 @@ class Partials(NamedTuple):
 class Scratch(NamedTuple):
     """Shared memory of a CTA. "left" and "right" are halves of the latent columns."""
 
-    # The leading 1 takes `Item.opaque`, so that descriptors are computed inside of loops.
+    # `CurrentItem.opaque_zero` is the index into a leading 1, so that loops compute the descriptors
+    # of wgmma where they use them.
     q_left: Any  # [1, 64, half]; at the end also staging of o, or what the other CTA sends of o
     q_right: Any
     q_rope: Any  # [1, 64, rope]
@@ -54,7 +70,7 @@ class Scratch(NamedTuple):
     kv_rope: Any  # [stages, 64, rope]; after the scores of the block, its P
     row_max: Any  # [stages, 64]: the running maximum that belongs to a block's P
     row_sum: Any  # [2, 64]: sums of both computing warpgroups
-    item: Any  # [stages, ITEM_STATE] int32
+    descriptors: Any  # [stages, fields of `Descriptor`] int32
     q_full: Any  # 3 copies arrive
     q_empty: Any  # both computing warpgroups arrive
     full_left: Any  # per barrier set (`Loader.barrier_set`); the copies of a block's part arrive
@@ -64,7 +80,7 @@ class Scratch(NamedTuple):
     empty_right: Any  # likewise, computing warpgroup 1
     p_ready: Any  # per barrier set; the warpgroup that made P arrives
     sums_ready: Any  # both computing warpgroups arrive
-    # Only where two CTAs with a tile each form a cluster (`tiles.pairs`), else None:
+    # Only where two CTAs with a tile each form a cluster (`config.in_pairs`), else None:
     others_max: Any  # [64]: maxima of the other CTA's part of a shared tile
     others_sum: Any
     stats_sent: Any  # both computing warpgroups of both CTAs arrive
@@ -75,7 +91,7 @@ class Scratch(NamedTuple):
     def types(call: DecodeCall, g: Backend) -> "Scratch":
         """Returns the types of the allocations."""
         half, rope = call.kv_lora_rank // 2, call.rope_dim
-        pairs = call.tiles.pairs
+        in_pairs = call.config.in_pairs
 
         def tiles(*shape: int) -> Any:
             return plgpu.SMEM(shape, call.q.dtype, transforms=WGMMA_OPERAND)
@@ -88,14 +104,14 @@ class Scratch(NamedTuple):
             return plgpu.Barrier(num_arrivals=count, num_barriers=2 * STAGES)
 
         def block_empty() -> Any:
-            if call.tiles.cluster == 1:
+            if call.config.ctas_per_tile == 1:
                 return plgpu.Barrier(num_arrivals=1, num_barriers=STAGES)
             return plgpu.ClusterBarrier(
                 collective_axes=("cluster",), num_arrivals=1, num_barriers=STAGES
             )
 
         def of_both_ctas(warpgroups: int) -> Any:
-            return cluster_barrier(warpgroups, interpreting=g.interpreting) if pairs else None
+            return cluster_barrier(warpgroups, interpreting=g.interpreting) if in_pairs else None
 
         return Scratch(
             q_left=tiles(1, BLOCK, half),
@@ -106,7 +122,7 @@ class Scratch(NamedTuple):
             kv_rope=tiles(STAGES, BLOCK, rope),
             row_max=floats(STAGES, BLOCK),
             row_sum=floats(2, BLOCK),
-            item=plgpu.SMEM((STAGES, ITEM_STATE), jnp.int32),
+            descriptors=plgpu.SMEM((STAGES, len(Descriptor._fields)), jnp.int32),
             q_full=plgpu.Barrier(num_arrivals=3),
             q_empty=plgpu.Barrier(num_arrivals=2),
             full_left=block_full(),
@@ -116,8 +132,8 @@ class Scratch(NamedTuple):
             empty_right=block_empty(),
             p_ready=plgpu.Barrier(num_arrivals=1, num_barriers=2 * STAGES),
             sums_ready=plgpu.Barrier(num_arrivals=2),
-            others_max=floats(BLOCK) if pairs else None,
-            others_sum=floats(BLOCK) if pairs else None,
+            others_max=floats(BLOCK) if in_pairs else None,
+            others_sum=floats(BLOCK) if in_pairs else None,
             stats_sent=of_both_ctas(2),
             o_sent=of_both_ctas(1),
             accumulators=g.accumulator_scratch(2, *accumulator_shapes(call)),
@@ -163,14 +179,14 @@ class Cta:
         return self.call.kv_lora_rank // 2
 
     @property
-    def cluster(self) -> int:
+    def ctas_per_tile(self) -> int:
         """CTAs that share a tile and its KV blocks, 64 rows each: 1 or 2."""
-        return self.call.tiles.cluster
+        return self.call.config.ctas_per_tile
 
     @property
-    def pairs(self) -> bool:
+    def in_pairs(self) -> bool:
         """Whether the CTAs of a cluster have tiles of their own."""
-        return self.call.tiles.pairs
+        return self.call.config.in_pairs
 
     @property
     def scaled_partials(self) -> bool:
@@ -193,7 +209,7 @@ class Cta:
     @functools.cached_property
     def kv_blocks(self) -> Any:
         table = self.inputs.requests.block_tables
-        return blocks(self.g, table, self.inputs.pages, self.cluster)
+        return blocks(self.g, table, self.inputs.pages, self.ctas_per_tile)
 
     @property
     def item_range(self) -> tuple[Any, Any]:
@@ -205,11 +221,11 @@ class Cta:
 
         It is read where it is needed, so that it holds no register.
         """
-        return 0 if self.pairs else self.g.cta_of_cluster()
+        return 0 if self.in_pairs else self.g.cta_of_cluster()
 
     def first_row(self, row_tile: Any) -> Any:
         """Returns this CTA's first row of a tile."""
-        return (row_tile * self.cluster + self.part_of_tile()) * BLOCK
+        return (row_tile * self.ctas_per_tile + self.part_of_tile()) * BLOCK
 
     def rows_of(self, request: Any, row_tile: Any) -> Rows:
         """Returns this CTA's rows of a tile in the outputs."""
@@ -220,7 +236,8 @@ class Cta:
 
     def counter_of(self, request: Any, row_tile: Any, items: Any) -> TileCounter:
         """Returns the counter with which `items` work items of a tile wait for each other."""
-        counter = self.call.plan.tile_of(request, row_tile) * self.cluster + self.part_of_tile()
+        tile = self.call.plan.tile_of(request, row_tile)
+        counter = tile * self.ctas_per_tile + self.part_of_tile()
         counters = self.inputs.requests.counters
         return TileCounter(self.g, counters, counter, writers=2 * items, combiners=2 * items)
 
@@ -234,9 +251,9 @@ class Cta:
             self.partials.scales,
         )
 
-    def item(self, k: Any) -> Any:
-        """Returns the shared memory that holds the worker's k-th work item."""
-        return self.scratch.item.at[k % STAGES]
+    def descriptor(self, n: Any) -> Any:
+        """Returns the `Descriptor` in shared memory of the worker's n-th work item."""
+        return self.scratch.descriptors.at[n % STAGES]
 
     def p_of(self, stage: Any) -> Any:
         """Returns where P of a block is: in the place of its rope keys."""

@@ -38,6 +38,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.config import DecodeTransposedConfig
 from pallas_kernels.hopper.kernels.decode_transposed_compute import Computer
 from pallas_kernels.hopper.kernels.decode_transposed_refs import (
     COMPUTING,
@@ -55,7 +56,7 @@ from pallas_kernels.hopper.parts.transposed import Partials, require_whole_tiles
 from pallas_kernels.hopper.work_items import WorkItem, fits
 
 
-def decode_transposed(call: DecodeCall) -> Partials:
+def decode_transposed(call: DecodeCall[DecodeTransposedConfig]) -> Partials:
     """Runs the plan: stores whole tiles in call.outputs, returns the results of split tiles.
 
     call.q has a multiple of rows_per_tile rows per request; those after the real ones are padding.
@@ -72,7 +73,7 @@ def decode_transposed(call: DecodeCall) -> Partials:
         pl.when(warpgroup == LOADING)(Loader(cta).run)
         pl.when(warpgroup == COMPUTING)(Computer(cta).run)
         if call.combines:
-            cta.split_tiles.combine(cta.items, warpgroup)
+            cta.results.combine(cta.items, warpgroup)
 
     kernel = plgpu.kernel(
         body,
@@ -120,17 +121,19 @@ class Loader:
     def _load_item(self, number: Any, blocks_before: Any, item: WorkItem) -> None:
         cta, kv_blocks, invalid = self.cta, self.cta.kv_blocks, self.cta.scratch.invalid
         kv_len, _ = cta.lengths(item)
-        first_ahead = kv_blocks.prefetch_table(item.request, item.block_start, kv_len)
+        first_page_ids = kv_blocks.prefetch_table(item.request, item.block_start, kv_len)
         q_stage = lax.rem(number, cta.sizes.q_stages)
         plgpu.barrier_wait(cta.scratch.q_empty.at[q_stage])
         planned = item._replace(partial=item.own_partial)
         invalid[q_stage] = (~fits(planned, kv_len)).astype(jnp.int32)
         self._load_q(item, q_stage)
 
-        def load_block(i, ahead):
+        def load_block(i, page_ids):
             # A block's part of the block table is read while the block before it is loaded.
-            following = kv_blocks.prefetch_table(item.request, item.block_start + i + 1, kv_len)
-            found, all_exist = kv_blocks.locate(ahead, item.request, item.block_start + i, kv_len)
+            next_page_ids = kv_blocks.prefetch_table(item.request, item.block_start + i + 1, kv_len)
+            found, all_exist = kv_blocks.locate(
+                page_ids, item.request, item.block_start + i, kv_len
+            )
 
             @pl.when(~all_exist)
             def _mark_invalid():
@@ -141,9 +144,9 @@ class Loader:
                 stage = part.stage_of(blocks_before + i)
                 plgpu.barrier_wait(part.empty.at[stage])
                 kv_blocks.load(found, part.column, part.kv.at[stage], part.full.at[stage])
-            return following
+            return next_page_ids
 
-        lax.fori_loop(0, item.block_end - item.block_start, load_block, first_ahead)
+        lax.fori_loop(0, item.block_end - item.block_start, load_block, first_page_ids)
 
     def _load_q(self, item: WorkItem, q_stage: Any) -> None:
         rows = self.cta.sizes.rows

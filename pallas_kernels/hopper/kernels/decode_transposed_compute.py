@@ -13,11 +13,15 @@ from pallas_kernels.hopper.kernels.decode_transposed_refs import Cta, Pair, PerP
 from pallas_kernels.hopper.mosaic.cluster import combine_softmax
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.mosaic.transposed import COLUMNS
-from pallas_kernels.hopper.parts.transposed import Mask, rows_of
-from pallas_kernels.hopper.work_items import BLOCK, LN2, LOG2E, NO_KEY, WorkItem
+from pallas_kernels.hopper.mosaic.values import opaque_zero, per_column
+from pallas_kernels.hopper.parts.call import Outputs
+from pallas_kernels.hopper.parts.normalize import divided, nan_if_invalid, natural_lse
+from pallas_kernels.hopper.parts.transposed import Mask, Partials
+from pallas_kernels.hopper.parts.visible_keys import VisibleKeys
+from pallas_kernels.hopper.work_items import BLOCK, NO_KEY, WorkItem
 
 
-class InHand(NamedTuple):
+class CurrentItem(NamedTuple):
     """The work item that the warpgroup has in hand."""
 
     number: Any  # in the work list
@@ -79,54 +83,53 @@ class Computer:
         first_row = item.row_tile * sizes.rows
         q_stage = lax.rem(number, sizes.q_stages)
         mask = Mask.of_tile(g, call, first_row, kv_len, query_len)
-        seen_by_all = kv_len
-        if call.causal:
-            seen_by_all += jnp.minimum(first_row // call.num_heads + 1 - query_len, 0)
-        hand = InHand(number, blocks_before, item, kv_len, q_stage, mask, seen_by_all, o_acc, s_acc)
+        visible = VisibleKeys.of(call, kv_len, query_len)
+        seen_by_all = visible.count_for_all_from(first_row // call.num_heads)
+        current = CurrentItem(
+            number, blocks_before, item, kv_len, q_stage, mask, seen_by_all, o_acc, s_acc
+        )
         g.zero(o_acc)
         none = Softmax(
             g.full((sizes.rows,), NO_KEY, COLUMNS),
             g.full(sizes.score_tile, 0.0, plgpu.Layout.WGMMA),
         )
         plgpu.barrier_wait(self.cta.scratch.q_full.at[q_stage])
-        add_block = functools.partial(self._add_block, hand)
-        self._finish(hand, lax.fori_loop(0, hand.num_blocks, add_block, none))
+        add_block = functools.partial(self._add_block, current)
+        self._finish(current, lax.fori_loop(0, current.num_blocks, add_block, none))
 
     # -- a block ------------------------------------------------------------------------------
-    def _add_block(self, hand: InHand, i: Any, softmax: Softmax) -> Softmax:
+    def _add_block(self, current: CurrentItem, i: Any, softmax: Softmax) -> Softmax:
         """Adds block i of the item to O^T and to the softmax."""
         cta, g, tile = self.cta, self.cta.g, self.cta.sizes.score_tile
-        # The compiler does not know that this is 0, so it computes the addresses of q anew in each
-        # block. Otherwise they would take registers throughout the loop.
-        zero = (hand.num_blocks >> 30) & i
-        stages = PerPart(*(part.stage_of(hand.blocks_before + i) for part in cta.parts))
-        self._compute_scores(hand, stages, zero)
-        start = (hand.item.block_start + i) * BLOCK
-        s = g.read(hand.s_acc) * cta.call.log2_scale
-        self._clear_hidden(hand, stages, start, s)
-        s = jnp.where(hand.mask.visible(start), s, -jnp.inf)
+        zero = opaque_zero(current.num_blocks, varying=i)
+        stages = PerPart(*(part.stage_of(current.blocks_before + i) for part in cta.parts))
+        self._compute_scores(current, stages, zero)
+        start = (current.item.block_start + i) * BLOCK
+        s = g.read(current.s_acc) * cta.call.log2_scale
+        self._clear_hidden(current, stages, start, s)
+        s = jnp.where(current.mask.visible(start), s, -jnp.inf)
         m = jnp.maximum(softmax.m, g.reduce_rows(s, cta.scratch.maxima, "max"))
-        p = jnp.exp2(s - lax.broadcast_in_dim(m, tile, [1]))
+        p = jnp.exp2(s - per_column(m, tile))
         g.store_t(cta.scratch.p, p.astype(cta.call.q.dtype))
         alpha = jnp.exp2(softmax.m - m)
-        g.scale_columns(hand.o_acc, alpha)
-        norm = softmax.norm * lax.broadcast_in_dim(alpha, tile, [1]) + p
+        g.scale_columns(current.o_acc, alpha)
+        norm = softmax.norm * per_column(alpha, tile) + p
         plgpu.commit_smem()  # wgmma must see P.
-        self._add_values(hand, stages)
+        self._add_values(current, stages)
         return Softmax(m, norm)
 
-    def _compute_scores(self, hand: InHand, stages: PerPart, zero: Any) -> None:
+    def _compute_scores(self, current: CurrentItem, stages: PerPart, zero: Any) -> None:
         """Computes S^T = K Q^T and releases the rope part, which V does not have."""
         g, parts = self.cta.g, self.cta.parts
-        g.zero(hand.s_acc)
+        g.zero(current.s_acc)
         for part, stage in zip(parts, stages, strict=True):
             plgpu.barrier_wait(part.full.at[stage])
             self.cta.kv_blocks.make_visible()
-            g.mma_t(hand.s_acc, part.kv.at[stage], part.q.at[hand.q_stage + zero])
+            g.mma_t(current.s_acc, part.kv.at[stage], part.q.at[current.q_stage + zero])
         g.wait_mma(0)
         parts.rope.release(stages.rope)
 
-    def _clear_hidden(self, hand: InHand, stages: PerPart, start: Any, s: Any) -> None:
+    def _clear_hidden(self, current: CurrentItem, stages: PerPart, start: Any, s: Any) -> None:
         """Sets values of V to 0 that some row must not see and that are not finite.
 
         P is 0 for a hidden key, but 0 * NaN is NaN. A key that is not finite shows in the scores s
@@ -134,67 +137,58 @@ class Computer:
         """
         g, parts = self.cta.g, self.cta.parts
 
-        @pl.when(hand.seen_by_all - start < BLOCK)
+        @pl.when(current.seen_by_all - start < BLOCK)
         def _look():
             @pl.when(g.any_not_finite(s))
             def _clear():
                 for part, stage in ((parts.left, stages.left), (parts.right, stages.right)):
-                    g.clear_not_finite(part.kv.at[stage], hand.seen_by_all - start)
+                    g.clear_not_finite(part.kv.at[stage], current.seen_by_all - start)
 
-    def _add_values(self, hand: InHand, stages: PerPart) -> None:
+    def _add_values(self, current: CurrentItem, stages: PerPart) -> None:
         """Computes O^T += V^T P^T and releases both halves of V."""
         g, parts = self.cta.g, self.cta.parts
         halves = (parts.left, stages.left), (parts.right, stages.right)
         for part, stage in halves:
             dimensions = pl.ds(part.column, part.width)
-            g.mma_tt(hand.o_acc, dimensions, part.kv.at[stage], self.cta.scratch.p)
+            g.mma_tt(current.o_acc, dimensions, part.kv.at[stage], self.cta.scratch.p)
         g.wait_mma(0)
         for part, stage in halves:
             part.release(stage)
 
     # -- the end of a work item ---------------------------------------------------------------
-    def _finish(self, hand: InHand, softmax: Softmax) -> None:
+    def _finish(self, current: CurrentItem, softmax: Softmax) -> None:
         """Normalises O^T and stores it, in the output or as a partial result."""
-        cta, g, item, m = self.cta, self.cta.g, hand.item, softmax.m
+        cta, g, item, m = self.cta, self.cta.g, current.item, softmax.m
         # The loader stores this before the item's last block arrives.
-        invalid = cta.scratch.invalid[hand.q_stage] > 0
-        self._release_q(hand.q_stage)
+        invalid = cta.scratch.invalid[current.q_stage] > 0
+        self._release_q(current.q_stage)
         total = g.reduce_rows(softmax.norm, cta.scratch.sums, "add")
         plgpu.commit_smem()  # Every warp has read `sums`: the next item may write there.
-        total += jnp.where((hand.kv_len < 0) | invalid, jnp.nan, 0.0)
+        total += nan_if_invalid(current.kv_len, invalid)
         kept = item.partial < -1
         weight = 1.0
         if cta.pair is not None:
             m, total, weight = self._softmax_of_pair(cta.pair, kept, m, total)
-        o, lse = self._normalised(hand, m, total, weight)
-        rows = rows_of(cta.call, item.request, item.row_tile)
+        o, lse = self._normalised(current, m, total, weight)
 
-        @pl.when(item.partial == -1)
-        def _store():
-            rows.store_transposed(g, cta.outputs.o, o.astype(cta.call.q.dtype))
-            rows.store_column_values(g, cta.outputs.lse, lse)
+        def write(rows: Rows, arrays: Outputs | Partials) -> None:
+            rows.store_transposed(g, arrays.o, o.astype(arrays.o.dtype))
+            rows.store_column_values(g, arrays.lse, lse)
 
+        pl.when(item.partial == -1)(lambda: cta.results.store_output(item, write))
         if cta.pair is not None:
-            pl.when(kept)(functools.partial(self._store_half, cta.pair, hand, rows, o, lse))
+            pl.when(kept)(functools.partial(self._store_half, cta.pair, current, o, lse))
+        pl.when(item.partial >= 0)(lambda: cta.results.store_partial(item, write))
 
-        @pl.when(item.partial >= 0)
-        def _leave():
-            partial = Rows.of_partial((item.partial,), 0, cta.sizes.rows)
-            partial.store_transposed(g, cta.partials.o, o.astype(cta.call.partial_dtype))
-            partial.store_column_values(g, cta.partials.lse, lse)
-            cta.split_tiles.signal(item)
-
-    def _normalised(self, hand: InHand, m: Any, total: Any, weight: Any) -> tuple[Any, Any]:
+    def _normalised(self, current: CurrentItem, m: Any, total: Any, weight: Any) -> tuple[Any, Any]:
         """Returns O^T times weight / total, and lse."""
-        seen = total != 0.0
-        inverse = jnp.where(seen, weight / total, 0.0)
-        # The compiler can contract this form in one way only, so all programs round it alike.
-        lse = jnp.where(seen, (m + jnp.log(total) * LOG2E) * LN2, -jnp.inf)
+        inverse = divided(weight, total)
+        lse = natural_lse(m, total, log2_sum=True)
         # O^T may be NaN in a row without a visible key, where other rows see NaN. So it is replaced
         # there: multiplied by 0 it would stay NaN.
         tile = self.cta.sizes.output_tile
-        o = self.cta.g.read(hand.o_acc) * lax.broadcast_in_dim(inverse, tile, [1])
-        return jnp.where(lax.broadcast_in_dim(seen, tile, [1]), o, 0.0), lse
+        o = self.cta.g.read(current.o_acc) * per_column(inverse, tile)
+        return jnp.where(per_column(total != 0.0, tile), o, 0.0), lse
 
     # -- a tile that the two CTAs of a cluster share --------------------------------------------
     def _softmax_of_pair(self, pair: Pair, kept: Any, m: Any, total: Any) -> tuple[Any, Any, Any]:
@@ -220,19 +214,20 @@ class Computer:
         m, total, weight, _ = combine_softmax(m, total, *lax.cond(kept, from_other, nothing))
         return m, total, weight
 
-    def _store_half(self, pair: Pair, hand: InHand, rows: Rows, o: Any, lse: Any) -> None:
+    def _store_half(self, pair: Pair, current: CurrentItem, o: Any, lse: Any) -> None:
         """Stores the half of the output that belongs to this CTA's rank.
 
         Each CTA sends the other half of its O^T to the other CTA, where it takes the place of q.
         """
         g, sizes, outputs, q = self.cta.g, self.cta.sizes, self.cta.outputs, self.cta.scratch.q
         # The pair's items of the shared tile follow each other in the work list, rank 0's first.
-        their_stage = lax.rem(hand.number + 1 - 2 * pair.rank, sizes.q_stages)
+        their_stage = lax.rem(current.number + 1 - 2 * pair.rank, sizes.q_stages)
         half = pair.other.send_half((q.left.at[their_stage], q.right.at[their_stage]), o)
         pair.other.arrive(pair.scratch.output_sent)
         pair.other.wait(pair.scratch.output_sent)
-        received = q.left.at[hand.q_stage], q.right.at[hand.q_stage]
+        received = q.left.at[current.q_stage], q.right.at[current.q_stage]
         half += pair.other.received_tile(received, 0, (sizes.half, sizes.rows))
+        rows = self.cta.results.rows_of(current.item.request, current.item.row_tile)
         column = pair.rank * sizes.half
         rows.store_transposed(g, outputs.o, half.astype(self.cta.call.q.dtype), column)
         pl.when(pair.rank == 0)(lambda: rows.store_column_values(g, outputs.lse, lse))

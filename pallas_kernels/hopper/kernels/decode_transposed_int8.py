@@ -36,6 +36,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.config import DecodeTransposedInt8Config
 from pallas_kernels.hopper.kernels.decode_transposed_int8_compute import Computer
 from pallas_kernels.hopper.kernels.decode_transposed_int8_refs import (
     ITEM_STAGES,
@@ -52,7 +53,7 @@ from pallas_kernels.hopper.parts.transposed import Partials, require_whole_tiles
 from pallas_kernels.hopper.work_items import WorkItem, block_sources, fits
 
 
-def decode_transposed_int8(call: DecodeCall) -> Partials:
+def decode_transposed_int8(call: DecodeCall[DecodeTransposedInt8Config]) -> Partials:
     """Runs the plan: stores whole tiles in call.outputs, returns the results of split tiles.
 
     call.q is bfloat16 and has a multiple of rows_per_tile rows per request; those after the real

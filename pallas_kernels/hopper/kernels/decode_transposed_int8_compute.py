@@ -15,12 +15,15 @@ from pallas_kernels.hopper.kernels.decode_transposed_int8_refs import ITEM_STAGE
 from pallas_kernels.hopper.mosaic.int8 import DEQUANTIZED_STEP, GROUP
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.mosaic.transposed import COLUMNS
+from pallas_kernels.hopper.mosaic.values import opaque_zero, per_column, per_row
+from pallas_kernels.hopper.parts.call import Outputs
+from pallas_kernels.hopper.parts.normalize import divided, nan_if_invalid, natural_lse
 from pallas_kernels.hopper.parts.quantize_q import fetch_q
-from pallas_kernels.hopper.parts.transposed import Mask, rows_of
-from pallas_kernels.hopper.work_items import BLOCK, LN2, NO_KEY, WorkItem
+from pallas_kernels.hopper.parts.transposed import Mask, Partials
+from pallas_kernels.hopper.work_items import BLOCK, NO_KEY, WorkItem
 
 
-class InHand(NamedTuple):
+class CurrentItem(NamedTuple):
     """The work item that the warpgroup has in hand."""
 
     number: Any  # in the work list
@@ -49,11 +52,6 @@ class Half(NamedTuple):
 
     number: int  # 0: left, 1: right
     o: Any  # an accumulator, or its value
-
-
-def across(columns: Any, shape: tuple[int, int]) -> Any:
-    """Spreads one value per column over a tile."""
-    return lax.broadcast_in_dim(columns, shape, [1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +94,7 @@ class Computer:
         if self.shared:
             plgpu.barrier_wait(scratch.taken)
         if cta.call.combines:
-            cta.split_tiles.combine(cta.items, self.warpgroup)
+            cta.results.combine(cta.items, self.warpgroup)
 
     def _quantize_q(self, item: WorkItem) -> None:
         """Quantizes the warpgroup's share of q, and waits for the other share.
@@ -116,12 +114,8 @@ class Computer:
         plgpu.barrier_wait(self._quantized(item))
 
     def _quantized(self, item: WorkItem) -> Any:
-        """Returns the barrier at which q is quantized.
-
-        Its index is 0, but the compiler does not know. So it computes the address here, and holds
-        it in no register before.
-        """
-        return self.cta.scratch.all_computing.at[item.request >> 30]
+        """Returns the barrier at which q is quantized."""
+        return self.cta.scratch.all_computing.at[opaque_zero(item.request)]
 
     def _compute_item(
         self, number: Any, blocks_before: Any, item: WorkItem, o_left: Any, o_right: Any
@@ -133,7 +127,7 @@ class Computer:
         # barriers.
         computing = sizes.computing
         first = lax.rem(self.warpgroup + blocks_before, 2) if self.shared else 0
-        hand = InHand(number, blocks_before, item, kv_len, mask, first, o_left, o_right)
+        current = CurrentItem(number, blocks_before, item, kv_len, mask, first, o_left, o_right)
         mine = (item.block_end - item.block_start - first + computing - 1) // computing
         g.zero(o_left)
         g.zero(o_right)
@@ -141,53 +135,53 @@ class Computer:
             g.full((sizes.rows,), NO_KEY, COLUMNS),
             g.full(sizes.score_tile, 0.0, plgpu.Layout.WGMMA),
         )
-        m, norm = lax.fori_loop(0, mine, functools.partial(self._add_block, hand), none)
+        m, norm = lax.fori_loop(0, mine, functools.partial(self._add_block, current), none)
         total = g.reduce_rows(norm, self.cta.scratch.sums.at[self.warpgroup], "add")
         plgpu.commit_smem()  # Every warp has read `sums`: the next item may write there.
         halves = Half(0, o_left), Half(1, o_right)
         if self.shared:
             m, total, half = self._add_up(m, total, halves)
-            self._finish(hand, m, total, [half])
+            self._finish(current, m, total, [half])
         else:
             values = [Half(half.number, g.read(half.o)) for half in halves]
-            self._finish(hand, m, total, values)
+            self._finish(current, m, total, values)
 
     # -- a block ------------------------------------------------------------------------------
-    def _add_block(self, hand: InHand, turn: Any, softmax: Softmax) -> Softmax:
+    def _add_block(self, current: CurrentItem, turn: Any, softmax: Softmax) -> Softmax:
         """Adds the warpgroup's next block of the item to O^T and to the softmax."""
         sizes, scratch = self.cta.sizes, self.cta.scratch
         g, tile = self.cta.g, sizes.score_tile
-        i = sizes.computing * turn + hand.first_block
-        stage = lax.rem(hand.blocks_before + i, sizes.stages)
-        s, token_scale = self._scores(hand, i, stage)
+        i = sizes.computing * turn + current.first_block
+        stage = lax.rem(current.blocks_before + i, sizes.stages)
+        s, token_scale = self._scores(current, i, stage)
         m = jnp.maximum(softmax.m, g.reduce_rows(s, scratch.maxima.at[self.warpgroup], "max"))
-        p = jnp.exp2(s - across(m, tile))
+        p = jnp.exp2(s - per_column(m, tile))
         p_smem = scratch.p.at[self.warpgroup]
         # The scale of a token's V is that of its K.
         g.store_t(p_smem, (p * token_scale).astype(self.cta.call.q.dtype))
         alpha = jnp.exp2(softmax.m - m)
-        for o_half in (hand.o_left, hand.o_right):
+        for o_half in (current.o_left, current.o_right):
             g.scale_columns(o_half, alpha)
-        norm = softmax.norm * across(alpha, tile) + p
+        norm = softmax.norm * per_column(alpha, tile) + p
         plgpu.commit_smem()  # wgmma must see P.
         values = scratch.kv.latent.at[stage]
         begun = g.begin_dequantizing(values)
-        g.mma_dequantized((hand.o_left, hand.o_right), values, p_smem.transpose((1, 0)), begun)
+        g.mma_dequantized(
+            (current.o_left, current.o_right), values, p_smem.transpose((1, 0)), begun
+        )
         # All of V is in registers, while its last product is still in flight.
         plgpu.barrier_arrive(scratch.empty.at[stage])
         g.wait_mma(0)
         return Softmax(m, norm)
 
-    def _scores(self, hand: InHand, i: Any, stage: Any) -> tuple[Any, Any]:
+    def _scores(self, current: CurrentItem, i: Any, stage: Any) -> tuple[Any, Any]:
         """Returns the scores of a block in log2 units, -inf where hidden, and its scales, there 0.
 
         Both are score tiles.
         """
         g, tile = self.cta.g, self.cta.sizes.score_tile
         q, kv = self.cta.scratch.q, self.cta.scratch.kv
-        # The compiler does not know that this is 0, so it computes the addresses of q anew in each
-        # block. Otherwise they would take registers throughout the loop.
-        zero = (hand.num_blocks >> 30) & i
+        zero = opaque_zero(current.num_blocks, varying=i)
         plgpu.barrier_wait(self.cta.scratch.full.at[stage])
         products = (
             g.product_t(kv.latent.at[stage], q.halves.at[zero], jnp.int32),
@@ -195,12 +189,12 @@ class Computer:
         )
         g.wait_mma(0)
         s_halves, s_rope = map(g.completed, products)
-        token_scale = lax.broadcast_in_dim(g.load_rows(kv.scales.at[stage]), tile, [0])
+        token_scale = per_row(g.load_rows(kv.scales.at[stage]), tile)
         # Scales and scores that no row may see may be NaN. So they are replaced: multiplied by 0
         # they would stay NaN.
-        visible = hand.mask.visible((hand.item.block_start + i) * BLOCK)
+        visible = current.mask.visible((current.item.block_start + i) * BLOCK)
         token_scale = jnp.where(visible, token_scale, 0.0)
-        row_scale = across(g.load_columns(q.step.at[zero]), tile)
+        row_scale = per_column(g.load_columns(q.step.at[zero]), tile)
         s = g.combine_halves(s_halves, quantize.HALF) * token_scale + s_rope
         return jnp.where(visible, s * row_scale, -jnp.inf), token_scale
 
@@ -235,42 +229,34 @@ class Computer:
             return higher + lower * spread(factor)
 
         half_tile, _ = self.cta.sizes.output_halves
-        o = add(g.read(kept.o), other_o, functools.partial(across, shape=half_tile))
+        o = add(g.read(kept.o), other_o, functools.partial(per_column, shape=half_tile))
         return top, add(total, other_total), Half(kept.number, o)
 
-    def _finish(self, hand: InHand, m: Any, total: Any, halves: Sequence[Half]) -> None:
+    def _finish(self, current: CurrentItem, m: Any, total: Any, halves: Sequence[Half]) -> None:
         """Normalises halves of O^T and stores them, in the output or as a partial result."""
-        cta, item, scratch = self.cta, hand.item, self.cta.scratch
-        item_stage = lax.rem(hand.number, ITEM_STAGES)
+        cta, item, scratch = self.cta, current.item, self.cta.scratch
+        item_stage = lax.rem(current.number, ITEM_STAGES)
         plgpu.barrier_wait(scratch.item_checked.at[item_stage])
         # The loader stores what it finds of a block before the block arrives.
         invalid = scratch.invalid[item_stage] > 0
         plgpu.barrier_arrive(scratch.item_done.at[item_stage])
-        blank = jnp.where((hand.kv_len < 0) | invalid, jnp.nan, 0.0)
-        seen = total != 0.0
-        inverse = jnp.where(seen, (1.0 / DEQUANTIZED_STEP) / total, 0.0) + blank
-        lse = jnp.where(seen, m * LN2 + jnp.log(total), -jnp.inf) + blank
+        nan = nan_if_invalid(current.kv_len, invalid)
+        inverse = divided(1.0 / DEQUANTIZED_STEP, total) + nan
+        lse = natural_lse(m, total, log2_sum=False) + nan
         half_tile, _ = cta.sizes.output_halves
-        halves = [Half(half.number, half.o * across(inverse, half_tile)) for half in halves]
+        halves = [Half(half.number, half.o * per_column(inverse, half_tile)) for half in halves]
 
-        @pl.when(item.partial < 0)
-        def _store():
-            rows = rows_of(cta.call, item.request, item.row_tile)
-            self._store(rows, cta.outputs.o, cta.outputs.lse, halves, lse)
+        write = functools.partial(self._write, halves, lse)
+        pl.when(item.partial < 0)(lambda: cta.results.store_output(item, write))
+        pl.when(item.partial >= 0)(lambda: cta.results.store_partial(item, write))
 
-        @pl.when(item.partial >= 0)
-        def _leave():
-            partial = Rows.of_partial((item.partial,), 0, cta.sizes.rows)
-            self._store(partial, *cta.partials, halves, lse)
-            cta.split_tiles.signal(item)
-
-    def _store(
-        self, rows: Rows, o_ref: Any, lse_ref: Any, halves: Sequence[Half], lse: Any
+    def _write(
+        self, halves: Sequence[Half], lse: Any, rows: Rows, arrays: Outputs | Partials
     ) -> None:
         """Stores halves of O^T and, in one of the warpgroups, lse."""
         groups = self.cta.sizes.half // GROUP
         for half in halves:
-            o = half.o.astype(o_ref.dtype)
-            rows.store_dimensions(self.cta.g, o_ref, o, half.number * groups)
+            o = half.o.astype(arrays.o.dtype)
+            rows.store_dimensions(self.cta.g, arrays.o, o, half.number * groups)
         if self.warpgroup == 0:
-            rows.store_column_values(self.cta.g, lse_ref, lse)
+            rows.store_column_values(self.cta.g, arrays.lse, lse)

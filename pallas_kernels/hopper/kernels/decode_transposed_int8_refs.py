@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.config import DecodeTransposedInt8Config
 from pallas_kernels.hopper.mosaic.int8 import INT8_OPERAND, DequantizingBackend
 from pallas_kernels.hopper.mosaic.primitives import WGMMA_OPERAND
 from pallas_kernels.hopper.mosaic.transposed import WARPS
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
 from pallas_kernels.hopper.parts.quantize_q import ROW_GROUP
-from pallas_kernels.hopper.parts.transposed import Partials, SplitTiles
+from pallas_kernels.hopper.parts.transposed import Partials, Results
 from pallas_kernels.hopper.work_items import BLOCK, WorkItem, range_of, run_items
 
 ITEM_STAGES = 2  # The loader checks a work item while the one before it is computed.
@@ -31,15 +32,15 @@ class Sizes:
     registers: tuple[int, ...]  # per thread, of each warpgroup
 
     @staticmethod
-    def of(call: DecodeCall) -> "Sizes":
-        tiles = call.tiles
+    def of(call: DecodeCall[DecodeTransposedInt8Config]) -> "Sizes":
+        config = call.config
         return Sizes(
-            rows=tiles.rows_per_tile,
+            rows=config.rows_per_tile,
             latent=call.kv_lora_rank,
             rope=call.rope_dim,
-            stages=tiles.kv_stages,
-            computing=len(tiles.registers) - 1,
-            registers=tiles.registers,
+            stages=config.kv_stages,
+            computing=config.computing,
+            registers=config.warpgroup_registers,
         )
 
     @property
@@ -111,7 +112,7 @@ class Scratch(NamedTuple):
 
     q: QScratch
     kv: KvScratch
-    p: Any  # [computing, rows, BLOCK]: P of the block in hand, an operand of V^T P^T
+    p: Any  # [computing, rows, BLOCK]: P of the current block, an operand of V^T P^T
     maxima: Any  # [computing, WARPS, rows]: the warps combine the maxima of a block here
     sums: Any  # [computing, WARPS, rows]: the warps combine the sums of a work item here
     # What a warpgroup gives to the other one when both have computed their blocks of a work item:
@@ -199,11 +200,11 @@ class Cta:
         return range_of(self.range)
 
     @property
-    def split_tiles(self) -> SplitTiles:
-        """How split tiles are combined: by all warpgroups that compute."""
+    def results(self) -> Results:
+        """Where results go. All warpgroups that compute store and combine partial results."""
         refs = self.inputs.requests, self.outputs, self.partials
         count = self.sizes.computing
-        return SplitTiles(self.g, self.call, *refs, writers=count, combining=count)
+        return Results(self.g, self.call, *refs, writers=count, combining=count)
 
     def lengths(self, item: WorkItem) -> tuple[Any, Any]:
         """Returns (kv length, query length) of an item's request; a kv length of -1: invalid."""

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.config import DecodeTransposedConfig
 from pallas_kernels.hopper.mosaic.cluster import TransposedOtherCta, cluster_barrier
 from pallas_kernels.hopper.mosaic.primitives import WGMMA_OPERAND
 from pallas_kernels.hopper.mosaic.transposed import WARPS, TransposedBackend
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
 from pallas_kernels.hopper.parts.kv_load import arrivals, blocks
-from pallas_kernels.hopper.parts.transposed import Partials, SplitTiles
+from pallas_kernels.hopper.parts.transposed import Partials, Results
 from pallas_kernels.hopper.work_items import BLOCK, WorkItem, range_of, run_items
 
 COMPUTING, LOADING = 0, 1  # the warpgroups of a CTA
@@ -43,15 +44,15 @@ class Sizes:
     in_pairs: bool  # CTAs 2i and 2i + 1 are a cluster, and combine a tile in shared memory
 
     @staticmethod
-    def of(call: DecodeCall) -> "Sizes":
-        stages = call.tiles.slots
+    def of(call: DecodeCall[DecodeTransposedConfig]) -> "Sizes":
+        left, right, rope = call.config.kv_stages
         return Sizes(
-            rows=call.tiles.rows_per_tile,
+            rows=call.config.rows_per_tile,
             latent=call.kv_lora_rank,
             rope=call.rope_dim,
-            q_stages=stages("q"),
-            kv_stages=PerPart(stages("kv rope"), stages("kv left"), stages("kv right")),
-            in_pairs=call.tiles.pairs,
+            q_stages=call.config.q_stages,
+            kv_stages=PerPart(rope, left, right),
+            in_pairs=call.config.in_pairs,
         )
 
     @property
@@ -118,7 +119,7 @@ class Scratch(NamedTuple):
 
     q: PerPart  # [q_stages, rows, width]
     kv: PerPart  # [kv_stages, BLOCK, width]
-    p: Any  # [rows, BLOCK]: P of the block in hand, an operand of V^T P^T
+    p: Any  # [rows, BLOCK]: P of the current block, an operand of V^T P^T
     maxima: Any  # [WARPS, rows]: the warps combine the maxima of a block here
     sums: Any  # [WARPS, rows]: the warps combine the sums of a work item here
     invalid: Any  # [q_stages] int32: 1 where the plan or a page of the work item is invalid
@@ -238,10 +239,10 @@ class Cta:
         return blocks(self.g, self.inputs.requests.block_tables, self.inputs.cache)
 
     @property
-    def split_tiles(self) -> SplitTiles:
-        """How split tiles are combined: one warpgroup stores partial results, both combine them."""
+    def results(self) -> Results:
+        """Where results go. One warpgroup stores partial results, both combine them."""
         refs = self.inputs.requests, self.outputs, self.partials
-        return SplitTiles(self.g, self.call, *refs, writers=1, combining=WARPGROUPS)
+        return Results(self.g, self.call, *refs, writers=1, combining=WARPGROUPS)
 
     def lengths(self, item: WorkItem) -> tuple[Any, Any]:
         """Returns (kv length, query length) of an item's request; a kv length of -1: invalid."""

@@ -54,9 +54,9 @@ def merge(
     ctas = partial_o.shape[1] if in_blocks else 1
     rows = partial_lse.shape[1] // ctas
     if in_blocks:
-        ways = divide_into_columns(g, plan, width, WARPGROUPS)
+        divisions = divide_into_columns(g, plan, width, WARPGROUPS)
     else:
-        ways = divide_into_rows(g, plan, rows, width, WARPGROUPS)
+        divisions = divide_into_rows(g, plan, rows, width, WARPGROUPS)
 
     def body(partial_o_ref, partial_lse_ref, *rest):
         *scales_ref, ranges_ref, items_ref, o_ref, lse_ref = rest
@@ -72,14 +72,14 @@ def merge(
             return OutputRows(tile_rows, cta)
 
         combine_shares(
-            ways,
+            divisions,
             CombineRefs(partial_o_ref, partial_lse_ref, o_ref, lse_ref, *scales_ref),
             items_ref,
             range_of(ranges_ref.at[worker]),
             counter_of=lambda *_: None,
             place=place,
-            wg=lax.axis_index("wg"),
-            wgs=WARPGROUPS,
+            warpgroup=lax.axis_index("wg"),
+            warpgroups=WARPGROUPS,
         )
 
     plgpu.kernel(

@@ -209,22 +209,22 @@ class DequantizingBackend(TransposedBackend):
             del ctx
             i32, constant = ir.IntegerType.get_signless(32), mgpu.utils.c
             one = ir.VectorType.get((1,), i32)
-            (tokens_down, tile_across, *_), _ = ir.MemRefType(tile.type).get_strides_and_offset()
+            (token_stride, tile_stride, *_), _ = ir.MemRefType(tile.type).get_strides_and_offset()
             warp, lane = _warp_and_lane()
             matrix, token = (f(lane, constant(8, i32)) for f in (arith.divui, arith.remui))
             # Lane 8q + r gives the swizzled address of 16 bytes of token 8q + r. A warp's 128
             # columns are one swizzled tile, and `group` is the index of a 16-byte chunk in it.
             chunk = arith.xori(token, constant(group, i32))
             offset = arith.addi(
-                arith.addi(arith.muli(matrix, constant(tokens_down, i32)),
-                           arith.muli(warp, constant(tile_across, i32))),
+                arith.addi(arith.muli(matrix, constant(token_stride, i32)),
+                           arith.muli(warp, constant(tile_stride, i32))),
                 arith.addi(arith.muli(token, constant(128, i32)),
                            arith.muli(chunk, constant(16, i32))),
             )  # fmt: skip
             address = arith.addi(llvm.ptrtoint(i32, mgpu.utils.memref_ptr(tile)), offset)
             registers = []
             for row in range(first // 8, (first + tokens) // 8, _LDMATRIX_TOKENS // 8):
-                here = arith.addi(address, constant(row * tokens_down, i32))
+                here = arith.addi(address, constant(row * token_stride, i32))
                 registers += [vector.broadcast(one, x) for x in _ldmatrix_transposed(here)]
             return array_of(registers, shape, layout.to_mgpu(), is_signed=True)
 

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.mosaic.values import Values
+from pallas_kernels.hopper.mosaic.values import Values, per_row
 from pallas_kernels.hopper.mosaic.wgmma import operand, products
 
 
@@ -53,12 +53,9 @@ class Products(Values):
         `shift` [rows] holds whole numbers from -300 to 0. A result below the smallest normal
         number becomes 0, because a bare add would wrap through the sign bit.
         """
-
-        def across(rows):
-            return lax.broadcast_in_dim(rows, value.shape, [0])
-
-        bits = lax.bitcast_convert_type(value, jnp.int32) + across(shift.astype(jnp.int32) << 23)
-        underflows = jnp.abs(value) < across(jnp.exp2(-126.0 - shift))
+        shifted = per_row(shift.astype(jnp.int32) << 23, value.shape)
+        bits = lax.bitcast_convert_type(value, jnp.int32) + shifted
+        underflows = jnp.abs(value) < per_row(jnp.exp2(-126.0 - shift), value.shape)
         scaled = lax.bitcast_convert_type(bits, jnp.float32)
         return jnp.where(underflows, jnp.zeros_like(scaled), scaled)
 

@@ -50,10 +50,10 @@ class SharedMemory(Mode):
             lines_at_once = 128 // 8  # 128 threads, eight per line
             mine = thread()
             start = mgpu.utils.memref_ptr(target)
-            turns = opaque(groups * tiles * rows // lines_at_once)
+            rounds = opaque(groups * tiles * rows // lines_at_once)
 
-            @mgpu.utils.fori(turns, [])
-            def turn(i, _):
+            @mgpu.utils.fori(rounds, [])
+            def one_round(i, _):
                 chunk = arith.addi(arith.muli(i, constant(128)), mine)
                 line_index = arith.divui(chunk, constant(8))
                 group = arith.divui(line_index, constant(rows * tiles))

@@ -9,7 +9,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, vector
 from jax.experimental.mosaic import gpu as mgpu
@@ -17,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.mosaic.primitives import Backend
 from pallas_kernels.hopper.mosaic.threads import place_in_tile
+from pallas_kernels.hopper.mosaic.values import per_column
 
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # one value per column of a (64, n) WGMMA tile
 WARPS = 4  # of a warpgroup
@@ -42,7 +42,7 @@ class TransposedBackend(Backend):
 
     def scale_columns(self, acc, columns) -> None:
         """Multiplies each column of an accumulator by its value."""
-        acc[...] = self.read(acc) * lax.broadcast_in_dim(columns, acc.shape, [1])
+        acc[...] = self.read(acc) * per_column(columns, acc.shape)
 
     def store_t(self, ref, value) -> None:
         """Stores the transpose of a (64, n) WGMMA tile to a tiled (n, 64) SMEM ref."""

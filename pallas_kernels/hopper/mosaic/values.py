@@ -22,6 +22,31 @@ from pallas_kernels.hopper.mosaic.threads import (
 )
 
 
+def per_row(values, shape: tuple[int, ...]) -> jax.Array:
+    """Returns a tile that has one value per row, the same in all columns."""
+    return lax.broadcast_in_dim(values, shape, [0])
+
+
+def per_column(values, shape: tuple[int, ...]) -> jax.Array:
+    """Returns a tile that has one value per column, the same in all rows."""
+    return lax.broadcast_in_dim(values, shape, [1])
+
+
+def opaque_zero(number, varying=None) -> Any:
+    """Returns 0, computed so that the compiler does not know it.
+
+    An index that contains this 0 is computed where it is used. With a constant index, the compiler
+    computes addresses early and holds them in registers through the loops in between.
+
+    Args:
+        number: traced, 0 .. 2^30 - 1.
+        varying: a number that changes in each iteration of a loop, so that the 0 and what depends
+            on it are computed in the loop. None: `number` does, or there is no such loop.
+    """
+    zero = number >> 30
+    return zero if varying is None else zero & varying
+
+
 @dataclasses.dataclass(frozen=True)
 class Values(Mode):
     """Makes, loads and stores arrays in registers."""

@@ -62,12 +62,12 @@ def _descriptor(start: ir.Value, tile: ir.Value, line: int, offset: int) -> ir.V
         offset: a multiple of K_BYTES.
     """
     i64 = ir.IntegerType.get_signless(64)
-    (down, across, *_), _ = ir.MemRefType(tile.type).get_strides_and_offset()
+    (group_stride, line_stride, *_), _ = ir.MemRefType(tile.type).get_strides_and_offset()
     itemsize = mgpu.utils.bytewidth(ir.MemRefType(tile.type).element_type)
-    further = line * across * itemsize + offset
+    further = line * line_stride * itemsize + offset
     place = arith.addi(start, mgpu.utils.c(further >> 4, start.type))
     swizzled_128 = 1 << 62
-    constant = swizzled_128 | (down * itemsize >> 4) << 32
+    constant = swizzled_128 | (group_stride * itemsize >> 4) << 32
     return arith.ori(arith.extui(i64, place), mgpu.utils.c(constant, i64))
 
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mla_jax.hal import TilePlan
 from mla_jax.splits.plan import SplitPlan
+from pallas_kernels.hopper.config import KernelConfig
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.work_items import LOG2E, WorkList, valid_lengths
 
@@ -30,14 +30,14 @@ class Outputs(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class DecodeCall:
+class DecodeCall[Config: KernelConfig]:
     """Attention of R = num_queries * num_heads rows per request over a paged latent cache.
 
     Attributes:
         q: [B, R or more, kv_lora_rank + rope_dim]; rows past R are padding.
         cache: the cache's arrays: (pages,), or (pages, rope_pages, scales) with an int8 latent.
         num_queries: query tokens per request.
-        tiles: sizes of the kernel.
+        config: the kernel's own.
         combines: whether the launch itself combines split tiles. Its CTAs then wait for each other,
             so all of them have to run at the same time.
         partial_dtype: of the partial o of split tiles.
@@ -55,7 +55,7 @@ class DecodeCall:
     kv_lora_rank: int
     softmax_scale: float
     causal: bool
-    tiles: TilePlan
+    config: Config
     combines: bool
     partial_dtype: Any
     exponent_add: bool = False

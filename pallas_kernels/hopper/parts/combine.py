@@ -38,7 +38,7 @@ from pallas_kernels.hopper.work_items import (
 LOADS_IN_FLIGHT = 64  # registers per thread
 MANY = 16  # partials per tile
 BLOCK_COLUMNS = 8  # columns per block of a partial
-HALF_TOP = 14  # log2 of a row's largest float16 value, rounded down; float16 ends below 2^16
+LARGEST_LOG2 = 14  # of a row's largest float16 value, rounded down; float16 ends below 2^16
 
 
 class CombineRefs(NamedTuple):
@@ -114,12 +114,12 @@ class Division(NamedTuple):
 class Divisions(NamedTuple):
     """How tiles of up to `most` partials are divided, and how tiles of more partials are."""
 
-    few: Division
+    usual: Division
     most: int
     many: Division
 
 
-def _ways(plan: SplitPlan, divide: Callable[[int, int], Division]) -> Divisions:
+def _divisions(plan: SplitPlan, divide: Callable[[int, int], Division]) -> Divisions:
     """Returns a division for the usual number of partials per tile, and one for many partials.
 
     A long request among short ones has many partials, because many workers share it.
@@ -164,7 +164,7 @@ def divide_into_rows(
             even sizes, add the partials. None: LOADS_IN_FLIGHT, with which even rounds were
             a little slower (benchmarks/history.md).
     """
-    return _ways(plan, functools.partial(_divide_rows, g, rows, width, warpgroups, in_flight))
+    return _divisions(plan, functools.partial(_divide_rows, g, rows, width, warpgroups, in_flight))
 
 
 def _divide_rows(
@@ -179,17 +179,17 @@ def _divide_rows(
     share = rows * width // (partials * warpgroups)  # values per warpgroup
     columns = next(c for c in (512, 256, 128) if (share >= c or c == 128) and width % c == 0)
     group = min(max(1, share // columns), 4, rows)
-    across = width // columns
+    per_row = width // columns  # parts
     layout = plgpu.Layout.WG_STRIDED((columns,), vec_size=columns // 128)
 
     def segments(refs: CombineRefs, place: OutputRows, part: Any) -> list[Segment]:
         real_rows = jnp.minimum(rows, place.rows.count)
-        top, index = (part // across) * group, part % across
+        first, index = (part // per_row) * group, part % per_row
         column = pl.ds(index * columns, columns)
 
         def segment(i: int) -> Segment:
             # Past the last row, the last row is computed again and not written.
-            row = jnp.minimum(top + i, real_rows - 1)
+            row = jnp.minimum(first + i, real_rows - 1)
             output = place.rows.row(row)
 
             def o(partial):
@@ -197,7 +197,7 @@ def _divide_rows(
                 return value.astype(jnp.float32)
 
             def write(lse, o):
-                @pl.when(top + i < real_rows)
+                @pl.when(first + i < real_rows)
                 def _write_row():
                     output.store_strided(refs.o, o.astype(refs.o.dtype), column)
                     pl.when(index == 0)(lambda: output.store_scalar(refs.lse, lse))
@@ -214,7 +214,7 @@ def _divide_rows(
 
         return [segment(i) for i in range(group)]
 
-    count = -(-rows // group) * across
+    count = -(-rows // group) * per_row
     registers = group * columns // 128  # per thread and partial
     if in_flight is None:
         at_once = min(at_once, LOADS_IN_FLIGHT // registers)
@@ -228,7 +228,7 @@ def divide_into_columns(g: Backend, plan: SplitPlan, width: int, warpgroups: int
 
     The arguments are as in `divide_into_rows`.
     """
-    return _ways(plan, functools.partial(_divide_blocks, g, width, warpgroups))
+    return _divisions(plan, functools.partial(_divide_blocks, g, width, warpgroups))
 
 
 def _divide_blocks(
@@ -288,13 +288,13 @@ def _combine_part(segments: list[Segment], first: Any, count: Any, at_once: int)
         )
 
     def add(segment, state, lses, scales, values):
-        top = functools.reduce(jnp.maximum, lses, state.m)
-        old = jnp.exp(state.m - top)
+        m = functools.reduce(jnp.maximum, lses, state.m)
+        old = jnp.exp(state.m - m)
         total, o = state.total * old, state.o * segment.spread(old)
         for lse, scale, value in zip(lses, scales, values, strict=True):
-            weight = jnp.exp(lse - top)
+            weight = jnp.exp(lse - m)
             total, o = total + weight, o + value * segment.spread(weight * scale)
-        return Sums(top, total, o)
+        return Sums(m, total, o)
 
     chunks = (count + at_once - 1) // at_once
     states = lax.fori_loop(0, chunks, add_chunk, tuple(segment.nothing for segment in segments))
@@ -308,16 +308,16 @@ def _combine_share(
     refs: CombineRefs,
     place: OutputRows,
     partials: tuple[Any, Any, Any],
-    wg: Any,
-    wgs: int,
+    warpgroup: Any,
+    warpgroups: int,
     division: Division,
 ) -> None:
-    """Combines the parts of a tile that one of `wgs` warpgroups takes for one of its partials.
+    """Combines the parts of a tile that a warpgroup takes for one of the CTA's partials.
 
     partials: the worker's own, the tile's first one, and how many the tile has.
     """
     own, first, count = partials
-    begin, stride = wg * count + own - first, count * wgs
+    begin, stride = warpgroup * count + own - first, count * warpgroups
 
     def part(i, _):
         segments = division.segments(refs, place, begin + i * stride)
@@ -328,27 +328,27 @@ def _combine_share(
 
 
 def combine_shares(
-    ways: Divisions,
+    divisions: Divisions,
     refs: CombineRefs,
     items_ref: Any,
     items: tuple[Any, Any],
     counter_of: Callable[[Any, Any, Any], TileCounter | None],
     place: Callable[[Any, Any], OutputRows],
-    wg: Any,
-    wgs: int,
+    warpgroup: Any,
+    warpgroups: int,
 ) -> None:
     """Combines, in one warpgroup of a worker, its share of each tile of which it has a partial.
 
     Args:
-        ways: how to divide a tile.
+        divisions: how to divide a tile.
         refs: the arrays.
         items_ref: `WorkList.items`. A tile of one partial is not combined here.
         items: the worker's range of items, from and to.
         counter_of: (request, row tile, partials of the tile) -> TileCounter, or None where no
             warpgroup has to wait.
         place: (request, row tile) -> OutputRows.
-        wg: the index of this warpgroup among those that combine.
-        wgs: how many of the worker's warpgroups combine.
+        warpgroup: the index of this warpgroup among those that combine.
+        warpgroups: how many of the worker's warpgroups combine.
     """
 
     def combine_item(i, _):
@@ -362,13 +362,13 @@ def combine_shares(
                 tile_counter.wait()
             partials = own, first, count
             share = functools.partial(
-                _combine_share, refs, place(request, row_tile), partials, wg, wgs
+                _combine_share, refs, place(request, row_tile), partials, warpgroup, warpgroups
             )
-            if ways.few[:2] == ways.many[:2]:
-                share(ways.many)
+            if divisions.usual[:2] == divisions.many[:2]:
+                share(divisions.many)
             else:
-                pl.when(count <= ways.most)(functools.partial(share, ways.few))
-                pl.when(count > ways.most)(functools.partial(share, ways.many))
+                pl.when(count <= divisions.most)(functools.partial(share, divisions.usual))
+                pl.when(count > divisions.most)(functools.partial(share, divisions.many))
             if tile_counter:
                 tile_counter.count_combined()
 
@@ -385,9 +385,9 @@ def row_scales(largest: Any) -> tuple[Any, Any]:
     largest: the largest magnitude of each row, float32.
     """
     exponent = lax.bitcast_convert_type(largest, jnp.int32) >> 23
-    exponent = jnp.minimum(jnp.maximum(exponent, HALF_TOP + 1), 254)
+    exponent = jnp.minimum(jnp.maximum(exponent, LARGEST_LOG2 + 1), 254)
 
     def power(exponent):
         return lax.bitcast_convert_type(exponent << 23, jnp.float32)
 
-    return power(exponent - HALF_TOP), power(254 + HALF_TOP - exponent)
+    return power(exponent - LARGEST_LOG2), power(254 + LARGEST_LOG2 - exponent)

@@ -36,14 +36,14 @@ def arrivals(page_size: int) -> int:
 
 
 def blocks(
-    g: Backend, table_ref: Any, pages_ref: Any, cluster: int = 1
+    g: Backend, table_ref: Any, pages_ref: Any, ctas_per_tile: int = 1
 ) -> "CopiedBlocks | GatheredBlocks":
     """Returns the blocks of a cache [num_pages, page_size, D] with a block table [B, max_pages].
 
-    cluster: CTAs of the cluster that loads them.
+    ctas_per_tile: CTAs of the cluster that loads them together.
     """
     if pages_ref.shape[1] >= SMALLEST_COPIED:
-        return CopiedBlocks(table_ref, pages_ref, "cluster" if cluster > 1 else None)
+        return CopiedBlocks(table_ref, pages_ref, "cluster" if ctas_per_tile > 1 else None)
     return GatheredBlocks(g, table_ref, pages_ref)
 
 
@@ -60,9 +60,9 @@ class CopiedBlocks:
         del request, block, kv_len
         return ()
 
-    def locate(self, ahead: Any, request: Any, block: Any, kv_len: Any) -> tuple[Any, Any]:
+    def locate(self, page_ids: Any, request: Any, block: Any, kv_len: Any) -> tuple[Any, Any]:
         """Returns where the block is, and whether the cache has all of its pages."""
-        del ahead
+        del page_ids
         num_pages, page_size, _ = self.pages_ref.shape
         return block_sources(self.table_ref, request, block, kv_len, page_size, num_pages)
 
@@ -100,13 +100,13 @@ class GatheredBlocks:
         page = jnp.minimum(page, last_page(kv_len, page_size))
         return self.g.load_indexed(self.table_ref, request * self.table_ref.shape[1] + page)
 
-    def locate(self, ahead: Any, request: Any, block: Any, kv_len: Any) -> tuple[Any, Any]:
+    def locate(self, page_ids: Any, request: Any, block: Any, kv_len: Any) -> tuple[Any, Any]:
         """Returns rows of the cache as [num_pages * page_size, D], and whether all pages exist."""
         del request, block, kv_len
         num_pages, page_size, _ = self.pages_ref.shape
-        exists = (ahead >= 0) & (ahead < num_pages)
-        rows = jnp.where(exists, ahead, 0) * page_size + self.g.gathered_row() % page_size
-        return rows, ~self.g.any_outside(ahead, num_pages)
+        exists = (page_ids >= 0) & (page_ids < num_pages)
+        rows = jnp.where(exists, page_ids, 0) * page_size + self.g.gathered_row() % page_size
+        return rows, ~self.g.any_outside(page_ids, num_pages)
 
     def load(self, found: Any, column: int, stage: Any, full: Any) -> None:
         """Starts to copy columns from `column` on to a stage (64, n), which `full` signals."""

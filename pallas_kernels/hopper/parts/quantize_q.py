@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from mla_jax import quantize
 from pallas_kernels.hopper.mosaic.int8 import high_and_low
 from pallas_kernels.hopper.mosaic.primitives import Backend
+from pallas_kernels.hopper.mosaic.values import per_row
 
 ROW_GROUP = 8  # rows that a warpgroup quantizes at a time: those of a swizzled tile
 # Adding this number rounds to a whole number, because float32 has no fractions between 2^23 and
@@ -56,7 +57,7 @@ def fetch_q(
         q_ref: bfloat16 GMEM [B, R, D + E], D a multiple of 128 and E of 64.
         place: the request and its first row.
         into: three SMEM refs with room for n rows: int8 [1, 2 * n, D], the high parts of n rows
-            and then the low parts, tiled as `dequantize.INT8_OPERAND`; bfloat16 [1, n, E], the rope
+            and then the low parts, tiled as `int8.INT8_OPERAND`; bfloat16 [1, n, E], the rope
             part, tiled as `primitives.WGMMA_OPERAND`; float32 [1, n], the step of each row times
             unit.
         begin: where the rows begin among these n.
@@ -116,5 +117,5 @@ def _halves(g: Backend, x: Any) -> tuple[Any, Any]:
 
 def _per_row(g: Backend, values: Any, shape: tuple[int, ...], layout: Any) -> Any:
     """Returns a value per row, spread over the columns of an array."""
-    spread = lax.broadcast_in_dim(values, shape, [0])
+    spread = per_row(values, shape)
     return spread if g.interpreting else plgpu.layout_cast(spread, layout)

@@ -1,6 +1,11 @@
-"""What both transposed decode kernels do alike: mask scores, and combine split tiles."""
+"""What the kernels that compute O^T do alike: mask scores, store results, combine split tiles.
+
+These are `decode_transposed`, `decode_transposed_int8` and `decode_int8`. They store partial
+results by rows.
+"""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -15,7 +20,8 @@ from pallas_kernels.hopper.parts.combine import (
     combine_shares,
     divide_into_rows,
 )
-from pallas_kernels.hopper.work_items import BLOCK, WorkItem
+from pallas_kernels.hopper.parts.visible_keys import VisibleKeys
+from pallas_kernels.hopper.work_items import BLOCK
 
 
 class Partials(NamedTuple):
@@ -27,7 +33,7 @@ class Partials(NamedTuple):
     @staticmethod
     def structs(call: DecodeCall) -> "Partials":
         """Returns the shape and dtype of each array."""
-        shape = call.num_partials, call.tiles.rows_per_tile
+        shape = call.num_partials, call.config.rows_per_tile
         return Partials(
             float_struct(*shape, call.kv_lora_rank, dtype=call.partial_dtype),
             float_struct(*shape),
@@ -45,9 +51,9 @@ class Mask(NamedTuple):
         g: Backend, call: DecodeCall, first_row: Any, kv_len: Any, query_len: Any
     ) -> "Mask":
         """Returns the mask of the tile that begins at first_row of a request."""
-        tile = (BLOCK, call.tiles.rows_per_tile)
+        tile = (BLOCK, call.config.rows_per_tile)
         token = (g.iota(tile, 1) + first_row) // call.num_heads
-        limit = jnp.minimum(kv_len - query_len + token + 1, kv_len) if call.causal else kv_len
+        limit = jnp.minimum(VisibleKeys.of(call, kv_len, query_len).count(token), kv_len)
         return Mask(jnp.where(token < query_len, limit, 0), g.iota(tile, 0))
 
     def visible(self, start: Any) -> Any:
@@ -57,23 +63,22 @@ class Mask(NamedTuple):
 
 def require_whole_tiles(call: DecodeCall) -> None:
     """Raises ValueError if the rows of q are not a multiple of a tile's."""
-    have, rows = call.q.shape[1], call.tiles.rows_per_tile
+    have, rows = call.q.shape[1], call.config.rows_per_tile
     if have % rows:
         raise ValueError(f"q must have a multiple of {rows} rows (rows_per_tile), got {have}")
 
 
-def rows_of(call: DecodeCall, request: Any, row_tile: Any) -> Rows:
-    """Returns the rows of a tile in the outputs."""
-    height = call.tiles.rows_per_tile
-    return call.rows_of(request, row_tile * height, height)
+# Stores o and lse of a work item to rows of the outputs, or to rows of the partial results.
+type Write = Callable[[Rows, Outputs | Partials], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class SplitTiles:
-    """Combines the partial results of split tiles inside of the launch.
+class Results:
+    """Stores the results of work items, and combines the partial results of split tiles.
 
     writers: how many warpgroups of a CTA store each partial result.
     combining: how many warpgroups of a CTA combine partial results.
+    in_flight: as in `combine.divide_into_rows`.
     """
 
     g: Backend
@@ -83,17 +88,33 @@ class SplitTiles:
     partials: Partials
     writers: int
     combining: int
+    in_flight: int | None = None
 
-    def _meeting(self, request: Any, row_tile: Any, num_partials: Any) -> TileCounter:
+    def rows_of(self, request: Any, row_tile: Any) -> Rows:
+        """Returns the rows of a tile in the outputs."""
+        height = self.call.plan.rows_per_tile
+        return self.call.rows_of(request, row_tile * height, height)
+
+    # An item needs the fields request, row_tile, partial and num_partials of a `WorkItem`.
+    def store_output(self, item: Any, write: Write) -> None:
+        """Stores the result of an item as output."""
+        write(self.rows_of(item.request, item.row_tile), self.outputs)
+
+    def store_partial(self, item: Any, write: Write) -> None:
+        """Stores the result of an item as its partial result.
+
+        Where the launch combines split tiles, the calling warpgroup then signals that its part of
+        the partial result is stored.
+        """
+        write(Rows.of_partial((item.partial,), 0, self.call.plan.rows_per_tile), self.partials)
+        if self.call.combines:
+            self._counter_of(item.request, item.row_tile, item.num_partials).count_partial()
+
+    def _counter_of(self, request: Any, row_tile: Any, num_partials: Any) -> TileCounter:
         """Returns the counter through which the CTAs of a tile wait for each other."""
         tile = self.call.plan.tile_of(request, row_tile)
-        leaving, combining = self.writers * num_partials, self.combining * num_partials
-        return TileCounter(self.g, self.requests.counters, tile, leaving, combining)
-
-    def signal(self, item: WorkItem) -> None:
-        """Signals that the calling warpgroup has stored its part of the item's partial result."""
-        if self.call.combines:
-            self._meeting(item.request, item.row_tile, item.num_partials).count_partial()
+        writers, combining = self.writers * num_partials, self.combining * num_partials
+        return TileCounter(self.g, self.requests.counters, tile, writers, combining)
 
     def combine(self, items: tuple[Any, Any], warpgroup: Any) -> None:
         """Combines the calling warpgroup's share of the split tiles that its CTA has items of."""
@@ -102,15 +123,16 @@ class SplitTiles:
             divide_into_rows(
                 self.g,
                 call.plan,
-                call.tiles.rows_per_tile,
+                call.config.rows_per_tile,
                 call.kv_lora_rank,
                 warpgroups=self.combining,
+                in_flight=self.in_flight,
             ),
             CombineRefs(*self.partials, *self.outputs),
             self.requests.work.items,
             items,
-            counter_of=self._meeting,
-            place=lambda request, row_tile: OutputRows(rows_of(call, request, row_tile), 0),
-            wg=warpgroup,
-            wgs=self.combining,
+            counter_of=self._counter_of,
+            place=lambda request, row_tile: OutputRows(self.rows_of(request, row_tile), 0),
+            warpgroup=warpgroup,
+            warpgroups=self.combining,
         )

@@ -139,14 +139,17 @@ def draw_case(rng: np.random.Generator, implementation: str, limits: Limits, **f
         widths = PLAIN_WIDTHS if rng.random() < 0.8 else WIDTHS
         q_dtype = str(rng.choice(FLOATS)) if rng.random() < 0.3 else q_dtype
         if int8:
-            granularity = str(rng.choice(GRANULARITIES))
+            folded = ("token", "tensor")  # those that blockwise can multiply into P
+            offered = folded if implementation == "blockwise" else GRANULARITIES
+            granularity = str(rng.choice(offered))
             widths = ((256, 16),) if granularity == "group" else widths
     rank, rope = widths[rng.integers(len(widths))]
     page_size = int(fixed.get("page_size", page_size))
     tokens, heads = int(fixed.get("tokens", tokens)), int(fixed.get("heads", heads))
     if rank % 32 or rope % 16:  # rows of NZ are multiples of 32 bytes
         layout = "ND"
-    rescale = "exponent_add" if rng.random() < 0.25 and not (int8 and kernel) else "multiply"
+    multiplies = int8 and (kernel or implementation == "blockwise")
+    rescale = "exponent_add" if rng.random() < 0.25 and not multiplies else "multiply"
     rescale = fixed.get("rescale", rescale)
 
     # Requests, and keys that they may have: as many as the reference has time for.
@@ -191,8 +194,6 @@ def draw_case(rng: np.random.Generator, implementation: str, limits: Limits, **f
 def _dtype(rng: np.random.Generator, implementation: str) -> str:
     if implementation in ("hopper", INTERPRETED):
         return str(rng.choice(("bfloat16", "float16", "int8"), p=(0.45, 0.25, 0.3)))
-    if implementation == "blockwise":
-        return str(rng.choice(FLOATS))
     return str(rng.choice((*FLOATS, "int8")))
 
 

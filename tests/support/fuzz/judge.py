@@ -96,7 +96,7 @@ def attend(
     """The attention of one request in float64, and the sizes that bounds are made of.
 
     table [max_pages], q [R, D]. Returns o [R, rank]; by row lse, `nan`, `none` (sees no key that
-    counts), `spread`, `logit`.
+    counts), `spread`, `logit`, `steps`.
     """
     float64, position = xp.float64, xp.arange(case.longest)
     length, queries = xp.where(valid, length, 0), xp.where(valid, queries, 0)
@@ -104,11 +104,13 @@ def attend(
     page = xp.where(exists, table[xp.minimum(position // case.page_size, case.max_pages - 1)], 0)
     place = page * case.page_size + position % case.page_size
     keys = tokens["pages"][place].astype(float64)
+    steps_of_p = case.kind == "int8" and case.implementation == "blockwise"
     if case.kind == "int8":
         scales = tokens["scales"]
         if scales.ndim:
             scales = xp.repeat(scales[place], case.rank // scales.shape[1], axis=1)
-        latent = keys * scales.astype(float64)
+        scales = scales.astype(float64)
+        latent = keys * scales
         keys = xp.concatenate([latent, tokens["rope_pages"][place].astype(float64)], axis=1)
     is_nan, is_low = xp.isnan(keys).any(axis=1), (keys == -xp.inf).any(axis=1)
     keys = xp.where(xp.isfinite(keys), keys, 0.0)
@@ -137,12 +139,20 @@ def attend(
     latent_norm = xp.sqrt(xp.where(seen, (latent**2).sum(axis=1), 0.0).max())
     size = scale * xp.sqrt((q**2).sum(axis=1)) * key_norm / case.width**0.5
     logit = UNIT["float32"] * (SUM_ERROR * size + 2 * xp.abs(top))
-    if case.kind == "int8" and case.implementation in ("hopper", INTERPRETED):
-        step = xp.abs(q[:, : case.rank]).max(axis=1) / 2**12
+    if steps_of_p or (case.kind == "int8" and case.implementation in ("hopper", INTERPRETED)):
+        step = xp.abs(q[:, : case.rank]).max(axis=1) / (127 if steps_of_p else 2**12)
         logit = logit + scale * step / 12**0.5 * latent_norm
+    steps = xp.zeros_like(lse)
+    if steps_of_p:
+        per_key = xp.broadcast_to(scales, latent.shape)[:, 0]
+        folded = weights * xp.where(seen, per_key, 0.0)
+        rounded = xp.minimum(folded, folded.max(axis=1, keepdims=True) / 254)
+        whole = xp.where(seen, (latent**2).sum(axis=1) / per_key**2, 0.0)
+        steps = xp.sqrt(rounded**2 @ whole)
     sees_any = sees.any(axis=1)
     nan = (nan_query & sees_any) | (sees & is_nan).any(axis=1) | ~valid
-    return {"o": o, "lse": lse, "nan": nan, "none": none & ~nan, "spread": spread, "logit": logit}
+    sizes = {"spread": spread, "logit": logit, "steps": steps}
+    return {"o": o, "lse": lse, "nan": nan, "none": none & ~nan, **sizes}
 
 
 def compare(xp: Any, case: Case, wanted: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +166,7 @@ def compare(xp: Any, case: Case, wanted: dict[str, Any], results: dict[str, Any]
     output_norm = xp.sqrt((wanted["o"] ** 2).sum(axis=1))
     rounded = UNIT[case.q_dtype] * output_norm + SUBNORMAL[case.q_dtype] * case.rank**0.5
     relative = weight_error(case) + TAIL * wanted["logit"]
-    bound = rounded + relative * (wanted["spread"] + output_norm)
+    bound = rounded + relative * (wanted["spread"] + output_norm) + wanted["steps"]
     found = {
         "place": place,
         "o": xp.sqrt((off**2).sum(axis=1)) / bound,
