@@ -1,6 +1,5 @@
 """PartitionSpecs of the layer's weights and cache, and the checks of the mesh axis they name."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -14,8 +13,13 @@ from mla_jax.config import MLAConfig
 def param_specs(config: MLAConfig, mesh_axis: str) -> MLAParams:
     """Returns the PartitionSpecs of tensor-parallel weights: heads are split over a mesh axis.
 
-    The weights that have no heads are whole on every device. The result is an `MLAParams` of
-    PartitionSpecs, for `jax.shard_map` or, as NamedShardings, for `jax.device_put` and `jax.jit`.
+    Args:
+        config: shape of the layer.
+        mesh_axis: name of the axis.
+
+    Returns:
+        An `MLAParams` of PartitionSpecs, for `jax.shard_map`, or as NamedShardings for `jax.jit`
+        and `jax.device_put`. The weights that have no heads are whole on every device.
 
     Raises:
         TypeError: an argument of another type.
@@ -86,7 +90,7 @@ def config_of_shard(params: Any, config: Any, head_axis: Any) -> MLAConfig:
             f"params must have {heads} heads of {config.num_heads} on each device of head_axis "
             f"{head_axis!r} (param_specs), got all of them"
         )
-    return dataclasses.replace(config, num_heads=heads)
+    return config.shard(size)
 
 
 def _size_in_context(name: str, axis: Any) -> int | None:
