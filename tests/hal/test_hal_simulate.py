@@ -159,11 +159,12 @@ def test_time_falls_as_each_part_of_the_machine_speeds_up(device: str, kernel: s
 
 
 def test_large_case_is_quick() -> None:
+    """(Its own time: the other tests use the same cores.)"""
     for kernel in KERNELS:
         problem = problem_for(kernel, 16384, 128, 128)
-        begin = time.perf_counter()
+        begin = time.process_time()
         simulate(PROFILES["H200_SXM"], problem, kernel)
-        assert time.perf_counter() - begin < 1.0
+        assert time.process_time() - begin < 1.0
 
 
 @given(seed=st.integers(0, 999), workers=st.integers(1, 9), pieces=st.integers(1, 40))

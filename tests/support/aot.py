@@ -1,4 +1,4 @@
-"""The second gate: compile Mosaic GPU kernels for sm_90a on a machine that has no GPU.
+"""The second of three checks: compile Mosaic GPU kernels for sm_90a on a machine that has no GPU.
 
 XLA compiles for a described chip (`h200.txtpb`) as well as for an attached one; Mosaic GPU then
 prints what ptxas said of every kernel. It needs JAX's CUDA plugin and the CUDA toolkit's ptxas and
