@@ -26,8 +26,9 @@ from paged_batch import (
 
 from mla_jax.attention import paged_mla_attention, prepare
 from mla_jax.cache import PAGE_SIZES, PagedKVCache
+from mla_jax.implementations.choice import compute
 from mla_jax.reference.attention import attention_float64
-from mla_jax.registry import IMPLEMENTATIONS, available_implementations, compute
+from mla_jax.registry import IMPLEMENTATIONS, available_implementations
 from mla_jax.splits.planner import SlowPlanWarning, plan_splits
 from pallas_kernels.hopper import device, planning
 
