@@ -83,30 +83,32 @@ def ragged_float64(batch: Ragged, *, causal: bool = True) -> tuple[np.ndarray, n
     return o, lse
 
 
-def naive_layer(batch: Ragged, q: Any, k_nope: Any, k_rope: Any, v: Any) -> tuple[Any, Any]:
-    """Returns o and lse of all causal requests, one dense softmax for each; for autodiff."""
-    outputs = []
-    for b in range(len(batch.cu_q_lens) - 1):
-        rows = slice(*batch.cu_q_lens[b : b + 2])
-        keys = slice(*batch.cu_kv_lens[b : b + 2])
-        count, length = rows.stop - rows.start, keys.stop - keys.start
-        rope = jnp.broadcast_to(k_rope[keys, None], (length, HEADS, k_rope.shape[1]))
-        k = jnp.concatenate([k_nope[keys], rope], -1)
-        scores = SCALE * jnp.einsum("qhd,khd->hqk", q[rows], k)
-        seen = jnp.tril(jnp.ones((count, length), bool), length - count)
-        scores = jnp.where(seen, scores, -jnp.inf)
-        o = jnp.einsum("hqk,khv->qhv", jax.nn.softmax(scores), v[keys])
-        outputs.append((o, jax.nn.logsumexp(scores, -1).T))
-    return tuple(jnp.concatenate(parts) for parts in zip(*outputs, strict=True))
-
-
 def gradients_float64(batch: Ragged, d_o: np.ndarray, d_lse: np.ndarray) -> list[np.ndarray]:
-    """Returns the gradients of q, k_nope, k_rope and v by autodiff of the naive layer in float64.
+    """Returns the gradients of q, k_nope, k_rope and v, of causal requests.
 
-    d_o, d_lse: cotangents of o and lse, without padding.
+    They are by autodiff, in float64, of one dense softmax over all keys with a mask.
+
+    d_o, d_lse: cotangents of o and lse; those of padding do not count.
     """
-    floats = [np.nan_to_num(np.asarray(x, np.float64)) for x in batch.floats]
     used = batch.cu_q_lens[-1]
+    seen = np.zeros((used, len(batch.v)), bool)
+    for b in range(len(batch.cu_q_lens) - 1):
+        for row in range(*batch.cu_q_lens[b : b + 2]):
+            later = batch.cu_q_lens[b + 1] - 1 - row
+            seen[row, batch.cu_kv_lens[b] : batch.cu_kv_lens[b + 1] - later] = True
+
+    def layer(q: Any, k_nope: Any, k_rope: Any, v: Any) -> tuple[Any, Any]:
+        rope = jnp.broadcast_to(k_rope[:, None], (*k_nope.shape[:2], k_rope.shape[1]))
+        scores = SCALE * jnp.einsum("qhd,khd->qhk", q[:used], jnp.concatenate([k_nope, rope], -1))
+        scores = jnp.where(seen[:, None], scores, -jnp.inf)
+        o = jnp.einsum("qhk,khv->qhv", jax.nn.softmax(scores), v)
+        return o, jax.nn.logsumexp(scores, -1)
+
+    @jax.jit
+    def pull(floats: Any, cotangents: Any) -> Any:
+        return jax.vjp(layer, *floats)[1](cotangents)
+
+    floats = [np.nan_to_num(np.asarray(x).astype(np.float64)) for x in batch.floats]
     with jax.enable_x64(True):
-        _, pull = jax.vjp(lambda *args: naive_layer(batch, *args), *map(jnp.asarray, floats))
-        return [np.asarray(x) for x in pull((d_o[:used].astype(float), d_lse[:used].astype(float)))]
+        cotangents = d_o[:used].astype(np.float64), d_lse[:used].astype(np.float64)
+        return [np.asarray(x) for x in pull(floats, cotangents)]
