@@ -1,5 +1,6 @@
 """The prefill op: attention over expanded keys and values of packed requests, and its gradients."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, Literal, overload
@@ -106,8 +107,16 @@ def ragged_mla_attention(
     names = RAGGED_REGISTRY.check_names(implementation)
     softmax_scale = checks.require_softmax_scale(softmax_scale)
     _check_bounds(q, v, cu_q_lens, cu_kv_lens, causal)
-    bounds = map(checks.snapshot, (cu_q_lens, cu_kv_lens))
-    problem = RaggedProblem(q, k_nope, k_rope, v, *bounds, softmax_scale, causal)
+    problem = RaggedProblem(
+        q=q,
+        k_nope=k_nope,
+        k_rope=k_rope,
+        v=v,
+        cu_q_lens=checks.snapshot(cu_q_lens),
+        cu_kv_lens=checks.snapshot(cu_kv_lens),
+        softmax_scale=softmax_scale,
+        causal=causal,
+    )
     choice = RAGGED_REGISTRY.choose(names, problem)
     # With one type for all arrays in a shard_map, JAX sums the gradient of an array that is equal
     # on several devices.
@@ -127,16 +136,9 @@ def _attend_forward(choice: Choice, problem: RaggedProblem) -> Any:
 
 def _attend_backward(_: Choice, saved: Any, cotangents: Any) -> tuple[RaggedProblem]:
     problem, o, lse = saved
-    gradients = ragged_gradients(problem, o, lse, *cotangents)
-    return (
-        RaggedProblem(
-            *gradients,
-            None,  # type: ignore[arg-type]  # integers have no gradient
-            None,  # type: ignore[arg-type]
-            problem.softmax_scale,
-            problem.causal,
-        ),
-    )
+    floats = ragged_gradients(problem, o, lse, *cotangents)._asdict()
+    bounds: Any = {"cu_q_lens": None, "cu_kv_lens": None}  # integers have no gradient
+    return (dataclasses.replace(problem, **floats, **bounds),)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -12,7 +12,7 @@ not finite. Such values of q, K, V and dO therefore count as 0 in the products, 
 they belong to, or that see them, have NaN in P or dS.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,9 +53,9 @@ class _Rows(NamedTuple):
     delta: jax.Array  # [H, R] float32: rowsum(dO * O) - dlse
 
 
-def _specs_of_gradients(problem: RaggedProblem, *_: jax.Array) -> Gradients:
-    arrays = problem.q, problem.k_nope, problem.k_rope, problem.v
-    return Gradients(*(spec_of_dims(*dims_of(array)) for array in arrays))  # type: ignore[arg-type]
+def _specs_of_gradients(problem: RaggedProblem, *_: jax.Array) -> Any:
+    arrays = Gradients(problem.q, problem.k_nope, problem.k_rope, problem.v)
+    return jax.tree.map(lambda array: spec_of_dims(*dims_of(array)), arrays)
 
 
 @on_auto_axes(_specs_of_gradients)

@@ -117,6 +117,17 @@ def test_memory_is_linear_in_length():
     assert max(math.prod(map(int, shape.split(","))) for shape in shapes) == batch.q.size
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_traces_with_64_bit_types_and_strict_promotion(dtype):
+    batch, (d_o, d_lse) = case()
+    floats = [x.astype(dtype) for x in batch.floats]
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        args = floats, batch.args[4:], (d_o.astype(dtype), d_lse)
+        (o, lse), gradients = jax.eval_shape(lambda *args: pulled(*args), *args)
+    assert {x.dtype.name for x in (o, *gradients)} == {dtype}
+    assert lse.dtype == jnp.float32
+
+
 SPECS = P(None, "tp"), P(None, "tp"), P(), P(None, "tp")
 
 
