@@ -7,9 +7,9 @@ o and dlse of lse:
     dV = P^T dO        dP = dO V^T        dS = P * (dP - rowsum(dO * O) + dlse) * softmax_scale
                                           dQ = dS K        dK = dS^T Q
 
-A key that a query does not see has dS = 0. A product with 0 must not make NaN of a value that is
-not finite. Such values of q, K, V and dO therefore count as 0 in the products, and the rows that
-they belong to, or that see them, have NaN in P or dS.
+A key that a query does not see has P = dS = 0. A product with 0 must not make NaN of a value that is
+not finite. Such values of q, K and dO therefore count as 0 in the products with P and dS. The rows
+that they belong to, or that see them, have NaN in P or dS.
 """
 
 from typing import Any, NamedTuple
@@ -126,7 +126,7 @@ def _of_block(
     scores = block_scores(queries, keys, scale)
     p = jnp.where(seen, jnp.exp(scores - rows.shift[..., None]), 0.0)
     dtype = jnp.bfloat16 if problem.q.dtype == jnp.bfloat16 else jnp.float32
-    d_p = _product("hrv,htv->hrt", rows.d_o, _finite(keys.v), dtype)
+    d_p = _product("hrv,htv->hrt", rows.d_o, keys.v, dtype)
     d_s = jnp.where(seen, p * (d_p - rows.delta[..., None]) * scale, 0.0)
     nope = keys.k_nope.shape[-1]
     d_q = jnp.concatenate(
