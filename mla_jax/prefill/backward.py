@@ -7,9 +7,9 @@ o and dlse of lse:
     dV = P^T dO        dP = dO V^T        dS = P * (dP - rowsum(dO * O) + dlse) * softmax_scale
                                           dQ = dS K        dK = dS^T Q
 
-A key that a query does not see has P = dS = 0. A product with 0 must not make NaN of a value that is
-not finite. Such values of q, K and dO therefore count as 0 in the products with P and dS. The rows
-that they belong to, or that see them, have NaN in P or dS.
+A key that a query does not see has P = dS = 0. A product with 0 must not make NaN of a value that
+is not finite. Such values of q, K and dO therefore count as 0 in the products with P and dS. The
+rows that they belong to, or that see them, have NaN in P or dS.
 """
 
 from typing import Any, NamedTuple
