@@ -17,9 +17,21 @@ from experiments import launch
 from experiments.framework.experiment import Output
 from experiments.framework.results import validate_result
 from experiments.speed import baselines as peers
-from experiments.speed import benchmark, decode_bench, decode_runner, kernel_bench, timing
-from experiments.speed.decode_bench import Contender, Inputs, Pool, Setup, Work, contender
-from experiments.speed.decode_runner import Journal, Runner
+from experiments.speed import (
+    benchmark,
+    benchmark_comparisons,
+    benchmark_pictures,
+    benchmark_tables,
+    kernel_bench,
+    timing,
+)
+from experiments.speed.decode import pools, programs, runner
+from experiments.speed.decode.contenders import Contender, contender
+from experiments.speed.decode.inputs import Inputs
+from experiments.speed.decode.pools import Pool
+from experiments.speed.decode.programs import Work
+from experiments.speed.decode.runner import Journal, Runner
+from experiments.speed.decode.setup import Setup
 from experiments.speed.shapes import HEADS, PRESETS, Shape, preset, shapes
 from mla_jax.hal import PROFILES
 from mla_jax.reference.attention import attention_float64
@@ -68,7 +80,7 @@ class TestShapes:
     def test_presets_fit_an_h200(self, name):
         setup = Setup(60 << 30)
         for row in preset(name):
-            assert decode_bench.lacks_memory(row, setup) is None
+            assert pools.lacks_memory(row, setup) is None
 
     def test_labels_tell_all_rows_apart(self):
         assert len({row.label for row in preset("full")}) == len(preset("full"))
@@ -98,9 +110,7 @@ class TestPools:
 
     def test_a_row_too_large_is_refused_with_its_reason(self):
         row = next(shapes(kv_len=(65536,)))
-        assert "layers of its cache take 36.0 GiB" in decode_bench.lacks_memory(
-            row, Setup(30 << 30)
-        )
+        assert "layers of its cache take 36.0 GiB" in pools.lacks_memory(row, Setup(30 << 30))
 
     @pytest.mark.parametrize("page_size", [1, 16, 64])
     def test_inputs_lie_where_the_block_table_says(self, page_size):
@@ -140,7 +150,7 @@ class TestRuns:
         assert [row["implementation"] for row in first["rows"]] == ["jnp", "xla"]
         assert all(row["error"] < 4e-3 and row["us"] > 0 for row in first["rows"])
         assert all(row["speed_over_jnp"] > 0 for row in first["rows"])
-        monkeypatch.setattr(decode_runner, "time_bursts", None)  # nothing is timed again
+        monkeypatch.setattr(runner, "time_bursts", None)  # nothing is timed again
         status, second = run(tmp_path, *SMALL, "--batch=1", "--implementations=xla,jnp")
         assert status == 0
         assert second["rows"] == first["rows"]
@@ -161,9 +171,9 @@ class TestRuns:
             raise KeyboardInterrupt
 
         arguments = (*SMALL, "--batch=1,4", "--implementations=xla")
-        add = decode_runner.Journal.add
+        add = runner.Journal.add
         monkeypatch.setattr(
-            decode_runner.Journal,
+            runner.Journal,
             "add",
             lambda self, *a, **k: killed() if self.rows else add(self, *a, **k),
         )
@@ -204,7 +214,7 @@ class TestRuns:
             return programs
 
         monkeypatch.setattr(Runner, "_compile", counted)
-        monkeypatch.setattr(decode_runner, "WORKS_AT_A_TIME", 1)
+        monkeypatch.setattr(runner, "WORKS_AT_A_TIME", 1)
         rows = list(shapes((1, 2, 4), (1,), (1,), (32,), page_size=(16,)))
         tasks = [(row, contender("xla")) for row in rows]
         ends.append(0.0)  # over, once the first is compiled
@@ -216,13 +226,13 @@ class TestRuns:
         assert counts == [1] * 4
 
     def test_wrong_numbers_fail_and_are_not_timed(self, tmp_path, monkeypatch):
-        right = decode_bench.paged_mla_attention
+        right = programs.paged_mla_attention
 
         def wrong(*arguments, **options):
             o, lse = right(*arguments, **options)
             return o * 1.02, lse
 
-        monkeypatch.setattr(decode_bench, "paged_mla_attention", wrong)
+        monkeypatch.setattr(programs, "paged_mla_attention", wrong)
         status, result = run(tmp_path, *SMALL, "--batch=1", "--implementations=xla,jnp")
         assert status == 1
         rows = {row["implementation"]: row for row in result["rows"]}
@@ -244,7 +254,7 @@ class TestRuns:
 
     def test_a_lost_device_ends_the_run_without_a_row(self, tmp_path, monkeypatch):
         def broken(*_):
-            monkeypatch.setattr(decode_runner.jax, "block_until_ready", broken)
+            monkeypatch.setattr(runner.jax, "block_until_ready", broken)
             raise RuntimeError("illegal address")
 
         monkeypatch.setattr(Work, "step", broken)
@@ -373,7 +383,7 @@ class TestRuns:
 
     def test_every_time_has_its_spread_and_says_if_it_is_the_hosts(self, tmp_path, monkeypatch):
         monkeypatch.setattr(
-            decode_runner,
+            runner,
             "time_bursts",
             lambda bursts, **_: {
                 label: timing.Timing(*((5.0, 4.0, 6.0, True) if "separated" in label else
@@ -394,9 +404,9 @@ class TestRuns:
 
     def test_pages_of_all_sizes_take_turns(self, tmp_path, monkeypatch):
         timed, compiled = [], []
-        time_, compile_ = decode_runner.time_bursts, Runner._compile
+        time_, compile_ = runner.time_bursts, Runner._compile
         monkeypatch.setattr(
-            decode_runner,
+            runner,
             "time_bursts",
             lambda bursts, rounds, pause: (
                 timed.append((len(bursts), rounds)) or time_(bursts, rounds=rounds, pause=pause)
@@ -407,7 +417,7 @@ class TestRuns:
             "_compile",
             lambda self, pool, chunk: compiled.append(len(chunk)) or compile_(self, pool, chunk),
         )
-        monkeypatch.setattr(decode_runner, "WORKS_AT_A_TIME", 1)
+        monkeypatch.setattr(runner, "WORKS_AT_A_TIME", 1)
         sizes = (16, 64, 128)
         rows = [*shapes((1, 2), (1,), (1,), (32,), page_size=sizes),
                 *shapes((2,), (1,), (1,), (32,), ("varlen",), page_size=(16,))]  # fmt: skip
@@ -432,14 +442,16 @@ class TestBeside:
         journal.sessions = [{"environment": {"devices": [device]}, "ceilings": ceilings}]
         for row in rows:
             journal._keep(row)
-        return benchmark.finished(journal, Setup(1 << 30))
+        return benchmark_comparisons.finished(journal, Setup(1 << 30))
 
     def test_peers_prediction_and_ceilings_of_an_h200(self, tmp_path):
         jnp_row = self.row(implementation="jnp", us=600.0)
         page_1 = self.row(page_size=1, us=300.0)
         _, *rows = self.table(tmp_path, page_1, self.row(), jnp_row)
         ours = next(row for row in rows if row["implementation"] == "hopper")
-        committed = json.loads((benchmark.MEASURED / "h200_decode.json").read_text())["rows"]
+        committed = json.loads((benchmark_comparisons.MEASURED / "h200_decode.json").read_text())[
+            "rows"
+        ]
         (known,) = [
             row["us"]
             for row in committed
@@ -478,13 +490,13 @@ class TestBeside:
     def test_a_cpu_has_no_ceiling(self, tmp_path, monkeypatch):
         monkeypatch.setattr(timing, "ceilings", lambda **_: pytest.fail("measured a ceiling"))
         assert benchmark.measured_ceilings() == {}
-        monkeypatch.setattr(benchmark, "_draw_lines", lambda *_, **__: None)
+        monkeypatch.setattr(benchmark_pictures, "_draw_lines", lambda *_, **__: None)
         roofs, output = [], Output(tmp_path)
         monkeypatch.setattr(
-            benchmark, "_draw_roofline", lambda axes, rows, roof, look: roofs.append(roof)
+            benchmark_pictures, "_draw_roofline", lambda axes, rows, roof, look: roofs.append(roof)
         )
         monkeypatch.setattr(
-            benchmark.plotting,
+            benchmark_pictures.plotting,
             "figure",
             lambda path, title, **_: contextlib.nullcontext(unittest.mock.MagicMock()),
         )
@@ -494,15 +506,15 @@ class TestBeside:
             journal = Journal(tmp_path / "rows.jsonl")
             journal.sessions = [session]
             journal._keep(self.row())
-            (row,) = table = benchmark.finished(journal, Setup(1 << 30))
+            (row,) = table = benchmark_comparisons.finished(journal, Setup(1 << 30))
             assert row["gb_per_s"] > 0
             assert not {"of_read", "of_matmul", "of_ceiling"} & set(row)
-            benchmark.draw(output, table, journal)
+            benchmark_pictures.draw(output, table, journal)
         assert roofs == [{}, {}]
         assert output.files == ["roofline.png", "time_by_batch.png"] * 2
 
     def test_devices_are_not_compared_with_each_other(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(benchmark, "_draw_lines", lambda *_, **__: None)
+        monkeypatch.setattr(benchmark_pictures, "_draw_lines", lambda *_, **__: None)
         journal = Journal(tmp_path / "rows.jsonl")
         journal.sessions = [
             {"environment": {"devices": [name]}, "ceilings": {"read": 4400.0, "matmul": 700.0}}
@@ -510,11 +522,11 @@ class TestBeside:
         ]
         journal._keep(self.row(implementation="jnp", us=600.0, session=1))
         journal._keep(self.row())
-        table = benchmark.finished(journal, Setup(1 << 30))
+        table = benchmark_comparisons.finished(journal, Setup(1 << 30))
         assert not any("speed_over_jnp" in row for row in table if row["session"] == 0)
-        assert benchmark.best_words(table) == "2 shapes, no two times of one"
+        assert benchmark_tables.best_words(table) == "2 shapes, no two times of one"
         output = Output(tmp_path)
-        benchmark.draw(output, table, journal)
+        benchmark_pictures.draw(output, table, journal)
         assert output.files == ["roofline.png", "time_by_batch.png", "roofline_2.png",
                                 "time_by_batch_2.png"]  # fmt: skip
 
@@ -537,7 +549,7 @@ class TestBeside:
         ],
     )
     def test_profiles_by_device_kind(self, kind, name):
-        assert benchmark.profile_of(kind) is PROFILES.get(name)
+        assert benchmark_comparisons.profile_of(kind) is PROFILES.get(name)
 
     def test_plain_jax_runs_the_usual_rows_of_standard_where_a_kernel_runs_all(self):
         rows = preset("standard")

@@ -25,8 +25,8 @@ from experiments.framework.options import define_flags, flag, read_options
 from experiments.framework.results import SCHEMA, environment, validate_result, write_result
 from experiments.serving import demo, soak
 from experiments.speed import timing
-from experiments.speed.decode_bench import Setup
-from experiments.speed.decode_runner import Runner
+from experiments.speed.decode.runner import Runner
+from experiments.speed.decode.setup import Setup
 from mla_jax.allocator import PageAllocator
 from mla_jax.registry import IMPLEMENTATIONS
 
