@@ -7,8 +7,6 @@ from mla_jax.implementations.implementation import Implementation, Target
 from mla_jax.ragged.problem import RaggedProblem
 
 _MODULE = "prefill.attention"
-_DTYPES = ("bfloat16", "float16")
-_WIDTHS = ((128, 64, 128),)  # of k_nope, k_rope and v
 
 
 def _attend(problem: RaggedProblem) -> tuple[jax.Array, jax.Array]:
@@ -31,13 +29,17 @@ def _lacks(target: Target) -> str | None:
 
 
 def _refuses(problem: RaggedProblem) -> str | None:
-    if problem.q.dtype.name not in _DTYPES:
-        return f"it takes {' or '.join(_DTYPES)}, got {problem.q.dtype.name}"
-    widths = problem.k_nope.shape[-1], problem.k_rope.shape[-1], problem.v.shape[-1]
-    if widths not in _WIDTHS:
-        listed = " or ".join(map(str, _WIDTHS))
-        return f"it takes widths (k_nope, k_rope, v) of {listed}, got {widths}"
-    return modules_missing(_MODULE)
+    missing = modules_missing(_MODULE)
+    if missing is not None:
+        return missing
+    from pallas_kernels.hopper.prefill import attention
+
+    return attention.refusal(
+        problem.q.dtype,
+        nope_dim=problem.k_nope.shape[-1],
+        rope_dim=problem.k_rope.shape[-1],
+        v_dim=problem.v.shape[-1],
+    )
 
 
 RAGGED_HOPPER = Implementation("hopper", _attend, _refuses, _lacks, finds_invalid=True)
