@@ -46,6 +46,7 @@ PAGES: dict[str, dict[str, Writer]] = {
     "benchmarks/README.md": {
         "h200_decode": _of(speed.decode, "h200", "us"),
         "h200_decode_separated": _of(speed.decode, "h200", "us_separated"),
+        "h200_decode_sustained": _of(speed.decode, "h200", "us_sustained"),
         "h200_targets": _of(speed.targets, "h200"),
         "h200_options": _of(speed.options, "h200"),
         "h200_benchmark": _of(speed.classes, "h200", "h200/"),

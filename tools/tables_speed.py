@@ -26,9 +26,10 @@ BASELINES = {"flashmla": "FlashMLA", "flashinfer_fa3": "FlashInfer"}
 COLUMNS = {  # how launches follow each other
     "us": "back to back",
     "us_separated": "with a small dependent kernel between launches, whose time is included",
+    "us_sustained": "back to back for 0.15 seconds without a pause",
 }
-# The README's rows: (heads, query tokens, requests, lengths, KV tokens per request). A baseline is
-# ahead in two of them: 64 ragged requests of 64 heads, and one request of 128 heads.
+BAR_COLUMNS = "us", "us_separated"  # those that have targets
+# The README's rows: (heads, query tokens, requests, lengths, KV tokens per request).
 SUMMARY = (
     (16, 1, 1, "uniform", 16384),
     (16, 1, 16, "uniform", 1024),
@@ -116,7 +117,7 @@ def made(root: Path, card: str) -> str:
 def decode(root: Path, card: str, column: str) -> str:
     """Our decode kernels and the baselines, in one of `COLUMNS`."""
     shapes = beside_baselines(root, card)
-    versions = any("kernel" in found[OURS] for found in shapes.values())
+    versions = len({found[OURS].get("kernel") for found in shapes.values()}) > 1
     lines = []
     for shape, found in shapes.items():
         ours = found[OURS]
@@ -179,7 +180,7 @@ def targets(root: Path, card: str) -> str:
     for shape, found in beside_baselines(root, card).items():
         ours = found[OURS]
         rates = {"gb_per_s": ours["gb_per_s"]}
-        rates |= {f"speed_over_peer_{key}": fastest(found, key) / ours[key] for key in COLUMNS}
+        rates |= {f"speed_over_peer_{key}": fastest(found, key) / ours[key] for key in BAR_COLUMNS}
         rows.append(dataclasses.asdict(shape) | {"implementation": KERNEL} | rates)
     known = set()
     for experiment, name in (("kernel_bench", variant("multiply").name), ("benchmark", KERNEL)):
@@ -195,6 +196,8 @@ def targets(root: Path, card: str) -> str:
         if bar["met"] is None:
             continue
         digits = 0 if bar["wanted"] > 100 else 2
+        if not bar["met"] and round(bar["worst"], digits) >= bar["wanted"]:
+            digits += 1  # so that the number shows why the target is missed
         what = "separated" if bar["column"].endswith("_separated") else ""
         met = "**" * (not bar["met"])
         lines.append([
