@@ -3,6 +3,8 @@
 
 comma := ,
 VENV := .venv
+# Two recipes run at a time: lint, while the compiler of the Hopper kernels is installed.
+MAKEFLAGS += $(if $(MAKELEVEL:0=),,--jobs=2)
 NVIDIA_GPU := $(wildcard /dev/nvidiactl /dev/dxg)
 ifdef PYTHON
 ENVIRONMENT :=
