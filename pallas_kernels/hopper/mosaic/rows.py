@@ -7,10 +7,13 @@ which a kernel holds them.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, llvm, vector
 from jax.experimental import pallas as pl
@@ -146,10 +149,12 @@ class Rows:
         """Stores values [64], one per row of a WGMMA tile (ROWS), to ref [..., R]."""
 
         def places(array: Any, strides: list[int]) -> Places:
-            del strides
             row, _ = place_in_tile()
-            stores = ((8 * i, 8 * i, scalar_of(x)) for i, x in enumerate(array.registers.flat))
-            return row, row, stores
+            stores = (
+                (8 * i, 8 * i * strides[0], scalar_of(x))
+                for i, x in enumerate(array.registers.flat)
+            )
+            return row, arith.muli(row, mgpu.utils.c(strides[0], row.type)), stores
 
         self._store(g, ref, values, ROWS, places)
 
@@ -293,6 +298,38 @@ class Rows:
         # The view begins at the first row. The store's size is not limited to that of the view.
         rows = pl.ds(self.first, min(self.height, ref.shape[len(self.at)]))
         store(ref.at[*self.at, rows, *columns], value, *limit)
+
+
+@dataclasses.dataclass(frozen=True)
+class CountedRows(Rows):
+    """Rows first .. first + number - 1 of an array, at most `height`.
+
+    first: any row. number: traced. The rows are the first dimension of the array.
+    """
+
+    number: Any = None
+
+    @staticmethod
+    def of_ragged_tile(first: Any, number: Any, height: int) -> "CountedRows":
+        return CountedRows((), first, height, height, ragged=True, number=number)
+
+    @property
+    def count(self) -> Any:
+        return self.number
+
+    def store(self, ref: Any, value: Any, *columns: Any) -> None:
+        """Stores the rows by assignments of 2^n rows, in the interpreter only."""
+        number = jnp.clip(self.number, 0, self.height)
+
+        def part(size: int) -> None:
+            begin = number // (2 * size) * (2 * size)
+            rows = pl.ds(self.first + begin, size)
+            ref.at[rows, *columns][...] = lax.dynamic_slice_in_dim(value, begin, size)
+
+        size = self.height
+        while size:
+            pl.when((number & size) > 0)(functools.partial(part, size))
+            size //= 2
 
 
 def _index(row: ir.Value, stride: int, column: ir.Value) -> ir.Value:

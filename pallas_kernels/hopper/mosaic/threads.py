@@ -16,9 +16,10 @@ from jax._src.lib.mlir.dialects import arith, llvm, vector
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.mosaic.wgmma import operand
+from pallas_kernels.hopper.mosaic.wgmma import operand, panels
 
 WGMMA_OPERAND = operand(2)  # tiling and swizzle of a 16-bit array in shared memory
+PANELS = panels()  # swizzle of 16-bit panels [k / 64, rows, 64] in shared memory
 CHUNK_BYTES = 16  # what a thread copies at once, and the unit that swizzling permutes
 
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value per row of a (64, n) WGMMA tile

@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LINE_BYTES = 128  # bytes per line of a swizzled tile
 K_BYTES = 32  # bytes per line that one wgmma reads
+PANEL_RANK = 3  # of refs to panels
 
 
 def operand(itemsize: int) -> Any:
@@ -27,19 +28,35 @@ def operand(itemsize: int) -> Any:
     )
 
 
+def panels() -> Any:
+    """Returns the swizzle of panels: arrays [lines, m, 128 bytes] in shared memory.
+
+    A panel has the layout of one column of tiles of `operand`. TMA can begin a panel at any row,
+    and a column of tiles only at a multiple of 8 rows.
+    """
+    return (plgpu.SwizzleTransform(LINE_BYTES),)  # type: ignore[abstract]
+
+
 def products(a: ir.Value, b: ir.Value) -> list[ir.Value]:
     """Starts a @ b.T, leaves it in flight and returns its accumulators, n / 2 per thread.
 
-    a, b: SMEM refs (64, k) and (n, k), as `operand` tiles them: [m / 8, lines, 8, 128 bytes].
+    a, b: SMEM refs (64, k) and (n, k), as `operand` tiles them: [m / 8, lines, 8, 128 bytes]; or
+        panels [lines, m, 128 bytes].
     """
-    (rows, lines, *_), element = ir.MemRefType(b.type).shape, ir.MemRefType(b.type).element_type
+    b_type = ir.MemRefType(b.type)
+    element = b_type.element_type
+    if len(b_type.shape) == PANEL_RANK:
+        lines, n, _ = b_type.shape
+    else:
+        groups, lines, *_ = b_type.shape
+        n = 8 * groups
     nvvm.wgmma_fence_aligned()
     starts = [(_start_in_sixteens(tile), tile) for tile in (a, b)]
     registers: list[ir.Value] = []
     for line in range(lines):
         for offset in range(0, LINE_BYTES, K_BYTES):
             descriptors = [_descriptor(*start, line, offset) for start in starts]
-            registers = _wgmma(registers, 8 * rows, element, *descriptors)
+            registers = _wgmma(registers, n, element, *descriptors)
     nvvm.wgmma_commit_group_sync_aligned()
     return registers
 
@@ -57,12 +74,16 @@ def _descriptor(start: ir.Value, tile: ir.Value, line: int, offset: int) -> ir.V
 
     Args:
         start: from `_start_in_sixteens`.
-        tile: the ref, in swizzled tiles [m / 8, lines, 8, 128 bytes].
+        tile: the ref, in swizzled tiles [m / 8, lines, 8, 128 bytes] or panels.
         line: the index of the line.
         offset: a multiple of K_BYTES.
     """
     i64 = ir.IntegerType.get_signless(64)
-    (group_stride, line_stride, *_), _ = ir.MemRefType(tile.type).get_strides_and_offset()
+    strides, _ = ir.MemRefType(tile.type).get_strides_and_offset()
+    if len(strides) == PANEL_RANK:
+        line_stride, group_stride = strides[0], 8 * strides[1]
+    else:
+        group_stride, line_stride, *_ = strides
     itemsize = mgpu.utils.bytewidth(ir.MemRefType(tile.type).element_type)
     further = line * line_stride * itemsize + offset
     place = arith.addi(start, mgpu.utils.c(further >> 4, start.type))
