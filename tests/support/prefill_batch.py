@@ -11,9 +11,7 @@ SCALE = 192**-0.5
 class RaggedBatch:
     """Requests with (queries, keys) each, packed with rows of NaN around them.
 
-    gap: rows of NaN before each request and behind the last, in q and in the keys. The rows of a
-        gap of q belong to no request where it is the first or the last, else to a request of
-        their own without keys.
+    gap: rows of NaN behind the last request, in q and in the keys.
     """
 
     def __init__(
@@ -30,21 +28,14 @@ class RaggedBatch:
     ):
         self.causal, self.heads, self.widths = causal, heads, widths
         nope, rope, v_dim = widths
-        between = [(gap, 0)] if gap else []
-        self.lens = [*between]
-        for n, m in lens:
-            self.lens += [(n, m), *between]
-        q_lens, kv_lens = np.array(self.lens).T
-        # In the keys a gap is no request, so it lies between the end of one and the next.
+        self.lens = lens
+        q_lens, kv_lens = np.array(lens).T
         self.cu_q = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
         self.cu_kv = np.concatenate([[0], np.cumsum(kv_lens)]).astype(np.int32)
         rows, keys = int(self.cu_q[-1]) + gap, int(self.cu_kv[-1]) + gap
         draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
         self.q, self.k = draw(rows, heads, nope + rope), draw(keys, heads, nope)
         self.k_rope, self.v = draw(keys, rope), draw(keys, heads, v_dim)
-        for b, (n, m) in enumerate(self.lens):
-            if m == 0:
-                self.q[self.cu_q[b] : self.cu_q[b + 1]] = poison
         self.q[self.cu_q[-1] :] = poison
         for x in (self.k, self.k_rope, self.v):
             x[self.cu_kv[-1] :] = poison

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from mla_jax.hal import TilePlanError
 from pallas_kernels.hopper import device
+from pallas_kernels.hopper.config import ITEMSIZE
 from pallas_kernels.hopper.prefill.config import PrefillConfig
 from pallas_kernels.hopper.prefill.kernel import prefill
 from pallas_kernels.hopper.prefill.refs import PrefillCall
@@ -58,19 +59,20 @@ def attend_ragged(
         v: [Tk, H, v_dim].
         cu_q_lens: [B + 1] int32: request b has the query rows cu_q_lens[b] .. cu_q_lens[b + 1] - 1.
         cu_kv_lens: [B + 1] int32, likewise its keys.
-        work: `work_items.work_list` of these lengths; None: it is made here.
-        config: of the kernel; None: `default_config`.
+        work: `plan` of these lengths; None: it is made here.
+        config: of the kernel; None: the default one for these widths.
         interpret: `plgpu.InterpretGPUParams()` runs the kernel on a CPU; None: on the GPU.
 
     Returns:
         o [Tq, H, v_dim] of q's dtype and lse [Tq, H] float32, natural log. Rows that see no key,
         and rows of no request, have o = 0 and lse = -inf. The rows of an invalid request
-        (`work_items.work_list`) are NaN.
+        (`work_items.valid_requests`) are NaN.
 
     Raises:
         ValueError: arrays of other shapes or dtypes.
         TilePlanError: widths that the kernel can't have.
     """
+    k_rope = None if k_rope is None or not k_rope.shape[1] else k_rope
     rope_dim = 0 if k_rope is None else k_rope.shape[1]
     nope_dim = q.shape[2] - rope_dim
     v_dim = k_nope.shape[2] - nope_dim if v is None else v.shape[2]
@@ -82,7 +84,7 @@ def attend_ragged(
         lse = jnp.full((num_queries, num_heads), -jnp.inf, jnp.float32)
         return jnp.zeros((num_queries, num_heads, v_dim), q.dtype), lse
     if work is None:
-        work = work_list(cu_q_lens, cu_kv_lens, num_queries, num_keys, causal=causal)
+        work = plan(cu_q_lens, cu_kv_lens, num_queries, num_keys, num_heads, config, causal=causal)
     return prefill(
         PrefillCall(
             q=_at_least(q, LEAST_QUERIES),
@@ -97,6 +99,29 @@ def attend_ragged(
             num_ctas=device.num_sms() if interpret is None else 2,
             interpret=interpret,
         )
+    )
+
+
+def plan(
+    cu_q_lens: jax.Array,
+    cu_kv_lens: jax.Array,
+    num_queries: int,
+    num_keys: int,
+    num_heads: int,
+    config: PrefillConfig,
+    *,
+    causal: bool,
+) -> WorkList:
+    """Returns the work list of `attend_ragged`, which calls for several layers can share."""
+    return work_list(
+        cu_q_lens,
+        cu_kv_lens,
+        num_queries,
+        num_keys,
+        causal=causal,
+        num_heads=num_heads,
+        bytes_per_key=(config.nope_dim + config.v_dim) * ITEMSIZE,
+        heads_at_once=config.heads_at_once,
     )
 
 

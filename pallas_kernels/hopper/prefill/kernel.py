@@ -87,7 +87,7 @@ class Scheduler:
 
     def run(self) -> None:
         cta = self.cta
-        num_items = cta.inputs.work.num_tiles[0] * cta.call.num_heads
+        num_items = cta.inputs.work.counts[0] * cta.call.num_heads
 
         def run_one(carry: tuple) -> tuple:
             k, n, index, *fields = carry
@@ -124,9 +124,9 @@ class Scheduler:
         exists = index < num_items
         tile, head = place_of_item(
             jnp.where(exists, index, 0),
-            jnp.maximum(cta.inputs.work.num_tiles[0], 1),
+            jnp.maximum(cta.inputs.work.counts[0], 1),
             cta.call.num_heads,
-            cta.call.heads_at_once,
+            cta.inputs.work.counts[1],
         )
         fields = Tile(*(cta.inputs.work.tiles[tile, i] for i in range(len(Tile._fields))))
         item = Item(jnp.where(exists, head, NO_ITEM), *fields)

@@ -14,7 +14,6 @@ from pallas_kernels.hopper.prefill.config import (
     CHECKERS,
     COMPUTING,
     ITEM_STAGES,
-    L2_BYTES,
     PANEL,
     PrefillConfig,
 )
@@ -116,17 +115,6 @@ class PrefillCall:
     @property
     def num_heads(self) -> int:
         return self.q.shape[1]
-
-    @property
-    def heads_at_once(self) -> int:
-        """Heads whose tiles are in work at the same time: their keys and values fit in L2."""
-        config = self.config
-        heads = config.heads_at_once
-        if heads is None:
-            per_head = self.k_nope.shape[0] * (config.nope_dim + config.v_dim) * 2
-            groups = -(-self.num_heads * per_head // L2_BYTES)
-            heads = -(-self.num_heads // groups)
-        return min(heads, self.num_heads)
 
     @property
     def log2_scale(self) -> float:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hopper.prefill.config import TILE_ROWS
+from pallas_kernels.hopper.prefill.config import L2_BYTES, TILE_ROWS
 
 NO_ITEM = -1  # the head of an item that does not exist
 
@@ -56,48 +56,71 @@ class WorkList(NamedTuple):
     """The tiles of a launch, longest first."""
 
     tiles: Any  # [most tiles, TILE_FIELDS] int32, as `Tile`
-    num_tiles: Any  # [1] int32
+    counts: Any  # [2] int32: how many tiles there are, and heads in work at the same time
 
 
 def most_tiles(num_queries: int, num_requests: int) -> int:
     """Returns an upper limit of the tiles of requests with so many query rows together.
 
-    Rows before the first request and behind the last have tiles too, as requests of their own.
+    The rows behind the last request have tiles too, as a request of their own.
     """
-    with_rows = min(num_requests + 2, num_queries)
+    with_rows = min(num_requests + 1, num_queries)
     return (num_queries + 2 * (TILE_ROWS - 1) * with_rows) // TILE_ROWS
 
 
-def work_list(
+def valid_requests(
     cu_q_lens: jax.Array, cu_kv_lens: jax.Array, num_queries: int, num_keys: int, *, causal: bool
+) -> jax.Array:
+    """Returns [B] bool: whether the bounds of each request can be.
+
+    A request is invalid if its queries or keys end before they start, start before an earlier
+    request ends, or end past the arrays; if it is the first and does not start at 0; or if it is
+    causal and has more queries than keys. Arguments as in `work_list`.
+    """
+
+    def in_order(bounds: jax.Array, total: int) -> jax.Array:
+        start, end = bounds[:-1], bounds[1:]
+        earlier = jnp.pad(jnp.maximum(lax.cummax(bounds)[1:-1], 0), (1, 0))
+        return (start == earlier) & (start <= end) & (end <= total)
+
+    valid = in_order(cu_q_lens, num_queries) & in_order(cu_kv_lens, num_keys)
+    return valid & (jnp.diff(cu_q_lens) <= jnp.diff(cu_kv_lens)) if causal else valid
+
+
+def work_list(
+    cu_q_lens: jax.Array,
+    cu_kv_lens: jax.Array,
+    num_queries: int,
+    num_keys: int,
+    *,
+    causal: bool,
+    num_heads: int,
+    bytes_per_key: int,
+    heads_at_once: int | None = None,
 ) -> WorkList:
     """Returns the tiles of packed requests.
 
-    The tiles cover every query row exactly once, whatever the arrays hold. A request is invalid if
-    its rows of q or of the keys decrease, end past the arrays or begin before an earlier request
-    ends, or if it is causal and has more queries than keys, but some keys. Its rows are those from the latest end
-    before it up to its own end.
+    The tiles cover every query row exactly once, whatever the arrays hold. A row belongs to the
+    first request that ends behind it. Rows of invalid requests become NaN (`valid_requests`).
 
     Args:
         cu_q_lens: [B + 1] int32, where requests begin and end among the query rows.
         cu_kv_lens: [B + 1] int32, likewise among the keys.
         num_queries, num_keys: rows of q and of the keys.
         causal: whether query i of n sees the keys up to num_keys_of_request - n + i.
+        num_heads: of q.
+        bytes_per_key: of K and V of one head.
+        heads_at_once: heads whose tiles are in work at the same time; None: as many as have keys
+            and values that fit in L2.
     """
-    ends = lax.cummax(jnp.clip(cu_q_lens, 0, num_queries))
+    valid = valid_requests(cu_q_lens, cu_kv_lens, num_queries, num_keys, causal=causal)
+    ends = lax.cummax(jnp.clip(cu_q_lens, 0, num_queries))[1:]
     edges = jnp.concatenate([jnp.zeros(1, jnp.int32), ends, jnp.full(1, num_queries, jnp.int32)])
-    first, end = edges[:-1], edges[1:]
-    queries = end - first
-
-    kv_first, kv_end = cu_kv_lens[:-1], cu_kv_lens[1:]
-    keys = kv_end - kv_first
-    valid = (cu_q_lens[:-1] == ends[:-1]) & (cu_q_lens[1:] == ends[1:])
-    valid &= (kv_first >= 0) & (keys >= 0) & (kv_end <= num_keys)
-    if causal:
-        valid &= (keys >= cu_q_lens[1:] - cu_q_lens[:-1]) | (keys == 0)
-    # Rows of no request see no key.
-    keys, kv_first = (jnp.pad(jnp.where(valid, x, 0), 1) for x in (keys, kv_first))
-    invalid = jnp.pad((~valid).astype(jnp.int32), 1)
+    first, queries = edges[:-1], jnp.diff(edges)
+    # Rows behind the last request, and those of invalid ones, see no key.
+    keys = jnp.pad(jnp.where(valid, jnp.diff(cu_kv_lens), 0), (0, 1))
+    kv_first = jnp.pad(jnp.where(valid, cu_kv_lens[:-1], 0), (0, 1))
+    invalid = jnp.pad((~valid).astype(jnp.int32), (0, 1))
 
     # `ahead` rows of a request's first tile are missing, so that the other tiles are aligned.
     ahead = (keys - queries) % TILE_ROWS if causal else jnp.zeros_like(keys)
@@ -113,7 +136,7 @@ def work_list(
     stop = jnp.minimum(begin + TILE_ROWS, queries[request])
     begin = jnp.maximum(begin, 0)
     num_rows = jnp.where(exists, stop - begin, 0)
-    keys, queries = keys[request], queries[request]
+    keys_of_requests, keys, queries = keys, keys[request], queries[request]
     limit = keys - queries + begin if causal else keys - 1
     seen = limit + num_rows if causal else keys
     num_blocks = jnp.where(exists & (keys > 0), (seen + TILE_ROWS - 1) // TILE_ROWS, 0)
@@ -128,17 +151,23 @@ def work_list(
     )
     # Tiles that do not exist are last.
     longest_first = jnp.argsort(jnp.where(exists, -num_blocks, 1), stable=True)
-    return WorkList(jnp.stack(tile, axis=1)[longest_first], tile_end[-1:])
+    if heads_at_once is None:
+        kilobytes = jnp.sum(keys_of_requests) // 16 * bytes_per_key // 64
+        groups = jnp.maximum(num_heads * kilobytes // (L2_BYTES // 1024), 1)
+        heads = (num_heads + groups - 1) // groups
+    else:
+        heads = jnp.int32(min(heads_at_once, num_heads))
+    return WorkList(jnp.stack(tile, axis=1)[longest_first], jnp.stack([tile_end[-1], heads]))
 
 
-def place_of_item(index: Any, num_tiles: Any, num_heads: int, heads_at_once: int) -> Any:
+def place_of_item(index: Any, num_tiles: Any, num_heads: int, heads_at_once: Any) -> Any:
     """Returns (tile, head) of the work item with this index.
 
     The items of `heads_at_once` heads come before those of the next ones. Among these, all heads of
     a tile come before the next tile.
     """
-    group = index // (num_tiles * heads_at_once)
+    group = lax.div(index, num_tiles * heads_at_once)
     first_head = group * heads_at_once
     heads = jnp.minimum(heads_at_once, num_heads - first_head)
     within = index - group * num_tiles * heads_at_once
-    return within // heads, first_head + within % heads
+    return lax.div(within, heads), first_head + lax.rem(within, heads)
