@@ -38,6 +38,24 @@ def causal_batch(seed, lens):
     return PrefillBatch(np.random.default_rng(seed), lens, rows=ROWS, keys=KEYS, heads=HEADS)
 
 
+def test_all_keys_visible_interpreted(races):
+    """Without a causal mask there may be more queries than keys, or no keys."""
+    lens = [(30, 130), (70, 5), (3, 0), (20, 128)]
+    batch = PrefillBatch(
+        np.random.default_rng(3),
+        lens,
+        rows=130,
+        keys=270,
+        heads=1,
+        dtype=jnp.float16,
+        widths=(128, 0, 128),
+        causal=False,
+    )
+    batch.poison(batch.cu_kv[2])  # the first key of the last request, whose rows see it
+    batch.check(*run(batch, joined=False), lse_of_spoiled=False)
+    assert not races.found
+
+
 def test_interpreted(races):
     """A short request, a chunk behind a prefix in two tiles, one query, and one without queries.
 
@@ -58,24 +76,6 @@ def test_invalid_requests_interpreted(races):
     batch.lens = [(20, 40), (0, 0), (0, 0), (0, 0)]
     batch.cu_kv[3] = KEYS + 1
     batch.check(*run(batch, joined=True), invalid=[slice(20, 50)])
-    assert not races.found
-
-
-def test_all_keys_visible_interpreted(races):
-    """Without a causal mask there may be more queries than keys, or no keys."""
-    lens = [(30, 130), (70, 5), (3, 0), (20, 128)]
-    batch = PrefillBatch(
-        np.random.default_rng(3),
-        lens,
-        rows=130,
-        keys=270,
-        heads=1,
-        dtype=jnp.float16,
-        widths=(128, 0, 128),
-        causal=False,
-    )
-    batch.poison(batch.cu_kv[2])  # the first key of the last request, whose rows see it
-    batch.check(*run(batch, joined=False), lse_of_spoiled=False)
     assert not races.found
 
 

@@ -71,12 +71,13 @@ def load(cta: Cta) -> None:
     """Runs the loader warpgroup, each of whose warps has a role of its own."""
     cta.g.take_registers(cta.config.warpgroup_registers, LOADER)
 
-    @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
-    def _roles() -> None:
+    def run_warp() -> None:
         warp = lax.axis_index("warp")
         pl.when(warp == 0)(Scheduler(cta).run)
         pl.when(warp == 1)(ValueLoader(cta).run)
         pl.when(warp >= FIRST_CHECKER)(Checker(cta, warp - FIRST_CHECKER).run)
+
+    pl.kernel(run_warp, mesh=plgpu.WarpMesh(axis_name="warp"))()
 
 
 @dataclasses.dataclass(frozen=True)
