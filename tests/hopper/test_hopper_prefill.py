@@ -18,6 +18,7 @@ from pallas_kernels.hopper.prefill.work_items import (
     WorkList,
     most_tiles,
     place_of_item,
+    valid_requests,
     work_list,
 )
 
@@ -106,11 +107,8 @@ def test_compiles_for_sm90a(h200):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_tiles_cover_every_row_once(causal):
-    make = jax.jit(
-        functools.partial(
-            work_list, num_queries=1000, num_keys=3000, causal=causal, num_heads=5, bytes_per_key=512
-        )
-    )
+    sizes = {"num_queries": 1000, "num_keys": 3000, "num_heads": 5, "bytes_per_key": 512}
+    make = jax.jit(functools.partial(work_list, causal=causal, **sizes))
     rng = np.random.default_rng(5)
     for _ in range(20):
         lens = random_lengths(rng, 6, 1000, 3000, causal=causal)
@@ -141,11 +139,28 @@ def test_tiles_cover_every_row_once(causal):
         assert (covered == 1).all()
 
 
+def test_valid_requests():
+    for cu_q, cu_kv, wanted in [
+        ([0, 1, 1, 10], [0, 5, 7, 20], [True, True, True]),
+        ([0, 6, 8, 10], [0, 5, 7, 20], [False, True, True]),  # more queries than keys
+        ([0, 6, 5, 9], [0, 6, 6, 20], [True, False, False]),  # decreasing, and then too early
+        ([0, 1, 2, 11], [0, 5, 7, 20], [True, True, False]),  # past the arrays
+        ([0, 1, 2, 3], [0, 5, 7, 21], [True, True, False]),
+        ([1, 1, 2, 3], [0, 5, 7, 20], [False, True, True]),  # does not begin at 0
+        ([0, 1, 2, 3], [-9, -5, 7, 20], [False, False, True]),
+    ]:
+        cu = (jnp.array(x, jnp.int32) for x in (cu_q, cu_kv))
+        assert valid_requests(*cu, 10, 20, causal=True).tolist() == wanted
+    cu = (jnp.array(x, jnp.int32) for x in ([0, 6, 10], [0, 5, 5]))
+    assert valid_requests(*cu, 10, 20, causal=False).all()
+
+
 def test_items_cover_every_tile_of_every_head_once():
     places = [place_of_item(np.int32(i), 3, 7, np.int32(4)) for i in range(21)]
-    assert sorted((int(t), int(h)) for t, h in places) == [(t, h) for t in range(3) for h in range(7)]
-    assert {int(h) for _, h in places[:12]} == {0, 1, 2, 3}
-    assert [int(t) for t, _ in places[:12]] == sorted(int(t) for t, _ in places[:12])
+    places = [(int(tile), int(head)) for tile, head in places]
+    assert sorted(places) == [(tile, head) for tile in range(3) for head in range(7)]
+    assert {head for _, head in places[:12]} == {0, 1, 2, 3}
+    assert [tile for tile, _ in places[:12]] == sorted(tile for tile, _ in places[:12])
 
 
 def test_refusals_name_the_reason():

@@ -56,7 +56,7 @@ class PrefillBatch:
         return tuple(None if x is None else jnp.asarray(x) for x in arrays)
 
     def reference(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns o and lse in float64; NaN in rows that see a key or a value that is not finite."""
+        """Returns o and lse in float64; NaN in rows that see a key or value that is not finite."""
         rows, heads, _ = self.q.shape
         nope, _, v_dim = self.widths
         o, lse = np.zeros((rows, heads, v_dim)), np.full((rows, heads), -np.inf)

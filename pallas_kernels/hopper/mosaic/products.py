@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, nvvm, vector
+from jax._src.lib.mlir.dialects import nvvm, vector
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -200,9 +200,7 @@ class Products(Values):
         def widen(ctx, tile):
             del ctx
             registers = list(tile.registers.flat)
-            kind = ir.VectorType(registers[0].type)
-            nothing = ir.FloatAttr.get(kind.element_type, 0.0)
-            zero = arith.constant(kind, ir.DenseElementsAttr.get_splat(kind, nothing))
+            zero = mgpu.utils.c(0.0, registers[0].type)
             more = len(registers) * n // tile.shape[1] - len(registers)
             return array_of([*registers, *(zero for _ in range(more))], (64, n), mgpu.WGMMA_LAYOUT)
 

@@ -19,7 +19,6 @@ from pallas_kernels.hopper.mosaic.threads import (
     thread,
 )
 
-
 NO_ROW = 1 << 30  # above all rows
 
 

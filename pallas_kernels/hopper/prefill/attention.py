@@ -19,7 +19,7 @@ LEAST_QUERIES = 64  # rows that a copy of q has
 
 
 def refusal(dtype: Any, *, nope_dim: int, rope_dim: int, v_dim: int) -> str | None:
-    """Returns why the kernel can't take arrays of this dtype and these widths; None where it can."""
+    """Returns why the kernel can't take this dtype and these widths; None where it can."""
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 or float16, got {dtype.name}"

@@ -181,7 +181,7 @@ class ComputingWarpgroup:
         return m, jnp.exp2(s * scale - per_row(m, s.shape))
 
     def release_k(self, stage: Any, is_last: Any) -> None:
-        """Signals that the scores of a block are complete, and after the last one that q is free."""
+        """Signals that the scores of a block are complete, and that q is free after the last."""
         scratch = self.cta.scratch
         plgpu.barrier_arrive(scratch.k_empty.at[stage])
         plgpu.barrier_arrive(scratch.q_empty.at[self.index], predicate=is_last)

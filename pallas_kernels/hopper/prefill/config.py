@@ -54,7 +54,9 @@ class PrefillConfig:
             got = getattr(self, name)
             self._require(name, got in widths, " or ".join(map(str, widths)))
         self._require("stages", self.stages in (2, 3), "2 or 3")
-        fits = len(self.registers) == 2 and all(r % 8 == 0 and 24 <= r <= 256 for r in self.registers)
+        fits = len(self.registers) == 2 and all(
+            r % 8 == 0 and 24 <= r <= 256 for r in self.registers
+        )
         self._require("registers", fits, "2 multiples of 8 in 24 .. 256 (setmaxnreg)")
         least = 1 if self.heads_at_once is None else self.heads_at_once
         self._require("heads_at_once", least >= 1, "an integer >= 1")

@@ -167,6 +167,7 @@ class Scheduler:
                 source = cta.inputs.k_nope.at[rows, item.head, pl.ds(PANEL * panel, PANEL)]
             else:
                 column = PANEL * (panel - config.nope_panels)
+                assert cta.inputs.k_rope is not None
                 source = cta.inputs.k_rope.at[rows, pl.ds(column, PANEL)]
             plgpu.copy_gmem_to_smem(
                 source, cta.scratch.k.at[stage, panel], cta.scratch.k_full.at[stage]
