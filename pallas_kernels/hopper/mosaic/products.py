@@ -5,10 +5,10 @@ it.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import nvvm, vector
@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.mosaic.threads import PANELS, array_of
+from pallas_kernels.hopper.mosaic.threads import PANELS, SCALAR, array_of
 from pallas_kernels.hopper.mosaic.values import Values, per_row
-from pallas_kernels.hopper.mosaic.wgmma import PANEL_RANK, operand, products
+from pallas_kernels.hopper.mosaic.wgmma import PANEL_RANK, add_product, operand, products
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,20 +130,11 @@ class Products(Values):
         )
         def start(ctx, a, b):
             del ctx
-            registers = products(a, b)
-            layout = mgpu.WGMMA_LAYOUT
-            array = np.empty(layout.registers_shape((64, n)), dtype=object)
-            pair = ir.VectorType.get((2,), registers[0].type)
-            array.flat[:] = [
-                vector.from_elements(pair, registers[i : i + 2])
-                for i in range(0, len(registers), 2)
-            ]
-            signed = True if dtype == jnp.int32 else None
-            return mgpu.FragmentedArray(_registers=array, _layout=layout, _is_signed=signed)
+            return _of_accumulators(products(a, b), (64, n), dtype)
 
         return start(a, b)
 
-    def plus_product(self, value, a, b) -> jax.Array:
+    def plus_product(self, value, a, b, skips=None) -> jax.Array:
         """Starts value + a @ b, in the registers of value, and leaves it in flight.
 
         Only `completed` may read the result, after a wait.
@@ -152,26 +143,35 @@ class Products(Values):
             value: float32 (64, n).
             a: (64, k) of 16 bits in registers, k a multiple of 64.
             b: SMEM panels [n / 64, k, 64] of a's dtype.
+            skips: whether to leave out the second half of k, where a is 0; None: never.
         """
         if self.interpreting:
             left = a.astype(jnp.float32)
             return value + jnp.dot(left, _joined(b[...]), precision="highest")
 
+        flags = () if skips is None else (skips.astype(jnp.int32),)
+
         @plgpu.inline_mgpu(
-            arg_types=(plgpu.Layout.WGMMA, plgpu.Layout.WGMMA, plgpu.RefType(PANELS)),
+            arg_types=(
+                plgpu.Layout.WGMMA,
+                plgpu.Layout.WGMMA,
+                plgpu.RefType(PANELS),
+                *(SCALAR for _ in flags),
+            ),
             return_type=plgpu.ShapeDtypeStruct(value.shape, value.dtype, plgpu.Layout.WGMMA),
         )
-        def start(ctx, value, a, b):
+        def start(ctx, value, a, b, *flags):
             del ctx
-            value = mgpu.fragmented_array.optimization_barrier(value)
-            # wgmma itself fences the registers of a, and so those of the accumulator.
-            acc = mgpu.WGMMAAccumulator.from_registers(value, sync=False)
-            tiles = mgpu.utils.memref_unfold(b, 1, [None, 8])
-            acc = mgpu.wgmma(acc, a, mgpu.utils.memref_transpose(tiles, (1, 0, 2, 3)))
+            value, a = mgpu.fragmented_array.optimization_barrier(value, a)
+            nvvm.wgmma_fence_aligned()
+            # Registers of two values, in the order in which wgmma counts its accumulators.
+            singles = [vector.extract(x, [], [i]) for x in value.registers.flat for i in range(2)]
+            flag = flags[0].registers.item() if flags else None
+            singles = add_product(singles, list(a.registers.flat), b, flag)
             nvvm.wgmma_commit_group_sync_aligned()
-            return acc.value
+            return _of_accumulators(singles, value.shape)
 
-        return start(value, a, b)
+        return start(value, a, b, *flags)
 
     def completed(self, product) -> jax.Array:
         """Returns the value of a product in flight. The caller has waited for it."""
@@ -205,6 +205,15 @@ class Products(Values):
             return array_of([*registers, *(zero for _ in range(more))], (64, n), mgpu.WGMMA_LAYOUT)
 
         return widen(value)
+
+
+def _of_accumulators(
+    registers: list[ir.Value], shape: tuple[int, int], dtype: Any = jnp.float32
+) -> mgpu.FragmentedArray:
+    """Returns the WGMMA tile that accumulators of wgmma are, one value per register."""
+    pair = ir.VectorType.get((2,), registers[0].type)
+    pairs = [vector.from_elements(pair, registers[i : i + 2]) for i in range(0, len(registers), 2)]
+    return array_of(pairs, shape, mgpu.WGMMA_LAYOUT, True if dtype == jnp.int32 else None)
 
 
 def _joined(panels: jax.Array) -> jax.Array:

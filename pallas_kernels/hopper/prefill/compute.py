@@ -86,12 +86,16 @@ class ComputingWarpgroup:
         """Returns maxima (log2 units), sums of P and O of an item with a block at least."""
         cta, g, scratch = self.cta, self.cta.g, self.cta.scratch
         carry = self.first_block(n, item)
-        carry = lax.fori_loop(1, item.num_blocks, functools.partial(self.step, n, item), carry)
+        second = functools.partial(self.step, n, item, 1, carry, skips=self.sees_half(item))
+        carry = lax.cond(item.num_blocks > 1, second, lambda: carry)
+        carry = lax.fori_loop(2, item.num_blocks, functools.partial(self.step, n, item), carry)
         last = item.num_blocks - 1
         stage = cta.stage(n + last)
         pl.when(last > 0)(lambda: plgpu.barrier_wait(scratch.v_full.at[stage]))
         self.take_turn()
-        o = g.plus_product(carry.o, carry.p, scratch.v.at[stage])
+        skips = self.sees_half(item)
+        skips = None if skips is None else skips & (last == 0)
+        o = g.plus_product(carry.o, carry.p, scratch.v.at[stage], skips)
         self.pass_turn()
         total = carry.total.sum(axis=1)
         g.wait_mma(0)
@@ -143,15 +147,28 @@ class ComputingWarpgroup:
         o = g.full((HEIGHT, cta.config.v_dim), 0.0, plgpu.Layout.WGMMA)
         return Running(m, total, o, p)
 
-    def step(self, n: Any, item: Item, j: Any, carry: Running) -> Running:
-        """Scores an item's j-th block, and adds the block before to O."""
+    def sees_half(self, item: Item) -> Any:
+        """Returns whether no row sees the second half of the item's first block."""
+        config = self.cta.config
+        if not (config.trims and config.trims_values):
+            return None
+        last = item.limit + (HEIGHT * (self.index + 1) - 1 if self.cta.call.causal else 0)
+        return last - (item.num_blocks - 1) * config.block_keys < config.block_keys // 2
+
+    def step(self, n: Any, item: Item, j: Any, carry: Running, *, skips: Any = None) -> Running:
+        """Scores an item's j-th block, and adds the block before to O.
+
+        skips: whether the second half of the block before is hidden, if that is the first block;
+            None: it is a later one.
+        """
         cta, g, scratch = self.cta, self.cta.g, self.cta.scratch
         stage, before = cta.stage(n + j), cta.stage(n + j - 1)
         plgpu.barrier_wait(scratch.k_full.at[stage])
         self.take_turn()
         product = self.start_scores(stage, cta.config.block_keys)
-        pl.when(j > 1)(lambda: plgpu.barrier_wait(scratch.v_full.at[before]))
-        o = g.plus_product(carry.o, carry.p, scratch.v.at[before])
+        if not isinstance(j, int):  # The first block has been checked.
+            plgpu.barrier_wait(scratch.v_full.at[before])
+        o = g.plus_product(carry.o, carry.p, scratch.v.at[before], skips)
         self.pass_turn()
         g.wait_mma(1)
         s = g.completed(product)

@@ -29,6 +29,7 @@ class PrefillConfig:
         registers: per thread of a computing warpgroup and of the loader, as setmaxnreg takes.
         in_turns: whether the computing warpgroups issue their products in turns.
         trims: whether a warpgroup that sees half of a tile's last block scores only that half.
+        trims_values: whether it also multiplies only that half of P and V.
         heads_at_once: heads whose tiles are in work at the same time; None: as many as have keys
             and values that fit in L2.
 
@@ -45,6 +46,7 @@ class PrefillConfig:
     registers: tuple[int, int] = (232, 40)
     in_turns: bool = True
     trims: bool = True
+    trims_values: bool = True
     heads_at_once: int | None = None
 
     def __post_init__(self) -> None:
