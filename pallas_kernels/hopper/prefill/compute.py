@@ -77,7 +77,8 @@ class ComputingWarpgroup:
             item.q_row + HEIGHT * self.index, item.num_rows - HEIGHT * self.index, HEIGHT
         )
         outputs = self.cta.outputs
-        rows.store_tile(g, outputs.o.at[:, item.head], o.astype(self.cta.call.q.dtype), 0)
+        store = rows.store_tile_in_chunks if self.cta.config.stores_chunks else rows.store_tile
+        store(g, outputs.o.at[:, item.head], o.astype(self.cta.call.q.dtype), 0)
         lse = natural_lse(m, total, log2_sum=True)
         rows.store_values(g, outputs.lse.at[:, item.head], lse)
 

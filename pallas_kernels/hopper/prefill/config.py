@@ -30,6 +30,7 @@ class PrefillConfig:
         in_turns: whether the computing warpgroups issue their products in turns.
         trims: whether a warpgroup that sees half of a tile's last block scores only that half.
         trims_values: whether it also multiplies only that half of P and V.
+        stores_chunks: whether a thread stores 16 bytes of o at once, or else 4.
         heads_at_once: heads whose tiles are in work at the same time; None: as many as have keys
             and values that fit in L2.
 
@@ -47,6 +48,7 @@ class PrefillConfig:
     in_turns: bool = True
     trims: bool = True
     trims_values: bool = True
+    stores_chunks: bool = True
     heads_at_once: int | None = None
 
     def __post_init__(self) -> None:
