@@ -23,8 +23,9 @@ class PrefillBatch:
         dtype: Any = jnp.bfloat16,
         widths: tuple[int, int, int] = (128, 64, 128),
         causal: bool = True,
+        scale: float = SCALE,
     ):
-        self.lens, self.causal, self.widths = lens, causal, widths
+        self.lens, self.causal, self.widths, self.scale = lens, causal, widths, scale
         nope, rope, v_dim = widths
         self.cu_q, self.cu_kv = (
             np.concatenate([[0], np.cumsum(x)]).astype(np.int32) for x in np.array(lens).T
@@ -71,7 +72,7 @@ class PrefillBatch:
             last = m - n + np.arange(n) if self.causal else np.full(n, m - 1)
             seen = np.arange(m) <= last[:, None]
             s = np.einsum("nhd,mhd->hnm", q[:, :, :nope], k)
-            s = (s + np.einsum("nhd,md->hnm", q[:, :, nope:], rope)) * SCALE
+            s = (s + np.einsum("nhd,md->hnm", q[:, :, nope:], rope)) * self.scale
             s = np.where(seen, s, -np.inf)
             top = s.max(axis=2, keepdims=True)
             p = np.exp(s - top)
