@@ -149,29 +149,38 @@ class Products(Values):
             left = a.astype(jnp.float32)
             return value + jnp.dot(left, _joined(b[...]), precision="highest")
 
-        flags = () if skips is None else (skips.astype(jnp.int32),)
+        tile, result = (
+            plgpu.Layout.WGMMA,
+            plgpu.ShapeDtypeStruct(value.shape, value.dtype, plgpu.Layout.WGMMA),
+        )
+
+        @plgpu.inline_mgpu(arg_types=(tile, tile, plgpu.RefType(PANELS)), return_type=result)
+        def start(ctx, value, a, b):
+            del ctx
+            value = mgpu.fragmented_array.optimization_barrier(value)
+            # wgmma itself fences the registers of a, and so those of the accumulator.
+            acc = mgpu.WGMMAAccumulator.from_registers(value, sync=False)
+            tiles = mgpu.utils.memref_unfold(b, 1, [None, 8])
+            acc = mgpu.wgmma(acc, a, mgpu.utils.memref_transpose(tiles, (1, 0, 2, 3)))
+            nvvm.wgmma_commit_group_sync_aligned()
+            return acc.value
 
         @plgpu.inline_mgpu(
-            arg_types=(
-                plgpu.Layout.WGMMA,
-                plgpu.Layout.WGMMA,
-                plgpu.RefType(PANELS),
-                *(SCALAR for _ in flags),
-            ),
-            return_type=plgpu.ShapeDtypeStruct(value.shape, value.dtype, plgpu.Layout.WGMMA),
+            arg_types=(tile, tile, plgpu.RefType(PANELS), SCALAR), return_type=result
         )
-        def start(ctx, value, a, b, *flags):
+        def start_with_jump(ctx, value, a, b, flag):
             del ctx
             value, a = mgpu.fragmented_array.optimization_barrier(value, a)
             nvvm.wgmma_fence_aligned()
             # Registers of two values, in the order in which wgmma counts its accumulators.
             singles = [vector.extract(x, [], [i]) for x in value.registers.flat for i in range(2)]
-            flag = flags[0].registers.item() if flags else None
-            singles = add_product(singles, list(a.registers.flat), b, flag)
+            singles = add_product(singles, list(a.registers.flat), b, flag.registers.item())
             nvvm.wgmma_commit_group_sync_aligned()
             return _of_accumulators(singles, value.shape)
 
-        return start(value, a, b, *flags)
+        if skips is None:
+            return start(value, a, b)
+        return start_with_jump(value, a, b, skips.astype(jnp.int32))
 
     def completed(self, product) -> jax.Array:
         """Returns the value of a product in flight. The caller has waited for it."""

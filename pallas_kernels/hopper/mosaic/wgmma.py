@@ -62,7 +62,7 @@ def products(a: ir.Value, b: ir.Value) -> list[ir.Value]:
 
 
 def add_product(
-    registers: list[ir.Value], a: list[ir.Value], b: ir.Value, skips: ir.Value | None
+    registers: list[ir.Value], a: list[ir.Value], b: ir.Value, skips: ir.Value
 ) -> list[ir.Value]:
     """Starts accumulators + a @ b, leaves it in flight and returns the accumulators.
 
@@ -70,7 +70,7 @@ def add_product(
         registers: the accumulators, n / 2 float32 per thread.
         a: A (64, k) in registers of two 16-bit values, four of them for every 16 columns.
         b: SMEM panels [n / 64, k, 128 bytes]: B (k, n) with n contiguous.
-        skips: 1 (i32) leaves out the second half of k; None: never.
+        skips: 1 (i32) leaves out the second half of k.
     """
     i32 = ir.IntegerType.get_signless(32)
     b_type = ir.MemRefType(b.type)
@@ -85,12 +85,9 @@ def add_product(
         place = arith.addi(start, mgpu.utils.c(16 * i * row_stride * itemsize >> 4, i32))
         words = [mgpu.utils.bitcast(x, i32) for x in a[4 * i : 4 * i + 4]]
         steps.append((words, _with_constant(place, constant)))
-    half = len(steps) // 2 if skips is not None else len(steps)
-    element = b_type.element_type
+    half, element = len(steps) // 2, b_type.element_type
     registers = _wgmma_of_registers(registers, element, steps[:half], None)
-    if skips is not None:
-        registers = _wgmma_of_registers(registers, element, steps[half:], skips)
-    return registers
+    return _wgmma_of_registers(registers, element, steps[half:], skips)
 
 
 def _wgmma_of_registers(
@@ -101,7 +98,7 @@ def _wgmma_of_registers(
 ) -> list[ir.Value]:
     """Returns the accumulators after one wgmma per step: four registers of A, B's descriptor.
 
-    skips: 1 (i32) jumps over all of them.
+    skips: 1 (i32) jumps over all of them; None: never.
     """
     field, count = ir.F32Type.get(), len(registers)
     names = ", ".join(f"${i}" for i in range(count))

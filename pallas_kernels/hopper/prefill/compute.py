@@ -87,14 +87,17 @@ class ComputingWarpgroup:
         """Returns maxima (log2 units), sums of P and O of an item with a block at least."""
         cta, g, scratch = self.cta, self.cta.g, self.cta.scratch
         carry = self.first_block(n, item)
-        second = functools.partial(self.step, n, item, 1, carry, skips=self.sees_half(item))
-        carry = lax.cond(item.num_blocks > 1, second, lambda: carry)
-        carry = lax.fori_loop(2, item.num_blocks, functools.partial(self.step, n, item), carry)
+        following, skips = 1, self.sees_half(item)
+        if skips is not None:
+            second = functools.partial(self.step, n, item, 1, carry, skips=skips)
+            carry = lax.cond(item.num_blocks > 1, second, lambda: carry)
+            following = 2
+        step = functools.partial(self.step, n, item)
+        carry = lax.fori_loop(following, item.num_blocks, step, carry)
         last = item.num_blocks - 1
         stage = cta.stage(n + last)
         pl.when(last > 0)(lambda: plgpu.barrier_wait(scratch.v_full.at[stage]))
         self.take_turn()
-        skips = self.sees_half(item)
         skips = None if skips is None else skips & (last == 0)
         o = g.plus_product(carry.o, carry.p, scratch.v.at[stage], skips)
         self.pass_turn()
@@ -149,7 +152,7 @@ class ComputingWarpgroup:
         return Running(m, total, o, p)
 
     def sees_half(self, item: Item) -> Any:
-        """Returns whether no row sees the second half of the item's first block."""
+        """Returns whether no row sees half of the item's first block; None: it does not matter."""
         config = self.cta.config
         if not (config.trims and config.trims_values):
             return None
@@ -160,15 +163,15 @@ class ComputingWarpgroup:
         """Scores an item's j-th block, and adds the block before to O.
 
         skips: whether the second half of the block before is hidden, if that is the first block;
-            None: it is a later one.
+            None: compute all of it.
         """
         cta, g, scratch = self.cta, self.cta.g, self.cta.scratch
         stage, before = cta.stage(n + j), cta.stage(n + j - 1)
         plgpu.barrier_wait(scratch.k_full.at[stage])
         self.take_turn()
         product = self.start_scores(stage, cta.config.block_keys)
-        if not isinstance(j, int):  # The first block has been checked.
-            plgpu.barrier_wait(scratch.v_full.at[before])
+        if skips is None:  # The checkers have waited for the first block.
+            pl.when(j > 1)(lambda: plgpu.barrier_wait(scratch.v_full.at[before]))
         o = g.plus_product(carry.o, carry.p, scratch.v.at[before], skips)
         self.pass_turn()
         g.wait_mma(1)
