@@ -1,6 +1,7 @@
 """Multi-head latent attention (MLA) for JAX.
 
 - The op: `paged_mla_attention`, `available_implementations`, `merge_states`.
+- The op over expanded keys and values, for prefill and training: `ragged_mla_attention`.
 - The cache: `PagedKVCache`, `PageAllocator`, `OutOfPagesError`.
 - The layer: `MLAConfig`, `YarnScaling`, `PRESETS` (configs of published models), `mla_layer`, its
   parts `preprocess`, `attend` and `project_output`, and `naive_mla_layer`, which expands K and V.
@@ -22,6 +23,7 @@ from mla_jax.config import PRESETS, MLAConfig, YarnScaling
 from mla_jax.layer import attend, mla_layer, naive_mla_layer, preprocess, project_output
 from mla_jax.online_softmax import merge_states
 from mla_jax.planning import plan_decode
+from mla_jax.prefill.attention import ragged_mla_attention
 from mla_jax.registry import available_implementations
 from mla_jax.sharding.specs import cache_specs, param_specs
 from mla_jax.splits.decode_plan import DecodePlan
@@ -57,6 +59,7 @@ __all__ = [
     "plan_splits",
     "preprocess",
     "project_output",
+    "ragged_mla_attention",
     "rotate_latent",
     "save_hf",
 ]

@@ -9,9 +9,10 @@ import numpy as np
 
 from mla_jax import checks
 from mla_jax.cache import PagedKVCache
+from mla_jax.implementations.choice import Choice, compute
 from mla_jax.online_softmax import RESCALES
 from mla_jax.problem import AttentionProblem
-from mla_jax.registry import Choice, check_names, choose, compute
+from mla_jax.registry import check_names, choose
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import SplitPlan
 
@@ -160,7 +161,7 @@ def prepare(
     _check_arrays(q, cache, block_tables, seq_lens, query_lens)
     causal = checks.require_bool("causal", causal)
     names = check_names(implementation)
-    softmax_scale = _checked_scale(softmax_scale)
+    softmax_scale = checks.require_softmax_scale(softmax_scale)
     plan = DecodePlan.of(plan)
     dtype = _check_options(rescale, partial_dtype, plan, q)
     _check_values(q, cache, block_tables, seq_lens, query_lens, plan)
@@ -216,24 +217,6 @@ def _check_arrays(
         checks.require_array(name, value)
         checks.require_shape(name, value, "[B]", q.shape[0])
         checks.require_int32(name, value)
-
-
-def _checked_scale(softmax_scale: Any) -> float:
-    """The scale as a Python float; above 0 and finite in float32, as the scores are."""
-    try:
-        number = checks.require_number("softmax_scale", softmax_scale, above=0)
-    except TypeError:
-        got = "a traced one" if not checks.is_concrete(softmax_scale) else None
-        got = got or f"{type(softmax_scale).__name__} {softmax_scale!r}"
-        raise TypeError(
-            f"softmax_scale must be a number, got {got}; it must be real and known at trace time"
-        ) from None
-    low, high = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-    if not low <= number <= high:
-        raise ValueError(
-            f"softmax_scale must be in {low} .. {high}, what float32 holds, got {number}"
-        )
-    return number
 
 
 def _check_options(rescale: Any, partial_dtype: Any, plan: Any, q: jax.Array) -> Any:

@@ -117,6 +117,27 @@ def require_number(
     return number
 
 
+def require_softmax_scale(softmax_scale: Any) -> float:
+    """Returns the softmax scale as a Python float, above 0 and in the range of float32.
+
+    Raises TypeError unless it is a real number that is not traced, and ValueError for another one.
+    """
+    try:
+        number = require_number("softmax_scale", softmax_scale, above=0)
+    except TypeError:
+        got = "a traced one" if not is_concrete(softmax_scale) else None
+        got = got or f"{type(softmax_scale).__name__} {softmax_scale!r}"
+        raise TypeError(
+            f"softmax_scale must be a number, got {got}; it must be real and known at trace time"
+        ) from None
+    low, high = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+    if not low <= number <= high:
+        raise ValueError(
+            f"softmax_scale must be in {low} .. {high}, what float32 holds, got {number}"
+        )
+    return number
+
+
 def _described(value: Any) -> str:
     """Returns a short text of a value and its type, for error messages."""
     text = repr(value)

@@ -26,7 +26,7 @@ from mla_jax.attention import prepare, require_query_lens
 from mla_jax.cache import PagedKVCache
 from mla_jax.checkpoints.weights import MLAParams, check_params
 from mla_jax.config import MLAConfig
-from mla_jax.registry import compute
+from mla_jax.implementations.choice import compute
 from mla_jax.rope import apply_rope, check_positions
 from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims
 from mla_jax.sharding.specs import config_of_shard

@@ -5,7 +5,7 @@ from typing import Any
 
 from tables_common import load, measured, read, result_of, table
 
-from experiments.speed.decode_bench import BOUND
+from experiments.speed.decode.checks import BOUND
 
 ORDINARY = "token, bf16 P"  # the method of `int8_accuracy` that the int8 kernels follow
 

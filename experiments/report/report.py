@@ -20,7 +20,7 @@ from experiments.framework.journal import check_row
 from experiments.framework.options import flag
 from experiments.framework.results import SCHEMA, validate_result, write_whole
 from experiments.report import page
-from experiments.speed.benchmark import COLUMNS
+from experiments.speed.benchmark_tables import COLUMNS
 from experiments.speed.best_when import AXES, best_when
 
 SUMMARY = "one HTML page of all results in a folder: tables, pictures, what is best when"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from experiments.speed.decode_bench import Setup
+from experiments.speed.decode.setup import Setup
 from experiments.speed.shapes import Shape
 from mla_jax.registry import available_implementations
 

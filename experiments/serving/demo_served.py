@@ -18,18 +18,13 @@ from experiments.framework import plotting
 from experiments.framework.console import say, show_table
 from experiments.framework.errors import relative_error
 from experiments.framework.experiment import Row
-from experiments.speed.decode_bench import (
-    BOUND,
-    BOUND_OF_LSE,
-    SCALE,
-    Contender,
-    Inputs,
-    Pool,
-    Programs,
-    Setup,
-    Work,
-    time_bursts,
-)
+from experiments.speed.decode.bursts import time_bursts
+from experiments.speed.decode.checks import BOUND, BOUND_OF_LSE
+from experiments.speed.decode.contenders import Contender
+from experiments.speed.decode.inputs import Inputs
+from experiments.speed.decode.pools import Pool
+from experiments.speed.decode.programs import Programs, Work
+from experiments.speed.decode.setup import SCALE, Setup
 from experiments.speed.shapes import Shape
 from mla_jax.reference.attention import attention_float64
 

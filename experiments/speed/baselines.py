@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from experiments.speed import timing
-from experiments.speed.decode_bench import SCALE, Inputs
+from experiments.speed.decode.inputs import Inputs
+from experiments.speed.decode.setup import SCALE
 
 WORKSPACE_BYTES = 128 << 20  # recommended by FlashInfer's documentation
 

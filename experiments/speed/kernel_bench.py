@@ -14,18 +14,13 @@ from experiments.framework.journal import Journal
 from experiments.framework.options import flag, seed_flag
 from experiments.framework.results import write_whole
 from experiments.speed import baselines
-from experiments.speed.benchmark import (
-    collected,
-    finished,
-    markdown,
-    measured_ceilings,
-    missing,
-    show,
-    write_csv,
-)  # fmt: skip
+from experiments.speed.benchmark import collected, measured_ceilings, missing
+from experiments.speed.benchmark_comparisons import finished
+from experiments.speed.benchmark_tables import markdown, show, write_csv
 from experiments.speed.best_when import PEERS
-from experiments.speed.decode_bench import Contender, Setup, contender
-from experiments.speed.decode_runner import Runner
+from experiments.speed.decode.contenders import Contender, contender
+from experiments.speed.decode.runner import Runner
+from experiments.speed.decode.setup import Setup
 from experiments.speed.shapes import PRESETS, Shape, preset
 from mla_jax.registry import IMPLEMENTATIONS
 

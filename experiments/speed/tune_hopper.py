@@ -26,7 +26,11 @@ import numpy as np
 
 import pallas_kernels.hopper
 from experiments.framework.results import write_whole
-from experiments.speed.decode_bench import SCALE, Inputs, Pool, Setup, Work, cache_struct, errors_of
+from experiments.speed.decode.checks import errors_of
+from experiments.speed.decode.inputs import Inputs
+from experiments.speed.decode.pools import Pool, cache_struct
+from experiments.speed.decode.programs import Work
+from experiments.speed.decode.setup import SCALE, Setup
 from experiments.speed.shapes import Shape
 from experiments.speed.timing import Burst, ModelProgram, compile_model, measure
 from mla_jax.hal import TilePlanError

@@ -36,7 +36,7 @@ def _attend(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
     return o.reshape(*shape, cache.kv_lora_rank), lse.reshape(shape)
 
 
-def _missing(name: str) -> str | None:
+def modules_missing(name: str) -> str | None:
     """Returns why `hopper.name` can't be imported or its kernels can't run with this JAX, or None.
 
     `hopper.mosaic` refuses versions of JAX that the kernels are not tested with.
@@ -44,8 +44,9 @@ def _missing(name: str) -> str | None:
     return kernels_missing("hopper.mosaic") or kernels_missing(f"hopper.{name}")
 
 
-def _lacks(target: Target) -> str | None:
-    missing = _missing("attention")
+def target_lacks(name: str, target: Target) -> str | None:
+    """Returns why the kernels of `hopper.name` can't run on a target; None where they can."""
+    missing = modules_missing(name)
     if missing is not None:
         return missing
     from pallas_kernels.hopper import device
@@ -56,8 +57,12 @@ def _lacks(target: Target) -> str | None:
     return reason
 
 
+def _lacks(target: Target) -> str | None:
+    return target_lacks("attention", target)
+
+
 def _refuses(problem: AttentionProblem) -> str | None:
-    missing = _missing("attention")
+    missing = modules_missing("attention")
     if missing is not None:
         return missing
     from pallas_kernels.hopper import planning
@@ -66,7 +71,7 @@ def _refuses(problem: AttentionProblem) -> str | None:
 
 
 def _plan(request: PlanRequest) -> DecodePlan | str:
-    missing = _missing("planning")
+    missing = modules_missing("planning")
     if missing is not None:
         return missing
     from pallas_kernels.hopper import planning

@@ -1,16 +1,23 @@
-"""What an implementation of the attention op is, and what it is asked."""
+"""What an implementation of an attention op is, and what it is asked."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax.interpreters import mlir
 
 from mla_jax.cache import PagedKVCache
 from mla_jax.hal import HardwareProfile
-from mla_jax.problem import AttentionProblem
 from mla_jax.splits.decode_plan import DecodePlan
+
+
+class Problem(Protocol):
+    """One checked call of an op; a pytree of arrays, its options static."""
+
+    @property
+    def q(self) -> jax.Array:
+        """The queries [..., D]: o and lse have the other dims of q, and are sharded as they are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +29,7 @@ class Target:
     partitioned: bool = False  # whether the compiler spreads the call over several devices
 
     @staticmethod
-    def here(problem: AttentionProblem | None = None) -> "Target":
+    def here(problem: Problem | None = None) -> "Target":
         """Returns where an eager call runs: where its arrays are committed, else by default."""
         for array in jax.tree.leaves(problem):
             traced = isinstance(array, jax.core.Tracer)
@@ -75,7 +82,7 @@ class PlanRequest(NamedTuple):
     profile: HardwareProfile | None  # None: this machine's device
 
 
-def takes_any(_: AttentionProblem) -> str | None:
+def takes_any(_: Problem) -> str | None:
     return None
 
 
@@ -85,26 +92,26 @@ def runs_anywhere(_: Target) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """One way to compute the op.
+    """One way to compute an op.
 
     Attributes:
-        run: takes a problem and returns o [B, S, H, kv_lora_rank] of q's dtype and lse [B, S, H]
-            float32.
+        run: takes the op's kind of problem and returns o of q's dtype and lse in float32; for
+            `paged_mla_attention` they are [B, S, H, kv_lora_rank] and [B, S, H].
         refuses: returns why it can't take a problem on any machine, or None if it can.
         lacks: returns why it can't run on a platform and device, or None if it can.
         finds_invalid: whether `run` finds invalid requests and gives them NaN itself. Other
-            implementations get seq_lens = -1 for such requests.
+            implementations get problems after `mark_invalid`.
         planner: makes a plan, or returns why it can't; None: the implementation takes no plan.
     """
 
     name: str
-    run: Callable[[AttentionProblem], tuple[jax.Array, jax.Array]]
-    refuses: Callable[[AttentionProblem], str | None] = takes_any
+    run: Callable[[Any], tuple[jax.Array, jax.Array]]
+    refuses: Callable[[Any], str | None] = takes_any
     lacks: Callable[[Target], str | None] = runs_anywhere
     finds_invalid: bool = False
     planner: Callable[[PlanRequest], DecodePlan | str] | None = None
 
-    def unavailable(self, problem: AttentionProblem | None = None) -> str | None:
+    def unavailable(self, problem: Problem | None = None) -> str | None:
         """Returns why an eager call could not run the problem here; None where it could.
 
         Without a problem it returns why this machine could run none.
@@ -112,6 +119,6 @@ class Implementation:
         reason = self.lacks(Target.here(problem))
         return self.refuses(problem) if reason is None and problem is not None else reason
 
-    def compute(self, problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
+    def compute(self, problem: Any) -> tuple[jax.Array, jax.Array]:
         """Returns o and lse, with NaN for invalid requests."""
         return self.run(problem if self.finds_invalid else problem.mark_invalid())

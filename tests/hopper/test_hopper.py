@@ -1,9 +1,5 @@
-"""The Hopper kernels in the interpreter, and compiled for sm_90a. test_hopper_gpu runs them."""
+"""The Hopper kernels over a float cache in the interpreter. test_hopper_gpu.py runs them."""
 
-import dataclasses
-import functools
-
-import aot
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,20 +7,12 @@ import pytest
 from guards import run_guarded
 from hopper_batch import SCALE, HopperBatch, invalid_requests, with_latents_times
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from sass import overwritten_in_flight
 
-from mla_jax import (
-    PagedKVCache,
-    available_implementations,
-    paged_mla_attention,
-    plan_fixed,
-    plan_splits,
-)
-from mla_jax.splits.decode_plan import DecodePlan
-from pallas_kernels.hopper import attention, device, planning
+from mla_jax import plan_fixed, plan_splits
+from pallas_kernels.hopper import attention
 from pallas_kernels.hopper.kernels.merge import merge
 from pallas_kernels.hopper.parts.combine import row_scales
-from pallas_kernels.hopper.tuned import choose_config, config_of_height
+from pallas_kernels.hopper.tuned import config_of_height
 from pallas_kernels.hopper.work_items import PARTIAL, work_list
 
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -314,142 +302,3 @@ def test_the_pass_rule_fails_what_is_wrong():
     for wrong in ((o.at[0, 3, 7].add(0.02), lse), (o, lse.at[0, 0].add(1e-3))):
         with pytest.raises(AssertionError):
             batch.check(*wrong)
-
-
-@pytest.mark.parametrize(
-    ("batch", "heads", "tokens", "page_size", "dtype", "rescale", "widths"),
-    [
-        (5, 16, 1, 64, BF16, "multiply", (512, 64)),
-        (5, 5, 1, 16, F16, "multiply", (512, 64)),
-        (40, 24, 1, 64, BF16, "multiply", (384, 128)),
-        (40, 32, 1, 64, BF16, "multiply", (512, 64)),  # in pairs
-        (40, 7, 3, 1, F16, "multiply", (512, 64)),  # in pairs
-        (5, 64, 1, 64, BF16, "multiply", (512, 64)),
-        (5, 64, 1, 16, F16, "exponent_add", (512, 64)),
-        (5, 41, 1, 1, BF16, "multiply", (512, 64)),
-        (5, 128, 1, 64, F16, "multiply", (512, 64)),
-        (5, 43, 3, 16, BF16, "exponent_add", (512, 64)),
-        (5, 48, 2, 1, BF16, "multiply", (512, 64)),
-    ],
-)
-def test_compiles_for_sm90a(h200, batch, heads, tokens, page_size, dtype, rescale, widths):
-    """No product is serialized, no register spilled, and shared memory is what the config says."""
-    kv_lora_rank, rope_dim = widths
-
-    def attend(*args):
-        return attention.attend(
-            *args,
-            num_heads=heads,
-            kv_lora_rank=kv_lora_rank,
-            softmax_scale=SCALE,
-            causal=True,
-            rescale=rescale,
-        )
-
-    def ints(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    plan_decode = functools.partial(
-        planning.plan_decode,
-        rows=tokens * heads,
-        capacity=5003 * page_size,
-        rescale=rescale,
-        kv_lora_rank=kv_lora_rank,
-        rope_dim=rope_dim,
-    )
-    reports = aot.compile_sm90a(
-        attend,
-        jax.ShapeDtypeStruct((batch, tokens * heads, sum(widths)), dtype),
-        jax.ShapeDtypeStruct((1000, page_size, sum(widths)), dtype),  # (powers of two are easier)
-        ints(batch, 5003),
-        ints(batch),
-        ints(batch),
-        jax.eval_shape(plan_decode, ints(batch)),
-    )
-    (report,) = reports  # the merge is in the decode launch
-    assert not report.serialized, report.messages
-    assert not report.ignores_setmaxnreg, report.messages
-    assert not report.misuses_setmaxnreg
-    # A config's bytes are those that the compiler takes.
-    config = choose_config(
-        tokens * heads, batch=batch, rescale=rescale, kv_lora_rank=kv_lora_rank, rope_dim=rope_dim
-    )
-    assert report.shared_memory == config.shared_memory_bytes <= 232_448
-    assert report.registers <= 255
-    assert report.spill_stores == report.spill_loads == 0, report
-    if report.sass is not None:
-        assert "HGMMA" in report.sass
-        assert overwritten_in_flight(report.sass) == []
-
-
-@pytest.mark.parametrize(("sms", "launches"), [(0, 2), (114, 2), (132, 1)])
-@pytest.mark.parametrize("heads", [8, 64, 128])
-def test_workers_wait_only_where_all_run_at_once(monkeypatch, heads, sms, launches):
-    """Where a card is not known to have an SM for each CTA, the merge is a launch of its own."""
-    monkeypatch.setattr(device, "resident_ctas", lambda: sms)
-    monkeypatch.setattr(device, "num_sms", lambda: 132)  # when the plan was made
-    batch = HopperBatch(np.random.default_rng(0), [300, 70], heads=heads)
-    plan = planning.plan_decode(batch.seq_lens, heads)
-    assert plan.split.num_workers * plan.tiles.ctas_per_tile == plan.num_sms == 132
-    kernel = functools.partial(
-        attention.attend.__wrapped__,
-        num_heads=heads,
-        kv_lora_rank=512,
-        softmax_scale=SCALE,
-        causal=True,
-    )
-    traced = jax.make_jaxpr(kernel)(
-        batch.q[:, 0], batch.cache.pages, batch.block_tables, batch.seq_lens, None, plan
-    )
-    assert str(traced).count("mpmd_map[") == launches
-
-
-def test_without_a_gpu_it_says_so():
-    assert "compute capability 9.0" in available_implementations()["hopper"]
-    batch = HopperBatch(np.random.default_rng(0), [64], heads=16)
-    with pytest.raises(ValueError, match=r"hopper.*compute capability 9\.0"):
-        paged_mla_attention(
-            batch.q, batch.cache, batch.block_tables, batch.seq_lens,
-            softmax_scale=SCALE, implementation="hopper",
-        )  # fmt: skip
-
-
-def test_refusals_name_what_it_takes():
-    any_plan = plan_splits(jnp.ones(2, jnp.int32), num_workers=2, rows=8)
-
-    def reason(q_dtype=BF16, rescale="multiply", rows_per_tile=None, page_size=64, **cache):
-        plan = rows_per_tile and DecodePlan(
-            dataclasses.replace(any_plan, rows_per_tile=rows_per_tile)
-        )
-        cache = dataclasses.replace(PagedKVCache.create(2, **cache), page_size=page_size)
-        return planning.refuses(q_dtype, cache, rescale, plan)
-
-    for good in (
-        {}, {"page_size": 16, "rescale": "exponent_add"}, {"q_dtype": F16, "dtype": F16},
-        {"page_size": 1}, {"kv_lora_rank": 256}, {"kv_lora_rank": 384, "rope_dim": 128},
-        {"rows_per_tile": 128}, {"dtype": "int8"}, {"dtype": "int8", "page_size": 128},
-        {"dtype": "int8", "rows_per_tile": 64},
-    ):  # fmt: skip
-        assert reason(**good) is None
-    for bad, words in (
-        ({"q_dtype": F16}, "both bfloat16 or both float16, got float16 and bfloat16"),
-        ({"layout": "NZ"}, "layout ND, got NZ"),
-        ({"page_size": 256}, "sizes 1, 2, 4, 8, 16, 32, 64, 128 of a cache of float, got 256"),
-        ({"kv_lora_rank": 320}, "kv_lora_rank = 320, wanted a multiple of 128 up to 512"),
-        ({"rope_dim": 32}, "rope_dim = 32, wanted a multiple of 64"),
-        ({"rope_dim": 128}, "shared"),
-        ({"dtype": "int8", "kv_lora_rank": 256}, "kv_lora_rank = 256, wanted 512"),
-        ({"rows_per_tile": 96}, "rows_per_tile 8, 16, 24, 32, 64, 128, got 64 and 96"),
-        ({"rows_per_tile": 8, "rescale": "exponent_add"}, "rows_per_tile 64, 128, got 64 and 8"),
-        ({"dtype": "int8", "q_dtype": F16}, "over an int8 cache it takes q bfloat16, got float16"),
-        ({"dtype": "int8", "scale_granularity": "group"}, "scales per token, got 'group'"),
-        ({"dtype": "int8", "scale_granularity": "tensor", "scale": 0.1}, "per token, got 'tensor'"),
-        ({"dtype": "int8", "rescale": "exponent_add"}, "rescale 'multiply', got 'exponent_add'"),
-        ({"dtype": "int8", "layout": "NZ"}, "layout ND, got NZ"),
-        ({"dtype": "int8", "page_size": 16}, "page sizes 64, 128 of a cache of int8, got 16"),
-        (
-            {"dtype": "int8", "rows_per_tile": 128},
-            "rows_per_tile 8, 16, 24, 32, 64, got 64 and 128",
-        ),
-    ):
-        assert words in reason(**bad), bad

@@ -34,7 +34,7 @@ def test_heads_on_the_gpu(heads):
 @pytest.mark.parametrize("seq_lens", [[0], [65], [4100], [70, 0, 300]])
 def test_few_tokens_on_the_gpu(heads, seq_lens):
     batch = HopperBatch(np.random.default_rng(heads), seq_lens, heads=heads, num_queries=1)
-    batch.check(*op(batch, few=True))
+    batch.check(*op(batch, few_tokens=True))
 
 
 @pytest.mark.gpu

@@ -218,7 +218,7 @@ LENGTHS = [1, 63, 64, 65, 20, 140, 0, -1, 4096, 777]
 @pytest.mark.parametrize("seq_lens", [[0], [4100], [70, 0, -1, 300]])
 def test_few_tokens_on_the_gpu(seq_lens):
     batch = Int8Batch(np.random.default_rng(0), seq_lens, heads=64)
-    batch.check(*op(batch, few=True))
+    batch.check(*op(batch, few_tokens=True))
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The code blocks of docs/serving.md and docs/sharding.md run, in order, each as one program."""
+"""The code blocks of pages in docs run, in order, those of a page as one program."""
 
 import re
 import tempfile
@@ -15,7 +15,10 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, block.start(1)), block[1]) for block in found]
 
 
-@pytest.mark.parametrize(("name", "least"), [("serving.md", 12), ("sharding.md", 5)])
+PAGES = [("serving.md", 12), ("sharding.md", 5), ("prefill.md", 3)]  # and their blocks, at least
+
+
+@pytest.mark.parametrize(("name", "least"), PAGES)
 def test_the_code_blocks_run(tmp_path, monkeypatch, name, least):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the page makes its checkpoint
     page = ROOT / "docs" / name

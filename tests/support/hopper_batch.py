@@ -15,15 +15,14 @@ from mla_jax.reference.attention import paged_attention_float64
 
 SCALE = 192**-0.5
 GARBAGE_PAGE = 2147480000
-MANY_TOKENS = 1 << 17  # that a table reaches: more than what counts as few
+MANY_TOKENS = 1 << 17  # tokens per block table, above the limit of `tuned.few_tokens`
 
 
 class HopperBatch:
     """Latents and rope keys, of DeepSeek's widths by default, in pages of random order.
 
-    Page tails, unused pages and rows of q past a request's query length hold NaN, unused
-    block-table slots hold GARBAGE_PAGE. A length of -1 stands for a request that the op found
-    invalid.
+    Page tails, unused pages and rows of q past a request's query length hold NaN. Unused entries of
+    block tables hold GARBAGE_PAGE. A length of -1 is that of a request that the op found invalid.
     """
 
     def __init__(
@@ -52,12 +51,12 @@ class HopperBatch:
             kv = np.full((count * page_size, width), np.nan, np.float32)
             kv[: max(length, 0)] = rng.standard_normal((max(length, 0), width)) * 0.1
             pages[row[:count]] = kv.reshape(count, page_size, width)
-        # KV as large as in FlashMLA's tests, whose absolute tolerance is made for it, and queries
-        # large enough that the softmax is not flat.
+        # KV has the magnitude of FlashMLA's tests, because their absolute tolerance fits it.
+        # Queries are large enough that the softmax is not flat.
         q = rng.standard_normal((len(lens), num_queries, heads, width)).astype(np.float32) * 10
         queries = np.clip(lens, 0, num_queries) if query_lens is None else np.asarray(query_lens)
         q[np.arange(num_queries) >= queries[:, None]] = np.nan
-        # numpy rounds, since JAX would compile a program for each shape.
+        # numpy rounds, because JAX would compile a program per shape.
         self.q = jnp.asarray(q.astype(dtype))
         pages = jnp.asarray(pages.astype(dtype))
         self.cache = PagedKVCache(pages, kv_lora_rank, rope_dim, page_size, "ND")
@@ -66,10 +65,11 @@ class HopperBatch:
         self.query_lens = jnp.asarray(queries, jnp.int32)
 
     def check(self, o: Any, lse: Any, *, causal: bool = True) -> None:
-        """FlashMLA's rule, against float64.
+        """Asserts that o and lse pass FlashMLA's rule, compared with float64.
 
-        Infinite and NaN places exactly; o within 8e-4 absolute or 2.01/128 relative, cosine
-        difference below 5e-6; lse within 1e-6 absolute or 8.01/65536 relative.
+        Infinities and NaN are exactly where they belong. o is within 8e-4 absolute or 2.01/128
+        relative, with a cosine difference below 5e-6. lse is within 1e-6 absolute or 8.01/65536
+        relative.
         """
         seq_lens, query_lens = np.asarray(self.seq_lens), np.asarray(self.query_lens)
         invalid = seq_lens < 0
@@ -107,8 +107,11 @@ SPOILED_LENGTHS = [300, 200, 130, 70, 70, 90]
 
 
 def spoiled(batch: Any) -> tuple[Any, Any]:
-    """A batch of SPOILED_LENGTHS and two tokens whose requests 1 to 4 can't be, each in its own
-    way; and what its result is to be checked with."""
+    """Returns a batch with four invalid requests, and the batch that checks its result.
+
+    batch: has SPOILED_LENGTHS and two query tokens. Its requests 1 to 4 become invalid, each in
+    another way.
+    """
     found, expected = copy.copy(batch), copy.copy(batch)
     tables, lens, queries = (
         np.array(x) for x in (batch.block_tables, batch.seq_lens, batch.query_lens)
@@ -124,14 +127,14 @@ def spoiled(batch: Any) -> tuple[Any, Any]:
 
 
 def invalid_requests(heads: int, page_size: int) -> tuple[HopperBatch, HopperBatch]:
-    """`spoiled`, of 16 bits."""
+    """Returns `spoiled` for a bfloat16 batch."""
     rng = np.random.default_rng(heads)
     shape = {"heads": heads, "num_queries": 2, "page_size": page_size}
     return spoiled(HopperBatch(rng, SPOILED_LENGTHS, **shape))
 
 
 def with_latents_times(batch: HopperBatch, factor: float) -> HopperBatch:
-    """The same scores, exactly, and `factor` (a power of two) times the outputs."""
+    """Returns a batch with exactly the same scores and outputs times `factor`, a power of two."""
     latent = jnp.arange(batch.q.shape[-1]) < batch.cache.kv_lora_rank
     scaled = copy.copy(batch)
     scaled.q = jnp.where(latent, batch.q / factor, batch.q)
@@ -140,22 +143,24 @@ def with_latents_times(batch: HopperBatch, factor: float) -> HopperBatch:
     return scaled
 
 
-def op(batch: Any, plan: Any = None, *, few: bool = False, **options: Any) -> Any:
-    """The attention op on a batch, under jit.
+def op(batch: Any, plan: Any = None, *, few_tokens: bool = False, **options: Any) -> Any:
+    """Runs the attention op on a batch, under jit.
 
-    few: let it see how far the batch's tables reach, which may be few tokens; else they get
-    unused slots until they reach many.
+    few_tokens: keeps the batch's short block tables. Otherwise they get unused entries until they
+    have room for MANY_TOKENS, because kernels select their tile sizes by that.
     """
-    missing = 0 if few else MANY_TOKENS // batch.cache.page_size - batch.block_tables.shape[1]
-    slots = ((0, 0), (0, max(0, missing)))
-    tables = np.pad(np.asarray(batch.block_tables), slots, constant_values=GARBAGE_PAGE)
+    missing = (
+        0 if few_tokens else MANY_TOKENS // batch.cache.page_size - batch.block_tables.shape[1]
+    )
+    added = ((0, 0), (0, max(0, missing)))
+    tables = np.pad(np.asarray(batch.block_tables), added, constant_values=GARBAGE_PAGE)
     arrays = batch.q, batch.cache, jnp.asarray(tables), batch.seq_lens, batch.query_lens, plan
     return _op(*arrays, tuple(options.items()))
 
 
 @functools.partial(jax.jit, static_argnums=6)
 def _op(q, cache, tables, seq_lens, query_lens, plan, options):
-    """(One function, so that a second batch of the same shapes does not compile again.)"""
+    """Runs the op. It is one function, so that batches of the same shapes share a program."""
     return paged_mla_attention(
         q, cache, tables, seq_lens, query_lens=query_lens, plan=plan, softmax_scale=SCALE,
         implementation="hopper", **dict(options),

@@ -15,11 +15,11 @@ from pallas_kernels.hopper import attention
 class Int8Batch:
     """Random int8 pages in random order. Page tails and unused pages hold NaN and any int8.
 
-    The latent part of q is whole steps of a power of two, 127 of them at most and somewhere, which
-    even one int8 holds exactly. With `exact` False it is any values, in the 14 bits that
-    `mla_jax.quantize` makes of them. Expected is float64 on the dequantised cache.
-    Rope keys of each block are larger than those before by `rising` times those of the first.
-    A length of -1 stands for a request that the op found invalid.
+    With `exact` the latent part of q is an int8 times a power of two per row, and one value of each
+    row is 127 steps, so that quantizing q loses nothing. Otherwise it is any values, and the
+    reference has q in the 14 bits of `mla_jax.quantize`. The reference is float64 on the
+    dequantized cache. The magnitude of rope keys grows from block to block by `rising` times that
+    of the first. A length of -1 is that of a request that the op found invalid.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Int8Batch:
         self.query_lens = jnp.asarray(queries, jnp.int32)
 
     def jitted(self, plan=None, *, causal=True, requests=slice(None), interpret=None, **options):
-        """A function that attends; interpreted, it has guards around the outputs."""
+        """Returns a function that attends; in the interpreter its outputs have guards."""
         attend = attention.attend_int8
         if interpret is not None:
             attend = functools.partial(run_guarded, attend, interpret=interpret)
@@ -103,7 +103,7 @@ class Int8Batch:
         return self.jitted(plan, **options)()
 
     def check(self, o, lse, *, causal=True) -> None:
-        """o by FlashMLA's rule (HopperBatch.check) for values of this size, lse as there."""
+        """Asserts that o and lse pass the rule of `HopperBatch.check`, without its cosine."""
         q, queries = self.expected_q, np.asarray(self.query_lens)
         o = np.asarray(o).astype(np.float64).reshape(*q.shape[:3], 512)
         lse = np.asarray(lse).astype(np.float64).reshape(q.shape[:3])

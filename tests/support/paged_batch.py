@@ -1,4 +1,4 @@
-"""Random ragged batches over a poisoned paged cache, and the comparison with the float64 oracle."""
+"""Random ragged batches over a poisoned paged cache, and comparison with a float64 reference."""
 
 import dataclasses
 from typing import Any
@@ -14,6 +14,7 @@ GROUPED_RANK = 256  # of an int8 cache with scales per 128 columns
 SCALE = 0.2
 # For jax.jit where bits are compared: what users get, though `make test` compiles the rest without.
 OPTIMISED = {"xla_backend_optimization_level": 3}
+PURE = ("reference", "xla", "split_kv")  # implementations in JAX that take every problem
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 1.5e-3}
 
 
@@ -21,7 +22,8 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 1.5e-3}
 class Batch:
     """Arguments of the op.
 
-    Whatever no length reaches is NaN, any number in int8 pages, garbage in the block tables.
+    Rows past a length are NaN, or any number in int8 pages. Entries of block tables past it hold
+    garbage.
     """
 
     q: Any
@@ -52,8 +54,11 @@ def make_batch(
     capacity: int = 256,
     granularity: str | None = None,
 ) -> Batch:
-    """Pages in random order in a cache with more pages than are used; written element by element,
-    not by `append`. With dtype int8, q is bfloat16 and granularity that of the scales."""
+    """Returns a batch whose pages are in random order, in a cache that has more pages.
+
+    Values are written element by element, not by `append`. With dtype int8, q is bfloat16 and
+    `granularity` is that of the scales.
+    """
     seq, queries = np.array(seq_lens, np.int32), np.array(query_lens, np.int32)
     batch, max_pages = len(seq), capacity // page_size
     num_pages = batch * max_pages + 3
@@ -100,7 +105,7 @@ def _poison(rng: np.random.Generator, array: Any) -> np.ndarray:
 
 
 def element(layout: str, page_size: int, dtype: Any, width: int, t: int, d: Any) -> Any:
-    """Where value d (or each of d) of token t stands in a page of rows of that width."""
+    """Returns the index of value d, or of each of d, of token t in a page of rows of `width`."""
     if layout == "ND":
         return t * width + d
     c0 = 32 // dtype.itemsize
@@ -108,13 +113,13 @@ def element(layout: str, page_size: int, dtype: Any, width: int, t: int, d: Any)
 
 
 def relative_error(got: Any, wanted: np.ndarray) -> float:
-    """Frobenius norm of the difference over that of what is wanted."""
+    """Returns the Frobenius norm of the difference over that of the reference."""
     got = np.asarray(got).astype(np.float64)
     return float(np.linalg.norm(got - wanted) / max(np.linalg.norm(wanted), 1e-30))
 
 
 def assert_matches(got: tuple, wanted: tuple, tolerance: float, lse_tolerance: float) -> None:
-    """o by relative error, rows without a key exactly 0; lse by absolute error, -inf exactly."""
+    """Asserts relative error of o and absolute error of lse; rows without a key are 0 and -inf."""
     (o, lse), (o_wanted, lse_wanted) = got, wanted
     o, lse = np.asarray(o).astype(np.float64), np.asarray(lse)
     assert o.shape == o_wanted.shape

@@ -1,18 +1,19 @@
-"""A few short requests through one Hopper kernel, checked: what `test_hopper_sanitizer` runs.
+"""Runs one Hopper kernel on short requests and checks it, for `test_hopper_sanitizer`.
 
     python tests/support/sanitized.py CACHE HEADS PAGE_SIZE
 
-A program of its own, since compute-sanitizer slows all that a process does on the GPU: no test
-runner, no length that does not show something (two tokens past a block, none, one).
+It is a program without a test runner, because compute-sanitizer slows everything that a process
+does on the GPU. Each length has its reason: two tokens past a block, no token, one token.
 """
 
 import sys
 
 import numpy as np
 from hopper_batch import HopperBatch, op
-from test_hopper_int8 import Int8Batch
+from int8_batch import Int8Batch
 
-LENGTHS = [130, 0, 1]  # (no tile for a pair of workers: at those compute-sanitizer 2025.3 crashes)
+# No tile is for two CTAs: compute-sanitizer 2025.3 crashes there.
+LENGTHS = [130, 0, 1]
 
 
 def main(cache: str, heads: str, page_size: str) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints as published: one file or shards, any layer, fp8 blocks; each way to be broken."""
+"""Broken checkpoints, and arguments that do not fit: each is refused with its name."""
 
 import dataclasses
 import json
@@ -10,208 +10,24 @@ import ml_dtypes
 import numpy as np
 import pytest
 from random_layer import random_params
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
+from small_checkpoint import CONFIG, CONFIGS, PARAMS, PREFIX, edit_config, rewrite, shard, to_fp8
 
-from mla_jax.checkpoints.read import Checkpoint, CheckpointError, dequantize_blocks
+from mla_jax.checkpoints.read import CheckpointError
 from mla_jax.checkpoints.weights import (
     check_params,
     hf_shapes,
     init_params,
     load_hf,
-    param_shapes,
-    params_from_hf,
-    params_to_hf,
     rotate_latent,
     save_hf,
 )
-from mla_jax.config import MLAConfig
 
-CONFIG = MLAConfig(
-    hidden_size=24,
-    num_heads=3,
-    q_lora_rank=10,
-    kv_lora_rank=14,
-    qk_nope_head_dim=6,
-    qk_rope_head_dim=4,
-    v_head_dim=5,
-)
-CONFIGS = {
-    "low_rank_q": CONFIG,
-    "direct_q": dataclasses.replace(CONFIG, q_lora_rank=None),
-    "bias": dataclasses.replace(CONFIG, attention_bias=True),
-    "direct_q_bias": dataclasses.replace(CONFIG, q_lora_rank=None, attention_bias=True),
-}
-PREFIX = "model.layers.0.self_attn."
-PARAMS = random_params(CONFIG)
 KEY = jax.random.key(0)
 
 
 def but(**changes):
     return dataclasses.replace(PARAMS, **changes)
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    save_hf(tmp_path, CONFIG, random_params(CONFIG))
-    return tmp_path
-
-
-def rewrite(folder, change):
-    """Applies `change` to the dict of tensors in the folder's model.safetensors."""
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
-def edit_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_init_has_the_shapes_of_the_config(config):
-    params = jax.eval_shape(lambda key: init_params(key, config, jnp.bfloat16), jax.random.key(0))
-    check_params(params, config)
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
-    assert len(jax.tree.leaves(params)) == sum(s is not None for s in param_shapes(config).values())
-
-
-def test_init_is_seeded_and_keeps_unit_variance():
-    wide = MLAConfig(hidden_size=256, num_heads=4, q_lora_rank=128, kv_lora_rank=128)
-    params = init_params(jax.random.key(1), wide)
-    chex.assert_trees_all_equal(params, init_params(jax.random.key(1), wide))
-    assert not np.array_equal(params.w_uk, init_params(jax.random.key(2), wide).w_uk)
-    for weight, fan_in in ((params.w_dq, 256), (params.w_uk, 128), (params.w_o, 4 * 128)):
-        assert float(jnp.std(weight)) == pytest.approx(fan_in**-0.5, rel=0.05)
-
-
-@pytest.mark.parametrize("layer", [0, 11])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_save_load_round_trip(tmp_path, config, layer):
-    params = random_params(config)
-    save_hf(tmp_path / "new", config, params, layer=layer)
-    loaded_config, loaded = load_hf(tmp_path / "new", layer)
-    assert loaded_config == config
-    chex.assert_trees_all_equal(loaded, params)
-    shapes = {k: v.shape for k, v in params_to_hf(params, config).items()}
-    assert shapes == hf_shapes(config)
-    chex.assert_trees_all_equal(params_from_hf(params_to_hf(params, config), config), params)
-
-
-@pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, np.float64])
-@pytest.mark.parametrize("wanted", [jnp.float32, jnp.bfloat16])
-def test_loads_any_stored_dtype_as_any_dtype(checkpoint, stored, wanted):
-    rewrite(checkpoint, lambda t: t.update({k: v.astype(stored) for k, v in t.items()}))
-    _, params = load_hf(checkpoint, dtype=wanted)
-    expected = jax.tree.map(
-        lambda x: jnp.asarray(np.asarray(x).astype(stored), wanted), random_params(CONFIG)
-    )
-    chex.assert_trees_all_equal(params, expected)
-
-
-def test_kv_b_proj_is_split_by_head(checkpoint):
-    tensors = load_file(checkpoint / "model.safetensors")
-    params = load_hf(checkpoint)[1]
-    kv_b = tensors[PREFIX + "kv_b_proj.weight"]
-    np.testing.assert_array_equal(params.w_uk[1], kv_b[11 : 11 + 6])
-    np.testing.assert_array_equal(params.w_uv[1], kv_b[11 + 6 : 22].T)
-
-
-def shard(folder, pieces=3):
-    """Turns the folder's single file into shards with an index, as large checkpoints have them."""
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    weight_map = {}
-    for i in range(pieces):
-        file = f"model-{i + 1:05}-of-{pieces:05}.safetensors"
-        mine = sorted(tensors)[i::pieces]
-        save_file({name: tensors[name] for name in mine}, folder / file)
-        weight_map |= dict.fromkeys(mine, file)
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return index
-
-
-def test_shards_with_an_index(checkpoint):
-    shard(checkpoint)
-    chex.assert_trees_all_equal(load_hf(checkpoint)[1], random_params(CONFIG))
-
-
-def test_only_the_shards_of_the_layer_need_to_be_there(checkpoint):
-    index = shard(checkpoint)
-    content = json.loads(index.read_text())
-    content["weight_map"]["model.layers.1.self_attn.o_proj.weight"] = "not-downloaded.safetensors"
-    index.write_text(json.dumps(content))
-    chex.assert_trees_all_equal(load_hf(checkpoint)[1], random_params(CONFIG))
-
-
-def test_one_of_many_layers_under_any_prefix(tmp_path):
-    tensors = {}
-    for layer in (1, 11, 61):  # 61: DeepSeek-V3's MTP module, past its 61 layers
-        params = random_params(CONFIG, seed=layer)
-        for name, value in params_to_hf(params, CONFIG).items():
-            tensors[f"language_model.model.layers.{layer}.self_attn.{name}"] = value
-    save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": CONFIG.to_hf()}))
-    assert Checkpoint(tmp_path).layers == [1, 11, 61]
-    for layer in (1, 11, 61):
-        chex.assert_trees_all_equal(load_hf(tmp_path, layer)[1], random_params(CONFIG, seed=layer))
-    chex.assert_trees_all_equal(load_hf(tmp_path)[1], random_params(CONFIG, seed=1))
-
-
-def quantize(weight, block):
-    """float8 e4m3 and the factor of each block, one block at a time."""
-    rows, columns = (-(-n // b) for n, b in zip(weight.shape, block, strict=True))
-    scale = np.empty((rows, columns), np.float32)
-    quantized = np.empty(weight.shape, ml_dtypes.float8_e4m3fn)
-    expected = np.empty(weight.shape, np.float32)
-    for i in range(rows):
-        for j in range(columns):
-            at = np.s_[i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]]
-            scale[i, j] = np.abs(weight[at]).max() / 448
-            quantized[at] = (weight[at] / scale[i, j]).astype(ml_dtypes.float8_e4m3fn)
-            expected[at] = quantized[at].astype(np.float32) * scale[i, j]
-    return quantized, scale, expected
-
-
-@pytest.mark.parametrize("shape", [(128, 128), (256, 128), (576, 300), (130, 1), (5, 129)])
-def test_dequantize_blocks_of_128_with_ragged_edges(shape):
-    weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    weight *= np.linspace(0.1, 10, shape[1], dtype=np.float32)
-    quantized, scale, expected = quantize(weight, (128, 128))
-    np.testing.assert_array_equal(dequantize_blocks(quantized, scale), expected)
-    # Half a step of e4m3 at its top, 256 .. 448, is 16 of 448.
-    np.testing.assert_allclose(expected, weight, rtol=0, atol=16.1 / 448 * np.abs(weight).max())
-
-
-def to_fp8(folder, block):
-    """Stores the matrices of the folder's checkpoint as fp8 and returns what they then mean."""
-    expected = {}
-
-    def change(tensors):
-        for name, value in list(tensors.items()):
-            if value.ndim == 2:
-                tensors[name], tensors[name + "_scale_inv"], value = quantize(value, block)
-            expected[name.removeprefix(PREFIX)] = jnp.asarray(value)
-
-    rewrite(folder, change)
-    return params_from_hf(expected, CONFIG)
-
-
-@pytest.mark.parametrize("block", [(128, 128), (7, 9), (16, 4)])
-def test_fp8_weights_with_block_scales(checkpoint, block):
-    expected = to_fp8(checkpoint, block)
-    quantization = {"quant_method": "fp8", "weight_block_size": list(block)}
-    edit_config(checkpoint, quantization_config=quantization)
-    chex.assert_trees_all_equal(load_hf(checkpoint)[1], expected)
-
-
-def test_fp8_blocks_are_128_by_default(checkpoint):
-    expected = to_fp8(checkpoint, (128, 128))
-    chex.assert_trees_all_equal(load_hf(checkpoint)[1], expected)
-
-
-# --- what is refused --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", hf_shapes(CONFIG))
@@ -393,23 +209,6 @@ def test_arguments_are_named(checkpoint, call, error, message):
     with pytest.raises(error, match=message):
         call(checkpoint)
     chex.assert_trees_all_equal(load_hf(checkpoint)[1], PARAMS)
-
-
-def test_layers_and_dtypes_may_be_numpys_and_names(checkpoint):
-    for layer, dtype in ((np.uint8(0), "bfloat16"), (np.int64(0), np.dtype("bfloat16"))):
-        params = load_hf(checkpoint, layer, dtype)[1]
-        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
-
-
-def test_nan_is_loaded_and_overflow_is_not(checkpoint):
-    name = PREFIX + "o_proj.weight"
-    rewrite(checkpoint, lambda t: t[name].__setitem__((0, 0), np.nan))
-    for dtype in (jnp.float32, jnp.float16):
-        assert np.isnan(np.asarray(load_hf(checkpoint, dtype=dtype)[1].w_o)[0, 0, 0])
-    rewrite(checkpoint, lambda t: t[name].__setitem__((0, 1), 1e5))
-    assert np.asarray(load_hf(checkpoint)[1].w_o)[0, 1, 0] == 1e5
-    with pytest.raises(CheckpointError, match=rf"{name} holds 100000.0, .* range of float16"):
-        load_hf(checkpoint, dtype=jnp.float16)
 
 
 def test_check_params_names_what_is_missing():

@@ -1,19 +1,4 @@
-"""The paged cache of absorbed MLA: one row [c_kv | k_rope] per token, shared by all heads.
-
-A request's tokens are stored in pages, which its row of the block table lists in token order. This
-is vLLM's PagedAttention (arXiv 2309.06180). A page has one of two layouts:
-- "ND": [page_size, D], one row after the other.
-- "NZ": [D / C0, page_size, C0], where C0 values are 32 bytes. It is the fractal layout of Ascend's
-  matrix unit ("PA_NZ"). Element (t, d) is at address ((d / C0) * page_size + t) * C0 + d % C0.
-
-An int8 cache stores c_kv as int8 with float32 scales (see `quantize`), and k_rope in bfloat16 in
-pages with the same numbers. Ascend's kernels have such a cache. int8 has no NaN, so a token with
-NaN or an infinity in c_kv is marked. Its scales are NaN, or with one scale for the whole cache its
-k_rope is NaN. Its c_kv then reads as NaN, and so does the output of every row that sees the token.
-
-Only pages up to a request's length are read. Other entries of a block table, and rows past the
-length, may hold anything.
-"""
+"""The cache as a pytree, `PagedKVCache`, and the programs that append rows to it and read them."""
 
 import dataclasses
 import functools
@@ -25,16 +10,17 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from mla_jax import checks, quantize
+from mla_jax.cache import int8
+from mla_jax.cache.arguments import (
+    DTYPES,
+    INT32,
+    checked_dtype,
+    checked_positions,
+    require_new_tokens,
+)
+from mla_jax.cache.int8 import ROPE_DTYPE, new_scales, scale_shape
+from mla_jax.cache.layout import LAYOUTS, PAGE_SIZES, page_shape, read, write
 from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims
-
-PAGE_SIZES = (1, 16, 64, 128)
-LAYOUTS = ("ND", "NZ")
-DTYPES = (*checks.FLOAT_DTYPES, "int8")
-_ROPE_DTYPE = jnp.bfloat16  # dtype of k_rope in an int8 cache
-_FRACTAL_BYTES = 32
-_INT32 = np.iinfo(np.int32)
-_SMALLEST_SCALE = np.finfo(np.float32).tiny  # processors may treat smaller numbers as 0
-_LARGEST_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(quantize.LARGEST), 0)
 
 
 @functools.partial(
@@ -93,29 +79,29 @@ class PagedKVCache:
         that are not a multiple of 32 bytes in layout NZ.
         """
         num_pages = checks.require_positive("num_pages", num_pages)
-        if num_pages > _INT32.max:
-            raise ValueError(f"num_pages must be at most {_INT32.max}, got {num_pages}")
+        if num_pages > INT32.max:
+            raise ValueError(f"num_pages must be at most {INT32.max}, got {num_pages}")
         kv_lora_rank = checks.require_positive("kv_lora_rank", kv_lora_rank)
         rope_dim = checks.require_positive("rope_dim", rope_dim)
         page_size = checks.require_positive("page_size", page_size)
         checks.require_one_of("page_size", page_size, PAGE_SIZES)
         checks.require_one_of("layout", layout, LAYOUTS)
-        dtype = _checked_dtype(dtype)
+        dtype = checked_dtype(dtype)
         geometry = (kv_lora_rank, rope_dim, page_size, layout)
         if dtype != jnp.int8:
             if scale_granularity is not None or scale is not None:
                 name = "scale" if scale_granularity is None else "scale_granularity"
                 raise ValueError(f"{name} is for dtype int8, got dtype {dtype.name}")
             words = "kv_lora_rank + rope_dim"
-            page = _page_shape(words, page_size, kv_lora_rank + rope_dim, dtype, layout)
+            page = page_shape(words, page_size, kv_lora_rank + rope_dim, dtype, layout)
             return PagedKVCache(jnp.zeros((num_pages, *page), dtype), *geometry)
-        page = _page_shape("kv_lora_rank", page_size, kv_lora_rank, dtype, layout)
-        rope_page = _page_shape("rope_dim", page_size, rope_dim, _ROPE_DTYPE, layout)
+        page = page_shape("kv_lora_rank", page_size, kv_lora_rank, dtype, layout)
+        rope_page = page_shape("rope_dim", page_size, rope_dim, ROPE_DTYPE, layout)
         return PagedKVCache(
             jnp.zeros((num_pages, *page), dtype),
             *geometry,
-            rope_pages=jnp.zeros((num_pages, *rope_page), _ROPE_DTYPE),
-            scales=_new_scales((num_pages, page_size), kv_lora_rank, scale_granularity, scale),
+            rope_pages=jnp.zeros((num_pages, *rope_page), ROPE_DTYPE),
+            scales=new_scales((num_pages, page_size), kv_lora_rank, scale_granularity, scale),
         )
 
     @property
@@ -173,12 +159,12 @@ class PagedKVCache:
         if self.rope_pages is None or self.scales is None:
             return
         self._check_pages("rope_pages", self.rope_dim, self.num_pages)
-        for name, dtype in (("rope_pages", _ROPE_DTYPE), ("scales", jnp.float32)):
+        for name, dtype in (("rope_pages", ROPE_DTYPE), ("scales", jnp.float32)):
             if getattr(self, name).dtype != dtype:
                 wanted = jnp.dtype(dtype).name
                 raise TypeError(f"cache.{name} must be {wanted}, got {getattr(self, name).dtype}")
         shapes = {
-            name: _scale_shape((self.num_pages, self.page_size), self.kv_lora_rank, name)
+            name: scale_shape((self.num_pages, self.page_size), self.kv_lora_rank, name)
             for name in quantize.GRANULARITIES
             if name != "group" or self.kv_lora_rank % quantize.GROUP == 0
         }
@@ -188,7 +174,7 @@ class PagedKVCache:
 
     def _check_pages(self, name: str, width: int, num_pages: int | None) -> None:
         array = getattr(self, name)
-        page = _page_shape(f"width of {name}", self.page_size, width, array.dtype, self.layout)
+        page = page_shape(f"width of {name}", self.page_size, width, array.dtype, self.layout)
         words = f"pages of {self.page_size} tokens of {width} values in {self.layout}"
         checks.require_shape(f"cache.{name}", array, words, num_pages, *page)
 
@@ -281,7 +267,7 @@ class PagedKVCache:
         if checks.is_concrete(requests):
             for at in np.flatnonzero((np.asarray(requests) < 0) | (np.asarray(requests) >= batch)):
                 raise ValueError(f"requests[{at}] must be in 0 .. {batch - 1}, got {requests[at]}")
-        positions = _checked_positions(positions, len(requests))
+        positions = checked_positions(positions, len(requests))
         block_tables, requests = (jnp.asarray(checks.snapshot(x)) for x in (block_tables, requests))
         return _stored_rows(self, block_tables, positions, requests)
 
@@ -290,28 +276,13 @@ class PagedKVCache:
         granularity = self.scale_granularity
         if self.scales is None or granularity is None:
             return {"pages": kv}
-        latent, rope = jnp.split(kv, [self.kv_lora_rank], axis=-1)
-        rope, scales = rope.astype(_ROPE_DTYPE), self.scales
-        # int8 has no NaN. NaN is therefore stored in what belongs to this token alone: its scales,
-        # or else its rope part. The maximum in `scales_of` does not suffice, because XLA's maximum
-        # on a CPU may ignore NaN.
-        finite = jnp.isfinite(latent).all(axis=-1)
-        if granularity == "tensor":
-            rope = _or_nan(finite, rope)
-            return {"rope_pages": rope, "pages": quantize.quantize(latent, scales)}
-        scales = quantize.scales_of(latent, granularity)
-        stored = {"rope_pages": rope, "pages": quantize.quantize(latent, scales)}
-        return stored | {"scales": _or_nan(finite, scales)}
+        return int8.encode(kv, self.scales, granularity, self.kv_lora_rank)
 
     def _decode(self, stored: dict[str, jax.Array]) -> jax.Array:
         """Returns rows [..., D] of `row_dtype` from the result of `stored_rows`."""
         if self.scale_granularity is None:
             return stored["pages"]
-        latent = quantize.dequantize(stored["pages"], stored["scales"])
-        rope = stored["rope_pages"].astype(latent.dtype)
-        if self.scale_granularity == "tensor":
-            latent = _or_nan(~jnp.isnan(rope).all(axis=-1), latent)  # marked by `_encode`
-        return jnp.concatenate([latent, rope], axis=-1)
+        return int8.decode(stored, self.scale_granularity)
 
     def _check_tables(self, block_tables: Any) -> None:
         self.check()
@@ -336,132 +307,10 @@ class PagedKVCache:
         for name, value in lengths.items():
             checks.require_shape(name, value, "[B]", batch)
             checks.require_int32(name, value)
-        if not checks.is_concrete(block_tables, *lengths.values()):
-            return
-        before = np.asarray(seq_lens).astype(np.int64)
-        new = np.full(batch, kv.shape[1]) if query_lens is None else np.asarray(query_lens)
-        for request in np.flatnonzero((new < 0) | (new > kv.shape[1])):
-            raise ValueError(
-                f"query_lens[{request}] must be in 0 .. {kv.shape[1]} (kv has {kv.shape[1]} "
-                f"tokens per request), got {new[request]}"
+        if checks.is_concrete(block_tables, *lengths.values()):
+            require_new_tokens(
+                kv.shape[1], block_tables, seq_lens, query_lens, self.page_size, self.num_pages
             )
-        for request in np.flatnonzero(before < 0):
-            raise ValueError(f"seq_lens[{request}] must be at least 0, got {before[request]}")
-        checks.require_pages(
-            "seq_lens + query_lens", before + new, block_tables, self.page_size, self.num_pages
-        )
-        self._check_places(np.asarray(block_tables), before, new)
-
-    def _check_places(self, tables: np.ndarray, before: np.ndarray, new: np.ndarray) -> None:
-        """Raises ValueError if two of the new tokens would be written to the same row."""
-        request = np.repeat(np.arange(len(new)), new)
-        start = np.repeat(before - (np.cumsum(new) - new), new)
-        position = start + np.arange(len(request))
-        page = tables[request, position // self.page_size]
-        place = page.astype(np.int64) * self.page_size + position % self.page_size
-        places, count = np.unique(place, return_counts=True)
-        for twice in places[count > 1]:
-            raise ValueError(
-                f"block_tables must give every new token a place of its own, got page "
-                f"{twice // self.page_size} for requests {request[place == twice].tolist()}"
-            )
-
-
-def _page_shape(words: str, page_size: int, width: int, dtype: Any, layout: str) -> tuple[int, ...]:
-    if layout == "ND":
-        return page_size, width
-    fractal = _FRACTAL_BYTES // jnp.dtype(dtype).itemsize
-    if width % fractal:
-        raise ValueError(
-            f"{words} must be a multiple of {fractal} in layout NZ with dtype "
-            f"{jnp.dtype(dtype).name}, got {width}"
-        )
-    return width // fractal, page_size, fractal
-
-
-def _scale_shape(tokens: tuple[int, int], width: int, granularity: str) -> tuple[int, ...]:
-    shapes = {"token": tokens, "group": (*tokens, width // quantize.GROUP), "tensor": ()}
-    return shapes[granularity]
-
-
-def _new_scales(
-    tokens: tuple[int, int],
-    kv_lora_rank: int,
-    granularity: str | None,
-    scale: jax.Array | float | None,
-) -> jax.Array:
-    """Returns the scales of a new int8 cache; tokens is (num_pages, page_size)."""
-    granularity = "token" if granularity is None else granularity
-    checks.require_one_of("scale_granularity", granularity, quantize.GRANULARITIES)
-    if granularity == "group" and kv_lora_rank % quantize.GROUP:
-        raise ValueError(
-            f"kv_lora_rank must be a multiple of {quantize.GROUP} with scale_granularity group, "
-            f"got {kv_lora_rank}"
-        )
-    if (scale is not None) != (granularity == "tensor"):
-        wanted = "given" if scale is None else "None"
-        raise ValueError(f"scale must be {wanted} with scale_granularity {granularity}")
-    if scale is None:
-        return jnp.zeros(_scale_shape(tokens, kv_lora_rank, granularity), jnp.float32)
-    return _checked_scale(scale)
-
-
-def _checked_scale(scale: Any) -> jax.Array:
-    """Returns a scale as stored, [] float32; a traced scale that is out of range becomes NaN."""
-    checks.require_shape("scale", scale, "a number")
-    dtype = np.asarray(scale).dtype if checks.is_concrete(scale) else scale.dtype
-    if not (jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer)):
-        raise TypeError(
-            f"scale must be a real number, got {scale!r} of type {type(scale).__name__}"
-        )
-    if not checks.is_concrete(scale):
-        scale = scale.astype(jnp.float32)
-        fits = (scale >= _SMALLEST_SCALE) & (scale <= _LARGEST_SCALE)
-        return jnp.where(fits, scale, jnp.float32(jnp.nan))
-    with np.errstate(over="ignore"):
-        stored = np.float32(float(scale))
-    if not _SMALLEST_SCALE <= stored <= _LARGEST_SCALE:
-        raise ValueError(
-            f"scale must be positive and finite, in {_SMALLEST_SCALE} .. {_LARGEST_SCALE} as "
-            f"float32, got {scale}"
-        )
-    return jnp.array(stored)  # a copy, because appending donates the scale
-
-
-def _checked_dtype(dtype: Any) -> Any:
-    """Returns the np.dtype of a cache; raises TypeError or ValueError unless it is supported."""
-    if dtype is None:
-        raise TypeError("dtype must be a dtype, got None")
-    try:
-        dtype = jnp.dtype(dtype)
-    except TypeError as error:
-        if isinstance(dtype, str):
-            checks.require_one_of("dtype", dtype, DTYPES)
-        raise TypeError(f"dtype must be a dtype, got {dtype!r}") from error
-    checks.require_one_of("dtype", dtype.name, DTYPES)
-    return dtype
-
-
-def _checked_positions(positions: Any, count: int) -> jax.Array:
-    """Returns positions [count, T] or [1, T] as int32, saturated."""
-    checks.require_array("positions", positions)
-    if not jnp.issubdtype(positions.dtype, np.integer):
-        raise TypeError(f"positions must be of an integer dtype, got {positions.dtype}")
-    rows = 1 if np.shape(positions)[:1] == (1,) else count
-    checks.require_shape("positions", positions, "[N, T] or [1, T]", rows, None)
-    if positions.dtype != np.int32:
-        own = jnp.iinfo(positions.dtype)
-        low, high = max(own.min, _INT32.min), min(own.max, _INT32.max)
-        # JAX would cut off the upper bits of numpy's wider integers.
-        clip = np.clip if isinstance(positions, np.ndarray) else jnp.clip
-        positions = clip(positions, low, high).astype(np.int32)
-    return jnp.asarray(checks.snapshot(positions))
-
-
-def _or_nan(keeps: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns values [N, T, ...] with NaN where keeps [N, T] is False."""
-    keeps = keeps.reshape(*keeps.shape, *[1] * (values.ndim - keeps.ndim))
-    return jnp.where(keeps, values, jnp.asarray(jnp.nan, values.dtype))
 
 
 def _rows_specs(
@@ -481,25 +330,7 @@ def _stored_rows(
     page = block_tables.at[requests[:, None], entry].get(mode="promise_in_bounds")
     page = jnp.clip(page, 0, cache.num_pages - 1)
     offset = positions % cache.page_size
-    return {name: _read(x, page, offset) for name, x in cache.arrays().items()}
-
-
-def _read(array: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
-    """Reads tokens from an array of the cache: [N, T, ...]; page and offset are [N, T]."""
-    if array.ndim == 0:
-        return array
-    if array.ndim < 4:
-        return array.at[page, offset].get(mode="promise_in_bounds")
-    fractals = array.at[page, :, offset, :].get(mode="promise_in_bounds")
-    return fractals.reshape(*page.shape, -1)  # from [N, T, D / C0, C0]
-
-
-def _write(array: jax.Array, page: jax.Array, offset: jax.Array, rows: jax.Array) -> jax.Array:
-    """Writes rows [N, T, ...] to tokens of an array; a page past the end drops the row."""
-    if array.ndim < 4:
-        return array.at[page, offset].set(rows, mode="drop")
-    fractals = rows.reshape(*page.shape, array.shape[1], array.shape[3])
-    return array.at[page, :, offset, :].set(fractals, mode="drop")
+    return {name: read(x, page, offset) for name, x in cache.arrays().items()}
 
 
 def _specs_of_cache(cache: PagedKVCache, *_: Any) -> PagedKVCache:
@@ -519,7 +350,7 @@ def _append(
     if query_lens is None:
         query_lens = jnp.full(batch, count, jnp.int32)
     token = jnp.arange(count, dtype=jnp.int32)
-    room = min(max_pages * cache.page_size, int(_INT32.max)) - jnp.maximum(seq_lens, 0)
+    room = min(max_pages * cache.page_size, int(INT32.max)) - jnp.maximum(seq_lens, 0)
     fits = (seq_lens >= 0) & (query_lens <= jnp.minimum(room, count))
     written = (token < query_lens[:, None]) & fits[:, None]
     positions = seq_lens[:, None] + token
@@ -530,7 +361,7 @@ def _append(
     offset = positions % cache.page_size
     arrays: dict[str, Any] = cache.arrays()
     for name, rows in cache._encode(kv).items():
-        arrays[name] = _write(arrays[name], page, offset, rows)
+        arrays[name] = write(arrays[name], page, offset, rows)
     return dataclasses.replace(cache, **arrays)
 
 

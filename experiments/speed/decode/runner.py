@@ -22,20 +22,14 @@ from experiments.framework.console import say, track
 from experiments.framework.experiment import Row
 from experiments.framework.journal import Journal, Key
 from experiments.speed import baselines, timing
-from experiments.speed.decode_bench import (
-    SCALE,
-    Contender,
-    Inputs,
-    Pool,
-    Programs,
-    Setup,
-    Work,
-    compile_jnp,
-    errors_of,
-    lacks_contiguous_memory,
-    lacks_memory,
-    time_bursts,
-)
+from experiments.speed.decode.bursts import time_bursts
+from experiments.speed.decode.checks import errors_of
+from experiments.speed.decode.contenders import Contender
+from experiments.speed.decode.inputs import Inputs
+from experiments.speed.decode.plain_jax import compile_jnp, lacks_contiguous_memory
+from experiments.speed.decode.pools import Pool, lacks_memory
+from experiments.speed.decode.programs import Programs, Work
+from experiments.speed.decode.setup import SCALE, Setup
 from experiments.speed.shapes import Shape
 from mla_jax.reference.attention import attention_float64
 

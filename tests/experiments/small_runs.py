@@ -1,0 +1,43 @@
+"""Every experiment in small: its arguments, and a run by the launcher."""
+
+import json
+from pathlib import Path
+
+from experiments import launch
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+V2_LITE = GOLDEN / "v2_lite"
+PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "published"
+SMALL = {
+    "demo": (
+        f"--checkpoint={V2_LITE}",
+        *("--requests=3", "--max_prompt=9", "--chunk=4", "--page_size=16"),
+        *("--decode_steps=2", "--mtp_steps=1", "--implementations=reference,xla"),
+    ),
+    "correctness": (
+        *("--page_sizes=16", "--dtypes=bfloat16", "--layouts=NZ", "--heads=2"),
+        *("--kv_lora_rank=32", "--rope_dim=16"),
+    ),
+    "parity": (f"--checkpoint={V2_LITE}",),
+    "soak": ("--steps=25", "--pages=10", "--max_tokens=90", "--kv_lora_rank=32", "--rope_dim=16"),
+    "amla_accuracy": ("--rows=64", "--keys=512", "--block=64", "--repeats=2"),
+    "int8_accuracy": ("--rows=16", "--keys=2048", "--long_keys=2048", "--spreads=1"),
+    "cache_size": (),
+    "split_kv": ("--workers=12",),
+    "published": (f"--table={PUBLISHED / 'ascend_int8_v11_over_v0.csv'}",),
+    "pipeline": ("--schedule=seesaw",),
+    "compare": ("--profile=Ascend910B1",),
+    "sweep": ("--profile=Ascend910B1", "--schedule=chunk4"),
+    "best": ("--profile=L40",),
+    "benchmark": (
+        *("--preset=tiny", "--heads=4", "--s_q=1", "--batch=1", "--implementations=xla,jnp"),
+        *("--kv_lora_rank=32", "--rope_dim=16"),
+    ),
+}
+
+
+def run(tmp_path, name, *arguments):
+    """(exit status, result.json or None) of an experiment."""
+    status = launch.main(["launch", f"--experiment={name}", f"--output_dir={tmp_path}", *arguments])
+    path = tmp_path / name / "result.json"
+    return status, json.loads(path.read_text()) if path.is_file() else None

@@ -1,0 +1,181 @@
+"""Split plans: every block once, balanced as the schedulers they come from are."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from split_plans import ROWS, WORKERS, check_plan, i32, lengths_strategy
+
+from mla_jax.splits.planner import covered_requests, plan_fixed, plan_loads, plan_splits
+
+
+def flash_mla_largest(blocks, num_workers, overhead):
+    """The largest load of FlashMLA's scheduler: each worker fills its payload, in order."""
+    payload = math.ceil((sum(blocks) + overhead * len(blocks)) / num_workers) + overhead
+    loads, tile, taken = [], 0, 0
+    for _ in range(num_workers):
+        rest = payload
+        while tile < len(blocks):
+            if rest >= blocks[tile] - taken + overhead:
+                rest -= blocks[tile] - taken + overhead
+                tile, taken = tile + 1, 0
+                continue
+            if rest > overhead:
+                taken += rest - overhead
+                rest = 0
+            break
+        loads.append(payload - rest)
+    assert tile == len(blocks)
+    return max(loads)
+
+
+def fia_largest(tiles, num_workers):
+    """The largest load of Ascend's assignment: block after block, while half of it fits."""
+    total, best = sum(map(sum, tiles)), math.inf
+    blocks = [cost for tile in tiles for cost in tile]
+    fewest = min(num_workers, max(1, math.isqrt(len(blocks))))
+    for count in range(fewest, num_workers + 1):
+        loads = [0.0]
+        for cost in blocks:
+            if loads[-1] + cost > total / count + cost / 2 and len(loads) < count:
+                loads.append(0.0)
+            loads[-1] += cost
+        best = min(best, max(loads))
+    return best
+
+
+def fia_tiles(seq_lens):
+    """Block costs of every tile, for ROWS rows and blocks of 64."""
+    tiles = []
+    for length in seq_lens:
+        for rows in (64, 64, 22):
+            by_rows = 6 * math.ceil(rows / 16)
+            tiles.append([by_rows + 10] * math.ceil(length / 64))
+    return tiles
+
+
+def test_of_plans_with_the_same_maximum_the_fewest_cuts():
+    """64 x 64 blocks for 132 workers: two halves a tile, not 188 pieces of 32 blocks at most."""
+    lens = jnp.full(64, 4096, jnp.int32)
+    plan = plan_splits(lens, num_workers=132, rows=16, rows_per_tile=16, overhead=2)
+    blocks = np.asarray(plan.block_end - plan.block_start)[np.asarray(plan.request) >= 0]
+    assert blocks.tolist() == [32] * 128
+
+
+@given(lengths_strategy, st.sampled_from(WORKERS), st.sampled_from(["blocks", "fia"]))
+def test_balanced_plan_takes_every_block_once(seq_lens, num_workers, cost_model):
+    plan = plan_splits(i32(*seq_lens), num_workers=num_workers, rows=ROWS, cost_model=cost_model)
+    assert plan.num_items == 15 + num_workers
+    assert plan.num_partials == 2 * (num_workers - 1)
+    check_plan(plan, seq_lens, ROWS)
+
+
+@example([1, 1, 1, 193, 577], 2)  # in another order of its tiles FlashMLA's is 3 better
+@given(lengths_strategy, st.sampled_from(WORKERS))
+def test_blocks_model_balances_as_flash_mla(seq_lens, num_workers):
+    plan = plan_splits(i32(*seq_lens), num_workers=num_workers, rows=ROWS)
+    loads = np.asarray(plan_loads(plan, i32(*seq_lens), rows=ROWS))
+    pieces = np.diff(plan.worker_start)
+    blocks = np.asarray(plan.block_end - plan.block_start)
+    by_hand = [
+        blocks[start : start + count].sum() + 5 * count
+        for start, count in zip(np.asarray(plan.worker_start), pieces, strict=False)
+    ]
+    np.testing.assert_array_equal(loads, by_hand)
+    tiles = [math.ceil(length / 64) for _ in range(3) for length in seq_lens]  # the line's order
+    assert loads.max() <= flash_mla_largest(tiles, num_workers, 5) + 2
+    starts, ends = np.asarray(plan.block_start), np.asarray(plan.block_end)
+    last = ends == np.ceil(np.array(seq_lens) / 64)[np.asarray(plan.request)]
+    at_an_end = (np.asarray(plan.partial) >= 0) & ((starts == 0) | last)
+    assert (blocks[at_an_end] >= 2).all()  # one block is not worth cutting off
+
+
+@given(lengths_strategy, st.sampled_from(WORKERS))
+def test_fia_model_balances_as_ascend(seq_lens, num_workers):
+    plan = plan_splits(i32(*seq_lens), num_workers=num_workers, rows=ROWS, cost_model="fia")
+    loads = plan_loads(plan, i32(*seq_lens), rows=ROWS, cost_model="fia")
+    tiles = fia_tiles(seq_lens)
+    assert float(loads.sum()) == sum(map(sum, tiles))
+    assert float(loads.max()) <= fia_largest(tiles, num_workers) + 34  # one block
+
+
+@given(
+    st.lists(st.integers(0, 4000), min_size=5, max_size=5),
+    st.sampled_from(WORKERS),
+    st.sampled_from([64, 512]),
+)
+def test_fixed_plan_cuts_at_multiples(seq_lens, num_workers, split_size):
+    plan = plan_fixed(
+        i32(*seq_lens),
+        split_size=split_size,
+        max_seq_len=4000,
+        num_workers=num_workers,
+        rows=ROWS,
+    )
+    check_plan(plan, seq_lens, ROWS)
+    used = np.asarray(plan.request) >= 0
+    step = split_size // 64
+    start, end = np.asarray(plan.block_start)[used], np.asarray(plan.block_end)[used]
+    assert not (start % step).any()
+    assert (end - start <= step).all()
+    loads = np.asarray(plan_loads(plan, i32(*seq_lens), rows=ROWS))
+    assert loads.max() <= loads.sum() / num_workers + step + 5
+
+
+def test_sizes_of_a_large_server_do_not_overflow():
+    seq_lens = np.full(64, 1 << 21, np.int32)
+    for cost_model, overhead in (("blocks", 5), ("fia", 0)):
+        plan = plan_splits(
+            seq_lens, num_workers=132, rows=128, rows_per_tile=128, cost_model=cost_model
+        )
+        check_plan(plan, seq_lens, 128)
+        loads = plan_loads(plan, seq_lens, rows=128, cost_model=cost_model)
+        assert loads.max() - loads.min() <= 2 * (58 + overhead)
+
+
+def test_a_lone_long_request_goes_to_all_workers():
+    plan = plan_splits(i32(64 * 1000), num_workers=100, rows=16)
+    assert (np.diff(plan.worker_start) == 1).all()
+    assert np.ptp(np.asarray(plan.block_end - plan.block_start)[:100]) <= 6
+    few = plan_splits(i32(64 * 3), num_workers=100, rows=16)
+    assert int((few.request >= 0).sum()) == 1  # not worth a cut
+
+
+@pytest.mark.parametrize(("length", "whole"), [(1024, True), (4096, False)])
+def test_cutting_at_all_has_its_price(length, whole):
+    """64 requests and 132 workers: short ones are cheaper left whole, long ones in two."""
+    lens = i32(*[length] * 64)
+    plan = plan_splits(lens, num_workers=132, rows=64, merge_overhead=8)
+    check_plan(plan, lens, 64)
+    assert (int(plan.tile_partial_start[-1]) == 0) == whole
+    assert int(plan_splits(lens, num_workers=132, rows=64).tile_partial_start[-1]) > 0
+
+
+@given(lengths_strategy)
+def test_pairs_cost_no_more_than_workers_apart(seq_lens):
+    def largest(**options):
+        plan = plan_splits(i32(*seq_lens), num_workers=6, rows=ROWS, **options)
+        check_plan(plan, seq_lens, ROWS)
+        return float(plan_loads(plan, i32(*seq_lens), rows=ROWS).max())
+
+    assert largest(merge_overhead=8, in_pairs=True) <= largest() + 8
+
+
+@pytest.mark.parametrize(("requests", "halved"), [(40, False), (48, True), (66, True), (67, False)])
+def test_pairs_halve_whole_tiles_where_they_can(requests, halved):
+    """132 workers, requests of 64 blocks: where cutting freely costs more than halves."""
+    lens = i32(*[4096] * requests)
+    plan = plan_splits(lens, num_workers=132, rows=64, merge_overhead=8, in_pairs=True)
+    check_plan(plan, lens, 64)
+    blocks = np.asarray(plan.block_end - plan.block_start)[np.asarray(plan.request) >= 0]
+    assert (blocks.tolist() == [32] * 2 * requests) == halved
+    first = np.asarray(plan.worker_start)[:-1:2]  # of each pair
+    assert not halved or not np.asarray(plan.block_start)[first].any()
+
+
+def test_a_plan_for_other_lengths_does_not_cover():
+    plan = plan_splits(i32(100, 200, 0), num_workers=3, rows=64)
+    assert covered_requests(plan, i32(100, 300, 1)).tolist() == [True, False, False]
