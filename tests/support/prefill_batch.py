@@ -23,9 +23,8 @@ class PrefillBatch:
         dtype: Any = jnp.bfloat16,
         widths: tuple[int, int, int] = (128, 64, 128),
         causal: bool = True,
-        scale: float = SCALE,
     ):
-        self.lens, self.causal, self.widths, self.scale = lens, causal, widths, scale
+        self.lens, self.causal, self.widths = lens, causal, widths
         nope, rope, v_dim = widths
         self.cu_q, self.cu_kv = (
             np.concatenate([[0], np.cumsum(x)]).astype(np.int32) for x in np.array(lens).T
@@ -72,7 +71,7 @@ class PrefillBatch:
             last = m - n + np.arange(n) if self.causal else np.full(n, m - 1)
             seen = np.arange(m) <= last[:, None]
             s = np.einsum("nhd,mhd->hnm", q[:, :, :nope], k)
-            s = (s + np.einsum("nhd,md->hnm", q[:, :, nope:], rope)) * self.scale
+            s = (s + np.einsum("nhd,md->hnm", q[:, :, nope:], rope)) * SCALE
             s = np.where(seen, s, -np.inf)
             top = s.max(axis=2, keepdims=True)
             p = np.exp(s - top)

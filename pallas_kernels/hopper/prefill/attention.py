@@ -59,6 +59,7 @@ def attend_ragged(
         v: [Tk, H, v_dim].
         cu_q_lens: [B + 1] int32: request b has the query rows cu_q_lens[b] .. cu_q_lens[b + 1] - 1.
         cu_kv_lens: [B + 1] int32, likewise its keys.
+        softmax_scale: above 0.
         work: `plan` of these lengths; None: it is made here.
         config: of the kernel; None: the default one for these widths.
         interpret: `plgpu.InterpretGPUParams()` runs the kernel on a CPU; None: on the GPU.
@@ -66,7 +67,7 @@ def attend_ragged(
     Returns:
         o [Tq, H, v_dim] of q's dtype and lse [Tq, H] float32, natural log. Rows that see no key,
         and rows of no request, have o = 0 and lse = -inf. The rows of an invalid request
-        (`work_items.valid_requests`) are NaN.
+        (`mla_jax.ragged.requests.valid_requests`) are NaN.
 
     Raises:
         ValueError: arrays of other shapes or dtypes.
@@ -147,7 +148,7 @@ def _check(
         ("q", q, (q.shape[0], heads, config.nope_dim + config.rope_dim), q.dtype),
         ("k_nope", k_nope, (keys, heads, width), q.dtype),
         ("cu_kv_lens", cu_kv_lens, cu_q_lens.shape, jnp.int32),
-        ("cu_q_lens", cu_q_lens, (max(1, cu_q_lens.size),), jnp.int32),
+        ("cu_q_lens", cu_q_lens, (max(2, cu_q_lens.size),), jnp.int32),
     ]
     if k_rope is not None:
         wanted.append(("k_rope", k_rope, (keys, config.rope_dim), q.dtype))

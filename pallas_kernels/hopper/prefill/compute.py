@@ -130,7 +130,7 @@ class ComputingWarpgroup:
             product = self.start_scores(stage, width)
             self.pass_turn()
             g.wait_mma(0)
-            s = self.scores(product)
+            s = g.completed(product)
             self.release_k(stage, item.num_blocks == 1)
             s = jnp.where(g.iota(s.shape, 1) <= per_row(limits(), s.shape), s, -jnp.inf)
             m, p = self.softmax(s, g.full((HEIGHT,), NO_KEY, ROWS))
@@ -175,7 +175,7 @@ class ComputingWarpgroup:
         o = g.plus_product(carry.o, carry.p, scratch.v.at[before], skips)
         self.pass_turn()
         g.wait_mma(1)
-        s = self.scores(product)
+        s = g.completed(product)
         self.release_k(stage, j == item.num_blocks - 1)
         m, p = self.softmax(s, carry.m)
         factor = jnp.exp2(carry.m - m)
@@ -194,11 +194,6 @@ class ComputingWarpgroup:
         if width < self.cta.config.block_keys:
             k = k.at[:, pl.ds(0, width)]
         return self.cta.g.product_t(scratch.q.at[self.index], k, jnp.float32)
-
-    def scores(self, product: jax.Array) -> jax.Array:
-        """Returns the scores that `start_scores` began, for `PrefillCall.log2_scale`."""
-        s = self.cta.g.completed(product)
-        return -s if self.cta.call.softmax_scale < 0 else s
 
     def softmax(self, s: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the new maxima, in log2 units, and P relative to them."""

@@ -20,7 +20,6 @@ from pallas_kernels.hopper.prefill.config import (
 from pallas_kernels.hopper.prefill.work_items import ITEM_FIELDS, NO_ITEM, Item, WorkList
 from pallas_kernels.hopper.work_items import LOG2E
 
-SMALLEST_SCALE = 1e-30  # stands for 0
 LOADER = COMPUTING  # index of the loader warpgroup; those before it compute
 
 
@@ -119,11 +118,8 @@ class PrefillCall:
 
     @property
     def log2_scale(self) -> float:
-        """Scores times this are in log2 units, if those of a negative softmax_scale are negated.
-
-        It is positive, so that it keeps the order of scores, and -inf of hidden ones.
-        """
-        return max(abs(self.softmax_scale) * LOG2E, SMALLEST_SCALE)
+        """Scores times this are in log2 units."""
+        return self.softmax_scale * LOG2E
 
     @property
     def interpreting(self) -> bool:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mla_jax.ragged.requests import valid_requests
 from pallas_kernels.hopper.prefill.config import L2_BYTES, TILE_ROWS
 
 NO_ITEM = -1  # the head of an item that does not exist
@@ -68,25 +69,6 @@ def most_tiles(num_queries: int, num_requests: int) -> int:
     return (num_queries + 2 * (TILE_ROWS - 1) * with_rows) // TILE_ROWS
 
 
-def valid_requests(
-    cu_q_lens: jax.Array, cu_kv_lens: jax.Array, num_queries: int, num_keys: int, *, causal: bool
-) -> jax.Array:
-    """Returns [B] bool: whether the bounds of each request can be.
-
-    A request is invalid if its queries or keys end before they start, start before an earlier
-    request ends, or end past the arrays; if it is the first and does not start at 0; or if it is
-    causal and has more queries than keys. Arguments as in `work_list`.
-    """
-
-    def in_order(bounds: jax.Array, total: int) -> jax.Array:
-        start, end = bounds[:-1], bounds[1:]
-        earlier = jnp.pad(jnp.maximum(lax.cummax(bounds)[1:-1], 0), (1, 0))
-        return (start == earlier) & (start <= end) & (end <= total)
-
-    valid = in_order(cu_q_lens, num_queries) & in_order(cu_kv_lens, num_keys)
-    return valid & (jnp.diff(cu_q_lens) <= jnp.diff(cu_kv_lens)) if causal else valid
-
-
 def work_list(
     cu_q_lens: jax.Array,
     cu_kv_lens: jax.Array,
@@ -113,7 +95,9 @@ def work_list(
         heads_at_once: heads whose tiles are in work at the same time; None: as many as have keys
             and values that fit in L2.
     """
-    valid = valid_requests(cu_q_lens, cu_kv_lens, num_queries, num_keys, causal=causal)
+    valid = valid_requests(
+        cu_q_lens, cu_kv_lens, num_queries=num_queries, num_keys=num_keys, causal=causal
+    )
     ends = lax.cummax(jnp.clip(cu_q_lens, 0, num_queries))[1:]
     edges = jnp.concatenate([jnp.zeros(1, jnp.int32), ends, jnp.full(1, num_queries, jnp.int32)])
     first, queries = edges[:-1], jnp.diff(edges)
