@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith
+from jax._src.lib.mlir.dialects import arith, llvm
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -67,6 +68,33 @@ class Control(Mode):
             mgpu.utils.warpgroup_barrier()
 
         wait(counters, index, count)
+
+    def count_in_warp(self, counter, limit) -> jax.Array:
+        """Increments counter[0] modulo limit, once for this warp, and returns its value before.
+
+        The interpreter has no atomics.
+        """
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), SCALAR),
+            return_type=plgpu.ShapeDtypeStruct((), jnp.int32, SCALAR),
+        )
+        def count(ctx, target, wrap):
+            del ctx
+            wrap = wrap.registers.item()
+            last = arith.subi(wrap, mgpu.utils.c(1, wrap.type))
+            before = llvm.inline_asm(
+                wrap.type,
+                [element_pointer(target, mgpu.utils.c(0, wrap.type)), last],
+                "{ .reg .pred p; .reg .u32 x; mov.u32 x, %laneid; setp.eq.u32 p, x, 0;"
+                " @p atom.relaxed.gpu.global.inc.u32 x, [$1], $2;"
+                " shfl.sync.idx.b32 $0, x, 0, 0x1f, 0xffffffff; }",
+                "=r,l,r",
+                has_side_effects=True,
+            )
+            return mgpu.FragmentedArray.splat(before, shape=(), is_signed=True)
+
+        return count(counter, limit)
 
     def take_registers(self, registers: Sequence[int], warpgroup: int) -> None:
         """Gives each thread of this warpgroup registers[warpgroup] registers from here on.

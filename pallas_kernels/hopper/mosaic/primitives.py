@@ -21,6 +21,7 @@ from pallas_kernels.hopper.mosaic.gather import Gather
 from pallas_kernels.hopper.mosaic.products import Products
 from pallas_kernels.hopper.mosaic.shared_memory import SharedMemory
 from pallas_kernels.hopper.mosaic.threads import (
+    PANELS,
     ROWS,
     SCALAR,
     WGMMA_OPERAND,
@@ -33,6 +34,7 @@ from pallas_kernels.hopper.mosaic.votes import Votes
 
 __all__ = [
     "OWN_BARRIERS",
+    "PANELS",
     "ROWS",
     "SCALAR",
     "WGMMA_OPERAND",

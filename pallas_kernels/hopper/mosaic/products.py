@@ -5,10 +5,10 @@ it.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import nvvm, vector
@@ -16,8 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.mosaic.threads import PANELS, SCALAR, array_of
 from pallas_kernels.hopper.mosaic.values import Values, per_row
-from pallas_kernels.hopper.mosaic.wgmma import operand, products
+from pallas_kernels.hopper.mosaic.wgmma import PANEL_RANK, add_product, operand, products
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,15 +109,20 @@ class Products(Values):
         exact below 2^24.
 
         Args:
-            a: SMEM (64, k) of int8 or of 16 bits, tiled by `operand`.
+            a: SMEM (64, k) of int8 or of 16 bits, tiled by `operand`; or 16-bit panels
+                [k / 64, 64, 64].
             b: SMEM (n, k), likewise, with n up to 256.
             dtype: int32 for int8 operands, float32 for others.
         """
+        in_panels = len(b.shape) == PANEL_RANK
         if self.interpreting:
-            operands = a[...].astype(jnp.float32), b[...].astype(jnp.float32).T
-            return jnp.dot(*operands, precision="highest").astype(dtype)
+            left, right = (
+                _joined(x[...]) if in_panels else x[...].astype(jnp.float32) for x in (a, b)
+            )
+            return jnp.dot(left, right.T, precision="highest").astype(dtype)
 
-        tiled, n = plgpu.RefType(operand(a.dtype.itemsize)), b.shape[0]
+        tiled = plgpu.RefType(PANELS if in_panels else operand(a.dtype.itemsize))
+        n = b.shape[-2]
 
         @plgpu.inline_mgpu(
             arg_types=(tiled, tiled),
@@ -124,21 +130,60 @@ class Products(Values):
         )
         def start(ctx, a, b):
             del ctx
-            registers = products(a, b)
-            layout = mgpu.WGMMA_LAYOUT
-            array = np.empty(layout.registers_shape((64, n)), dtype=object)
-            pair = ir.VectorType.get((2,), registers[0].type)
-            array.flat[:] = [
-                vector.from_elements(pair, registers[i : i + 2])
-                for i in range(0, len(registers), 2)
-            ]
-            signed = True if dtype == jnp.int32 else None
-            return mgpu.FragmentedArray(_registers=array, _layout=layout, _is_signed=signed)
+            return _of_accumulators(products(a, b), (64, n), dtype)
 
         return start(a, b)
 
+    def plus_product(self, value, a, b, skips=None) -> jax.Array:
+        """Starts value + a @ b, in the registers of value, and leaves it in flight.
+
+        Only `completed` may read the result, after a wait.
+
+        Args:
+            value: float32 (64, n).
+            a: (64, k) of 16 bits in registers, k a multiple of 64.
+            b: SMEM panels [n / 64, k, 64] of a's dtype.
+            skips: whether to leave out the second half of k, where a is 0; None: never.
+        """
+        if self.interpreting:
+            left = a.astype(jnp.float32)
+            return value + jnp.dot(left, _joined(b[...]), precision="highest")
+
+        tile, result = (
+            plgpu.Layout.WGMMA,
+            plgpu.ShapeDtypeStruct(value.shape, value.dtype, plgpu.Layout.WGMMA),
+        )
+
+        @plgpu.inline_mgpu(arg_types=(tile, tile, plgpu.RefType(PANELS)), return_type=result)
+        def start(ctx, value, a, b):
+            del ctx
+            value = mgpu.fragmented_array.optimization_barrier(value)
+            # wgmma itself fences the registers of a, and so those of the accumulator.
+            acc = mgpu.WGMMAAccumulator.from_registers(value, sync=False)
+            tiles = mgpu.utils.memref_unfold(b, 1, [None, 8])
+            acc = mgpu.wgmma(acc, a, mgpu.utils.memref_transpose(tiles, (1, 0, 2, 3)))
+            nvvm.wgmma_commit_group_sync_aligned()
+            return acc.value
+
+        @plgpu.inline_mgpu(
+            arg_types=(tile, tile, plgpu.RefType(PANELS), SCALAR), return_type=result
+        )
+        def start_with_jump(ctx, value, a, b, flag):
+            del ctx
+            value, a = mgpu.fragmented_array.optimization_barrier(value, a)
+            nvvm.wgmma_fence_aligned()
+            # Registers of two values, in the order in which wgmma counts its accumulators.
+            singles = [vector.extract(x, [], [i]) for x in value.registers.flat for i in range(2)]
+            singles = add_product(singles, list(a.registers.flat), b, flag.registers.item())
+            nvvm.wgmma_commit_group_sync_aligned()
+            return _of_accumulators(singles, value.shape)
+
+        if skips is None:
+            return start(value, a, b)
+        return start_with_jump(value, a, b, skips.astype(jnp.int32))
+
     def completed(self, product) -> jax.Array:
-        """Returns the value that `product_t` started. The caller has waited for it."""
+        """Returns the value of a product in flight. The caller has waited for it."""
         if self.interpreting:
             return product
 
@@ -151,3 +196,35 @@ class Products(Values):
             return mgpu.fragmented_array.optimization_barrier(value)
 
         return read(product)
+
+    def with_zero_columns(self, value, n: int) -> jax.Array:
+        """Returns a (64, m) WGMMA tile with columns of 0 behind it, up to n."""
+        if self.interpreting:
+            return jnp.pad(value, ((0, 0), (0, n - value.shape[1])))
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.Layout.WGMMA,),
+            return_type=plgpu.ShapeDtypeStruct((64, n), value.dtype, plgpu.Layout.WGMMA),
+        )
+        def widen(ctx, tile):
+            del ctx
+            registers = list(tile.registers.flat)
+            zero = mgpu.utils.c(0.0, registers[0].type)
+            more = len(registers) * n // tile.shape[1] - len(registers)
+            return array_of([*registers, *(zero for _ in range(more))], (64, n), mgpu.WGMMA_LAYOUT)
+
+        return widen(value)
+
+
+def _of_accumulators(
+    registers: list[ir.Value], shape: tuple[int, int], dtype: Any = jnp.float32
+) -> mgpu.FragmentedArray:
+    """Returns the WGMMA tile that accumulators of wgmma are, one value per register."""
+    pair = ir.VectorType.get((2,), registers[0].type)
+    pairs = [vector.from_elements(pair, registers[i : i + 2]) for i in range(0, len(registers), 2)]
+    return array_of(pairs, shape, mgpu.WGMMA_LAYOUT, True if dtype == jnp.int32 else None)
+
+
+def _joined(panels: jax.Array) -> jax.Array:
+    """Returns the float32 array (rows, columns) that panels [columns / 64, rows, 64] hold."""
+    return jnp.concatenate(list(panels.astype(jnp.float32)), axis=1)

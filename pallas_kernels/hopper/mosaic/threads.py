@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm, vector
+from jax._src.lib.mlir.dialects import arith, llvm, nvvm, vector
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.mosaic.wgmma import operand
+from pallas_kernels.hopper.mosaic.wgmma import operand, panels
 
 WGMMA_OPERAND = operand(2)  # tiling and swizzle of a 16-bit array in shared memory
+PANELS = panels()  # swizzle of 16-bit panels [k / 64, rows, 64] in shared memory
 CHUNK_BYTES = 16  # what a thread copies at once, and the unit that swizzling permutes
 
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value per row of a (64, n) WGMMA tile
@@ -60,6 +61,34 @@ def own_four() -> ir.Value:
     """Returns the index (i32) of a thread's four neighbouring values in a block of 512."""
     mine = thread()
     return arith.muli(mine, mgpu.utils.c(4, mine.type))
+
+
+def transposed_in_quads(words: Sequence[ir.Value]) -> list[ir.Value]:
+    """Returns four words (i32): word i of lane c of a quad is what lane i had as its word c.
+
+    All lanes of a warp run this. A quad is four lanes, of which a WGMMA tile has the same rows.
+    """
+    constant, mine = mgpu.utils.c, thread()
+    words = list(words)
+    for bit in (1, 2):
+        is_set = arith.cmpi(
+            arith.CmpIPredicate.ne,
+            arith.andi(mine, constant(bit, mine.type)),
+            constant(0, mine.type),
+        )
+        for low in (i for i in range(4) if not i & bit):
+            high = low | bit
+            sent = arith.select(is_set, words[low], words[high])
+            got = nvvm.shfl_sync(
+                constant(-1, mine.type),
+                sent,
+                constant(bit, mine.type),
+                constant(31, mine.type),
+                nvvm.ShflKind.bfly,
+            )
+            words[low] = arith.select(is_set, got, words[low])
+            words[high] = arith.select(is_set, words[high], got)
+    return words
 
 
 def element_pointer(ref: ir.Value, index: ir.Value) -> ir.Value:

@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LINE_BYTES = 128  # bytes per line of a swizzled tile
 K_BYTES = 32  # bytes per line that one wgmma reads
+PANEL_RANK = 3  # of refs to panels
 
 
 def operand(itemsize: int) -> Any:
@@ -27,21 +28,105 @@ def operand(itemsize: int) -> Any:
     )
 
 
+def panels() -> Any:
+    """Returns the swizzle of panels: arrays [lines, m, 128 bytes] in shared memory.
+
+    A panel has the layout of one column of tiles of `operand`. TMA can begin a panel at any row,
+    and a column of tiles only at a multiple of 8 rows.
+    """
+    return (plgpu.SwizzleTransform(LINE_BYTES),)  # type: ignore[abstract]
+
+
 def products(a: ir.Value, b: ir.Value) -> list[ir.Value]:
     """Starts a @ b.T, leaves it in flight and returns its accumulators, n / 2 per thread.
 
-    a, b: SMEM refs (64, k) and (n, k), as `operand` tiles them: [m / 8, lines, 8, 128 bytes].
+    a, b: SMEM refs (64, k) and (n, k), as `operand` tiles them: [m / 8, lines, 8, 128 bytes]; or
+        panels [lines, m, 128 bytes].
     """
-    (rows, lines, *_), element = ir.MemRefType(b.type).shape, ir.MemRefType(b.type).element_type
+    b_type = ir.MemRefType(b.type)
+    element = b_type.element_type
+    if len(b_type.shape) == PANEL_RANK:
+        lines, n, _ = b_type.shape
+    else:
+        groups, lines, *_ = b_type.shape
+        n = 8 * groups
     nvvm.wgmma_fence_aligned()
     starts = [(_start_in_sixteens(tile), tile) for tile in (a, b)]
     registers: list[ir.Value] = []
     for line in range(lines):
         for offset in range(0, LINE_BYTES, K_BYTES):
             descriptors = [_descriptor(*start, line, offset) for start in starts]
-            registers = _wgmma(registers, 8 * rows, element, *descriptors)
+            registers = _wgmma(registers, n, element, *descriptors)
     nvvm.wgmma_commit_group_sync_aligned()
     return registers
+
+
+def add_product(
+    registers: list[ir.Value], a: list[ir.Value], b: ir.Value, skips: ir.Value
+) -> list[ir.Value]:
+    """Starts accumulators + a @ b, leaves it in flight and returns the accumulators.
+
+    Args:
+        registers: the accumulators, n / 2 float32 per thread.
+        a: A (64, k) in registers of two 16-bit values, four of them for every 16 columns.
+        b: SMEM panels [n / 64, k, 128 bytes]: B (k, n) with n contiguous.
+        skips: 1 (i32) leaves out the second half of k.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    b_type = ir.MemRefType(b.type)
+    (line_stride, row_stride, _), _ = b_type.get_strides_and_offset()
+    itemsize = mgpu.utils.bytewidth(b_type.element_type)
+    start = _start_in_sixteens(b)
+    swizzled_128 = 1 << 62
+    constant = swizzled_128 | (8 * row_stride * itemsize >> 4) << 32
+    constant |= (line_stride * itemsize >> 4) << 16
+    steps = []
+    for i in range(len(a) // 4):
+        place = arith.addi(start, mgpu.utils.c(16 * i * row_stride * itemsize >> 4, i32))
+        words = [mgpu.utils.bitcast(x, i32) for x in a[4 * i : 4 * i + 4]]
+        steps.append((words, _with_constant(place, constant)))
+    half, element = len(steps) // 2, b_type.element_type
+    registers = _wgmma_of_registers(registers, element, steps[:half], None)
+    return _wgmma_of_registers(registers, element, steps[half:], skips)
+
+
+def _wgmma_of_registers(
+    registers: list[ir.Value],
+    element: ir.Type,
+    steps: list[tuple[list[ir.Value], ir.Value]],
+    skips: ir.Value | None,
+) -> list[ir.Value]:
+    """Returns the accumulators after one wgmma per step: four registers of A, B's descriptor.
+
+    skips: 1 (i32) jumps over all of them; None: never.
+    """
+    field, count = ir.F32Type.get(), len(registers)
+    names = ", ".join(f"${i}" for i in range(count))
+    lines, operands, kinds = [], list(registers), [str(i) for i in range(count)]
+    for words, descriptor in steps:
+        at = count + len(operands)
+        a = ", ".join(f"${at + i}" for i in range(4))
+        lines.append(
+            f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.{element}.{element} {{{names}}},"
+            f" {{{a}}}, ${at + 4}, 1, 1, 1, 1;"
+        )
+        operands += [*words, descriptor]
+        kinds += [*("r" for _ in words), "l"]
+    if skips is not None:
+        # After a branch, and after its end, the accumulators have to be fenced again.
+        fence = "wgmma.fence.sync.aligned;"
+        skip = f"setp.ne.b32 p, ${count + len(operands)}, 0; @p bra past;"
+        lines = [".reg .pred p;", skip, fence, *lines, "past:", fence]
+        operands.append(skips)
+        kinds.append("r")
+    result = llvm.inline_asm(
+        llvm.StructType.get_literal([field] * count),
+        operands,
+        f"{{ {' '.join(lines)} }}",
+        ",".join(["=f"] * count + kinds),
+        has_side_effects=True,
+    )
+    return [llvm.extractvalue(field, result, [i]) for i in range(count)]
 
 
 def _start_in_sixteens(tile: ir.Value) -> ir.Value:
@@ -57,18 +142,26 @@ def _descriptor(start: ir.Value, tile: ir.Value, line: int, offset: int) -> ir.V
 
     Args:
         start: from `_start_in_sixteens`.
-        tile: the ref, in swizzled tiles [m / 8, lines, 8, 128 bytes].
+        tile: the ref, in swizzled tiles [m / 8, lines, 8, 128 bytes] or panels.
         line: the index of the line.
         offset: a multiple of K_BYTES.
     """
-    i64 = ir.IntegerType.get_signless(64)
-    (group_stride, line_stride, *_), _ = ir.MemRefType(tile.type).get_strides_and_offset()
+    strides, _ = ir.MemRefType(tile.type).get_strides_and_offset()
+    if len(strides) == PANEL_RANK:
+        line_stride, group_stride = strides[0], 8 * strides[1]
+    else:
+        group_stride, line_stride, *_ = strides
     itemsize = mgpu.utils.bytewidth(ir.MemRefType(tile.type).element_type)
     further = line * line_stride * itemsize + offset
     place = arith.addi(start, mgpu.utils.c(further >> 4, start.type))
     swizzled_128 = 1 << 62
-    constant = swizzled_128 | (group_stride * itemsize >> 4) << 32
-    return arith.ori(arith.extui(i64, place), mgpu.utils.c(constant, i64))
+    return _with_constant(place, swizzled_128 | (group_stride * itemsize >> 4) << 32)
+
+
+def _with_constant(start: ir.Value, constant: int) -> ir.Value:
+    """Returns the descriptor (i64) of a start (i32), in units of 16 bytes, and all other fields."""
+    i64 = ir.IntegerType.get_signless(64)
+    return arith.ori(arith.extui(i64, start), mgpu.utils.c(constant, i64))
 
 
 def _wgmma(

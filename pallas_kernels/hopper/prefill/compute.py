@@ -1,0 +1,225 @@
+"""A computing warpgroup of the prefill kernel: scores, online softmax, and O of 64 query rows.
+
+A step adds a KV block. It starts the product of q and this block's K, and that of P and V of the
+block before. While they run, the other warpgroup computes its softmax:
+
+    wait for K | take the turn | start S_j = q K_j^T | wait for V | start O += P_(j-1) V_(j-1)
+    | pass the turn | wait for S_j | release K | row maxima | wait for O | release V
+    | P_j = exp2(...), sums, rescale O
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper.mosaic.primitives import ROWS
+from pallas_kernels.hopper.mosaic.rows import CountedRows
+from pallas_kernels.hopper.mosaic.values import per_row
+from pallas_kernels.hopper.parts.normalize import divided, natural_lse
+from pallas_kernels.hopper.prefill.config import CHECKERS
+from pallas_kernels.hopper.prefill.refs import Cta
+from pallas_kernels.hopper.prefill.work_items import Item
+from pallas_kernels.hopper.work_items import NO_KEY
+
+HEIGHT = 64  # query rows of a warpgroup
+SUM_COLUMNS = 8  # columns of the running sums: each thread keeps sums of its own
+
+
+class Running(NamedTuple):
+    """The state of the online softmax between blocks."""
+
+    m: Any  # [64] running maximum of the scores, in log2 units
+    total: Any  # [64, 8] sums of P, over every eighth column
+    o: Any  # [64, v_dim] float32, without the block of p
+    p: Any  # [64, block_keys] of q's dtype: P of the last block, relative to m
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputingWarpgroup:
+    """Warpgroup 0 or 1 of a CTA. index: its number, traced: both run the same code."""
+
+    cta: Cta
+    index: Any
+
+    def run(self) -> None:
+        """Computes the items of the CTA."""
+        cta, scratch = self.cta, self.cta.scratch
+        cta.g.take_registers(cta.config.warpgroup_registers, 0)
+        for stage in range(cta.config.stages):  # Every stage starts free.
+            plgpu.barrier_arrive(scratch.k_empty.at[stage])
+            plgpu.barrier_arrive(scratch.v_empty.at[stage])
+        plgpu.barrier_arrive(scratch.q_empty.at[self.index])
+        if cta.config.in_turns:  # Warpgroup 0 begins.
+            plgpu.barrier_arrive(scratch.turn.at[0], predicate=self.index == 1)
+        cta.run_items(self.run_item)
+        if cta.config.in_turns:
+            pl.when(self.index == 0)(lambda: plgpu.barrier_wait(scratch.turn.at[0]))
+
+    def run_item(self, n: Any, item: Item) -> None:
+        """Computes an item, or its rows that see no key, and stores it."""
+        g, v_dim = self.cta.g, self.cta.config.v_dim
+
+        def nothing() -> tuple:
+            zeros = g.full((HEIGHT, v_dim), 0.0, plgpu.Layout.WGMMA)
+            return g.full((HEIGHT,), NO_KEY, ROWS), g.full((HEIGHT,), 0.0, ROWS), zeros
+
+        attend = functools.partial(self.attend, n, item)
+        m, total, o = lax.cond(item.num_blocks > 0, attend, nothing)
+        total += jnp.where(item.invalid > 0, jnp.nan, 0.0)
+        o = o * per_row(divided(1.0, total), o.shape)
+        rows = CountedRows.of_ragged_tile(
+            item.q_row + HEIGHT * self.index, item.num_rows - HEIGHT * self.index, HEIGHT
+        )
+        outputs = self.cta.outputs
+        store = rows.store_tile_in_chunks if self.cta.config.stores_chunks else rows.store_tile
+        store(g, outputs.o.at[:, item.head], o.astype(self.cta.call.q.dtype), 0)
+        lse = natural_lse(m, total, log2_sum=True)
+        rows.store_values(g, outputs.lse.at[:, item.head], lse)
+
+    # -- the schedule ---------------------------------------------------------------------------
+    def attend(self, n: Any, item: Item) -> tuple[Any, Any, Any]:
+        """Returns maxima (log2 units), sums of P and O of an item with a block at least."""
+        cta, g, scratch = self.cta, self.cta.g, self.cta.scratch
+        carry = self.first_block(n, item)
+        following, skips = 1, self.sees_half(item)
+        if skips is not None:
+            second = functools.partial(self.step, n, item, 1, carry, skips=skips)
+            carry = lax.cond(item.num_blocks > 1, second, lambda: carry)
+            following = 2
+        step = functools.partial(self.step, n, item)
+        carry = lax.fori_loop(following, item.num_blocks, step, carry)
+        last = item.num_blocks - 1
+        stage = cta.stage(n + last)
+        pl.when(last > 0)(lambda: plgpu.barrier_wait(scratch.v_full.at[stage]))
+        self.take_turn()
+        skips = None if skips is None else skips & (last == 0)
+        o = g.plus_product(carry.o, carry.p, scratch.v.at[stage], skips)
+        self.pass_turn()
+        total = carry.total.sum(axis=1)
+        g.wait_mma(0)
+        o = g.completed(o)
+        plgpu.barrier_arrive(scratch.v_empty.at[stage])
+        return carry.m, total, o
+
+    def first_block(self, n: Any, item: Item) -> Running:
+        """Scores an item's first block, its last keys, with a mask."""
+        cta, g, scratch = self.cta, self.cta.g, self.cta.scratch
+        keys = cta.config.block_keys
+        stage = cta.stage(n)
+        # The last key, counted in the block, that each row sees.
+        limit = item.limit - (item.num_blocks - 1) * keys
+        last_seen = limit
+        if cta.call.causal:
+            limit += HEIGHT * self.index
+            last_seen = limit + HEIGHT - 1
+        plgpu.barrier_wait(scratch.q_full.at[self.index])
+        plgpu.barrier_wait(scratch.k_full.at[stage])
+
+        def limits() -> Any:
+            rows = g.iota_line(HEIGHT, ROWS)
+            return limit + rows if cta.call.causal else limit + 0 * rows
+
+        def score(width: int) -> tuple[Any, Any, Any]:
+            self.take_turn()
+            product = self.start_scores(stage, width)
+            self.pass_turn()
+            g.wait_mma(0)
+            s = g.completed(product)
+            self.release_k(stage, item.num_blocks == 1)
+            s = jnp.where(g.iota(s.shape, 1) <= per_row(limits(), s.shape), s, -jnp.inf)
+            m, p = self.softmax(s, g.full((HEIGHT,), NO_KEY, ROWS))
+            rounded = p.astype(cta.call.q.dtype)
+            return m, partial_sums(p), g.with_zero_columns(rounded, keys)
+
+        if cta.config.trims:
+            half = functools.partial(score, keys // 2)
+            m, total, p = lax.cond(last_seen < keys // 2, half, functools.partial(score, keys))
+        else:
+            m, total, p = score(keys)
+        plgpu.barrier_wait(scratch.v_checked.at[stage])
+        changed = functools.reduce(
+            jnp.minimum, (scratch.changed[stage, i] for i in range(CHECKERS))
+        )
+        poison = jnp.where(limits() >= changed, jnp.nan, 0.0)
+        total += per_row(poison, total.shape)
+        o = g.full((HEIGHT, cta.config.v_dim), 0.0, plgpu.Layout.WGMMA)
+        return Running(m, total, o, p)
+
+    def sees_half(self, item: Item) -> Any:
+        """Returns whether no row sees half of the item's first block; None: it does not matter."""
+        config = self.cta.config
+        if not (config.trims and config.trims_values):
+            return None
+        last = item.limit + (HEIGHT * (self.index + 1) - 1 if self.cta.call.causal else 0)
+        return last - (item.num_blocks - 1) * config.block_keys < config.block_keys // 2
+
+    def step(self, n: Any, item: Item, j: Any, carry: Running, *, skips: Any = None) -> Running:
+        """Scores an item's j-th block, and adds the block before to O.
+
+        skips: whether the second half of the block before is hidden, if that is the first block;
+            None: compute all of it.
+        """
+        cta, g, scratch = self.cta, self.cta.g, self.cta.scratch
+        stage, before = cta.stage(n + j), cta.stage(n + j - 1)
+        plgpu.barrier_wait(scratch.k_full.at[stage])
+        self.take_turn()
+        product = self.start_scores(stage, cta.config.block_keys)
+        if skips is None:  # The checkers have waited for the first block.
+            pl.when(j > 1)(lambda: plgpu.barrier_wait(scratch.v_full.at[before]))
+        o = g.plus_product(carry.o, carry.p, scratch.v.at[before], skips)
+        self.pass_turn()
+        g.wait_mma(1)
+        s = g.completed(product)
+        self.release_k(stage, j == item.num_blocks - 1)
+        m, p = self.softmax(s, carry.m)
+        factor = jnp.exp2(carry.m - m)
+        total = carry.total * per_row(factor, carry.total.shape) + partial_sums(p)
+        g.wait_mma(0)
+        o = g.completed(o)
+        plgpu.barrier_arrive(scratch.v_empty.at[before])
+        o = o * per_row(factor, o.shape)
+        return Running(m, total, o, p.astype(cta.call.q.dtype))
+
+    # -- the parts of a step --------------------------------------------------------------------
+    def start_scores(self, stage: Any, width: int) -> jax.Array:
+        """Starts S = q K^T for the first keys of a block, and leaves it in flight."""
+        scratch = self.cta.scratch
+        k = scratch.k.at[stage]
+        if width < self.cta.config.block_keys:
+            k = k.at[:, pl.ds(0, width)]
+        return self.cta.g.product_t(scratch.q.at[self.index], k, jnp.float32)
+
+    def softmax(self, s: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the new maxima, in log2 units, and P relative to them."""
+        scale = self.cta.call.log2_scale
+        m = jnp.maximum(m, s.max(axis=1) * scale)
+        return m, jnp.exp2(s * scale - per_row(m, s.shape))
+
+    def release_k(self, stage: Any, is_last: Any) -> None:
+        """Signals that the scores of a block are complete, and that q is free after the last."""
+        scratch = self.cta.scratch
+        plgpu.barrier_arrive(scratch.k_empty.at[stage])
+        plgpu.barrier_arrive(scratch.q_empty.at[self.index], predicate=is_last)
+
+    def take_turn(self) -> None:
+        """Waits until the other warpgroup has issued its products."""
+        if self.cta.config.in_turns:
+            plgpu.barrier_wait(self.cta.scratch.turn.at[self.index])
+
+    def pass_turn(self) -> None:
+        if self.cta.config.in_turns:
+            plgpu.barrier_arrive(self.cta.scratch.turn.at[1 - self.index])
+
+
+def partial_sums(p: jax.Array) -> jax.Array:
+    """Returns sums of P [64, n] over every eighth column, [64, 8]: each thread adds its own."""
+    parts = [p[:, c : c + SUM_COLUMNS] for c in range(0, p.shape[1], SUM_COLUMNS)]
+    while len(parts) > 1:
+        parts = [sum(parts[i + 1 : i + 2], parts[i]) for i in range(0, len(parts), 2)]
+    return parts[0]

@@ -1,0 +1,160 @@
+"""The prefill kernel in the interpreter, compiled for sm_90a, and its work list."""
+
+import functools
+
+import aot
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from prefill_batch import SCALE, PrefillBatch, random_lengths
+
+import mla_jax
+from mla_jax.hal import TilePlanError
+from pallas_kernels.hopper.prefill import attention
+from pallas_kernels.hopper.prefill.config import TILE_ROWS, PrefillConfig
+from pallas_kernels.hopper.prefill.work_items import (
+    Tile,
+    place_of_item,
+    work_list,
+)
+
+ROWS, KEYS, HEADS = 165, 345, 2  # of the arrays that are interpreted
+
+
+def run(batch, *, joined, detect_races=True):
+    o, lse = attention.attend_ragged(
+        *batch.arguments(joined=joined),
+        softmax_scale=SCALE,
+        causal=batch.causal,
+        interpret=plgpu.InterpretGPUParams(detect_races=detect_races),
+    )
+    return np.asarray(o), np.asarray(lse)
+
+
+def causal_batch(seed, lens):
+    return PrefillBatch(np.random.default_rng(seed), lens, rows=ROWS, keys=KEYS, heads=HEADS)
+
+
+def test_all_keys_visible_interpreted():
+    """Without a causal mask there may be more queries than keys, or no keys."""
+    lens = [(30, 130), (70, 5), (3, 0), (20, 128)]
+    batch = PrefillBatch(
+        np.random.default_rng(3),
+        lens,
+        rows=130,
+        keys=270,
+        heads=1,
+        dtype=jnp.float16,
+        widths=(128, 0, 128),
+        causal=False,
+    )
+    batch.poison(batch.cu_kv[2])  # the first key of the last request, whose rows see it
+    batch.check(*run(batch, joined=False, detect_races=False), lse_of_spoiled=False)
+
+
+def test_interpreted(races):
+    """A short request, a chunk behind a prefix in two tiles, one query, and one without queries.
+
+    Keys and values that are not finite reach the rows that see them, and no other.
+    """
+    batch = causal_batch(0, [(5, 9), (140, 300), (1, 1), (0, 7)])
+    begin = batch.cu_kv[1]
+    batch.poison(begin - 1)  # seen by the last row of the first request
+    batch.poison(begin + 280, only_v=True)  # seen by rows 120 .. 139 of the chunk
+    batch.check(*run(batch, joined=True))
+    assert not races.found
+
+
+def test_invalid_requests_interpreted(races):
+    """More queries than keys, an end past the array, and ends that decrease."""
+    batch = causal_batch(2, [(20, 40), (20, 10), (30, 60), (10, 50)])
+    batch.cu_q[3:] = [50, 5]  # the third request ends before where the last one ends
+    batch.lens = [(20, 40), (0, 0), (0, 0), (0, 0)]
+    batch.cu_kv[3] = KEYS + 1
+    batch.check(*run(batch, joined=True), invalid=[slice(20, 50)])
+    assert not races.found
+
+
+def test_the_op_compiles_for_sm90a(h200):
+    """`ragged_mla_attention` takes the kernel on a GPU.
+
+    No product is serialized, no register spilled, and shared memory is what the config says.
+    """
+
+    def struct(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    heads, rows, bounds = 16, 4096, struct(5, dtype=jnp.int32)
+    (report,) = aot.compile_sm90a(
+        functools.partial(mla_jax.ragged_mla_attention, softmax_scale=SCALE),
+        struct(rows, heads, 192),
+        struct(rows, heads, 128),
+        struct(rows, 64),
+        struct(rows, heads, 128),
+        bounds,
+        bounds,
+    )
+    assert "mla_prefill" in report.name
+    assert report.spill_stores == report.spill_loads == report.stack_frame == 0
+    assert not report.messages
+    assert not report.misuses_setmaxnreg
+    assert report.shared_memory == PrefillConfig().shared_memory_bytes
+    assert "m64n128k16.f32.bf16.bf16" in report.ptx
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_tiles_cover_every_row_once(causal):
+    sizes = {"num_queries": 1000, "num_keys": 3000, "num_heads": 5, "bytes_per_key": 512}
+    make = jax.jit(functools.partial(work_list, causal=causal, **sizes))
+    rng = np.random.default_rng(5)
+    for _ in range(8):
+        lens = random_lengths(rng, 6, 1000, 3000, causal=causal)
+        cu_q, cu_kv = (
+            np.concatenate([[0], np.cumsum(x)]).astype(np.int32) for x in np.array(lens).T
+        )
+        tiles, (count, _) = map(np.asarray, make(cu_q, cu_kv))
+        assert (tiles[count:, 1] == 0).all()
+        blocks = tiles[:count, 3]
+        assert (np.diff(blocks) <= 0).all()
+        covered = np.zeros(1000, int)
+        for tile in map(Tile._make, tiles[:count]):
+            rows = np.arange(tile.q_row, tile.q_row + tile.num_rows)
+            assert 0 < len(rows) <= TILE_ROWS
+            covered[rows] += 1
+            b = np.searchsorted(cu_q[1:], tile.q_row, side="right")
+            n, m = lens[b] if b < len(lens) else (0, 0)
+            assert not tile.invalid
+            assert tile.num_blocks == 0 or tile.kv_row == cu_kv[b]
+            if m == 0:
+                assert tile.num_blocks == 0
+                continue
+            last = m - n + rows - cu_q[b] if causal else np.full(len(rows), m - 1)
+            assert tile.limit == last[0]
+            assert tile.num_blocks == last[-1] // TILE_ROWS + 1
+            if causal:  # all rows see all keys of all blocks but the last
+                assert last[0] // TILE_ROWS == last[-1] // TILE_ROWS
+        assert (covered == 1).all()
+
+
+def test_items_cover_every_tile_of_every_head_once():
+    places = [place_of_item(np.int32(i), 3, 7, np.int32(4)) for i in range(21)]
+    places = [(int(tile), int(head)) for tile, head in places]
+    assert sorted(places) == [(tile, head) for tile in range(3) for head in range(7)]
+    assert {head for _, head in places[:12]} == {0, 1, 2, 3}
+    assert [tile for tile, _ in places[:12]] == sorted(tile for tile, _ in places[:12])
+
+
+def test_refusals_name_the_reason():
+    widths = {"nope_dim": 128, "rope_dim": 64, "v_dim": 128}
+    assert attention.refusal(jnp.bfloat16, **widths) is None
+    assert "float32" in attention.refusal(jnp.float32, **widths)
+    assert "rope_dim = 32" in attention.refusal(jnp.float16, **widths | {"rope_dim": 32})
+    assert "shared" in attention.refusal(jnp.float16, **widths | {"nope_dim": 192})
+    with pytest.raises(TilePlanError, match="stages = 4"):
+        PrefillConfig(stages=4)
+    batch = causal_batch(0, [(5, 9)])
+    q, k, rope, _, *cu = batch.arguments(joined=True)
+    with pytest.raises(ValueError, match=r"k_rope must be bfloat16\[345, 64\], got"):
+        attention.attend_ragged(q, k, rope[1:], None, *cu, softmax_scale=SCALE, causal=True)

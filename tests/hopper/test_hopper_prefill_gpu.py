@@ -1,0 +1,105 @@
+"""GPU tests of the prefill kernel: random lengths and heads, poison, repeats, against float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from prefill_batch import SCALE, PrefillBatch, random_lengths
+
+from pallas_kernels.hopper.prefill import attention
+
+BF16, F16 = jnp.bfloat16, jnp.float16
+ROWS, KEYS, REQUESTS = 1100, 2300, 9
+
+
+@functools.partial(jax.jit, static_argnames="causal")
+def attend(*arguments, causal):
+    return attention.attend_ragged(*arguments, softmax_scale=SCALE, causal=causal)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("heads", "dtype", "widths", "causal", "joined"),
+    [
+        (1, BF16, (128, 64, 128), True, True),
+        (3, F16, (128, 64, 128), True, False),
+        (16, BF16, (128, 64, 128), True, True),
+        (5, BF16, (128, 64, 128), False, True),
+        (7, BF16, (128, 0, 128), True, False),
+        (2, F16, (192, 0, 128), False, True),
+    ],
+)
+def test_random_lengths_on_the_gpu(heads, dtype, widths, causal, joined):
+    """Requests of any length at any row; keys that are not finite where few rows see them."""
+    rng = np.random.default_rng(heads)
+    for draw in range(12):
+        rows = (ROWS, 130, 3)[draw % 3]
+        lens = random_lengths(rng, REQUESTS, rows, KEYS, causal=causal)
+        batch = PrefillBatch(
+            rng, lens, rows=ROWS, keys=KEYS, heads=heads, dtype=dtype, widths=widths, causal=causal
+        )
+        for key in rng.integers(0, max(1, batch.cu_kv[-1]), draw % 4):
+            batch.poison(key, only_v=bool(rng.integers(2)))
+        arguments = batch.arguments(joined=joined)
+        o, lse = attend(*arguments, causal=causal)
+        batch.check(o, lse, lse_of_spoiled=False)
+        again = attend(*arguments, causal=causal)
+        for first, second in zip((o, lse), again, strict=True):
+            np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
+
+
+@pytest.mark.gpu
+def test_every_start_on_the_gpu():
+    """Requests that begin at each row and at each key, modulo 128."""
+    rng = np.random.default_rng(0)
+    for start in range(0, 128, 3):
+        lens = [(start, start), (70, 70 + start), (140, 2 * start + 140), (130, 130)]
+        batch = PrefillBatch(rng, lens, rows=ROWS, keys=KEYS, heads=2)
+        batch.check(*attend(*batch.arguments(joined=True), causal=True))
+
+
+@pytest.mark.gpu
+def test_invalid_requests_on_the_gpu():
+    """Each kind of invalid bounds makes the rows of its request NaN, and those of no other."""
+    rng = np.random.default_rng(1)
+    lens = [(100, 200), (300, 300), (50, 400), (200, 210)]
+    for cu_q, cu_kv, invalid in [
+        ([0, 100, 400, 450, 650], [0, 200, 499, 899, 1109], [1]),  # more queries than keys
+        ([0, 100, 400, 450, 650], [0, 200, 500, 490, 1110], [2, 3]),  # decreasing
+        ([0, 100, 400, 450, 650], [0, 200, 500, 900, KEYS + 1], [3]),
+        ([0, 100, 400, 450, 650], [-1, 200, 500, 900, 1110], [0]),
+        ([0, 100, 400, 450, ROWS + 1], [0, 200, 500, 900, 1110], [3]),
+        ([0, 100, 90, 450, 650], [0, 200, 500, 900, 1110], [1, 2]),
+        ([2**31 - 1] * 5, [-(2**31)] * 5, [0, 1, 2, 3]),
+    ]:
+        batch = PrefillBatch(rng, lens, rows=ROWS, keys=KEYS, heads=4)
+        edges = np.maximum.accumulate(np.clip(cu_q, 0, ROWS))
+        edges[0] = 0
+        batch.cu_q, batch.cu_kv = (np.array(x, np.int32) for x in (cu_q, cu_kv))
+        o, lse = attend(*batch.arguments(joined=True), causal=True)
+        rows = [slice(edges[b], edges[b + 1]) for b in invalid]
+        batch.lens = [
+            (0, 0) if b in invalid else (cu_q[b + 1] - cu_q[b], cu_kv[b + 1] - cu_kv[b])
+            for b in range(len(lens))
+        ]
+        batch.check(o, lse, invalid=rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "rows"), [(128, 2048), (16, 5000)])
+def test_long_requests_repeat_on_the_gpu(heads, rows):
+    """All CTAs have several items. 20 repeats have the same bits."""
+    rng = np.random.default_rng(heads)
+    lens = [(rows - 700, rows - 700), (600, 2500), (100, 101)]
+    keys = sum(m for _, m in lens)
+    batch = PrefillBatch(rng, lens, rows=rows, keys=keys, heads=heads)
+    arguments = batch.arguments(joined=True)
+    first = attend(*arguments, causal=True)
+    for _ in range(20):
+        for a, b in zip(first, attend(*arguments, causal=True), strict=True):
+            assert jnp.array_equal(a, b)
+    chosen = [0, heads // 2, heads - 1]
+    batch.q, batch.k, batch.v = (x[:, chosen] for x in (batch.q, batch.k, batch.v))
+    batch.check(*(x[:, np.array(chosen)] for x in first))
