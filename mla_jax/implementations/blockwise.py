@@ -53,7 +53,7 @@ def _refuses(problem: AttentionProblem) -> str | None:
     scores = problem.q.shape[0] * problem.num_rows * capacity
     if scores > BLOCKWISE_SCORES:
         return (
-            "it walks its schedule in interpret mode and takes at most "
+            "it executes its schedule in interpret mode and takes at most "
             f"{BLOCKWISE_SCORES} scores (requests * rows * tokens of a block table), got {scores}"
         )
     return None
