@@ -3,7 +3,7 @@
 
 comma := ,
 VENV := .venv
-# Two recipes run at a time: lint, while the compiler of the Hopper kernels is installed.
+# Two recipes run at a time: lint beside the tests.
 MAKEFLAGS += $(if $(MAKELEVEL:0=),,--jobs=2)
 NVIDIA_GPU := $(wildcard /dev/nvidiactl /dev/dxg)
 ifdef PYTHON
@@ -40,7 +40,7 @@ GPU_JOBS = $(if $(and $(XDIST),$(GPU_JOBS_$*)),-n $(GPU_JOBS_$*) --dist workstea
 # What the API reference documents; kernels and their parts are described in docs/hopper_decode.md.
 API := mla_jax mla_jax.hal pallas_kernels.hopper '!pallas_kernels.hopper.(kernels|parts|mosaic)'
 
-.PHONY: demo test test-gpu $(SHARDS:%=test-gpu-%) fuzz docs lint format clean
+.PHONY: demo test test-cpu test-gpu $(SHARDS:%=test-gpu-%) fuzz docs lint format clean
 
 demo: $(ENVIRONMENT)  ## the main job: load a layer, prefill, decode, compare with float64
 	$(PYTHON) -m experiments.launch --experiment=demo --output_dir=$(OUTPUT) $(ARGS)
@@ -50,7 +50,9 @@ demo: $(ENVIRONMENT)  ## the main job: load a layer, prefill, decode, compare wi
 QUICK_COMPILE := --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 \
 	--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters,xla_cpu_disable_loop_unrolling,xla_cpu_optimize_for_size
 
-test: $(TEST_ENVIRONMENT) lint  ## everything that runs without a GPU
+test: lint test-cpu  ## everything that runs without a GPU
+
+test-cpu: $(TEST_ENVIRONMENT)
 	XLA_FLAGS="$$XLA_FLAGS $(QUICK_COMPILE)" JAX_PLATFORMS=cpu $(TEST_PATH) $(PYTHON) -m pytest -n $(JOBS) --dist worksteal -m "not gpu" $(ARGS)
 
 test-gpu:  ## the third gate, on an H200; SHARD=kernels, sweep, fuzz, sanitizer or demo: that alone
