@@ -77,7 +77,7 @@ def test_chunks_then_mtp_then_decode(page_size, layout, dtype):
     lengths, expected = np.zeros(3, np.int32), [[], [], []]
     for count, new in steps:
         kv = rng.standard_normal((3, count, WIDTH)).astype(jnp.dtype(dtype))
-        cache = cache.append(jnp.asarray(kv), tables, lengths, i32(*new))
+        cache = cache.append(jax.device_put(kv), tables, lengths, i32(*new))
         for request, number in enumerate(new):
             expected[request].extend(kv[request, :number].astype(np.float64))
         lengths += i32(*new)

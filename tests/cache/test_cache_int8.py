@@ -39,9 +39,9 @@ def poisoned(cache):
     """NaN where a float can be NaN, 127 elsewhere; a scale for the whole cache stays."""
     return dataclasses.replace(
         cache,
-        pages=jnp.asarray(np.full(cache.pages.shape, 127, np.int8)),
-        rope_pages=jnp.asarray(np.full(cache.rope_pages.shape, np.nan, jnp.bfloat16)),
-        scales=jnp.asarray(np.full(cache.scales.shape, np.nan, np.float32))
+        pages=jax.device_put(np.full(cache.pages.shape, 127, np.int8)),
+        rope_pages=jax.device_put(np.full(cache.rope_pages.shape, np.nan, jnp.bfloat16)),
+        scales=jax.device_put(np.full(cache.scales.shape, np.nan, np.float32))
         if cache.scales.ndim
         else cache.scales,
     )
@@ -80,7 +80,7 @@ def test_ragged_chunks_then_decode(page_size, layout, granularity):
     lengths, expected = np.zeros(3, np.int32), [np.zeros((0, WIDTH))] * 3
     for new in steps:
         kv = rng.standard_normal((3, 30, WIDTH)).astype(np.float32)
-        cache = cache.append(jnp.asarray(kv), tables, lengths, i32(*new))
+        cache = cache.append(jax.device_put(kv.copy()), tables, lengths, i32(*new))
         kv[..., RANK:] = kv[..., RANK:].astype(jnp.bfloat16)
         rows = kv.astype(np.float64)
         expected = [

@@ -156,7 +156,7 @@ def test_partial_dtype_rounds_cut_tiles_only(partial_dtype):
 
 def test_mixed_dtypes_are_promoted():
     batch = make_batch(np.random.default_rng(7), *RAGGED, dtype="bfloat16")
-    batch.q = jnp.asarray(np.asarray(batch.q).astype(np.float32) * np.float32(1.001))
+    batch.q = jax.device_put(np.asarray(batch.q).astype(np.float32) * np.float32(1.001))
     for implementation in ("reference", "xla"):  # split_kv takes its scores as xla does
         got = attend(*batch.args, query_lens=batch.query_lens, implementation=implementation)
         assert got[0].dtype == jnp.float32
@@ -245,7 +245,7 @@ def test_int8_cache_matches_float64_on_its_dequantised_rows(
         dtype="int8",
         granularity=granularity,
     )
-    batch.q = jnp.asarray(np.asarray(batch.q).astype(np.float32))
+    batch.q = jax.device_put(np.asarray(batch.q).astype(np.float32))
     got = attend(*batch.args, query_lens=batch.query_lens, implementation=implementation)
     assert_matches(got, batch.oracle(), 2e-5, 1e-5)
 

@@ -52,8 +52,8 @@ def relative_error(got, wanted):
 
 def draw(seed, rows=24, keys=512, dim=16, dtype="float32", spread=1.0):
     rng = np.random.default_rng(seed)
-    scores = jnp.asarray((spread * rng.standard_normal((rows, keys))).astype(np.float32))
-    return scores, jnp.asarray(rng.standard_normal((keys, dim)).astype(jnp.dtype(dtype)))
+    scores = (spread * rng.standard_normal((rows, keys))).astype(np.float32)
+    return jax.device_put((scores, rng.standard_normal((keys, dim)).astype(jnp.dtype(dtype))))
 
 
 def flash_inputs(kind, rng, rows=64, keys=4096, width=576):
@@ -68,7 +68,7 @@ def flash_inputs(kind, rng, rows=64, keys=4096, width=576):
             kv = kv * np.linspace(0.2, 2.0, keys)[:, None]
     q, kv = (x.astype(jnp.bfloat16).astype(np.float64) for x in (q, kv))
     scores = (q @ kv.T * 192**-0.5).astype(np.float32)
-    return jnp.asarray(scores), jnp.asarray(kv[:, :512].astype(jnp.bfloat16))
+    return scores, kv[:, :512].astype(jnp.bfloat16)
 
 
 class Variants(chex.TestCase):

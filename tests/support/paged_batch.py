@@ -97,10 +97,11 @@ def make_batch(
                     row = np.clip(np.rint(row * 50), -127, 127)
                 address = element(layout, page_size, array.dtype, width, t, np.arange(width))
                 array[page].reshape(-1)[address] = row.astype(array.dtype)
-    cache = dataclasses.replace(cache, **{name: jnp.asarray(x) for name, x in arrays.items()})
+    cache = dataclasses.replace(cache, **jax.device_put(arrays))
     shape = (batch, num_queries or max(1, *query_lens), heads, rank + ROPE)
     q_dtype = jnp.dtype("bfloat16" if dtype == "int8" else dtype)
-    q = jnp.asarray(rng.standard_normal(shape).astype(q_dtype))  # NumPy rounds without a program
+    # NumPy rounds without a compiled program, and device_put copies without one.
+    q = jax.device_put(rng.standard_normal(shape).astype(q_dtype))
     return Batch(q, cache, tables, seq, queries)
 
 
