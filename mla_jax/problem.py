@@ -38,7 +38,10 @@ class AttentionProblem:
 
     def mark_invalid(self) -> "AttentionProblem":
         """Returns the problem with seq_lens = -1 for each request with invalid lengths or pages."""
-        return dataclasses.replace(self, seq_lens=_valid_or_minus_one(self))
+        cache = self.cache
+        arrays = self.block_tables, self.seq_lens, self.query_lens
+        seq_lens = _valid_or_minus_one(*arrays, cache.page_size, cache.num_pages, self.q.shape[1])
+        return dataclasses.replace(self, seq_lens=seq_lens)
 
     @property
     def num_rows(self) -> int:
@@ -67,10 +70,15 @@ class AttentionProblem:
         return o.reshape(*heads, self.cache.kv_lora_rank), lse.reshape(heads)
 
 
-@jax.jit
-def _valid_or_minus_one(problem: AttentionProblem) -> jax.Array:
-    block_tables, seq_lens = problem.block_tables, problem.seq_lens
-    page_size, num_pages = problem.cache.page_size, problem.cache.num_pages
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _valid_or_minus_one(
+    block_tables: jax.Array,
+    seq_lens: jax.Array,
+    query_lens: jax.Array | None,
+    page_size: int,
+    num_pages: int,
+    num_queries: int,
+) -> jax.Array:
     max_pages = block_tables.shape[1]
     pages = -(-seq_lens // page_size)
     used = jnp.arange(max_pages, dtype=jnp.int32) < pages[:, None]
@@ -78,7 +86,7 @@ def _valid_or_minus_one(problem: AttentionProblem) -> jax.Array:
     exists = (block_tables >= 0) & (block_tables < num_pages)
     valid = (seq_lens >= 0) & (seq_lens <= capacity)
     valid &= jnp.all(exists | ~used, axis=1)
-    if problem.query_lens is not None:
-        most = jnp.minimum(seq_lens, problem.q.shape[1])
-        valid &= (problem.query_lens >= 0) & (problem.query_lens <= most)
+    if query_lens is not None:
+        most = jnp.minimum(seq_lens, num_queries)
+        valid &= (query_lens >= 0) & (query_lens <= most)
     return jnp.where(valid, seq_lens, -1)

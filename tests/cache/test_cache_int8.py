@@ -39,9 +39,11 @@ def poisoned(cache):
     """NaN where a float can be NaN, 127 elsewhere; a scale for the whole cache stays."""
     return dataclasses.replace(
         cache,
-        pages=jnp.full_like(cache.pages, 127),
-        rope_pages=jnp.full_like(cache.rope_pages, jnp.nan),
-        scales=jnp.full_like(cache.scales, jnp.nan) if cache.scales.ndim else cache.scales,
+        pages=jax.device_put(np.full(cache.pages.shape, 127, np.int8)),
+        rope_pages=jax.device_put(np.full(cache.rope_pages.shape, np.nan, jnp.bfloat16)),
+        scales=jax.device_put(np.full(cache.scales.shape, np.nan, np.float32))
+        if cache.scales.ndim
+        else cache.scales,
     )
 
 
@@ -77,15 +79,16 @@ def test_ragged_chunks_then_decode(page_size, layout, granularity):
     tables = rng.permutation(3 * max_pages + 1)[: 3 * max_pages].reshape(3, -1).astype(np.int32)
     lengths, expected = np.zeros(3, np.int32), [np.zeros((0, WIDTH))] * 3
     for new in steps:
-        kv = jnp.asarray(rng.standard_normal((3, max(new), WIDTH)), jnp.float32)
-        cache = cache.append(kv, tables, lengths, i32(*new))
-        rows = np.asarray(kv.at[..., RANK:].set(kv[..., RANK:].astype(jnp.bfloat16)), np.float64)
+        kv = rng.standard_normal((3, 30, WIDTH)).astype(np.float32)
+        cache = cache.append(jax.device_put(kv.copy()), tables, lengths, i32(*new))
+        kv[..., RANK:] = kv[..., RANK:].astype(jnp.bfloat16)
+        rows = kv.astype(np.float64)
         expected = [
             np.append(e, r[:n], axis=0) for e, r, n in zip(expected, rows, new, strict=True)
         ]
         lengths += i32(*new)
 
-    gathered = cache.gather(tables, max_len=max_pages * page_size, seq_lens=lengths)
+    gathered = np.asarray(cache.gather(tables, max_len=max_pages * page_size, seq_lens=lengths))
     assert gathered.dtype == jnp.float32 == cache.row_dtype
     written = np.zeros((cache.num_pages, page_size), bool)
     for request, rows in enumerate(expected):
@@ -97,7 +100,7 @@ def test_ragged_chunks_then_decode(page_size, layout, granularity):
         assert off.max(initial=0) < 1.001
         np.testing.assert_array_equal(held[:, RANK:], rows[:, RANK:])
         np.testing.assert_allclose(gathered[request, :count], held, rtol=1e-6)
-        assert not np.asarray(gathered)[request, count:].any()
+        assert not gathered[request, count:].any()
         written[tables[request, np.arange(count) // page_size], np.arange(count) % page_size] = True
     rope = np.isnan(np.asarray(cache.rope_pages, np.float32))
     rope = (
@@ -109,15 +112,15 @@ def test_ragged_chunks_then_decode(page_size, layout, granularity):
 @pytest.mark.parametrize("granularity", quantize.GRANULARITIES)
 def test_append_of_the_quantised_is_the_quantised_of_append(granularity):
     """Eagerly, under jit, token by token or at once, from float32 or bfloat16: the same bits."""
-    kv = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, WIDTH)), jnp.bfloat16)
+    kv = np.random.default_rng(0).standard_normal((2, 9, WIDTH)).astype(jnp.bfloat16)
     tables, zero = i32([3, GARBAGE], [1, GARBAGE]), i32(0, 0)
-    latent = kv[..., :RANK]
+    latent = jnp.asarray(kv[..., :RANK])
     scales = SCALE if granularity == "tensor" else quantize.scales_of(latent, granularity)
     scales = jnp.asarray(scales, jnp.float32)
     wanted = quantize.quantize(latent, scales)
 
     at_once = create(granularity=granularity).append(kv, tables, zero)
-    wide = create(granularity=granularity).append(kv.astype(jnp.float32), tables, zero)
+    wide = create(granularity=granularity).append(kv.astype(np.float32), tables, zero)
     append = jax.jit(lambda cache: cache.append(kv, tables, zero), compiler_options=OPTIMISED)
     jitted = append(create(granularity=granularity))
     one_by_one = create(layout="NZ", granularity=granularity)

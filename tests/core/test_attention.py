@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import parameterized
 from hypothesis import given
 from hypothesis import strategies as st
 from paged_batch import (
@@ -36,11 +35,21 @@ def i32(*values):
     return np.array(values, np.int32)
 
 
+# Rows are read from pages before an implementation sees them: tests/cache has all page sizes,
+# layouts and dtypes. Here every pair of a page size, a layout and a dtype occurs.
+ALTERNATING = [("ND", "NZ", "ND"), ("NZ", "ND", "NZ")] * 2  # layouts of the three dtypes
+PAIRWISE = [
+    (page_size, layout, dtype)
+    for page_size, layouts in zip(PAGE_SIZES, ALTERNATING, strict=True)
+    for layout, dtype in zip(layouts, TOLERANCE, strict=True)
+]
+
+
 @pytest.mark.parametrize(
     ("implementation", "page_size", "layout", "dtype"),
     [
-        *itertools.product(["xla"], PAGE_SIZES, ("ND", "NZ"), TOLERANCE),
-        *itertools.product(["reference"], PAGE_SIZES, ("ND", "NZ"), ["float32"]),
+        *(("xla", *case) for case in PAIRWISE),
+        *(("reference", *case) for case in PAIRWISE if case[2] == "float32"),
     ],
 )
 def test_ragged_batch_matches_float64(implementation, page_size, layout, dtype):
@@ -54,10 +63,8 @@ def test_ragged_batch_matches_float64(implementation, page_size, layout, dtype):
 @pytest.mark.parametrize(
     ("page_size", "layout", "dtype", "rescale"),
     [
-        (1, "ND", "float32", "exponent_add"),
-        (16, "NZ", "bfloat16", "multiply"),
+        (1, "ND", "float16", "exponent_add"),
         (64, "NZ", "float32", "multiply"),
-        (64, "ND", "float16", "exponent_add"),
         (128, "NZ", "bfloat16", "exponent_add"),
     ],
 )
@@ -92,7 +99,7 @@ def test_blockwise_under_jit(page_size, layout, dtype, rescale):
 
 @pytest.mark.parametrize(
     ("page_size", "dtype"),
-    [(1, "float16"), (16, "float32"), (64, "bfloat16"), (128, "float32")],
+    [(1, "float16"), (16, "float32"), (64, "bfloat16")],
 )
 def test_exponent_add_matches_float64(page_size, dtype):
     batch = make_batch(np.random.default_rng(3), *RAGGED, page_size=page_size, dtype=dtype)
@@ -100,19 +107,29 @@ def test_exponent_add_matches_float64(page_size, dtype):
     assert_matches(got, batch.oracle(), TOLERANCE[dtype], 1e-5)
 
 
-class Variants(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.product(implementation=PURE, causal=(True, False))
-    def test_with_and_without_jit(self, implementation, causal):
-        batch = make_batch(np.random.default_rng(4), *RAGGED)
-        run = self.variant(functools.partial(attend, implementation=implementation, causal=causal))
-        got = run(*batch.args, query_lens=batch.query_lens)
-        assert_matches(got, batch.oracle(causal=causal), 2e-5, 1e-5)
+@pytest.mark.parametrize(("implementation", "causal"), itertools.product(PURE, (True, False)))
+def test_without_jit(implementation, causal):
+    batch = make_batch(np.random.default_rng(4), *RAGGED)
+    options = {"implementation": implementation, "causal": causal, "query_lens": batch.query_lens}
+    got = attend(*batch.args, **options)
+    assert_matches(got, batch.oracle(causal=causal), 2e-5, 1e-5)
+    alone = attend(*batch.args, **options, return_lse=False)
+    np.testing.assert_array_equal(alone, got[0])
+
+
+@pytest.mark.parametrize("implementation", PURE)
+def test_softmax_scale_under_jit(implementation):
+    batch = make_batch(np.random.default_rng(5), *RAGGED)
+    run = jax.jit(
+        functools.partial(paged_mla_attention, softmax_scale=3.0, implementation=implementation)
+    )
+    got = run(*batch.args, query_lens=batch.query_lens)
+    assert_matches(got, batch.oracle(softmax_scale=3.0), 2e-5, 2e-5)
 
 
 @pytest.mark.parametrize(
     ("implementation", "heads"),
-    [*itertools.product(["xla"], [1, 3, 16, 128]), ("reference", 5), ("split_kv", 70)],
+    [("xla", 1), ("xla", 128), ("reference", 5), ("split_kv", 70)],
 )
 def test_any_head_count_and_no_query_lens(implementation, heads):
     """Without query_lens all tokens are real, and those before position 0 see no key."""
@@ -121,17 +138,6 @@ def test_any_head_count_and_no_query_lens(implementation, heads):
     got = attend(*batch.args, implementation=implementation)
     assert_matches(got, batch.oracle(query_lens=None), 2e-5, 1e-5)
     assert np.isneginf(got[1][1, 0]).all()
-
-
-@pytest.mark.parametrize("implementation", PURE)
-def test_softmax_scale_and_return_lse(implementation):
-    batch = make_batch(np.random.default_rng(5), *RAGGED)
-    options = {"softmax_scale": 3.0, "query_lens": batch.query_lens}
-    options["implementation"] = implementation
-    got = paged_mla_attention(*batch.args, **options)
-    assert_matches(got, batch.oracle(softmax_scale=3.0), 2e-5, 2e-5)
-    alone = paged_mla_attention(*batch.args, **options, return_lse=False)
-    np.testing.assert_array_equal(alone, got[0])
 
 
 @pytest.mark.parametrize("partial_dtype", TOLERANCE)
@@ -150,8 +156,8 @@ def test_partial_dtype_rounds_cut_tiles_only(partial_dtype):
 
 def test_mixed_dtypes_are_promoted():
     batch = make_batch(np.random.default_rng(7), *RAGGED, dtype="bfloat16")
-    batch.q = batch.q.astype(jnp.float32) * 1.001
-    for implementation in PURE:
+    batch.q = jax.device_put(np.asarray(batch.q).astype(np.float32) * np.float32(1.001))
+    for implementation in ("reference", "xla"):  # split_kv takes its scores as xla does
         got = attend(*batch.args, query_lens=batch.query_lens, implementation=implementation)
         assert got[0].dtype == jnp.float32
         assert_matches(got, batch.oracle(), TOLERANCE["bfloat16"], 1e-5)
@@ -160,20 +166,20 @@ def test_mixed_dtypes_are_promoted():
 @given(
     st.lists(st.integers(0, 96), min_size=3, max_size=3),
     st.lists(st.integers(0, 4), min_size=3, max_size=3),
-    st.sampled_from([(1, "NZ"), (16, "ND"), (64, "NZ")]),
-    st.sampled_from(["multiply", "exponent_add"]),
+    st.sampled_from([(1, "NZ", "multiply"), (16, "ND", "exponent_add"), (64, "NZ", "multiply")]),
     st.integers(0, 2**32 - 1),
 )
-def test_any_paging_and_layout_is_the_contiguous_result(lens, queries, paging, rescale, seed):
+def test_any_paging_and_layout_is_the_contiguous_result(lens, queries, static, seed):
     """Random lengths, page order, garbage table slots and NaN page tails never show."""
     queries = [min(pair) for pair in zip(lens, queries, strict=True)]
+    page_size, layout, rescale = static
     batch = make_batch(
         np.random.default_rng(seed),
         lens,
         queries,
         num_queries=4,
-        page_size=paging[0],
-        layout=paging[1],
+        page_size=page_size,
+        layout=layout,
         capacity=128,
     )
     got = attend(*batch.args, query_lens=batch.query_lens, rescale=rescale)
@@ -201,10 +207,9 @@ def test_decode_loop_traces_once(implementation):
 
     rows, seq_lens = [np.zeros((0, RANK + ROPE))] * 3, i32(0, 0, 0)
     for new in [i32(2, 0, 2)] * 12 + [i32(1, 2, 0)] * 9:
-        q, kv = (
-            jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((3, 2, 2, 48), (3, 2, 48))
-        )
+        q, kv = (rng.standard_normal(s).astype(np.float32) for s in ((3, 2, 2, 48), (3, 2, 48)))
         cache, got = step(cache, q, kv, seq_lens, new)
+        o = np.asarray(got[0])
         seq_lens = seq_lens + new
         rows = [np.concatenate([r, k[:n]]) for r, k, n in zip(rows, kv, new, strict=True)]
         for request, (count, length) in enumerate(zip(new, seq_lens, strict=True)):
@@ -214,15 +219,18 @@ def test_decode_loop_traces_once(implementation):
                 scores = SCALE * np.asarray(q[request, token], np.float64) @ keys.T
                 weights = np.exp(scores)
                 wanted = weights @ keys[:, :RANK] / weights.sum(1, keepdims=True)
-                assert relative_error(got[0][request, token], wanted) < 2e-5
+                assert relative_error(o[request, token], wanted) < 2e-5
 
 
 @pytest.mark.parametrize(
     ("granularity", "page_size", "layout", "implementation"),
     [
         ("token", 64, "ND", "split_kv"),
-        *itertools.product(["token"], [64, 128], ["ND", "NZ"], ["reference", "xla"]),
-        *itertools.product(["group", "tensor"], [1], ["ND", "NZ"], ["xla"]),
+        ("token", 64, "ND", "xla"),
+        ("token", 128, "NZ", "xla"),
+        ("token", 64, "NZ", "reference"),
+        ("group", 1, "NZ", "xla"),
+        ("tensor", 1, "ND", "xla"),
     ],
 )
 def test_int8_cache_matches_float64_on_its_dequantised_rows(
@@ -237,7 +245,7 @@ def test_int8_cache_matches_float64_on_its_dequantised_rows(
         dtype="int8",
         granularity=granularity,
     )
-    batch.q = batch.q.astype(jnp.float32)
+    batch.q = jax.device_put(np.asarray(batch.q).astype(np.float32))
     got = attend(*batch.args, query_lens=batch.query_lens, implementation=implementation)
     assert_matches(got, batch.oracle(), 2e-5, 1e-5)
 
@@ -250,7 +258,7 @@ def test_int8_cache_and_bfloat16_queries(rescale):
     assert_matches(got, batch.oracle(), 4e-3, 1e-5)
 
 
-@pytest.mark.parametrize("implementation", PURE)
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_int8_decode_loop_traces_once(implementation):
     """Append quantises and attend reads in one compiled, donated step over page edges."""
     chex.clear_trace_counter()
@@ -266,13 +274,13 @@ def test_int8_decode_loop_traces_once(implementation):
 
     rows = np.zeros((2, 0, RANK + ROPE))
     for length in range(36):
-        q = jnp.asarray(rng.standard_normal((2, 1, 4, RANK + ROPE)), jnp.float32)
-        kv = jnp.asarray(rng.standard_normal((2, 1, RANK + ROPE)), jnp.float32)
+        q = rng.standard_normal((2, 1, 4, RANK + ROPE)).astype(np.float32)
+        kv = rng.standard_normal((2, 1, RANK + ROPE)).astype(np.float32)
         before = cache.pages
         cache, got = step(cache, q, kv, i32(length, length))
         assert before.is_deleted()
         rows = np.append(rows, kv, axis=1)
-    held = np.asarray(cache.gather(tables, max_len=36))
+    held, got = np.asarray(cache.gather(tables, max_len=36)), [*map(np.asarray, got)]
     assert 1e-3 < relative_error(held, rows) < 1e-2
     for request in range(2):
         wanted = attention_float64(

@@ -56,7 +56,8 @@ def test_invalid_requests_are_nan_under_jit_and_refused_outside(implementation):
 def test_what_a_jitted_function_closes_over_is_checked():
     """Lengths and a plan that are known, though q is traced."""
     batch = make_batch(np.random.default_rng(12), [40, 41], [1, 1])
-    plans = [plan_splits(i32(40, n), num_workers=2, rows=4, rows_per_tile=4) for n in (41, 100)]
+    options = {"num_workers": 2, "rows": 4, "rows_per_tile": 4, "block_size": 16}
+    plans = [plan_splits(i32(40, n), **options) for n in (41, 100)]
 
     def run(q, plan):
         rest = batch.cache, batch.block_tables, batch.seq_lens

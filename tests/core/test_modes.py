@@ -74,14 +74,18 @@ def attention(implementation: str, dtype: str, **options: Any) -> Case:
     return lambda *args: run(*args[:4], query_lens=args[4]), (*batch.args, batch.query_lens)
 
 
-def planned(plan: Callable[[Any], Any]) -> Case:
-    batch = small_batch("float32")
+def planned(plan: Callable[[Any], Any], dtype: str = "float32", **options: Any) -> Case:
+    batch = small_batch(dtype)
 
     def run(q: Any, cache: Any, tables: Any, seq_lens: Any) -> Any:
-        options = {"softmax_scale": SCALE, "plan": plan(seq_lens), "implementation": "split_kv"}
-        return paged_mla_attention(q, cache, tables, seq_lens, **options)
+        given = {"softmax_scale": SCALE, "plan": plan(seq_lens), "implementation": "split_kv"}
+        return paged_mla_attention(q, cache, tables, seq_lens, **given, **options)
 
     return run, batch.args
+
+
+def only_planned(plan: Callable[[Any], Any]) -> Case:
+    return plan, (small_batch("float32").seq_lens,)
 
 
 def layer(implementation: str, dtype: str) -> Case:
@@ -109,14 +113,14 @@ def blocks(rescale: str, dtype: str) -> Case:
         return finalize(update(state, scores, values, rescale=rescale))
 
     rng = np.random.default_rng(0)
-    scores = jnp.asarray(rng.standard_normal((3, 8)), jnp.float32)
-    return run, (scores, jnp.asarray(rng.standard_normal((8, 4)), dtype))
+    scores = rng.standard_normal((3, 8)).astype(np.float32)
+    return run, (scores, rng.standard_normal((8, 4)).astype(jnp.dtype(dtype)))
 
 
 def int8_dataflow(weights: str, queries: str) -> Case:
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 128)), jnp.float32)
+    x = np.random.default_rng(0).standard_normal((8, 128)).astype(np.float32)
     scales = quantize.scales_of(x, "token")
-    args = jnp.concatenate([x, x[:, :4]], -1), quantize.quantize(x, scales), scales, x[:, :4]
+    args = np.concatenate([x, x[:, :4]], -1), quantize.quantize(x, scales), scales, x[:, :4]
     options = {"softmax_scale": SCALE, "weights": weights, "queries": queries}
     return functools.partial(attend_int8, **options), args
 
@@ -136,8 +140,7 @@ CASES: dict[str, Callable[[], Case]] = {
             ("reference", "bfloat16", "multiply"),
             ("reference", "int8", "multiply"),
             *(("xla", dtype, rescale) for dtype in ("bfloat16", "int8") for rescale in RESCALES),
-            ("split_kv", "float16", "multiply"),
-            ("split_kv", "int8", "exponent_add"),
+            ("split_kv", "int8", "exponent_add"),  # plans for itself
             ("blockwise", "bfloat16", "exponent_add"),
             ("blockwise", "float32", "multiply"),
             ("blockwise", "int8", "multiply"),
@@ -149,18 +152,15 @@ CASES: dict[str, Callable[[], Case]] = {
         )
         for granularity in ("group", "tensor")
     },
-    "split_kv partial bfloat16": functools.partial(
-        attention, "split_kv", "float32", partial_dtype="bfloat16"
+    "split_kv float16 partial bfloat16 plan_splits": functools.partial(
+        planned,
+        functools.partial(plan_splits, num_workers=2, rows=8, rows_per_tile=4, block_size=16),
+        "float16",
+        partial_dtype="bfloat16",
     ),
-    **{
-        f"plan_splits {model}": functools.partial(
-            planned,
-            functools.partial(
-                plan_splits, num_workers=2, rows=8, rows_per_tile=4, block_size=16, cost_model=model
-            ),
-        )
-        for model in ("blocks", "fia")
-    },
+    "plan_splits fia": functools.partial(
+        only_planned, functools.partial(plan_splits, num_workers=2, rows=150, cost_model="fia")
+    ),
     "plan_fixed": functools.partial(
         planned,
         functools.partial(

@@ -42,7 +42,7 @@ def new_cache(config, batch, length, page_size=16, dtype=jnp.float32):
         rope_dim=config.qk_rope_head_dim,
         dtype=dtype,
     )
-    return cache, jnp.asarray(pages.reshape(batch, width))
+    return cache, jax.device_put(pages.reshape(batch, width))
 
 
 CONFIGS = {
@@ -56,4 +56,4 @@ CONFIGS = {
 def random_layer(config, batch=2, length=9, dtype=jnp.float32, seed=0):
     """(params, x [batch, length, hidden])."""
     x = np.random.default_rng(~np.uint32(seed)).standard_normal((batch, length, config.hidden_size))
-    return random_params(config, dtype, seed), jnp.asarray(x, dtype)
+    return random_params(config, dtype, seed), jax.device_put(x.astype(jnp.dtype(dtype)))

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import parameterized
 from hypothesis import given, settings
 from small_layer import (
     CONFIGS,
@@ -34,22 +33,22 @@ GOLDEN = sorted((Path(__file__).parents[1] / "data" / "golden").iterdir())
 def feed(params, config, x, pieces, cache_dtype=None, **options):
     """Runs x [B, S, hidden] through the paged layer in pieces of so many tokens."""
     cache, tables = new_cache(config, *x.shape[:2], dtype=cache_dtype or x.dtype)
-    outs, done = [], 0
+    x, outs, done = np.asarray(x), [], 0
     for piece in pieces:
-        seq_lens = jnp.full(x.shape[:1], done + piece, jnp.int32)
+        seq_lens = np.full(x.shape[:1], done + piece, np.int32)
         new = x[:, done : done + piece]
         out, cache = step(params, config, new, cache, tables, seq_lens, **options)
-        outs.append(out)
+        outs.append(np.asarray(out))
         done += piece
     assert done == x.shape[1]
-    return jnp.concatenate(outs, 1)
+    return np.concatenate(outs, 1)
 
 
 def golden(folder):
     """(config, params, x, out) of a shipped case, which has just one layer."""
     [layer] = Checkpoint(folder).layers
     vectors = np.load(folder / "golden.npz")
-    return *load_hf(folder, layer), jnp.asarray(vectors["x"]), vectors["out"]
+    return *load_hf(folder, layer), vectors["x"], vectors["out"]
 
 
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
@@ -62,22 +61,24 @@ class TestGolden:
         config, params, x, out = golden(folder)
         assert relative_error(feed(params, config, x, [40]), out) < TOLERANCE
 
-    def test_chunked_prefill(self, folder):
-        config, params, x, out = golden(folder)
-        assert relative_error(feed(params, config, x, [10] * 4), out) < TOLERANCE
-
     def test_token_by_token(self, folder):
         config, params, x, out = golden(folder)
         assert relative_error(feed(params, config, x, [1] * 40), out) < TOLERANCE
-
-    def test_two_at_a_time(self, folder):
-        config, params, x, out = golden(folder)
-        assert relative_error(feed(params, config, x, [10, *[2] * 15]), out) < TOLERANCE
 
     def test_oracle(self, folder):
         """The float64 oracle of the other tests is itself what transformers computes."""
         config, params, x, out = golden(folder)
         assert relative_error(layer_float64(config, params, x), out) < 2e-6
+
+
+@pytest.mark.parametrize("pieces", [[10] * 4, [10, *[2] * 15]])
+def test_chunks(pieces):
+    """Several tokens behind a prefix: of one golden layer, because no setting treats them apart.
+
+    Every golden layer takes several tokens at once, and tokens behind a prefix.
+    """
+    config, params, x, out = golden(GOLDEN[0])
+    assert relative_error(feed(params, config, x, pieces), out) < TOLERANCE
 
 
 def test_golden_covers_the_published_dialects():
@@ -91,24 +92,23 @@ def test_golden_covers_the_published_dialects():
     assert sum(f.stat().st_size for folder in GOLDEN for f in folder.iterdir()) < 2e6
 
 
-class Variants(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.named_parameters(CONFIGS.items())
-    def test_naive(self, config):
-        params, x = random_layer(config)
-        got = self.variant(lambda p, x: naive_mla_layer(p, config, x))(params, x)
-        chex.assert_shape(got, x.shape)
-        assert relative_error(got, layer_float64(config, params, x)) < 2e-6
+@pytest.mark.parametrize("layer", [naive, naive_mla_layer], ids=["with_jit", "without_jit"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_naive(config, layer):
+    params, x = random_layer(config)
+    got = layer(params, config, x)
+    chex.assert_shape(got, x.shape)
+    assert relative_error(got, layer_float64(config, params, x)) < 2e-6
 
-    @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.named_parameters(CONFIGS.items())
-    def test_paged(self, config):
-        params, x = random_layer(config)
-        cache, tables = new_cache(config, 2, 9)
-        layer = self.variant(lambda *args: mla_layer(args[0], config, *args[1:])[0])
-        got = layer(params, x, cache, tables, jnp.array([9, 9], jnp.int32))
-        chex.assert_shape(got, x.shape)
-        assert relative_error(got, layer_float64(config, params, x)) < 2e-6
+
+@pytest.mark.parametrize("layer", [step, mla_layer], ids=["with_jit", "without_jit"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_paged(config, layer):
+    params, x = random_layer(config)
+    cache, tables = new_cache(config, 2, 9)
+    got, _ = layer(params, config, x, cache, tables, np.array([9, 9], np.int32))
+    chex.assert_shape(got, x.shape)
+    assert relative_error(got, layer_float64(config, params, x)) < 2e-6
 
 
 @settings(max_examples=25, deadline=None)
@@ -121,17 +121,17 @@ class Variants(chex.TestCase):
 def test_absorbed_is_naive(config, seed, pieces, scale):
     """Whatever the layer and its values, and wherever the tokens are cut."""
     params, x = random_layer(config, seed=seed)
-    x = x * scale
-    wanted = naive(params, config, x)
+    x = np.asarray(x) * np.float32(scale)
+    wanted = np.asarray(naive(params, config, x))
     cache, tables = new_cache(config, 2, 9)
     done = 0
     for piece in [*pieces, 9]:
         piece = min(piece, 9 - done)
-        new = jnp.roll(x, -done, axis=1)  # the next tokens, then others that are not to count
-        seq_lens, query_lens = (jnp.full(2, n, jnp.int32) for n in (done + piece, piece))
+        new = np.roll(x, -done, axis=1)  # the next tokens, then others that are not to count
+        seq_lens, query_lens = (np.full(2, n, np.int32) for n in (done + piece, piece))
         out, cache = step(params, config, new, cache, tables, seq_lens, query_lens=query_lens)
         if piece:
-            got = out[:, :piece]
+            got = np.asarray(out)[:, :piece]
             assert relative_error(got, wanted[:, done : done + piece]) < TOLERANCE
         done += piece
 
@@ -147,8 +147,9 @@ def test_ragged_batch():
         for b, count in enumerate(query_lens):
             new[b, :count] = x[b, seq_lens[b] : seq_lens[b] + count]
         seq_lens += query_lens
-        lens = (jnp.asarray(seq_lens), jnp.asarray(query_lens, jnp.int32))
+        lens = seq_lens.copy(), np.array(query_lens, np.int32)
         out, cache = step(params, SMALL, new, cache, tables, lens[0], query_lens=lens[1])
+        out = np.asarray(out)
         for b, count in enumerate(query_lens):
             outs[b].append(out[b, :count])
             assert not np.any(out[b, count:])
@@ -180,7 +181,7 @@ def test_low_precision(dtype):
     params, x = random_layer(SMALL, dtype=dtype)
     wanted = layer_float64(SMALL, *jax.tree.map(lambda a: a.astype(jnp.float32), (params, x)))
     eps = float(jnp.finfo(dtype).eps)
-    for got in (naive(params, SMALL, x), feed(params, SMALL, x, [5, *[1] * 4])):
+    for got in (naive(params, SMALL, x), feed(params, SMALL, x, [3] * 3)):
         assert got.dtype == dtype
         assert relative_error(got, wanted) < 4 * eps
 
@@ -203,20 +204,20 @@ def test_bfloat16_sums_in_float32():
 
 def test_preprocess_makes_the_cache_rows():
     """q . kv is the score of the expanded heads, and kv is what the cache then holds."""
-    params, x = random_layer(SMALL, length=4)
-    positions = jnp.broadcast_to(jnp.arange(4), (2, 4))
+    params, x = random_layer(SMALL)
+    positions = np.broadcast_to(np.arange(9, dtype=np.int32), (2, 9))
     q, kv = preprocess(params, SMALL, x, positions)
-    chex.assert_shape(q, (2, 4, 3, SMALL.latent_dim))
-    chex.assert_shape(kv, (2, 4, SMALL.latent_dim))
-    cache, tables = new_cache(SMALL, 2, 4)
-    _, cache = mla_layer(params, SMALL, x, cache, tables, jnp.array([4, 4], jnp.int32))
-    chex.assert_trees_all_close(cache.gather(tables, max_len=4), kv, rtol=1e-6, atol=1e-6)
+    chex.assert_shape(q, (2, 9, 3, SMALL.latent_dim))
+    chex.assert_shape(kv, (2, 9, SMALL.latent_dim))
+    cache, tables = new_cache(SMALL, 2, 9)
+    _, cache = step(params, SMALL, x, cache, tables, np.array([9, 9], np.int32))
+    chex.assert_trees_all_close(cache.gather(tables, max_len=9), kv, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "split_kv"])
 def test_any_implementation(implementation):
     params, x = random_layer(SMALL)
-    got = feed(params, SMALL, x, [5, 2, 2], implementation=implementation)
+    got = feed(params, SMALL, x, [3] * 3, implementation=implementation)
     assert relative_error(got, layer_float64(SMALL, params, x)) < TOLERANCE
 
 
@@ -224,7 +225,7 @@ def test_int8_cache():
     """The cache costs what 8 bits cost, in whatever pieces the tokens come."""
     params, x = random_layer(SMALL)
     at_once = feed(params, SMALL, x, [9], cache_dtype="int8")
-    pieces = feed(params, SMALL, x, [5, *[1] * 4], cache_dtype="int8")
+    pieces = feed(params, SMALL, x, [3] * 3, cache_dtype="int8")
     assert 1e-3 < relative_error(pieces, layer_float64(SMALL, params, x)) < 1e-2
     assert relative_error(pieces, np.asarray(at_once, np.float64)) < TOLERANCE
 
@@ -251,12 +252,13 @@ def test_a_rotated_latent_is_the_same_layer(name):
 def test_a_rotated_latent_has_no_outlier_channels():
     config = dataclasses.replace(SMALL, kv_lora_rank=128)
     plain, x = random_layer(config, length=30)
-    channels = jnp.array([3, 77])  # loud in the cache, and heard as little as any other
+    channels = np.array([3, 77])  # loud in the cache, and heard as little as any other
+    norm_kv, w_uk, w_uv = (np.array(x) for x in (plain.norm_kv, plain.w_uk, plain.w_uv))
+    norm_kv[channels] = 30.0
+    w_uk[:, :, channels] /= 30.0
+    w_uv[:, channels] /= 30.0
     loud = dataclasses.replace(
-        plain,
-        norm_kv=plain.norm_kv.at[channels].set(30.0),
-        w_uk=plain.w_uk.at[:, :, channels].divide(30.0),
-        w_uv=plain.w_uv.at[:, channels].divide(30.0),
+        plain, **jax.device_put({"norm_kv": norm_kv, "w_uk": w_uk, "w_uv": w_uv})
     )
     plain, loud, rotated = (
         relative_error(
@@ -279,18 +281,19 @@ def test_a_growing_decode_traces_once():
     cache, tables = new_cache(SMALL, 2, 40)
     outs = []
     for i in range(40):
-        seq_lens = jnp.full(2, i + 1, jnp.int32)
-        out, cache = traced(params, SMALL, x[:, i : i + 1], cache, tables, seq_lens)
-        outs.append(out)
+        seq_lens = np.full(2, i + 1, np.int32)
+        new = np.asarray(x)[:, i : i + 1]
+        out, cache = traced(params, SMALL, new, cache, tables, seq_lens)
+        outs.append(np.asarray(out))
     wanted = layer_float64(SMALL, params, x)
-    assert relative_error(jnp.concatenate(outs, 1), wanted) < TOLERANCE
+    assert relative_error(np.concatenate(outs, 1), wanted) < TOLERANCE
 
 
 def test_layers_under_64_bits_strict_promotion_and_debug_nans():
     """All at once; without jit both run among the variants above."""
     params, x = random_layer(SMALL)
     cache, tables = new_cache(SMALL, 2, 9)
-    lens = jnp.array([9, 9], jnp.int32)
+    lens = np.array([9, 9], np.int32)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
         got = naive(params, SMALL, x)
         paged, _ = step(params, SMALL, x, cache, tables, lens, implementation="xla")

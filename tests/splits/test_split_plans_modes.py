@@ -12,42 +12,25 @@ from split_plans import check_plan, i32
 from mla_jax.splits.planner import covered_requests, plan_fixed, plan_loads, plan_splits
 
 
-class Variants(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
-    def test_plans_under_jit(self):
-        seq_lens = i32(1000, 0, 70)
-        for cost_model in ("blocks", "fia"):
-            plan = self.variant(
-                lambda lens, model=cost_model: plan_splits(
-                    lens, num_workers=5, rows=64, cost_model=model
-                )
-            )(seq_lens)
-            check_plan(plan, seq_lens, 64)
-        plan = self.variant(
-            lambda lens: plan_fixed(lens, split_size=128, max_seq_len=1024, num_workers=5, rows=64)
-        )(seq_lens)
-        check_plan(plan, seq_lens, 64)
-
-
-def test_plans_trace_once_whatever_the_lengths():
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (plan_splits, {"cost_model": "fia"}),
+        (plan_splits, {"max_seq_len": 1024}),
+        (plan_fixed, {"split_size": 128, "max_seq_len": 1024}),
+    ],
+)
+def test_plans_trace_once_whatever_the_lengths(make, options):
+    """A traced length past the maximum is covered, too: by the last item of its request."""
     chex.clear_trace_counter()
 
     @jax.jit
     @chex.assert_max_traces(n=1)
     def plan(seq_lens):
-        return plan_splits(seq_lens, num_workers=6, rows=64)
+        return make(seq_lens, num_workers=5, rows=64, **options)
 
-    for seq_lens in (i32(3, 900), i32(0, 0), i32(64, 65)):
+    for seq_lens in (i32(1000, 0, 70), i32(3, 900, 0), i32(64, 65, 0), i32(128, 2000, 64)):
         check_plan(plan(seq_lens), seq_lens, 64)
-
-
-def test_fixed_plan_takes_a_traced_length_past_its_maximum_whole():
-    seq_lens = i32(128, 300, 64)
-    plan = jax.jit(
-        lambda lens: plan_fixed(lens, split_size=64, max_seq_len=128, num_workers=3, rows=64)
-    )(seq_lens)
-    check_plan(plan, seq_lens, 64)
-    assert plan.block_end[3] == 5
 
 
 LONGEST = ([2**31 - 1] * 5, {"block_size": 1, "rows": 150, "overhead": 2, "in_pairs": True})
@@ -97,14 +80,6 @@ def test_fixed_plan_of_the_longest_lengths():
     assert (end - start <= 2**27).all()
     loads = np.asarray(plan_loads(plan, seq_lens, rows=1))
     assert loads.max() <= loads.sum() / 4 + 2**27 + 5
-
-
-def test_a_traced_length_past_the_maximum_is_covered():
-    seq_lens = i32(128, 300, 64)
-    plan = jax.jit(functools.partial(plan_splits, max_seq_len=128, num_workers=3, rows=64))(
-        seq_lens
-    )
-    check_plan(plan, seq_lens, 64)
 
 
 def test_plans_do_not_hang_on_the_modes_of_jax():

@@ -1,8 +1,10 @@
 """Random ragged batches over a poisoned paged cache, and comparison with a float64 reference."""
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -63,7 +65,8 @@ def make_batch(
     batch, max_pages = len(seq), capacity // page_size
     num_pages = batch * max_pages + 3
     rank = GROUPED_RANK if granularity == "group" else RANK
-    cache = PagedKVCache.create(
+    create = functools.partial(
+        PagedKVCache.create,
         num_pages,
         page_size=page_size,
         kv_lora_rank=rank,
@@ -73,6 +76,8 @@ def make_batch(
         scale_granularity=granularity,
         scale=0.02 if granularity == "tensor" else None,
     )
+    # Eagerly JAX would compile a program for each array that NumPy fills below.
+    cache = create() if granularity == "tensor" else jax.eval_shape(create)
     free = list(rng.permutation(num_pages))
     garbage = np.array([-1, -(2**31), 2**31 - 1, num_pages, 0], np.int32)
     tables = rng.choice(garbage, (batch, max_pages)).astype(np.int32)
@@ -92,9 +97,11 @@ def make_batch(
                     row = np.clip(np.rint(row * 50), -127, 127)
                 address = element(layout, page_size, array.dtype, width, t, np.arange(width))
                 array[page].reshape(-1)[address] = row.astype(array.dtype)
-    cache = dataclasses.replace(cache, **{name: jnp.asarray(x) for name, x in arrays.items()})
+    cache = dataclasses.replace(cache, **jax.device_put(arrays))
     shape = (batch, num_queries or max(1, *query_lens), heads, rank + ROPE)
-    q = jnp.asarray(rng.standard_normal(shape), "bfloat16" if dtype == "int8" else dtype)
+    q_dtype = jnp.dtype("bfloat16" if dtype == "int8" else dtype)
+    # NumPy rounds without a compiled program, and device_put copies without one.
+    q = jax.device_put(rng.standard_normal(shape).astype(q_dtype))
     return Batch(q, cache, tables, seq, queries)
 
 

@@ -34,7 +34,7 @@ class Ragged:
         """Writes a value into one column of a row, in all heads."""
         array = np.array(getattr(self, name))
         array[row, ..., 2] = value
-        return dataclasses.replace(self, **{name: jnp.asarray(array)})
+        return dataclasses.replace(self, **{name: jax.device_put(array)})
 
 
 def make_ragged(
@@ -51,7 +51,7 @@ def make_ragged(
     def random(used: int, *dims: int) -> Any:
         array = rng.standard_normal((used + padding, *dims))
         array[used:] = np.nan
-        return jnp.asarray(array, dtype)
+        return jax.device_put(array.astype(jnp.dtype(dtype)))  # without a compiled program
 
     return Ragged(
         random(cu_q[-1], HEADS, NOPE + rope),

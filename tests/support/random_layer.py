@@ -1,5 +1,6 @@
 """Random weights of a layer, to try it on."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,6 +15,7 @@ def random_params(config, dtype=jnp.float32, seed=0):
         if shape is None:
             return None
         scale = 0.2 if len(shape) == 1 else shape[name in ("w_uk", "w_uv", "w_o")] ** -0.5
-        return jnp.asarray(rng.standard_normal(shape) * scale + name.startswith("norm"), dtype)
+        values = rng.standard_normal(shape) * scale + name.startswith("norm")
+        return jax.device_put(values.astype(jnp.dtype(dtype)))  # without a compiled program
 
     return MLAParams(**{name: draw(name, shape) for name, shape in param_shapes(config).items()})
