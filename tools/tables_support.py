@@ -4,6 +4,7 @@
 shapes and dtypes without arrays, with the widths of DeepSeek-V3, and no GPU is needed.
 """
 
+import functools
 import itertools
 import types
 from collections.abc import Callable
@@ -47,15 +48,9 @@ def problem(
     def abstract(*shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    def create() -> PagedKVCache:
-        return PagedKVCache.create(
-            1, page_size=page_size, dtype=dtype, layout=layout, scale_granularity=granularity,
-            scale=0.5 if granularity == "tensor" else None,
-        )  # fmt: skip
-
     return AttentionProblem(
         q=abstract(1, 1, rows, 576, dtype=q),
-        cache=jax.eval_shape(create),
+        cache=_cache(page_size, dtype, layout, granularity),
         block_tables=abstract(1, TOKENS // page_size),
         seq_lens=abstract(1),
         query_lens=None,
@@ -65,6 +60,17 @@ def problem(
         rescale="multiply",
         partial_dtype=None,
     )
+
+
+@functools.cache
+def _cache(page_size: int, dtype: str, layout: str, granularity: str | None) -> PagedKVCache:
+    """A cache of one page, without arrays."""
+    return jax.eval_shape(
+        lambda: PagedKVCache.create(
+            1, page_size=page_size, dtype=dtype, layout=layout, scale_granularity=granularity,
+            scale=0.5 if granularity == "tensor" else None,
+        )
+    )  # fmt: skip
 
 
 CACHES: dict[str, dict[str, Any]] = {

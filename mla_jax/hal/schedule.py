@@ -14,6 +14,7 @@ draws it.
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 
@@ -65,10 +66,44 @@ class Schedule:
     steps: tuple[Step, ...]
     buffers: dict[str, int] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def units(self) -> tuple[str, ...]:
         """The names of the units, in order of their first step."""
         return tuple(dict.fromkeys(step.unit for step in self.steps))
+
+    @cached_property
+    def kinds(self) -> tuple[Step, ...]:
+        """The first step of each kind; steps of a kind have one cost.
+
+        A kind is a unit, a stage and a number of reads: the first update of O does not read O.
+        """
+        kinds: dict[tuple[str, str, int], Step] = {}
+        for step in self.steps:
+            kinds.setdefault(_kind(step), step)
+        return tuple(kinds.values())
+
+    @cached_property
+    def program(self) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+        """The steps in numbers: the kind, the unit, and the steps whose signals it waits for."""
+        kinds = {_kind(step): i for i, step in enumerate(self.kinds)}
+        units = {unit: i for i, unit in enumerate(self.units)}
+        giver: dict[Signal, int] = {}
+        program = []
+        for index, step in enumerate(self.steps):
+            waits = tuple(giver[signal] for signal in step.waits)
+            program.append((kinds[_kind(step)], units[step.unit], waits))
+            giver.update(dict.fromkeys(step.gives, index))
+        return tuple(program)
+
+    @cached_property
+    def repeats(self) -> dict[int, list[tuple[int, int]]]:
+        """For each block, the indices of its steps, each with that of its stage a period later."""
+        places = {(step.stage, step.block): i for i, step in enumerate(self.steps)}
+        repeats: dict[int, list[tuple[int, int]]] = {}
+        for (stage, block), index in places.items():
+            if (later := places.get((stage, block + self.period))) is not None:
+                repeats.setdefault(block, []).append((index, later))
+        return repeats
 
     @property
     def num_signals(self) -> int:
@@ -91,6 +126,10 @@ class Schedule:
                         f"{access.buffer} has {slots} slots"
                     )
         _check_accesses(self.steps)
+
+
+def _kind(step: Step) -> tuple[str, str, int]:
+    return step.unit, step.stage, len(step.reads)
 
 
 def _replay(steps: tuple[Step, ...]) -> list[tuple[int, Step]]:

@@ -59,31 +59,57 @@ class Timeline:
 
 def run_schedule(schedule: Schedule, costs: Costs, signal: float = 0.0) -> Timeline:
     """Simulates a schedule. signal: seconds from giving a signal to its arrival."""
-    unit_free: dict[str, float] = {}
-    engine_free: dict[str, float] = {}
-    arrived: dict[tuple[str, int], float] = {}
-    cost_of: dict[tuple[str, str, int], StageCost] = {}
-    starts, ends, used = [], [], []
-    for step in schedule.steps:
-        key = (step.unit, step.stage, len(step.reads))  # the first update does not read O
-        cost = cost_of.get(key)
-        if cost is None:
-            cost = cost_of[key] = costs(step)
-        begin = unit_free.get(step.unit, 0.0)
-        for given in step.waits:
-            begin = max(begin, arrived[given] + signal)
-        for engine in cost.busy:
-            begin = max(begin, engine_free.get(engine, 0.0))
-        for engine, seconds in cost.busy.items():
+    of_kind = [costs(step) for step in schedule.kinds]
+    starts, ends, _ = _run(schedule, of_kind, signal)
+    used = tuple(of_kind[kind] for kind, _, _ in schedule.program)
+    return Timeline(schedule, tuple(starts), tuple(ends), used)
+
+
+def _run(
+    schedule: Schedule, of_kind: list[StageCost], signal: float
+) -> tuple[list[float], list[float], list[float]]:
+    """Returns when each step starts, ends, and has its result available.
+
+    of_kind: the costs of `schedule.kinds`.
+    """
+    shared = _shared_engines(schedule, of_kind)
+    engine_free = dict.fromkeys((engine for held in shared for engine, _ in held), 0.0)
+    unit_free = [0.0] * len(schedule.units)
+    work, latency = [cost.work for cost in of_kind], [cost.latency for cost in of_kind]
+    starts: list[float] = []
+    ends: list[float] = []
+    available: list[float] = []
+    for kind, unit, waits in schedule.program:
+        begin = unit_free[unit]
+        for given in waits:
+            arrived = available[given] + signal
+            if arrived > begin:
+                begin = arrived
+        held = shared[kind]
+        for engine, _ in held:
+            if engine_free[engine] > begin:
+                begin = engine_free[engine]
+        for engine, seconds in held:
             engine_free[engine] = begin + seconds
-        end = begin + cost.work
-        unit_free[step.unit] = end
-        for given in step.gives:
-            arrived[given] = end + cost.latency
+        end = unit_free[unit] = begin + work[kind]
         starts.append(begin)
         ends.append(end)
-        used.append(cost)
-    return Timeline(schedule, tuple(starts), tuple(ends), tuple(used))
+        available.append(end + latency[kind])
+    return starts, ends, available
+
+
+def _shared_engines(
+    schedule: Schedule, of_kind: list[StageCost]
+) -> list[tuple[tuple[str, float], ...]]:
+    """Returns, for each kind, the engines that several units hold, each with its seconds.
+
+    An engine that one unit alone holds is free again when the unit is, or earlier.
+    """
+    users: dict[str, set[str]] = {}
+    for step, cost in zip(schedule.kinds, of_kind, strict=True):
+        for engine in cost.busy:
+            users.setdefault(engine, set()).add(step.unit)
+    return [tuple(held for held in cost.busy.items() if len(users[held[0]]) > 1) for cost in of_kind]
 
 
 class BlockTimes:
@@ -107,8 +133,7 @@ class BlockTimes:
     def plain(self, num_blocks: int) -> float:
         """Returns the seconds of num_blocks blocks by simulating all of them."""
         if num_blocks not in self._known:
-            line = run_schedule(self._order(num_blocks), self._costs, self._signal)
-            self._known[num_blocks] = line.total
+            self._known[num_blocks] = max(self._run(self._order(num_blocks))[2])
         return self._known[num_blocks]
 
     def __call__(self, num_blocks: int) -> float:
@@ -129,17 +154,19 @@ class BlockTimes:
         """Returns (blocks before it repeats, period, seconds per period), or None if unknown."""
         schedule = self._order(length)
         period, margin = schedule.period, schedule.period + self._REACH
-        line = run_schedule(schedule, self._costs, self._signal)
-        starts = {(s.stage, s.block): t for s, t in zip(schedule.steps, line.start, strict=True)}
-        shifts: dict[int, list[float]] = {}
-        for (stage, block), start in starts.items():
-            if (stage, block + period) in starts:
-                shifts.setdefault(block, []).append(starts[stage, block + period] - start)
         last = length - margin - period
         if last < margin:
             return None
-        step = shifts[last][0]
+        starts, repeats = self._run(schedule)[0], schedule.repeats
+        earlier, later = repeats[last][0]
+        step = starts[later] - starts[earlier]
         first = last + 1
-        while first > 0 and all(abs(x - step) <= 1e-9 * step for x in shifts[first - 1]):
+        while first > 0 and all(
+            abs(starts[later] - starts[earlier] - step) <= 1e-9 * step
+            for earlier, later in repeats[first - 1]
+        ):
             first -= 1
         return (first + 2 * margin, period, step) if last - first >= margin else None
+
+    def _run(self, schedule: Schedule) -> tuple[list[float], list[float], list[float]]:
+        return _run(schedule, [self._costs(step) for step in schedule.kinds], self._signal)

@@ -151,6 +151,7 @@ class _LoadedTimes:
         self._orders, self._costs_at, self._signal = orders, costs_at, signal
         self._share, self._bytes = share, bytes_per_block
         self._times: dict[float, list[BlockTimes]] = {}
+        self._known: dict[int, tuple[float, float]] = {}
 
     def _at(self, fraction: float, num_blocks: int) -> float:
         if fraction not in self._times:
@@ -160,6 +161,11 @@ class _LoadedTimes:
 
     def __call__(self, num_blocks: int) -> tuple[float, float]:
         """Returns (seconds of num_blocks blocks, the fraction)."""
+        if num_blocks not in self._known:
+            self._known[num_blocks] = self._search(num_blocks)
+        return self._known[num_blocks]
+
+    def _search(self, num_blocks: int) -> tuple[float, float]:
         loads = num_blocks * self._bytes / self._share
         low, high = 0, len(self.FRACTIONS) - 1  # the fraction falls with the index
         while low < high:
