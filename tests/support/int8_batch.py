@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from guards import run_guarded
@@ -10,6 +11,8 @@ from hopper_batch import GARBAGE_PAGE, SCALE, cache_sizes, query_lengths
 from mla_jax import PagedKVCache, quantize
 from mla_jax.reference.attention import attention_float64
 from pallas_kernels.hopper import attention
+
+_quantize_in_halves = jax.jit(quantize.quantize_in_halves)
 
 
 class Int8Batch:
@@ -65,7 +68,7 @@ class Int8Batch:
         self.expected_q = np.asarray(self.q, np.float64)
         if not exact:
             latent = self.q[..., :512]
-            high, low, steps = map(np.asarray, quantize.quantize_in_halves(latent))
+            high, low, steps = map(np.asarray, _quantize_in_halves(latent))
             self.expected_q[..., :512] = (128.0 * high + low) * steps[..., None]
         self.cache = PagedKVCache(
             jnp.asarray(values),
