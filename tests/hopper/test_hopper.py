@@ -1,142 +1,157 @@
-"""The Hopper kernels over a float cache in the interpreter. test_hopper_gpu.py runs them."""
+"""The Hopper kernels over a float cache in the interpreter. test_hopper_gpu.py runs them.
+
+To trace, lower and compile an interpreted program takes most of a test's time. So tests share
+programs, whose shapes and static options are named here.
+"""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from even_plan import even_plan, kept_items
 from guards import run_guarded
-from hopper_batch import SCALE, HopperBatch, invalid_requests, with_latents_times
+from hopper_batch import SCALE, HopperBatch, invalid_requests, set_invalid, with_latents_times
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax import plan_fixed, plan_splits
+from mla_jax import plan_fixed
 from pallas_kernels.hopper import attention
 from pallas_kernels.hopper.kernels.merge import merge
 from pallas_kernels.hopper.parts.combine import row_scales
 from pallas_kernels.hopper.tuned import config_of_height
-from pallas_kernels.hopper.work_items import PARTIAL, work_list
+from pallas_kernels.hopper.work_items import work_list
 
-BF16, F16 = jnp.bfloat16, jnp.float16
+F16 = jnp.float16
+# The shape of a batch, then the options of the kernel. Most numbers of rows are not whole tiles.
+TRANSPOSED = {"heads": 7, "num_queries": 2, "requests": 6}, {"rows_per_tile": 16}
+SIXTY_FOUR = (
+    {"heads": 24, "num_queries": 2, "requests": 6, "page_size": 128},
+    {"rows_per_tile": 64},
+)
+GATHERED = (
+    {"heads": 31, "num_queries": 2, "requests": 6, "page_size": 8, "dtype": F16},
+    {"rows_per_tile": 64},
+)
+EXPONENT_ADD = (  # two row tiles, partials of float32
+    {"heads": 41, "num_queries": 2, "dtype": F16},
+    {"rows_per_tile": 64, "rescale": "exponent_add"},
+)
+IN_PAIRS = (
+    {"heads": 11, "num_queries": 2, "dtype": F16, "requests": 4},
+    {"rows_per_tile": 24, "tiles": config_of_height(24, num_tiles=50)},
+)
+NARROW = (
+    {"heads": 56, "kv_lora_rank": 128, "requests": 3},
+    {"rows_per_tile": 64, "partial_dtype": "bfloat16"},
+)
+
+
+def drawn(seed, seq_lens, program, **options):
+    """Returns a random batch for a program, and the options of `run`."""
+    shape, static = program
+    queries = options.pop("query_lens", None)
+    batch = HopperBatch(np.random.default_rng(seed), seq_lens, query_lens=queries, **shape)
+    return batch, static | options
+
+
+def plan_for(batch, *, workers, rows_per_tile, seq_lens=None, **_):
+    """Returns a plan for few workers, so that tiles are split. seq_lens: None, the batch's."""
+    seq_lens = batch.seq_lens if seq_lens is None else seq_lens
+    rows = batch.q.shape[1] * batch.q.shape[2]
+    return even_plan(seq_lens, workers=workers, rows=rows, rows_per_tile=rows_per_tile)
 
 
 def run(
-    batch, *, workers=None, rows_per_tile=None, plan=None, tiles=None,
-    rescale="multiply", causal=True, partial_dtype=None,
+    batch, *, tiles=None, rescale="multiply", partial_dtype=None, detect_races=True, **planned
 ):  # fmt: skip
-    """Runs the kernels in the interpreter, on a plan for few workers, so that tiles are split.
-
-    The outputs have guards. The numbers of rows vary over the tests and are rarely whole tiles.
-    """
+    """Runs the kernels in the interpreter, on `plan_for(batch, **planned)`; outputs have guards."""
     requests, tokens, heads, width = batch.q.shape
-    plan = plan or plan_splits(
-        jnp.maximum(batch.seq_lens, 0),
-        num_workers=workers,
-        rows=tokens * heads,
-        rows_per_tile=rows_per_tile,
-        overhead=1,
-    )
     return run_guarded(
         attention.attend,
-        batch.q.reshape(requests, tokens * heads, width),
+        np.asarray(batch.q).reshape(requests, tokens * heads, width),
         batch.cache.pages,
         batch.block_tables,
         batch.seq_lens,
         batch.query_lens,
-        plan,
+        plan_for(batch, **planned),
         num_heads=heads,
         kv_lora_rank=batch.cache.kv_lora_rank,
         softmax_scale=SCALE,
-        causal=causal,
+        causal=True,
         rescale=rescale,
         partial_dtype=partial_dtype,
         tiles=tiles,
-        interpret=plgpu.InterpretGPUParams(detect_races=True),
+        interpret=plgpu.InterpretGPUParams(detect_races=detect_races),
     )
 
 
 @pytest.mark.parametrize(
-    ("seq_lens", "shape", "options"),
+    ("seq_lens", "program", "options"),
     [
-        ([200, 0, -1, 65, 1], {"heads": 13}, {"workers": 2, "rows_per_tile": 16}),
-        (
-            [190, 70],
-            {"heads": 7, "num_queries": 2, "query_lens": [2, 1], "dtype": F16},
-            {"workers": 2, "rows_per_tile": 16, "partial_dtype": "float16"},
-        ),
-        (
-            [330, -1, 0, 20],
-            {"heads": 39, "page_size": 128},
-            {"workers": 2, "rows_per_tile": 64, "partial_dtype": "float32"},
-        ),
-        (
-            [140, 260],
-            {"heads": 19, "num_queries": 3, "query_lens": [3, 1]},
-            {"workers": 2, "rows_per_tile": 64, "rescale": "exponent_add"},
-        ),
-        ([150], {"heads": 129}, {"workers": 1, "rows_per_tile": 128}),
-        ([75, 0, -1, 66], {"heads": 9, "page_size": 1}, {"workers": 2, "rows_per_tile": 16}),
+        ([200, 0, -1, 65, 1], TRANSPOSED, {"workers": 2}),
+        ([75, 0, -1, 66], ({"heads": 9, "page_size": 1}, {"rows_per_tile": 16}), {"workers": 2}),
         (  # several row tiles of the transposed kernel; two of them share a token's heads
             [70, 200],
-            {"heads": 17, "num_queries": 2, "query_lens": [2, 1]},
-            {"workers": 3, "rows_per_tile": 16},
+            (
+                {"heads": 17, "num_queries": 2, "dtype": F16},
+                {"rows_per_tile": 16, "partial_dtype": "float16"},
+            ),
+            {"workers": 3, "query_lens": [2, 1]},
         ),
+        ([330, -1, 0, 20], SIXTY_FOUR, {"workers": 2}),
+        ([190, 70], GATHERED, {"workers": 2, "query_lens": [2, 1]}),
+        ([140, 260], EXPONENT_ADD, {"workers": 3, "query_lens": [2, 1]}),
+        ([150], ({"heads": 129, "page_size": 1}, {"rows_per_tile": 128}), {"workers": 1}),
+        ([75, 0, 200], NARROW, {"workers": 2}),
+        ([450], NARROW, {"workers": 3}),  # three bfloat16 partials
         (
-            [190, 70],
-            {
-                "heads": 31, "num_queries": 2, "query_lens": [2, 1], "page_size": 8, "dtype": F16,
-            },
-            {"workers": 2, "rows_per_tile": 64},
+            [75, 0, 200],
+            ({"heads": 11, "kv_lora_rank": 384, "rope_dim": 128}, {"rows_per_tile": 16}),
+            {"workers": 2},
         ),
-        ([150], {"heads": 65, "page_size": 1}, {"workers": 1, "rows_per_tile": 128}),
     ],
 )  # fmt: skip
-def test_interpreted(races, seq_lens, shape, options):
-    batch = HopperBatch(np.random.default_rng(seq_lens[0]), seq_lens, **shape)
+def test_interpreted(races, seq_lens, program, options):
+    batch, options = drawn(seq_lens[0], seq_lens, program, **options)
     batch.check(*run(batch, **options))
     assert not races.found
 
 
 @pytest.mark.parametrize(
-    ("seq_lens", "shape", "workers", "rescale", "invalid_page"),
+    ("seq_lens", "query_lens", "program", "workers", "invalid_page"),
     [
-        (  # a short and a long request per pair, whose workers both run the long one last
-            [60, 400],
-            {"heads": 41, "num_queries": 2, "query_lens": [2, 1], "dtype": F16},
-            4,
-            "exponent_add",
-            False,
-        ),
-        ([400], {"heads": 47}, 2, "multiply", True),  # one of the two has the invalid page
-        (  # transposed
-            [60, 400, 60, 400],
-            {"heads": 5, "num_queries": 2, "query_lens": [2, 1, 0, 2], "dtype": F16},
-            4,
-            "multiply",
-            False,
-        ),
-        ([400], {"heads": 23}, 2, "multiply", True),
+        # A short and a long request per pair, whose workers both run the long one last.
+        ([60, 400], [2, 1], EXPONENT_ADD, 4, False),
+        ([60, 400, 60, 400], [2, 1, 0, 2], IN_PAIRS, 4, False),
+        # One of the two workers has the invalid page.
+        ([400], None, IN_PAIRS, 2, True),
+        ([400], None, SIXTY_FOUR, 2, True),
     ],
 )
-def test_pairs_of_workers_interpreted(races, seq_lens, shape, workers, rescale, invalid_page):
-    batch = HopperBatch(np.random.default_rng(1), seq_lens, **shape)
-    rows = batch.q.shape[1] * batch.q.shape[2]
-    rows_per_tile = rows + -rows % 8 if rows <= 32 else 64
-    tiles = config_of_height(rows_per_tile, num_tiles=50)
+def test_pairs_of_workers_interpreted(races, seq_lens, query_lens, program, workers, invalid_page):
+    batch, options = drawn(1, seq_lens, program, workers=workers, query_lens=query_lens)
+    tiles = options.get("tiles") or config_of_height(options["rows_per_tile"])
     assert tiles.in_pairs
-    plan = plan_splits(
-        batch.seq_lens, num_workers=workers, rows=rows, rows_per_tile=rows_per_tile, overhead=1
-    )
-    shared = work_list(plan, "in_pairs")[1][:, PARTIAL] < -1
-    assert shared.sum() == workers  # each shares a tile with the other CTA
+    # Each worker shares a tile with the other CTA.
+    assert kept_items(plan_for(batch, **options), "in_pairs") == workers
     if invalid_page:
-        last_page = (seq_lens[0] - 1) // batch.cache.page_size
-        # The page that is read in its place has no NaN.
-        assert jnp.isfinite(batch.cache.pages[0]).all()
-        batch.block_tables = batch.block_tables.at[0, last_page].set(batch.cache.num_pages)
-    o, lse = run(batch, plan=plan, tiles=tiles, rescale=rescale)
+        # Page 0 is read in its place. It has no NaN, so that nothing but the page's id is wrong.
+        pages = np.array(batch.cache.pages)
+        pages[0] = np.nan_to_num(pages[0].astype(np.float32))
+        batch.cache = dataclasses.replace(batch.cache, pages=jnp.asarray(pages))
+        set_page(batch, 0, (seq_lens[0] - 1) // batch.cache.page_size, batch.cache.num_pages)
+    o, lse = run(batch, **options)
     if invalid_page:
-        batch.seq_lens = batch.seq_lens.at[0].set(-1)
+        set_invalid(batch, slice(0, 1))
     batch.check(o, lse)
     assert not races.found
+
+
+def set_page(batch, request, place, page):
+    tables = np.array(batch.block_tables)
+    tables[request, place] = page
+    batch.block_tables = jnp.asarray(tables)
 
 
 @pytest.mark.parametrize("invalid_page", [False, True])
@@ -145,13 +160,13 @@ def test_a_tile_in_two_work_items_interpreted(races, invalid_page):
     races.in_global = False
     shape = {"heads": 33, "num_queries": 2, "query_lens": [2, 1, 0], "dtype": F16}
     batch = HopperBatch(np.random.default_rng(2), [20, 450, 0], **shape)
-    plan = plan_splits(batch.seq_lens, num_workers=2, rows=66, rows_per_tile=128, overhead=1)
-    assert (work_list(plan, "by_first")[1][:, PARTIAL] < -1).sum() == 1
+    options = {"workers": 2, "rows_per_tile": 128, "partial_dtype": "float16"}
+    assert kept_items(plan_for(batch, **options), "by_first") == 1
     if invalid_page:
-        batch.block_tables = batch.block_tables.at[1, 450 // batch.cache.page_size].set(-1)
-    o, lse = run(batch, plan=plan, partial_dtype="float16")
+        set_page(batch, 1, 450 // batch.cache.page_size, -1)
+    o, lse = run(batch, **options)
     if invalid_page:
-        batch.seq_lens = batch.seq_lens.at[1].set(-1)
+        set_invalid(batch, slice(1, 2))
     batch.check(o, lse)
     assert not races.found
 
@@ -168,31 +183,21 @@ def test_scaled_float16_holds_any_row(largest):
 
 
 @pytest.mark.parametrize(
-    ("heads", "rows_per_tile", "seq_lens", "widths", "partials", "factor"),
+    ("seq_lens", "program", "workers", "partials", "factor"),
     [
-        (33, 64, [20, 230], {}, 2, 2.0**60),
-        (97, 128, [450], {"kv_lora_rank": 128}, 3, 2.0**-60),
+        ([120, 230], SIXTY_FOUR, 4, 2, 2.0**60),  # not by the workers of one pair
+        ([450], ({"heads": 97, "kv_lora_rank": 128}, {"rows_per_tile": 128}), 3, 3, 2.0**-60),
     ],
 )
-def test_partials_of_any_size_interpreted(
-    races, heads, rows_per_tile, seq_lens, widths, partials, factor
-):
+def test_partials_of_any_size_interpreted(races, seq_lens, program, workers, partials, factor):
     """float16 ends at 65504 and 6e-8, so partials have a power-of-two scale per row."""
-    races.in_global = partials > 2 or rows_per_tile == 64  # two items: as above
-    batch = HopperBatch(np.random.default_rng(heads), seq_lens, heads=heads, **widths)
-    options = {"rows": heads, "rows_per_tile": rows_per_tile, "overhead": 1}
-    plan = plan_splits(batch.seq_lens, num_workers=3, **options)
+    batch, options = drawn(33, seq_lens, program, workers=workers)
+    plan = plan_for(batch, **options)
     assert plan.tile_partial_start[-1] == partials
-    o, lse = run(with_latents_times(batch, factor), plan=plan)
-    batch.check(o / factor, lse)
-    assert not races.found
-
-
-def test_bfloat16_partials_interpreted(races):
-    """A tile of 64 rows in three work items, whose partials are bfloat16."""
-    batch = HopperBatch(np.random.default_rng(3), [450], heads=63, kv_lora_rank=128)
-    options = {"workers": 3, "rows_per_tile": 64, "partial_dtype": "bfloat16"}
-    batch.check(*run(batch, **options))
+    finish = "in_pairs" if options["rows_per_tile"] == 64 else "by_first"
+    assert kept_items(plan, finish) == 0
+    o, lse = run(with_latents_times(batch, factor), **options)
+    batch.check(np.asarray(o, np.float64) / factor, lse)
     assert not races.found
 
 
@@ -200,39 +205,27 @@ def test_bfloat16_partials_interpreted(races):
 def test_pages_of_16_interpreted(heads, rows_per_tile):
     """Does not ask the race detector, which follows only one TMA copy per barrier phase."""
     batch = HopperBatch(np.random.default_rng(heads), [75, 130], heads=heads, page_size=16)
-    batch.check(*run(batch, workers=2, rows_per_tile=rows_per_tile))
+    batch.check(*run(batch, workers=2, rows_per_tile=rows_per_tile, detect_races=False))
 
 
-@pytest.mark.parametrize(
-    ("kv_lora_rank", "rope_dim", "heads", "rows_per_tile"), [(128, 64, 56, 64), (384, 128, 11, 16)]
-)
-def test_other_widths_interpreted(races, kv_lora_rank, rope_dim, heads, rows_per_tile):
-    rng = np.random.default_rng(kv_lora_rank)
-    widths = {"kv_lora_rank": kv_lora_rank, "rope_dim": rope_dim}
-    batch = HopperBatch(rng, [75, 0, 200], heads=heads, **widths)
-    batch.check(*run(batch, workers=2, rows_per_tile=rows_per_tile))
+@pytest.mark.parametrize("program", [TRANSPOSED, SIXTY_FOUR])
+def test_a_plan_for_other_lengths_interpreted(races, program):
+    """Tiles that the plan does not cover, or for which it reads past the end, are NaN."""
+    batch, options = drawn(16, [200, 130, 64, 0], program, workers=2)
+    o, lse = run(batch, seq_lens=[200, 64, 65, 1, 0, 0], **options)
+    set_invalid(batch, slice(1, 4))
+    batch.check(o, lse)
     assert not races.found
 
 
-@pytest.mark.parametrize(("heads", "rows_per_tile"), [(16, 16), (64, 64)])
-def test_a_plan_for_other_lengths_interpreted(heads, rows_per_tile):
-    """Tiles that the plan does not cover, or for which it reads past the end, are NaN."""
-    batch = HopperBatch(np.random.default_rng(heads), [200, 130, 64, 0], heads=heads)
-    plan = plan_splits(
-        jnp.array([200, 64, 65, 1], jnp.int32),
-        num_workers=2, rows=heads, rows_per_tile=rows_per_tile, overhead=1,
-    )  # fmt: skip
-    o, lse = run(batch, plan=plan)
-    for x in (o, lse):
-        assert np.isnan(np.asarray(x, np.float32)[1:]).all()
-    batch.seq_lens = batch.seq_lens.at[1:].set(-1)
-    batch.check(o, lse)
-
-
-@pytest.mark.parametrize(("heads", "rows_per_tile", "page_size"), [(8, 16, 64), (24, 64, 2)])
-def test_finds_invalid_requests_interpreted(heads, rows_per_tile, page_size):
-    batch, expected = invalid_requests(heads, page_size)
-    expected.check(*run(batch, workers=3, rows_per_tile=rows_per_tile))
+@pytest.mark.parametrize("program", [TRANSPOSED, GATHERED])
+def test_finds_invalid_requests_interpreted(races, program):
+    shape, options = program
+    sizes = {"heads": shape["heads"], "page_size": shape.get("page_size", 64)}
+    batch, expected = invalid_requests(dtype=shape.get("dtype", jnp.bfloat16), **sizes)
+    o, lse = run(batch, workers=3, **options)
+    expected.check(o, lse)
+    assert not races.found
 
 
 @pytest.mark.parametrize(
@@ -241,12 +234,14 @@ def test_finds_invalid_requests_interpreted(heads, rows_per_tile, page_size):
 def test_merges_tiles_of_two_partials_and_of_many(races, rows, ctas, width, fixed):
     """Unused partials are NaN, and one partial has a row that sees no key."""
     rng = np.random.default_rng(rows + ctas)
-    lens = jnp.array([64 * 70, 0, 64, 64 * 6, 128], jnp.int32)
-    sizes = {"rows": rows * ctas, "rows_per_tile": rows * ctas, "num_workers": 18, "overhead": 1}
+    lens = np.array([64 * 70, 0, 64, 64 * 6, 128], np.int32)
+    sizes = {"rows": rows * ctas, "rows_per_tile": rows * ctas}
     if fixed:
-        plan = plan_fixed(lens, split_size=192, max_seq_len=64 * 70, **sizes)
+        sizes |= {"split_size": 192, "max_seq_len": 64 * 70}
+        plan = plan_fixed(lens, num_workers=18, overhead=1, **sizes)
     else:
-        plan = plan_splits(lens, **sizes)
+        plan = even_plan(lens, workers=18, most_workers=18, **sizes)
+    plan = jax.tree.map(jnp.asarray, plan)
     starts = np.asarray(plan.tile_partial_start)
     counts = np.diff(starts)  # one long request among short ones
     assert counts.max() > 8
@@ -288,17 +283,22 @@ def test_merges_tiles_of_two_partials_and_of_many(races, rows, ctas, width, fixe
 
 
 def test_a_nan_query_changes_no_other_row_interpreted():
-    batch = HopperBatch(np.random.default_rng(0), [70], heads=40)
-    clean = run(batch, workers=1, rows_per_tile=64)
-    batch.q = batch.q.at[0, 0, 3, 5].set(jnp.nan)
-    for got, expected in zip(run(batch, workers=1, rows_per_tile=64), clean, strict=True):
+    batch, options = drawn(0, [70], SIXTY_FOUR, workers=1)
+    clean = run(batch, **options)
+    q = np.array(batch.q)
+    q[0, 0, 3, 5] = np.nan
+    batch.q = q
+    for got, expected in zip(run(batch, **options), clean, strict=True):
         assert np.isnan(np.asarray(got, np.float32)[0, 3]).all()
         np.testing.assert_array_equal(got[0, 4:], expected[0, 4:])
 
 
 def test_the_pass_rule_fails_what_is_wrong():
-    batch = HopperBatch(np.random.default_rng(0), [100], heads=16)
-    o, lse = run(batch, workers=1, rows_per_tile=16)
-    for wrong in ((o.at[0, 3, 7].add(0.02), lse), (o, lse.at[0, 0].add(1e-3))):
+    batch, options = drawn(0, [100], TRANSPOSED, workers=1)
+    o, lse = run(batch, **options)
+    batch.check(o, lse)
+    for array, where, error in ((o, (0, 3, 7), 0.02), (lse, (0, 0), 1e-3)):
+        wrong = array.copy()
+        wrong[where] += error
         with pytest.raises(AssertionError):
-            batch.check(*wrong)
+            batch.check(*(wrong if x is array else x for x in (o, lse)))

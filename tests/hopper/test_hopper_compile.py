@@ -19,17 +19,19 @@ BF16, F16 = jnp.bfloat16, jnp.float16
 @pytest.mark.parametrize(
     ("batch", "heads", "tokens", "page_size", "dtype", "rescale", "widths"),
     [
-        (5, 16, 1, 64, BF16, "multiply", (512, 64)),
-        (5, 5, 1, 16, F16, "multiply", (512, 64)),
-        (40, 24, 1, 64, BF16, "multiply", (384, 128)),
         (40, 32, 1, 64, BF16, "multiply", (512, 64)),  # in pairs
         (40, 7, 3, 1, F16, "multiply", (512, 64)),  # in pairs
         (5, 64, 1, 64, BF16, "multiply", (512, 64)),
-        (5, 64, 1, 16, F16, "exponent_add", (512, 64)),
-        (5, 41, 1, 1, BF16, "multiply", (512, 64)),
-        (5, 128, 1, 64, F16, "multiply", (512, 64)),
         (5, 43, 3, 16, BF16, "exponent_add", (512, 64)),
         (5, 48, 2, 1, BF16, "multiply", (512, 64)),
+        # Above is each kernel and each way to load pages, with the fewest registers to spare. The
+        # others take minutes of a small machine, so they run where GPU tests do.
+        aot.on_gpu_machines(5, 16, 1, 64, BF16, "multiply", (512, 64)),
+        aot.on_gpu_machines(5, 5, 1, 16, F16, "multiply", (512, 64)),
+        aot.on_gpu_machines(40, 24, 1, 64, BF16, "multiply", (384, 128)),
+        aot.on_gpu_machines(5, 64, 1, 16, F16, "exponent_add", (512, 64)),
+        aot.on_gpu_machines(5, 41, 1, 1, BF16, "multiply", (512, 64)),
+        aot.on_gpu_machines(5, 128, 1, 64, F16, "multiply", (512, 64)),
     ],
 )
 def test_compiles_for_sm90a(h200, batch, heads, tokens, page_size, dtype, rescale, widths):
@@ -82,14 +84,14 @@ def test_compiles_for_sm90a(h200, batch, heads, tokens, page_size, dtype, rescal
         assert overwritten_in_flight(report.sass) == []
 
 
-@pytest.mark.parametrize(("sms", "launches"), [(0, 2), (114, 2), (132, 1)])
+@pytest.mark.parametrize(("sms", "launches"), [(131, 2), (132, 1)])
 @pytest.mark.parametrize("heads", [8, 64, 128])
 def test_workers_wait_only_where_all_run_at_once(monkeypatch, heads, sms, launches):
     """Where a card is not known to have an SM for each CTA, the merge is a launch of its own."""
     monkeypatch.setattr(device, "resident_ctas", lambda: sms)
     monkeypatch.setattr(device, "num_sms", lambda: 132)  # when the plan was made
     batch = HopperBatch(np.random.default_rng(0), [300, 70], heads=heads)
-    plan = planning.plan_decode(batch.seq_lens, heads)
+    plan = jax.eval_shape(lambda lens: planning.plan_decode(lens, heads), batch.seq_lens)
     assert plan.split.num_workers * plan.tiles.ctas_per_tile == plan.num_sms == 132
     kernel = functools.partial(
         attention.attend.__wrapped__,
@@ -99,6 +101,6 @@ def test_workers_wait_only_where_all_run_at_once(monkeypatch, heads, sms, launch
         causal=True,
     )
     traced = jax.make_jaxpr(kernel)(
-        batch.q[:, 0], batch.cache.pages, batch.block_tables, batch.seq_lens, None, plan
+        np.asarray(batch.q)[:, 0], batch.cache.pages, batch.block_tables, batch.seq_lens, None, plan
     )
     assert str(traced).count("mpmd_map[") == launches

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from even_plan import kept_items
 from hopper_batch import SCALE, HopperBatch, invalid_requests, op, with_latents_times
 
 from mla_jax import paged_mla_attention, plan_fixed, plan_splits
 from pallas_kernels.hopper import device, planning
 from pallas_kernels.hopper.tuned import choose_config
-from pallas_kernels.hopper.work_items import PARTIAL, work_list
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 WIDTHS = [(128, 64), (256, 64), (384, 128), (384, 64), (256, 192)]
@@ -134,12 +134,8 @@ def plan_in_pairs(lens, rows, workers):
     )  # fmt: skip
 
 
-def kept_items(plan, finish):
-    return (work_list(plan, finish)[1][:, PARTIAL] < -1).sum()
-
-
 @pytest.mark.parametrize(("shortest", "longest", "requests", "workers", "least"), PAIRS)
-@pytest.mark.parametrize("rows", sorted({heads * num_queries for heads, num_queries, _ in SHAPES}))
+@pytest.mark.parametrize("rows", [16, 64])  # of a kernel each; on a GPU, each shape says it again
 def test_plans_in_pairs_share_tiles(shortest, longest, requests, workers, least, rows):
     _, lens = drawn(shortest, longest, requests)
     assert kept_items(plan_in_pairs(lens, rows, workers), "in_pairs") >= least

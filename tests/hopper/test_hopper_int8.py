@@ -1,18 +1,20 @@
 """The Hopper kernels over an int8 cache: interpreted, compiled for sm_90a, and on an H200."""
 
 import functools
+from typing import Any
 
 import aot
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hopper_batch import SCALE, SPOILED_LENGTHS, op, spoiled
+from even_plan import MOST_WORKERS, even_plan
+from hopper_batch import SCALE, SPOILED_LENGTHS, op, set_invalid, spoiled
 from int8_batch import Int8Batch
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from sass import overwritten_in_flight
 
-from mla_jax import plan_fixed, plan_splits
+from mla_jax import plan_fixed
 from mla_jax.hal import load_profile
 from pallas_kernels.hopper import attention, planning
 from pallas_kernels.hopper.config import DecodeInt8Config, DecodeTransposedInt8Config, SmLimits
@@ -25,42 +27,56 @@ def tiles(**options):
     return DecodeTransposedInt8Config(limits=LIMITS, **options)
 
 
-def split(batch, workers, rows_per_tile):
+def split(batch, workers, rows_per_tile, seq_lens=None):
+    seq_lens = batch.seq_lens if seq_lens is None else seq_lens
     rows = batch.q.shape[1] * batch.q.shape[2]
-    return plan_splits(
-        jnp.maximum(batch.seq_lens, 0),
-        num_workers=workers, rows=rows, rows_per_tile=rows_per_tile, overhead=1,
+    return even_plan(
+        seq_lens, workers=workers, rows=rows, rows_per_tile=rows_per_tile,
+        most_workers=max(workers, MOST_WORKERS),
     )  # fmt: skip
 
 
+def interpreted(batch, workers, rows_per_tile, seq_lens=None, **options):
+    """Runs a batch in the interpreter, on a plan for these lengths; None: its own."""
+    plan = split(batch, workers, rows_per_tile, seq_lens)
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    return batch.attend(plan, interpret=interpret, **options)
+
+
+# Shapes of batches, each of which has a program that several tests run, and the heights of their
+# tiles. Of transposed kernels, the one of 8 rows has two warpgroups that compute and one that
+# quantizes q, 16 rows have two of each, and 24 rows one of each.
+EIGHT = {"heads": 7, "requests": 6}, 8
+SIXTEEN = {"heads": 7, "num_queries": 2, "requests": 4}, 16
+TWENTY_FOUR = {"heads": 15, "num_queries": 2, "requests": 2, "page_size": 128}, 24  # two row tiles
+ONE_TILE = {"heads": 24, "num_queries": 2, "requests": 3, "page_size": 128}, 64
+TWO_TILES = {"heads": 33, "num_queries": 2, "requests": 6}, 64
+
+
 @pytest.mark.parametrize(
-    ("seq_lens", "shape", "rows_per_tile", "options"),
+    ("seq_lens", "program", "query_lens", "options"),
     [
-        ([130, 0, 0, 0, -1, 3], {"heads": 7}, 8, {}),
-        (
-            [70],
-            {"heads": 5, "num_queries": 2, "query_lens": [1]},
-            16,
-            {"tiles": tiles(rows_per_tile=16, computing=1)},
-        ),
-        ([20, 129], {"heads": 31, "page_size": 128}, 24, {"partial_dtype": "bfloat16"}),
-        ([270, -1, 0, 0, 0, 20], {"heads": 65, "page_size": 128}, 64, {}),
+        ([130, 0, 0, 0, -1, 3], EIGHT, None, {}),
+        ([20, 129], TWENTY_FOUR, None, {"partial_dtype": "bfloat16"}),
+        ([270, -1, 0, 0, 0, 20], TWO_TILES, [2, 0, 0, 0, 0, 1], {}),
     ],
 )
-def test_interpreted(races, seq_lens, shape, rows_per_tile, options):
-    batch = Int8Batch(np.random.default_rng(seq_lens[0]), seq_lens, **shape)
-    interpret = plgpu.InterpretGPUParams(detect_races=True)
-    plan = split(batch, 2, rows_per_tile)
-    batch.check(*batch.attend(plan, interpret=interpret, **options))
+def test_interpreted(races, seq_lens, program, query_lens, options):
+    shape, height = program
+    rng = np.random.default_rng(seq_lens[0])
+    batch = Int8Batch(rng, seq_lens, query_lens=query_lens, **shape)
+    batch.check(*interpreted(batch, 2, height, **options))
     assert not races.found
 
 
-def rising_batch(heads: int, rising: float) -> Int8Batch:
+def rising_batch(rising: float, **shape: Any) -> Int8Batch:
     """Returns three requests. In the second, and for every fifth head, rope keys hardly count."""
-    batch = Int8Batch(np.random.default_rng(0), [400, 70, 200], heads=heads, rising=rising)
+    batch = Int8Batch(np.random.default_rng(0), [400, 70, 200], rising=rising, **shape)
+    q = np.array(batch.q)
     for calm in (np.s_[1, ..., 512:], np.s_[:, :, ::5, 512:]):
-        batch.q = batch.q.at[calm].multiply(2.0**-6)
-    batch.expected_q = np.asarray(batch.q, np.float64)
+        q[calm] *= np.asarray(2.0**-6, q.dtype)
+    batch.q = jnp.asarray(q)
+    batch.expected_q = np.asarray(q, np.float64)
     return batch
 
 
@@ -80,34 +96,37 @@ def test_maxima_that_rise_interpreted(races, rising):
 
     With the larger factor they rise so far that the kernel of 64 rows repeats some work items.
     """
-    batch = rising_batch(40, rising)
+    shape, height = ONE_TILE
+    batch = rising_batch(rising, **shape)
     often = (rises(batch, 0) > 8).sum(axis=0)
     assert often.min() == 0
     assert often.max() > 1
     above_first = np.cumsum(rises(batch, 0).clip(0), axis=0)
     assert (above_first > 128).any() == (rising > 3)  # float32 does not hold 2^128
     assert (rises(batch, 1) < 8).all()
-    interpret = plgpu.InterpretGPUParams(detect_races=True)
-    batch.check(*batch.attend(split(batch, 2, 64), interpret=interpret))
+    batch.check(*interpreted(batch, 2, height))
     assert not races.found
 
 
-def test_any_q_interpreted():
-    batch = Int8Batch(np.random.default_rng(64), [1, 70], heads=33, exact=False)
-    batch.check(*batch.attend(split(batch, 2, 64), interpret=plgpu.InterpretGPUParams()))
+def test_any_q_interpreted(races):
+    shape, height = ONE_TILE
+    batch = Int8Batch(np.random.default_rng(64), [1, 70], exact=False, **shape)
+    batch.check(*interpreted(batch, 2, height))
+    assert not races.found
 
 
-@pytest.mark.parametrize(("heads", "rows_per_tile"), [(16, 16), (64, 64)])
-def test_a_plan_for_other_lengths_interpreted(heads, rows_per_tile):
+@pytest.mark.parametrize(
+    ("program", "seq_lens", "planned"),
+    [(SIXTEEN, [200, 130, 64, 0], [200, 64, 65, 1]), (ONE_TILE, [200, 130, 64], [200, 64, 65])],
+)
+def test_a_plan_for_other_lengths_interpreted(races, program, seq_lens, planned):
     """Tiles that the plan does not cover, or for which it reads past the end, are NaN."""
-    batch = Int8Batch(np.random.default_rng(heads), [200, 130, 64, 0], heads=heads)
-    other = plan_splits(
-        jnp.array([200, 64, 65, 1], jnp.int32),
-        num_workers=2, rows=heads, rows_per_tile=rows_per_tile, overhead=1,
-    )  # fmt: skip
-    o, lse = batch.attend(other, interpret=plgpu.InterpretGPUParams())
-    batch.seq_lens = batch.seq_lens.at[1:].set(-1)
+    shape, height = program
+    batch = Int8Batch(np.random.default_rng(height), seq_lens, **shape)
+    o, lse = interpreted(batch, 2, height, planned)
+    set_invalid(batch, slice(1, None))
     batch.check(o, lse)
+    assert not races.found
 
 
 def invalid_requests(heads):
@@ -115,39 +134,49 @@ def invalid_requests(heads):
     return spoiled(Int8Batch(rng, SPOILED_LENGTHS, heads=heads, num_queries=2))
 
 
-def test_finds_invalid_requests_interpreted():
-    batch, expected = invalid_requests(24)
-    plan = split(expected, 3, 64)
-    expected.check(*batch.attend(plan, interpret=plgpu.InterpretGPUParams()))
+def test_finds_invalid_requests_interpreted(races):
+    shape, height = TWO_TILES
+    batch, expected = invalid_requests(shape["heads"])
+    expected.check(*interpreted(batch, 3, height))
+    assert not races.found
 
 
-@pytest.mark.parametrize(("heads", "rows_per_tile"), [(16, 16), (40, 64)])
-def test_a_nan_query_changes_no_other_row_interpreted(heads, rows_per_tile):
-    batch = Int8Batch(np.random.default_rng(0), [70], heads=heads)
-    plan, interpret = split(batch, 1, rows_per_tile), plgpu.InterpretGPUParams()
-    clean = batch.attend(plan, interpret=interpret)
-    batch.q = batch.q.at[0, 0, 3, 5].set(jnp.nan)
-    for got, expected in zip(batch.attend(plan, interpret=interpret), clean, strict=True):
+@pytest.mark.parametrize("program", [SIXTEEN, ONE_TILE])
+def test_a_nan_query_changes_no_other_row_interpreted(program):
+    shape, height = program
+    batch = Int8Batch(np.random.default_rng(0), [70], **shape)
+    clean = interpreted(batch, 1, height)
+    q = np.array(batch.q)
+    q[0, 0, 3, 5] = np.nan
+    batch.q = q
+    for got, expected in zip(interpreted(batch, 1, height), clean, strict=True):
         assert np.isnan(np.asarray(got, np.float32)[0, 3]).all()
         np.testing.assert_array_equal(got[0, 4:], expected[0, 4:])
 
 
-@pytest.mark.parametrize(("rows_per_tile", "bad"), [(32, jnp.inf), (64, jnp.nan)])
-def test_a_padding_query_may_hold_anything_interpreted(rows_per_tile, bad):
-    shape = {"heads": rows_per_tile // 2, "num_queries": 2, "query_lens": [1]}
-    batch = Int8Batch(np.random.default_rng(0), [70], **shape)
-    batch.q = batch.q.at[0, 1].set(bad)
-    plan = split(batch, 1, rows_per_tile)
-    batch.check(*batch.attend(plan, interpret=plgpu.InterpretGPUParams()))
+@pytest.mark.parametrize(
+    ("program", "bad", "options"),
+    [(TWENTY_FOUR, np.inf, {"partial_dtype": "bfloat16"}), (ONE_TILE, np.nan, {})],
+)
+def test_a_padding_query_may_hold_anything_interpreted(program, bad, options):
+    shape, height = program
+    batch = Int8Batch(np.random.default_rng(0), [70], query_lens=[1], **shape)
+    q = np.array(batch.q)
+    q[0, 1] = bad
+    batch.q = q
+    batch.check(*interpreted(batch, 1, height, **options))
 
 
 def test_the_check_fails_what_is_wrong():
-    batch = Int8Batch(np.random.default_rng(0), [65], heads=8)
-    o, lse = batch.attend(split(batch, 1, 8), interpret=plgpu.InterpretGPUParams())
+    shape, height = EIGHT
+    batch = Int8Batch(np.random.default_rng(0), [65], **shape)
+    o, lse = interpreted(batch, 1, height)
     batch.check(o, lse)
-    for wrong in ((o.at[0, 3, 7].add(0.02), lse), (o, lse.at[0, 0].add(1e-3))):
+    for array, where, error in ((o, (0, 3, 7), 0.02), (lse, (0, 0), 1e-3)):
+        wrong = array.copy()
+        wrong[where] += error
         with pytest.raises(AssertionError):
-            batch.check(*wrong)
+            batch.check(*(wrong if x is array else x for x in (o, lse)))
 
 
 # ----------------------------------------------------------------------- compiled for sm_90a
@@ -168,8 +197,11 @@ def test_overwritten_registers_are_found():
 
 @pytest.mark.parametrize(
     ("heads", "tokens", "requests"),
-    [(15, 1, 4), (16, 2, 4), (32, 2, 4), (64, 1, 4), (75, 1, 4), (128, 1, 1)],
-)
+    [
+        (15, 1, 4), (16, 2, 4), (128, 1, 1),
+        *(aot.on_gpu_machines(*case) for case in ((32, 2, 4), (64, 1, 4), (75, 1, 4))),
+    ],
+)  # fmt: skip
 def test_compiles_for_sm90a(h200, heads, tokens, requests):
     """No product is serialized, no register spilled, and operand A stays in its registers.
 
@@ -233,7 +265,7 @@ def test_heads_on_the_gpu(heads, page_size):
 @pytest.mark.parametrize("rising", [3.0, 40.0])
 @pytest.mark.parametrize("heads", [16, 64])
 def test_maxima_that_rise_on_the_gpu(heads, rising):
-    batch = rising_batch(heads, rising)
+    batch = rising_batch(rising, heads=heads)
     for workers in (1, 4):  # several work items in turn, and split tiles
         batch.check(*batch.attend(split(batch, workers, heads)))
 

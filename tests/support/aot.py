@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 import jax
+import pytest
 from jax.experimental import topologies
 from jax.experimental.mosaic.gpu import fragmented_array
 
@@ -77,6 +78,15 @@ class CompileReport:
             int(count) < self.registers if way == "inc" else int(count) > self.registers
             for way, count in steps
         )
+
+
+def on_gpu_machines(*values: Any) -> Any:
+    """Returns a case of a compile test that runs with the GPU tests.
+
+    Those machines have many cores and the compiler, from the CUDA packages that JAX needs there.
+    Where it is missing, `compile_sm90a` raises and names the packages.
+    """
+    return pytest.param(*values, marks=pytest.mark.gpu)
 
 
 def unavailable() -> str | None:

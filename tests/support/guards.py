@@ -13,7 +13,7 @@ GUARD_ROWS = 136  # behind each request: more than what a tile of two CTAs has
 GUARD = 7.25  # which no result is
 
 
-def run_guarded(attend: Any, q: Any, *args: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
+def run_guarded(attend: Any, q: Any, *args: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
     """What a kernel's `attend(q, *args, **options)` gives, from outputs that have guards.
 
     Raises AssertionError where anything but the rows of q [B, R, D] was written.
@@ -30,7 +30,7 @@ def run_guarded(attend: Any, q: Any, *args: Any, **options: Any) -> tuple[jax.Ar
         guards[:batch, :rows] = GUARD
         hit = np.argwhere(guards != GUARD)
         assert not len(hit), f"{name} was written at {hit[0].tolist()} and {len(hit) - 1} others"
-    return jnp.asarray(o[:batch, :rows]), jnp.asarray(lse[:batch, :rows])
+    return o[:batch, :rows], lse[:batch, :rows]
 
 
 @functools.cache

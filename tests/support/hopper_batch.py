@@ -15,6 +15,7 @@ from mla_jax.reference.attention import paged_attention_float64
 
 SCALE = 192**-0.5
 GARBAGE_PAGE = 2147480000
+LEAST_CACHED, LEAST_TABLE = 1536, 768  # tokens of a batch's pages and of a block table, at least
 MANY_TOKENS = 1 << 17  # tokens per block table, above the limit of `tuned.few_tokens`
 
 
@@ -23,6 +24,10 @@ class HopperBatch:
 
     Page tails, unused pages and rows of q past a request's query length hold NaN. Unused entries of
     block tables hold GARBAGE_PAGE. A length of -1 is that of a request that the op found invalid.
+
+    Batches of few tokens have equally many pages, and block tables of equal widths. So the ones
+    with equally many requests share one program. `requests` adds requests without keys, up to that
+    number.
     """
 
     def __init__(
@@ -31,6 +36,7 @@ class HopperBatch:
         seq_lens: list[int],
         *,
         heads: int,
+        requests: int = 0,
         num_queries: int = 1,
         query_lens: list[int] | None = None,
         page_size: int = 64,
@@ -39,11 +45,11 @@ class HopperBatch:
         rope_dim: int = 64,
     ):
         width = kv_lora_rank + rope_dim
-        lens = np.array(seq_lens, np.int32)
+        lens = np.array(seq_lens + [0] * (requests - len(seq_lens)), np.int32)
         pages_of = -(-np.maximum(lens, 0) // page_size)
-        num_pages = int(pages_of.sum()) + 3
+        num_pages, table_width = cache_sizes(pages_of, page_size)
         order = rng.permutation(num_pages)
-        tables = np.full((len(lens), max(1, pages_of.max()) + 2), GARBAGE_PAGE, np.int32)
+        tables = np.full((len(lens), table_width), GARBAGE_PAGE, np.int32)
         pages = np.full((num_pages, page_size, width), np.nan, np.float32)
         stop = np.cumsum(pages_of)
         for row, length, count, end in zip(tables, lens, pages_of, stop, strict=True):
@@ -54,7 +60,7 @@ class HopperBatch:
         # KV has the magnitude of FlashMLA's tests, because their absolute tolerance fits it.
         # Queries are large enough that the softmax is not flat.
         q = rng.standard_normal((len(lens), num_queries, heads, width)).astype(np.float32) * 10
-        queries = np.clip(lens, 0, num_queries) if query_lens is None else np.asarray(query_lens)
+        queries = query_lengths(lens, num_queries, query_lens)
         q[np.arange(num_queries) >= queries[:, None]] = np.nan
         # numpy rounds, because JAX would compile a program per shape.
         self.q = jnp.asarray(q.astype(dtype))
@@ -103,6 +109,19 @@ class HopperBatch:
             assert rule.all(), f"lse off by {off.max():.2e}"
 
 
+def cache_sizes(pages_of: np.ndarray, page_size: int) -> tuple[int, int]:
+    """Returns the number of pages and the width of a block table, for requests of so many pages."""
+    num_pages, table_width = int(pages_of.sum()) + 3, max(1, int(pages_of.max())) + 2
+    return max(num_pages, LEAST_CACHED // page_size), max(table_width, LEAST_TABLE // page_size)
+
+
+def query_lengths(lens: np.ndarray, num_queries: int, given: list[int] | None) -> np.ndarray:
+    """Returns query lengths as given, 0 after them; None: as many as a request has room for."""
+    if given is None:
+        return np.clip(lens, 0, num_queries)
+    return np.array(given + [0] * (len(lens) - len(given)), np.int32)
+
+
 SPOILED_LENGTHS = [300, 200, 130, 70, 70, 90]
 
 
@@ -122,24 +141,32 @@ def spoiled(batch: Any) -> tuple[Any, Any]:
     lens[3] = tables.shape[1] * page_size + 1
     queries[4] = 3
     found.block_tables, found.seq_lens, found.query_lens = map(jnp.asarray, (tables, lens, queries))
-    expected.seq_lens = batch.seq_lens.at[1:5].set(-1)
+    set_invalid(expected, slice(1, 5))
     return found, expected
 
 
-def invalid_requests(heads: int, page_size: int) -> tuple[HopperBatch, HopperBatch]:
-    """Returns `spoiled` for a bfloat16 batch."""
+def set_invalid(batch: Any, requests: slice) -> None:
+    """Makes a batch expect NaN for some requests."""
+    lens = np.array(batch.seq_lens)
+    lens[requests] = -1
+    batch.seq_lens = jnp.asarray(lens)
+
+
+def invalid_requests(heads: int, page_size: int, **shape: Any) -> tuple[HopperBatch, HopperBatch]:
+    """Returns `spoiled` for a batch of floats."""
     rng = np.random.default_rng(heads)
-    shape = {"heads": heads, "num_queries": 2, "page_size": page_size}
+    shape |= {"heads": heads, "num_queries": 2, "page_size": page_size}
     return spoiled(HopperBatch(rng, SPOILED_LENGTHS, **shape))
 
 
 def with_latents_times(batch: HopperBatch, factor: float) -> HopperBatch:
     """Returns a batch with exactly the same scores and outputs times `factor`, a power of two."""
-    latent = jnp.arange(batch.q.shape[-1]) < batch.cache.kv_lora_rank
     scaled = copy.copy(batch)
-    scaled.q = jnp.where(latent, batch.q / factor, batch.q)
-    pages = jnp.where(latent, batch.cache.pages * factor, batch.cache.pages)
-    scaled.cache = dataclasses.replace(batch.cache, pages=pages)
+    q, pages = np.array(batch.q), np.array(batch.cache.pages)
+    for array, times in ((q, 1 / factor), (pages, factor)):
+        array[..., : batch.cache.kv_lora_rank] *= np.asarray(times, array.dtype)
+    scaled.q = jnp.asarray(q)
+    scaled.cache = dataclasses.replace(batch.cache, pages=jnp.asarray(pages))
     return scaled
 
 

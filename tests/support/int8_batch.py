@@ -2,14 +2,17 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from guards import run_guarded
-from hopper_batch import GARBAGE_PAGE, SCALE
+from hopper_batch import GARBAGE_PAGE, SCALE, cache_sizes, query_lengths
 
 from mla_jax import PagedKVCache, quantize
 from mla_jax.reference.attention import attention_float64
 from pallas_kernels.hopper import attention
+
+_quantize_in_halves = jax.jit(quantize.quantize_in_halves)
 
 
 class Int8Batch:
@@ -19,19 +22,20 @@ class Int8Batch:
     row is 127 steps, so that quantizing q loses nothing. Otherwise it is any values, and the
     reference has q in the 14 bits of `mla_jax.quantize`. The reference is float64 on the
     dequantized cache. The magnitude of rope keys grows from block to block by `rising` times that
-    of the first. A length of -1 is that of a request that the op found invalid.
+    of the first. A length of -1 is that of a request that the op found invalid. Shapes, and
+    `requests`, are as in `HopperBatch`.
     """
 
     def __init__(
         self, rng, seq_lens, *, heads, num_queries=1, query_lens=None, page_size=64, exact=True,
-        rising=0.0,
+        rising=0.0, requests=0,
     ):  # fmt: skip
-        lens = np.array(seq_lens, np.int32)
+        lens = np.array(seq_lens + [0] * (requests - len(seq_lens)), np.int32)
         self.heads = heads
         pages_of = -(-np.maximum(lens, 0) // page_size)
-        num_pages = int(pages_of.sum()) + 3
+        num_pages, table_width = cache_sizes(pages_of, page_size)
         order = rng.permutation(num_pages)
-        tables = np.full((len(lens), max(1, pages_of.max()) + 2), GARBAGE_PAGE, np.int32)
+        tables = np.full((len(lens), table_width), GARBAGE_PAGE, np.int32)
         values = rng.integers(-128, 128, (num_pages, page_size, 512)).astype(np.int8)
         rope = np.full((num_pages, page_size, 64), np.nan, np.float32)
         scales = np.full((num_pages, page_size), np.nan, np.float32)
@@ -43,7 +47,7 @@ class Int8Batch:
             latent = rng.integers(-127, 128, (length, 512))
             keys = rng.standard_normal((length, 64)) * 0.1
             keys *= 1 + rising * (np.arange(length)[:, None] // 64)
-            keys = np.asarray(jnp.asarray(keys, jnp.bfloat16))
+            keys = keys.astype(jnp.bfloat16)
             steps = (0.1 / 74 * 4.0 ** rng.uniform(-2, 0, length)).astype(np.float32)
             for array, part in ((values, latent), (rope, keys), (scales, steps)):
                 flat = array[mine].reshape(count * page_size, *array.shape[2:])
@@ -64,7 +68,7 @@ class Int8Batch:
         self.expected_q = np.asarray(self.q, np.float64)
         if not exact:
             latent = self.q[..., :512]
-            high, low, steps = map(np.asarray, quantize.quantize_in_halves(latent))
+            high, low, steps = map(np.asarray, _quantize_in_halves(latent))
             self.expected_q[..., :512] = (128.0 * high + low) * steps[..., None]
         self.cache = PagedKVCache(
             jnp.asarray(values),
@@ -76,7 +80,7 @@ class Int8Batch:
             scales=jnp.asarray(scales),
         )
         self.block_tables, self.seq_lens = jnp.asarray(tables), jnp.asarray(lens)
-        queries = np.clip(lens, 0, num_queries) if query_lens is None else query_lens
+        queries = query_lengths(lens, num_queries, query_lens)
         self.query_lens = jnp.asarray(queries, jnp.int32)
 
     def jitted(self, plan=None, *, causal=True, requests=slice(None), interpret=None, **options):
@@ -84,14 +88,17 @@ class Int8Batch:
         attend = attention.attend_int8
         if interpret is not None:
             attend = functools.partial(run_guarded, attend, interpret=interpret)
-        batch, tokens, heads, width = self.q[requests].shape
+        _, tokens, heads, width = self.q.shape
+        q = np.asarray(self.q).reshape(-1, tokens * heads, width)
+        of_requests = [
+            jnp.asarray(np.asarray(array)[requests])  # NumPy does not compile a program per shape.
+            for array in (q, self.block_tables, self.seq_lens, self.query_lens)
+        ]
         return functools.partial(
             attend,
-            self.q[requests].reshape(batch, tokens * heads, width),
+            of_requests[0],
             *self.cache.arrays().values(),
-            self.block_tables[requests],
-            self.seq_lens[requests],
-            self.query_lens[requests],
+            *of_requests[1:],
             plan,
             num_heads=self.heads,
             softmax_scale=SCALE,
@@ -104,10 +111,14 @@ class Int8Batch:
 
     def check(self, o, lse, *, causal=True) -> None:
         """Asserts that o and lse pass the rule of `HopperBatch.check`, without its cosine."""
-        q, queries = self.expected_q, np.asarray(self.query_lens)
+        q, seq_lens, queries = (
+            self.expected_q,
+            np.asarray(self.seq_lens),
+            np.asarray(self.query_lens),
+        )
         o = np.asarray(o).astype(np.float64).reshape(*q.shape[:3], 512)
         lse = np.asarray(lse).astype(np.float64).reshape(q.shape[:3])
-        for i, (length, count) in enumerate(zip(self.seq_lens, queries, strict=True)):
+        for i, (length, count) in enumerate(zip(seq_lens, queries, strict=True)):
             if length < 0:
                 assert np.isnan(o[i]).all()
                 assert np.isnan(lse[i]).all()

@@ -9,7 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import callback as jax_callback
+from jax._src.pallas import fuser
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory
+
+# JAX imports this with its first interpreted kernel. It adds an option to JAX's configuration, so
+# that every program of the process is traced and compiled again: import it before the first one.
+del fuser
 
 
 def use_cheap_callbacks(monkeypatch: Any) -> None:
