@@ -214,10 +214,17 @@ def over_int8(case: Case, granularity: str) -> dict[str, tuple[Any, Any]]:
     found = {granularity: attend(case, cache, jnp.float32)}
     stored = jax.jit(PagedKVCache.stored_rows)(cache, table(case), jnp.arange(len(case.kv))[None])
     latent, k_rope = stored["pages"][0], stored["rope_pages"][0]
-    scales = stored["scales"][0] if stored["scales"].ndim else stored["scales"]
+    # One scale for all is given per token: then it shares the compiled program of those.
+    scales = np.asarray(stored["scales"][0] if stored["scales"].ndim else stored["scales"])
+    scales = np.broadcast_to(scales, (len(case.kv), *scales.shape[1:]))
     for name, options in DATAFLOWS.items():
         found[f"{granularity}, {name}"] = attend_int8(
-            jnp.asarray(case.q), latent, scales, k_rope, softmax_scale=SOFTMAX_SCALE, **options
+            jnp.asarray(case.q),
+            latent,
+            jnp.asarray(scales),
+            k_rope,
+            softmax_scale=SOFTMAX_SCALE,
+            **options,
         )
     return found
 

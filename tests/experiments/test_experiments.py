@@ -18,7 +18,7 @@ from mla_jax.registry import IMPLEMENTATIONS
 
 ON_A_GPU = {  # those that ask for devices or implementations; the demo is in test_demo.py
     "correctness": SMALL["correctness"],
-    "benchmark": ("--preset=quick",),
+    "benchmark": ("--preset=quick", "--heads=128", "--s_q=1"),
     "kernel_bench": ("--preset=quick", "--variants=multiply"),
 }
 NEED_A_GPU = {"kernel_bench"}

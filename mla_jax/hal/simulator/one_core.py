@@ -109,7 +109,9 @@ def _shared_engines(
     for step, cost in zip(schedule.kinds, of_kind, strict=True):
         for engine in cost.busy:
             users.setdefault(engine, set()).add(step.unit)
-    return [tuple(held for held in cost.busy.items() if len(users[held[0]]) > 1) for cost in of_kind]
+    return [
+        tuple(held for held in cost.busy.items() if len(users[held[0]]) > 1) for cost in of_kind
+    ]
 
 
 class BlockTimes:

@@ -176,7 +176,7 @@ def test_the_profiler_sees_no_gpu_here():
     assert timing.kernel_times(program.burst(*arguments)) == {}
 
 
-def test_a_graph_keeps_what_it_reads(monkeypatch):
+def test_a_graph_keeps_what_it_reads(monkeypatch, request):
     """Its replays use the memory of whoever was captured, which nobody else may get meanwhile."""
     torch = types.ModuleType("torch")
     torch.cuda = types.SimpleNamespace(
@@ -190,6 +190,8 @@ def test_a_graph_keeps_what_it_reads(monkeypatch):
         def launch(self, i):
             pass
 
+    gc.freeze()  # what is there already: a collection looks at this test's objects alone
+    request.addfinalizer(gc.unfreeze)
     peer = Peer()
     alive = weakref.ref(peer)
     burst = timing.torch_burst(peer.launch, 2, separated=lambda: None)
