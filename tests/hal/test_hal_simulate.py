@@ -68,7 +68,10 @@ def test_no_engine_and_no_unit_is_outrun(name: str, blocks: int, seed: int) -> N
 
 def test_units_take_turns_on_an_engine_that_they_share() -> None:
     steps = (Step("a", "QK", 0), Step("b", "PV", 0), Step("a", "QK", 1))
-    costs = {"a": StageCost({"tensor": 2.0, "cuda": 1.0}, hold=5.0), "b": StageCost({"tensor": 3.0})}
+    costs = {
+        "a": StageCost({"tensor": 2.0, "cuda": 1.0}, hold=5.0),
+        "b": StageCost({"tensor": 3.0}),
+    }
     line = run_schedule(Schedule("two", 2, 1, steps), lambda step: costs[step.unit])
     assert (line.start, line.end) == ((0.0, 2.0, 7.0), (7.0, 5.0, 14.0))
 
