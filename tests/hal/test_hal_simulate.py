@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mla_jax.hal import PROFILES, Problem, schedule_named, simulate
 from mla_jax.hal.orders import ASCEND_ORDERS, GPU_ORDERS, AscendOrder
-from mla_jax.hal.schedule import Step
+from mla_jax.hal.schedule import Schedule, Step
 from mla_jax.hal.simulator.ascend_costs import (
     ASCEND_KERNELS,
     INGREDIENTS,
@@ -64,6 +64,16 @@ def test_no_engine_and_no_unit_is_outrun(name: str, blocks: int, seed: int) -> N
     ended = {given: end + cost.latency for step, end, cost in ends for given in step.gives}
     for step, start in zip(line.schedule.steps, line.start, strict=True):
         assert all(start >= ended[signal] + 0.1 - 1e-12 for signal in step.waits)
+
+
+def test_units_take_turns_on_an_engine_that_they_share() -> None:
+    steps = (Step("a", "QK", 0), Step("b", "PV", 0), Step("a", "QK", 1))
+    costs = {
+        "a": StageCost({"tensor": 2.0, "cuda": 1.0}, hold=5.0),
+        "b": StageCost({"tensor": 3.0}),
+    }
+    line = run_schedule(Schedule("two", 2, 1, steps), lambda step: costs[step.unit])
+    assert (line.start, line.end) == ((0.0, 2.0, 7.0), (7.0, 5.0, 14.0))
 
 
 @given(name=st.sampled_from(ORDERS), blocks=st.integers(1, 60), seed=st.integers(0, 99))
