@@ -138,6 +138,7 @@ def spoiled(batch: Any) -> tuple[Any, Any]:
     page_size = batch.cache.page_size
     tables[1, (lens[1] - 1) // page_size] = batch.cache.num_pages  # the last page in use
     tables[2, 0] = -1
+    tables[3] = tables[0, 0]  # Pages that exist, so that only its length is wrong.
     lens[3] = tables.shape[1] * page_size + 1
     queries[4] = 3
     found.block_tables, found.seq_lens, found.query_lens = map(jnp.asarray, (tables, lens, queries))
