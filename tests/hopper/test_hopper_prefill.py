@@ -158,3 +158,5 @@ def test_refusals_name_the_reason():
     q, k, rope, _, *cu = batch.arguments(joined=True)
     with pytest.raises(ValueError, match=r"k_rope must be bfloat16\[345, 64\], got"):
         attention.attend_ragged(q, k, rope[1:], None, *cu, softmax_scale=SCALE, causal=True)
+    with pytest.raises(ValueError, match=r"softmax_scale must be above 0, got -0\.1"):
+        attention.attend_ragged(q, k, rope, None, *cu, softmax_scale=-0.1, causal=True)

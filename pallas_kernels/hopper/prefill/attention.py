@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mla_jax.checks import require_softmax_scale
 from mla_jax.hal import TilePlanError
 from pallas_kernels.hopper import device
 from pallas_kernels.hopper.config import ITEMSIZE
@@ -70,7 +71,8 @@ def attend_ragged(
         (`mla_jax.ragged.requests.valid_requests`) are NaN.
 
     Raises:
-        ValueError: arrays of other shapes or dtypes.
+        TypeError: a softmax_scale that is no number.
+        ValueError: arrays of other shapes or dtypes, or another softmax_scale.
         TilePlanError: widths that the kernel can't have.
     """
     k_rope = None if k_rope is None or not k_rope.shape[1] else k_rope
@@ -79,6 +81,8 @@ def attend_ragged(
     v_dim = k_nope.shape[2] - nope_dim if v is None else v.shape[2]
     config = config or PrefillConfig(nope_dim=nope_dim, rope_dim=rope_dim, v_dim=v_dim)
     _check(q, k_nope, k_rope, v, cu_q_lens, cu_kv_lens, config)
+    # With a scale below 0 the mask's -inf would become the largest score.
+    softmax_scale = require_softmax_scale(softmax_scale)
     num_queries, num_heads, _ = q.shape
     num_keys = k_nope.shape[0]
     if 0 in (num_queries, num_heads):
