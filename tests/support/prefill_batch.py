@@ -66,7 +66,7 @@ class PrefillBatch:
             mine, keys = (slice(cu[b], cu[b + 1]) for cu in (self.cu_q, self.cu_kv))
             q = self.q[mine].astype(np.float64)
             k, rope, v = (x[keys].astype(np.float64) for x in (self.k, self.k_rope, self.v))
-            bad = ~(np.isfinite(k) & np.isfinite(v)).all((1, 2))
+            bad = ~(np.isfinite(k).all((1, 2)) & np.isfinite(v).all((1, 2)))
             k[bad], v[bad] = 0.0, 0.0
             last = m - n + np.arange(n) if self.causal else np.full(n, m - 1)
             seen = np.arange(m) <= last[:, None]
