@@ -208,15 +208,20 @@ def _check_arrays(
     checks.require_float("q", q)
     if 0 in q.shape:
         raise ValueError(f"q must have no dim of 0, got shape {list(q.shape)}")
-    checks.require_array("block_tables", block_tables)
-    checks.require_shape("block_tables", block_tables, "[B, max_pages]", q.shape[0], None)
-    checks.require_int32("block_tables", block_tables)
-    checks.require_positive("max_pages of block_tables", block_tables.shape[1])
+    check_block_tables(block_tables, q.shape[0])
     lengths = {"seq_lens": seq_lens} | ({} if query_lens is None else {"query_lens": query_lens})
     for name, value in lengths.items():
         checks.require_array(name, value)
         checks.require_shape(name, value, "[B]", q.shape[0])
         checks.require_int32(name, value)
+
+
+def check_block_tables(block_tables: Any, batch: int) -> None:
+    """Raises TypeError or ValueError unless block_tables can be that of `batch` requests."""
+    checks.require_array("block_tables", block_tables)
+    checks.require_shape("block_tables", block_tables, "[B, max_pages]", batch, None)
+    checks.require_int32("block_tables", block_tables)
+    checks.require_positive("max_pages of block_tables", block_tables.shape[1])
 
 
 def _check_options(rescale: Any, partial_dtype: Any, plan: Any, q: jax.Array) -> Any:

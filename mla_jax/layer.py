@@ -22,12 +22,15 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from mla_jax import checks
-from mla_jax.attention import prepare, require_query_lens
+from mla_jax.attention import check_block_tables, prepare, require_query_lens
 from mla_jax.cache import PagedKVCache
 from mla_jax.checkpoints.weights import MLAParams, check_params
 from mla_jax.config import MLAConfig
 from mla_jax.implementations.choice import compute
-from mla_jax.rope import apply_rope, check_positions
+from mla_jax.prefill.form import FormOptions, Sizes, expanded_form
+from mla_jax.prefill.from_cache import Expansion, append_and_attend
+from mla_jax.projections import absorbed_queries, add_bias, einsum, latents_of, queries_of
+from mla_jax.rope import check_positions
 from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims
 from mla_jax.sharding.specs import config_of_shard
 from mla_jax.splits.decode_plan import DecodePlan
@@ -49,6 +52,8 @@ def mla_layer(
     plan: DecodePlan | SplitPlan | None = None,
     rescale: str = "multiply",
     partial_dtype: Any = None,
+    form: str | None = None,
+    workspace_tokens: int | None = None,
     head_axis: str | None = None,
 ) -> tuple[jax.Array, PagedKVCache]:
     """Computes one step of the layer for requests of different lengths.
@@ -69,6 +74,14 @@ def mla_layer(
             the argument has no effect: donate the cache there.
         causal, implementation, plan, rescale, partial_dtype: as in `paged_mla_attention`. A plan
             inside a `jax.shard_map` is for the requests and heads of one device.
+        form: "absorbed", "expanded", or None, which selects the form that takes less time by
+            `mla_jax.hal.choose_form`. It is static: it depends on S, the widths, the dtype and the
+            number of tokens that a block table reaches. With query_lens, None computes requests
+            with few tokens in the absorbed form and others in the expanded form. A plan, a rescale
+            or partial_dtype of one's own, and implementations other than "hopper" and "xla" are for
+            the absorbed form: None selects it then.
+        workspace_tokens: in the expanded form, tokens before the new ones whose keys and values are
+            in memory at a time, of all requests together. None: as many as take 512 MiB.
         head_axis: the axis of a `jax.shard_map` around the call that splits the heads
             (`param_specs`). `config` is that of the whole layer. All other arguments are equal
             along the axis, and so are the results: the projected outputs are summed over it once.
@@ -87,26 +100,45 @@ def mla_layer(
         config = config_of_shard(params, config, head_axis)
     _check_input(params, config, x)
     _check_heads(config, cache)
+    ragged = query_lens is not None
     query_lens = _all_query_lens("x", x, seq_lens, query_lens)
+    cache.check()
+    check_block_tables(block_tables, len(x))
     seq_lens, query_lens = map(checks.snapshot, (seq_lens, query_lens))
     positions = (seq_lens - query_lens)[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
-    q, kv = _absorbed(params, x, positions, config=config)
-    o_latent, cache = attend(
-        config,
-        q,
-        kv,
-        cache,
-        block_tables,
-        seq_lens,
-        query_lens=query_lens,
-        donate=donate,
-        causal=causal,
-        implementation=implementation,
-        plan=plan,
-        rescale=rescale,
-        partial_dtype=partial_dtype,
+    q_nope, q_rope, kv = _queries_and_latents(params, x, positions, config=config)
+    expansion = Expansion(params.w_uk, params.w_uv)
+    sizes = Sizes(
+        *x.shape[:2],
+        ragged=ragged,
+        table_tokens=block_tables.shape[1] * cache.page_size,
+        dtype=jnp.promote_types(q_nope.dtype, params.w_uk.dtype),
     )
-    return _projected(params, o_latent, head_axis=head_axis).astype(x.dtype), cache
+    options = FormOptions(
+        form, workspace_tokens, causal, implementation, plan, rescale, partial_dtype
+    )
+    expanded = expanded_form(options, config, cache, sizes)
+    requests = cache, block_tables, seq_lens
+    if expanded is None:
+        o_latent, cache = attend(
+            config,
+            _absorbed(params, q_nope, q_rope),
+            kv,
+            *requests,
+            query_lens=query_lens,
+            donate=donate,
+            causal=causal,
+            implementation=implementation,
+            plan=plan,
+            rescale=rescale,
+            partial_dtype=partial_dtype,
+        )
+        out = _projected(params, o_latent, head_axis=head_axis)
+    else:
+        queries = q_nope, q_rope, kv, expansion
+        o, cache = append_and_attend(expanded, *queries, *requests, query_lens, donate=donate)
+        out = _projected_values(params, o, head_axis=head_axis)
+    return out.astype(x.dtype), cache
 
 
 def preprocess(
@@ -132,7 +164,8 @@ def preprocess(
     _check_input(params, config, x)
     check_positions(positions)
     checks.require_shape("positions", positions, "[B, S]", *x.shape[:2])
-    return _absorbed(params, x, positions, config=config)
+    q_nope, q_rope, kv = _queries_and_latents(params, x, positions, config=config)
+    return _absorbed(params, q_nope, q_rope), kv
 
 
 def attend(
@@ -225,11 +258,17 @@ def _specs_of_hidden(params: MLAParams, tokens: jax.Array, *_: jax.Array) -> Par
 @on_auto_axes(_specs_of_hidden)
 def _projected(params: MLAParams, o_latent: jax.Array, *, head_axis: str | None) -> jax.Array:
     """Computes `project_output`, summed over the shards of the heads."""
-    values = _einsum("bshc,hcv->bshv", o_latent, params.w_uv)
-    out = _einsum("bshv,hvd->bsd", values, params.w_o)
+    values = einsum("bshc,hcv->bshv", o_latent, params.w_uv)
+    return _projected_values(params, values, head_axis=head_axis)
+
+
+@on_auto_axes(_specs_of_hidden)
+def _projected_values(params: MLAParams, values: jax.Array, *, head_axis: str | None) -> jax.Array:
+    """Multiplies outputs [B, S, H, v_dim] by W_O, summed over the shards of the heads."""
+    out = einsum("bshv,hvd->bsd", values, params.w_o)
     if head_axis is not None:
         out = jax.lax.psum(out, head_axis)
-    return _add_bias(out, params.b_o)
+    return add_bias(out, params.b_o)
 
 
 def naive_mla_layer(
@@ -264,81 +303,43 @@ def _expanded(
 ) -> jax.Array:
     """Computes `naive_mla_layer` for arguments that have been checked."""
     length = x.shape[1]
-    q = jnp.concatenate(_queries(params, config, x, positions), -1)  # [B, S, H, nope + rope]
-    c_kv, k_rope = jnp.split(_latents(params, config, x, positions), [config.kv_lora_rank], -1)
-    k_nope = _einsum("btc,hnc->bthn", c_kv, params.w_uk)
+    q = jnp.concatenate(queries_of(params, config, x, positions), -1)  # [B, S, H, nope + rope]
+    c_kv, k_rope = jnp.split(latents_of(params, config, x, positions), [config.kv_lora_rank], -1)
+    k_nope = einsum("btc,hnc->bthn", c_kv, params.w_uk)
     k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
     k = jnp.concatenate([k_nope, k_rope], -1)  # [B, T, H, nope + rope]
-    v = _einsum("btc,hcv->bthv", c_kv, params.w_uv)
+    v = einsum("btc,hcv->bthv", c_kv, params.w_uv)
 
-    scores = _einsum("bshd,bthd->bhst", q, k).astype(jnp.float32) * config.softmax_scale
+    scores = einsum("bshd,bthd->bhst", q, k).astype(jnp.float32) * config.softmax_scale
     causal = jnp.tril(jnp.ones((length, length), bool))
     weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1).astype(x.dtype)
-    values = _einsum("bhst,bthv->bshv", weights, v)
-    out = _add_bias(_einsum("bshv,hvd->bsd", values, params.w_o), params.b_o)
+    values = einsum("bhst,bthv->bshv", weights, v)
+    out = add_bias(einsum("bshv,hvd->bsd", values, params.w_o), params.b_o)
     return out.astype(x.dtype)
 
 
-def _specs_of_absorbed(
-    params: MLAParams, x: jax.Array, _: jax.Array
-) -> tuple[PartitionSpec, PartitionSpec]:
+def _specs_of_queries(params: MLAParams, x: jax.Array, _: jax.Array) -> tuple[PartitionSpec, ...]:
     tokens, heads = dims_of(x)[:2], dims_of(params.w_uq)[1]
-    return spec_of_dims(*tokens, heads, None), spec_of_dims(*tokens, None)
+    queries = spec_of_dims(*tokens, heads, None)
+    return queries, queries, spec_of_dims(*tokens, None)
+
+
+@on_auto_axes(_specs_of_queries)
+def _queries_and_latents(
+    params: MLAParams, x: jax.Array, positions: jax.Array, *, config: MLAConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns q_nope, q_rope and [c_kv | k_rope] of checked arguments of `preprocess`."""
+    q_nope, q_rope = queries_of(params, config, x, positions)
+    return q_nope, q_rope, latents_of(params, config, x, positions)
+
+
+def _specs_of_absorbed(_: MLAParams, q_nope: jax.Array, *__: jax.Array) -> PartitionSpec:
+    return spec_of_dims(*dims_of(q_nope)[:3], None)
 
 
 @on_auto_axes(_specs_of_absorbed)
-def _absorbed(
-    params: MLAParams, x: jax.Array, positions: jax.Array, *, config: MLAConfig
-) -> tuple[jax.Array, jax.Array]:
-    """Computes `preprocess` for arguments that have been checked."""
-    q_nope, q_rope = _queries(params, config, x, positions)
-    q_latent = _einsum("bshn,hnc->bshc", q_nope, params.w_uk)
-    return jnp.concatenate([q_latent, q_rope], -1), _latents(params, config, x, positions)
-
-
-def _queries(
-    params: MLAParams, config: MLAConfig, x: jax.Array, positions: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns (q_nope [B, S, H, nope], q_rope [B, S, H, rope]) of hidden states [B, S, hidden]."""
-    if params.w_dq is not None and params.norm_q is not None:
-        x = _add_bias(_einsum("bsd,dr->bsr", x, params.w_dq), params.b_dq)
-        x = _rms_norm(x, params.norm_q, config.rms_norm_eps)
-    q = _einsum("bsr,rhd->bshd", x, params.w_uq)
-    q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], -1)
-    return q_nope, apply_rope(q_rope, positions, config)
-
-
-def _latents(params: MLAParams, config: MLAConfig, x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Returns [c_kv | k_rope], [B, S, kv_lora + rope], of hidden states [B, S, hidden]."""
-    kv = _add_bias(_einsum("bsd,dc->bsc", x, params.w_dkv), params.b_dkv)
-    c_kv, k_rope = jnp.split(kv, [config.kv_lora_rank], -1)
-    c_kv = _rms_norm(c_kv, params.norm_kv, config.rms_norm_eps)
-    return jnp.concatenate([c_kv, apply_rope(k_rope, positions, config)], -1)
-
-
-def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Returns x / rms(x) * weight over the last axis, statistics in float32 (arXiv 1910.07467)."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
-    return wide.astype(x.dtype) * weight
-
-
-def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Computes an einsum in full float32 precision, where accelerators would use tf32 or bf16.
-
-    Batch axes are moved to the front of the product and the result is transposed. With batch axes
-    between others, XLA's CPU dot accumulates bfloat16 products in bfloat16. That is 8 times the
-    error, measured with jaxlib 0.11.2.
-    """
-    left, right, out = spec.replace("->", ",").split(",")
-    leading = sorted(out, key=lambda axis: not (axis in left and axis in right))
-    precision = jax.lax.Precision.HIGHEST
-    result = jnp.einsum(f"{left},{right}->{''.join(leading)}", a, b, precision=precision)
-    return result.transpose([leading.index(axis) for axis in out])
-
-
-def _add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
-    return x if bias is None else x + bias
+def _absorbed(params: MLAParams, q_nope: jax.Array, q_rope: jax.Array) -> jax.Array:
+    return absorbed_queries(params.w_uk, q_nope, q_rope)
 
 
 def _check_input(params: Any, config: Any, x: Any) -> None:

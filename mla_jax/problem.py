@@ -40,7 +40,7 @@ class AttentionProblem:
         """Returns the problem with seq_lens = -1 for each request with invalid lengths or pages."""
         cache = self.cache
         arrays = self.block_tables, self.seq_lens, self.query_lens
-        seq_lens = _valid_or_minus_one(*arrays, cache.page_size, cache.num_pages, self.q.shape[1])
+        seq_lens = valid_or_minus_one(*arrays, cache.page_size, cache.num_pages, self.q.shape[1])
         return dataclasses.replace(self, seq_lens=seq_lens)
 
     @property
@@ -71,7 +71,7 @@ class AttentionProblem:
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _valid_or_minus_one(
+def valid_or_minus_one(
     block_tables: jax.Array,
     seq_lens: jax.Array,
     query_lens: jax.Array | None,
@@ -79,6 +79,7 @@ def _valid_or_minus_one(
     num_pages: int,
     num_queries: int,
 ) -> jax.Array:
+    """Returns seq_lens, with -1 for each request with invalid lengths or pages."""
     max_pages = block_tables.shape[1]
     pages = -(-seq_lens // page_size)
     used = jnp.arange(max_pages, dtype=jnp.int32) < pages[:, None]

@@ -11,6 +11,7 @@ which work is issued. The simulator computes the time that a schedule takes.
 
 from pathlib import Path
 
+from mla_jax.hal.forms import FormCosts, choose_form
 from mla_jax.hal.orders import ASCEND_ORDERS, GPU_ORDERS, AscendOrder, schedule_named
 from mla_jax.hal.profiles.ascend import (
     ASCEND910B1,
@@ -63,8 +64,8 @@ def load_profile(name_or_path: str | Path) -> HardwareProfile:
 
 
 __all__ = [
-    "ASCEND_ORDERS", "GPU_ORDERS", "PROFILES", "Access", "AscendOrder", "HardwareProfile",
-    "IllegalScheduleError", "Number", "Problem", "Report", "Schedule", "ScheduleBuilder", "Signal",
-    "Step", "TilePlan", "TilePlanError", "load_profile", "plan_tiles", "read_profile",
-    "save_profile", "schedule_named", "simulate",
+    "ASCEND_ORDERS", "GPU_ORDERS", "PROFILES", "Access", "AscendOrder", "FormCosts",
+    "HardwareProfile", "IllegalScheduleError", "Number", "Problem", "Report", "Schedule",
+    "ScheduleBuilder", "Signal", "Step", "TilePlan", "TilePlanError", "choose_form", "load_profile",
+    "plan_tiles", "read_profile", "save_profile", "schedule_named", "simulate",
 ]  # fmt: skip

@@ -1,0 +1,182 @@
+"""The form in which a call of the layer computes its attention, and what keeps it absorbed."""
+
+import bisect
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mla_jax import checks, registry
+from mla_jax.cache import PagedKVCache
+from mla_jax.config import MLAConfig
+from mla_jax.hal.forms import ABSORBED, EXPANDED, FORMS, choose_form
+from mla_jax.prefill.from_cache import ExpandedForm
+from mla_jax.prefill.registry import RAGGED_IMPLEMENTATIONS, RAGGED_REGISTRY
+from mla_jax.problem import AttentionProblem
+from mla_jax.ragged.problem import RaggedProblem
+
+WORKSPACE_BYTES = 2**29  # of expanded keys and values of the prefix at a time, by default
+_INT32_MAX = int(np.iinfo(np.int32).max)
+
+
+class FormOptions(NamedTuple):
+    """The arguments of `mla_layer` that the choice of the form depends on."""
+
+    form: Any
+    workspace_tokens: Any
+    causal: Any
+    implementation: str | Sequence[str] | None
+    plan: Any
+    rescale: Any
+    partial_dtype: Any
+
+
+class Sizes(NamedTuple):
+    """The sizes of one call, all static."""
+
+    batch: int
+    count: int  # S, tokens per request
+    ragged: bool  # whether requests may have fewer
+    table_tokens: int  # tokens that a block table reaches
+    dtype: Any  # in which the attention is computed
+
+
+def expanded_form(
+    options: FormOptions, config: MLAConfig, cache: PagedKVCache, sizes: Sizes
+) -> ExpandedForm | None:
+    """Returns how the call computes the expanded form; None where it takes the absorbed form.
+
+    Raises TypeError or ValueError for options that no call can have, and ValueError for the form
+    "expanded" with what that form can't do.
+    """
+    if options.form is not None:
+        checks.require_one_of("form", options.form, FORMS)
+    workspace_tokens = options.workspace_tokens
+    if workspace_tokens is None:
+        bytes_per_token = config.num_heads * (config.qk_nope_head_dim + config.v_head_dim)
+        workspace_tokens = max(1, WORKSPACE_BYTES // (bytes_per_token * sizes.dtype.itemsize))
+    workspace_tokens = checks.require_positive("workspace_tokens", workspace_tokens)
+    causal = checks.require_bool("causal", options.causal)
+    if options.form == ABSORBED:
+        return None
+    names = registry.check_names(options.implementation)
+    reason = _refusal(names, options, cache, sizes)
+    if reason is not None:
+        if options.form == EXPANDED:
+            raise ValueError(f"form must be {ABSORBED!r} or None here, got {EXPANDED!r}: {reason}")
+        return None
+    problem = _ragged_shapes(config, sizes, causal)
+    limit = 0
+    if options.form is None:
+        if _cheaper(sizes.count, config, sizes, causal) == ABSORBED:
+            return None
+        if not _as_preferred(names, problem, _absorbed_shapes(cache, problem, sizes, sizes.count)):
+            return None
+        limit = _absorbed_limit(config, sizes, causal) if sizes.ragged else 0
+    fewest = limit + 1 if sizes.ragged else sizes.count
+    shapes = _absorbed_shapes(cache, problem, sizes, limit) if limit else None
+    return ExpandedForm(
+        softmax_scale=checks.require_softmax_scale(config.softmax_scale),
+        causal=causal,
+        choice=RAGGED_REGISTRY.choose(names, problem),
+        workspace_tokens=min(workspace_tokens, _INT32_MAX),
+        longest_prefix=max(0, sizes.table_tokens - fewest),
+        absorbed_tokens=limit,
+        absorbed_choice=None if shapes is None else registry.choose(names, shapes),
+    )
+
+
+def _refusal(
+    names: tuple[str, ...], options: FormOptions, cache: PagedKVCache, sizes: Sizes
+) -> str | None:
+    """Returns why the expanded form can't do what a call asks for; None where it can."""
+    for name in ("plan", "partial_dtype"):
+        if getattr(options, name) is not None:
+            return f"{name} is for the absorbed form"
+    if options.rescale != "multiply":
+        return f"rescale={options.rescale!r} is for the absorbed form"
+    for name in names:
+        if name not in RAGGED_IMPLEMENTATIONS:
+            return f"implementation {name!r} has the absorbed form only"
+    if sizes.dtype not in (jnp.float32, cache.dtype) and cache.dtype != jnp.int8:
+        return f"rows of a {cache.dtype} cache would be rounded to {sizes.dtype}"
+    if sizes.batch * max(sizes.table_tokens, sizes.count) > _INT32_MAX:
+        return f"the tokens of all requests must be at most {_INT32_MAX}"
+    return None
+
+
+def _cheaper(count: int, config: MLAConfig, sizes: Sizes, causal: bool) -> str:
+    """Returns the form that the cost model chooses for `count` tokens per request."""
+    return choose_form(
+        count,
+        num_heads=config.num_heads,
+        table_tokens=sizes.table_tokens,
+        kv_lora_rank=config.kv_lora_rank,
+        qk_nope_head_dim=config.qk_nope_head_dim,
+        qk_rope_head_dim=config.qk_rope_head_dim,
+        v_head_dim=config.v_head_dim,
+        causal=causal,
+        dtype=sizes.dtype,
+    ).form
+
+
+@functools.lru_cache(maxsize=256)
+def _absorbed_limit(config: MLAConfig, sizes: Sizes, causal: bool) -> int:
+    """Returns up to how many tokens of a request the absorbed form is chosen, less than S."""
+    return bisect.bisect_left(
+        range(1, sizes.count),
+        True,
+        key=lambda count: _cheaper(count, config, sizes, causal) == EXPANDED,
+    )
+
+
+def _ragged_shapes(config: MLAConfig, sizes: Sizes, causal: bool) -> Any:
+    """Returns a problem of the ragged op that has shapes and dtypes alone."""
+    heads, tokens = config.num_heads, sizes.batch * sizes.count
+    nope, rope, v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+
+    def array(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, sizes.dtype)
+
+    bounds: Any = jax.ShapeDtypeStruct((2 * sizes.batch + 1,), jnp.int32)
+    return RaggedProblem(
+        q=array(tokens, heads, nope + rope),
+        k_nope=array(tokens, heads, nope),
+        k_rope=array(tokens, rope),
+        v=array(tokens, heads, v_dim),
+        cu_q_lens=bounds,
+        cu_kv_lens=bounds,
+        softmax_scale=config.softmax_scale,
+        causal=causal,
+    )
+
+
+def _absorbed_shapes(
+    cache: PagedKVCache, problem: RaggedProblem, sizes: Sizes, count: int
+) -> AttentionProblem:
+    """Returns a problem of the paged op with `count` tokens per request, for its shapes."""
+    shape = sizes.batch, count, problem.q.shape[1], cache.latent_dim
+    q: Any = jax.ShapeDtypeStruct(shape, sizes.dtype)
+    lens: Any = jax.ShapeDtypeStruct((sizes.batch,), jnp.int32)
+    pages = -(-sizes.table_tokens // cache.page_size)
+    tables: Any = jax.ShapeDtypeStruct((sizes.batch, pages), jnp.int32)
+    scale, causal = problem.softmax_scale, problem.causal
+    return AttentionProblem(q, cache, tables, lens, lens, None, scale, causal, "multiply", None)
+
+
+def _as_preferred(
+    names: tuple[str, ...], problem: RaggedProblem, absorbed: AttentionProblem
+) -> bool:
+    """Returns whether the expanded form's implementation is named no later than the absorbed one's.
+
+    Otherwise a kernel would give way to plain JAX, e.g. for widths that only one kernel has.
+    """
+    for name in names:
+        if RAGGED_IMPLEMENTATIONS[name].refuses(problem) is None:
+            return True
+        if registry.IMPLEMENTATIONS[name].refuses(absorbed) is None:
+            return False
+    return True

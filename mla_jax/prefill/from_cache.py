@@ -1,0 +1,270 @@
+"""Attention in the expanded form over the paged cache: keys and values are expanded from latents.
+
+The new tokens of a request attend to each other first, with the causal mask. Then the tokens before
+them, the prefix, are expanded in parts of a bounded number of tokens. A loop over the parts has no
+mask, and merges the results by lse in float32. It runs as often as the prefixes of this call need.
+
+The cache is read again for the new tokens, so that they have the values that it stores, and later
+calls see the same keys.
+
+Requests with few new tokens, as in a batch of prefill and decode, take the absorbed form in the
+same call. That part runs only if the batch has such requests.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from mla_jax import checks
+from mla_jax.cache import PagedKVCache
+from mla_jax.implementations.choice import Choice, compute
+from mla_jax.online_softmax import merge_states
+from mla_jax.problem import AttentionProblem, valid_or_minus_one
+from mla_jax.projections import absorbed_queries, einsum
+from mla_jax.ragged.problem import RaggedProblem
+from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims, vary_like
+
+Outputs = tuple[jax.Array, jax.Array]
+
+
+class Expansion(NamedTuple):
+    """The weights that expand a latent c_kv into the keys and values of all heads."""
+
+    w_uk: jax.Array  # [H, nope, kv_lora]
+    w_uv: jax.Array  # [H, kv_lora, v_dim]
+
+    def keys_and_values(self, rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns k_nope [T, H, nope], k_rope [T, rope] and v [T, H, v_dim] of rows [T, D]."""
+        c_kv, k_rope = jnp.split(rows, [self.w_uk.shape[2]], axis=-1)
+        k_nope = einsum("tc,hnc->thn", c_kv, self.w_uk)
+        v = einsum("tc,hcv->thv", c_kv, self.w_uv)
+        return k_nope.astype(rows.dtype), k_rope, v.astype(rows.dtype)
+
+
+class Requests(NamedTuple):
+    """The requests of a call."""
+
+    block_tables: jax.Array  # [B, max_pages] int32
+    seq_lens: jax.Array  # [B] int32, tokens with the new ones; -1: an invalid request
+    query_lens: jax.Array  # [B] int32, new tokens; 0 where invalid
+
+    def only(self, chosen: jax.Array) -> "Requests":
+        """Returns the requests with lengths of 0 where `chosen` [B] is False."""
+        lens = (jnp.where(chosen, x, 0) for x in (self.seq_lens, self.query_lens))
+        return Requests(self.block_tables, *lens)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpandedForm:
+    """How a call of the layer computes the expanded form; all of it is static."""
+
+    softmax_scale: float
+    causal: bool
+    choice: Choice  # of the implementations of the ragged op
+    workspace_tokens: int  # tokens of all prefixes that are expanded at a time, at most
+    longest_prefix: int  # tokens before the new ones in a request, at most
+    absorbed_tokens: int  # requests of up to so many new tokens take the absorbed form
+    absorbed_choice: Choice | None  # None: absorbed_tokens is 0
+
+
+def append_and_attend(
+    form: ExpandedForm,
+    q_nope: jax.Array,
+    q_rope: jax.Array,
+    kv: jax.Array,
+    expansion: Expansion,
+    cache: PagedKVCache,
+    block_tables: jax.Array,
+    seq_lens: jax.Array,
+    query_lens: jax.Array,
+    *,
+    donate: bool,
+) -> tuple[jax.Array, PagedKVCache]:
+    """Appends the rows of new tokens to the cache and computes attention over all of it.
+
+    Args:
+        form: how.
+        q_nope, q_rope: [B, S, H, nope] and [B, S, H, rope], left aligned, not scaled. All is
+            computed in their dtype, promoted with that of W_UK.
+        kv: [B, S, D], rows of the new tokens.
+        expansion: the weights.
+        cache: holds the rows of the earlier tokens.
+        block_tables, seq_lens, query_lens, donate: as in `mla_layer`.
+
+    Returns:
+        o: [B, S, H, v_dim]; 0 for padding, NaN for invalid requests.
+        cache: with the new tokens appended.
+    """
+    donate = checks.require_bool("donate", donate)
+    if checks.is_concrete(block_tables, seq_lens, query_lens):
+        checks.require_pages("seq_lens", seq_lens, block_tables, cache.page_size, cache.num_pages)
+    block_tables = checks.snapshot(block_tables)
+    attend = functools.partial(_attend, form=form)
+    queries = q_nope, q_rope, expansion
+    # Every check runs before anything is written and before the cache is donated.
+    jax.eval_shape(attend, *queries, cache, block_tables, seq_lens, query_lens)
+    kv, before = kv.astype(cache.row_dtype), seq_lens - query_lens
+    cache = cache.append(kv, block_tables, before, query_lens, donate=donate)
+    return attend(*queries, cache, block_tables, seq_lens, query_lens), cache
+
+
+def _specs_of_output(q_nope: jax.Array, *_: jax.Array) -> PartitionSpec:
+    return spec_of_dims(*dims_of(q_nope)[:3], None)
+
+
+@on_auto_axes(_specs_of_output)
+@functools.partial(jax.jit, static_argnames="form")
+def _attend(
+    q_nope: jax.Array,
+    q_rope: jax.Array,
+    expansion: Expansion,
+    cache: PagedKVCache,
+    block_tables: jax.Array,
+    seq_lens: jax.Array,
+    query_lens: jax.Array,
+    *,
+    form: ExpandedForm,
+) -> jax.Array:
+    """Computes `append_and_attend` for a cache that has the rows of the new tokens."""
+    seq_lens = valid_or_minus_one(
+        block_tables, seq_lens, query_lens, cache.page_size, cache.num_pages, q_nope.shape[1]
+    )
+    invalid = seq_lens < 0
+    requests = Requests(block_tables, seq_lens, jnp.where(invalid, 0, query_lens))
+    short = requests.query_lens <= np.int32(form.absorbed_tokens)
+    o = _attend_long(form, q_nope, q_rope, expansion, cache, requests.only(~short))
+    if form.absorbed_choice is not None:
+        short &= requests.query_lens > 0
+        requests = requests.only(short)
+
+        def with_short(o: jax.Array) -> jax.Array:
+            mine = _attend_short(form, q_nope, q_rope, expansion, cache, requests).astype(o.dtype)
+            return jnp.where(short[:, None, None, None], mine, o)
+
+        o = lax.cond(short.any(), with_short, lambda o: o, o)
+    return jnp.where(invalid[:, None, None, None], jnp.nan, o)
+
+
+def _attend_long(
+    form: ExpandedForm,
+    q_nope: jax.Array,
+    q_rope: jax.Array,
+    expansion: Expansion,
+    cache: PagedKVCache,
+    requests: Requests,
+) -> jax.Array:
+    """Computes the expanded form, [B, S, H, v_dim]; 0 for padding."""
+    batch, count, heads, _ = q_nope.shape
+    q = jnp.concatenate([q_nope, q_rope], -1).reshape(batch * count, heads, -1)
+    q = q.astype(jnp.promote_types(q.dtype, expansion.w_uk.dtype))
+    # Padding behind the tokens of each request is a request of its own, without keys.
+    starts = jnp.arange(batch, dtype=jnp.int32) * np.int32(count)
+    cu_q_lens = jnp.stack([starts, starts + requests.query_lens], axis=1).ravel()
+    cu_q_lens = jnp.append(cu_q_lens, np.int32(batch * count))
+
+    def attend(
+        first: jax.Array, lens: jax.Array, start: jax.Array, size: int, causal: bool
+    ) -> Outputs:
+        """Attends to packed tokens start .. start + size - 1: see `_packed_rows`."""
+        rows = _packed_rows(cache, requests.block_tables, first, lens, start, size)
+        ends = jnp.repeat(jnp.cumsum(lens, dtype=jnp.int32), 2, total_repeat_length=2 * batch)
+        cu_kv_lens = jnp.clip(jnp.append(np.int32(0), ends) - start, 0, np.int32(size))
+        keys_and_values = expansion.keys_and_values(rows.astype(q.dtype))
+        scale = form.softmax_scale
+        problem = RaggedProblem(q, *keys_and_values, cu_q_lens, cu_kv_lens, scale, causal)
+        return compute(problem, form.choice)
+
+    zero = np.int32(0)
+    prefix_lens = requests.seq_lens - requests.query_lens
+    o, lse = attend(prefix_lens, requests.query_lens, zero, batch * count, form.causal)
+    # With a causal mask padding is invalid, because it has queries and no keys.
+    token = jnp.arange(count, dtype=jnp.int32)
+    real = (token < requests.query_lens[:, None]).ravel()[:, None]
+    o, lse = jnp.where(real[..., None], o, 0), jnp.where(real, lse, -jnp.inf)
+
+    if form.longest_prefix > 0:
+        size = _part_size(batch * form.longest_prefix, form.workspace_tokens)
+
+        def merge(i: jax.Array, state: Outputs) -> Outputs:
+            nothing = jnp.zeros_like(prefix_lens)
+            part = attend(nothing, prefix_lens, i * np.int32(size), size, False)
+            o, lse = (jnp.stack(pair) for pair in zip(state, _float32(part), strict=True))
+            return merge_states(o, lse)
+
+        parts = -(-jnp.sum(prefix_lens, dtype=jnp.int32) // np.int32(size))
+        state = vary_like(_float32((o, lse)), q, expansion, cache, requests)
+        o, _ = lax.fori_loop(zero, parts, merge, state)
+    return o.astype(q.dtype).reshape(batch, count, heads, -1)
+
+
+def _attend_short(
+    form: ExpandedForm,
+    q_nope: jax.Array,
+    q_rope: jax.Array,
+    expansion: Expansion,
+    cache: PagedKVCache,
+    requests: Requests,
+) -> jax.Array:
+    """Computes the absorbed form of requests with few tokens, [B, S, H, v_dim]."""
+    assert form.absorbed_choice is not None
+    tokens = form.absorbed_tokens
+    problem = AttentionProblem(
+        q=absorbed_queries(expansion.w_uk, q_nope[:, :tokens], q_rope[:, :tokens]),
+        cache=cache,
+        block_tables=requests.block_tables,
+        seq_lens=requests.seq_lens,
+        query_lens=requests.query_lens,
+        plan=None,
+        softmax_scale=form.softmax_scale,
+        causal=form.causal,
+        rescale="multiply",
+        partial_dtype=None,
+    )
+    o_latent, _ = compute(problem, form.absorbed_choice)
+    o = einsum("bshc,hcv->bshv", o_latent, expansion.w_uv)
+    return jnp.pad(o, ((0, 0), (0, q_nope.shape[1] - tokens), (0, 0), (0, 0)))
+
+
+def _float32(outputs: Outputs) -> Outputs:
+    o, lse = outputs
+    return o.astype(jnp.float32), lse
+
+
+def _part_size(total: int, workspace_tokens: int) -> int:
+    """Returns the tokens of each of the equal parts into which up to `total` tokens are divided."""
+    parts = -(-total // workspace_tokens)
+    return -(-total // parts)
+
+
+def _packed_rows(
+    cache: PagedKVCache,
+    block_tables: jax.Array,
+    first: jax.Array,
+    lens: jax.Array,
+    start: jax.Array,
+    size: int,
+) -> jax.Array:
+    """Returns rows [size, D] of tokens of all requests, which lie one after the other.
+
+    Rows behind the last token may hold anything.
+
+    Args:
+        cache: holds the rows.
+        block_tables: [B, max_pages] int32.
+        first: [B] int32, the position of the first token of each request that counts.
+        lens: [B] int32, how many tokens count.
+        start: [] int32, the packed token that the rows begin with.
+        size: how many rows.
+    """
+    index = start + jnp.arange(size, dtype=jnp.int32)
+    ends = jnp.cumsum(lens, dtype=jnp.int32)
+    request = jnp.sum(index[:, None] >= ends, axis=1, dtype=jnp.int32)
+    request = jnp.minimum(request, np.int32(len(lens) - 1))
+    positions = index - (ends - lens - first)[request]
+    return cache.rows(block_tables, positions[:, None], request)[:, 0]
