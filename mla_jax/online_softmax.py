@@ -245,10 +245,32 @@ def merge_states(o: jax.Array, lse: jax.Array, axis: int = 0) -> tuple[jax.Array
     total = weights.sum(axis, keepdims=True)
     seen = total != 0  # NaN counts as seen, so that a part of NaN is not hidden
     divisor = jnp.where(seen, total, 1.0)
-    parts = jnp.where((lse == -jnp.inf)[..., None], 0.0, o.astype(jnp.float32))
-    weighted = jnp.where(jnp.isinf(parts), parts, parts * (weights / divisor)[..., None])
+    weighted = _weighted(o, lse, weights / divisor)
     merged_lse = jnp.where(seen, top + jnp.log(divisor), -jnp.inf).squeeze(axis)
     return weighted.sum(axis).astype(o.dtype), merged_lse
+
+
+def merge_pair(
+    first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Merges two parts (o, lse) as `merge_states` does, and returns o and lse in float32.
+
+    It has no axis of parts, so that a loop can update the first part in place.
+    """
+    top = jnp.maximum(first[1], second[1])
+    top = jnp.where(top == -jnp.inf, 0.0, top)
+    weights = [jnp.exp(lse - top) for _, lse in (first, second)]
+    total = weights[0] + weights[1]
+    seen = total != 0
+    divisor = jnp.where(seen, total, 1.0)
+    o = _weighted(*first, weights[0] / divisor) + _weighted(*second, weights[1] / divisor)
+    return o, jnp.where(seen, top + jnp.log(divisor), -jnp.inf)
+
+
+def _weighted(o: jax.Array, lse: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns o times its weight in float32; 0 where lse is -inf, and infinities as they are."""
+    o = jnp.where((lse == -jnp.inf)[..., None], 0.0, o.astype(jnp.float32))
+    return jnp.where(jnp.isinf(o), o, o * weight[..., None])
 
 
 def mark_nonfinite(o: jax.Array, lse: jax.Array, seen: jax.Array, values: jax.Array) -> jax.Array:

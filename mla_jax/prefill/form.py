@@ -1,7 +1,6 @@
 """The form in which a call of the layer computes its attention, and what keeps it absorbed."""
 
 import bisect
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -68,11 +67,10 @@ def expanded_form(
         if options.form == EXPANDED:
             raise ValueError(f"form must be {ABSORBED!r} or None here, got {EXPANDED!r}: {reason}")
         return None
-    problem = _ragged_shapes(config, sizes, causal)
-    limit = 0
+    if options.form is None and _cheaper(sizes.count, config, sizes, causal) == ABSORBED:
+        return None
+    problem, limit = _ragged_shapes(config, sizes, causal), 0
     if options.form is None:
-        if _cheaper(sizes.count, config, sizes, causal) == ABSORBED:
-            return None
         if not _as_preferred(names, problem, _absorbed_shapes(cache, problem, sizes, sizes.count)):
             return None
         limit = _absorbed_limit(config, sizes, causal) if sizes.ragged else 0
@@ -123,7 +121,6 @@ def _cheaper(count: int, config: MLAConfig, sizes: Sizes, causal: bool) -> str:
     ).form
 
 
-@functools.lru_cache(maxsize=256)
 def _absorbed_limit(config: MLAConfig, sizes: Sizes, causal: bool) -> int:
     """Returns up to how many tokens of a request the absorbed form is chosen, less than S."""
     return bisect.bisect_left(

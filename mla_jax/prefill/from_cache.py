@@ -24,12 +24,13 @@ from jax.sharding import PartitionSpec
 from mla_jax import checks
 from mla_jax.cache import PagedKVCache
 from mla_jax.implementations.choice import Choice, compute
-from mla_jax.online_softmax import merge_states
+from mla_jax.online_softmax import merge_pair
 from mla_jax.problem import AttentionProblem, valid_or_minus_one
 from mla_jax.projections import absorbed_queries, einsum
 from mla_jax.ragged.problem import RaggedProblem
 from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims, vary_like
 
+BLOCK_TOKENS = 128  # parts of the prefix are multiples of it, where the workspace allows
 Outputs = tuple[jax.Array, jax.Array]
 
 
@@ -194,11 +195,10 @@ def _attend_long(
         def merge(i: jax.Array, state: Outputs) -> Outputs:
             nothing = jnp.zeros_like(prefix_lens)
             part = attend(nothing, prefix_lens, i * np.int32(size), size, False)
-            o, lse = (jnp.stack(pair) for pair in zip(state, _float32(part), strict=True))
-            return merge_states(o, lse)
+            return merge_pair(state, part)
 
         parts = -(-jnp.sum(prefix_lens, dtype=jnp.int32) // np.int32(size))
-        state = vary_like(_float32((o, lse)), q, expansion, cache, requests)
+        state = vary_like((o.astype(jnp.float32), lse), q, expansion, cache, requests)
         o, _ = lax.fori_loop(zero, parts, merge, state)
     return o.astype(q.dtype).reshape(batch, count, heads, -1)
 
@@ -231,15 +231,10 @@ def _attend_short(
     return jnp.pad(o, ((0, 0), (0, q_nope.shape[1] - tokens), (0, 0), (0, 0)))
 
 
-def _float32(outputs: Outputs) -> Outputs:
-    o, lse = outputs
-    return o.astype(jnp.float32), lse
-
-
 def _part_size(total: int, workspace_tokens: int) -> int:
     """Returns the tokens of each of the equal parts into which up to `total` tokens are divided."""
-    parts = -(-total // workspace_tokens)
-    return -(-total // parts)
+    equal = -(-total // -(-total // workspace_tokens))
+    return min(workspace_tokens, -(-equal // BLOCK_TOKENS) * BLOCK_TOKENS)
 
 
 def _packed_rows(
