@@ -7,8 +7,9 @@ The layer has three operators, named as on Ascend:
 - MLAPA, `attend`: appends the new latents to the cache and computes paged attention.
 - Einsum, `project_output`: W_UV, then W_O.
 
-`naive_mla_layer` expands keys and values per head instead, as the published code of the models
-does. It computes the same function.
+These are the absorbed form. `mla_layer` computes long prefills in the expanded form instead, with
+keys and values of every head (`mla_jax.prefill.from_cache`). `naive_mla_layer` is the expanded form
+without a cache, as in the published code of the models. All compute the same function.
 """
 
 import dataclasses
@@ -74,14 +75,13 @@ def mla_layer(
             the argument has no effect: donate the cache there.
         causal, implementation, plan, rescale, partial_dtype: as in `paged_mla_attention`. A plan
             inside a `jax.shard_map` is for the requests and heads of one device.
-        form: "absorbed", "expanded", or None, which selects the form that takes less time by
-            `mla_jax.hal.choose_form`. It is static: it depends on S, the widths, the dtype and the
-            number of tokens that a block table reaches. With query_lens, None computes requests
-            with few tokens in the absorbed form and others in the expanded form. A plan, a rescale
-            or partial_dtype of one's own, and implementations other than "hopper" and "xla" are for
-            the absorbed form: None selects it then.
-        workspace_tokens: in the expanded form, tokens before the new ones whose keys and values are
-            in memory at a time, of all requests together. None: as many as take 512 MiB.
+        form: "absorbed" or "expanded"; None selects the one that `mla_jax.hal.choose_form` finds
+            cheaper for S, the widths, the dtype and the tokens that a block table reaches. With
+            query_lens, None computes requests with few new tokens in the absorbed form in any case.
+            None selects the absorbed form for all that only it can do: a plan, a partial_dtype,
+            AMLA's rescale, and implementations other than "hopper" and "xla".
+        workspace_tokens: in the expanded form, earlier tokens of all requests whose keys and values
+            are in memory at a time. None: as many as take 512 MiB.
         head_axis: the axis of a `jax.shard_map` around the call that splits the heads
             (`param_specs`). `config` is that of the whole layer. All other arguments are equal
             along the axis, and so are the results: the projected outputs are summed over it once.
@@ -107,17 +107,17 @@ def mla_layer(
     seq_lens, query_lens = map(checks.snapshot, (seq_lens, query_lens))
     positions = (seq_lens - query_lens)[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
     q_nope, q_rope, kv = _queries_and_latents(params, x, positions, config=config)
-    expansion = Expansion(params.w_uk, params.w_uv)
     sizes = Sizes(
-        *x.shape[:2],
+        batch=x.shape[0],
+        tokens=x.shape[1],
         ragged=ragged,
         table_tokens=block_tables.shape[1] * cache.page_size,
         dtype=jnp.promote_types(q_nope.dtype, params.w_uk.dtype),
     )
-    options = FormOptions(
+    asked = FormOptions(
         form, workspace_tokens, causal, implementation, plan, rescale, partial_dtype
     )
-    expanded = expanded_form(options, config, cache, sizes)
+    expanded = expanded_form(asked, config, cache, sizes)
     requests = cache, block_tables, seq_lens
     if expanded is None:
         o_latent, cache = attend(
@@ -135,7 +135,7 @@ def mla_layer(
         )
         out = _projected(params, o_latent, head_axis=head_axis)
     else:
-        queries = q_nope, q_rope, kv, expansion
+        queries = q_nope, q_rope, kv, Expansion(params.w_uk, params.w_uv)
         o, cache = append_and_attend(expanded, *queries, *requests, query_lens, donate=donate)
         out = _projected_values(params, o, head_axis=head_axis)
     return out.astype(x.dtype), cache

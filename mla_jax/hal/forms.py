@@ -3,13 +3,14 @@
 Both forms compute the same layer from the same cached latents. For H heads, S query tokens of a
 request and T tokens in the cache, the new ones included, the multiplications that differ are
 
-    absorbed: pairs * (2 rank + rope)          + S * rank * (nope + v)     per head
-    expanded: pairs * (nope + rope + v) * fill + T * rank * (nope + v)     per head
+    absorbed: pairs * (2 rank + rope)     + S * rank * (nope + v)     per head
+    expanded: tiles * (nope + rope + v)   + T * rank * (nope + v)     per head
 
-`pairs` counts the pairs of a query token and a key that it sees. The absorbed form multiplies the
-query tokens by W_UK and W_UV, and the expanded form all tokens of the cache. The expanded form
-computes whole tiles of TILE_TOKENS query tokens of one head; `fill` is their share of rows that
-exist, inverted. Tiles of the absorbed form hold all heads of a token, and are full.
+`pairs` counts the pairs of a query token and a key that it sees. A tile of the absorbed form holds
+all heads of a token, so that little is computed in vain. The expanded form computes whole tiles of
+TILE query tokens of one head by TILE keys, and `tiles` counts the pairs in those that have a
+visible key. The absorbed form multiplies the query tokens by W_UK and W_UV, and the expanded form
+all tokens of the cache.
 
 The model leaves out: memory traffic, which long queries do not wait for; launches; SMs that a small
 batch leaves without work; the merge of parts of the prefix; and lengths. Every request counts with
@@ -20,6 +21,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from mla_jax import checks
 from mla_jax.hal.profiles.nvidia import H200_SXM
@@ -27,7 +29,7 @@ from mla_jax.hal.profiles.profile import HardwareProfile
 
 ABSORBED, EXPANDED = "absorbed", "expanded"
 FORMS = (ABSORBED, EXPANDED)
-TILE_TOKENS = 128  # query tokens in a tile of the expanded form
+TILE = 128  # query tokens, and keys, of a tile of the expanded form
 
 
 class Rates(NamedTuple):
@@ -107,12 +109,18 @@ def choose_form(
     rates = _PLAIN if jnp.dtype(dtype) == jnp.float32 else _KERNELS
     tokens = min(tokens, keys)
     pairs = tokens * keys - (tokens * (tokens - 1) // 2 if causal else 0)
-    fill = -(-tokens // TILE_TOKENS) * TILE_TOKENS / tokens
     weights = rank * (nope + v_dim)
     absorbed = pairs * (2 * rank + rope) / rates.absorbed + tokens * weights / rates.projection
-    expanded = pairs * (nope + rope + v_dim) * fill / rates.expanded
+    expanded = _pairs_of_tiles(tokens, keys, causal) * (nope + rope + v_dim) / rates.expanded
     expanded += keys * weights / rates.projection
     second = profile.matrix_peak / (2 * heads)  # multiplications of one head
     if tokens == 1:
         expanded = max(expanded, absorbed)
     return FormCosts(absorbed / second, expanded / second)
+
+
+def _pairs_of_tiles(tokens: int, keys: int, causal: bool) -> int:
+    """Returns the pairs in tiles of TILE query tokens, the last of `keys`, by TILE keys."""
+    last = np.minimum(np.arange(TILE, tokens + TILE, TILE), tokens)  # token of each tile, from 1
+    seen = keys - tokens + last if causal else np.full(len(last), keys)
+    return TILE * TILE * int((-(-seen // TILE)).sum())

@@ -37,44 +37,44 @@ class Sizes(NamedTuple):
     """The sizes of one call, all static."""
 
     batch: int
-    count: int  # S, tokens per request
+    tokens: int  # S, per request
     ragged: bool  # whether requests may have fewer
     table_tokens: int  # tokens that a block table reaches
     dtype: Any  # in which the attention is computed
 
 
 def expanded_form(
-    options: FormOptions, config: MLAConfig, cache: PagedKVCache, sizes: Sizes
+    asked: FormOptions, config: MLAConfig, cache: PagedKVCache, sizes: Sizes
 ) -> ExpandedForm | None:
     """Returns how the call computes the expanded form; None where it takes the absorbed form.
 
     Raises TypeError or ValueError for options that no call can have, and ValueError for the form
     "expanded" with what that form can't do.
     """
-    if options.form is not None:
-        checks.require_one_of("form", options.form, FORMS)
-    workspace_tokens = options.workspace_tokens
+    if asked.form is not None:
+        checks.require_one_of("form", asked.form, FORMS)
+    workspace_tokens = asked.workspace_tokens
     if workspace_tokens is None:
         bytes_per_token = config.num_heads * (config.qk_nope_head_dim + config.v_head_dim)
         workspace_tokens = max(1, WORKSPACE_BYTES // (bytes_per_token * sizes.dtype.itemsize))
     workspace_tokens = checks.require_positive("workspace_tokens", workspace_tokens)
-    causal = checks.require_bool("causal", options.causal)
-    if options.form == ABSORBED:
+    causal = checks.require_bool("causal", asked.causal)
+    if asked.form == ABSORBED:
         return None
-    names = registry.check_names(options.implementation)
-    reason = _refusal(names, options, cache, sizes)
+    names = registry.check_names(asked.implementation)
+    reason = _refusal(names, asked, cache, sizes)
     if reason is not None:
-        if options.form == EXPANDED:
+        if asked.form == EXPANDED:
             raise ValueError(f"form must be {ABSORBED!r} or None here, got {EXPANDED!r}: {reason}")
         return None
-    if options.form is None and _cheaper(sizes.count, config, sizes, causal) == ABSORBED:
+    if asked.form is None and _cheaper(sizes.tokens, config, sizes, causal) == ABSORBED:
         return None
     problem, limit = _ragged_shapes(config, sizes, causal), 0
-    if options.form is None:
-        if not _as_preferred(names, problem, _absorbed_shapes(cache, problem, sizes, sizes.count)):
+    if asked.form is None:
+        if not _as_preferred(names, problem, _absorbed_shapes(cache, problem, sizes, sizes.tokens)):
             return None
         limit = _absorbed_limit(config, sizes, causal) if sizes.ragged else 0
-    fewest = limit + 1 if sizes.ragged else sizes.count
+    fewest = limit + 1 if sizes.ragged else sizes.tokens
     shapes = _absorbed_shapes(cache, problem, sizes, limit) if limit else None
     return ExpandedForm(
         softmax_scale=checks.require_softmax_scale(config.softmax_scale),
@@ -88,20 +88,20 @@ def expanded_form(
 
 
 def _refusal(
-    names: tuple[str, ...], options: FormOptions, cache: PagedKVCache, sizes: Sizes
+    names: tuple[str, ...], asked: FormOptions, cache: PagedKVCache, sizes: Sizes
 ) -> str | None:
     """Returns why the expanded form can't do what a call asks for; None where it can."""
     for name in ("plan", "partial_dtype"):
-        if getattr(options, name) is not None:
+        if getattr(asked, name) is not None:
             return f"{name} is for the absorbed form"
-    if options.rescale != "multiply":
-        return f"rescale={options.rescale!r} is for the absorbed form"
+    if asked.rescale != "multiply":
+        return f"rescale={asked.rescale!r} is for the absorbed form"
     for name in names:
         if name not in RAGGED_IMPLEMENTATIONS:
             return f"implementation {name!r} has the absorbed form only"
     if sizes.dtype not in (jnp.float32, cache.dtype) and cache.dtype != jnp.int8:
         return f"rows of a {cache.dtype} cache would be rounded to {sizes.dtype}"
-    if sizes.batch * max(sizes.table_tokens, sizes.count) > _INT32_MAX:
+    if sizes.batch * max(sizes.table_tokens, sizes.tokens) > _INT32_MAX:
         return f"the tokens of all requests must be at most {_INT32_MAX}"
     return None
 
@@ -124,7 +124,7 @@ def _cheaper(count: int, config: MLAConfig, sizes: Sizes, causal: bool) -> str:
 def _absorbed_limit(config: MLAConfig, sizes: Sizes, causal: bool) -> int:
     """Returns up to how many tokens of a request the absorbed form is chosen, less than S."""
     return bisect.bisect_left(
-        range(1, sizes.count),
+        range(1, sizes.tokens),
         True,
         key=lambda count: _cheaper(count, config, sizes, causal) == EXPANDED,
     )
@@ -132,7 +132,7 @@ def _absorbed_limit(config: MLAConfig, sizes: Sizes, causal: bool) -> int:
 
 def _ragged_shapes(config: MLAConfig, sizes: Sizes, causal: bool) -> Any:
     """Returns a problem of the ragged op that has shapes and dtypes alone."""
-    heads, tokens = config.num_heads, sizes.batch * sizes.count
+    heads, tokens = config.num_heads, sizes.batch * sizes.tokens
     nope, rope, v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
 
     def array(*shape: int) -> Any:

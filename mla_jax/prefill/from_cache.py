@@ -13,7 +13,7 @@ same call. That part runs only if the batch has such requests.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -169,9 +169,7 @@ def _attend_long(
     cu_q_lens = jnp.stack([starts, starts + requests.query_lens], axis=1).ravel()
     cu_q_lens = jnp.append(cu_q_lens, np.int32(batch * count))
 
-    def attend(
-        first: jax.Array, lens: jax.Array, start: jax.Array, size: int, causal: bool
-    ) -> Outputs:
+    def attend(first: jax.Array, lens: jax.Array, start: Any, size: int, causal: bool) -> Outputs:
         """Attends to packed tokens start .. start + size - 1: see `_packed_rows`."""
         rows = _packed_rows(cache, requests.block_tables, first, lens, start, size)
         ends = jnp.repeat(jnp.cumsum(lens, dtype=jnp.int32), 2, total_repeat_length=2 * batch)
@@ -242,7 +240,7 @@ def _packed_rows(
     block_tables: jax.Array,
     first: jax.Array,
     lens: jax.Array,
-    start: jax.Array,
+    start: Any,
     size: int,
 ) -> jax.Array:
     """Returns rows [size, D] of tokens of all requests, which lie one after the other.

@@ -13,6 +13,7 @@ from paged_batch import SCALE, TOLERANCE, assert_matches, make_batch
 from random_layer import random_params
 
 import mla_jax
+from mla_jax.prefill import form
 from mla_jax.reference.layer import layer_float64
 
 P = PartitionSpec
@@ -187,6 +188,23 @@ def test_layer_on_sharded_arrays(kind):
     batch = layer_batch(local_pages=False)
     with jax.set_mesh(mesh):
         run_layer(jax.jit(one_step, donate_argnums=1), mesh, *batch)
+
+
+def test_both_forms_under_shard_map(monkeypatch):
+    """Requests of up to 5 tokens take the absorbed form and others the expanded one."""
+    monkeypatch.setattr(form, "_cheaper", lambda count, *_: form.FORMS[count > 5])
+    mesh = mesh_of(AxisType.Auto)
+    params, x, cache, tables = layer_batch(local_pages=True)
+    step = jax.jit(layer_over_shards(mesh, cache, workspace_tokens=9), donate_argnums=1)
+    run_layer(step, mesh, params, x, cache, tables)
+
+
+def test_expanded_form_on_explicit_axes():
+    mesh = mesh_of(AxisType.Explicit)
+    batch = layer_batch(local_pages=False)
+    step = functools.partial(one_step, form="expanded", workspace_tokens=9)
+    with jax.set_mesh(mesh):
+        run_layer(jax.jit(step, donate_argnums=1), mesh, *batch)
 
 
 def test_eager_append_and_gather_on_explicit_axes():
