@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from mla_jax import checks
-from mla_jax.attention import check_block_tables, prepare, require_query_lens
+from mla_jax.attention import prepare, require_query_lens
 from mla_jax.cache import PagedKVCache
 from mla_jax.checkpoints.weights import MLAParams, check_params
 from mla_jax.config import MLAConfig
@@ -102,21 +102,13 @@ def mla_layer(
     _check_heads(config, cache)
     ragged = query_lens is not None
     query_lens = _all_query_lens("x", x, seq_lens, query_lens)
-    cache.check()
-    check_block_tables(block_tables, len(x))
     seq_lens, query_lens = map(checks.snapshot, (seq_lens, query_lens))
     positions = (seq_lens - query_lens)[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
     q_nope, q_rope, kv = _queries_and_latents(params, x, positions, config=config)
-    sizes = Sizes(
-        batch=x.shape[0],
-        tokens=x.shape[1],
-        ragged=ragged,
-        table_tokens=block_tables.shape[1] * cache.page_size,
-        dtype=jnp.promote_types(q_nope.dtype, params.w_uk.dtype),
-    )
-    asked = FormOptions(
-        form, workspace_tokens, causal, implementation, plan, rescale, partial_dtype
-    )
+    dtype = jnp.promote_types(q_nope.dtype, params.w_uk.dtype)
+    sizes = Sizes.of(x, cache, block_tables, dtype, ragged)
+    chosen_by = causal, implementation, plan, rescale, partial_dtype
+    asked = FormOptions(form, workspace_tokens, *chosen_by)
     expanded = expanded_form(asked, config, cache, sizes)
     requests = cache, block_tables, seq_lens
     if expanded is None:

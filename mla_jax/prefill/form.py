@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_jax import checks, registry
+from mla_jax.attention import check_block_tables
 from mla_jax.cache import PagedKVCache
 from mla_jax.config import MLAConfig
 from mla_jax.hal.forms import ABSORBED, EXPANDED, FORMS, choose_form
@@ -41,6 +42,17 @@ class Sizes(NamedTuple):
     ragged: bool  # whether requests may have fewer
     table_tokens: int  # tokens that a block table reaches
     dtype: Any  # in which the attention is computed
+
+    @staticmethod
+    def of(
+        x: jax.Array, cache: PagedKVCache, block_tables: Any, dtype: Any, ragged: bool
+    ) -> "Sizes":
+        """Returns the sizes of x [B, S, hidden] and of block tables, which it checks."""
+        cache.check()
+        batch, tokens = x.shape[:2]
+        check_block_tables(block_tables, batch)
+        table_tokens = block_tables.shape[1] * cache.page_size
+        return Sizes(batch, tokens, ragged, table_tokens, dtype)
 
 
 def expanded_form(

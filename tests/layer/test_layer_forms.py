@@ -41,8 +41,11 @@ def poisoned_cache(batch, length, dtype="float32"):
 
 
 def feed_ragged(layer, params, x, steps, cache, tables):
-    """Feeds requests in steps of (count of each request,); returns all outputs of each request."""
-    batch, width = len(x), max(map(max, steps))
+    """Feeds requests in steps of (count of each request,); returns all outputs of each request.
+
+    A step has room for as many tokens as a block table, so that S says nothing about prefixes.
+    """
+    batch, width = len(x), tables.shape[1] * cache.page_size
     lengths, outs = np.zeros(batch, np.int32), [[] for _ in range(batch)]
     for counts in np.array(steps, np.int32):
         new = np.full((batch, width, x.shape[2]), np.nan, np.float32)  # padding is NaN
@@ -74,7 +77,7 @@ def test_expanded_in_chunks(dtype, cache_dtype, workspace_tokens):
     wanted = layer_float64(SMALL, params, x)
     params = jax.tree.map(lambda weight: weight.astype(dtype), params)
     layer = traced_once(form="expanded", workspace_tokens=workspace_tokens)
-    cache, tables = poisoned_cache(3, 48, cache_dtype)
+    cache, tables = poisoned_cache(3, 24, cache_dtype)
     outs, lengths = feed_ragged(layer, params, np.asarray(x), STEPS, cache, tables)
     tolerance = {"float32": 2e-6, "int8": 1e-2, "bfloat16": 2e-2}[cache_dtype]
     for out, reference, length in zip(outs, wanted, lengths, strict=True):
@@ -88,7 +91,7 @@ def test_requests_with_few_tokens_take_the_absorbed_form(monkeypatch):
     program = programs_of(mla_layer, params, 17, 48, query_lens=np.full(3, 4, np.int32))
     assert program == {"absorbed", "expanded"}
     steps = [(4, 3, 1), (5, 0, 17), (1, 5, 4), (4, 16, 2)]
-    cache, tables = poisoned_cache(3, 48)
+    cache, tables = poisoned_cache(3, 24)
     outs, lengths = feed_ragged(traced_once(), params, np.asarray(x), steps, cache, tables)
     wanted = layer_float64(SMALL, params, x)
     for out, reference, length in zip(outs, wanted, lengths, strict=True):
