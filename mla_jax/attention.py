@@ -9,7 +9,8 @@ import numpy as np
 
 from mla_jax import checks
 from mla_jax.cache import PagedKVCache
-from mla_jax.implementations.choice import Choice, compute
+from mla_jax.implementations.choice import Choice
+from mla_jax.implementations.gradients import attend
 from mla_jax.online_softmax import RESCALES
 from mla_jax.problem import AttentionProblem
 from mla_jax.registry import check_names, choose
@@ -122,7 +123,7 @@ def paged_mla_attention(
             Traced, such a request's rows are NaN.
     """
     return_lse = checks.require_bool("return_lse", return_lse)
-    o, lse = compute(
+    o, lse = attend(
         *prepare(
             q,
             cache,
@@ -154,7 +155,7 @@ def prepare(
     rescale: str = "multiply",
     partial_dtype: Any = None,
 ) -> tuple[AttentionProblem, Choice]:
-    """Runs all checks of `paged_mla_attention` and returns what `compute` takes.
+    """Runs all checks of `paged_mla_attention` and returns what `attend` takes.
 
     Where nothing is traced, the choice that it returns can run here.
     """

@@ -27,7 +27,7 @@ from mla_jax.attention import prepare, require_query_lens
 from mla_jax.cache import PagedKVCache
 from mla_jax.checkpoints.weights import MLAParams, check_params
 from mla_jax.config import MLAConfig
-from mla_jax.implementations.choice import compute
+from mla_jax.implementations.gradients import attend as attend_paged
 from mla_jax.prefill.form import FormOptions, Sizes, expanded_form
 from mla_jax.prefill.from_cache import Expansion, append_and_attend
 from mla_jax.projections import absorbed_queries, add_bias, einsum, latents_of, queries_of
@@ -214,11 +214,11 @@ def attend(
         rescale=rescale,
         partial_dtype=partial_dtype,
     )
-    jax.eval_shape(functools.partial(compute, choice=choice), problem)
+    jax.eval_shape(functools.partial(attend_paged, choice=choice), problem)
     kv = kv.astype(cache.row_dtype)
     before = problem.seq_lens - query_lens
     cache = cache.append(kv, problem.block_tables, before, query_lens, donate=donate)
-    o_latent, _ = compute(dataclasses.replace(problem, cache=cache), choice)
+    o_latent, _ = attend_paged(dataclasses.replace(problem, cache=cache), choice)
     return o_latent, cache
 
 

@@ -17,7 +17,6 @@ respect to the values. `dequantize` has a derivative with respect to the scales.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ import numpy as np
 from jax import lax
 
 from mla_jax import checks
+from mla_jax.derivatives import without_derivative
 
 GRANULARITIES = ("token", "group", "tensor")
 GROUP = 128  # columns
@@ -40,26 +40,16 @@ _SMALLEST_AMAX = np.float32(2.0**-100)  # for less, amax / 127 comes close to su
 _SMALLEST_OF_HALVES = np.float32(2.0**-60)  # a bfloat16 value can be divided by the resulting step
 
 
-def _without_derivative(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a function raise TypeError if it is differentiated in its first argument."""
-    refusing = jax.custom_jvp(function)
-
-    @functools.partial(refusing.defjvp, symbolic_zeros=True)
-    def refuse(primals: tuple, tangents: tuple) -> Any:
-        if not isinstance(tangents[0], jax.custom_derivatives.SymbolicZero):
-            raise TypeError(
-                "rounding to int8 has no derivative, and an int8 cache carries none: apply "
-                "jax.lax.stop_gradient to what is rounded (the rows that are appended), or use a "
-                "cache of float32, bfloat16 or float16"
-            )
-        out = refusing(*primals)
-        return out, jax.tree.map(_zero_tangent, out)
-
-    return refusing
-
-
-def _zero_tangent(x: jax.Array) -> Any:
-    return jax.custom_derivatives.zero_from_primal(x, symbolic_zeros=True)
+# Of the first argument, the values.
+_without_derivative = functools.partial(
+    without_derivative,
+    message=(
+        "rounding to int8 has no derivative, and an int8 cache carries none: apply "
+        "jax.lax.stop_gradient to what is rounded (the rows that are appended), or use a cache of "
+        "float32, bfloat16 or float16"
+    ),
+    of=slice(1),
+)
 
 
 def scale_for(amax: jax.Array) -> jax.Array:

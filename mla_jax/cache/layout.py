@@ -40,5 +40,15 @@ def write(array: jax.Array, page: jax.Array, offset: jax.Array, rows: jax.Array)
     """Writes rows [N, T, ...] to tokens of an array; a page past the end drops the row."""
     if array.ndim < 4:
         return array.at[page, offset].set(rows, mode="drop")
-    fractals = rows.reshape(*page.shape, array.shape[1], array.shape[3])
-    return array.at[page, :, offset, :].set(fractals, mode="drop")
+    return array.at[page, :, offset, :].set(_fractals(array, rows), mode="drop")
+
+
+def add(array: jax.Array, page: jax.Array, offset: jax.Array, rows: jax.Array) -> jax.Array:
+    """Adds rows [N, T, ...] to tokens of an array, which may be the same for several rows."""
+    if array.ndim < 4:
+        return array.at[page, offset].add(rows, mode="drop")
+    return array.at[page, :, offset, :].add(_fractals(array, rows), mode="drop")
+
+
+def _fractals(array: jax.Array, rows: jax.Array) -> jax.Array:
+    return rows.reshape(*rows.shape[:2], array.shape[1], array.shape[3])

@@ -326,11 +326,17 @@ def _rows_specs(
 def _stored_rows(
     cache: PagedKVCache, block_tables: jax.Array, positions: jax.Array, requests: jax.Array
 ) -> dict[str, jax.Array]:
+    page, offset = places(cache, block_tables, positions, requests)
+    return {name: read(x, page, offset) for name, x in cache.arrays().items()}
+
+
+def places(
+    cache: PagedKVCache, block_tables: jax.Array, positions: jax.Array, requests: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns pages and offsets in them, [N, T], of `stored_rows`; clipped to valid ones."""
     entry = jnp.clip(positions // cache.page_size, 0, block_tables.shape[1] - 1)
     page = block_tables.at[requests[:, None], entry].get(mode="promise_in_bounds")
-    page = jnp.clip(page, 0, cache.num_pages - 1)
-    offset = positions % cache.page_size
-    return {name: read(x, page, offset) for name, x in cache.arrays().items()}
+    return jnp.clip(page, 0, cache.num_pages - 1), positions % cache.page_size
 
 
 def _specs_of_cache(cache: PagedKVCache, *_: Any) -> PagedKVCache:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 from jax.extend import core
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import batching, mlir
 from jax.sharding import ManualAxisType, PartitionSpec
 
 from mla_jax import checks
@@ -115,12 +115,13 @@ def compute(problem: Problem, choice: Choice) -> tuple[jax.Array, jax.Array]:
     return _compute(problem, choice=choice)
 
 
-def _output_specs(problem: Problem) -> tuple[PartitionSpec, PartitionSpec]:
+def specs_of_outputs(problem: Problem) -> tuple[PartitionSpec, PartitionSpec]:
+    """Returns the PartitionSpecs of o and lse: as q's."""
     rows = dims_of(problem.q)[:-1]
     return spec_of_dims(*rows, None), spec_of_dims(*rows)
 
 
-@on_auto_axes(_output_specs)
+@on_auto_axes(specs_of_outputs)
 def _compute(problem: Problem, *, choice: Choice) -> tuple[jax.Array, jax.Array]:
     if choice.runs_on_any_target(choice.names[0]):
         return choice.registry.implementations[choice.names[0]].compute(problem)
@@ -173,8 +174,9 @@ def _compute_leaves(
 
 # One call of the op by the first of `choice` that can run on what it is lowered for. The parameter
 # `last` is the last of them, traced: it gives the outputs' shapes, dtypes and shardings, and stands
-# for the whole choice under jvp and vmap, because the kernels of a GPU have no such rules. The
-# others are traced only where they are lowered, so that a CPU's programs don't wait for them.
+# for the whole choice under vmap, because the kernels of a GPU have no such rule. The others are
+# traced only where they are lowered, so that a CPU's programs don't wait for them. Derivatives do
+# not reach it: the ops have their own.
 _choice_p = core.Primitive("mla_attention")
 _choice_p.multiple_results = True
 
@@ -190,16 +192,6 @@ def _choice_outputs(*avals: Any, choice: Choice, last: core.ClosedJaxpr, **_: An
         return list(last.out_avals)
     axes = frozenset().union(*(aval.manual_axis_type.varying for aval in avals))
     return [out.update(manual_axis_type=ManualAxisType(varying=axes)) for out in last.out_avals]
-
-
-def _jvp_of_last(primals: Any, tangents: Any, *, last: core.ClosedJaxpr, **_: Any) -> Any:
-    moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
-
-    def run(*moved: jax.Array) -> list[jax.Array]:
-        leaves = dict(enumerate(primals)) | dict(zip(moving, moved, strict=True))
-        return core.jaxpr_as_fun(last)(*leaves.values())
-
-    return jax.jvp(run, [primals[i] for i in moving], [tangents[i] for i in moving])
 
 
 def _vmap_of_last(args: Any, axes: Any, *, last: core.ClosedJaxpr, **_: Any) -> Any:
@@ -223,7 +215,6 @@ def _lower_choice(
     return mlir.lower_fun(functools.partial(_compute_leaves, choice, name, tree))(context, *leaves)
 
 
-ad.primitive_jvps[_choice_p] = _jvp_of_last
 batching.primitive_batchers[_choice_p] = _vmap_of_last
 mlir.register_lowering(_choice_p, _lower_choice)
 for _name in ("cpu", "cuda", "rocm", "tpu"):

@@ -21,8 +21,11 @@ def attend_reference(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
     kv = cache.gather(problem.block_tables, max_len=capacity, seq_lens=problem.seq_lens)
     kv = kv.astype(jnp.float32)
     positions = jnp.arange(capacity, dtype=jnp.int32)
-    seen = positions < problem.visible_keys()[..., None]
-    scores = scores_of(problem.query_rows(), kv, problem.softmax_scale)
+    visible = problem.visible_keys()[..., None]
+    seen = positions < visible
+    # Padding is 0 as a query and in o, so that no NaN of it is a factor in a gradient.
+    q = jnp.where(visible > 0, problem.query_rows(), 0)
+    scores = scores_of(q, kv, problem.softmax_scale)
     scores = jnp.where(seen, scores, -jnp.inf)
     top = lax.stop_gradient(scores.max(-1, keepdims=True))
     top = jnp.where(top == -jnp.inf, 0.0, top)
@@ -34,4 +37,5 @@ def attend_reference(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
     finite = jnp.where(jnp.isfinite(values), values, 0)
     o = jnp.matmul(weights / total, finite, precision=lax.Precision.HIGHEST)
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
-    return problem.outputs(mark_nonfinite(o, lse, seen, values), lse)
+    o = jnp.where(empty, 0.0, mark_nonfinite(o, lse, seen, values))
+    return problem.outputs(o, lse)

@@ -1,7 +1,5 @@
 """The prefill op: attention over expanded keys and values of packed requests, and its gradients."""
 
-import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -9,11 +7,9 @@ import jax
 import numpy as np
 
 from mla_jax import checks
-from mla_jax.implementations.choice import Choice, compute
-from mla_jax.prefill.backward import ragged_gradients
+from mla_jax.prefill.backward import attend_ragged
 from mla_jax.prefill.registry import RAGGED_REGISTRY
 from mla_jax.ragged.problem import RaggedProblem
-from mla_jax.sharding.axes import vary_like
 
 
 @overload
@@ -118,30 +114,8 @@ def ragged_mla_attention(
         causal=causal,
     )
     choice = RAGGED_REGISTRY.choose(names, problem)
-    # With one type for all arrays in a shard_map, JAX sums the gradient of an array that is equal
-    # on several devices.
-    o, lse = _attend(choice, vary_like(problem, problem))
+    o, lse = attend_ragged(problem, choice)
     return (o, lse) if return_lse else o
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(choice: Choice, problem: RaggedProblem) -> tuple[jax.Array, jax.Array]:
-    return compute(problem, choice)
-
-
-def _attend_forward(choice: Choice, problem: RaggedProblem) -> Any:
-    o, lse = compute(problem, choice)
-    return (o, lse), (problem, o, lse)
-
-
-def _attend_backward(_: Choice, saved: Any, cotangents: Any) -> tuple[RaggedProblem]:
-    problem, o, lse = saved
-    floats = ragged_gradients(problem, o, lse, *cotangents)._asdict()
-    bounds: Any = {"cu_q_lens": None, "cu_kv_lens": None}  # integers have no gradient
-    return (dataclasses.replace(problem, **floats, **bounds),)
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _check_arrays(

@@ -1,4 +1,4 @@
-"""The gradients of `ragged_mla_attention` in pure JAX, for every implementation.
+"""The derivatives of `ragged_mla_attention` in pure JAX, for every implementation.
 
 The probabilities of a block are computed again from lse, as in FlashAttention (arXiv 2205.14135),
 so that memory is linear in the number of tokens. With P = e^(scores - lse) and the cotangents dO of
@@ -12,6 +12,8 @@ is not finite. Such values of q, K and dO therefore count as 0 in the products w
 rows that they belong to, or that see them, have NaN in P or dS.
 """
 
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mla_jax.derivatives import differentiable
+from mla_jax.implementations.choice import Choice, compute, specs_of_outputs
 from mla_jax.prefill.blocks import (
     KeyBlock,
     QueryBlock,
@@ -32,6 +36,7 @@ from mla_jax.prefill.blocks import (
     seen_keys,
     take,
 )
+from mla_jax.prefill.forward import Outputs, attend_ragged_xla
 from mla_jax.ragged.problem import RaggedProblem
 from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims, vary_like
 
@@ -51,6 +56,25 @@ class _Rows(NamedTuple):
     shift: jax.Array  # [H, R] float32: lse, 0 where it is -inf
     d_o: jax.Array  # [H, R, v_dim], 0 where it is not finite
     delta: jax.Array  # [H, R] float32: rowsum(dO * O) - dlse
+
+
+def attend_ragged(problem: RaggedProblem, choice: Choice) -> Outputs:
+    """Computes o and lse as `compute` does, with derivatives for every implementation."""
+    # With one type for all arrays in a shard_map, JAX sums the gradient of an array that is equal
+    # on several devices.
+    problem = vary_like(problem, problem)
+    run = functools.partial(compute, choice=choice)
+    return differentiable(run, twin=_twin, gradients=_gradients)(problem)
+
+
+@on_auto_axes(specs_of_outputs)
+def _twin(problem: RaggedProblem) -> Outputs:
+    return attend_ragged_xla(problem)
+
+
+def _gradients(_: Any, problem: RaggedProblem, out: Outputs, cotangents: Outputs) -> RaggedProblem:
+    found = ragged_gradients(problem, *out, *cotangents)
+    return dataclasses.replace(problem, **found._asdict())
 
 
 def _specs_of_gradients(problem: RaggedProblem, *_: jax.Array) -> Any:
