@@ -40,7 +40,6 @@ def differentiable(
             False for others; the pytree; the results of `run`; and their cotangents. It returns the
             gradients as a pytree like the first. Those that are not asked for may be anything.
     """
-    first_only = without_derivative(gradients, SECOND_DERIVATIVES)
 
     @jax.custom_jvp
     def function(args: Any) -> Any:
@@ -71,8 +70,9 @@ def differentiable(
             args = tree.unflatten(flat[: len(leaves)])
             results, cotangents = flat[len(leaves) :][: len(outs)], flat[len(leaves) + len(outs) :]
             wanted = tree.unflatten([i in moved for i in range(len(leaves))])
-            found = first_only(
-                wanted, args, out_tree.unflatten(results), out_tree.unflatten(cotangents)
+            of_wanted = functools.partial(gradients, wanted)
+            found = without_derivative(of_wanted, SECOND_DERIVATIVES)(
+                args, out_tree.unflatten(results), out_tree.unflatten(cotangents)
             )
             return [tree.flatten_up_to(found)[i] for i in moved]
 
@@ -122,8 +122,8 @@ def _zero_tangent(x: jax.Array) -> Any:
     return zero_from_primal(x, symbolic_zeros=True)
 
 
-# The tangents of results, linear in the tangents of the arrays that move. Operands are the residuals
-# (all arrays and results), then these tangents.
+# The tangents of results, linear in the tangents of the arrays that move. Its operands are the
+# residuals (all arrays and results), then these tangents.
 _derivative_p = core.Primitive("mla_derivative")
 _derivative_p.multiple_results = True
 
@@ -158,7 +158,11 @@ def _batch(
     size = next(sizes)
     # Each element of the batch has tangents of its own, so that JAX adds up the gradients of an
     # array that they share.
-    residuals, axes, moved_axes = operands[:num_residuals], axes[:num_residuals], axes[num_residuals:]
+    residuals, axes, moved_axes = (
+        operands[:num_residuals],
+        axes[:num_residuals],
+        axes[num_residuals:],
+    )
     moved = [
         batching.bdim_at_front(x, axis, size)
         for x, axis in zip(operands[num_residuals:], moved_axes, strict=True)

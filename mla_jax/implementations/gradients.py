@@ -1,7 +1,7 @@
 """The derivatives of `paged_mla_attention` in plain JAX, for every implementation.
 
-The gradients are those of FlashAttention-2 (arXiv 2307.08691, section 3.1) in the absorbed form. The
-probabilities of a block are computed again from lse, so that memory is linear in the number of
+The gradients are those of FlashAttention-2 (arXiv 2307.08691, section 3.1) in the absorbed form.
+The probabilities of a block are computed again from lse, so that memory is linear in the number of
 tokens. K are rows of the cache, and V is K's first kv_lora_rank columns. With P = e^(scores - lse)
 and the cotangents dO of o and dlse of lse:
 
@@ -68,12 +68,12 @@ def attend(problem: AttentionProblem, choice: Choice) -> Outputs:
     problem = vary_like(problem, problem)
     if choice.names[0] == "reference":
         return compute(problem, choice)  # plain JAX, with derivatives of every order
-    problem = dataclasses.replace(problem, cache=_constant_int8(problem.cache))
+    problem = dataclasses.replace(problem, cache=constant_int8(problem.cache))
     run = functools.partial(compute, choice=choice)
     return differentiable(run, twin=_twin, gradients=_gradients)(problem)
 
 
-def _constant_int8(cache: Any) -> Any:
+def constant_int8(cache: Any) -> Any:
     """Returns the cache; where it is int8, its other arrays refuse to be differentiated."""
     if cache.scales is None:
         return cache
@@ -176,7 +176,9 @@ def _rows(
     fresh = start + jnp.arange(size, dtype=jnp.int32) >= index * np.int32(size)
     visible = _take(problem.visible_keys().reshape(batch, tokens, heads), start, size)
     visible = jnp.where(fresh[:, None], visible, np.int32(0))
-    q, o, d_o = (_take(x, start, size).reshape(batch, size * heads, -1) for x in (problem.q, o, d_o))
+    q, o, d_o = (
+        _take(x, start, size).reshape(batch, size * heads, -1) for x in (problem.q, o, d_o)
+    )
     visible, lse, d_lse = (
         x.reshape(batch, size * heads)
         for x in (visible, _take(lse, start, size), _take(d_lse, start, size))

@@ -13,6 +13,7 @@ same call. That part runs only if the batch has such requests.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,15 +24,21 @@ from jax.sharding import PartitionSpec
 
 from mla_jax import checks
 from mla_jax.cache import PagedKVCache
+from mla_jax.cache.layout import add
+from mla_jax.cache.paged import places
+from mla_jax.derivatives import differentiable
 from mla_jax.implementations.choice import Choice, compute
+from mla_jax.implementations.gradients import attend as attend_paged
+from mla_jax.implementations.gradients import constant_int8
 from mla_jax.online_softmax import merge_pair
+from mla_jax.prefill.backward import ragged_gradients
+from mla_jax.prefill.forward import Outputs, attend_ragged_xla
 from mla_jax.problem import AttentionProblem, valid_or_minus_one
 from mla_jax.projections import absorbed_queries, einsum
 from mla_jax.ragged.problem import RaggedProblem
 from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims, vary_like
 
 BLOCK_TOKENS = 128  # parts of the prefix are multiples of it, where the workspace allows
-Outputs = tuple[jax.Array, jax.Array]
 
 
 class Expansion(NamedTuple):
@@ -164,41 +171,154 @@ def _attend_long(
     batch, count, heads, _ = q_nope.shape
     q = jnp.concatenate([q_nope, q_rope], -1).reshape(batch * count, heads, -1)
     q = q.astype(jnp.promote_types(q.dtype, expansion.w_uk.dtype))
-    # Padding behind the tokens of each request is a request of its own, without keys.
-    starts = jnp.arange(batch, dtype=jnp.int32) * np.int32(count)
-    cu_q_lens = jnp.stack([starts, starts + requests.query_lens], axis=1).ravel()
-    cu_q_lens = jnp.append(cu_q_lens, np.int32(batch * count))
+    call = _Call(q, expansion, constant_int8(cache), requests)
+    # With one type for all arrays in a shard_map, JAX sums the gradient of an array that is equal
+    # on several devices.
+    call = vary_like(call, call)
+    attend = differentiable(
+        functools.partial(_over_parts, form, functools.partial(compute, choice=form.choice)),
+        twin=functools.partial(_over_parts, form, attend_ragged_xla),
+        gradients=functools.partial(_gradients, form),
+    )
+    o, _ = attend(call)
+    return o.reshape(batch, count, heads, -1)
 
-    def attend(first: jax.Array, lens: jax.Array, start: Any, size: int, causal: bool) -> Outputs:
-        """Attends to packed tokens start .. start + size - 1: see `_packed_rows`."""
-        rows = _packed_rows(cache, requests.block_tables, first, lens, start, size)
-        ends = jnp.repeat(jnp.cumsum(lens, dtype=jnp.int32), 2, total_repeat_length=2 * batch)
-        cu_kv_lens = jnp.clip(jnp.append(np.int32(0), ends) - start, 0, np.int32(size))
-        keys_and_values = expansion.keys_and_values(rows.astype(q.dtype))
+
+class _Call(NamedTuple):
+    """What the expanded form is computed from."""
+
+    q: jax.Array  # [B * S, H, nope + rope]
+    expansion: Expansion
+    cache: PagedKVCache
+    requests: Requests
+
+    @property
+    def prefix_lens(self) -> jax.Array:
+        return self.requests.seq_lens - self.requests.query_lens
+
+    def new_tokens(self) -> "_Part":
+        """Returns the part of the keys that are the new tokens of all requests."""
+        return _Part(self.prefix_lens, self.requests.query_lens, np.int32(0), len(self.q))
+
+    def prefix(self, form: ExpandedForm) -> tuple[jax.Array, Callable[[jax.Array], "_Part"]]:
+        """Returns how many parts the prefixes of all requests have, and part i of them."""
+        lens = self.prefix_lens
+        size = _part_size(len(lens) * form.longest_prefix, form.workspace_tokens)
+        parts = -(-jnp.sum(lens, dtype=jnp.int32) // np.int32(size))
+        return parts, lambda i: _Part(jnp.zeros_like(lens), lens, i * np.int32(size), size)
+
+
+class _Part(NamedTuple):
+    """Packed tokens start .. start + size - 1, which lie one request after the other."""
+
+    first: jax.Array  # [B] int32, position of the first token of each request that counts
+    lens: jax.Array  # [B] int32, how many tokens of each request count
+    start: Any  # [] int32, the packed token that the part begins with
+    size: int
+
+    def places(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns positions and requests of the tokens, [size], and which of them there are."""
+        index = self.start + jnp.arange(self.size, dtype=jnp.int32)
+        ends = jnp.cumsum(self.lens, dtype=jnp.int32)
+        request = jnp.sum(index[:, None] >= ends, axis=1, dtype=jnp.int32)
+        there = request < len(self.lens)
+        request = jnp.minimum(request, np.int32(len(self.lens) - 1))
+        return index - (ends - self.lens - self.first)[request], request, there
+
+    def problem(
+        self, form: ExpandedForm, call: _Call, keys_and_values: Any, *, causal: bool
+    ) -> RaggedProblem:
+        """Returns the problem of all queries and the keys of these tokens."""
+        batch = len(self.lens)
+        # Padding behind the tokens of each request is a request of its own, without keys.
+        count = np.int32(len(call.q) // batch)
+        starts = jnp.arange(batch, dtype=jnp.int32) * count
+        cu_q_lens = jnp.stack([starts, starts + call.requests.query_lens], axis=1).ravel()
+        cu_q_lens = jnp.append(cu_q_lens, np.int32(len(call.q)))
+        ends = jnp.repeat(jnp.cumsum(self.lens, dtype=jnp.int32), 2, total_repeat_length=2 * batch)
+        ends = jnp.append(np.int32(0), ends) - self.start
+        cu_kv_lens = jnp.clip(ends, 0, np.int32(self.size))
         scale = form.softmax_scale
-        problem = RaggedProblem(q, *keys_and_values, cu_q_lens, cu_kv_lens, scale, causal)
-        return compute(problem, form.choice)
+        return RaggedProblem(call.q, *keys_and_values, cu_q_lens, cu_kv_lens, scale, causal)
 
-    zero = np.int32(0)
-    prefix_lens = requests.seq_lens - requests.query_lens
-    o, lse = attend(prefix_lens, requests.query_lens, zero, batch * count, form.causal)
+
+def _over_parts(
+    form: ExpandedForm, compute_part: Callable[[RaggedProblem], Outputs], call: _Call
+) -> Outputs:
+    """Returns o [B * S, H, v_dim], 0 for padding, and lse [B * S, H]."""
+
+    def attend(part: _Part, causal: bool) -> Outputs:
+        positions, request, _ = part.places()
+        rows = call.cache.rows(call.requests.block_tables, positions[:, None], request)[:, 0]
+        keys_and_values = call.expansion.keys_and_values(rows.astype(call.q.dtype))
+        return compute_part(part.problem(form, call, keys_and_values, causal=causal))
+
+    o, lse = attend(call.new_tokens(), form.causal)
     # With a causal mask padding is invalid, because it has queries and no keys.
-    token = jnp.arange(count, dtype=jnp.int32)
-    real = (token < requests.query_lens[:, None]).ravel()[:, None]
+    lens = call.requests.query_lens
+    token = jnp.arange(len(call.q) // len(lens), dtype=jnp.int32)
+    real = (token < lens[:, None]).ravel()[:, None]
     o, lse = jnp.where(real[..., None], o, 0), jnp.where(real, lse, -jnp.inf)
-
     if form.longest_prefix > 0:
-        size = _part_size(batch * form.longest_prefix, form.workspace_tokens)
+        parts, part = call.prefix(form)
+        state = vary_like((o.astype(jnp.float32), lse), call)
+        o, lse = lax.fori_loop(
+            np.int32(0), parts, lambda i, state: merge_pair(state, attend(part(i), False)), state
+        )
+    return o.astype(call.q.dtype), lse
 
-        def merge(i: jax.Array, state: Outputs) -> Outputs:
-            nothing = jnp.zeros_like(prefix_lens)
-            part = attend(nothing, prefix_lens, i * np.int32(size), size, False)
-            return merge_pair(state, part)
 
-        parts = -(-jnp.sum(prefix_lens, dtype=jnp.int32) // np.int32(size))
-        state = vary_like((o.astype(jnp.float32), lse), q, expansion, cache, requests)
-        o, _ = lax.fori_loop(zero, parts, merge, state)
-    return o.astype(q.dtype).reshape(batch, count, heads, -1)
+class _Sums(NamedTuple):
+    """Gradients of a `_Call`, float32."""
+
+    q: jax.Array
+    expansion: Expansion
+    pages: jax.Array | None  # None: not asked for
+
+
+def _gradients(
+    form: ExpandedForm, wanted: _Call, call: _Call, out: Outputs, cotangents: Outputs
+) -> _Call:
+    """Returns the gradients; each part is expanded again, and its P is e^(scores - lse).
+
+    Here lse and o are those of all keys, so that the gradients of the parts add up.
+    """
+    table, cache = call.requests.block_tables, call.cache
+    pages = cache.pages if wanted.cache.pages else None
+
+    def add_part(sums: _Sums, part: _Part, causal: bool) -> _Sums:
+        positions, request, there = part.places()
+        rows = cache.rows(table, positions[:, None], request)[:, 0]
+        # Rows behind the last token may be NaN, and the gradients of their keys are 0.
+        rows = jnp.where(there[:, None], rows, 0).astype(call.q.dtype)
+        keys_and_values, pull = jax.vjp(Expansion.keys_and_values, call.expansion, rows)
+        problem = part.problem(form, call, keys_and_values, causal=causal)
+        found = ragged_gradients(problem, *out, *cotangents)
+        d_expansion, d_rows = pull((found.k_nope, found.k_rope, found.v))
+        d_pages = sums.pages
+        if d_pages is not None:
+            where = places(cache, table, positions[:, None], request)
+            d_pages = add(d_pages, *where, d_rows[:, None].astype(jnp.float32))
+        d_q, d_expansion = jax.tree.map(
+            lambda total, more: total + more.astype(jnp.float32),
+            (sums.q, sums.expansion),
+            (found.q, d_expansion),
+        )
+        return _Sums(d_q, d_expansion, d_pages)
+
+    sums = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, jnp.float32), _Sums(call.q, call.expansion, pages)
+    )
+    sums = add_part(vary_like(sums, call, cotangents), call.new_tokens(), form.causal)
+    if form.longest_prefix > 0:
+        parts, part = call.prefix(form)
+        sums = lax.fori_loop(
+            np.int32(0), parts, lambda i, sums: add_part(sums, part(i), False), sums
+        )
+    d_q, d_expansion, d_pages = jax.tree.map(
+        lambda total, x: total.astype(x.dtype), sums, _Sums(call.q, call.expansion, pages)
+    )
+    return _Call(d_q, d_expansion, dataclasses.replace(cache, pages=d_pages), call.requests)
 
 
 def _attend_short(
@@ -224,7 +344,7 @@ def _attend_short(
         rescale="multiply",
         partial_dtype=None,
     )
-    o_latent, _ = compute(problem, form.absorbed_choice)
+    o_latent, _ = attend_paged(problem, form.absorbed_choice)
     o = einsum("bshc,hcv->bshv", o_latent, expansion.w_uv)
     return jnp.pad(o, ((0, 0), (0, q_nope.shape[1] - tokens), (0, 0), (0, 0)))
 
@@ -233,31 +353,3 @@ def _part_size(total: int, workspace_tokens: int) -> int:
     """Returns the tokens of each of the equal parts into which up to `total` tokens are divided."""
     equal = -(-total // -(-total // workspace_tokens))
     return min(workspace_tokens, -(-equal // BLOCK_TOKENS) * BLOCK_TOKENS)
-
-
-def _packed_rows(
-    cache: PagedKVCache,
-    block_tables: jax.Array,
-    first: jax.Array,
-    lens: jax.Array,
-    start: Any,
-    size: int,
-) -> jax.Array:
-    """Returns rows [size, D] of tokens of all requests, which lie one after the other.
-
-    Rows behind the last token may hold anything.
-
-    Args:
-        cache: holds the rows.
-        block_tables: [B, max_pages] int32.
-        first: [B] int32, the position of the first token of each request that counts.
-        lens: [B] int32, how many tokens count.
-        start: [] int32, the packed token that the rows begin with.
-        size: how many rows.
-    """
-    index = start + jnp.arange(size, dtype=jnp.int32)
-    ends = jnp.cumsum(lens, dtype=jnp.int32)
-    request = jnp.sum(index[:, None] >= ends, axis=1, dtype=jnp.int32)
-    request = jnp.minimum(request, np.int32(len(lens) - 1))
-    positions = index - (ends - lens - first)[request]
-    return cache.rows(block_tables, positions[:, None], request)[:, 0]

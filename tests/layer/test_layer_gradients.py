@@ -1,0 +1,86 @@
+"""Gradients of the layer in both forms, through the cache, against the naive layer and float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_layer import SMALL, new_cache, random_layer, relative_error
+
+from mla_jax.layer import mla_layer, naive_mla_layer
+from mla_jax.prefill import form as layer_form
+from mla_jax.reference.layer import layer_float64
+
+STEPS = np.array([(5, 0), (2, 7), (3, 1)], np.int32)  # tokens of 2 requests
+LENGTH, ROOM = 10, 7  # tokens of the longer request, and of a step
+LENS = STEPS.sum(0)
+
+
+def loss_of_steps(params, x, weights, **options):
+    """Feeds all tokens in steps, with padding; the weighted sum of the outputs of real tokens."""
+    cache, tables = new_cache(SMALL, 2, LENGTH)
+    cache = jax.tree.map(lambda pages: jnp.full_like(pages, jnp.nan), cache)
+    lens, total = np.zeros(2, np.int32), 0.0
+    for counts in STEPS:
+        token = lens[:, None] + np.arange(ROOM)
+        new = x[np.arange(2)[:, None], np.minimum(token, LENGTH - 1)]
+        lens = lens + counts
+        out, cache = mla_layer(
+            params, SMALL, new, cache, tables, lens, query_lens=counts, **options
+        )
+        real = np.arange(ROOM) < counts[:, None]
+        wanted = weights[np.arange(2)[:, None], np.minimum(token, LENGTH - 1)]
+        total += jnp.sum(jnp.where(real[..., None], out * wanted, 0))
+    return total
+
+
+@functools.cache
+def case():
+    params, x = random_layer(SMALL, length=LENGTH)
+    weights = np.random.default_rng(3).standard_normal(x.shape)
+    weights[1, LENS[1] :] = 0
+    return params, x, weights.astype(np.float32)
+
+
+@functools.cache
+def naive_gradients():
+    loss = lambda params, x, weights: jnp.sum(naive_mla_layer(params, SMALL, x) * weights)  # noqa: E731
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))(*case())
+
+
+def slope_float64(d_params, d_x):
+    """Returns the derivative of the loss along a direction, by differences of float64."""
+    params, x, weights = case()
+
+    def loss(step):
+        moved = [
+            jax.tree.map(lambda at, d: np.asarray(at, np.float64) + step * d, *pair)
+            for pair in ((params, d_params), (x, d_x))
+        ]
+        return (layer_float64(SMALL, *moved) * weights).sum()
+
+    return (loss(1e-5) - loss(-1e-5)) / 2e-5
+
+
+@pytest.mark.parametrize("form", ["absorbed", "expanded", "both"])
+def test_gradients_of_params_and_x(form, monkeypatch):
+    """Behind prefixes in parts of 7 tokens, which begin and end inside of requests."""
+    options = {"form": form, "workspace_tokens": 7}
+    if form == "both":  # requests of up to 2 tokens in the absorbed form
+        monkeypatch.setattr(layer_form, "_cheaper", lambda count, *_: layer_form.FORMS[count > 2])
+        options["form"] = None
+    loss = functools.partial(loss_of_steps, **options)
+    found = jax.jit(jax.grad(loss, argnums=(0, 1)))(*case())
+    compared = jax.tree.map(relative_error, found, naive_gradients())
+    assert max(jax.tree.leaves(compared)) < 1e-5, compared
+    rng = np.random.default_rng(4)
+    along = jax.tree.map(lambda at: rng.standard_normal(at.shape), found)
+    products = jax.tree.map(lambda g, d: np.vdot(np.asarray(g, np.float64), d), found, along)
+    slope = sum(jax.tree.leaves(products))
+    assert slope == pytest.approx(slope_float64(*along), rel=1e-4)
+    if form == "expanded":
+        along = jax.tree.map(np.float32, along)
+        run = lambda params, x: loss(params, x, case()[2])  # noqa: E731
+        _, tangent = jax.jit(lambda d: jax.jvp(run, case()[:2], d))(along)
+        assert tangent == pytest.approx(slope, rel=1e-4)
