@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mla_jax.online_softmax import SoftmaxState, accumulate, common_dtype, mark_nonfinite
+from mla_jax.online_softmax import SoftmaxState, accumulate, common_dtype
 from mla_jax.problem import AttentionProblem
 
 
@@ -64,13 +64,31 @@ def _has_drafts(problem: AttentionProblem) -> bool:
 
 
 def mark_drafts(problem: AttentionProblem, o: jax.Array, lse: jax.Array) -> jax.Array:
-    """Applies `mark_nonfinite` to o [B, R, kv_lora_rank] for the keys that `_has_drafts` names."""
+    """Does what `mark_nonfinite` does for the keys that `_has_drafts` names.
+
+    Each row sees the first of these keys up to some number, so that no array of all rows and keys
+    is needed.
+
+    Args:
+        problem: the call.
+        o: [B, R, kv_lora_rank] float32.
+        lse: [B, R] float32.
+    """
     if not _has_drafts(problem):
         return o
     cache, seq_lens = problem.cache, problem.seq_lens[:, None]
     drafts = problem.q.shape[1] - 1
-    positions = seq_lens - drafts + jnp.arange(drafts, dtype=jnp.int32)
+    first = seq_lens - drafts
+    positions = first + jnp.arange(drafts, dtype=jnp.int32)
     values = cache.rows(problem.block_tables, positions)[..., : cache.kv_lora_rank]
-    values = jnp.where((positions >= 0)[..., None], values, 0)
-    seen = positions[:, None] < problem.visible_keys()[..., None]
-    return mark_nonfinite(o, lse, seen, values)
+    nonfinite = ~jnp.isfinite(values) & (positions >= 0)[..., None]
+
+    def marked() -> jax.Array:
+        some = lax.cummax(nonfinite.astype(jnp.int32), axis=1)  # whether up to each key
+        heads = problem.q.shape[2]
+        last = problem.visible_keys()[:, ::heads] - first - 1  # [B, S], the last key that is seen
+        marks = jnp.take_along_axis(some, jnp.maximum(last, 0)[..., None], axis=1)
+        marks = jnp.repeat((marks > 0) & (last >= 0)[..., None], heads, axis=1)
+        return jnp.where(marks & (lse != -jnp.inf)[..., None], jnp.nan, o)
+
+    return lax.cond(nonfinite.any(), marked, lambda: o)

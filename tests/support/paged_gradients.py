@@ -69,9 +69,9 @@ def gradients_float64(batch: Batch, cotangents: Cotangents, **options: Any) -> l
         return [np.asarray(x) for x in run(float64_of(batch), d)]
 
 
-def tangents_float64(batch: Batch, along: Any) -> list[np.ndarray]:
+def tangents_float64(batch: Batch, along: Any, **options: Any) -> list[np.ndarray]:
     """Returns the tangents of o and lse along those of q and the pages."""
     with jax.enable_x64(True):
         d = tuple(np.nan_to_num(x.astype(np.float64)) for x in along)
-        run = jax.jit(lambda args, d: jax.jvp(dense(batch), args, d)[1])
+        run = jax.jit(lambda args, d: jax.jvp(dense(batch, **options), args, d)[1])
         return [np.asarray(x) for x in run(float64_of(batch), d)]
