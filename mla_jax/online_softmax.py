@@ -173,7 +173,9 @@ def weigh(
         The new state with the old o, P [..., R, T] rounded to `dtype`, and the factor [..., R] of o
         for `rescale_output`.
     """
-    m = jnp.maximum(state.m, scores.max(-1))
+    # The results do not depend on m, so that it has no derivative. That of a maximum would be NaN
+    # where XLA computes the scores twice and they differ in the last bit.
+    m = lax.stop_gradient(jnp.maximum(state.m, scores.max(-1)))
     shift = jnp.where(m == -jnp.inf, 0.0, m)  # for a row without a key p is 0 instead of NaN
     p = jnp.exp(scores - shift[..., None])
     decay = jnp.exp(state.m - shift)
@@ -239,7 +241,7 @@ def merge_states(o: jax.Array, lse: jax.Array, axis: int = 0) -> tuple[jax.Array
     axis = checks.require_int("axis", axis, -lse.ndim, lse.ndim - 1) % lse.ndim
     checks.require_positive("the number of parts", lse.shape[axis])
     lse = lse.astype(jnp.float32)
-    top = lse.max(axis, keepdims=True)
+    top = lax.stop_gradient(lse.max(axis, keepdims=True))
     top = jnp.where(top == -jnp.inf, 0.0, top)
     weights = jnp.exp(lse - top)
     total = weights.sum(axis, keepdims=True)
@@ -257,7 +259,7 @@ def merge_pair(
 
     It has no axis of parts, so that a loop can update the first part in place.
     """
-    top = jnp.maximum(first[1], second[1])
+    top = lax.stop_gradient(jnp.maximum(first[1], second[1]))
     top = jnp.where(top == -jnp.inf, 0.0, top)
     weights = [jnp.exp(lse - top) for _, lse in (first, second)]
     total = weights[0] + weights[1]

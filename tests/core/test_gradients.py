@@ -174,3 +174,38 @@ def test_memory_is_linear_in_length():
     shapes = re.findall(r"tensor<([\dx]+)x[a-z]", text)
     sizes = [math.prod(map(int, shape.split("x"))) for shape in shapes]
     assert tokens * 4 * 32 < max(sizes) == tokens * 4 * 256
+
+
+def test_kernels_and_refusals(h200):
+    """What has no derivative raises one error, in both modes and under jit."""
+    half = make_batch(np.random.default_rng(3), [40, 7], [1, 1], page_size=64, dtype="bfloat16")
+    cache = mla_jax.PagedKVCache.create(4, dtype=jnp.bfloat16)
+    q = jnp.ones((2, 1, 16, 576), jnp.bfloat16)
+
+    def loss(q, cache, implementation=None):
+        run = functools.partial(mla_jax.paged_mla_attention, implementation=implementation)
+        tables, lens = half.block_tables, half.seq_lens
+        return run(q, cache, tables % 4, lens, softmax_scale=SCALE)[0].astype(jnp.float32).sum()
+
+    of_hopper = functools.partial(loss, implementation="hopper")
+    program = jax.jit(jax.grad(of_hopper, argnums=(0, 1))).trace(q, cache)
+    assert [x.dtype for x in jax.tree.leaves(program.out_info)] == [jnp.bfloat16] * 2
+    # The kernels run once, and their results are not computed again.
+    text = program.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == jax.jit(of_hopper).trace(q, cache).lower(
+        lowering_platforms=("cuda",)
+    ).as_text().count("mosaic_gpu_v2")
+
+    int8 = mla_jax.PagedKVCache.create(4, dtype="int8")
+    assert jax.eval_shape(jax.grad(loss), q, int8).dtype == jnp.bfloat16
+    by_scales = lambda scales: loss(q, dataclasses.replace(int8, scales=scales))  # noqa: E731
+    second = lambda q: jax.grad(lambda q: loss(q, cache))(q).sum()  # noqa: E731
+    for function, at, message in (
+        (by_scales, int8.scales, "with respect to an int8 cache: use a cache of float32, bfloat16"),
+        (second, q, 'only, .* use paged_mla_attention or mla_layer with implementation="reference'),
+    ):
+        for derivative in (jax.grad(function), lambda x: jax.jvp(function, (x,), (x,))):  # noqa: B023
+            with pytest.raises(TypeError, match=message):
+                jax.eval_shape(jax.jit(derivative), at)
+    twice = jax.hessian(lambda q: loss(q, cache, "reference"))
+    assert jax.eval_shape(twice, q).shape == q.shape * 2
