@@ -33,7 +33,7 @@ def case():
     batch.block_tables[3, 0] = batch.block_tables[0, 0]
     batch.block_tables[INVALID, 2] = 10**6
     shape = batch.q.shape[:3]
-    arrays = [rng.standard_normal(s).astype(np.float32) for s in (shape + (RANK,), shape)]
+    arrays = [rng.standard_normal(s).astype(np.float32) for s in ((*shape, RANK), shape)]
     q = np.array(batch.q)
     for x in (q, *arrays):
         x[INVALID] = np.nan
@@ -137,7 +137,7 @@ def test_forward_mode():
 
 @pytest.mark.parametrize("name", ["q", "key", "cotangent"])
 def test_what_is_not_finite_keeps_to_those_who_see_it(name):
-    batch, (d_o, d_lse), wanted = case()
+    batch, (d_o, d_lse), _ = case()
     q, pages, *rest = arguments(batch)
     if name == "q":
         q = q.at[3, 1, 2, 5].set(np.nan)
@@ -190,11 +190,8 @@ def test_kernels_and_refusals(h200):
     of_hopper = functools.partial(loss, implementation="hopper")
     program = jax.jit(jax.grad(of_hopper, argnums=(0, 1))).trace(q, cache)
     assert [x.dtype for x in jax.tree.leaves(program.out_info)] == [jnp.bfloat16] * 2
-    # The kernels run once, and their results are not computed again.
-    text = program.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("mosaic_gpu_v2") == jax.jit(of_hopper).trace(q, cache).lower(
-        lowering_platforms=("cuda",)
-    ).as_text().count("mosaic_gpu_v2")
+    assert str(program.jaxpr).count("mla_attention[") == 1  # the forward pass, and once
+    assert "mla_derivative" not in str(jax.make_jaxpr(of_hopper)(q, cache))
 
     int8 = mla_jax.PagedKVCache.create(4, dtype="int8")
     assert jax.eval_shape(jax.grad(loss), q, int8).dtype == jnp.bfloat16

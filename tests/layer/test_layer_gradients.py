@@ -1,6 +1,8 @@
 """Gradients of the layer in both forms, through the cache, against the naive layer and float64."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from small_layer import SMALL, new_cache, random_layer, relative_error
 
+from mla_jax.cache import PagedKVCache
 from mla_jax.layer import mla_layer, naive_mla_layer
 from mla_jax.prefill import form as layer_form
 from mla_jax.reference.layer import layer_float64
@@ -86,3 +89,20 @@ def test_gradients_of_params_and_x(form, monkeypatch):
         assert forward.eval_shape(along).dtype == jnp.float32
     else:
         assert forward(along) == pytest.approx(slope, rel=1e-4)
+
+
+def test_memory_of_the_expanded_form_is_linear_in_length():
+    """The largest array has the keys of all tokens and heads, or a block of scores."""
+    tokens, widths = 2**14, {"kv_lora_rank": 18, "rope_dim": 4}
+    params, _ = random_layer(SMALL)
+    cache = PagedKVCache.create(tokens // 64, dtype=jnp.float32, **widths)
+    x = jax.ShapeDtypeStruct((1, tokens // 2, SMALL.hidden_size), jnp.float32)
+    tables, lens = np.arange(tokens // 64, dtype=np.int32)[None], jnp.full(1, tokens, jnp.int32)
+
+    def loss(params, x):
+        return mla_layer(params, SMALL, x, cache, tables, lens, form="expanded")[0].sum()
+
+    text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x).as_text()
+    shapes = re.findall(r"tensor<([\dx]+)x[a-z]", text)
+    largest = max(math.prod(map(int, shape.split("x"))) for shape in shapes)
+    assert largest == max(tokens * 22, tokens // 2 * 3 * (6 + 4))
