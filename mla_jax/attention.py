@@ -111,11 +111,18 @@ def paged_mla_attention(
     `jax.default_device`; under jit those that jit compiles for; under `jax.export` the platforms
     that it names. A program that is exported for CUDA on a
     machine without an NVIDIA GPU is for a Hopper GPU, planned for 132 SMs; for other cards name
-    "xla". The kernels have no derivative and no batching rule: under `jax.grad`, `jax.jvp` and
-    `jax.vmap` the last name that can take the problem runs, for None "xla".
+    "xla". The kernels have no batching rule: under `jax.vmap` the last name that can take the
+    problem runs, for None "xla".
+
+    Gradients of o and lse reach q and the pages of a cache of floats, by plain JAX for every
+    implementation: P is computed again block by block, as in FlashAttention-2 (arXiv 2307.08691),
+    so that memory is linear in the number of tokens. Pages that requests share have the sum of the
+    gradients; padding, invalid requests, hidden keys and unused pages have 0. Forward mode works
+    too. With "reference" JAX differentiates the implementation itself, also twice.
 
     Raises:
-        TypeError: an argument of another type, or a dtype other than those above.
+        TypeError: an argument of another type, a dtype other than those above, a derivative with
+            respect to an int8 cache, or a second one with another implementation than "reference".
         ValueError: shapes, heads or options that don't fit, implementations of which none can run
             (when the call is traced, or when it is lowered if only the machine is the reason); and,
             unless they are traced, lengths that are negative, past the block table or shorter than

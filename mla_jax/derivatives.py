@@ -48,6 +48,8 @@ def differentiable(
     @functools.partial(function.defjvp, symbolic_zeros=True)
     def tangents_of(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
         out = function(*primals)
+        tree: Any
+        out_tree: Any
         leaves, tree = jax.tree.flatten(primals[0])
         d_leaves = tree.flatten_up_to(tangents[0])
         outs, out_tree = jax.tree.flatten(out)

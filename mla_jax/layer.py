@@ -91,6 +91,11 @@ def mla_layer(
         out: [B, S, hidden] of x.dtype. Rows past query_lens are the output bias, or 0.
         cache: with the new tokens appended.
 
+    Gradients reach the weights, x and the pages of a cache of floats in both forms, with memory
+    that is linear in the number of tokens, as in FlashAttention-2 (arXiv 2307.08691). Padding of x
+    must then be finite. Forward mode works too. Second derivatives raise TypeError except with
+    implementation "reference", and so do derivatives of what an int8 cache stores.
+
     Raises:
         TypeError, ValueError: shapes, dtypes, options or lengths that do not fit. The message names
             the argument, and nothing has been written. With traced lengths, an invalid request has
@@ -189,6 +194,8 @@ def attend(
     Returns:
         o_latent: [B, S, H, kv_lora] of q.dtype.
         cache: with the new tokens appended.
+
+    Gradients reach q, kv and the pages of a cache of floats, as those of `paged_mla_attention`.
 
     Raises as `mla_layer` does, for q and kv instead of x.
     """

@@ -86,9 +86,10 @@ def ragged_mla_attention(
         lse: [Tq, H] float32, natural log of the sum of e^(scaled score); only with return_lse.
         Padding, and rows that see no key, have o = 0 and lse = -inf.
 
-    Gradients of o and lse reach q, k_nope, k_rope and v, by plain JAX for every implementation. The
-    memory that they take is linear in the number of tokens. Forward-mode derivatives are refused by
-    JAX. Invalid requests, padding and hidden keys have gradients of 0.
+    Gradients of o and lse reach q, k_nope, k_rope and v, by plain JAX for every implementation, as
+    in FlashAttention-2 (arXiv 2307.08691). The memory that they take is linear in the number of
+    tokens. Invalid requests, padding and hidden keys have gradients of 0. Forward mode works too;
+    second derivatives raise TypeError.
 
     Raises:
         TypeError: an argument of another type, a dtype other than those above, or mixed dtypes.

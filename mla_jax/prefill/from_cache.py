@@ -226,7 +226,12 @@ class _Part(NamedTuple):
         return index - (ends - self.lens - self.first)[request], request, there
 
     def problem(
-        self, form: ExpandedForm, call: _Call, keys_and_values: Any, *, causal: bool
+        self,
+        form: ExpandedForm,
+        call: _Call,
+        keys_and_values: tuple[jax.Array, jax.Array, jax.Array],
+        *,
+        causal: bool,
     ) -> RaggedProblem:
         """Returns the problem of all queries and the keys of these tokens."""
         batch = len(self.lens)
