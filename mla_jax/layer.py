@@ -93,8 +93,8 @@ def mla_layer(
 
     Gradients reach the weights, x and the pages of a cache of floats in both forms, with memory
     that is linear in the number of tokens, as in FlashAttention-2 (arXiv 2307.08691). Padding of x
-    must then be finite. Forward mode works too. Second derivatives raise TypeError except with
-    implementation "reference", and so do derivatives of what an int8 cache stores.
+    must then be finite. Forward mode works too. Derivatives of what an int8 cache stores raise
+    TypeError, and so do second derivatives, except with implementation "reference".
 
     Raises:
         TypeError, ValueError: shapes, dtypes, options or lengths that do not fit. The message names

@@ -124,7 +124,7 @@ def paged_gradients(
         d_lse: cotangent of lse, [B, S, H] float32.
     """
     problem = problem.mark_invalid()
-    cache, seq_lens = problem.cache, problem.seq_lens
+    cache = problem.cache
     batch, tokens, heads, _ = problem.q.shape
     size = min(tokens, max(1, BLOCK_ROWS // heads))  # tokens per block of rows
     page_size, max_pages = cache.page_size, problem.block_tables.shape[1]
@@ -138,7 +138,6 @@ def paged_gradients(
             d_q, d_pages = carry
             positions = j * np.int32(block) + jnp.arange(block, dtype=jnp.int32)[None]
             kv = cache.rows(problem.block_tables, positions)  # [B, block, D]
-            kv = jnp.where((positions < seq_lens[:, None])[..., None], kv, 0)
             more, d_kv = _of_block(problem, rows, kv, positions)
             if d_pages is not None:
                 where = places(cache, problem.block_tables, positions, requests)
@@ -193,7 +192,10 @@ def _rows(
 def _of_block(
     problem: AttentionProblem, rows: _Rows, kv: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns what keys kv [B, T, D] add to dQ [B, R, D], and their dK [B, T, D], float32."""
+    """Returns what keys kv [B, T, D] add to dQ [B, R, D], and their dK [B, T, D], float32.
+
+    Keys that no row sees may hold anything.
+    """
     scale, rank = problem.softmax_scale, problem.cache.kv_lora_rank
     seen = positions[:, None] < rows.visible[..., None]
     p = jnp.where(seen, jnp.exp(scores_of(rows.q, kv, scale) - rows.shift[..., None]), 0.0)

@@ -127,7 +127,7 @@ def test_forward_mode():
     rng = np.random.default_rng(9)
     along = [rng.standard_normal(x.shape).astype(np.float32) for x in arguments(batch)[:2]]
     q, pages, *rest = arguments(batch)
-    run = functools.partial(attend, batch.cache, implementation=["hopper", "split_kv"])
+    run = functools.partial(attend, batch.cache)
     push = jax.jit(lambda d, *rest: jax.jvp(lambda *at: run(*at, *rest), (q, pages), d)[1])
     wanted = tangents_float64(batch, along, skip=(INVALID,))
     for one, want in zip(push(tuple(along), *rest), wanted, strict=True):
