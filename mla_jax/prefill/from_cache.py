@@ -9,6 +9,9 @@ calls see the same keys.
 
 Requests with few new tokens, as in a batch of prefill and decode, take the absorbed form in the
 same call. That part runs only if the batch has such requests.
+
+JAX cannot reverse a loop whose number of parts is traced. `_gradients` therefore goes over the
+parts again.
 """
 
 import dataclasses

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from small_layer import SMALL, new_cache, random_layer, relative_error
 
 from mla_jax.cache import PagedKVCache
 from mla_jax.layer import mla_layer, naive_mla_layer
 from mla_jax.prefill import form as layer_form
 from mla_jax.reference.layer import layer_float64
+from mla_jax.sharding.specs import param_specs
 
 STEPS = np.array([(5, 0), (2, 7), (3, 1)], np.int32)  # tokens of 2 requests
 LENGTH, ROOM = 10, 7  # tokens of the longer request, and of a step
@@ -106,3 +108,21 @@ def test_memory_of_the_expanded_form_is_linear_in_length():
     shapes = re.findall(r"tensor<([\dx]+)x[a-z]", text)
     largest = max(math.prod(map(int, shape.split("x"))) for shape in shapes)
     assert largest == max(tokens * 22, tokens // 2 * 3 * (6 + 4))
+
+
+def test_expanded_form_over_shards_of_the_heads():
+    """The gradients of what is equal on all devices are equal on them: the types say so."""
+    mesh = jax.make_mesh((3,), ("tp",), axis_types=(jax.sharding.AxisType.Auto,))
+    cache, tables = new_cache(SMALL, 2, 2 * LENGTH)
+    lens, specs = jnp.full(2, 2 * LENGTH, jnp.int32), (param_specs(SMALL, "tp"), PartitionSpec())
+
+    def gradient(params, x):
+        options = {"form": "expanded", "head_axis": "tp"}
+        run = functools.partial(mla_layer, config=SMALL, cache=cache, block_tables=tables)
+        return jax.grad(
+            lambda params, x: run(params, x=x, seq_lens=lens, **options)[0].sum(), argnums=(0, 1)
+        )(params, x)
+
+    sharded = jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=specs)
+    found = jax.eval_shape(sharded, *case()[:2])
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, case()[:2])
