@@ -166,8 +166,11 @@ def int8_beside_bf16(root: Path, card: str, column: str) -> str:
 
 
 def jax_version(result: Row) -> str:
-    """`jax 0.11.2`."""
-    return f"jax {result['sessions'][-1]['environment']['versions']['jax']}"
+    """`jax 0.11.2`, and our commit where the result has it: `our kernels at 1234567`."""
+    versions = [session["environment"]["versions"] for session in result["sessions"]]
+    commits = dict.fromkeys(v["commit"] for v in versions if "commit" in v)
+    ours = f", our kernels at {' and '.join(commits)}" if commits else ""
+    return f"jax {versions[-1]['jax']}{ours}"
 
 
 def targets(root: Path, card: str) -> str:

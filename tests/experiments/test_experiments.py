@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import jax
@@ -10,6 +12,7 @@ import pytest
 from small_runs import SMALL, run
 
 from experiments import launch
+from experiments.framework import results
 from experiments.framework.results import SCHEMA, environment, validate_result, write_result
 from experiments.speed import timing
 from experiments.speed.decode.runner import Runner
@@ -120,6 +123,19 @@ class TestResult:
     def result(self):
         example = {int: 1, float: 1.0, str: "x", bool: True, list: [], dict: {}}
         return {key: example[kind] for key, kind in SCHEMA.items()} | {"environment": environment()}
+
+    def test_names_the_commit(self, tmp_path, monkeypatch):
+        """Of the checkout; without one, of the variable."""
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=results.ROOT, capture_output=True)
+        commit = environment()["versions"]["commit"]
+        if head.returncode == 0:
+            assert re.fullmatch(f"{head.stdout.decode()[:7]}\\w*\\+?", commit)
+        monkeypatch.setattr(results, "ROOT", tmp_path)
+        monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+        monkeypatch.setenv("MLA_JAX_COMMIT", "1234567")
+        assert results._commit.__wrapped__() == "1234567"
+        monkeypatch.delenv("MLA_JAX_COMMIT")
+        assert results._commit.__wrapped__() == "unknown"
 
     def test_schema_names_the_key(self, result):
         validate_result(result)
