@@ -32,7 +32,6 @@ BAR_COLUMNS = "us", "us_separated"  # those that have targets
 # The README's rows: (heads, query tokens, requests, lengths, KV tokens per request).
 SUMMARY = (
     (16, 1, 1, "uniform", 16384),
-    (16, 1, 16, "uniform", 1024),
     (16, 1, 128, "uniform", 4096),
     (64, 1, 64, "uniform", 1024),
     (64, 1, 64, "varlen", 1024),
