@@ -33,6 +33,7 @@ SMALL = {
         *("--preset=tiny", "--heads=4", "--s_q=1", "--batch=1", "--implementations=xla,jnp"),
         *("--kv_lora_rank=32", "--rope_dim=16"),
     ),
+    "prefill": ("--batches=2x9+5", "--heads=2", "--rounds=3", "--dtype=float32"),
 }
 
 
