@@ -12,7 +12,7 @@ SMALL = {
     "demo": (
         f"--checkpoint={V2_LITE}",
         *("--requests=3", "--max_prompt=9", "--chunk=4", "--page_size=16"),
-        *("--decode_steps=2", "--mtp_steps=1", "--implementations=reference,xla"),
+        *("--decode_steps=2", "--mtp_steps=1", "--implementations=xla"),
     ),
     "correctness": (
         *("--page_sizes=16", "--dtypes=bfloat16", "--layouts=NZ", "--heads=2"),

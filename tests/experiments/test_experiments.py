@@ -12,6 +12,8 @@ import pytest
 from small_runs import SMALL, run
 
 from experiments import launch
+from experiments.accounting import split_kv
+from experiments.accuracy import int8_accuracy
 from experiments.framework import results
 from experiments.framework.results import SCHEMA, environment, validate_result, write_result
 from experiments.speed import timing
@@ -68,6 +70,25 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(Runner, "_run_pool", time_nothing)
 
 
+@pytest.fixture
+def little_data(monkeypatch):
+    """All data is drawn, but of data that the code does not distinguish only some is measured.
+
+    These are the batches of `split_kv` that share a program for each planner, and three of the
+    distributions of `int8_accuracy`.
+    """
+    batches, cases = split_kv.batches, int8_accuracy.cases
+    names = {"uniform", "the demo's checkpoint", "scores of std 3"}
+
+    def batches_of_one_size(seed):
+        return {name: lengths for name, lengths in batches(seed).items() if len(lengths) == 64}
+
+    monkeypatch.setattr(split_kv, "batches", batches_of_one_size)
+    monkeypatch.setattr(
+        int8_accuracy, "cases", lambda options: (c for c in cases(options) if c.name in names)
+    )
+
+
 class TestMachines:
     """Experiments on a machine that is described and not there, with many implementations.
 
@@ -107,6 +128,7 @@ class TestResult:
     def test_every_experiment_in_small(self, tmp_path, request, name):
         if name not in (*ON_A_GPU, "demo"):
             request.getfixturevalue("fake_gpu")
+        request.getfixturevalue("little_data")
         status, result = run(tmp_path, name, *SMALL[name])
         assert status == 0, result["summary"]
         validate_result(result)
