@@ -93,9 +93,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 # The compiler of the Hopper kernels for machines without a GPU (240 MB). It stands beside the
 # environment, not in it: where the rest of CUDA is missing, JAX would complain at every start.
+# While it is fetched, one process writes the byte code that all processes of the tests need.
 $(VENV)/.test-ready: $(VENV)/.ready
+	@JAX_PLATFORMS=cpu $(VENV)/bin/python -c "import hypothesis, jax.experimental.pallas.mosaic_gpu, matplotlib.figure, pytest, xdist" & \
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -c constraints.txt \
-		--upgrade --target $(SM90A) jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm
+		--upgrade --target $(SM90A) jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm; \
+	status=$$?; wait; exit $$status
 	touch $@
 
 clean:
