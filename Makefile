@@ -49,14 +49,14 @@ demo: $(ENVIRONMENT)  ## the main job: load a layer, prefill, decode, compare wi
 	$(PYTHON) -m experiments.launch --experiment=demo --output_dir=$(OUTPUT) $(ARGS)
 
 # Compiling for the CPU takes most of the tests' time, running hardly any. These options halve it.
-# (Where bits are compared, tests ask for optimised code.)
+# (Where bits are compared, tests ask for optimised code.) Without source locations lowering is faster.
 QUICK_COMPILE := --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 \
 	--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters,xla_cpu_disable_loop_unrolling,xla_cpu_optimize_for_size
 
 test: lint test-cpu  ## everything that runs without a GPU
 
 test-cpu: $(TEST_ENVIRONMENT)
-	XLA_FLAGS="$$XLA_FLAGS $(QUICK_COMPILE)" JAX_PLATFORMS=cpu $(TEST_PATH) $(PYTHON) -m pytest -n $(JOBS) --dist worksteal -m "not gpu" $(ARGS)
+	XLA_FLAGS="$$XLA_FLAGS $(QUICK_COMPILE)" JAX_TRACEBACK_IN_LOCATIONS_LIMIT=0 JAX_PLATFORMS=cpu $(TEST_PATH) $(PYTHON) -m pytest -n $(JOBS) --dist worksteal -m "not gpu" $(ARGS)
 
 test-gpu:  ## the third gate, on an H200; SHARD=kernels, sweep, fuzz, sanitizer or demo: that alone
 ifdef SHARD
