@@ -85,20 +85,28 @@ format: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+# Two of these run at a time. pip leaves the byte code to the first import, see above.
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+
+$(VENV)/.made: pyproject.toml constraints.txt
 	@test -n "$(BASE_PYTHON)" || { echo "Python 3.12 was not found: set BASE_PYTHON=/path/to/python3.12"; exit 1; }
 	$(BASE_PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[$(EXTRAS)]"
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.made
+	$(PIP) -e ".[$(EXTRAS)]"
 	touch $@
 
 # The compiler of the Hopper kernels for machines without a GPU (240 MB). It stands beside the
 # environment, not in it: where the rest of CUDA is missing, JAX would complain at every start.
-# While it is fetched, one process writes the byte code that all processes of the tests need.
-$(VENV)/.test-ready: $(VENV)/.ready
-	@JAX_PLATFORMS=cpu $(VENV)/bin/python -c "import hypothesis, jax.experimental.pallas.mosaic_gpu, matplotlib.figure, pytest, xdist" & \
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -c constraints.txt \
-		--upgrade --target $(SM90A) jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm; \
-	status=$$?; wait; exit $$status
+$(VENV)/.sm90a-ready: $(VENV)/.made
+	$(PIP) --no-deps --upgrade --target $(SM90A) jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm
+	touch $@
+
+# One process writes the byte code that all processes of the tests need.
+$(VENV)/.test-ready: $(VENV)/.ready $(VENV)/.sm90a-ready
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -c \
+		"import hypothesis, jax.experimental.pallas.mosaic_gpu, matplotlib.figure, pytest, xdist"
 	touch $@
 
 clean:
