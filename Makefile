@@ -25,6 +25,9 @@ ARGS ?=
 JOBS ?= 3
 JAX_PLATFORMS ?= $(if $(NVIDIA_GPU),,cpu)
 export JAX_PLATFORMS
+# pip leaves byte code to the first import. Without it, JAX and what tests import take 6 to 9 s of CPU
+# more in every process, of which tests start dozens.
+export PYTHONDONTWRITEBYTECODE :=
 
 # The GPU tests run in shards, each of which ends within 9 minutes on an H200 with 16 cores: `make
 # test-gpu SHARD=fuzz` runs one, without SHARD they run one after the other. A shard is what has the
@@ -46,14 +49,14 @@ demo: $(ENVIRONMENT)  ## the main job: load a layer, prefill, decode, compare wi
 	$(PYTHON) -m experiments.launch --experiment=demo --output_dir=$(OUTPUT) $(ARGS)
 
 # Compiling for the CPU takes most of the tests' time, running hardly any. These options halve it.
-# (Where bits are compared, tests ask for optimised code.)
+# (Where bits are compared, tests ask for optimised code.) Without source locations lowering is faster.
 QUICK_COMPILE := --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 \
 	--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters,xla_cpu_disable_loop_unrolling,xla_cpu_optimize_for_size
 
 test: lint test-cpu  ## everything that runs without a GPU
 
 test-cpu: $(TEST_ENVIRONMENT)
-	XLA_FLAGS="$$XLA_FLAGS $(QUICK_COMPILE)" JAX_PLATFORMS=cpu $(TEST_PATH) $(PYTHON) -m pytest -n $(JOBS) --dist worksteal -m "not gpu" $(ARGS)
+	XLA_FLAGS="$$XLA_FLAGS $(QUICK_COMPILE)" JAX_TRACEBACK_IN_LOCATIONS_LIMIT=0 JAX_PLATFORMS=cpu $(TEST_PATH) $(PYTHON) -m pytest -n $(JOBS) --dist worksteal -m "not gpu" $(ARGS)
 
 test-gpu:  ## the third gate, on an H200; SHARD=kernels, sweep, fuzz, sanitizer or demo: that alone
 ifdef SHARD
@@ -82,17 +85,28 @@ format: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+# Two of these run at a time. pip leaves the byte code to the first import, see above.
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+
+$(VENV)/.made: pyproject.toml constraints.txt
 	@test -n "$(BASE_PYTHON)" || { echo "Python 3.12 was not found: set BASE_PYTHON=/path/to/python3.12"; exit 1; }
 	$(BASE_PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[$(EXTRAS)]"
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.made
+	$(PIP) -e ".[$(EXTRAS)]"
 	touch $@
 
 # The compiler of the Hopper kernels for machines without a GPU (240 MB). It stands beside the
 # environment, not in it: where the rest of CUDA is missing, JAX would complain at every start.
-$(VENV)/.test-ready: $(VENV)/.ready
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -c constraints.txt \
-		--upgrade --target $(SM90A) jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm
+$(VENV)/.sm90a-ready: $(VENV)/.made
+	$(PIP) --no-deps --upgrade --target $(SM90A) jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm
+	touch $@
+
+# One process writes the byte code that all processes of the tests need.
+$(VENV)/.test-ready: $(VENV)/.ready $(VENV)/.sm90a-ready
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -c \
+		"import hypothesis, jax.experimental.pallas.mosaic_gpu, matplotlib.figure, pytest, xdist"
 	touch $@
 
 clean:

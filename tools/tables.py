@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the other files of t
 
 import speed_picture
 import tables_accuracy as accuracy
+import tables_prefill as prefill
 import tables_speed as speed
 from tables_common import CARDS, ROOT, read
 from tables_support import support
@@ -40,13 +41,17 @@ def _of(write: Callable[..., str], *arguments: str) -> Writer:
 PAGES: dict[str, dict[str, Writer]] = {
     "README.md": {
         "support": support,
-        "h200_summary": speed.summary,
+        "h200_summary": lambda root: f"{speed.summary(root)}\n\n{prefill.summary(root)}",
         "accuracy_summary": accuracy.summary,
     },
     "benchmarks/README.md": {
         "h200_decode": _of(speed.decode, "h200", "us"),
         "h200_decode_separated": _of(speed.decode, "h200", "us_separated"),
         "h200_decode_sustained": _of(speed.decode, "h200", "us_sustained"),
+        "h200_prefill": _of(prefill.prefill, "h200", "ms_burst"),
+        "h200_prefill_sustained": _of(prefill.prefill, "h200", "ms_sustained"),
+        "h200_latents": _of(prefill.latents, "h200"),
+        "h200_layer": _of(prefill.layer, "h200"),
         "h200_targets": _of(speed.targets, "h200"),
         "h200_options": _of(speed.options, "h200"),
         "h200_benchmark": _of(speed.classes, "h200", "h200/"),

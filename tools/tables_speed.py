@@ -32,7 +32,6 @@ BAR_COLUMNS = "us", "us_separated"  # those that have targets
 # The README's rows: (heads, query tokens, requests, lengths, KV tokens per request).
 SUMMARY = (
     (16, 1, 1, "uniform", 16384),
-    (16, 1, 16, "uniform", 1024),
     (16, 1, 128, "uniform", 4096),
     (64, 1, 64, "uniform", 1024),
     (64, 1, 64, "varlen", 1024),
@@ -166,8 +165,11 @@ def int8_beside_bf16(root: Path, card: str, column: str) -> str:
 
 
 def jax_version(result: Row) -> str:
-    """`jax 0.11.2`."""
-    return f"jax {result['sessions'][-1]['environment']['versions']['jax']}"
+    """`jax 0.11.2`, and our commit where the result has it: `our kernels at 1234567`."""
+    versions = [session["environment"]["versions"] for session in result["sessions"]]
+    commits = dict.fromkeys(v["commit"] for v in versions if "commit" in v)
+    ours = f", our kernels at {' and '.join(commits)}" if commits else ""
+    return f"jax {versions[-1]['jax']}{ours}"
 
 
 def targets(root: Path, card: str) -> str:

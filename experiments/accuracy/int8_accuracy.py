@@ -192,9 +192,9 @@ def measure(case: Case, granularities: tuple[str, ...] = GRANULARITIES) -> list[
     found = {"bfloat16": attend(case, filled(case, jnp.bfloat16), jnp.bfloat16)}
     for granularity in granularities:
         found |= over_int8(case, granularity)
-    turned = turn(case)
-    for name, (o, lse) in over_int8(turned, "token").items():
-        o = np.asarray(o, np.float64) @ hadamard(RANK).T
+    rotation = hadamard(RANK)
+    for name, (o, lse) in over_int8(turn(case, rotation), "token").items():
+        o = np.asarray(o, np.float64) @ rotation.T
         found[name.replace("token", "token, rotated")] = (o, lse)
     return [
         {
@@ -262,11 +262,11 @@ def attend(case: Case, cache: PagedKVCache, dtype: Any) -> tuple[jax.Array, jax.
     return o[0, 0], lse[0, 0]
 
 
-def turn(case: Case) -> Case:
+def turn(case: Case, rotation: np.ndarray) -> Case:
     """Rotates the latent of a case: scores stay the same, and outputs are rotated alike."""
     q, kv = case.q.copy(), case.kv.copy()
     for rows in (q, kv):
-        rows[:, :RANK] = rows[:, :RANK] @ hadamard(RANK)
+        rows[:, :RANK] = rows[:, :RANK] @ rotation
     return dataclasses.replace(case, q=q, kv=kv)
 
 

@@ -5,16 +5,19 @@ JSON has no NaN or infinity, so that a number that is not finite is null.
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+ROOT = Path(__file__).resolve().parents[2]
 SCHEMA_VERSION = 1
 DEEPEST = 32  # levels of nested lists and objects
 
@@ -31,7 +34,7 @@ SCHEMA: dict[str, type] = {
     "files": list,  # names of the other files in the folder
 }
 ENVIRONMENT: dict[str, type] = {
-    "versions": dict,  # of python, mla-jax, jax, jaxlib, numpy
+    "versions": dict,  # of python, mla-jax, jax, jaxlib, numpy; and the commit
     "backend": str,  # "cpu", "gpu", ...
     "devices": list,  # the kind of each device
     "machine": str,
@@ -50,7 +53,9 @@ def environment() -> dict[str, Any]:
 
     packages = ("mla-jax", "jax", "jaxlib", "numpy")
     return {
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
+        "versions": {"python": platform.python_version()}
+        | {p: _version(p) for p in packages}
+        | {"commit": _commit()},
         "backend": jax.default_backend(),
         "devices": [device.device_kind for device in jax.devices()],
         "machine": f"{platform.system()} {platform.machine()}",
@@ -185,3 +190,17 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+@functools.cache
+def _commit() -> str:
+    """Returns the commit of the checkout, "+" where files differ from it, or "unknown".
+
+    On a machine without git or without .git, the variable MLA_JAX_COMMIT says it.
+    """
+    command = ["git", "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]
+    try:
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("MLA_JAX_COMMIT", "unknown")
+    return found.stdout.strip()

@@ -233,13 +233,14 @@ def fixed_splits(
     take the next part.
     """
     tiles = _tiles(problem, tile_rows)
-    items: list[tuple[int, int, int]] = []
+    lengths = np.array(problem.kv_lens)
+    part = -(-lengths // (splits * block_kv)) * block_kv
+    columns = []
     for split in range(splits):
+        size = np.minimum(part, lengths - part * split)
+        (request,) = np.nonzero(size > 0)
+        blocks = -(-size[request] // block_kv)
         for t, rows in enumerate(tiles):
-            for request, length in enumerate(problem.kv_lens):
-                part = math.ceil(math.ceil(length / splits) / block_kv) * block_kv
-                size = min(part, length - part * split)
-                if size > 0:
-                    items.append((math.ceil(size / block_kv), rows, request * len(tiles) + t))
-    blocks, rows_, tile = (np.array(column) for column in zip(*items, strict=True))
+            columns.append((blocks, np.full(len(blocks), rows), request * len(tiles) + t))
+    blocks, rows_, tile = (np.concatenate(column) for column in zip(*columns, strict=True))
     return Work(blocks, rows_, np.full(len(blocks), -1), tile, workers, sharers=len(tiles))

@@ -263,7 +263,7 @@ def _plan_splits(
     boundaries = candidates[best]
     if costs.overhead:
         whole = line.split_at_edges(num_workers)
-        least = line.largest_load(boundaries) + merge_overhead
+        least = largest[best] + merge_overhead
         boundaries = jnp.where(line.largest_load(whole) <= least, whole, boundaries)
         if in_pairs:
             least = jnp.minimum(line.largest_load(whole), least)

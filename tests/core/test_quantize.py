@@ -166,7 +166,7 @@ def test_queries_of_14_bits_cost_next_to_nothing():
 def test_the_block_size_is_a_matter_of_rounding_and_the_last_may_be_short():
     (q, *keys), kv = random_keys(3, "token", keys=130)
     wanted = oracle(np.asarray(q, np.float64), kv)
-    for block in (1, 64, 128, 1000):
+    for block in (1, 64, 1000):
         got = attend_int8(
             q, *keys, softmax_scale=SCALE, weights="bfloat16", queries="bfloat16", block=block
         )

@@ -12,7 +12,7 @@ SMALL = {
     "demo": (
         f"--checkpoint={V2_LITE}",
         *("--requests=3", "--max_prompt=9", "--chunk=4", "--page_size=16"),
-        *("--decode_steps=2", "--mtp_steps=1", "--implementations=reference,xla"),
+        *("--decode_steps=2", "--mtp_steps=1", "--implementations=xla"),
     ),
     "correctness": (
         *("--page_sizes=16", "--dtypes=bfloat16", "--layouts=NZ", "--heads=2"),
@@ -33,6 +33,7 @@ SMALL = {
         *("--preset=tiny", "--heads=4", "--s_q=1", "--batch=1", "--implementations=xla,jnp"),
         *("--kv_lora_rank=32", "--rope_dim=16"),
     ),
+    "prefill": ("--batches=2x9+5", "--heads=2", "--rounds=3", "--dtype=float32"),
 }
 
 

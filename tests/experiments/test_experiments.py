@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import jax
@@ -10,6 +12,9 @@ import pytest
 from small_runs import SMALL, run
 
 from experiments import launch
+from experiments.accounting import split_kv
+from experiments.accuracy import int8_accuracy
+from experiments.framework import results
 from experiments.framework.results import SCHEMA, environment, validate_result, write_result
 from experiments.speed import timing
 from experiments.speed.decode.runner import Runner
@@ -65,6 +70,25 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(Runner, "_run_pool", time_nothing)
 
 
+@pytest.fixture
+def little_data(monkeypatch):
+    """All data is drawn, but of data that the code does not distinguish only some is measured.
+
+    These are the batches of `split_kv` that share a program for each planner, and three of the
+    distributions of `int8_accuracy`.
+    """
+    batches, cases = split_kv.batches, int8_accuracy.cases
+    names = {"uniform", "the demo's checkpoint", "scores of std 3"}
+
+    def batches_of_one_size(seed):
+        return {name: lengths for name, lengths in batches(seed).items() if len(lengths) == 64}
+
+    monkeypatch.setattr(split_kv, "batches", batches_of_one_size)
+    monkeypatch.setattr(
+        int8_accuracy, "cases", lambda options: (c for c in cases(options) if c.name in names)
+    )
+
+
 class TestMachines:
     """Experiments on a machine that is described and not there, with many implementations.
 
@@ -104,6 +128,7 @@ class TestResult:
     def test_every_experiment_in_small(self, tmp_path, request, name):
         if name not in (*ON_A_GPU, "demo"):
             request.getfixturevalue("fake_gpu")
+        request.getfixturevalue("little_data")
         status, result = run(tmp_path, name, *SMALL[name])
         assert status == 0, result["summary"]
         validate_result(result)
@@ -120,6 +145,19 @@ class TestResult:
     def result(self):
         example = {int: 1, float: 1.0, str: "x", bool: True, list: [], dict: {}}
         return {key: example[kind] for key, kind in SCHEMA.items()} | {"environment": environment()}
+
+    def test_names_the_commit(self, tmp_path, monkeypatch):
+        """Of the checkout; without one, of the variable."""
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=results.ROOT, capture_output=True)
+        commit = environment()["versions"]["commit"]
+        if head.returncode == 0:
+            assert re.fullmatch(f"{head.stdout.decode()[:7]}\\w*\\+?", commit)
+        monkeypatch.setattr(results, "ROOT", tmp_path)
+        monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+        monkeypatch.setenv("MLA_JAX_COMMIT", "1234567")
+        assert results._commit.__wrapped__() == "1234567"
+        monkeypatch.delenv("MLA_JAX_COMMIT")
+        assert results._commit.__wrapped__() == "unknown"
 
     def test_schema_names_the_key(self, result):
         validate_result(result)

@@ -57,13 +57,9 @@ class TestGolden:
         config, params, x, out = golden(folder)
         assert relative_error(naive(params, config, x), out) < TOLERANCE
 
-    def test_prefill(self, folder):
+    def test_two_chunks(self, folder):
         config, params, x, out = golden(folder)
-        assert relative_error(feed(params, config, x, [40]), out) < TOLERANCE
-
-    def test_token_by_token(self, folder):
-        config, params, x, out = golden(folder)
-        assert relative_error(feed(params, config, x, [1] * 40), out) < TOLERANCE
+        assert relative_error(feed(params, config, x, [20] * 2), out) < TOLERANCE
 
     def test_oracle(self, folder):
         """The float64 oracle of the other tests is itself what transformers computes."""
@@ -71,11 +67,12 @@ class TestGolden:
         assert relative_error(layer_float64(config, params, x), out) < 2e-6
 
 
-@pytest.mark.parametrize("pieces", [[10] * 4, [10, *[2] * 15]])
-def test_chunks(pieces):
-    """Several tokens behind a prefix: of one golden layer, because no setting treats them apart.
+@pytest.mark.parametrize("pieces", [[40], [1] * 40, [10, *[2] * 15]], ids=len)
+def test_other_chunks(pieces):
+    """A whole prompt, token by token, and chunks of two sizes: of one golden layer.
 
-    Every golden layer takes several tokens at once, and tokens behind a prefix.
+    Every golden layer takes many tokens at once, without and with a prefix. No setting of a layer
+    distinguishes chunks by their size.
     """
     config, params, x, out = golden(GOLDEN[0])
     assert relative_error(feed(params, config, x, pieces), out) < TOLERANCE
@@ -92,18 +89,22 @@ def test_golden_covers_the_published_dialects():
     assert sum(f.stat().st_size for folder in GOLDEN for f in folder.iterdir()) < 2e6
 
 
-@pytest.mark.parametrize("layer", [naive, naive_mla_layer], ids=["with_jit", "without_jit"])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_naive(config, layer):
+# The layer's code does not ask whether it is traced, so one layer runs without jit.
+WITH_AND_WITHOUT_JIT = [*((config, True) for config in CONFIGS), (next(iter(CONFIGS)), False)]
+
+
+@pytest.mark.parametrize(("config", "jit"), WITH_AND_WITHOUT_JIT)
+def test_naive(config, jit):
+    config, layer = CONFIGS[config], naive if jit else naive_mla_layer
     params, x = random_layer(config)
     got = layer(params, config, x)
     chex.assert_shape(got, x.shape)
     assert relative_error(got, layer_float64(config, params, x)) < 2e-6
 
 
-@pytest.mark.parametrize("layer", [step, mla_layer], ids=["with_jit", "without_jit"])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_paged(config, layer):
+@pytest.mark.parametrize(("config", "jit"), WITH_AND_WITHOUT_JIT)
+def test_paged(config, jit):
+    config, layer = CONFIGS[config], step if jit else mla_layer
     params, x = random_layer(config)
     cache, tables = new_cache(config, 2, 9)
     got, _ = layer(params, config, x, cache, tables, np.array([9, 9], np.int32))

@@ -176,10 +176,6 @@ def test_invalid_requests_of_the_expanded_form():
     x, lens = np.asarray(x), np.array([9, 9, 17, 9], np.int32)  # a table has 16 tokens
     tables = np.asarray(tables).copy()
     tables[0] = 99  # a page that the cache does not have
-    call = functools.partial(mla_layer, params, SMALL, x, form="expanded", workspace_tokens=5)
-    with pytest.raises(ValueError, match=r"seq_lens\[2\] must be in 0 .. 16"):
-        call(cache, tables, lens)
-    assert not np.any(cache.pages)  # nothing was written, and the cache is still there
     queries = np.array([9, 9, 9, 10], np.int32)
     layer = traced_once(form="expanded")
     out, cache = layer(params, SMALL, x, cache, tables, lens, query_lens=queries)
@@ -200,10 +196,10 @@ def test_an_eager_call_without_a_prefix_and_without_a_mask():
 
 
 def test_refuses_what_the_expanded_form_can_not_do():
-    params, x = random_layer(SMALL)
-    cache, tables = new_cache(SMALL, 2, 9)
-    lens = np.full(2, 9, np.int32)
-    plan = plan_fixed(lens, split_size=64, max_seq_len=16, num_workers=4, rows=27)
+    params, x = random_layer(SMALL, length=16)
+    cache, tables = new_cache(SMALL, 2, 16)
+    lens = np.full(2, 16, np.int32)
+    plan = plan_fixed(lens, split_size=64, max_seq_len=16, num_workers=4, rows=48)
     for options, error, message in (
         ({"plan": plan}, ValueError, "form must be 'absorbed' or None here, .*: plan is for the"),
         ({"partial_dtype": "float32"}, ValueError, "partial_dtype is for the absorbed form"),
@@ -213,12 +209,13 @@ def test_refuses_what_the_expanded_form_can_not_do():
         ({"form": "naive"}, ValueError, "form must be one of absorbed, expanded, got 'naive'"),
         ({"workspace_tokens": 0}, ValueError, "workspace_tokens must be a positive integer, got 0"),
         ({"block_tables": tables[0]}, ValueError, r"block_tables must be \[B, max_pages\]"),
+        ({"seq_lens": lens + 1}, ValueError, r"seq_lens\[0\] must be in 0 .. 16"),
         ({"donate": None}, TypeError, "donate must be True or False, got None"),
     ):
-        given = {"form": "expanded", "block_tables": tables} | options
+        given = {"form": "expanded", "block_tables": tables, "seq_lens": lens} | options
         with pytest.raises(error, match=message):
-            mla_layer(params, SMALL, x, cache, seq_lens=lens, **given)
+            mla_layer(params, SMALL, x, cache, **given)
     half = jax.tree.map(lambda weight: weight.astype(jnp.bfloat16), params)
     with pytest.raises(ValueError, match="a float32 cache would be rounded to bfloat16"):
         mla_layer(half, SMALL, x.astype(jnp.bfloat16), cache, tables, lens, form="expanded")
-    assert not np.any(cache.pages)
+    assert not np.any(cache.pages)  # nothing was written, and the cache is still there

@@ -5,7 +5,6 @@ import itertools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -77,7 +76,7 @@ def test_any_split_is_the_whole(cuts):
 
 @pytest.mark.parametrize(
     ("num_workers", "rows_per_tile", "cost_model"),
-    [(5, 8, "blocks"), (5, 8, "fia"), (1, 16, "blocks"), (30, 12, "fia")],  # (5, 8): as above
+    [(5, 8, "blocks"), (1, 16, "blocks"), (30, 12, "fia")],  # (5, 8): as above
 )
 def test_planned_splits_match_float64(num_workers, rows_per_tile, cost_model):
     batch = make_batch(np.random.default_rng(0), *RAGGED, heads=4)
@@ -120,9 +119,9 @@ def test_fixed_splits_are_batch_invariant(dtype):
                 for slot in range(-(-length // 16)):
                     here, there = batch.block_tables[place, slot], alone.block_tables[0, slot]
                     pages[here] = np.asarray(alone.cache.pages)[there]
-                batch.cache = dataclasses.replace(batch.cache, pages=jnp.asarray(pages))
+                batch.cache = dataclasses.replace(batch.cache, pages=jax.device_put(pages))
                 q = np.array(batch.q)
-                q[place] = alone.q[0]
-                batch.q = jnp.asarray(q)
+                q[place] = np.asarray(alone.q)[0]
+                batch.q = jax.device_put(q)
                 for got, want in zip(attend(batch), wanted, strict=True):
                     np.testing.assert_array_equal(np.asarray(got)[place], want)

@@ -39,7 +39,6 @@ LONGEST = ([2**31 - 1] * 5, {"block_size": 1, "rows": 150, "overhead": 2, "in_pa
 @pytest.mark.parametrize(
     ("seq_lens", "options"),
     [
-        ([2**31 - 1] * 2, {}),
         ([2**31 - 1, 0, 7, 2**31 - 1, 2**30], {"cost_model": "fia", "rows": 150}),
         LONGEST,
         ([1000, 0, 70, 3, 5], {"overhead": 2**26, "merge_overhead": 2**28, "in_pairs": True}),

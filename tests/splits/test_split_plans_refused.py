@@ -11,7 +11,7 @@ from split_plans import i32
 
 from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import PagedKVCache
-from mla_jax.splits.planner import plan_fixed, plan_loads, plan_splits
+from mla_jax.splits.planner import SplitPlan, plan_fixed, plan_loads, plan_splits
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,20 @@ def test_plan_fixed_refuses(options, message):
 
 
 LENGTHS = i32(1000, 70, 0)
-CUT = jax.tree.map(np.asarray, plan_splits(LENGTHS, num_workers=3, rows=64, overhead=1))
+# A sound plan, written out: otherwise every process that collects this file compiles a planner.
+CUT = SplitPlan(
+    request=i32(0, 0, 0, 1, 2, -1),
+    row_tile=i32(0, 0, 0, 0, 0, 0),
+    block_start=i32(0, 6, 13, 0, 0, 0),
+    block_end=i32(6, 13, 16, 2, 0, 0),
+    partial=i32(0, 1, 2, -1, -1, -1),
+    worker_start=i32(0, 1, 2, 5),
+    tile_partial_start=i32(0, 3, 3, 3),
+    block_size=64,
+    rows_per_tile=64,
+    num_row_tiles=1,
+    num_partials=4,
+)
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def compile_sm90a(function: Callable[..., Any], *args: Any) -> tuple[CompileRepo
     structs = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
     )
-    with _version_of_ptxas_asked_once():
+    with version_of_ptxas_asked_once():
         lowered = jax.jit(function).lower(*structs)
     with _stdout_of_c() as stdout, _mosaic_dumps():
         lowered.compile()
@@ -180,7 +180,7 @@ def _h200() -> jax.Device:
 
 
 @contextlib.contextmanager
-def _version_of_ptxas_asked_once() -> Iterator[None]:
+def version_of_ptxas_asked_once() -> Iterator[None]:
     """Keeps Mosaic GPU from starting ptxas for its version at each conversion of a boolean.
 
     A decode kernel has 660 of them, which take a third of the time of its lowering.

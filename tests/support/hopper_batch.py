@@ -15,7 +15,7 @@ from mla_jax.reference.attention import paged_attention_float64
 
 SCALE = 192**-0.5
 GARBAGE_PAGE = 2147480000
-LEAST_CACHED, LEAST_TABLE = 1536, 768  # tokens of a batch's pages and of a block table, at least
+LEAST_CACHED, LEAST_TABLE = 1792, 768  # tokens of a batch's pages and of a block table, at least
 MANY_TOKENS = 1 << 17  # tokens per block table, above the limit of `tuned.few_tokens`
 
 

@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.mosaic.threads import PANELS, SCALAR, array_of
+from pallas_kernels.hopper.mosaic.threads import PANELS, array_of
 from pallas_kernels.hopper.mosaic.values import Values, per_row
-from pallas_kernels.hopper.mosaic.wgmma import PANEL_RANK, add_product, operand, products
+from pallas_kernels.hopper.mosaic.wgmma import PANEL_RANK, operand, products
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Products(Values):
 
         return start(a, b)
 
-    def plus_product(self, value, a, b, skips=None) -> jax.Array:
+    def plus_product(self, value, a, b) -> jax.Array:
         """Starts value + a @ b, in the registers of value, and leaves it in flight.
 
         Only `completed` may read the result, after a wait.
@@ -143,7 +143,6 @@ class Products(Values):
             value: float32 (64, n).
             a: (64, k) of 16 bits in registers, k a multiple of 64.
             b: SMEM panels [n / 64, k, 64] of a's dtype.
-            skips: whether to leave out the second half of k, where a is 0; None: never.
         """
         if self.interpreting:
             left = a.astype(jnp.float32)
@@ -165,22 +164,7 @@ class Products(Values):
             nvvm.wgmma_commit_group_sync_aligned()
             return acc.value
 
-        @plgpu.inline_mgpu(
-            arg_types=(tile, tile, plgpu.RefType(PANELS), SCALAR), return_type=result
-        )
-        def start_with_jump(ctx, value, a, b, flag):
-            del ctx
-            value, a = mgpu.fragmented_array.optimization_barrier(value, a)
-            nvvm.wgmma_fence_aligned()
-            # Registers of two values, in the order in which wgmma counts its accumulators.
-            singles = [vector.extract(x, [], [i]) for x in value.registers.flat for i in range(2)]
-            singles = add_product(singles, list(a.registers.flat), b, flag.registers.item())
-            nvvm.wgmma_commit_group_sync_aligned()
-            return _of_accumulators(singles, value.shape)
-
-        if skips is None:
-            return start(value, a, b)
-        return start_with_jump(value, a, b, skips.astype(jnp.int32))
+        return start(value, a, b)
 
     def completed(self, product) -> jax.Array:
         """Returns the value of a product in flight. The caller has waited for it."""

@@ -61,74 +61,6 @@ def products(a: ir.Value, b: ir.Value) -> list[ir.Value]:
     return registers
 
 
-def add_product(
-    registers: list[ir.Value], a: list[ir.Value], b: ir.Value, skips: ir.Value
-) -> list[ir.Value]:
-    """Starts accumulators + a @ b, leaves it in flight and returns the accumulators.
-
-    Args:
-        registers: the accumulators, n / 2 float32 per thread.
-        a: A (64, k) in registers of two 16-bit values, four of them for every 16 columns.
-        b: SMEM panels [n / 64, k, 128 bytes]: B (k, n) with n contiguous.
-        skips: 1 (i32) leaves out the second half of k.
-    """
-    i32 = ir.IntegerType.get_signless(32)
-    b_type = ir.MemRefType(b.type)
-    (line_stride, row_stride, _), _ = b_type.get_strides_and_offset()
-    itemsize = mgpu.utils.bytewidth(b_type.element_type)
-    start = _start_in_sixteens(b)
-    swizzled_128 = 1 << 62
-    constant = swizzled_128 | (8 * row_stride * itemsize >> 4) << 32
-    constant |= (line_stride * itemsize >> 4) << 16
-    steps = []
-    for i in range(len(a) // 4):
-        place = arith.addi(start, mgpu.utils.c(16 * i * row_stride * itemsize >> 4, i32))
-        words = [mgpu.utils.bitcast(x, i32) for x in a[4 * i : 4 * i + 4]]
-        steps.append((words, _with_constant(place, constant)))
-    half, element = len(steps) // 2, b_type.element_type
-    registers = _wgmma_of_registers(registers, element, steps[:half], None)
-    return _wgmma_of_registers(registers, element, steps[half:], skips)
-
-
-def _wgmma_of_registers(
-    registers: list[ir.Value],
-    element: ir.Type,
-    steps: list[tuple[list[ir.Value], ir.Value]],
-    skips: ir.Value | None,
-) -> list[ir.Value]:
-    """Returns the accumulators after one wgmma per step: four registers of A, B's descriptor.
-
-    skips: 1 (i32) jumps over all of them; None: never.
-    """
-    field, count = ir.F32Type.get(), len(registers)
-    names = ", ".join(f"${i}" for i in range(count))
-    lines, operands, kinds = [], list(registers), [str(i) for i in range(count)]
-    for words, descriptor in steps:
-        at = count + len(operands)
-        a = ", ".join(f"${at + i}" for i in range(4))
-        lines.append(
-            f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.{element}.{element} {{{names}}},"
-            f" {{{a}}}, ${at + 4}, 1, 1, 1, 1;"
-        )
-        operands += [*words, descriptor]
-        kinds += [*("r" for _ in words), "l"]
-    if skips is not None:
-        # After a branch, and after its end, the accumulators have to be fenced again.
-        fence = "wgmma.fence.sync.aligned;"
-        skip = f"setp.ne.b32 p, ${count + len(operands)}, 0; @p bra past;"
-        lines = [".reg .pred p;", skip, fence, *lines, "past:", fence]
-        operands.append(skips)
-        kinds.append("r")
-    result = llvm.inline_asm(
-        llvm.StructType.get_literal([field] * count),
-        operands,
-        f"{{ {' '.join(lines)} }}",
-        ",".join(["=f"] * count + kinds),
-        has_side_effects=True,
-    )
-    return [llvm.extractvalue(field, result, [i]) for i in range(count)]
-
-
 def _start_in_sixteens(tile: ir.Value) -> ir.Value:
     """Returns the address of a SMEM ref divided by 16 (i32)."""
     i32 = ir.IntegerType.get_signless(32)
@@ -155,13 +87,9 @@ def _descriptor(start: ir.Value, tile: ir.Value, line: int, offset: int) -> ir.V
     further = line * line_stride * itemsize + offset
     place = arith.addi(start, mgpu.utils.c(further >> 4, start.type))
     swizzled_128 = 1 << 62
-    return _with_constant(place, swizzled_128 | (group_stride * itemsize >> 4) << 32)
-
-
-def _with_constant(start: ir.Value, constant: int) -> ir.Value:
-    """Returns the descriptor (i64) of a start (i32), in units of 16 bytes, and all other fields."""
+    constant = swizzled_128 | (group_stride * itemsize >> 4) << 32
     i64 = ir.IntegerType.get_signless(64)
-    return arith.ori(arith.extui(i64, start), mgpu.utils.c(constant, i64))
+    return arith.ori(arith.extui(i64, place), mgpu.utils.c(constant, i64))
 
 
 def _wgmma(

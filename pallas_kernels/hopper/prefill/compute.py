@@ -77,8 +77,7 @@ class ComputingWarpgroup:
             item.q_row + HEIGHT * self.index, item.num_rows - HEIGHT * self.index, HEIGHT
         )
         outputs = self.cta.outputs
-        store = rows.store_tile_in_chunks if self.cta.config.stores_chunks else rows.store_tile
-        store(g, outputs.o.at[:, item.head], o.astype(self.cta.call.q.dtype), 0)
+        rows.store_tile_in_chunks(g, outputs.o.at[:, item.head], o.astype(self.cta.call.q.dtype), 0)
         lse = natural_lse(m, total, log2_sum=True)
         rows.store_values(g, outputs.lse.at[:, item.head], lse)
 
@@ -87,19 +86,12 @@ class ComputingWarpgroup:
         """Returns maxima (log2 units), sums of P and O of an item with a block at least."""
         cta, g, scratch = self.cta, self.cta.g, self.cta.scratch
         carry = self.first_block(n, item)
-        following, skips = 1, self.sees_half(item)
-        if skips is not None:
-            second = functools.partial(self.step, n, item, 1, carry, skips=skips)
-            carry = lax.cond(item.num_blocks > 1, second, lambda: carry)
-            following = 2
-        step = functools.partial(self.step, n, item)
-        carry = lax.fori_loop(following, item.num_blocks, step, carry)
+        carry = lax.fori_loop(1, item.num_blocks, functools.partial(self.step, n, item), carry)
         last = item.num_blocks - 1
         stage = cta.stage(n + last)
         pl.when(last > 0)(lambda: plgpu.barrier_wait(scratch.v_full.at[stage]))
         self.take_turn()
-        skips = None if skips is None else skips & (last == 0)
-        o = g.plus_product(carry.o, carry.p, scratch.v.at[stage], skips)
+        o = g.plus_product(carry.o, carry.p, scratch.v.at[stage])
         self.pass_turn()
         total = carry.total.sum(axis=1)
         g.wait_mma(0)
@@ -151,28 +143,16 @@ class ComputingWarpgroup:
         o = g.full((HEIGHT, cta.config.v_dim), 0.0, plgpu.Layout.WGMMA)
         return Running(m, total, o, p)
 
-    def sees_half(self, item: Item) -> Any:
-        """Returns whether no row sees half of the item's first block; None: it does not matter."""
-        config = self.cta.config
-        if not (config.trims and config.trims_values):
-            return None
-        last = item.limit + (HEIGHT * (self.index + 1) - 1 if self.cta.call.causal else 0)
-        return last - (item.num_blocks - 1) * config.block_keys < config.block_keys // 2
-
-    def step(self, n: Any, item: Item, j: Any, carry: Running, *, skips: Any = None) -> Running:
-        """Scores an item's j-th block, and adds the block before to O.
-
-        skips: whether the second half of the block before is hidden, if that is the first block;
-            None: compute all of it.
-        """
+    def step(self, n: Any, item: Item, j: Any, carry: Running) -> Running:
+        """Scores an item's j-th block, and adds the block before to O."""
         cta, g, scratch = self.cta, self.cta.g, self.cta.scratch
         stage, before = cta.stage(n + j), cta.stage(n + j - 1)
         plgpu.barrier_wait(scratch.k_full.at[stage])
         self.take_turn()
         product = self.start_scores(stage, cta.config.block_keys)
-        if skips is None:  # The checkers have waited for the first block.
-            pl.when(j > 1)(lambda: plgpu.barrier_wait(scratch.v_full.at[before]))
-        o = g.plus_product(carry.o, carry.p, scratch.v.at[before], skips)
+        # The checkers have waited for the first block.
+        pl.when(j > 1)(lambda: plgpu.barrier_wait(scratch.v_full.at[before]))
+        o = g.plus_product(carry.o, carry.p, scratch.v.at[before])
         self.pass_turn()
         g.wait_mma(1)
         s = g.completed(product)

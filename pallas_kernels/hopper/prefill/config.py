@@ -29,10 +29,6 @@ class PrefillConfig:
         registers: per thread of a computing warpgroup and of the loader, as setmaxnreg takes.
         in_turns: whether the computing warpgroups issue their products in turns.
         trims: whether a warpgroup that sees half of a tile's last block scores only that half.
-        trims_values: whether it also multiplies only that half of P and V. This has been compiled
-            and has not run on a GPU yet.
-        stores_chunks: whether a thread stores 16 bytes of o at once, or else 4. This has been
-            compiled and has not run on a GPU yet.
         heads_at_once: heads whose tiles are in work at the same time; None: as many as have keys
             and values that fit in L2.
 
@@ -49,8 +45,6 @@ class PrefillConfig:
     registers: tuple[int, int] = (232, 40)
     in_turns: bool = True
     trims: bool = True
-    trims_values: bool = False
-    stores_chunks: bool = False
     heads_at_once: int | None = None
 
     def __post_init__(self) -> None:
