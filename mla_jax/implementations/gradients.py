@@ -32,7 +32,7 @@ from mla_jax.cache.paged import places
 from mla_jax.derivatives import differentiable, without_derivative
 from mla_jax.implementations.blockwise_scan import attend_xla
 from mla_jax.implementations.choice import Choice, compute, specs_of_outputs
-from mla_jax.implementations.scores import scores_of
+from mla_jax.implementations.scores import finite_or_zero, product, scores_of
 from mla_jax.online_softmax import common_dtype
 from mla_jax.problem import AttentionProblem
 from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims, vary_like
@@ -186,7 +186,7 @@ def _rows(
     bad = ~(jnp.isfinite(delta) & jnp.isfinite(q).all(-1) & jnp.isfinite(d_o).all(-1))
     # NaN in `shift` makes all of P and dS that the row sees NaN.
     shift = jnp.where(bad, jnp.nan, jnp.where(lse == -jnp.inf, 0.0, lse))
-    return _Rows(start, fresh, q, visible, shift, _finite(d_o), delta)
+    return _Rows(start, fresh, q, visible, shift, finite_or_zero(d_o), delta)
 
 
 def _of_block(
@@ -200,27 +200,12 @@ def _of_block(
     seen = positions[:, None] < rows.visible[..., None]
     p = jnp.where(seen, jnp.exp(scores_of(rows.q, kv, scale) - rows.shift[..., None]), 0.0)
     dtype = jnp.bfloat16 if common_dtype(rows.q, kv) == jnp.bfloat16 else jnp.float32
-    d_p = _product("brv,btv->brt", rows.d_o, kv[..., :rank], dtype)
+    d_p = product("brv,btv->brt", rows.d_o, kv[..., :rank], dtype)
     d_s = jnp.where(seen, p * (d_p - rows.delta[..., None]) * scale, 0.0)
-    d_q = _product("brt,btd->brd", d_s, _finite(kv), dtype)
-    d_k = _product("brt,brd->btd", d_s, _finite(rows.q), dtype)
-    d_v = _product("brt,brv->btv", p, rows.d_o, dtype)
+    d_q = product("brt,btd->brd", d_s, finite_or_zero(kv), dtype)
+    d_k = product("brt,brd->btd", d_s, finite_or_zero(rows.q), dtype)
+    d_v = product("brt,brv->btv", p, rows.d_o, dtype)
     return d_q, d_k.at[..., :rank].add(d_v)
-
-
-def _product(spec: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
-    """Returns an einsum of a and b rounded to `dtype`, accumulated in float32."""
-    return jnp.einsum(
-        spec,
-        a.astype(dtype),
-        b.astype(dtype),
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def _finite(x: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isfinite(x), x, 0)
 
 
 def _take(array: jax.Array, start: jax.Array, size: int) -> jax.Array:

@@ -1,5 +1,7 @@
 """Scores of a KV block and its step of the online softmax, in plain JAX."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,15 +12,23 @@ from mla_jax.problem import AttentionProblem
 
 def scores_of(q: jax.Array, kv: jax.Array, softmax_scale: float) -> jax.Array:
     """Returns q [N, R, D] times kv [N, T, D], scaled: [N, R, T] float32."""
-    dtype = common_dtype(q, kv)
-    scores = jnp.einsum(
-        "nrd,ntd->nrt",
-        q.astype(dtype),
-        kv.astype(dtype),
+    return product("nrd,ntd->nrt", q, kv, common_dtype(q, kv)) * softmax_scale
+
+
+def product(spec: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+    """Returns an einsum of a and b rounded to `dtype`, accumulated in float32."""
+    return jnp.einsum(
+        spec,
+        a.astype(dtype),
+        b.astype(dtype),
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-    return scores * softmax_scale
+
+
+def finite_or_zero(x: jax.Array) -> jax.Array:
+    """Returns x with 0 in the place of NaN and infinity, which 0 times x would be NaN for."""
+    return jnp.where(jnp.isfinite(x), x, 0)
 
 
 def attend_block(

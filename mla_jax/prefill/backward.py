@@ -23,6 +23,7 @@ from jax import lax
 
 from mla_jax.derivatives import differentiable
 from mla_jax.implementations.choice import Choice, compute, specs_of_outputs
+from mla_jax.implementations.scores import finite_or_zero, product
 from mla_jax.prefill.blocks import (
     KeyBlock,
     QueryBlock,
@@ -101,7 +102,7 @@ def ragged_gradients(
         queries = query_block(problem, ranges, i)
         rows = _rows(queries, o, lse, d_o, d_lse)
         # Only finite values may be multiplied with the zeros of P and dS.
-        finite = queries._replace(q=_finite(queries.q))
+        finite = queries._replace(q=finite_or_zero(queries.q))
 
         def of_keys(j: jax.Array, carry: tuple[jax.Array, Gradients]) -> tuple:
             d_q, sums = carry
@@ -138,7 +139,7 @@ def _rows(
     bad = ~(jnp.isfinite(delta) & jnp.isfinite(queries.q).all(-1) & jnp.isfinite(d_o).all(-1))
     # NaN in `shift` makes all of P and dS that the row sees NaN.
     shift = jnp.where(bad, jnp.nan, jnp.where(lse == -jnp.inf, 0.0, lse))
-    return _Rows(shift, _finite(d_o), delta)
+    return _Rows(shift, finite_or_zero(d_o), delta)
 
 
 def _of_block(
@@ -150,37 +151,22 @@ def _of_block(
     scores = block_scores(queries, keys, scale)
     p = jnp.where(seen, jnp.exp(scores - rows.shift[..., None]), 0.0)
     dtype = jnp.bfloat16 if problem.q.dtype == jnp.bfloat16 else jnp.float32
-    d_p = _product("hrv,htv->hrt", rows.d_o, keys.v, dtype)
+    d_p = product("hrv,htv->hrt", rows.d_o, keys.v, dtype)
     d_s = jnp.where(seen, p * (d_p - rows.delta[..., None]) * scale, 0.0)
     nope = keys.k_nope.shape[-1]
     d_q = jnp.concatenate(
         [
-            _product("hrt,htn->hrn", d_s, _finite(keys.k_nope), dtype),
-            _product("hrt,tn->hrn", d_s, _finite(keys.k_rope), dtype),
+            product("hrt,htn->hrn", d_s, finite_or_zero(keys.k_nope), dtype),
+            product("hrt,tn->hrn", d_s, finite_or_zero(keys.k_rope), dtype),
         ],
         axis=-1,
     )
     return Gradients(
         q=d_q,
-        k_nope=_product("hrt,hrn->htn", d_s, finite.q[..., :nope], dtype),
-        k_rope=_product("hrt,hrn->tn", d_s, finite.q[..., nope:], dtype),
-        v=_product("hrt,hrv->htv", p, rows.d_o, dtype),
+        k_nope=product("hrt,hrn->htn", d_s, finite.q[..., :nope], dtype),
+        k_rope=product("hrt,hrn->tn", d_s, finite.q[..., nope:], dtype),
+        v=product("hrt,hrv->htv", p, rows.d_o, dtype),
     )
-
-
-def _product(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Returns an einsum of a and b rounded to `dtype`, accumulated in float32."""
-    return jnp.einsum(
-        spec,
-        a.astype(dtype),
-        b.astype(dtype),
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def _finite(x: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isfinite(x), x, 0)
 
 
 def _add(array: jax.Array, start: jax.Array, rows: jax.Array) -> jax.Array:
