@@ -147,7 +147,7 @@ class TestResult:
         return {key: example[kind] for key, kind in SCHEMA.items()} | {"environment": environment()}
 
     def test_names_the_commit(self, tmp_path, monkeypatch):
-        """Of the checkout; without one, of the variable."""
+        """The commit is that of the checkout. Where there is none, a variable says it."""
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=results.ROOT, capture_output=True)
         commit = environment()["versions"]["commit"]
         if head.returncode == 0:
