@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy.optimize import least_squares
 
 import mla_jax.hal
 from experiments.simulated.predictions import (
@@ -103,6 +102,9 @@ def log_errors(profile: HardwareProfile, rows: Sequence[Row]) -> np.ndarray:
 
 def fit(device: str, rows: Sequence[Row], bounds: Bounds) -> dict[str, float]:
     """Returns the constants that fit `rows` best; large errors count less than their squares."""
+    # This takes a second to import, and `published` imports this module for other functions.
+    from scipy.optimize import least_squares
+
     start = load_profile(device)
 
     def residuals(x: np.ndarray) -> np.ndarray:
