@@ -40,7 +40,7 @@ _SMALLEST_AMAX = np.float32(2.0**-100)  # for less, amax / 127 comes close to su
 _SMALLEST_OF_HALVES = np.float32(2.0**-60)  # a bfloat16 value can be divided by the resulting step
 
 
-# Of the first argument, the values.
+# The values are those of the first argument.
 _without_derivative = functools.partial(
     without_derivative,
     message=(

@@ -89,7 +89,7 @@ def summary(root: Path) -> str:
     return wrapped(
         f"Prefill without pauses runs at {min(speeds[OURS]):.2f} to {max(speeds[OURS]):.2f} times "
         f"the speed of the fastest of FlashAttention-3, FlashInfer and cuDNN, at "
-        f"{min(speeds[PLANNED]):.2f} to {max(speeds[PLANNED]):.2f} if calls share a work list. A "
+        f"{min(speeds[PLANNED]):.2f} to {max(speeds[PLANNED]):.2f} with a work list made before. A "
         f"layer of DeepSeek-V3 takes {times['expanded']} ms for {first[0]['queries']} tokens."
     )
 

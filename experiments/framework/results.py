@@ -130,6 +130,11 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, at most 200 characters, or its type's name."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def _check_environment(found: dict[str, Any], where: str) -> None:
     _check_keys(found, ENVIRONMENT, where)
     for name, version in found["versions"].items():
@@ -196,10 +201,13 @@ def _version(package: str) -> str:
 def _commit() -> str:
     """Returns the commit of the checkout, "+" where files differ from it, or "unknown".
 
-    On a machine without git or without .git, the variable MLA_JAX_COMMIT says it.
+    On a machine without git or without .git, the variable MLA_JAX_COMMIT says it. A repository
+    around the checkout does not count.
     """
     command = ["git", "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]
     try:
+        if not (ROOT / ".git").exists():
+            raise FileNotFoundError(ROOT / ".git")
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("MLA_JAX_COMMIT", "unknown")

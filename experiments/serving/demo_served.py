@@ -18,6 +18,7 @@ from experiments.framework import plotting
 from experiments.framework.console import say, show_table
 from experiments.framework.errors import relative_error
 from experiments.framework.experiment import Row
+from experiments.framework.results import first_line
 from experiments.speed.decode.bursts import time_bursts
 from experiments.speed.decode.checks import BOUND, BOUND_OF_LSE
 from experiments.speed.decode.contenders import Contender
@@ -134,7 +135,7 @@ def _run_shape(
         bursts = {name: _burst(inputs, one) for name, one in ready.items()}
         timings = time_bursts(bursts, rounds=work.setup.rounds, pause=work.setup.pause)
     except (RuntimeError, ValueError) as error:  # out of memory, or times below the noise
-        reasons |= {name: f"failed: {_first_line(error)}" for name in ready}
+        reasons |= {name: f"failed: {first_line(error)}" for name in ready}
     else:
         for name, timing in timings.items():
             measured[name] = rates(work.row, timing.us) | {"host_bound": timing.host_bound}
@@ -236,10 +237,6 @@ def rates(row: Shape, us: float) -> Row:
     }
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
 def compiling(job: Job) -> Callable[[], Programs | str]:
     """Returns a function that compiles a job, or returns why it can't be compiled."""
 
@@ -247,7 +244,7 @@ def compiling(job: Job) -> Callable[[], Programs | str]:
         try:
             return job.compile()
         except Exception as error:  # a compiler may raise anything, and the other rows still count
-            return f"failed: {_first_line(error)}"
+            return f"failed: {first_line(error)}"
 
     return compile_job
 

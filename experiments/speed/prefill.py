@@ -22,6 +22,7 @@ from experiments.framework.console import say, show_table, track
 from experiments.framework.errors import LSE_BOUND, OUTPUT_BOUND, lse_error, relative_error
 from experiments.framework.experiment import InputError, Outcome, Output, Row
 from experiments.framework.options import flag, seed_flag
+from experiments.framework.results import first_line
 from experiments.speed import timing
 from experiments.speed.benchmark_tables import write_csv
 from experiments.speed.decode.bursts import time_bursts
@@ -118,7 +119,7 @@ class Job:
         try:
             return timing.compile_model(attend, *self.shapes(), passes=self.launches[1])
         except Exception as error:  # a compiler may raise anything, and the other rows still count
-            return f"failed: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"
+            return f"failed: {first_line(error)}"
 
 
 def run(options: Options, output: Output) -> Outcome:
@@ -133,7 +134,15 @@ def run(options: Options, output: Output) -> Outcome:
     programs = _compile([job for jobs in work.values() for job in jobs])
     rows: list[Row] = []
     for (batch, h), jobs in track(work.items(), "timing", total=len(work)):
-        rows += _time(batch, h, jobs, programs, options)
+        try:
+            rows += _time(batch, h, jobs, programs, options)
+        except RuntimeError as error:  # out of memory, or times below the noise
+            reason = f"failed: {first_line(error)}"
+            rows += [
+                {"batch": batch.text, "heads": h, "implementation": job.name, "status": reason,
+                 "passed": False}
+                for job in jobs
+            ]  # fmt: skip
     kind = jax.devices()[0].device_kind
     show_table(f"Prefill attention of one layer on {kind}, {options.dtype}, causal", rows, COLUMNS)
     for row in rows:

@@ -40,8 +40,9 @@ class Rates(NamedTuple):
     projection: float  # products with W_UK and W_UV
 
 
-# Measured on one H200, whose peak is 1070 TFLOPS at the boost clock: 581 TFLOPS by the decode
-# kernel on chunks of 2048 tokens, 600 by the prefill kernel, 700 by products with weights.
+# Shares of an H200's 1070 TFLOPS at the boost clock. Measured: about 600 TFLOPS by the prefill
+# kernel, and 581 by the decode kernel of an earlier version on chunks of 2048 tokens. Assumed: 700
+# by products with weights, since large products of XLA reach 807 to 844.
 _KERNELS = Rates(absorbed=0.54, expanded=0.56, projection=0.65)
 # Plain JAX computes float32. All three are products by XLA there.
 _PLAIN = Rates(1.0, 1.0, 1.0)

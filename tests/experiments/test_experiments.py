@@ -146,14 +146,14 @@ class TestResult:
         example = {int: 1, float: 1.0, str: "x", bool: True, list: [], dict: {}}
         return {key: example[kind] for key, kind in SCHEMA.items()} | {"environment": environment()}
 
-    def test_names_the_commit(self, tmp_path, monkeypatch):
+    def test_names_the_commit(self, monkeypatch):
         """The commit is that of the checkout. Where there is none, a variable says it."""
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=results.ROOT, capture_output=True)
         commit = environment()["versions"]["commit"]
         if head.returncode == 0:
             assert re.fullmatch(f"{head.stdout.decode()[:7]}\\w*\\+?", commit)
-        monkeypatch.setattr(results, "ROOT", tmp_path)
-        monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+        # A folder inside a repository is not that repository.
+        monkeypatch.setattr(results, "ROOT", results.ROOT / "experiments")
         monkeypatch.setenv("MLA_JAX_COMMIT", "1234567")
         assert results._commit.__wrapped__() == "1234567"
         monkeypatch.delenv("MLA_JAX_COMMIT")

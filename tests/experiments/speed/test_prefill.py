@@ -80,3 +80,13 @@ def test_what_does_not_compile_has_no_numbers(monkeypatch, tmp_path):
     assert status == 1
     assert row["status"] == "failed: no such kernel"
     assert "tflops" not in row
+
+
+def test_a_batch_that_fails_while_it_runs_is_a_failed_row(monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise RuntimeError("out of memory\nand more lines")
+
+    monkeypatch.setattr(prefill, "time_bursts", fail)
+    status, row = run(tmp_path, "--batches=1x3", "--heads=1", "--dtype=float32")
+    assert (status, row["status"], row["passed"]) == (1, "failed: out of memory", False)
+    assert "tflops" not in row
