@@ -25,7 +25,7 @@ def refusal(dtype: Any, *, nope_dim: int, rope_dim: int, v_dim: int) -> str | No
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 or float16, got {dtype.name}"
     try:
-        PrefillConfig(nope_dim=nope_dim, rope_dim=rope_dim, v_dim=v_dim)
+        PrefillConfig.of_widths(nope_dim, rope_dim, v_dim)
     except TilePlanError as error:
         return f"its tiles can't have these widths: {error}"
     return None
@@ -62,7 +62,7 @@ def attend_ragged(
         cu_kv_lens: [B + 1] int32, likewise its keys.
         softmax_scale: above 0.
         work: `plan` of these lengths; None: it is made here.
-        config: of the kernel; None: the default one for these widths.
+        config: of the kernel; None: `PrefillConfig.of_widths`.
         interpret: `plgpu.InterpretGPUParams()` runs the kernel on a CPU; None: on the GPU.
 
     Returns:
@@ -79,7 +79,7 @@ def attend_ragged(
     rope_dim = 0 if k_rope is None else k_rope.shape[1]
     nope_dim = q.shape[2] - rope_dim
     v_dim = k_nope.shape[2] - nope_dim if v is None else v.shape[2]
-    config = config or PrefillConfig(nope_dim=nope_dim, rope_dim=rope_dim, v_dim=v_dim)
+    config = config or PrefillConfig.of_widths(nope_dim, rope_dim, v_dim)
     _check(q, k_nope, k_rope, v, cu_q_lens, cu_kv_lens, config)
     # With a scale below 0 the mask's -inf would become the largest score.
     softmax_scale = require_softmax_scale(softmax_scale)
@@ -125,6 +125,7 @@ def plan(
         num_keys,
         causal=causal,
         num_heads=num_heads,
+        block_keys=config.block_keys,
         bytes_per_key=(config.nope_dim + config.v_dim) * ITEMSIZE,
         heads_at_once=config.heads_at_once,
     )

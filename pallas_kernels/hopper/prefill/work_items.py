@@ -5,7 +5,8 @@ tiles, longest first. All heads have the same tiles, so an item's index says whi
 head it is (`place_of_item`), and only the tiles are listed.
 
     causal: tiles end where the positions of query tokens, counted as keys, are multiples of 128.
-    KV blocks do too. So a row of the tile sees all keys of every block but the tile's last.
+    KV blocks of 128 do too. So a row of the tile sees all keys of every block but the tile's last.
+    With blocks of 64, it sees all keys of every block but the tile's last two.
 """
 
 from typing import Any, NamedTuple
@@ -77,6 +78,7 @@ def work_list(
     *,
     causal: bool,
     num_heads: int,
+    block_keys: int,
     bytes_per_key: int,
     heads_at_once: int | None = None,
 ) -> WorkList:
@@ -91,6 +93,7 @@ def work_list(
         num_queries, num_keys: rows of q and of the keys.
         causal: whether query i of n sees the keys up to num_keys_of_request - n + i.
         num_heads: of q.
+        block_keys: keys per KV block.
         bytes_per_key: of K and V of one head.
         heads_at_once: heads whose tiles are in work at the same time; None: as many as have keys
             and values that fit in L2.
@@ -123,7 +126,7 @@ def work_list(
     keys_of_requests, keys, queries = keys, keys[request], queries[request]
     limit = keys - queries + begin if causal else keys - 1
     seen = limit + num_rows if causal else keys
-    num_blocks = jnp.where(exists & (keys > 0), (seen + TILE_ROWS - 1) // TILE_ROWS, 0)
+    num_blocks = jnp.where(exists & (keys > 0), (seen + block_keys - 1) // block_keys, 0)
 
     tile = Tile(
         q_row=first[request] + begin,
