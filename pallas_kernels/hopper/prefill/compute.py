@@ -173,8 +173,8 @@ class ComputingWarpgroup:
         g.wait_mma(1)
         s = g.completed(product)
         self.release_k(stage, j == item.num_blocks - 1)
-        limit, _ = self.limit(item, j)
         if masked:
+            limit, _ = self.limit(item, j)
             s = self.masked(s, limit)
         m, p = self.softmax(s, carry.m)
         factor = jnp.exp2(carry.m - m)

@@ -1,7 +1,9 @@
 """The config of the prefill kernel: its widths, its schedule and the shared memory of a CTA."""
 
+import contextlib
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 from mla_jax.hal import TilePlanError, load_profile
 from mla_jax.hal.tiling import WGMMA_ROWS, BufferUse, bytes_used, require_fits
@@ -15,8 +17,23 @@ ITEM_STAGES = 2  # work items whose descriptors are in shared memory
 L2_BYTES = 32 << 20  # what the keys and values of heads in work at the same time may take
 NOPE_DIMS, ROPE_DIMS, V_DIMS = (128, 192), (0, 64), (128, 256)
 BLOCK_KEYS = (128, 64)  # keys of a KV block, as far as tiles end where blocks do
-# Keys of a block and stages. `PrefillConfig.of_widths` takes the first pair that fits.
-SCHEDULES = ((128, 2), (64, 4), (64, 3), (64, 2))
+
+
+class Schedule(NamedTuple):
+    """The fields of a `PrefillConfig` that depend on the widths."""
+
+    block_keys: int
+    stages: int
+    registers: tuple[int, int]
+
+
+# `PrefillConfig.of_widths` takes the first one that fits.
+SCHEDULES = (
+    Schedule(128, 2, (232, 40)),
+    Schedule(64, 4, (240, 24)),
+    Schedule(64, 3, (240, 24)),
+    Schedule(64, 2, (240, 24)),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,19 +73,11 @@ class PrefillConfig:
     @staticmethod
     def of_widths(nope_dim: int, rope_dim: int, v_dim: int) -> "PrefillConfig":
         """Returns the default config for these widths; raises TilePlanError if they have none."""
-        for block_keys, stages in SCHEDULES:
-            try:
-                return PrefillConfig(
-                    nope_dim=nope_dim,
-                    rope_dim=rope_dim,
-                    v_dim=v_dim,
-                    block_keys=block_keys,
-                    stages=stages,
-                )
-            except TilePlanError:
-                if (block_keys, stages) == SCHEDULES[-1]:
-                    raise
-        raise AssertionError("SCHEDULES is not empty")
+        make = functools.partial(PrefillConfig, nope_dim=nope_dim, rope_dim=rope_dim, v_dim=v_dim)
+        for schedule in SCHEDULES[:-1]:
+            with contextlib.suppress(TilePlanError):
+                return make(**schedule._asdict())
+        return make(**SCHEDULES[-1]._asdict())
 
     def __post_init__(self) -> None:
         if self.limits is None:

@@ -8,8 +8,8 @@ are none. It has three warpgroups:
            warp 1 loads V                             }                here
            warps 2, 3 look for NaN and infinity in V  }
 
-KV blocks are loaded by TMA, a tile's last block first. Only the last block needs a mask, or the last
-two where a block has 64 keys.
+KV blocks are loaded by TMA, a tile's last block first. Only the last block needs a mask, or the
+last two where a block has 64 keys.
 docs/hopper_prefill.md describes the schedule.
 """
 
