@@ -15,7 +15,9 @@ from mla_jax.hal import TilePlanError
 from pallas_kernels.hopper.prefill import attention
 from pallas_kernels.hopper.prefill.config import TILE_ROWS, PrefillConfig
 from pallas_kernels.hopper.prefill.work_items import (
+    TILE_FIELDS,
     Tile,
+    WorkList,
     place_of_item,
     work_list,
 )
@@ -67,6 +69,39 @@ def test_interpreted(races):
     assert not races.found
 
 
+def test_wide_interpreted(races):
+    """256 columns of K and of V: a tile masks two KV blocks of 64 keys.
+
+    The first warpgroup of a tile sees a part of both, or none of the last one, or there is only
+    one. Values that are not finite are in both.
+    """
+    rng = np.random.default_rng(6)
+    lens = [(5, 9), (100, 260), (130, 130)]
+    batch = PrefillBatch(rng, lens, rows=240, keys=404, heads=1, widths=(192, 64, 256))
+    begin = batch.cu_kv[1]
+    batch.poison(begin + 170, only_v=True)  # seen by rows 10 .. 99 of the chunk
+    batch.poison(begin + 230)  # in the last block of the same tile
+    batch.poison(batch.cu_kv[2] + 128)  # seen by the last two rows
+    batch.check(*run(batch, joined=True))
+    assert not races.found
+
+
+def test_wide_with_all_keys_visible_interpreted():
+    rng = np.random.default_rng(7)
+    batch = PrefillBatch(
+        rng,
+        [(3, 130), (70, 70), (5, 0)],
+        rows=80,
+        keys=205,
+        heads=1,
+        dtype=jnp.float16,
+        widths=(128, 64, 256),
+        causal=False,
+    )
+    batch.poison(batch.cu_kv[1] - 1)  # seen by the first request
+    batch.check(*run(batch, joined=False, detect_races=False), lse_of_spoiled=False)
+
+
 def test_invalid_requests_interpreted(races):
     """More queries than keys, an end past the array, and ends that decrease."""
     batch = causal_batch(2, [(20, 40), (20, 10), (30, 60), (10, 50)])
@@ -77,15 +112,23 @@ def test_invalid_requests_interpreted(races):
     assert not races.found
 
 
+def struct(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def check_compiled(report, config):
+    """No product is serialized, no register spilled, shared memory is what the config says."""
+    assert "mla_prefill" in report.name
+    assert report.spill_stores == report.spill_loads == report.stack_frame == 0
+    assert not report.messages
+    assert not report.misuses_setmaxnreg
+    assert report.shared_memory == config.shared_memory_bytes
+    assert f"m64n{config.block_keys}k16.f32.bf16.bf16" in report.ptx
+    assert f"m64n{config.v_dim}k16.f32.bf16.bf16" in report.ptx
+
+
 def test_the_op_compiles_for_sm90a(h200):
-    """`ragged_mla_attention` takes the kernel on a GPU.
-
-    No product is serialized, no register spilled, and shared memory is what the config says.
-    """
-
-    def struct(*shape, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
+    """`ragged_mla_attention` takes the kernel on a GPU."""
     heads, rows, bounds = 16, 4096, struct(5, dtype=jnp.int32)
     (report,) = aot.compile_sm90a(
         functools.partial(mla_jax.ragged_mla_attention, softmax_scale=SCALE),
@@ -96,17 +139,46 @@ def test_the_op_compiles_for_sm90a(h200):
         bounds,
         bounds,
     )
-    assert "mla_prefill" in report.name
-    assert report.spill_stores == report.spill_loads == report.stack_frame == 0
-    assert not report.messages
-    assert not report.misuses_setmaxnreg
-    assert report.shared_memory == PrefillConfig().shared_memory_bytes
-    assert "m64n128k16.f32.bf16.bf16" in report.ptx
+    check_compiled(report, PrefillConfig())
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_tiles_cover_every_row_once(causal):
+@pytest.mark.parametrize(
+    "widths",
+    [
+        (192, 64, 256),  # which leave the fewest registers
+        *map(
+            aot.on_gpu_machines,
+            [
+                (128, 0, 128),
+                (192, 0, 128),
+                (192, 64, 128),
+                (128, 0, 256),
+                (128, 64, 256),
+                (192, 0, 256),
+            ],
+        ),
+    ],
+)
+def test_other_widths_compile_for_sm90a(h200, widths):
+    nope, rope, v_dim = widths
+    heads, rows, bounds = 16, 4096, struct(5, dtype=jnp.int32)
+    (report,) = aot.compile_sm90a(
+        functools.partial(attention.attend_ragged, softmax_scale=SCALE, causal=True),
+        struct(rows, heads, nope + rope),
+        struct(rows, heads, nope + v_dim),
+        struct(rows, rope) if rope else None,
+        None,
+        bounds,
+        bounds,
+        WorkList(struct(60, TILE_FIELDS, dtype=jnp.int32), struct(2, dtype=jnp.int32)),
+    )
+    check_compiled(report, PrefillConfig.of_widths(*widths))
+
+
+@pytest.mark.parametrize(("causal", "block_keys"), [(True, 128), (False, 128), (True, 64)])
+def test_tiles_cover_every_row_once(causal, block_keys):
     sizes = {"num_queries": 1000, "num_keys": 3000, "num_heads": 5, "bytes_per_key": 512}
+    sizes["block_keys"] = block_keys
     make = jax.jit(functools.partial(work_list, causal=causal, **sizes))
     rng = np.random.default_rng(5)
     for _ in range(8):
@@ -132,8 +204,8 @@ def test_tiles_cover_every_row_once(causal):
                 continue
             last = m - n + rows - cu_q[b] if causal else np.full(len(rows), m - 1)
             assert tile.limit == last[0]
-            assert tile.num_blocks == last[-1] // TILE_ROWS + 1
-            if causal:  # all rows see all keys of all blocks but the last
+            assert tile.num_blocks == last[-1] // block_keys + 1
+            if causal:  # all rows see all keys of all blocks but the last, or the last two of 64
                 assert last[0] // TILE_ROWS == last[-1] // TILE_ROWS
         assert (covered == 1).all()
 
@@ -151,9 +223,17 @@ def test_refusals_name_the_reason():
     assert attention.refusal(jnp.bfloat16, **widths) is None
     assert "float32" in attention.refusal(jnp.float32, **widths)
     assert "rope_dim = 32" in attention.refusal(jnp.float16, **widths | {"rope_dim": 32})
-    assert "shared" in attention.refusal(jnp.float16, **widths | {"nope_dim": 192})
-    with pytest.raises(TilePlanError, match="stages = 4"):
-        PrefillConfig(stages=4)
+    assert "v_dim = 192, wanted 128 or 256" in attention.refusal(
+        jnp.float16, **widths | {"v_dim": 192}
+    )
+    for options, reason in [
+        ({"stages": 5}, "stages = 5"),
+        ({"block_keys": 96}, "block_keys = 96, wanted 128 or 64"),
+        ({"nope_dim": 192}, "shared holds 232448 bytes"),
+        ({"v_dim": 256}, "registers = .*to keep O, S and P"),
+    ]:
+        with pytest.raises(TilePlanError, match=reason):
+            PrefillConfig(**options)
     batch = causal_batch(0, [(5, 9)])
     q, k, rope, _, *cu = batch.arguments(joined=True)
     with pytest.raises(ValueError, match=r"k_rope must be bfloat16\[345, 64\], got"):
