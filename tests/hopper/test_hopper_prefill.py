@@ -76,8 +76,8 @@ def test_wide_interpreted(races):
     one. Values that are not finite are in both.
     """
     rng = np.random.default_rng(6)
-    lens = [(5, 9), (100, 260), (130, 130)]
-    batch = PrefillBatch(rng, lens, rows=240, keys=404, heads=1, widths=(192, 64, 256))
+    lens = [(5, 9), (100, 260), (130, 130), (60, 215)]
+    batch = PrefillBatch(rng, lens, rows=300, keys=620, heads=1, widths=(192, 64, 256))
     begin = batch.cu_kv[1]
     batch.poison(begin + 170, only_v=True)  # seen by rows 10 .. 99 of the chunk
     batch.poison(begin + 230)  # in the last block of the same tile
