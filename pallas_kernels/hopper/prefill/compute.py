@@ -90,9 +90,8 @@ class ComputingWarpgroup:
         masked = cta.call.masked_blocks
         first = self.pass_hidden_block(n, item) if masked > 1 and cta.config.trims else 0
         carry = self.first_block(n, item, first)
-        step, begin = functools.partial(self.step, n, item), masked
+        step, begin = functools.partial(self.step, n, item), jnp.minimum(masked, item.num_blocks)
         if masked > 1:
-            begin = jnp.minimum(masked, item.num_blocks)
             step_masked = functools.partial(step, masked=True)
             carry = lax.fori_loop(first + 1, begin, step_masked, carry)
         carry = lax.fori_loop(begin, item.num_blocks, step, carry)

@@ -14,6 +14,7 @@ docs/hopper_prefill.md describes the schedule.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -190,7 +191,8 @@ class ValueLoader:
         """Loads all blocks of V of an item. Those with a mask go to the checkers."""
         scratch, masked = self.cta.scratch, self.cta.call.masked_blocks
         for j in range(masked):
-            pl.when(item.num_blocks > j)(lambda j=j: self.load_v(n, item, j, scratch.v_first))
+            load = functools.partial(self.load_v, n, item, j, scratch.v_first)
+            pl.when(item.num_blocks > j)(load)
         lax.fori_loop(
             masked, item.num_blocks, lambda j, _: self.load_v(n, item, j, scratch.v_full), None
         )
@@ -228,7 +230,7 @@ class Checker:
 
     def check_item(self, n: Any, item: Item) -> None:
         for j in range(self.cta.call.masked_blocks):
-            pl.when(item.num_blocks > j)(lambda j=j: self.check(n, item, j))
+            pl.when(item.num_blocks > j)(functools.partial(self.check, n, item, j))
 
     def check(self, n: Any, item: Item, j: int) -> None:
         """Checks the item's j-th block."""
