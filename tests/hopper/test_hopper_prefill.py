@@ -228,6 +228,7 @@ def test_refusals_name_the_reason():
     )
     for options, reason in [
         ({"stages": 5}, "stages = 5"),
+        ({"registers": (232, 48)}, r"registers = \(232, 48\), wanted at most 504"),
         ({"block_keys": 96}, "block_keys = 96, wanted 128 or 64"),
         ({"nope_dim": 192}, "shared holds 232448 bytes"),
         ({"v_dim": 256}, "registers = .*to keep O, S and P"),

@@ -88,7 +88,7 @@ class ComputingWarpgroup:
         """Returns maxima (log2 units), sums of P and O of an item with a block at least."""
         cta, g, scratch = self.cta, self.cta.g, self.cta.scratch
         masked = cta.call.masked_blocks
-        first = self.pass_hidden_block(n, item) if masked > 1 and cta.config.trims else 0
+        first = self.pass_hidden_block(n, item) if self.passes_blocks else 0
         carry = self.first_block(n, item, first)
         step, begin = functools.partial(self.step, n, item), jnp.minimum(masked, item.num_blocks)
         if masked > 1:
@@ -107,10 +107,16 @@ class ComputingWarpgroup:
         plgpu.barrier_arrive(scratch.v_empty.at[stage])
         return carry.m, total, o
 
+    @property
+    def passes_blocks(self) -> bool:
+        """Whether a warpgroup can leave out a tile's last block."""
+        return self.cta.config.trims and self.cta.call.masked_blocks > 1
+
     def pass_hidden_block(self, n: Any, item: Item) -> Any:
-        """Releases an item's last block if the rows of this warpgroup see none of its keys.
+        """Releases K of an item's last block if the rows of this warpgroup see none of its keys.
 
         Returns the number of the block that they see first, 0 or 1. The item has that block too.
+        `first_block` releases V, so that no row waits for V before its first scores.
         """
         cta, scratch = self.cta, self.cta.scratch
         _, last_seen = self.limit(item, 0)
@@ -123,8 +129,6 @@ class ComputingWarpgroup:
             plgpu.barrier_arrive(scratch.k_empty.at[stage])
             self.take_turn()
             self.pass_turn()
-            plgpu.barrier_wait(scratch.v_checked.at[stage])
-            plgpu.barrier_arrive(scratch.v_empty.at[stage])
 
         return hidden.astype(jnp.int32)
 
@@ -153,6 +157,8 @@ class ComputingWarpgroup:
             m, total, p = lax.cond(last_seen < keys // 2, half, functools.partial(score, keys))
         else:
             m, total, p = score(keys)
+        if self.passes_blocks:
+            pl.when(j > 0)(functools.partial(self.release_unused_v, cta.stage(n)))
         total = self.poisoned(total, stage, limit)
         o = g.full((HEIGHT, cta.config.v_dim), 0.0, plgpu.Layout.WGMMA)
         return Running(m, total, o, p)
@@ -234,6 +240,11 @@ class ComputingWarpgroup:
         scratch = self.cta.scratch
         plgpu.barrier_arrive(scratch.k_empty.at[stage])
         plgpu.barrier_arrive(scratch.q_empty.at[self.index], predicate=is_last)
+
+    def release_unused_v(self, stage: Any) -> None:
+        """Releases V of a block that this warpgroup does not see, when it has been checked."""
+        plgpu.barrier_wait(self.cta.scratch.v_checked.at[stage])
+        plgpu.barrier_arrive(self.cta.scratch.v_empty.at[stage])
 
     def take_turn(self) -> None:
         """Waits until the other warpgroup has issued its products."""

@@ -16,7 +16,10 @@ CHECKERS = 2  # warps that look for NaN and infinity in V
 ITEM_STAGES = 2  # work items whose descriptors are in shared memory
 L2_BYTES = 32 << 20  # what the keys and values of heads in work at the same time may take
 NOPE_DIMS, ROPE_DIMS, V_DIMS = (128, 192), (0, 64), (128, 256)
-BLOCK_KEYS = (128, 64)  # keys of a KV block, as far as tiles end where blocks do
+BLOCK_KEYS = (
+    128,
+    64,
+)  # keys per KV block; divisors of TILE_ROWS, so that tiles end where blocks do
 
 
 class Schedule(NamedTuple):
@@ -92,12 +95,17 @@ class PrefillConfig:
             r % 8 == 0 and 24 <= r <= 256 for r in self.registers
         )
         self._require("registers", fits, "2 multiples of 8 in 24 .. 256 (setmaxnreg)")
+        # A CTA starts with so many per thread, and setmaxnreg waits forever for more than these.
+        warpgroups = len(self.warpgroup_registers)
+        assert self.limits is not None
+        most = warpgroups * (self.limits.registers // (128 * warpgroups) // 8 * 8)
+        fits = sum(self.warpgroup_registers) <= most
+        self._require("registers", fits, f"at most {most} in {warpgroups} warpgroups")
         least = 1 if self.heads_at_once is None else self.heads_at_once
         self._require("heads_at_once", least >= 1, "an integer >= 1")
         # float32 O and S, and P in 16 bits; the rest of a thread is sums, addresses and indices.
         needed = WGMMA_ROWS * (self.v_dim + self.block_keys + self.block_keys // 2) // 128 + 40
         self._require("registers", self.registers[0] >= needed, f">= {needed} to keep O, S and P")
-        assert self.limits is not None
         capacity = {"shared": self.limits.shared_memory, "registers": self.limits.registers}
         require_fits(self.limits.profile, self.shared_memory, self.warpgroup_registers, capacity)
 
