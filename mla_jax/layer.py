@@ -80,8 +80,9 @@ def mla_layer(
             query_lens, None computes requests with few new tokens in the absorbed form in any case.
             None selects the absorbed form for all that only it can do: a plan, a partial_dtype,
             AMLA's rescale, and implementations other than "hopper" and "xla".
-        workspace_tokens: in the expanded form, earlier tokens of all requests whose keys and values
-            are in memory at a time. None: as many as take 512 MiB.
+        workspace_tokens: in the expanded form, tokens of all requests whose keys and values are in
+            memory at a time, or those of the new tokens if there are more. None: as many as take
+            512 MiB.
         head_axis: the axis of a `jax.shard_map` around the call that splits the heads
             (`param_specs`). `config` is that of the whole layer. All other arguments are equal
             along the axis, and so are the results: the projected outputs are summed over it once.
