@@ -118,3 +118,33 @@ def random_lengths(
     more = np.diff(cuts, prepend=0)
     more[rng.random(requests) < 0.3] = 0
     return [(int(n), int(n + m if causal else m)) for n, m in zip(queries, more, strict=True)]
+
+
+def random_bounds(
+    rng: np.random.Generator, requests: int, rows: int, keys: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns bounds of requests among the query rows and the keys, int32, many of them invalid.
+
+    Some requests are empty, have more queries than keys, or end past the arrays. Bounds decrease,
+    or are any int32. Rows are left behind the last request.
+    """
+    kind = rng.choice(["valid", "too long", "disordered", "any"], p=[0.5, 0.2, 0.2, 0.1])
+    if kind == "any":
+        q, kv = rng.integers(-(2**31), 2**31, (2, requests + 1))
+        return q.astype(np.int32), kv.astype(np.int32)
+    most = 2 * keys // (requests + 1) if kind == "too long" else keys // (requests + 1)
+    more = rng.integers(0, most + 1, requests)
+    lens = np.minimum(rng.integers(0, 2 * rows // (requests + 1) + 2, requests), more)
+    one = rng.integers(requests)  # a request that is longer than the others
+    lens[one], more[one] = rng.integers(0, rows + 1), rng.integers(0, keys + 1)
+    lens[rng.random(requests) < rng.random()] = 0
+    more[rng.random(requests) < rng.random() / 2] = 0
+    if rng.integers(2):
+        more = np.maximum(more, lens)
+    q, kv = (np.concatenate([[0], np.cumsum(x)]) for x in (lens, more))
+    if kind == "disordered":
+        some = rng.integers(0, requests + 1, 1 + requests // 4)
+        q[some] += rng.integers(-rows, rows, len(some))
+        some = rng.integers(0, requests + 1, 1 + requests // 8)
+        kv[some] += rng.integers(-keys, keys, len(some))
+    return q.astype(np.int32), kv.astype(np.int32)

@@ -5,6 +5,7 @@ indexed loads and stores are NumPy's, and an exchange moves elements of the arra
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, llvm, nvvm, vector
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -73,12 +75,13 @@ class PerThread(Mode):
     def store_row_per_warp(self, ref, row, fields: Sequence[jax.Array]) -> None:
         """Stores one row per warp to a contiguous GMEM ref [n, an even number of fields] of int32.
 
-        row, fields: [128] int32 each. Those of a warp's first lane count.
+        row, fields: [128] int32 each. Those of a warp's first lane count. A row from n on is not
+            stored.
         """
+        count = ref.shape[0]
         if self.interpreting:
             for first in range(0, WARPS * LANES, LANES):
-                for i, field in enumerate(fields):
-                    ref[row[first], i] = field[first]
+                pl.when(row[first] < count)(functools.partial(_store_row, ref, row, fields, first))
             return
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), THREADS, *(THREADS for _ in fields)))
@@ -88,9 +91,11 @@ class PerThread(Mode):
             two = ir.VectorType.get((2,), i32)
             lane = arith.remui(thread(), mgpu.utils.c(LANES, i32))
             is_first = arith.cmpi(arith.CmpIPredicate.eq, lane, mgpu.utils.c(0, i32))
+            row = _value_of(rows)
+            is_stored = arith.cmpi(arith.CmpIPredicate.ult, row, mgpu.utils.c(count, i32))
             values = [_value_of(column) for column in columns]
-            start = arith.muli(_value_of(rows), mgpu.utils.c(len(values), i32))
-            with mgpu.utils.when(is_first):
+            start = arith.muli(row, mgpu.utils.c(len(values), i32))
+            with mgpu.utils.when(arith.andi(is_first, is_stored)):
                 begin = element_pointer(target, start)
                 for i in range(0, len(values), 2):
                     place = mgpu.utils.getelementptr(begin, [i], i32)
@@ -163,6 +168,12 @@ class PerThread(Mode):
             mgpu.utils.warpgroup_barrier()
 
         wait()
+
+
+def _store_row(ref, row: jax.Array, fields: Sequence[jax.Array], thread_index: int) -> None:
+    """Stores the row of one thread, in the interpreter."""
+    for i, field in enumerate(fields):
+        ref[row[thread_index], i] = field[thread_index]
 
 
 def _laid_out(x: jax.Array) -> jax.Array:
