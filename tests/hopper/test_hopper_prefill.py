@@ -14,7 +14,7 @@ import mla_jax
 from mla_jax.hal import TilePlanError
 from pallas_kernels.hopper.prefill import attention
 from pallas_kernels.hopper.prefill.config import TILE_ROWS, PrefillConfig
-from pallas_kernels.hopper.prefill.list_kernel import list_tiles
+from pallas_kernels.hopper.prefill.list_kernel import MOST_REQUESTS, list_tiles
 from pallas_kernels.hopper.prefill.work_items import (
     Tile,
     place_of_item,
@@ -144,12 +144,11 @@ def test_tiles_cover_every_row_once(causal):
 
 
 @pytest.mark.parametrize(
-    ("requests", "rows", "causal", "heads_at_once"),
-    [(5, 400, True, None), (200, 5, True, 3), (3, 200, False, None)],
+    ("requests", "rows", "keys", "causal", "heads_at_once"),
+    [(5, 400, 3000, True, None), (200, 5, 60_000, True, 3), (3, 200, 1000, False, None)],
 )
-def test_one_kernel_makes_the_same_list_interpreted(requests, rows, causal, heads_at_once):
+def test_one_kernel_makes_the_same_list_interpreted(requests, rows, keys, causal, heads_at_once):
     """The kernel's list equals that of `work_list`, also for bounds that can't be."""
-    keys = 3000
     options = {
         "num_queries": rows,
         "num_keys": keys,
@@ -166,6 +165,20 @@ def test_one_kernel_makes_the_same_list_interpreted(requests, rows, causal, head
         bounds = random_bounds(rng, requests, rows, keys)
         for got, wanted in zip(made(*bounds), specified(*bounds), strict=True):
             np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("requests", "interpret", "kernels"),
+    [(MOST_REQUESTS, None, 1), (MOST_REQUESTS + 1, None, 0), (4, plgpu.InterpretGPUParams(), 0)],
+)
+def test_plan_takes_the_kernel_where_it_can(requests, interpret, kernels):
+    """A program for a CPU has no kernel, but its trace has all platforms."""
+    bounds = jax.ShapeDtypeStruct((requests + 1,), jnp.int32)
+    options = {"causal": True, "interpret": interpret}
+    make = functools.partial(attention.plan, **options)
+    traced = jax.make_jaxpr(make, static_argnums=(2, 3, 4, 5))
+    text = str(traced(bounds, bounds, 1000, 2000, 16, PrefillConfig()))
+    assert text.count("mpmd_map[") == kernels
 
 
 def test_items_cover_every_tile_of_every_head_once():

@@ -125,26 +125,30 @@ def random_bounds(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns bounds of requests among the query rows and the keys, int32, many of them invalid.
 
-    Some requests are empty, have more queries than keys, or end past the arrays. Bounds decrease,
-    or are any int32. Rows are left behind the last request.
+    Some requests are empty, have more queries than keys, or end past the arrays. The first request
+    starts late, bounds decrease, or they are any int32. Rows are left behind the last request.
     """
-    kind = rng.choice(["valid", "too long", "disordered", "any"], p=[0.5, 0.2, 0.2, 0.1])
+    kind = rng.choice(
+        ["valid", "too long", "late", "disordered", "any"], p=[0.4, 0.2, 0.1, 0.2, 0.1]
+    )
     if kind == "any":
         q, kv = rng.integers(-(2**31), 2**31, (2, requests + 1))
         return q.astype(np.int32), kv.astype(np.int32)
-    most = 2 * keys // (requests + 1) if kind == "too long" else keys // (requests + 1)
-    more = rng.integers(0, most + 1, requests)
-    lens = np.minimum(rng.integers(0, 2 * rows // (requests + 1) + 2, requests), more)
-    one = rng.integers(requests)  # a request that is longer than the others
-    lens[one], more[one] = rng.integers(0, rows + 1), rng.integers(0, keys + 1)
-    lens[rng.random(requests) < rng.random()] = 0
-    more[rng.random(requests) < rng.random() / 2] = 0
-    if rng.integers(2):
-        more = np.maximum(more, lens)
+
+    def spread(total: int) -> np.ndarray:
+        most = 2 * total if kind == "too long" else total
+        lens = np.diff(np.sort(rng.integers(0, most + 1, requests)), prepend=0)
+        lens[rng.random(requests) < rng.random() / 2] = 0
+        return lens
+
+    lens, more = spread(rows), spread(keys)
+    if rng.integers(3):
+        lens = np.minimum(lens, more)
     q, kv = (np.concatenate([[0], np.cumsum(x)]) for x in (lens, more))
+    if kind == "late":
+        q, kv = (q + 1, kv) if rng.integers(2) else (q, kv + 1)
     if kind == "disordered":
-        some = rng.integers(0, requests + 1, 1 + requests // 4)
-        q[some] += rng.integers(-rows, rows, len(some))
-        some = rng.integers(0, requests + 1, 1 + requests // 8)
-        kv[some] += rng.integers(-keys, keys, len(some))
+        for bounds, total in ((q, rows), (kv, keys)):
+            some = rng.integers(0, requests + 1, 1 + requests // 8)
+            bounds[some] += rng.integers(-total, total, len(some))
     return q.astype(np.int32), kv.astype(np.int32)

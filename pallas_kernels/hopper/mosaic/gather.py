@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax._src import core as jax_core
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm, nvvm, vector
+from jax._src.lib.mlir.dialects import arith, nvvm, vector
 from jax._src.pallas.mosaic_gpu import core as pallas_core
 from jax._src.pallas.mosaic_gpu import lowering
 from jax._src.pallas.mosaic_gpu import primitives as pallas_primitives

@@ -135,7 +135,7 @@ def plan(
     On an NVIDIA GPU one kernel makes it. On other platforms, where `interpret` is given, and for
     more than `list_kernel.MOST_REQUESTS` requests it is made in JAX.
     """
-    options = {
+    options: dict[str, Any] = {
         "num_queries": num_queries,
         "num_keys": num_keys,
         "causal": causal,

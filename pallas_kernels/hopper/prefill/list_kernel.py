@@ -25,7 +25,6 @@ from pallas_kernels.hopper.mosaic.primitives import OWN_BARRIERS, Backend
 from pallas_kernels.hopper.prefill.work_items import (
     TILE_FIELDS,
     Request,
-    Tile,
     WorkList,
     heads_in_work,
     most_tiles,
@@ -38,7 +37,7 @@ LEAST_INT = -(2**31)
 
 
 class Table(NamedTuple):
-    """What a CTA knows of each request, in shared memory: [requests] int32 each.
+    """The values per request in shared memory: [requests] int32 each.
 
     The last request is the rows behind the others. Entries after it are padding without tiles.
     """
@@ -198,9 +197,7 @@ class Lister:
         )
         for index, request, own_tiles in zip(indices[:-1], requests, tiles, strict=True):
             end = end + own_tiles
-            entry = Table(
-                *request, blocks=tiles_in(request.keys), tiles=own_tiles, tile_end=end
-            )
+            entry = Table(*request, blocks=tiles_in(request.keys), tiles=own_tiles, tile_end=end)
             for field, value in zip(Table._fields, entry, strict=True):
                 g.store_indexed(self.scratch.table, self.place(field, index), value)
         g.wait_for_warpgroup()
@@ -239,7 +236,6 @@ class Lister:
     def list_tile(self, index: Any, exists: Any) -> None:
         """Writes the tile of each warp to its place in the list."""
         g, call = self.g, self.call
-        lane = g.thread_index() % LANES
 
         def ends_before(other: Any) -> Any:
             return jnp.where(self.load("tile_end", other) <= index, 1, 0)
