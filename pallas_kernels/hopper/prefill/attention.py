@@ -143,11 +143,14 @@ def plan(
         "bytes_per_key": (config.nope_dim + config.v_dim) * ITEMSIZE,
         "heads_at_once": config.heads_at_once,
     }
-    in_jax = functools.partial(work_list, **options)
-    if interpret is not None or len(cu_q_lens) - 1 > MOST_REQUESTS:
-        return in_jax(cu_q_lens, cu_kv_lens)
-    in_one_kernel = functools.partial(list_tiles, **options)
-    return lax.platform_dependent(cu_q_lens, cu_kv_lens, cuda=in_one_kernel, default=in_jax)
+    bounds = cu_q_lens, cu_kv_lens
+    if interpret is not None or not num_queries or len(cu_q_lens) - 1 > MOST_REQUESTS:
+        return work_list(*bounds, **options)
+    return lax.platform_dependent(
+        *bounds,
+        cuda=functools.partial(list_tiles, **options),
+        default=functools.partial(work_list, **options),
+    )
 
 
 def _at_least(x: jax.Array, rows: int) -> jax.Array:

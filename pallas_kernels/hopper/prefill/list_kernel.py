@@ -7,7 +7,7 @@ list. A tile's place follows from numbers per request, so that no tiles are sort
 
     causal: the tiles of a request see `blocks`, `blocks` - 1, ... KV blocks, one tile each. Those
     that see more than c blocks are the last `blocks` - c of them, between none and all.
-    otherwise: all tiles of a request see `blocks` KV blocks.
+    otherwise, or without keys: all tiles of a request see `blocks` KV blocks.
 """
 
 import dataclasses
