@@ -132,6 +132,8 @@ class Scheduler:
             cta.inputs.work.counts[1],
         )
         fields = Tile(*(cta.inputs.work.tiles[tile, i] for i in range(len(Tile._fields))))
+        num_blocks = fields.blocks_of(cta.config.block_keys, cta.call.causal)
+        fields = fields._replace(num_blocks=num_blocks)
         item = Item(jnp.where(exists, head, NO_ITEM), *fields)
         stage = lax.rem(k, ITEM_STAGES)
         pl.when(k >= ITEM_STAGES)(lambda: self.wait_until_read(k - ITEM_STAGES))
