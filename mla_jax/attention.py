@@ -91,8 +91,9 @@ def paged_mla_attention(
             first that can run the problem on the platform that the call is lowered for. None:
             ("hopper", "xla"). See "The choice" below.
         plan: for these seq_lens, from `plan_decode`, or a SplitPlan of `plan_fixed` (results that
-            do not depend on the batch) or `plan_splits`. None: an implementation that splits the
-            keys plans for itself. Other implementations ignore it.
+            do not depend on the batch) or `plan_splits`. A plan that was made with query_lens is
+            for these, and for a causal mask. None: an implementation that splits the keys plans for
+            itself. Other implementations ignore it.
         rescale: "multiply" or "exponent_add" (AMLA), see `online_softmax`.
         partial_dtype: of partial results, where the keys of a request are split. None selects
             float32. On Hopper, tiles of 64 or more bfloat16 rows use float16 with one power-of-two
@@ -171,7 +172,7 @@ def prepare(
     names = check_names(implementation)
     softmax_scale = checks.require_softmax_scale(softmax_scale)
     plan = DecodePlan.of(plan)
-    dtype = _check_options(rescale, partial_dtype, plan, q)
+    dtype = _check_options(rescale, partial_dtype, plan, q, causal)
     _check_values(q, cache, block_tables, seq_lens, query_lens, plan)
     block_tables, seq_lens, query_lens = map(checks.snapshot, (block_tables, seq_lens, query_lens))
     problem = AttentionProblem(
@@ -232,13 +233,13 @@ def check_block_tables(block_tables: Any, batch: int) -> None:
     checks.require_positive("max_pages of block_tables", block_tables.shape[1])
 
 
-def _check_options(rescale: Any, partial_dtype: Any, plan: Any, q: jax.Array) -> Any:
+def _check_options(rescale: Any, partial_dtype: Any, plan: Any, q: jax.Array, causal: bool) -> Any:
     """partial_dtype as a dtype, or None."""
     if not isinstance(rescale, str):
         raise TypeError(f"rescale must be one of {', '.join(RESCALES)}, got {rescale!r}")
     checks.require_one_of("rescale", rescale, RESCALES)
     if plan is not None:
-        _check_plan(plan, q)
+        _check_plan(plan, q, causal)
     if partial_dtype is None:
         return None
     try:
@@ -252,7 +253,7 @@ def _check_options(rescale: Any, partial_dtype: Any, plan: Any, q: jax.Array) ->
     return dtype
 
 
-def _check_plan(plan: DecodePlan, q: jax.Array) -> None:
+def _check_plan(plan: DecodePlan, q: jax.Array, causal: bool) -> None:
     split = plan.split
     split.check()
     rows = q.shape[1] * q.shape[2]
@@ -262,6 +263,11 @@ def _check_plan(plan: DecodePlan, q: jax.Array) -> None:
             f"plan must be for {q.shape[0]} requests of {rows} rows = S * H, got "
             f"{split.num_tiles // split.num_row_tiles} requests of {split.num_row_tiles} tiles of "
             f"{split.rows_per_tile} rows"
+        )
+    if split.num_heads and (not causal or split.num_heads != q.shape[2]):
+        raise ValueError(
+            f"plan must be for causal={causal} and {q.shape[2]} heads: made with query_lens, it is "
+            f"for causal=True and {split.num_heads} heads"
         )
 
 
@@ -276,4 +282,6 @@ def _check_values(
     if query_lens is not None:
         require_query_lens(q.shape[1], "q", seq_lens, query_lens)
     if plan is not None:
-        plan.split.check_covers(seq_lens)
+        if query_lens is None:
+            query_lens = np.full(q.shape[0], q.shape[1], np.int32)
+        plan.split.check_covers(seq_lens, query_lens)

@@ -13,6 +13,7 @@ from mla_jax.online_softmax import RESCALES
 from mla_jax.registry import IMPLEMENTATIONS, check_names
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import require_lengths
+from mla_jax.splits.tile_keys import check_query_lens
 
 
 def plan_decode(
@@ -25,6 +26,7 @@ def plan_decode(
     implementation: str | Sequence[str] | None = None,
     max_seq_len: int | None = None,
     rescale: str = "multiply",
+    query_lens: jax.Array | None = None,
 ) -> DecodePlan:
     """Plans a decode step: how its work is split over a device, and the tiles of the kernel.
 
@@ -46,6 +48,9 @@ def plan_decode(
         max_seq_len: keys that a request's block table reaches, max_pages * page_size; None: not
             known. With it, steps of a few short requests get faster tiles.
         rescale: "multiply" or "exponent_add", as in the op.
+        query_lens: [B] int32, query tokens per request, with which the op is called, and with a
+            causal mask. The plan is for these alone, and leaves out the blocks of keys that a tile
+            of rows does not see; worth it for chunks and ragged batches. None: for any query_lens.
 
     Returns:
         The plan, a pytree: the arrays of its split are data, all else is static.
@@ -69,8 +74,17 @@ def plan_decode(
     checks.require_one_of("rescale", rescale, RESCALES)
     if max_seq_len is not None:
         checks.require_positive("max_seq_len", max_seq_len)
+    if query_lens is not None:
+        check_query_lens(query_lens, len(seq_lens), num_query_tokens)
     request = PlanRequest(
-        checks.snapshot(seq_lens), cache, rows, rescale, max_seq_len, _profile(profile)
+        seq_lens=checks.snapshot(seq_lens),
+        cache=cache,
+        rows=rows,
+        rescale=rescale,
+        max_seq_len=max_seq_len,
+        profile=_profile(profile),
+        query_lens=checks.snapshot(query_lens),
+        num_heads=num_heads,
     )
     names = ("hopper", "split_kv") if implementation is None else check_names(implementation)
     reasons = {}

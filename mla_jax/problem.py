@@ -61,6 +61,12 @@ class AttentionProblem:
         visible = jnp.where(token < query_lens, visible, 0)
         return jnp.repeat(visible, self.q.shape[2], axis=1)
 
+    def all_query_lens(self) -> jax.Array:
+        """Returns query_lens, [B] int32; S for every request where none are given."""
+        if self.query_lens is None:
+            return jnp.full_like(self.seq_lens, self.q.shape[1])
+        return self.query_lens
+
     def outputs(self, o: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns what the op returns, from rows o [B, R, kv_lora_rank] and lse [B, R] float32."""
         bad = (self.seq_lens < 0)[:, None]
