@@ -144,10 +144,10 @@ class SplitPlan:
         until[row_tile[used], request[used]] = end[used]  # a tile's last item is the last write
         queries = None if query_lens is None else np.asarray(query_lens).astype(np.int64)
         blocks = self.tile_blocks(lengths, queries, np)
-        names = "these seq_lens and query_lens" if self.num_heads else "these seq_lens"
+        these = "these seq_lens and query_lens" if self.num_heads else "these seq_lens"
         for number in np.flatnonzero((until != blocks).any(axis=0)):
             raise ValueError(
-                f"plan must be made for {names}, got one that does not cover request "
+                f"plan must be made for {these}, got one that does not cover request "
                 f"{number} of {lengths[number]} keys"
             )
 

@@ -25,7 +25,7 @@ _LARGEST = np.iinfo(np.int32).max
 
 def tile_keys(
     seq_lens: Any,
-    query_lens: Any | None,
+    query_lens: Any,
     *,
     num_row_tiles: int,
     rows_per_tile: int,
@@ -38,7 +38,7 @@ def tile_keys(
         seq_lens: [B] integers; a length below 0 counts as 0.
         query_lens: [B], query tokens per request; a tile of padding alone sees no key.
         num_heads: query rows per token. 0: nothing is hidden, and each tile sees all keys of its
-            request whatever query_lens is.
+            request; query_lens may be None.
         xp: numpy or jax.numpy.
     """
     seq_lens = xp.maximum(seq_lens, 0)

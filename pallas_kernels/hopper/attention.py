@@ -171,13 +171,13 @@ def attend_int8(
 class _QueryTokens(NamedTuple):
     """The query tokens of each request, and the query rows of each token."""
 
-    count: int
+    per_request: int
     num_heads: int
     causal: bool
 
     @property
     def rows(self) -> int:
-        return self.count * self.num_heads
+        return self.per_request * self.num_heads
 
 
 def _planned(
@@ -207,7 +207,7 @@ def _planned(
         lengths = jnp.clip(seq_lens, 0, capacity)
         kind: dict[str, Any] = {"cache": cache, "rescale": rescale, "tiles": tiles, **widths}
         if tokens.causal:
-            kind["query_lens"] = query_lens_of_plan(query_lens, seq_lens, tokens.count, BLOCK)
+            kind["query_lens"] = query_lens_of_plan(query_lens, seq_lens, tokens.per_request, BLOCK)
             kind["num_heads"] = tokens.num_heads
         plan = plan_decode(lengths, rows, capacity=capacity, **kind)
     elif tiles is not None:
@@ -227,9 +227,9 @@ def _planned(
         raise ValueError(f"tiles must have the plan's rows_per_tile {height}, got {got_height}")
     if not plan.split.num_heads:
         return plan, requests
-    seq_lens = valid_or_minus_one(*requests, page_size, num_pages, tokens.count)
+    seq_lens = valid_or_minus_one(*requests, page_size, num_pages, tokens.per_request)
     if given:
-        every = jnp.full_like(seq_lens, tokens.count) if query_lens is None else query_lens
+        every = jnp.full_like(seq_lens, tokens.per_request) if query_lens is None else query_lens
         seq_lens = jnp.where(covered_requests(plan.split, seq_lens, every), seq_lens, -1)
     return plan, (block_tables, seq_lens, query_lens)
 
