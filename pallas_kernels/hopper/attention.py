@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mla_jax.problem import valid_or_minus_one
+from mla_jax.cache.requests import valid_or_minus_one
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import SplitPlan, covered_requests
 from mla_jax.splits.tile_keys import query_lens_of_plan
