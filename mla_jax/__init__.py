@@ -8,7 +8,8 @@
 - Weights: `MLAParams`, `init_params`, `load_hf`, `save_hf`, `rotate_latent`, `CheckpointError`.
 - Plans: `plan_decode` makes a `DecodePlan` for a step; `plan_fixed`, `plan_splits`, `plan_loads`,
   `SplitPlan` and `SlowPlanWarning` are of its split alone.
-- Sharding: `param_specs` and `cache_specs` give PartitionSpecs, `mla_layer` takes a `head_axis`.
+- Sharding: `param_specs` and `cache_specs` give PartitionSpecs, `mla_layer` takes a `head_axis` and
+  a `kv_axis`.
 - Modules: `cache_size` counts bytes of caches, `online_softmax` computes softmax by blocks of keys.
 """
 

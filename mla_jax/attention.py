@@ -1,5 +1,6 @@
 """The attention op: absorbed MLA over a paged latent cache, its arguments and their checks."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -9,11 +10,13 @@ import numpy as np
 
 from mla_jax import checks
 from mla_jax.cache import PagedKVCache
+from mla_jax.cache.requests import valid_or_minus_one
 from mla_jax.implementations.choice import Choice
 from mla_jax.implementations.gradients import attend
 from mla_jax.online_softmax import RESCALES
 from mla_jax.problem import AttentionProblem
 from mla_jax.registry import check_names, choose
+from mla_jax.sharding.key_shards import KeyShard, merge_parts
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import SplitPlan
 
@@ -32,6 +35,7 @@ def paged_mla_attention(
     plan: DecodePlan | SplitPlan | None = None,
     rescale: str = "multiply",
     partial_dtype: Any = None,
+    kv_axis: str | None = None,
     return_lse: Literal[True] = True,
 ) -> tuple[jax.Array, jax.Array]: ...
 
@@ -50,6 +54,7 @@ def paged_mla_attention(
     plan: DecodePlan | SplitPlan | None = None,
     rescale: str = "multiply",
     partial_dtype: Any = None,
+    kv_axis: str | None = None,
     return_lse: Literal[False],
 ) -> jax.Array: ...
 
@@ -67,6 +72,7 @@ def paged_mla_attention(
     plan: DecodePlan | SplitPlan | None = None,
     rescale: str = "multiply",
     partial_dtype: Any = None,
+    kv_axis: str | None = None,
     return_lse: bool = True,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Computes attention of absorbed queries over the latents in the cache (arXiv 2405.04434).
@@ -99,6 +105,13 @@ def paged_mla_attention(
             float32. On Hopper, tiles of 64 or more bfloat16 rows use float16 with one power-of-two
             scale per row, which adds less error than rounding the output does. Without such scales
             (elsewhere), values past 65504 become infinite in float16.
+        kv_axis: the axis of a `jax.shard_map` around the call over which the keys of every request
+            are split: page p of a request, in the order of its tokens, is on device p % n of n.
+            `cache` and `block_tables` are those of one device; so is the plan, from
+            `plan_decode(kv_axis=...)`. All other arguments are equal along the axis, seq_lens and
+            query_lens count the tokens of all devices, and the results are equal along it: one
+            gather of o, in q.dtype, and lse. Values are checked as if they were traced. None: the
+            device has all keys of its requests.
         return_lse: whether to return lse too.
 
     Returns:
@@ -131,21 +144,23 @@ def paged_mla_attention(
             Traced, such a request's rows are NaN.
     """
     return_lse = checks.require_bool("return_lse", return_lse)
-    o, lse = attend(
-        *prepare(
-            q,
-            cache,
-            block_tables,
-            seq_lens,
-            softmax_scale=softmax_scale,
-            query_lens=query_lens,
-            causal=causal,
-            implementation=implementation,
-            plan=plan,
-            rescale=rescale,
-            partial_dtype=partial_dtype,
-        )
+    problem, choice = prepare(
+        q,
+        cache,
+        block_tables,
+        seq_lens,
+        softmax_scale=softmax_scale,
+        query_lens=query_lens,
+        causal=causal,
+        implementation=implementation,
+        plan=plan,
+        rescale=rescale,
+        partial_dtype=partial_dtype,
+        kv_axis=kv_axis,
     )
+    o, lse = attend(problem, choice)
+    if kv_axis is not None:
+        o, lse = merge_parts(o.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3]), kv_axis)
     return (o, lse) if return_lse else o
 
 
@@ -162,18 +177,30 @@ def prepare(
     plan: DecodePlan | SplitPlan | None = None,
     rescale: str = "multiply",
     partial_dtype: Any = None,
+    kv_axis: str | None = None,
 ) -> tuple[AttentionProblem, Choice]:
     """Runs all checks of `paged_mla_attention` and returns what `attend` takes.
 
-    Where nothing is traced, the choice that it returns can run here.
+    Where nothing is traced, the choice that it returns can run here. With kv_axis the problem has
+    this device's keys, and each of the B * S query tokens is a request of its own.
     """
     _check_arrays(q, cache, block_tables, seq_lens, query_lens)
     causal = checks.require_bool("causal", causal)
     names = check_names(implementation)
     softmax_scale = checks.require_softmax_scale(softmax_scale)
     plan = DecodePlan.of(plan)
-    dtype = _check_options(rescale, partial_dtype, plan, q, causal)
-    _check_values(q, cache, block_tables, seq_lens, query_lens, plan)
+    shard = None if kv_axis is None else KeyShard.here(kv_axis, cache.page_size)
+    dtype = _check_options(rescale, partial_dtype, plan, q, shard)
+    if plan is not None:
+        _check_mask_of_plan(plan.split, q.shape[2], causal, shard)
+    if shard is None:
+        _check_values(q, cache, block_tables, seq_lens, query_lens, plan)
+    else:
+        whole = {"q": q, "seq_lens": seq_lens, "query_lens": query_lens}
+        split = {"cache": cache.pages} | ({} if plan is None else {"plan": plan})
+        shard.require_split(whole, **split)
+        if plan is not None and not causal and q.shape[1] > 1:
+            raise ValueError("plan must be None with kv_axis, several query tokens and no mask")
     block_tables, seq_lens, query_lens = map(checks.snapshot, (block_tables, seq_lens, query_lens))
     problem = AttentionProblem(
         q=q,
@@ -187,7 +214,31 @@ def prepare(
         rescale=rescale,
         partial_dtype=dtype,
     )
+    if shard is not None:
+        problem = _of_tokens(problem, shard)
     return problem, choose(names, problem)
+
+
+def _of_tokens(problem: AttentionProblem, shard: KeyShard) -> AttentionProblem:
+    """Returns the call with this device's keys, in which every query token is a request."""
+    batch, tokens, *row = problem.q.shape
+    cache, tables = problem.cache, problem.block_tables
+    seen = shard.visible(problem.seq_lens, problem.query_lens, tokens, causal=problem.causal)
+    if tokens > 1:
+        # A page that does not exist makes all tokens of its request invalid.
+        here = shard.count(problem.seq_lens)
+        sizes = cache.page_size, cache.num_pages, tokens
+        valid = valid_or_minus_one(tables, here, None, *sizes) >= 0
+        seen = jnp.where(valid[:, None], seen, -1)
+        tables = jnp.repeat(tables, tokens, axis=0)
+    return dataclasses.replace(
+        problem,
+        q=problem.q.reshape(batch * tokens, 1, *row),
+        block_tables=tables,
+        seq_lens=seen.reshape(-1),
+        query_lens=None,
+        causal=True,
+    )
 
 
 def require_query_lens(count: int, of: str, seq_lens: Any, query_lens: Any) -> None:
@@ -202,6 +253,30 @@ def require_query_lens(count: int, of: str, seq_lens: Any, query_lens: Any) -> N
             f"query_lens[{request}] must be in 0 .. {limit[request]} ({of} has {count} "
             f"tokens, seq_lens[{request}] = {lengths[request]}), got {queries[request]}"
         )
+
+
+def all_query_lens(name: str, tokens: Any, seq_lens: Any, query_lens: Any) -> Any:
+    """Returns query_lens [B], or S for each request if it is None, checked as far as it is known.
+
+    name: what the caller calls the array `tokens` [B, S, ...] of the new tokens.
+    """
+    batch, count = tokens.shape[:2]
+    lengths = {"seq_lens": seq_lens} | ({} if query_lens is None else {"query_lens": query_lens})
+    for argument, value in lengths.items():
+        checks.require_array(argument, value)
+        checks.require_shape(argument, value, "[B]", batch)
+        checks.require_int32(argument, value)
+    if query_lens is not None:
+        if checks.is_concrete(seq_lens, query_lens):
+            require_query_lens(count, name, seq_lens, query_lens)
+        return query_lens
+    if checks.is_concrete(seq_lens):
+        for request in np.flatnonzero(np.asarray(seq_lens) < count):
+            raise ValueError(
+                f"seq_lens[{request}] must be at least {count}: without query_lens all {count} "
+                f"tokens of {name} count, got {seq_lens[request]}"
+            )
+    return jnp.full(batch, count, jnp.int32)
 
 
 def _check_arrays(
@@ -233,13 +308,19 @@ def check_block_tables(block_tables: Any, batch: int) -> None:
     checks.require_positive("max_pages of block_tables", block_tables.shape[1])
 
 
-def _check_options(rescale: Any, partial_dtype: Any, plan: Any, q: jax.Array, causal: bool) -> Any:
+def _check_options(
+    rescale: Any, partial_dtype: Any, plan: Any, q: jax.Array, shard: KeyShard | None
+) -> Any:
     """partial_dtype as a dtype, or None."""
     if not isinstance(rescale, str):
         raise TypeError(f"rescale must be one of {', '.join(RESCALES)}, got {rescale!r}")
     checks.require_one_of("rescale", rescale, RESCALES)
     if plan is not None:
-        _check_plan(plan, q, causal)
+        batch, tokens, heads, _ = q.shape
+        if shard is None:
+            _check_plan(plan, batch, tokens * heads, "S * H")
+        else:
+            _check_plan(plan, batch * tokens, heads, "H, with kv_axis one for each query token")
     if partial_dtype is None:
         return None
     try:
@@ -253,21 +334,23 @@ def _check_options(rescale: Any, partial_dtype: Any, plan: Any, q: jax.Array, ca
     return dtype
 
 
-def _check_plan(plan: DecodePlan, q: jax.Array, causal: bool) -> None:
+def _check_plan(plan: DecodePlan, batch: int, rows: int, words: str) -> None:
     split = plan.split
     split.check()
-    rows = q.shape[1] * q.shape[2]
     row_tiles = -(-rows // split.rows_per_tile)
-    if (split.num_row_tiles, split.num_tiles) != (row_tiles, q.shape[0] * row_tiles):
+    if (split.num_row_tiles, split.num_tiles) != (row_tiles, batch * row_tiles):
         raise ValueError(
-            f"plan must be for {q.shape[0]} requests of {rows} rows = S * H, got "
+            f"plan must be for {batch} requests of {rows} rows = {words}, got "
             f"{split.num_tiles // split.num_row_tiles} requests of {split.num_row_tiles} tiles of "
             f"{split.rows_per_tile} rows"
         )
-    if split.num_heads and (not causal or split.num_heads != q.shape[2]):
+
+
+def _check_mask_of_plan(split: SplitPlan, heads: int, causal: bool, shard: KeyShard | None) -> None:
+    if split.num_heads and (shard is not None or not causal or split.num_heads != heads):
         raise ValueError(
-            f"plan must be for causal={causal} and {q.shape[2]} heads: made with query_lens, it is "
-            f"for causal=True and {split.num_heads} heads"
+            f"plan must be for causal={causal} and {heads} heads: made with query_lens and no "
+            f"kv_axis, it is for causal=True, {split.num_heads} heads and no kv_axis"
         )
 
 

@@ -19,20 +19,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 
 from mla_jax import checks
-from mla_jax.attention import prepare, require_query_lens
+from mla_jax.attention import all_query_lens, prepare
 from mla_jax.cache import PagedKVCache
 from mla_jax.checkpoints.weights import MLAParams, check_params
 from mla_jax.config import MLAConfig
 from mla_jax.implementations.gradients import attend as attend_paged
 from mla_jax.prefill.form import FormOptions, Sizes, expanded_form
 from mla_jax.prefill.from_cache import Expansion, append_and_attend
-from mla_jax.projections import absorbed_queries, add_bias, einsum, latents_of, queries_of
+from mla_jax.projections import absorbed, add_bias, einsum, queries_and_latents
 from mla_jax.rope import check_positions
 from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims
+from mla_jax.sharding.key_shards import KeyShard, merge_parts, weights_of_parts
 from mla_jax.sharding.specs import config_of_shard
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import SplitPlan
@@ -56,6 +56,7 @@ def mla_layer(
     form: str | None = None,
     workspace_tokens: int | None = None,
     head_axis: str | None = None,
+    kv_axis: str | None = None,
 ) -> tuple[jax.Array, PagedKVCache]:
     """Computes one step of the layer for requests of different lengths.
 
@@ -80,12 +81,17 @@ def mla_layer(
             query_lens, None computes requests with few new tokens in the absorbed form in any case.
             None selects the absorbed form for all that only it can do: a plan, a partial_dtype,
             AMLA's rescale, and implementations other than "hopper" and "xla".
-        workspace_tokens: in the expanded form, earlier tokens of all requests whose keys and values
-            are in memory at a time. None: as many as take 512 MiB.
+        workspace_tokens: in the expanded form, tokens of all requests whose keys and values are in
+            memory at a time, or those of the new tokens if there are more. None: as many as take
+            512 MiB.
         head_axis: the axis of a `jax.shard_map` around the call that splits the heads
             (`param_specs`). `config` is that of the whole layer. All other arguments are equal
             along the axis, and so are the results: the projected outputs are summed over it once.
             None: `params` has all heads.
+        kv_axis: the axis of a `jax.shard_map` around the call over which the keys of every request
+            are split, as in `paged_mla_attention`. A new token is written on the device that has
+            its page. The attention takes the absorbed form. The sum of the projected outputs is
+            over both axes; besides it only lse travels. None: the device has all keys.
 
     Returns:
         out: [B, S, hidden] of x.dtype. Rows past query_lens are the output bias, or 0.
@@ -101,40 +107,44 @@ def mla_layer(
             the argument, and nothing has been written. With traced lengths, an invalid request has
             NaN rows in `out`, and its tokens are not written.
     """
+    if kv_axis is not None and kv_axis == head_axis:
+        raise ValueError(f"kv_axis must be another axis than head_axis, got {kv_axis!r} for both")
     if head_axis is not None:
         config = config_of_shard(params, config, head_axis)
     _check_input(params, config, x)
     _check_heads(config, cache)
     ragged = query_lens is not None
-    query_lens = _all_query_lens("x", x, seq_lens, query_lens)
+    query_lens = all_query_lens("x", x, seq_lens, query_lens)
+    if kv_axis is not None:
+        whole = {"params": params, "x": x, "seq_lens": seq_lens, "query_lens": query_lens}
+        KeyShard.here(kv_axis, cache.page_size).require_split(whole, cache=cache.pages)
     seq_lens, query_lens = map(checks.snapshot, (seq_lens, query_lens))
     positions = (seq_lens - query_lens)[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
-    q_nope, q_rope, kv = _queries_and_latents(params, x, positions, config=config)
+    q_nope, q_rope, kv = queries_and_latents(params, x, positions, config=config)
     dtype = jnp.promote_types(q_nope.dtype, params.w_uk.dtype)
     sizes = Sizes.of(x, cache, block_tables, dtype, ragged)
-    chosen_by = causal, implementation, plan, rescale, partial_dtype
-    asked = FormOptions(form, workspace_tokens, *chosen_by)
+    options: dict[str, Any] = {"causal": causal, "implementation": implementation, "plan": plan}
+    options |= {"rescale": rescale, "partial_dtype": partial_dtype, "kv_axis": kv_axis}
+    asked = FormOptions(form, workspace_tokens, **options)
     expanded = expanded_form(asked, config, cache, sizes)
     requests = cache, block_tables, seq_lens
+    axes = tuple(axis for axis in (head_axis, kv_axis) if axis is not None)
     if expanded is None:
-        o_latent, cache = attend(
+        o_latent, lse, cache = _append_and_attend(
             config,
-            _absorbed(params, q_nope, q_rope),
+            absorbed(params, q_nope, q_rope),
             kv,
             *requests,
             query_lens=query_lens,
             donate=donate,
-            causal=causal,
-            implementation=implementation,
-            plan=plan,
-            rescale=rescale,
-            partial_dtype=partial_dtype,
+            **options,
         )
-        out = _projected(params, o_latent, head_axis=head_axis)
+        weights = None if kv_axis is None else weights_of_parts(lse, kv_axis)
+        out = _projected(params, o_latent, weights, sum_over=axes)
     else:
         queries = q_nope, q_rope, kv, Expansion(params.w_uk, params.w_uv)
         o, cache = append_and_attend(expanded, *queries, *requests, query_lens, donate=donate)
-        out = _projected_values(params, o, head_axis=head_axis)
+        out = _projected_values(params, o, sum_over=axes)
     return out.astype(x.dtype), cache
 
 
@@ -161,8 +171,8 @@ def preprocess(
     _check_input(params, config, x)
     check_positions(positions)
     checks.require_shape("positions", positions, "[B, S]", *x.shape[:2])
-    q_nope, q_rope, kv = _queries_and_latents(params, x, positions, config=config)
-    return _absorbed(params, q_nope, q_rope), kv
+    q_nope, q_rope, kv = queries_and_latents(params, x, positions, config=config)
+    return absorbed(params, q_nope, q_rope), kv
 
 
 def attend(
@@ -180,6 +190,7 @@ def attend(
     plan: DecodePlan | SplitPlan | None = None,
     rescale: str = "multiply",
     partial_dtype: Any = None,
+    kv_axis: str | None = None,
 ) -> tuple[jax.Array, PagedKVCache]:
     """Appends kv to the cache and computes attention of q over all of it (MLAPA).
 
@@ -189,7 +200,7 @@ def attend(
         kv: [B, S, D] rows of the new tokens, which are cast to the dtype of the cache's rows.
         cache: holds the rows of the earlier tokens. Use the returned cache from here on.
         block_tables, seq_lens, query_lens, donate: as in `mla_layer`.
-        causal, implementation, plan, rescale, partial_dtype: as in `paged_mla_attention`.
+        causal, implementation, plan, rescale, partial_dtype, kv_axis: as in `paged_mla_attention`.
 
     Returns:
         o_latent: [B, S, H, kv_lora] of q.dtype.
@@ -199,6 +210,39 @@ def attend(
 
     Raises as `mla_layer` does, for q and kv instead of x.
     """
+    o_latent, lse, cache = _append_and_attend(
+        config,
+        q,
+        kv,
+        cache,
+        block_tables,
+        seq_lens,
+        query_lens=query_lens,
+        donate=donate,
+        causal=causal,
+        implementation=implementation,
+        plan=plan,
+        rescale=rescale,
+        partial_dtype=partial_dtype,
+        kv_axis=kv_axis,
+    )
+    return (o_latent if kv_axis is None else merge_parts(o_latent, lse, kv_axis)[0]), cache
+
+
+def _append_and_attend(
+    config: MLAConfig,
+    q: jax.Array,
+    kv: jax.Array,
+    cache: PagedKVCache,
+    block_tables: jax.Array,
+    seq_lens: jax.Array,
+    *,
+    query_lens: jax.Array | None,
+    donate: bool,
+    kv_axis: str | None,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array, PagedKVCache]:
+    """Computes `attend`, with kv_axis over this device's keys; returns lse [B, S, H] too."""
     _check_heads(config, cache)
     donate = checks.require_bool("donate", donate)
     checks.require_array("q", q)
@@ -206,7 +250,7 @@ def attend(
     checks.require_array("kv", kv)
     checks.require_float("kv", kv)
     checks.require_shape("kv", kv, "[B, S, D]", *q.shape[:2], config.latent_dim)
-    query_lens = _all_query_lens("q", q, seq_lens, query_lens)
+    query_lens = all_query_lens("q", q, seq_lens, query_lens)
     # Every check runs before anything is written and before the cache is donated.
     problem, choice = prepare(
         q,
@@ -215,18 +259,16 @@ def attend(
         seq_lens,
         softmax_scale=config.softmax_scale,
         query_lens=query_lens,
-        causal=causal,
-        implementation=implementation,
-        plan=plan,
-        rescale=rescale,
-        partial_dtype=partial_dtype,
+        kv_axis=kv_axis,
+        **options,
     )
     jax.eval_shape(functools.partial(attend_paged, choice=choice), problem)
     kv = kv.astype(cache.row_dtype)
-    before = problem.seq_lens - query_lens
-    cache = cache.append(kv, problem.block_tables, before, query_lens, donate=donate)
-    o_latent, _ = attend_paged(dataclasses.replace(problem, cache=cache), choice)
-    return o_latent, cache
+    block_tables, seq_lens, query_lens = map(checks.snapshot, (block_tables, seq_lens, query_lens))
+    new = kv, block_tables, seq_lens - query_lens, query_lens
+    cache = cache.append(*new, donate=donate, kv_axis=kv_axis)
+    o, lse = attend_paged(dataclasses.replace(problem, cache=cache), choice)
+    return o.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3]), cache
 
 
 def project_output(params: MLAParams, o_latent: jax.Array) -> jax.Array:
@@ -247,7 +289,7 @@ def project_output(params: MLAParams, o_latent: jax.Array) -> jax.Array:
     checks.require_float("o_latent", o_latent)
     heads, rank = params.w_uv.shape[:2]
     checks.require_shape("o_latent", o_latent, "[B, S, H, kv_lora_rank]", None, None, heads, rank)
-    return _projected(params, o_latent, head_axis=None)
+    return _projected(params, o_latent, None, sum_over=())
 
 
 def _specs_of_hidden(params: MLAParams, tokens: jax.Array, *_: jax.Array) -> PartitionSpec:
@@ -255,18 +297,24 @@ def _specs_of_hidden(params: MLAParams, tokens: jax.Array, *_: jax.Array) -> Par
 
 
 @on_auto_axes(_specs_of_hidden)
-def _projected(params: MLAParams, o_latent: jax.Array, *, head_axis: str | None) -> jax.Array:
-    """Computes `project_output`, summed over the shards of the heads."""
+def _projected(
+    params: MLAParams, o_latent: jax.Array, weights: jax.Array | None, *, sum_over: tuple[str, ...]
+) -> jax.Array:
+    """Computes `project_output`, summed over mesh axes; weights [B, S, H] scale o_latent."""
     values = einsum("bshc,hcv->bshv", o_latent, params.w_uv)
-    return _projected_values(params, values, head_axis=head_axis)
+    if weights is not None:  # here, so that the gather of lse may overlap with the product
+        values = (values.astype(weights.dtype) * weights[..., None]).astype(values.dtype)
+    return _projected_values(params, values, sum_over=sum_over)
 
 
 @on_auto_axes(_specs_of_hidden)
-def _projected_values(params: MLAParams, values: jax.Array, *, head_axis: str | None) -> jax.Array:
-    """Multiplies outputs [B, S, H, v_dim] by W_O, summed over the shards of the heads."""
+def _projected_values(
+    params: MLAParams, values: jax.Array, *, sum_over: tuple[str, ...]
+) -> jax.Array:
+    """Multiplies outputs [B, S, H, v_dim] by W_O, summed over mesh axes."""
     out = einsum("bshv,hvd->bsd", values, params.w_o)
-    if head_axis is not None:
-        out = jax.lax.psum(out, head_axis)
+    if sum_over:
+        out = jax.lax.psum(out, sum_over)
     return add_bias(out, params.b_o)
 
 
@@ -302,8 +350,9 @@ def _expanded(
 ) -> jax.Array:
     """Computes `naive_mla_layer` for arguments that have been checked."""
     length = x.shape[1]
-    q = jnp.concatenate(queries_of(params, config, x, positions), -1)  # [B, S, H, nope + rope]
-    c_kv, k_rope = jnp.split(latents_of(params, config, x, positions), [config.kv_lora_rank], -1)
+    q_nope, q_rope, kv = queries_and_latents(params, x, positions, config=config)
+    q = jnp.concatenate([q_nope, q_rope], -1)  # [B, S, H, nope + rope]
+    c_kv, k_rope = jnp.split(kv, [config.kv_lora_rank], -1)
     k_nope = einsum("btc,hnc->bthn", c_kv, params.w_uk)
     k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
     k = jnp.concatenate([k_nope, k_rope], -1)  # [B, T, H, nope + rope]
@@ -315,30 +364,6 @@ def _expanded(
     values = einsum("bhst,bthv->bshv", weights, v)
     out = add_bias(einsum("bshv,hvd->bsd", values, params.w_o), params.b_o)
     return out.astype(x.dtype)
-
-
-def _specs_of_queries(params: MLAParams, x: jax.Array, _: jax.Array) -> tuple[PartitionSpec, ...]:
-    tokens, heads = dims_of(x)[:2], dims_of(params.w_uq)[1]
-    queries = spec_of_dims(*tokens, heads, None)
-    return queries, queries, spec_of_dims(*tokens, None)
-
-
-@on_auto_axes(_specs_of_queries)
-def _queries_and_latents(
-    params: MLAParams, x: jax.Array, positions: jax.Array, *, config: MLAConfig
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns q_nope, q_rope and [c_kv | k_rope] of checked arguments of `preprocess`."""
-    q_nope, q_rope = queries_of(params, config, x, positions)
-    return q_nope, q_rope, latents_of(params, config, x, positions)
-
-
-def _specs_of_absorbed(_: MLAParams, q_nope: jax.Array, *__: jax.Array) -> PartitionSpec:
-    return spec_of_dims(*dims_of(q_nope)[:3], None)
-
-
-@on_auto_axes(_specs_of_absorbed)
-def _absorbed(params: MLAParams, q_nope: jax.Array, q_rope: jax.Array) -> jax.Array:
-    return absorbed_queries(params.w_uk, q_nope, q_rope)
 
 
 def _check_input(params: Any, config: Any, x: Any) -> None:
@@ -373,27 +398,3 @@ def _check_heads(config: Any, cache: Any) -> None:
     for name, wanted in widths.items():
         if getattr(cache, name) != wanted:
             raise ValueError(f"cache.{name} must be {wanted}, got {getattr(cache, name)}")
-
-
-def _all_query_lens(name: str, tokens: Any, seq_lens: Any, query_lens: Any) -> Any:
-    """Returns query_lens [B], or S for each request if it is None, checked as far as it is known.
-
-    name: what the caller calls the array `tokens` [B, S, ...] of the new tokens.
-    """
-    batch, count = tokens.shape[:2]
-    lengths = {"seq_lens": seq_lens} | ({} if query_lens is None else {"query_lens": query_lens})
-    for argument, value in lengths.items():
-        checks.require_array(argument, value)
-        checks.require_shape(argument, value, "[B]", batch)
-        checks.require_int32(argument, value)
-    if query_lens is not None:
-        if checks.is_concrete(seq_lens, query_lens):
-            require_query_lens(count, name, seq_lens, query_lens)
-        return query_lens
-    if checks.is_concrete(seq_lens):
-        for request in np.flatnonzero(np.asarray(seq_lens) < count):
-            raise ValueError(
-                f"seq_lens[{request}] must be at least {count}: without query_lens all {count} "
-                f"tokens of {name} count, got {seq_lens[request]}"
-            )
-    return jnp.full(batch, count, jnp.int32)

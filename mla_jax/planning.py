@@ -11,6 +11,7 @@ from mla_jax.hal import HardwareProfile, load_profile
 from mla_jax.implementations.implementation import PlanRequest
 from mla_jax.online_softmax import RESCALES
 from mla_jax.registry import IMPLEMENTATIONS, check_names
+from mla_jax.sharding.key_shards import KeyShard
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import require_lengths
 from mla_jax.splits.tile_keys import check_query_lens
@@ -26,6 +27,7 @@ def plan_decode(
     implementation: str | Sequence[str] | None = None,
     max_seq_len: int | None = None,
     rescale: str = "multiply",
+    kv_axis: str | None = None,
     query_lens: jax.Array | None = None,
 ) -> DecodePlan:
     """Plans a decode step: how its work is split over a device, and the tiles of the kernel.
@@ -48,9 +50,13 @@ def plan_decode(
         max_seq_len: keys that a request's block table reaches, max_pages * page_size; None: not
             known. With it, steps of a few short requests get faster tiles.
         rescale: "multiply" or "exponent_add", as in the op.
-        query_lens: [B] int32, query tokens per request, with which the op is called, and with a
-            causal mask. The plan is for these alone, and leaves out the blocks of keys that a tile
-            of rows does not see; worth it for chunks and ragged batches. None: for any query_lens.
+        kv_axis: the axis of a `jax.shard_map` around the call over which the keys of every request
+            are split, as in the op. The plan is for the keys of this device; `cache`, num_heads and
+            max_seq_len are those of one device too. None: it has all keys.
+        query_lens: [B] int32, query tokens per request, if the call gets any. The plan is then for
+            these alone and for a causal mask, and leaves out the blocks of keys that a tile of rows
+            does not see. That pays for chunks and ragged batches. None: for any query_lens, or with
+            kv_axis for a call without them.
 
     Returns:
         The plan, a pytree: the arrays of its split are data, all else is static.
@@ -68,23 +74,22 @@ def plan_decode(
         raise TypeError(f"cache must be a PagedKVCache, got {type(cache).__name__}")
     cache.check()
     rows = checks.require_positive("num_heads", num_heads)
-    rows *= checks.require_positive("num_query_tokens", num_query_tokens)
+    tokens = checks.require_positive("num_query_tokens", num_query_tokens)
     if not isinstance(rescale, str):
         raise TypeError(f"rescale must be one of {', '.join(RESCALES)}, got {rescale!r}")
     checks.require_one_of("rescale", rescale, RESCALES)
     if max_seq_len is not None:
         checks.require_positive("max_seq_len", max_seq_len)
     if query_lens is not None:
-        check_query_lens(query_lens, len(seq_lens), num_query_tokens)
+        check_query_lens(query_lens, len(seq_lens), tokens)
+    seq_lens, query_lens = map(checks.snapshot, (seq_lens, query_lens))
+    if kv_axis is None:
+        rows *= tokens
+    else:
+        seq_lens = _keys_of_tokens(seq_lens, query_lens, tokens, cache, kv_axis)
+        query_lens = None  # Each token is a request.
     request = PlanRequest(
-        seq_lens=checks.snapshot(seq_lens),
-        cache=cache,
-        rows=rows,
-        rescale=rescale,
-        max_seq_len=max_seq_len,
-        profile=_profile(profile),
-        query_lens=checks.snapshot(query_lens),
-        num_heads=num_heads,
+        seq_lens, cache, rows, rescale, max_seq_len, _profile(profile), query_lens, num_heads
     )
     names = ("hopper", "split_kv") if implementation is None else check_names(implementation)
     reasons = {}
@@ -99,6 +104,19 @@ def plan_decode(
         reasons[name] = plan
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise ValueError(f"implementation: none of those named can be planned for: {listed}")
+
+
+def _keys_of_tokens(
+    seq_lens: jax.Array,
+    query_lens: jax.Array | None,
+    tokens: int,
+    cache: PagedKVCache,
+    kv_axis: str,
+) -> jax.Array:
+    """Returns [B * tokens] int32, the keys that each query token sees on this device."""
+    shard = KeyShard.here(kv_axis, cache.page_size)
+    shard.require_split({"seq_lens": seq_lens, "query_lens": query_lens})
+    return shard.visible(seq_lens, query_lens, tokens, causal=True).reshape(-1)
 
 
 def _profile(profile: Any) -> HardwareProfile | None:

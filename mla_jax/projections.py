@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from mla_jax.checkpoints.weights import MLAParams
 from mla_jax.config import MLAConfig
 from mla_jax.rope import apply_rope
+from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims
 
 
 def queries_of(
@@ -58,3 +60,28 @@ def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 def add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
     return x if bias is None else x + bias
+
+
+def _specs_of_queries(params: MLAParams, x: jax.Array, _: jax.Array) -> tuple[PartitionSpec, ...]:
+    tokens, heads = dims_of(x)[:2], dims_of(params.w_uq)[1]
+    queries = spec_of_dims(*tokens, heads, None)
+    return queries, queries, spec_of_dims(*tokens, None)
+
+
+@on_auto_axes(_specs_of_queries)
+def queries_and_latents(
+    params: MLAParams, x: jax.Array, positions: jax.Array, *, config: MLAConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns q_nope, q_rope and [c_kv | k_rope] of checked arguments of `preprocess`."""
+    q_nope, q_rope = queries_of(params, config, x, positions)
+    return q_nope, q_rope, latents_of(params, config, x, positions)
+
+
+def _specs_of_absorbed(_: MLAParams, q_nope: jax.Array, *__: jax.Array) -> PartitionSpec:
+    return spec_of_dims(*dims_of(q_nope)[:3], None)
+
+
+@on_auto_axes(_specs_of_absorbed)
+def absorbed(params: MLAParams, q_nope: jax.Array, q_rope: jax.Array) -> jax.Array:
+    """Returns absorbed queries, sharded over explicit mesh axes as q_nope is."""
+    return absorbed_queries(params.w_uk, q_nope, q_rope)

@@ -94,14 +94,16 @@ def run(options: Options, output: Output) -> Outcome:
     lanes = [(name, cache) for cache in caches for name in plan.implementations]
     runners = make_runners(lanes, options, config, params, batch)
     setup = demo_plan.served_setup(machine.memory)
-    jobs = demo_served.jobs_of(plan.served, plan.timed, setup)
-    programs = compile_all(runners, jobs)
+    steps = demo_served.jobs_of(plan.served, plan.timed, setup)
+    prompts = demo_served.prefill_jobs(plan.prefilled, demo_plan.PREFILL_HEADS, plan.timed)
+    programs = compile_all(runners, [*steps, *prompts])
     wanted = [
         layer_float64(config, params, np.asarray(x)[None])[0]
         for x in track(batch.hidden, "the whole layer in float64")
     ]
     measured = serve(runners, batch, programs, wanted)
-    served = demo_served.run(jobs, programs) if jobs else []
+    served = demo_served.run(steps, programs) if steps else []
+    served += demo_served.run_prefill(prompts, programs) if prompts else []
 
     shown = [runner for runner in runners if (runner.name, runner.cache_dtype) in lanes]
     results = [Result.of(runner, measured) for runner in shown]
@@ -286,14 +288,14 @@ def _continues(runner: Runner) -> bool:
     return 0 < len(runner.refused) < len(runner.batch.first_steps)
 
 
-def compile_all(runners: Sequence[Runner], jobs: Sequence[demo_served.Job]) -> dict[Any, Any]:
+def compile_all(runners: Sequence[Runner], jobs: Sequence[Any]) -> dict[Any, Any]:
     """Compiles all programs in threads; returns them by (runner, phase) or by job."""
     work: dict[Any, Callable[[], Any]] = {}
     for runner in runners:
         for phase in runner.batch.first_steps:
             if phase not in runner.refused:
                 work[runner, phase] = functools.partial(runner.compile, phase)
-    work |= {job: demo_served.compiling(job) for job in jobs if job.refused is None}
+    work |= {job: demo_served.compiling(job) for job in jobs}
     with ThreadPoolExecutor(os.cpu_count() or 1) as executor:
         futures = {key: executor.submit(compile_one) for key, compile_one in work.items()}
         for _ in track(as_completed(futures.values()), "compiling", total=len(futures)):

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import jax
 
 from experiments.speed.decode.setup import Setup
+from experiments.speed.prefill_batches import Batch
 from experiments.speed.shapes import Shape
 from mla_jax.registry import available_implementations
 
@@ -19,7 +20,7 @@ from mla_jax.registry import available_implementations
 ON_A_GPU = ("hopper", "xla", "reference")
 TIMED = ("hopper", "xla")  # compared on the larger batch
 DECODE_HEADS = (16, 128)  # of one layer on one of 8 GPUs, and on one GPU
-PREFILL_HEADS = (128,)  # one only, because each program takes seconds to compile
+PREFILL_HEADS = 128  # one only, because each program takes seconds to compile
 DECODE_BATCHES, DECODE_KV = (128, 64, 32, 16, 8, 4, 2, 1), 4096
 PREFILL_BATCHES, PREFILL_TOKENS = (4, 2, 1), 1024
 PAGE_SIZE = 64
@@ -65,7 +66,8 @@ class Plan:
     dtype: dtype of the layer.
     implementations: those that run the small batch.
     not_run: by name, why another implementation does not run it.
-    served: shapes whose attention is timed; empty if nothing is timed.
+    served: decode steps whose attention is timed; empty if nothing is timed.
+    prefilled: the batch whose prefill attention is timed, or None.
     timed: the implementations that are timed on them; empty if nothing is timed.
     """
 
@@ -73,6 +75,7 @@ class Plan:
     implementations: tuple[str, ...]
     not_run: Mapping[str, str]
     served: tuple[Shape, ...] = ()
+    prefilled: Batch | None = None
     timed: tuple[str, ...] = ()
 
 
@@ -102,35 +105,39 @@ def plan(
     if on_gpu and not implementations:
         not_run |= {name: NOT_ON_A_GPU for name in machine.available if name not in chosen}
     shapes = served_shapes(machine.memory) if on_gpu and served else ()
-    timed = tuple(name for name in TIMED if name in chosen) if shapes else ()
+    prefilled = prefilled_batch(machine.memory) if on_gpu and served else None
+    timed = tuple(name for name in TIMED if name in chosen) if shapes or prefilled else ()
     return Plan(
         dtype=dtype or ("bfloat16" if on_gpu else "float32"),
         implementations=tuple(chosen),
         not_run=not_run,
         served=shapes if timed else (),
+        prefilled=prefilled if timed else None,
         timed=timed,
     )
 
 
 def served_shapes(memory: int | None) -> tuple[Shape, ...]:
-    """Returns decode steps of one token and prefill chunks, in the largest batches that fit.
+    """Returns decode steps of one token, in the largest batches that fit.
 
     A device that does not say how much memory it has counts as one of 8 GiB.
     """
-    limit = int(MEMORY_SHARE * (8 << 30 if memory is None else memory))
-    shapes = []
-    for all_heads, batches, tokens, kv_len in (
-        (DECODE_HEADS, DECODE_BATCHES, 1, DECODE_KV),
-        (PREFILL_HEADS, PREFILL_BATCHES, PREFILL_TOKENS, PREFILL_TOKENS),
-    ):
-        for heads in all_heads:
-            fitting = [
-                shape
-                for batch in batches
-                if needed_bytes(shape := _shape(batch, heads, tokens, kv_len)) <= limit
-            ]
-            shapes += fitting[:1]
+    shapes: list[Shape] = []
+    for heads in DECODE_HEADS:
+        steps = (Shape(batch, "bf16", heads, 1, PAGE_SIZE, "uniform", DECODE_KV)
+                 for batch in DECODE_BATCHES)  # fmt: skip
+        shapes += [step for step in steps if needed_bytes(step) <= _limit(memory)][:1]
     return tuple(shapes)
+
+
+def prefilled_batch(memory: int | None) -> Batch | None:
+    """Returns the largest batch of prompts that fits, or None."""
+    batches = (Batch(requests, PREFILL_TOKENS) for requests in PREFILL_BATCHES)
+    return next((batch for batch in batches if prefill_bytes(batch) <= _limit(memory)), None)
+
+
+def _limit(memory: int | None) -> int:
+    return int(MEMORY_SHARE * (8 << 30 if memory is None else memory))
 
 
 def needed_bytes(shape: Shape) -> int:
@@ -140,12 +147,15 @@ def needed_bytes(shape: Shape) -> int:
     return cache + block + shape.batch * shape.s_q * shape.heads * XLA_ROW_BYTES
 
 
+def prefill_bytes(batch: Batch) -> int:
+    """Returns the approximate bytes of q, o and the layers' keys and values in bfloat16."""
+    row = 2 * (128 + 64 + 128)  # bytes of q and o, or of K and V, per token and head
+    xla = 6 * row  # of its results in float32 and its blocks of scores
+    return batch.num_keys * PREFILL_HEADS * ((LAYERS + 1) * row + xla)
+
+
 def served_setup(memory: int | None) -> Setup:
     """Returns how the larger batch is timed: bursts of `LAYERS` launches, once or twice."""
     limit = 8 << 30 if memory is None else memory
     layers = {"min_layers": 1, "usual_layers": LAYERS, "max_layers": LAYERS}
     return Setup(limit, rotate=0, launches=2 * LAYERS, rounds=7, **layers)
-
-
-def _shape(batch: int, heads: int, tokens: int, kv_len: int) -> Shape:
-    return Shape(batch, "bf16", heads, tokens, PAGE_SIZE, "uniform", kv_len)

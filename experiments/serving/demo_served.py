@@ -1,7 +1,8 @@
-"""The demo's larger batch: attention of decode steps and prefill chunks, timed and checked.
+"""The demo's larger batch: attention of decode steps and of prefill, timed and checked.
 
 Its size is that of a batch on a server. The implementations alternate, and their outputs are
-compared with float64.
+compared with float64. Decode runs over the paged cache in the absorbed form, prefill over packed
+prompts in the expanded form.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from experiments.framework.console import say, show_table
 from experiments.framework.errors import relative_error
 from experiments.framework.experiment import Row
 from experiments.framework.results import first_line
+from experiments.speed import prefill
 from experiments.speed.decode.bursts import time_bursts
 from experiments.speed.decode.checks import BOUND, BOUND_OF_LSE
 from experiments.speed.decode.contenders import Contender
@@ -26,6 +28,7 @@ from experiments.speed.decode.inputs import Inputs
 from experiments.speed.decode.pools import Pool
 from experiments.speed.decode.programs import Programs, Work
 from experiments.speed.decode.setup import SCALE, Setup
+from experiments.speed.prefill_batches import Batch
 from experiments.speed.shapes import Shape
 from mla_jax.reference.attention import attention_float64
 
@@ -54,31 +57,20 @@ def contender(name: str) -> Contender:
     return Contender(name, (("implementation", name),), most_layers=layers)
 
 
-def phase(shape: Shape) -> str:
-    """Returns "decode" for one query token per request, else "prefill"."""
-    return "decode" if shape.s_q == 1 else "prefill"
-
-
-def words(shape: Shape) -> str:
-    """Returns the batch in words: keys per decoded token, or tokens that are prefilled."""
-    unit = "keys" if shape.s_q == 1 else "tokens"
-    return f"{shape.batch} x {shape.kv_len} {unit}"
-
-
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One implementation on one shape. `refused` is why it can't compute it, or None."""
+    """One implementation on one decode step."""
 
     work: Work
     name: str
 
-    @property
-    def refused(self) -> str | None:
-        """Why the implementation can't compute this shape, or None."""
-        return self.work.refuses(self._contender)
+    def compile(self) -> Programs | str:
+        """Compiles its burst and its planner, which takes seconds, most of them outside Python.
 
-    def compile(self) -> Programs:
-        """Compiles its burst and its planner, which takes seconds, most of them outside Python."""
+        Returns the reason where the implementation can't compute this shape.
+        """
+        if (reason := self.work.refuses(self._contender)) is not None:
+            return f"refused: {reason}"
         return self.work.compile(self._contender, [self.work.row])
 
     @property
@@ -97,11 +89,28 @@ def jobs_of(shapes: Sequence[Shape], names: Sequence[str], setup: Setup) -> list
     return jobs
 
 
-def run(jobs: Sequence[Job], programs: Mapping[Job, Programs | str]) -> list[Row]:
-    """Runs the jobs and returns a row for each.
+def prefill_jobs(batch: Batch | None, heads: int, names: Sequence[str]) -> list[prefill.Job]:
+    """Returns a job per implementation."""
+    options = prefill.Options()
+    return [prefill.Job(batch, heads, name, options) for name in names] if batch else []
 
-    `programs` has, for each job that is not refused, its programs or the reason why it has none.
-    The row of a job without a result has this reason instead of numbers.
+
+def run_prefill(jobs: Sequence[prefill.Job], programs: Mapping[Any, Any]) -> list[Row]:
+    """Runs the jobs of one batch; rows and programs are as in `run`."""
+    batch, heads, options = jobs[0].batch, jobs[0].heads, jobs[0].options
+    rows = prefill.time_batch(batch, heads, jobs, programs, options)
+    for row in rows:
+        row |= {"phase": "prefill", "batch": f"{batch.requests} x {batch.queries} tokens"}
+        if (status := row.pop("status")) != "measured":
+            row["ms"] = status
+    return rows
+
+
+def run(jobs: Sequence[Job], programs: Mapping[Any, Any]) -> list[Row]:
+    """Runs the jobs of decode steps and returns a row for each.
+
+    `programs` has, for each job, its programs or the reason why it has none. The row of a job
+    without a result has this reason instead of numbers.
     """
     rows: list[Row] = []
     for pool in dict.fromkeys(job.work.pool for job in jobs):
@@ -117,17 +126,17 @@ def run(jobs: Sequence[Job], programs: Mapping[Job, Programs | str]) -> list[Row
 def _run_shape(
     work: Work,
     jobs: Sequence[Job],
-    programs: Mapping[Job, Programs | str],
+    programs: Mapping[Any, Any],
     layers: list[dict[str, jax.Array]],
 ) -> list[Row]:
     reasons: dict[str, str] = {}
     ready: dict[str, Programs] = {}
     for job in jobs:
-        found = programs.get(job)
+        found = programs[job]
         if isinstance(found, Programs):
             ready[job.name] = found
         else:
-            reasons[job.name] = found or f"refused: {job.refused}"
+            reasons[job.name] = found
     measured: dict[str, Row] = {}
     try:
         inputs = make_inputs(work, layers)
@@ -143,8 +152,8 @@ def _run_shape(
     rows = []
     for job in jobs:
         row: Row = {
-            "phase": phase(work.row),
-            "batch": words(work.row),
+            "phase": "decode",
+            "batch": f"{work.row.batch} x {work.row.kv_len} keys",
             "heads": work.row.heads,
             "implementation": job.name,
         }
@@ -237,10 +246,10 @@ def rates(row: Shape, us: float) -> Row:
     }
 
 
-def compiling(job: Job) -> Callable[[], Programs | str]:
+def compiling(job: Job | prefill.Job) -> Callable[[], Any]:
     """Returns a function that compiles a job, or returns why it can't be compiled."""
 
-    def compile_job() -> Programs | str:
+    def compile_job() -> Any:
         try:
             return job.compile()
         except Exception as error:  # a compiler may raise anything, and the other rows still count

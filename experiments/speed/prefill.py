@@ -134,15 +134,7 @@ def run(options: Options, output: Output) -> Outcome:
     programs = _compile([job for jobs in work.values() for job in jobs])
     rows: list[Row] = []
     for (batch, h), jobs in track(work.items(), "timing", total=len(work)):
-        try:
-            rows += _time(batch, h, jobs, programs, options)
-        except RuntimeError as error:  # out of memory, or times below the noise
-            reason = f"failed: {first_line(error)}"
-            rows += [
-                {"batch": batch.text, "heads": h, "implementation": job.name, "status": reason,
-                 "passed": False}
-                for job in jobs
-            ]  # fmt: skip
+        rows += time_batch(batch, h, jobs, programs, options)
     kind = jax.devices()[0].device_kind
     show_table(f"Prefill attention of one layer on {kind}, {options.dtype}, causal", rows, COLUMNS)
     for row in rows:
@@ -174,6 +166,24 @@ def _compile(jobs: Sequence[Job]) -> dict[Job, timing.ModelProgram | str]:
     return {job: future.result() for job, future in futures.items()}
 
 
+def time_batch(
+    batch: Batch,
+    heads: int,
+    jobs: Sequence[Job],
+    programs: Mapping[Job, timing.ModelProgram | str],
+    options: Options,
+) -> list[Row]:
+    """Checks and times the contenders of one batch in turns, and returns a row for each.
+
+    A program may be the reason why there is none.
+    """
+    try:
+        return _time(batch, heads, jobs, programs, options)
+    except RuntimeError as error:  # out of memory, or times below the noise
+        base = {"batch": batch.text, "heads": heads, "status": f"failed: {first_line(error)}"}
+        return [base | {"implementation": job.name, "passed": False} for job in jobs]
+
+
 def _time(
     batch: Batch,
     heads: int,
@@ -181,7 +191,6 @@ def _time(
     programs: Mapping[Job, timing.ModelProgram | str],
     options: Options,
 ) -> list[Row]:
-    """Checks and times the contenders of one batch in turns, and returns a row for each."""
     base = {"batch": batch.text, "heads": heads}
     rows, bursts, checks = [], {}, {}
     most = max(jobs, key=lambda job: job.launches[0])

@@ -21,6 +21,7 @@ from mla_jax.cache.arguments import (
 from mla_jax.cache.int8 import ROPE_DTYPE, new_scales, scale_shape
 from mla_jax.cache.layout import LAYOUTS, PAGE_SIZES, page_shape, read, write
 from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims
+from mla_jax.sharding.key_shards import KeyShard
 
 
 @functools.partial(
@@ -186,6 +187,7 @@ class PagedKVCache:
         query_lens: jax.Array | None = None,
         *,
         donate: bool = True,
+        kv_axis: str | None = None,
     ) -> "PagedKVCache":
         """Writes new tokens after those that the requests have, and returns the new cache.
 
@@ -197,6 +199,7 @@ class PagedKVCache:
             donate: whether an eager call reuses this cache's memory for the returned cache, after
                 which this one must not be used. False copies it. Under an outer jit the argument
                 has no effect: donate the cache there.
+            kv_axis: as in `paged_mla_attention`; the device that has a token's page writes it.
 
         Raises:
             TypeError: a dtype other than those above, or a donate that is not a bool.
@@ -205,10 +208,10 @@ class PagedKVCache:
                 two tokens with one position. Nothing has been written then. With traced
                 values, the tokens of an invalid request are not written, and its attention is NaN.
         """
-        donate = checks.require_bool("donate", donate)
-        self._check_append(kv, block_tables, seq_lens, query_lens)
-        write = _append_in_place if donate else _append_to_copy
-        return write(self, *map(checks.snapshot, (kv, block_tables, seq_lens, query_lens)))
+        write = _append_in_place if checks.require_bool("donate", donate) else _append_to_copy
+        new = kv, block_tables, seq_lens, query_lens
+        self._check_append(*new, kv_axis)
+        return write(self, *map(checks.snapshot, new), kv_axis=kv_axis)
 
     def gather(
         self, block_tables: jax.Array, *, max_len: int, seq_lens: jax.Array | None = None
@@ -290,7 +293,9 @@ class PagedKVCache:
         checks.require_int32("block_tables", block_tables)
         checks.require_positive("max_pages of block_tables", block_tables.shape[1])
 
-    def _check_append(self, kv: Any, block_tables: Any, seq_lens: Any, query_lens: Any) -> None:
+    def _check_append(
+        self, kv: Any, block_tables: Any, seq_lens: Any, query_lens: Any, kv_axis: str | None
+    ) -> None:
         self._check_tables(block_tables)
         batch = block_tables.shape[0]
         checks.require_array("kv", kv)
@@ -301,13 +306,14 @@ class PagedKVCache:
             checks.require_float("kv", kv)
         elif kv.dtype != self.dtype:
             raise TypeError(f"kv must be {self.dtype} as the cache is, got {kv.dtype}")
-        lengths = {"seq_lens": seq_lens}
-        if query_lens is not None:
-            lengths["query_lens"] = query_lens
+        lengths = {"seq_lens": seq_lens, "query_lens": query_lens}
+        lengths = {name: value for name, value in lengths.items() if value is not None}
         for name, value in lengths.items():
             checks.require_shape(name, value, "[B]", batch)
             checks.require_int32(name, value)
-        if checks.is_concrete(block_tables, *lengths.values()):
+        if kv_axis is not None:
+            KeyShard.here(kv_axis, 1).require_split({"kv": kv} | lengths, cache=self.pages)
+        elif checks.is_concrete(block_tables, *lengths.values()):
             require_new_tokens(
                 kv.shape[1], block_tables, seq_lens, query_lens, self.page_size, self.num_pages
             )
@@ -350,16 +356,23 @@ def _append(
     block_tables: jax.Array,
     seq_lens: jax.Array,
     query_lens: jax.Array | None,
+    *,
+    kv_axis: str | None,
 ) -> PagedKVCache:
     batch, count = kv.shape[:2]
     max_pages = block_tables.shape[1]
     if query_lens is None:
         query_lens = jnp.full(batch, count, jnp.int32)
     token = jnp.arange(count, dtype=jnp.int32)
-    room = min(max_pages * cache.page_size, int(INT32.max)) - jnp.maximum(seq_lens, 0)
+    shard = None if kv_axis is None else KeyShard.here(kv_axis, cache.page_size)
+    capacity = max_pages * cache.page_size * (1 if shard is None else shard.size)
+    room = min(capacity, int(INT32.max)) - jnp.maximum(seq_lens, 0)
     fits = (seq_lens >= 0) & (query_lens <= jnp.minimum(room, count))
     written = (token < query_lens[:, None]) & fits[:, None]
     positions = seq_lens[:, None] + token
+    if shard is not None:
+        here, positions = shard.places(positions)
+        written &= here
     entry = jnp.clip(positions // cache.page_size, 0, max_pages - 1)
     page = jnp.take_along_axis(block_tables, entry, axis=1)
     # A page past the end of the cache drops the row.
@@ -371,8 +384,8 @@ def _append(
     return dataclasses.replace(cache, **arrays)
 
 
-_append_in_place = jax.jit(_append, donate_argnums=0)
-_append_to_copy = jax.jit(_append)
+_append_in_place = jax.jit(_append, donate_argnums=0, static_argnames="kv_axis")
+_append_to_copy = jax.jit(_append, static_argnames="kv_axis")
 
 
 @functools.partial(jax.jit, static_argnames="max_len")

@@ -32,6 +32,7 @@ class FormOptions(NamedTuple):
     plan: Any
     rescale: Any
     partial_dtype: Any
+    kv_axis: Any
 
 
 class Sizes(NamedTuple):
@@ -103,7 +104,7 @@ def _refusal(
     names: tuple[str, ...], asked: FormOptions, cache: PagedKVCache, sizes: Sizes
 ) -> str | None:
     """Returns why the expanded form can't do what a call asks for; None where it can."""
-    for name in ("plan", "partial_dtype"):
+    for name in ("plan", "partial_dtype", "kv_axis"):
         if getattr(asked, name) is not None:
             return f"{name} is for the absorbed form"
     if asked.rescale != "multiply":

@@ -1,8 +1,9 @@
 """Attention in the expanded form over the paged cache: keys and values are expanded from latents.
 
-The new tokens of a request attend to each other first, with the causal mask. Then the tokens before
-them, the prefix, are expanded in parts of a bounded number of tokens. A loop over the parts has no
-mask, and merges the results by lse in float32. It runs as often as the prefixes of this call need.
+The new tokens of a request attend first to each other and to the tokens right before them, as many
+as the workspace has room for, with the causal mask. Earlier tokens are expanded in parts of a
+bounded number of tokens. A loop over the parts has no mask, and merges the results by lse in
+float32. It runs as often as the prefixes of this call need, often not at all.
 
 The cache is read again for the new tokens, so that they have the values that it stores, and later
 calls see the same keys.
@@ -200,14 +201,23 @@ class _Call(NamedTuple):
     def prefix_lens(self) -> jax.Array:
         return self.requests.seq_lens - self.requests.query_lens
 
-    def new_tokens(self) -> "_Part":
-        """Returns the part of the keys that are the new tokens of all requests."""
-        return _Part(self.prefix_lens, self.requests.query_lens, np.int32(0), len(self.q))
+    def tail(self, form: ExpandedForm) -> int:
+        """Returns how many tokens of each prefix, its last ones, join the new tokens, at most."""
+        batch = len(self.requests.seq_lens)
+        room = form.workspace_tokens // batch - len(self.q) // batch
+        return min(max(room, 0), form.longest_prefix)
+
+    def last_keys(self, tail: int) -> "_Part":
+        """Returns the part of the keys that are the new tokens and up to `tail` before each."""
+        first = jnp.maximum(self.prefix_lens - np.int32(tail), 0)
+        size = len(self.q) + len(first) * tail
+        return _Part(first, self.requests.seq_lens - first, np.int32(0), size)
 
     def prefix(self, form: ExpandedForm) -> tuple[jax.Array, Callable[[jax.Array], "_Part"]]:
-        """Returns how many parts the prefixes of all requests have, and part i of them."""
-        lens = self.prefix_lens
-        size = _part_size(len(lens) * form.longest_prefix, form.workspace_tokens)
+        """Returns how many parts the keys before `last_keys` have, and part i of them."""
+        tail = self.tail(form)
+        lens = jnp.maximum(self.prefix_lens - np.int32(tail), 0)
+        size = _part_size(len(lens) * (form.longest_prefix - tail), form.workspace_tokens)
         parts = -(-jnp.sum(lens, dtype=jnp.int32) // np.int32(size))
         return parts, lambda i: _Part(jnp.zeros_like(lens), lens, i * np.int32(size), size)
 
@@ -262,13 +272,19 @@ def _over_parts(
         keys_and_values = call.expansion.keys_and_values(rows.astype(call.q.dtype))
         return compute_part(part.problem(form, call, keys_and_values, causal=causal))
 
-    o, lse = attend(call.new_tokens(), form.causal)
+    tail = call.tail(form)
+    without_prefix = functools.partial(attend, call.last_keys(0), form.causal)
+    with_tail = functools.partial(attend, call.last_keys(tail), form.causal)
+    if tail > 0:
+        o, lse = lax.cond(jnp.any(call.prefix_lens > 0), with_tail, without_prefix)
+    else:
+        o, lse = without_prefix()
     # With a causal mask padding is invalid, because it has queries and no keys.
     lens = call.requests.query_lens
     token = jnp.arange(len(call.q) // len(lens), dtype=jnp.int32)
     real = (token < lens[:, None]).ravel()[:, None]
     o, lse = jnp.where(real[..., None], o, 0), jnp.where(real, lse, -jnp.inf)
-    if form.longest_prefix > 0:
+    if form.longest_prefix > tail:
         parts, part = call.prefix(form)
         state = vary_like((o.astype(jnp.float32), lse), call)
         o, lse = lax.fori_loop(
@@ -318,8 +334,9 @@ def _gradients(
     sums = jax.tree.map(
         lambda x: jnp.zeros(x.shape, jnp.float32), _Sums(call.q, call.expansion, pages)
     )
-    sums = add_part(vary_like(sums, call, cotangents), call.new_tokens(), form.causal)
-    if form.longest_prefix > 0:
+    tail = call.tail(form)
+    sums = add_part(vary_like(sums, call, cotangents), call.last_keys(tail), form.causal)
+    if form.longest_prefix > tail:
         parts, part = call.prefix(form)
         sums = lax.fori_loop(
             np.int32(0), parts, lambda i, sums: add_part(sums, part(i), False), sums

@@ -24,6 +24,27 @@ def varying_axes(*trees: Any) -> frozenset[str]:
     return frozenset().union(*(one.manual_axis_type.varying for one in types))
 
 
+def require_manual_axis(name: str, axis: Any) -> int:
+    """Returns the size of an axis of the `jax.shard_map` around the call.
+
+    Raises TypeError unless the axis is a string, and ValueError unless there is such an axis.
+    name: of the argument, for the message.
+    """
+    require_axis_name(name, axis)
+    mesh = jax.sharding.get_abstract_mesh()
+    if axis not in mesh.manual_axes:
+        got = f"inside one over {', '.join(map(repr, mesh.manual_axes))}"
+        got = got if mesh.manual_axes else "outside of jax.shard_map"
+        raise ValueError(f"{name} must be an axis of jax.shard_map, got {axis!r} {got}")
+    return mesh.shape[axis]
+
+
+def require_axis_name(name: str, axis: Any) -> None:
+    """Raises TypeError unless the axis is a string."""
+    if not isinstance(axis, str):
+        raise TypeError(f"{name} must be the name of a mesh axis, got {axis!r}")
+
+
 def vary_like(tree: Any, *like: Any) -> Any:
     """Returns the pytree, varying over each manual axis that an array of `like` varies over.
 

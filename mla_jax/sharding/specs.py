@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 from mla_jax.cache import PagedKVCache
 from mla_jax.checkpoints.weights import MLAParams, param_shapes
 from mla_jax.config import MLAConfig
+from mla_jax.sharding.axes import require_axis_name, require_manual_axis
 
 
 def param_specs(config: MLAConfig, mesh_axis: str) -> MLAParams:
@@ -40,32 +41,45 @@ def param_specs(config: MLAConfig, mesh_axis: str) -> MLAParams:
     return MLAParams(**specs)
 
 
-def cache_specs(cache: PagedKVCache, mesh_axis: str | None = None) -> PagedKVCache:
-    """Returns the PartitionSpecs of a cache: its pages are split over a mesh axis.
+def cache_specs(
+    cache: PagedKVCache, mesh_axis: str | None = None, *, kv_axis: str | None = None
+) -> PagedKVCache:
+    """Returns the PartitionSpecs of a cache: its pages are split over one or two mesh axes.
 
     With `jax.shard_map` each device then has pages of its own, which it numbers from 0. Elsewhere
     the numbers in a block table are those of the whole cache.
 
     Args:
         cache: the whole cache, of arrays or of their shapes (`jax.eval_shape`).
-        mesh_axis: None: every device has all pages, as where only heads are split.
+        mesh_axis: the axis that splits the requests; None: none does.
+        kv_axis: the axis that splits the keys of every request, as in `mla_layer`; None: none
+            does. With neither axis every device has all pages, as where only heads are split.
 
     Returns:
         A `PagedKVCache` of PartitionSpecs.
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: in a context of `jax.set_mesh`, an axis that the mesh does not have, or whose
-            size does not divide the number of pages.
+        ValueError: in a context of `jax.set_mesh`, an axis that the mesh does not have, or axes
+            whose sizes do not divide the number of pages; one axis for both.
     """
     if not isinstance(cache, PagedKVCache):
         raise TypeError(f"cache must be a PagedKVCache, got {type(cache).__name__}")
-    if mesh_axis is not None:
-        size = _size_in_context("mesh_axis", mesh_axis)
+    given = {"mesh_axis": mesh_axis, "kv_axis": kv_axis}
+    axes = {name: axis for name, axis in given.items() if axis is not None}
+    if kv_axis is not None and kv_axis == mesh_axis:
+        raise ValueError(f"kv_axis must be another axis than mesh_axis, got {kv_axis!r} for both")
+    rest = cache.num_pages
+    for name, axis in axes.items():
+        size = _size_in_context(name, axis)
         if size is not None:
-            _require_divides("mesh_axis", mesh_axis, size, "cache.num_pages", cache.num_pages)
+            of = "cache.num_pages" if name == next(iter(axes)) else "the pages per mesh_axis device"
+            _require_divides(name, axis, size, of, rest)
+            rest //= size
+    names = tuple(axes.values())
+    pages = names if len(names) > 1 else next(iter(names), None)
     # An array without dims, such as a single scale, belongs to the whole cache.
-    return jax.tree.map(lambda x: PartitionSpec(*[mesh_axis][: len(x.shape)]), cache)
+    return jax.tree.map(lambda x: PartitionSpec(*[pages][: len(x.shape)]), cache)
 
 
 def config_of_shard(params: Any, config: Any, head_axis: Any) -> MLAConfig:
@@ -76,13 +90,7 @@ def config_of_shard(params: Any, config: Any, head_axis: Any) -> MLAConfig:
     have all heads.
     """
     _require_config(config)
-    _require_name("head_axis", head_axis)
-    mesh = jax.sharding.get_abstract_mesh()
-    if head_axis not in mesh.manual_axes:
-        got = f"inside one over {', '.join(map(repr, mesh.manual_axes))}"
-        got = got if mesh.manual_axes else "outside of jax.shard_map"
-        raise ValueError(f"head_axis must be an axis of jax.shard_map, got {head_axis!r} {got}")
-    size = mesh.shape[head_axis]
+    size = require_manual_axis("head_axis", head_axis)
     _require_divides("head_axis", head_axis, size, "config.num_heads", config.num_heads)
     heads = config.num_heads // size
     if size > 1 and isinstance(params, MLAParams) and params.w_o.shape[0] == config.num_heads:
@@ -95,7 +103,7 @@ def config_of_shard(params: Any, config: Any, head_axis: Any) -> MLAConfig:
 
 def _size_in_context(name: str, axis: Any) -> int | None:
     """Returns the size of an axis of the mesh in the context, None without a mesh."""
-    _require_name(name, axis)
+    require_axis_name(name, axis)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return None
@@ -108,11 +116,6 @@ def _size_in_context(name: str, axis: Any) -> int | None:
 def _require_config(config: Any) -> None:
     if not isinstance(config, MLAConfig):
         raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
-
-
-def _require_name(name: str, axis: Any) -> None:
-    if not isinstance(axis, str):
-        raise TypeError(f"{name} must be the name of a mesh axis, got {axis!r}")
 
 
 def _require_divides(name: str, axis: str, size: int, of: str, count: int) -> None:

@@ -16,10 +16,11 @@ from experiments.framework.machine_options import report_row
 from experiments.serving import demo, demo_plan, demo_results, demo_served
 from experiments.serving.demo_batch import PHASES, Batch
 from experiments.simulated import published, sweep
-from experiments.speed import timing
+from experiments.speed import prefill, prefill_batches, timing
 from experiments.speed.shapes import Shape
 from mla_jax.hal import PROFILES, Problem, simulate
 from mla_jax.hal.simulator.trace import describe
+from mla_jax.prefill.registry import RAGGED_IMPLEMENTATIONS
 from mla_jax.reference.attention import attention_float64
 from mla_jax.registry import IMPLEMENTATIONS
 
@@ -61,6 +62,7 @@ class TestPlan:
         assert plan.implementations == ("reference", "xla", "split_kv", "blockwise")
         assert plan.not_run == {"hopper": "it needs a GPU"}
         assert plan.served == plan.timed == ()
+        assert plan.prefilled is None
 
     def test_an_h200_runs_the_fast_ones_and_times_a_served_batch(self):
         plan = demo_plan.plan(H200)
@@ -68,23 +70,25 @@ class TestPlan:
         assert plan.implementations == plan.timed == ("hopper", "xla")
         assert set(plan.not_run) == {"reference", "split_kv", "blockwise"}
         found = {(s.heads, s.batch, s.s_q, s.kv_len, s.dtype) for s in plan.served}
-        assert found == {
-            (16, 128, 1, 4096, "bf16"), (128, 128, 1, 4096, "bf16"), (128, 4, 1024, 1024, "bf16"),
-        }  # fmt: skip
+        assert found == {(16, 128, 1, 4096, "bf16"), (128, 128, 1, 4096, "bf16")}
+        assert plan.prefilled == prefill_batches.Batch(4, 1024)
 
     def test_a_gpu_without_hopper(self):
         plan = demo_plan.plan(A100)
         assert plan.implementations == ("xla", "reference")
         assert plan.timed == ("xla",)
         assert plan.not_run["hopper"] == "it needs 9.0"
-        assert len(plan.served) == 3
+        assert len(plan.served) == 2
+        assert plan.prefilled is not None
 
     @pytest.mark.parametrize("memory", [None, 2 * GIB, 8 * GIB, 24 * GIB])
     def test_a_served_batch_fits(self, memory):
-        shapes = demo_plan.plan(dataclasses.replace(H200, memory=memory)).served
-        assert shapes
-        assert max(map(demo_plan.needed_bytes, shapes)) <= (memory or 8 * GIB) / 2
+        plan, most = demo_plan.plan(dataclasses.replace(H200, memory=memory)), memory or 8 * GIB
+        assert plan.served
+        assert max(map(demo_plan.needed_bytes, plan.served)) <= most / 2
+        assert demo_plan.prefill_bytes(plan.prefilled) <= most / 2
         assert not demo_plan.served_shapes(2**20)
+        assert demo_plan.prefilled_batch(2**20) is None
 
     def test_what_is_asked_for_goes_first(self):
         names = tuple(f"one_{i}" for i in range(30))
@@ -98,13 +102,14 @@ class TestPlan:
 def test_on_a_machine_that_says_it_is_an_h200(tmp_path, monkeypatch, capsys, cheap_layer):
     """All that a GPU would run, with `xla` in the place of the kernels, a small served batch and
     a layer of no worth; a compiler's failure takes nothing but its own row."""
-    fake = dataclasses.replace(IMPLEMENTATIONS["xla"], name="hopper")
-    monkeypatch.setitem(IMPLEMENTATIONS, "hopper", fake)
+    for implementations in (IMPLEMENTATIONS, RAGGED_IMPLEMENTATIONS):
+        fake = dataclasses.replace(implementations["xla"], name="hopper")
+        monkeypatch.setitem(implementations, "hopper", fake)
     monkeypatch.setattr(demo_plan.Machine, "here", staticmethod(lambda: H200))
-    shapes = tuple(Shape(*s) for s in (
-        (2, "bf16", 2, 1, 64, "uniform", 128), (1, "bf16", 2, 3, 64, "uniform", 64),
-    ))  # fmt: skip
-    monkeypatch.setattr(demo_plan, "served_shapes", lambda memory: shapes)
+    step = Shape(2, "bf16", 2, 1, 64, "uniform", 128)
+    monkeypatch.setattr(demo_plan, "served_shapes", lambda memory: (step,))
+    monkeypatch.setattr(demo_plan, "prefilled_batch", lambda memory: prefill_batches.Batch(1, 64))
+    monkeypatch.setattr(demo_plan, "PREFILL_HEADS", 2)
     setup = dataclasses.replace(demo_plan.served_setup(None), kv_lora_rank=128, rope_dim=64,
                                 usual_layers=2, launches=2, rounds=1)  # fmt: skip
     monkeypatch.setattr(demo_plan, "served_setup", lambda memory: setup)
@@ -115,22 +120,23 @@ def test_on_a_machine_that_says_it_is_an_h200(tmp_path, monkeypatch, capsys, che
         }
 
     monkeypatch.setattr(demo_served, "time_bursts", time_once)
-    compile_job = demo_served.Job.compile
+    monkeypatch.setattr(prefill, "time_bursts", time_once)
+    compile_job = prefill.Job.compile
 
     def compile_some(job):
-        if job.name == "hopper" and job.work.row.s_q > 1:
+        if job.name == "hopper":
             raise RuntimeError("ptxas has died\nof something")
         return compile_job(job)
 
-    monkeypatch.setattr(demo_served.Job, "compile", compile_some)
+    monkeypatch.setattr(prefill.Job, "compile", compile_some)
     status, result = launched(tmp_path, "--noint8")
     assert status == 1
     assert result["files"] == ["demo.png", "served.png"]
     assert [r["implementation"] for r in result["rows"] if "cache" in r] == ["hopper", "xla"]
-    decode, decode_xla, prefill, prefill_xla = result["served"]
+    decode, decode_xla, failed, prefill_xla = result["served"]
     assert [row["passed"] for row in result["served"]] == [True, True, False, True]
     assert decode["speed_over_xla"] == pytest.approx(decode_xla["ms"] / decode["ms"])
-    assert prefill == {
+    assert failed == {
         "phase": "prefill", "batch": "1 x 64 tokens", "heads": 2, "implementation": "hopper",
         "ms": "failed: ptxas has died", "passed": False,
     }  # fmt: skip

@@ -54,7 +54,7 @@ SIXTY_FOUR = {"heads": 24, "num_queries": 2, "requests": 6, "page_size": 128}, 6
 @pytest.mark.parametrize(
     ("seq_lens", "program", "query_lens", "options"),
     [
-        ([130, 0, -1, 3], SIXTEEN, None, {}),
+        ([600, 0, -1, 3], SIXTEEN, None, {}),
         ([20, 129], TWENTY_FOUR, None, {"partial_dtype": "bfloat16"}),
         ([270, -1, 0, 0, 0, 20], SIXTY_FOUR, [2, 0, 0, 0, 0, 1], {}),
     ],

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from prefill_batch import SCALE, PrefillBatch, random_lengths
+from prefill_batch import SCALE, PrefillBatch, random_bounds, random_lengths
 
 import mla_jax
 from mla_jax.hal import TilePlanError
 from pallas_kernels.hopper.prefill import attention
 from pallas_kernels.hopper.prefill.config import TILE_ROWS, PrefillConfig
+from pallas_kernels.hopper.prefill.list_kernel import list_tiles
 from pallas_kernels.hopper.prefill.work_items import (
     Tile,
     place_of_item,
@@ -78,7 +79,7 @@ def test_invalid_requests_interpreted(races):
 
 
 def test_the_op_compiles_for_sm90a(h200):
-    """`ragged_mla_attention` takes the kernel on a GPU.
+    """`ragged_mla_attention` takes the kernel on a GPU, and one other kernel makes its work list.
 
     No product is serialized, no register spilled, and shared memory is what the config says.
     """
@@ -87,7 +88,7 @@ def test_the_op_compiles_for_sm90a(h200):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     heads, rows, bounds = 16, 4096, struct(5, dtype=jnp.int32)
-    (report,) = aot.compile_sm90a(
+    making_list, report = aot.compile_sm90a(
         functools.partial(mla_jax.ragged_mla_attention, softmax_scale=SCALE),
         struct(rows, heads, 192),
         struct(rows, heads, 128),
@@ -96,6 +97,10 @@ def test_the_op_compiles_for_sm90a(h200):
         bounds,
         bounds,
     )
+    if "work_list" in report.name:
+        making_list, report = report, making_list
+    assert "mla_prefill_work_list" in making_list.name
+    assert making_list.spill_stores == making_list.spill_loads == making_list.stack_frame == 0
     assert "mla_prefill" in report.name
     assert report.spill_stores == report.spill_loads == report.stack_frame == 0
     assert not report.messages
@@ -115,7 +120,7 @@ def test_tiles_cover_every_row_once(causal):
             np.concatenate([[0], np.cumsum(x)]).astype(np.int32) for x in np.array(lens).T
         )
         tiles, (count, _) = map(np.asarray, make(cu_q, cu_kv))
-        assert (tiles[count:, 1] == 0).all()
+        assert (tiles[count:] == 0).all()
         blocks = tiles[:count, 3]
         assert (np.diff(blocks) <= 0).all()
         covered = np.zeros(1000, int)
@@ -136,6 +141,45 @@ def test_tiles_cover_every_row_once(causal):
             if causal:  # all rows see all keys of all blocks but the last
                 assert last[0] // TILE_ROWS == last[-1] // TILE_ROWS
         assert (covered == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("requests", "rows", "keys", "causal", "heads_at_once"),
+    [(5, 400, 3000, True, None), (200, 5, 60_000, True, 3), (3, 200, 1000, False, None)],
+)
+def test_one_kernel_makes_the_same_list_interpreted(requests, rows, keys, causal, heads_at_once):
+    """The kernel's list equals that of `work_list`, also for bounds that can't be."""
+    options = {
+        "num_queries": rows,
+        "num_keys": keys,
+        "causal": causal,
+        "num_heads": 13,
+        "bytes_per_key": 51_200,  # so that the heads take several groups
+        "heads_at_once": heads_at_once,
+    }
+    interpret = plgpu.InterpretGPUParams()
+    made = jax.jit(functools.partial(list_tiles, **options, interpret=interpret))
+    specified = jax.jit(functools.partial(work_list, **options))
+    rng = np.random.default_rng(rows)
+    for _ in range(20):
+        bounds = random_bounds(rng, requests, rows, keys)
+        for got, wanted in zip(made(*bounds), specified(*bounds), strict=True):
+            np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("requests", "interpret", "kernels"),
+    [(8, None, 1), (9, None, 0), (8, plgpu.InterpretGPUParams(), 0)],
+)
+def test_plan_takes_the_kernel_where_it_can(monkeypatch, requests, interpret, kernels):
+    """A program for a CPU has no kernel, but its trace has all platforms."""
+    monkeypatch.setattr(attention, "MOST_REQUESTS", 8)
+    bounds = jax.ShapeDtypeStruct((requests + 1,), jnp.int32)
+    options = {"causal": True, "interpret": interpret}
+    make = functools.partial(attention.plan, **options)
+    traced = jax.make_jaxpr(make, static_argnums=(2, 3, 4, 5))
+    text = str(traced(bounds, bounds, 1000, 2000, 16, PrefillConfig()))
+    assert text.count("mpmd_map[") == kernels
 
 
 def test_items_cover_every_tile_of_every_head_once():

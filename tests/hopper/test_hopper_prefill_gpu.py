@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from prefill_batch import SCALE, PrefillBatch, random_lengths
+from prefill_batch import SCALE, PrefillBatch, random_bounds, random_lengths
 
 from pallas_kernels.hopper.prefill import attention
+from pallas_kernels.hopper.prefill.list_kernel import MOST_REQUESTS, list_tiles
+from pallas_kernels.hopper.prefill.work_items import work_list
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 ROWS, KEYS, REQUESTS = 1100, 2300, 9
@@ -108,3 +110,28 @@ def test_long_requests_repeat_on_the_gpu(heads, rows):
     chosen = [0, heads // 2, heads - 1]
     batch.q, batch.k, batch.v = (x[:, chosen] for x in (batch.q, batch.k, batch.v))
     batch.check(*(x[:, np.array(chosen)] for x in first))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("requests", "rows", "keys"),
+    [(1, 5000, 9000), (16, 8192, 20_000), (130, 700, 5000), (512, 16_384, 40_000),
+     (MOST_REQUESTS, 3000, 100_000)],
+)  # fmt: skip
+def test_one_kernel_makes_the_same_list_on_the_gpu(requests, rows, keys, causal):
+    """The kernel's list equals that of `work_list`, also for bounds that can't be."""
+    options = {
+        "num_queries": rows,
+        "num_keys": keys,
+        "causal": causal,
+        "num_heads": 128,
+        "bytes_per_key": 512,
+    }
+    made = jax.jit(functools.partial(list_tiles, **options))
+    specified = jax.jit(functools.partial(work_list, **options))
+    rng = np.random.default_rng(requests)
+    for _ in range(300):
+        bounds = random_bounds(rng, requests, rows, keys)
+        for got, wanted in zip(made(*bounds), specified(*bounds), strict=True):
+            np.testing.assert_array_equal(got, wanted)

@@ -69,10 +69,13 @@ STEPS = [(5, 0, 13), (14, 1, 0), (0, 17, 2), (3, 2, 5)]
 
 @pytest.mark.parametrize(
     ("dtype", "cache_dtype", "workspace_tokens"),
-    [("float32", "float32", 7), ("float32", "int8", 16), ("bfloat16", "bfloat16", None)],
+    [("float32", "float32", 7), ("float32", "int8", 3 * (32 + 2)), ("bfloat16", "bfloat16", None)],
 )
 def test_expanded_in_chunks(dtype, cache_dtype, workspace_tokens):
-    """Parts of the prefix begin and end inside of requests, and one program serves all chunks."""
+    """Parts of the prefix begin and end inside of requests, and one program serves all chunks.
+
+    Of each prefix no token, the last two or all of them join the new tokens.
+    """
     params, x = random_layer(SMALL, batch=3, length=24)
     wanted = layer_float64(SMALL, params, x)
     params = jax.tree.map(lambda weight: weight.astype(dtype), params)

@@ -38,7 +38,10 @@ def wanted():
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("form", ["absorbed", "expanded", None])
 def test_chunks_on_the_gpu(form, cache_dtype):
-    """One program serves all steps. Padding and what no token has written yet are NaN."""
+    """One program serves all steps. Padding and what no token has written yet are NaN.
+
+    With room for 1500 tokens, the last 100 of each prefix join the new ones.
+    """
     params, x = case("bfloat16")
     cache, tables = new_cache(WIDE, len(LENS), int(LENS.max()), page_size=64, dtype=cache_dtype)
     if cache_dtype != "int8":
@@ -46,7 +49,8 @@ def test_chunks_on_the_gpu(form, cache_dtype):
 
     @functools.partial(jax.jit, donate_argnums=1)
     def step(x, cache, lens, counts):
-        options = {"query_lens": counts, "form": form, "workspace_tokens": 300}
+        room = 300 if form == "expanded" else 1500
+        options = {"query_lens": counts, "form": form, "workspace_tokens": room}
         return mla_layer(params, WIDE, x, cache, tables, lens, **options)
 
     lens = np.zeros(len(LENS), np.int32)

@@ -17,8 +17,8 @@ from mla_jax.prefill import form as layer_form
 from mla_jax.reference.layer import layer_float64
 from mla_jax.sharding.specs import param_specs
 
-STEPS = np.array([(5, 0), (2, 7), (3, 1)], np.int32)  # tokens of 2 requests
-LENGTH, ROOM = 10, 7  # tokens of the longer request, and of a step
+STEPS = np.array([(5, 0), (7, 7), (7, 3), (7, 7), (3, 1)], np.int32)  # tokens of 2 requests
+LENGTH, ROOM = 29, 7  # tokens of the longer request, and of a step
 LENS = STEPS.sum(0)
 
 
@@ -71,10 +71,13 @@ def slope_float64(d_params, d_x):
 
 @pytest.mark.parametrize("form", ["absorbed", None])
 def test_gradients_of_params_and_x(form, monkeypatch):
-    """None: the expanded form behind prefixes in parts of 7 tokens, which begin and end inside of
-    requests, and the absorbed form of requests of up to 2 tokens."""
+    """None: the expanded form, and the absorbed form of requests of up to 2 tokens.
+
+    The last token of each prefix joins the new ones. Earlier ones are in parts of 16, which begin
+    and end inside of requests.
+    """
     monkeypatch.setattr(layer_form, "_cheaper", lambda count, *_: layer_form.FORMS[count > 2])
-    options = {"form": form, "workspace_tokens": 7}
+    options = {"form": form, "workspace_tokens": 2 * (ROOM + 1)}
     loss = functools.partial(loss_of_steps, **options)
     found = jax.jit(jax.grad(loss, argnums=(0, 1)))(*case())
     compared = jax.tree.map(relative_error, found, naive_gradients())

@@ -210,7 +210,7 @@ def changed(name, at, value):
         (
             dataclasses.replace(CUT, num_heads=32),
             ValueError,
-            "plan must be for causal=True and 64 heads: made with query_lens, it is for causal=Tru",
+            "plan must be for causal=True and 64 heads: made with query_lens and no kv_axis, it",
         ),
         (dataclasses.replace(CUT, fixed=1), TypeError, "plan.fixed must be True or False, got 1"),
         (

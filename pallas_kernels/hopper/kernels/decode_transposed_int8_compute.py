@@ -169,7 +169,9 @@ class Computer:
         g.mma_dequantized(
             (current.o_left, current.o_right), values, p_smem.transpose((1, 0)), begun
         )
-        # All of V is in registers, while its last product is still in flight.
+        # All of V is in registers, while its last product is still in flight. The threads have read
+        # it themselves: the fence orders their reads before the copy that overwrites V.
+        plgpu.commit_smem()
         plgpu.barrier_arrive(scratch.empty.at[stage])
         g.wait_mma(0)
         return Softmax(m, norm)
