@@ -22,6 +22,7 @@ from pallas_kernels.hopper.prefill.work_items import (
     place_of_item,
     work_list,
 )
+from pallas_kernels.hopper.work_items import LOG2E
 
 ROWS, KEYS, HEADS = 165, 345, 2  # of the arrays that are interpreted
 
@@ -68,6 +69,18 @@ def test_interpreted(races):
     batch.poison(begin + 280, only_v=True)  # seen by rows 120 .. 139 of the chunk
     batch.check(*run(batch, joined=True))
     assert not races.found
+
+
+def test_scores_that_rise_interpreted():
+    """From block to block some maxima rise by more than O's reference may lag, others by less."""
+    batch = causal_batch(8, [(5, 9), (140, 300), (1, 1), (0, 7)])
+    batch.q[5:145:2] *= 8
+    q, k = (x.astype(np.float32) for x in (batch.q[105:145, 0, :128], batch.k[9:265, 0]))
+    scores = q @ k.T * SCALE * LOG2E  # of a tile's last rows and its full blocks of keys
+    rises = scores[:, :128].max(axis=1) - scores[:, 128:].max(axis=1)
+    assert (rises > 8).any()
+    assert ((rises > 0.5) & (rises < 7)).any()
+    batch.check(*run(batch, joined=True))
 
 
 def test_wide_interpreted(races):

@@ -28,11 +28,11 @@ from pallas_kernels.hopper.kernels.decode_refs import (
 )
 from pallas_kernels.hopper.mosaic.primitives import ROWS
 from pallas_kernels.hopper.mosaic.values import opaque_zero, per_row
+from pallas_kernels.hopper.parts.normalize import LAZY_GROWTH
 from pallas_kernels.hopper.parts.visible_keys import VisibleKeys
 from pallas_kernels.hopper.work_items import BLOCK, NO_KEY, range_of
 
 ALL_WHOLE = 2.0**23  # float32 numbers from here on are whole
-LAZY_GROWTH = 8.0  # log2 units that the running maximum may lag behind the true one
 
 
 class Running(NamedTuple):

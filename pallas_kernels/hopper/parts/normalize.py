@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.hopper.work_items import LN2, LOG2E
 
+LAZY_GROWTH = 8.0  # log2 units by which m may lag behind the true maximum, so that O is kept
+
 
 def nan_if_invalid(kv_len: Any, invalid: Any) -> Any:
     """Returns what to add to results: NaN where the request or its plan is invalid, else 0.

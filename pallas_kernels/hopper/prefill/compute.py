@@ -5,7 +5,7 @@ block before. While they run, the other warpgroup computes its softmax:
 
     wait for K | take the turn | start S_j = q K_j^T | wait for V | start O += P_(j-1) V_(j-1)
     | pass the turn | wait for S_j | release K | row maxima | wait for O | release V
-    | P_j = exp2(...), sums, rescale O
+    | P_j = exp2(...), sums, rescale O where scores rise far
 
 Blocks are counted from a tile's last one, j = 0, which is computed first.
 """
@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper.mosaic.primitives import ROWS
 from pallas_kernels.hopper.mosaic.rows import CountedRows
 from pallas_kernels.hopper.mosaic.values import per_row
-from pallas_kernels.hopper.parts.normalize import divided, natural_lse
+from pallas_kernels.hopper.parts.normalize import LAZY_GROWTH, divided, natural_lse
 from pallas_kernels.hopper.prefill.config import CHECKERS, TILE_ROWS
 from pallas_kernels.hopper.prefill.refs import Cta
 from pallas_kernels.hopper.prefill.work_items import Item
@@ -36,7 +36,7 @@ SUM_COLUMNS = 8  # columns of the running sums: each thread keeps sums of its ow
 class Running(NamedTuple):
     """The state of the online softmax between blocks."""
 
-    m: Any  # [64] running maximum of the scores, in log2 units
+    m: Any  # [64] what P is relative to, in log2 units: `softmax`
     total: Any  # [64, 8] sums of P, over every eighth column
     o: Any  # [64, v_dim] float32, without the block of p
     p: Any  # [64, block_keys] of q's dtype: P of the last block, relative to m
@@ -187,7 +187,9 @@ class ComputingWarpgroup:
         g.wait_mma(0)
         o = g.completed(o)
         plgpu.barrier_arrive(scratch.v_empty.at[before])
-        o = o * per_row(factor, o.shape)
+        # Each warp decides for its own rows.
+        grown = g.any_less_in_warp(factor, g.full((HEIGHT,), 1.0, ROWS))
+        o = lax.cond(grown, lambda o: o * per_row(factor, o.shape), lambda o: o, o)
         if masked:
             total = self.poisoned(total, stage, limit)
         return Running(m, total, o, p.astype(cta.call.q.dtype))
@@ -230,9 +232,14 @@ class ComputingWarpgroup:
         return total + per_row(poison, total.shape)
 
     def softmax(self, s: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the new maxima, in log2 units, and P relative to them."""
+        """Returns the new reference of each row, in log2 units, and P relative to it.
+
+        The reference is a maximum that may lag behind the running one by `LAZY_GROWTH`. So O is
+        rescaled only where scores rise far.
+        """
         scale = self.cta.call.log2_scale
-        m = jnp.maximum(m, s.max(axis=1) * scale)
+        top = s.max(axis=1) * scale
+        m = jnp.where(top > m + LAZY_GROWTH, top, m)
         return m, jnp.exp2(s * scale - per_row(m, s.shape))
 
     def release_k(self, stage: Any, is_last: Any) -> None:
