@@ -2,6 +2,8 @@
 
 import jax
 
+from mla_jax.hal import HardwareProfile, profile_of_device
+
 ASSUMED_SMS = 132  # of an H100 or H200 SXM
 
 
@@ -31,6 +33,17 @@ def machine_lacks() -> str | None:
     """Returns why the kernels can't run on this machine; None where they can."""
     device = card()
     return target_lacks("cuda" if device else jax.devices()[0].platform, device)
+
+
+def profile() -> HardwareProfile | None:
+    """Returns the profile of this machine's Hopper GPU; None without one, or of an unknown model.
+
+    Its number of SMs is that of the model. A part of the GPU or another variant may have fewer.
+    """
+    device = card()
+    if device is None or machine_lacks() is not None:
+        return None
+    return profile_of_device(getattr(device, "device_kind", ""))
 
 
 def num_sms() -> int:
