@@ -26,6 +26,7 @@ from mla_jax.implementations.implementation import (
 )
 from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims
 from mla_jax.splits.plan import SlowPlanWarning
+from mla_jax.splits.residency import for_any_gpu
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -234,9 +235,20 @@ def _lower_choice(
     name = choice.on(Target.of_lowering(context, platform), problem).name
     if not _has_casts(choice, name):
         context = context.replace(avals_in=[_without_manual_axes(x) for x in context.avals_in])
+    if _is_exported(context):
+        # The last one too is traced anew: the export is not known where a call is traced.
+        with for_any_gpu(True):
+            function = functools.partial(_compute_leaves, choice, name, tree)
+            return mlir.lower_fun(function)(context, *leaves)
     if name == choice.names[-1]:
         return mlir.lower_fun(core.jaxpr_as_fun(last))(context, *leaves)
     return mlir.lower_fun(functools.partial(_compute_leaves, choice, name, tree))(context, *leaves)
+
+
+def _is_exported(context: mlir.LoweringRuleContext) -> bool:
+    """Returns whether the program is lowered for `jax.export`, so that other machines may run it."""
+    parameters = getattr(context.module_context, "lowering_parameters", None)
+    return getattr(parameters, "for_export", False)
 
 
 batching.primitive_batchers[_choice_p] = _vmap_of_last

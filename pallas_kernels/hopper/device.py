@@ -3,6 +3,7 @@
 import jax
 
 from mla_jax.hal import HardwareProfile, profile_of_device
+from mla_jax.splits.residency import for_any_gpu
 
 ASSUMED_SMS = 132  # of an H100 or H200 SXM
 
@@ -48,14 +49,19 @@ def profile() -> HardwareProfile | None:
 
 def num_sms() -> int:
     """Returns the SMs to plan for: of this machine's Hopper GPU, or else `ASSUMED_SMS`."""
-    return resident_ctas() or ASSUMED_SMS
+    return machine_sms() or ASSUMED_SMS
 
 
 def resident_ctas() -> int:
     """Returns how many CTAs certainly run at the same time: one on each SM of this machine's GPU.
 
-    0 where it has no Hopper GPU: a program that is exported here may run on a card with fewer SMs
-    than `num_sms` assumes.
+    0 where it has no Hopper GPU, and in a program that is exported: it may run on a card with fewer
+    SMs than `num_sms` says.
     """
+    return 0 if for_any_gpu.value else machine_sms()
+
+
+def machine_sms() -> int:
+    """Returns the SMs of this machine's Hopper GPU; 0: it has none."""
     device = card()
     return device.core_count if device is not None and machine_lacks() is None else 0

@@ -73,19 +73,26 @@ def test_a_decode_step_of_both_platforms_runs_after_it_was_stored():
         jax.eval_shape(loaded.call, *args[:-1], other)
 
 
-def ragged_args():
-    q, kv = jnp.ones((8, 8, 192), jnp.bfloat16), jnp.ones((8, 8, 128), jnp.bfloat16)
-    return q, kv, q[:, 0, :64], kv, np.array([0, 8], np.int32), np.array([0, 8], np.int32)
-
-
 def test_each_platform_gets_its_own_program():
-    attend = functools.partial(mla_jax.ragged_mla_attention, softmax_scale=0.1)
-    layer = *random_layer(CONFIG, length=1), new_cache(), np.ones(2, np.int32)
-    for function, args in ((step, layer), (attend, ragged_args())):
-        jitted = jax.jit(function)
-        for platform, has_kernel in (("cuda", True), ("cpu", False)):
-            exported = export.export(jitted, platforms=(platform,))(*args)
-            assert (KERNEL in exported.mlir_module()) == has_kernel
+    attend = jax.jit(functools.partial(mla_jax.ragged_mla_attention, softmax_scale=0.1))
+    q, kv = jnp.ones((8, 8, 192), jnp.bfloat16), jnp.ones((8, 8, 128), jnp.bfloat16)
+    lens = np.array([0, 8], np.int32)
+    for platform, has_kernel in (("cuda", True), ("cpu", False)):
+        exported = export.export(attend, platforms=(platform,))(q, kv, q[:, 0, :64], kv, lens, lens)
+        assert (KERNEL in exported.mlir_module()) == has_kernel
+
+
+def test_no_cta_of_an_exported_program_waits_for_another(monkeypatch):
+    """On a machine with an H200 too: the program may run on a GPU with fewer SMs."""
+    monkeypatch.setattr(device, "machine_sms", lambda: 132)
+    attend = functools.partial(
+        mla_jax.paged_mla_attention, softmax_scale=0.1, implementation="hopper"
+    )
+    q = jnp.ones((2, 1, 8, 192), jnp.bfloat16)
+    exported = export.export(jax.jit(attend), platforms=("cuda",))(
+        q, new_cache(), TABLES, np.ones(2, np.int32)
+    )
+    assert exported.mlir_module().count(KERNEL) == 2  # the merge is a launch of its own
 
 
 def stored(tree):

@@ -64,7 +64,7 @@ def test_a_card_with_other_sms_refuses_by_name(monkeypatch):
     assert planning.refuses_sms(planned(profile="H100_SXM5"), 132) is None  # as many as an H200
     part = load_profile("H200_SXM").with_values({"core.count": 100})  # the rest is for others
     assert planning.refuses_sms(planned(profile=part), 132) is None
-    monkeypatch.setattr(device, "resident_ctas", lambda: 114)
+    monkeypatch.setattr(device, "machine_sms", lambda: 114)
     own = planned()
     assert own.num_sms == 114
     assert planning.refuses_sms(own, 114) is None
