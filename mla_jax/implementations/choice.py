@@ -246,7 +246,7 @@ def _lower_choice(
 
 
 def _is_exported(context: mlir.LoweringRuleContext) -> bool:
-    """Returns whether the program is lowered for `jax.export`, so that other machines may run it."""
+    """Returns whether a program is lowered for `jax.export`: other machines may run it."""
     parameters = getattr(context.module_context, "lowering_parameters", None)
     return getattr(parameters, "for_export", False)
 

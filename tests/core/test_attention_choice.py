@@ -14,7 +14,6 @@ import pytest
 from paged_batch import PURE, SCALE, TOLERANCE, assert_matches, make_batch
 
 from mla_jax.attention import paged_mla_attention
-from mla_jax.cache import PagedKVCache
 from mla_jax.hal import load_profile
 from mla_jax.registry import IMPLEMENTATIONS, available_implementations
 from mla_jax.splits.decode_plan import DecodePlan
@@ -223,20 +222,6 @@ def test_transforms_of_the_choice_are_those_of_xla(marked, half_batch):
         got = jax.jit(transform(attend))(value)
         chex.assert_trees_all_equal(got, jax.jit(transform(xla))(value))
         assert cosines(transform(attend), value) == of_hopper
-
-
-def test_a_cpu_exports_a_program_for_cuda():
-    cache = PagedKVCache.create(2, page_size=64)
-    q = jnp.ones((1, 1, 8, 576), jnp.bfloat16)
-    args = q, cache.pages, i32([0]), i32(5)
-
-    def run(q, pages, tables, seq_lens):
-        return attend(q, dataclasses.replace(cache, pages=pages), tables, seq_lens)
-
-    exported = jax.export.export(jax.jit(run), platforms=("cpu", "cuda"))(*args)
-    # Two launches, decode and merge: no card is known here on which all CTAs run at once.
-    assert exported.mlir_module().count("mosaic_gpu_v2") == 2
-    chex.assert_trees_all_equal(jax.jit(exported.call)(*args), run(*args))
 
 
 def test_an_eager_call_runs_where_its_arrays_are(half_batch):
