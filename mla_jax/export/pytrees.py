@@ -49,7 +49,8 @@ class StoredForm:
     def of(node: type) -> "StoredForm":
         # A node that holds the names of its own fields shows which are children, and all orders.
         names = {field.name: field.name for field in dataclasses.fields(node)}
-        arrays, tree = jax.tree.flatten(node(**names))
+        arrays, structure = jax.tree.flatten(node(**names))
+        tree: Any = structure  # whose methods its stub does not list
         return StoredForm(node, tuple(arrays), tuple(tree.node_data()[1]))
 
     @property
@@ -83,10 +84,10 @@ class StoredForm:
             static["tiles"] = tiles_from_json(static["tiles"])
         return StoredNode(arrays, static)
 
-    def build(self, stored: StoredNode, children: Sequence[Any]) -> Any:
-        """Returns the node with these children."""
-        arrays = dict(zip(stored.arrays, children, strict=True))
-        return self.node(**arrays, **stored.static)
+    def build(self, aux_data: StoredNode, children: Sequence[Any]) -> Any:
+        """Returns the node with these children; JAX names the arguments."""
+        arrays = dict(zip(aux_data.arrays, children, strict=True))
+        return self.node(**arrays, **aux_data.static)
 
     def register(self) -> None:
         # It raises only where the name is registered already: a process that imports this library

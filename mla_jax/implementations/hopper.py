@@ -72,11 +72,12 @@ def _refuses(problem: AttentionProblem) -> str | None:
 
 def _refuses_plan(problem: AttentionProblem, target: Target) -> str | None:
     """Returns why a plan is not for the GPU that a program is for, where that is known."""
-    if problem.plan is None or target.device is None:
+    num_sms = getattr(target.device, "core_count", None)
+    if problem.plan is None or num_sms is None:
         return None
     from pallas_kernels.hopper import planning
 
-    return planning.refuses_sms(problem.plan, target.device.core_count)
+    return planning.refuses_sms(problem.plan, num_sms)
 
 
 def _plan(request: PlanRequest) -> DecodePlan | str:
