@@ -235,11 +235,11 @@ def _lower_choice(
     name = choice.on(Target.of_lowering(context, platform), problem).name
     if not _has_casts(choice, name):
         context = context.replace(avals_in=[_without_manual_axes(x) for x in context.avals_in])
-    if _is_exported(context):
-        # The last one too is traced anew: the export is not known where a call is traced.
-        with for_any_gpu(True):
-            function = functools.partial(_compute_leaves, choice, name, tree)
-            return mlir.lower_fun(function)(context, *leaves)
+        if _is_exported(context):
+            # The last one too is traced anew: the export is not known where a call is traced.
+            with for_any_gpu(True):
+                function = functools.partial(_compute_leaves, choice, name, tree)
+                return mlir.lower_fun(function)(context, *leaves)
     if name == choice.names[-1]:
         return mlir.lower_fun(core.jaxpr_as_fun(last))(context, *leaves)
     return mlir.lower_fun(functools.partial(_compute_leaves, choice, name, tree))(context, *leaves)
