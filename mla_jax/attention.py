@@ -10,10 +10,11 @@ import numpy as np
 
 from mla_jax import checks
 from mla_jax.cache import PagedKVCache
+from mla_jax.cache.requests import valid_or_minus_one
 from mla_jax.implementations.choice import Choice
 from mla_jax.implementations.gradients import attend
 from mla_jax.online_softmax import RESCALES
-from mla_jax.problem import AttentionProblem, valid_or_minus_one
+from mla_jax.problem import AttentionProblem
 from mla_jax.registry import check_names, choose
 from mla_jax.sharding.key_shards import KeyShard, merge_parts
 from mla_jax.splits.decode_plan import DecodePlan
@@ -96,8 +97,9 @@ def paged_mla_attention(
             first that can run the problem on the platform that the call is lowered for. None:
             ("hopper", "xla"). See "The choice" below.
         plan: for these seq_lens, from `plan_decode`, or a SplitPlan of `plan_fixed` (results that
-            do not depend on the batch) or `plan_splits`. None: an implementation that splits the
-            keys plans for itself. Other implementations ignore it.
+            do not depend on the batch) or `plan_splits`. A plan that was made with query_lens is
+            for these, and for a causal mask. None: an implementation that splits the keys plans for
+            itself. Other implementations ignore it.
         rescale: "multiply" or "exponent_add" (AMLA), see `online_softmax`.
         partial_dtype: of partial results, where the keys of a request are split. None selects
             float32. On Hopper, tiles of 64 or more bfloat16 rows use float16 with one power-of-two
@@ -189,6 +191,8 @@ def prepare(
     plan = DecodePlan.of(plan)
     shard = None if kv_axis is None else KeyShard.here(kv_axis, cache.page_size)
     dtype = _check_options(rescale, partial_dtype, plan, q, shard)
+    if plan is not None:
+        _check_mask_of_plan(plan.split, q.shape[2], causal, shard)
     if shard is None:
         _check_values(q, cache, block_tables, seq_lens, query_lens, plan)
     else:
@@ -342,6 +346,14 @@ def _check_plan(plan: DecodePlan, batch: int, rows: int, words: str) -> None:
         )
 
 
+def _check_mask_of_plan(split: SplitPlan, heads: int, causal: bool, shard: KeyShard | None) -> None:
+    if split.num_heads and (shard is not None or not causal or split.num_heads != heads):
+        raise ValueError(
+            f"plan must be for causal={causal} and {heads} heads: made with query_lens and no "
+            f"kv_axis, it is for causal=True, {split.num_heads} heads and no kv_axis"
+        )
+
+
 def _check_values(
     q: Any, cache: PagedKVCache, block_tables: Any, seq_lens: Any, query_lens: Any, plan: Any
 ) -> None:
@@ -353,4 +365,6 @@ def _check_values(
     if query_lens is not None:
         require_query_lens(q.shape[1], "q", seq_lens, query_lens)
     if plan is not None:
-        plan.split.check_covers(seq_lens)
+        if query_lens is None:
+            query_lens = np.full(q.shape[0], q.shape[1], np.int32)
+        plan.split.check_covers(seq_lens, query_lens)

@@ -83,7 +83,7 @@ def mla_layer(
             AMLA's rescale, and implementations other than "hopper" and "xla".
         workspace_tokens: in the expanded form, tokens of all requests whose keys and values are in
             memory at a time, or those of the new tokens if there are more. None: as many as take
-            512 MiB.
+            1 GiB.
         head_axis: the axis of a `jax.shard_map` around the call that splits the heads
             (`param_specs`). `config` is that of the whole layer. All other arguments are equal
             along the axis, and so are the results: the projected outputs are summed over it once.

@@ -14,6 +14,7 @@ from mla_jax.registry import IMPLEMENTATIONS, check_names
 from mla_jax.sharding.key_shards import KeyShard
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import require_lengths
+from mla_jax.splits.tile_keys import check_query_lens
 
 
 def plan_decode(
@@ -53,7 +54,10 @@ def plan_decode(
         kv_axis: the axis of a `jax.shard_map` around the call over which the keys of every request
             are split, as in the op. The plan is for the keys of this device; `cache`, num_heads and
             max_seq_len are those of one device too. None: it has all keys.
-        query_lens: [B] int32, with kv_axis only: those of the call, if it gets any.
+        query_lens: [B] int32, query tokens per request, if the call gets any. The plan is then for
+            these alone and for a causal mask, and leaves out the blocks of keys that a tile of rows
+            does not see. That pays for chunks and ragged batches. None: for any query_lens, or with
+            kv_axis for a call without them.
 
     Returns:
         The plan, a pytree: the arrays of its split are data, all else is static.
@@ -77,14 +81,17 @@ def plan_decode(
     checks.require_one_of("rescale", rescale, RESCALES)
     if max_seq_len is not None:
         checks.require_positive("max_seq_len", max_seq_len)
+    if query_lens is not None:
+        check_query_lens(query_lens, len(seq_lens), tokens)
     seq_lens, query_lens = map(checks.snapshot, (seq_lens, query_lens))
-    if kv_axis is not None:
-        seq_lens = _keys_of_tokens(seq_lens, query_lens, tokens, cache, kv_axis)
-    elif query_lens is not None:
-        raise ValueError("query_lens is for plans with a kv_axis, got kv_axis None")
-    else:
+    if kv_axis is None:
         rows *= tokens
-    request = PlanRequest(seq_lens, cache, rows, rescale, max_seq_len, _profile(profile))
+    else:
+        seq_lens = _keys_of_tokens(seq_lens, query_lens, tokens, cache, kv_axis)
+        query_lens = None  # Each token is a request.
+    request = PlanRequest(
+        seq_lens, cache, rows, rescale, max_seq_len, _profile(profile), query_lens, num_heads
+    )
     names = ("hopper", "split_kv") if implementation is None else check_names(implementation)
     reasons = {}
     for name in names:
@@ -108,9 +115,6 @@ def _keys_of_tokens(
     kv_axis: str,
 ) -> jax.Array:
     """Returns [B * tokens] int32, the keys that each query token sees on this device."""
-    if query_lens is not None:
-        checks.require_shape("query_lens", query_lens, "[B]", *seq_lens.shape)
-        checks.require_int32("query_lens", query_lens)
     shard = KeyShard.here(kv_axis, cache.page_size)
     shard.require_split({"seq_lens": seq_lens, "query_lens": query_lens})
     return shard.visible(seq_lens, query_lens, tokens, causal=True).reshape(-1)

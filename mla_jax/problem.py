@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mla_jax.cache import PagedKVCache
+from mla_jax.cache.requests import valid_or_minus_one
 from mla_jax.splits.decode_plan import DecodePlan
 
 
@@ -61,6 +61,12 @@ class AttentionProblem:
         visible = jnp.where(token < query_lens, visible, 0)
         return jnp.repeat(visible, self.q.shape[2], axis=1)
 
+    def all_query_lens(self) -> jax.Array:
+        """Returns query_lens, [B] int32; S for every request where none are given."""
+        if self.query_lens is None:
+            return jnp.full_like(self.seq_lens, self.q.shape[1])
+        return self.query_lens
+
     def outputs(self, o: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns what the op returns, from rows o [B, R, kv_lora_rank] and lse [B, R] float32."""
         bad = (self.seq_lens < 0)[:, None]
@@ -68,26 +74,3 @@ class AttentionProblem:
         lse = jnp.where(bad, jnp.nan, lse)
         heads = self.q.shape[:3]
         return o.reshape(*heads, self.cache.kv_lora_rank), lse.reshape(heads)
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def valid_or_minus_one(
-    block_tables: jax.Array,
-    seq_lens: jax.Array,
-    query_lens: jax.Array | None,
-    page_size: int,
-    num_pages: int,
-    num_queries: int,
-) -> jax.Array:
-    """Returns seq_lens, with -1 for each request with invalid lengths or pages."""
-    max_pages = block_tables.shape[1]
-    pages = -(-seq_lens // page_size)
-    used = jnp.arange(max_pages, dtype=jnp.int32) < pages[:, None]
-    capacity = min(max_pages * page_size, np.iinfo(np.int32).max)
-    exists = (block_tables >= 0) & (block_tables < num_pages)
-    valid = (seq_lens >= 0) & (seq_lens <= capacity)
-    valid &= jnp.all(exists | ~used, axis=1)
-    if query_lens is not None:
-        most = jnp.minimum(seq_lens, num_queries)
-        valid &= (query_lens >= 0) & (query_lens <= most)
-    return jnp.where(valid, seq_lens, -1)

@@ -17,7 +17,8 @@ from mla_jax.splits.decode_plan import DecodePlan
 
 
 def _plan_split_kv(request: PlanRequest) -> DecodePlan:
-    return DecodePlan(plan_split_kv(request.seq_lens, request.rows))
+    tokens = request.query_lens, request.num_heads
+    return DecodePlan(plan_split_kv(request.seq_lens, request.rows, *tokens))
 
 
 IMPLEMENTATIONS = {

@@ -28,7 +28,7 @@ import tables_accuracy as accuracy
 import tables_prefill as prefill
 import tables_speed as speed
 from tables_common import CARDS, ROOT, read
-from tables_support import support
+from tables_support import prefill_widths, support
 
 TAKEN = ("result.json", "*.csv", "*.png")
 Writer = Callable[[Path], str]  # given the checkout
@@ -62,6 +62,7 @@ PAGES: dict[str, dict[str, Writer]] = {
         "h100_int8": _of(speed.int8_beside_bf16, "h100", "us"),
         "h100_benchmark": _of(speed.classes, "h100", ""),
     },
+    "docs/hopper_prefill.md": {"prefill_widths": prefill_widths},
     "docs/int8.md": {
         "int8_output": accuracy.int8_output,
         "int8_lse": accuracy.int8_lse,

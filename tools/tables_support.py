@@ -20,6 +20,7 @@ from mla_jax.implementations.implementation import Implementation, Target
 from mla_jax.problem import AttentionProblem
 from mla_jax.quantize import GRANULARITIES
 from mla_jax.registry import IMPLEMENTATIONS
+from pallas_kernels.hopper.prefill.config import NOPE_DIMS, ROPE_DIMS, V_DIMS, PrefillConfig
 
 FLOATS = ("float32", "bfloat16", "float16")
 TOKENS = 4096  # that the block table of the one request reaches
@@ -135,3 +136,16 @@ def support(_: Path) -> str:
     header += ["query rows per request"]
     rows = [[", ".join(names), *cells] for cells, names in lines.items()]
     return table(header, rows, words=len(header))
+
+
+def prefill_widths(_: Path) -> str:
+    """The widths that the Hopper prefill kernel takes, and its schedule for them."""
+    rows = []
+    for v_dim, nope_dim, rope_dim in itertools.product(V_DIMS, NOPE_DIMS, ROPE_DIMS):
+        config = PrefillConfig.of_widths(nope_dim, rope_dim, v_dim)
+        numbers = nope_dim, rope_dim, v_dim, config.block_keys, config.stages
+        registers = " and ".join(map(str, config.registers))
+        rows.append([*map(str, numbers), registers, f"{config.shared_memory_bytes:,}"])
+    header = ["nope", "rope", "v", "keys per block", "stages", "registers"]
+    header += ["bytes of shared memory"]
+    return table(header, rows, words=0)

@@ -101,6 +101,8 @@ def _plan(request: PlanRequest) -> DecodePlan | str:
             kv_lora_rank=cache.kv_lora_rank,
             rope_dim=cache.rope_dim,
             profile=request.profile,
+            query_lens=request.query_lens,
+            num_heads=request.num_heads,
         )
     except TilePlanError as error:
         return str(error)

@@ -80,6 +80,8 @@ class PlanRequest(NamedTuple):
     rescale: str
     max_seq_len: int | None  # keys that a block table reaches
     profile: HardwareProfile | None  # None: this machine's device
+    query_lens: jax.Array | None  # [B] int32, with a causal mask; None: any, or no mask
+    num_heads: int
 
 
 def takes_any(_: Problem) -> str | None:

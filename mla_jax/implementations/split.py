@@ -12,20 +12,28 @@ from mla_jax.problem import AttentionProblem
 from mla_jax.sharding.axes import vary_like
 from mla_jax.splits.plan import SplitPlan, covered_requests
 from mla_jax.splits.planner import merge_partials, plan_splits
+from mla_jax.splits.tile_keys import query_lens_of_plan
 
 WORKERS = 16  # workers of the plan that is made if none is given
 ROWS = 64  # query rows per tile, at most
 BLOCK_TOKENS = 64  # tokens per KV block
 
 
-def plan_split_kv(seq_lens: jax.Array, rows: int) -> SplitPlan:
-    """Returns the plan that `split_kv` makes for itself, for so many query rows per request."""
+def plan_split_kv(
+    seq_lens: jax.Array, rows: int, query_lens: jax.Array | None, num_heads: int
+) -> SplitPlan:
+    """Returns the plan that `split_kv` makes for itself, for so many query rows per request.
+
+    query_lens: as in `plan_splits`.
+    """
     return plan_splits(
         seq_lens,
         num_workers=WORKERS,
         rows=rows,
         rows_per_tile=min(ROWS, rows),
         block_size=BLOCK_TOKENS,
+        query_lens=query_lens,
+        num_heads=num_heads,
     )
 
 
@@ -39,8 +47,8 @@ def attend_split_kv(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
 
     Returns o [B, S, H, kv_lora_rank] of q's dtype and lse [B, S, H] float32.
     """
-    plan = problem.plan.split if problem.plan else plan_split_kv(problem.seq_lens, problem.num_rows)
-    covered = covered_requests(plan, problem.seq_lens)
+    plan = problem.plan.split if problem.plan else _plan_of(problem)
+    covered = covered_requests(plan, problem.seq_lens, problem.all_query_lens())
     cache, seq_lens = problem.cache, jnp.where(covered, problem.seq_lens, -1)
     q = _row_tiles(problem.query_rows(), plan)  # [T, rows, D]
     visible = _row_tiles(problem.visible_keys(), plan)  # [T, rows]
@@ -102,6 +110,14 @@ def attend_split_kv(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
     o, lse = _without_tiles(o, problem), _without_tiles(lse, problem)
     problem = dataclasses.replace(problem, seq_lens=seq_lens)
     return problem.outputs(mark_drafts(problem, o, lse), lse)
+
+
+def _plan_of(problem: AttentionProblem) -> SplitPlan:
+    tokens, heads = problem.q.shape[1:3]
+    seq_lens, query_lens = problem.seq_lens, None
+    if problem.causal:
+        query_lens = query_lens_of_plan(problem.query_lens, seq_lens, tokens, BLOCK_TOKENS)
+    return plan_split_kv(seq_lens, problem.num_rows, query_lens, heads)
 
 
 def _row_tiles(rows: jax.Array, plan: SplitPlan) -> jax.Array:

@@ -18,7 +18,7 @@ from mla_jax.prefill.registry import RAGGED_IMPLEMENTATIONS, RAGGED_REGISTRY
 from mla_jax.problem import AttentionProblem
 from mla_jax.ragged.problem import RaggedProblem
 
-WORKSPACE_BYTES = 2**29  # of expanded keys and values of the prefix at a time, by default
+WORKSPACE_BYTES = 2**30  # of expanded keys and values at a time, by default
 _INT32_MAX = int(np.iinfo(np.int32).max)
 
 

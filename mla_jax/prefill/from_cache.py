@@ -30,6 +30,7 @@ from mla_jax import checks
 from mla_jax.cache import PagedKVCache
 from mla_jax.cache.layout import add
 from mla_jax.cache.paged import places
+from mla_jax.cache.requests import valid_or_minus_one
 from mla_jax.derivatives import differentiable
 from mla_jax.implementations.choice import Choice, compute
 from mla_jax.implementations.gradients import attend as attend_paged
@@ -37,7 +38,7 @@ from mla_jax.implementations.gradients import constant_int8
 from mla_jax.online_softmax import merge_pair
 from mla_jax.prefill.backward import ragged_gradients
 from mla_jax.prefill.forward import Outputs, attend_ragged_xla
-from mla_jax.problem import AttentionProblem, valid_or_minus_one
+from mla_jax.problem import AttentionProblem
 from mla_jax.projections import absorbed_queries, einsum
 from mla_jax.ragged.problem import RaggedProblem
 from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims, vary_like

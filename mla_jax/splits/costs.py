@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mla_jax import checks
+from mla_jax.splits.tile_keys import tile_keys
 
 COST_MODELS = ("blocks", "fia")
 # Upper bound of a plan's total cost with one block per tile. It is a quarter of int32's range,
@@ -56,14 +57,26 @@ class SplitCosts(NamedTuple):
                 f"for {batch} requests of {self.num_row_tiles} tiles with overhead {self.overhead}"
             )
 
-    def block_costs(self, seq_lens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns int32 costs of a full block [num_row_tiles] and of the last block per request.
+    def tile_keys(
+        self, seq_lens: jax.Array, query_lens: jax.Array | None = None, num_heads: int = 0
+    ) -> jax.Array:
+        """Returns how many keys each tile sees, as `tile_keys.tile_keys` does."""
+        return tile_keys(
+            seq_lens,
+            query_lens,
+            num_row_tiles=self.num_row_tiles,
+            rows_per_tile=self.rows_per_tile,
+            num_heads=num_heads,
+        )
 
-        seq_lens: [B] int32, 0 or more. The costs of the last blocks are [B, num_row_tiles].
+    def block_costs(self, tile_keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns int32 costs of a full block [num_row_tiles] and of the last block of each tile.
+
+        tile_keys: [num_row_tiles, B] int32, 0 or more. The costs of the last blocks are alike.
         """
         by_rows = jnp.asarray(self.by_rows, jnp.int32)
-        before_last = (seq_lens - 1) % self.block_size  # the last block's tokens, minus one
-        last = by_rows + self.by_tokens * (before_last // 64 + 1)[:, None]
+        before_last = (tile_keys - 1) % self.block_size  # the last block's tokens, minus one
+        last = by_rows[:, None] + self.by_tokens * (before_last // 64 + 1)
         return jnp.asarray(self.full, jnp.int32), last
 
 

@@ -1,8 +1,8 @@
 """The line of all tiles, along which a planner assigns ranges of work to workers.
 
-The line is the work list of a batch: tile after tile, each as long as its request has KV blocks. A
-place is a position on the line. It counts `unit` KV blocks, and a tile without blocks is one place
-long, so that every tile starts at a place of its own. Three tiles of 4, 0 and 3 blocks (unit 1):
+The line is the work list of a batch: tile after tile, each as long as it has KV blocks. A place is
+a position on the line. It counts `unit` KV blocks, and a tile without blocks is one place long, so
+that every tile starts at a place of its own. Three tiles of 4, 0 and 3 blocks (unit 1):
 
     tile      |    0    |1|   2   |
     place      0 1 2 3   4 5 6 7   8 = length
@@ -37,13 +37,14 @@ class Line(NamedTuple):
     costs: SplitCosts
 
     @staticmethod
-    def lay(seq_lens: jax.Array, costs: SplitCosts, unit: jax.Array | int, most: int) -> "Line":
-        """Returns the line of these lengths; blocks past `most` units per tile are not counted."""
-        seq_lens = jnp.maximum(seq_lens, 0)
-        kv_blocks = num_blocks(seq_lens, costs.block_size)
-        full, last = costs.block_costs(seq_lens)
-        full, last = jnp.repeat(full, len(seq_lens)), last.T.ravel()
-        kv_blocks = jnp.tile(kv_blocks, costs.num_row_tiles)
+    def lay(tile_keys: jax.Array, costs: SplitCosts, unit: jax.Array | int, most: int) -> "Line":
+        """Returns the line of tiles that see so many keys, [num_row_tiles, B].
+
+        Blocks past `most` units per tile are not counted.
+        """
+        kv_blocks = num_blocks(tile_keys, costs.block_size).ravel()
+        full, last = costs.block_costs(tile_keys)
+        full, last = jnp.repeat(full, tile_keys.shape[1]), last.ravel()
         blocks = jnp.minimum((kv_blocks - 1) // unit + 1, most)
         cost = jnp.where(blocks > 0, (blocks - 1) * full + last, 0) + costs.overhead
         places = jnp.maximum(blocks, 1)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_jax import checks
+from mla_jax.splits.tile_keys import check_query_lens, tile_keys
 
 _OF_ITEMS = ("request", "row_tile", "block_start", "block_end", "partial")
 
@@ -20,7 +21,14 @@ class SlowPlanWarning(UserWarning):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[*_OF_ITEMS, "worker_start", "tile_partial_start"],
-    meta_fields=["block_size", "rows_per_tile", "num_row_tiles", "num_partials", "fixed"],
+    meta_fields=[
+        "block_size",
+        "rows_per_tile",
+        "num_row_tiles",
+        "num_partials",
+        "fixed",
+        "num_heads",
+    ],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class SplitPlan:
@@ -30,8 +38,11 @@ class SplitPlan:
     worker_start[w] .. worker_start[w + 1]. An item without a partial is a whole tile, and its
     result is the tile's output. The items of a split tile leave (o, lse) as partial results. The
     output of tile t is the merge of partials tile_partial_start[t] .. tile_partial_start[t + 1],
-    which are in KV order. A request of length 0 has an item of 0 blocks. Unused items are at the
-    end and have request = partial = -1 and 0 elsewhere.
+    which are in KV order. A tile without blocks, e.g. of a request of length 0, has an item of 0
+    blocks. Unused items are at the end and have request = partial = -1 and 0 elsewhere.
+
+    A tile has all blocks of its request. With num_heads it has those that its last query token sees
+    behind a causal mask (`tile_keys`), and the plan is for these query_lens only.
     """
 
     request: jax.Array  # [P]
@@ -46,6 +57,7 @@ class SplitPlan:
     num_row_tiles: int  # per request
     num_partials: int  # upper bound of the partials in use
     fixed: bool = False  # made by plan_fixed: a request is split and merged alike in any batch
+    num_heads: int = 0  # query rows per token, where hidden blocks are left out; 0: none are
 
     def tile_of(self, request: jax.Array, row_tile: jax.Array) -> jax.Array:
         """Returns a tile's number.
@@ -70,6 +82,21 @@ class SplitPlan:
         """Requests times num_row_tiles."""
         return self.tile_partial_start.shape[0] - 1
 
+    def tile_blocks(self, seq_lens: Any, query_lens: Any | None = None, xp: Any = jnp) -> Any:
+        """Returns the number of KV blocks that each tile must have, [num_row_tiles, B].
+
+        query_lens: [B]; not needed by a plan without num_heads. xp: numpy or jax.numpy.
+        """
+        keys = tile_keys(
+            seq_lens,
+            query_lens,
+            num_row_tiles=self.num_row_tiles,
+            rows_per_tile=self.rows_per_tile,
+            num_heads=self.num_heads,
+            xp=xp,
+        )
+        return num_blocks(keys, self.block_size, xp)
+
     def arrays(self) -> dict[str, jax.Array]:
         """Returns the plan's arrays, by name."""
         names = (*_OF_ITEMS, "worker_start", "tile_partial_start")
@@ -84,6 +111,7 @@ class SplitPlan:
         for name in ("block_size", "rows_per_tile", "num_row_tiles"):
             checks.require_positive(f"plan.{name}", getattr(self, name))
         checks.require_int("plan.num_partials", self.num_partials, 0)
+        checks.require_int("plan.num_heads", self.num_heads, 0)
         checks.require_bool("plan.fixed", self.fixed)
         for name, array in self.arrays().items():
             checks.require_int32(f"plan.{name}", array)
@@ -101,30 +129,34 @@ class SplitPlan:
         if checks.is_concrete(*self.arrays().values()):
             _check_items(self, **jax.device_get(self.arrays()))
 
-    def check_covers(self, seq_lens: jax.Array) -> None:
+    def check_covers(self, seq_lens: jax.Array, query_lens: jax.Array | None = None) -> None:
         """Raises ValueError if a plan that passes `check` is made for other lengths.
 
-        seq_lens: [B] int32. Nothing is checked if the lengths or the plan are traced.
+        seq_lens, query_lens: [B] int32, as in `tile_blocks`. Nothing is checked if the lengths or
+        the plan are traced.
         """
-        if not checks.is_concrete(seq_lens, *self.arrays().values()):
+        if not checks.is_concrete(seq_lens, query_lens, *self.arrays().values()):
             return
         names = ("request", "row_tile", "block_end")
         request, row_tile, end = jax.device_get(tuple(getattr(self, name) for name in names))
         lengths, used = np.asarray(seq_lens).astype(np.int64), request >= 0
         until = np.zeros((self.num_row_tiles, len(lengths)), np.int64)
         until[row_tile[used], request[used]] = end[used]  # a tile's last item is the last write
-        blocks = -(-np.maximum(lengths, 0) // self.block_size)
+        queries = None if query_lens is None else np.asarray(query_lens).astype(np.int64)
+        blocks = self.tile_blocks(lengths, queries, np)
+        these = "these seq_lens and query_lens" if self.num_heads else "these seq_lens"
         for number in np.flatnonzero((until != blocks).any(axis=0)):
             raise ValueError(
-                f"plan must be made for these seq_lens, got one that does not cover request "
+                f"plan must be made for {these}, got one that does not cover request "
                 f"{number} of {lengths[number]} keys"
             )
 
 
-def check_plan(plan: Any, seq_lens: Any) -> None:
+def check_plan(plan: Any, seq_lens: Any, query_lens: Any | None = None) -> None:
     """Raises TypeError or ValueError unless a plan is valid and covers these lengths.
 
-    seq_lens: [B] int32. Traced values of the plan and the lengths are not checked.
+    seq_lens: [B] int32. query_lens: [B] int32; required by a plan with num_heads. Traced values of
+    the plan and the lengths are not checked.
     """
     if not isinstance(plan, SplitPlan):
         raise TypeError(f"plan must be a SplitPlan, got {type(plan).__name__}")
@@ -133,20 +165,26 @@ def check_plan(plan: Any, seq_lens: Any) -> None:
     checks.require_shape("seq_lens", seq_lens, "[B of the plan]", batch)
     checks.require_int32("seq_lens", seq_lens)
     require_lengths(seq_lens)
-    plan.check_covers(seq_lens)
+    if plan.num_heads:
+        rows = plan.num_row_tiles * plan.rows_per_tile
+        check_query_lens(query_lens, batch, rows // plan.num_heads)
+    plan.check_covers(seq_lens, query_lens)
 
 
 @jax.jit
-def covered_requests(plan: SplitPlan, seq_lens: jax.Array) -> jax.Array:
-    """Returns [B] bool: whether the plan's items have as many blocks as each request.
+def covered_requests(
+    plan: SplitPlan, seq_lens: jax.Array, query_lens: jax.Array | None = None
+) -> jax.Array:
+    """Returns [B] bool: whether the plan's items have as many blocks as each tile of a request.
 
     False marks a request of a plan that was made for other lengths. Only the number of blocks is
     compared. `check_plan` also checks which blocks they are, for a plan that is not traced.
     """
-    batch = plan.num_tiles // plan.num_row_tiles
     taken = jnp.where(plan.request >= 0, plan.block_end - plan.block_start, 0)
-    taken = jax.ops.segment_sum(taken, plan.request, batch)  # drops unused items: request -1
-    return taken == num_blocks(seq_lens, plan.block_size) * plan.num_row_tiles
+    tile = plan.tile_of(plan.request, plan.row_tile)  # -1 of an unused item, which is dropped
+    taken = jax.ops.segment_sum(taken, tile, plan.num_tiles)
+    wanted = plan.tile_blocks(seq_lens, query_lens)
+    return (taken.reshape(wanted.shape) == wanted).all(axis=0)
 
 
 def require_lengths(seq_lens: jax.Array) -> None:
@@ -157,9 +195,12 @@ def require_lengths(seq_lens: jax.Array) -> None:
             raise ValueError(f"seq_lens[{request}] must be at least 0, got {lengths[request]}")
 
 
-def num_blocks(seq_lens: jax.Array, block_size: int) -> jax.Array:
-    """Returns the number of blocks of each length, int32; a length below 0 has none."""
-    return (jnp.maximum(seq_lens, 0) - 1) // block_size + 1
+def num_blocks(lengths: Any, block_size: int, xp: Any = jnp) -> Any:
+    """Returns the number of blocks of each length; a length below 0 has none.
+
+    xp: numpy or jax.numpy.
+    """
+    return (xp.maximum(lengths, 0) - 1) // block_size + 1
 
 
 def _check_items(

@@ -1,10 +1,10 @@
 """Split-KV planning: divides the work on requests of different lengths into equal shares.
 
 A plan is made of int32 arrays of static shape. The work is a line of tiles, drawn in `line`. Tile
-row_tile * B + request is as many KV blocks long as its request. Every worker gets a range of the
-line. Two workers that share a tile split it into work items, whose partial results are merged. This
-is known as flash-decoding. Planning runs under jit on traced lengths, without a loop over work
-items. A decode loop therefore plans on the device in every step and traces once.
+row_tile * B + request is as many KV blocks long as its request, or as a causal mask leaves its rows
+(`tile_keys`). Every worker gets a range of the line. Two workers that share a tile split it into
+work items, whose partial results are merged. This is known as flash-decoding. Planning runs under
+jit on traced lengths, without a loop over work items, so a decode loop traces once.
 
 A range ends at the block edge nearest to an equal share of the cost, by one of the models in
 `costs`. An edge that would leave a work item of less than a third of its own overhead moves to the
@@ -38,6 +38,7 @@ from mla_jax.splits.plan import (
     num_blocks,
     require_lengths,
 )
+from mla_jax.splits.tile_keys import check_hidden
 
 __all__ = [
     "PAIR_OVERHEAD",
@@ -70,6 +71,8 @@ def plan_splits(
     merge_overhead: int = 0,
     in_pairs: bool = False,
     max_seq_len: int | None = None,
+    query_lens: jax.Array | None = None,
+    num_heads: int | None = None,
 ) -> SplitPlan:
     """Returns a balanced plan: loads differ by about one overhead and one block at most.
 
@@ -94,6 +97,9 @@ def plan_splits(
         max_seq_len: largest length that can occur, or None for any. Planning is cheaper if the work
             of all requests at this length fits int32. A longer traced length gets a correct plan in
             which its last work item is too long.
+        query_lens: [B] int32, query tokens per request, for causal attention of these alone: a tile
+            then has only the blocks that its last token sees. None: for any, with all blocks.
+        num_heads: H, query rows per token; not needed without query_lens.
 
     Returns:
         A plan of num_tiles + num_workers work items and 2 * (num_workers - 1) partials.
@@ -116,9 +122,11 @@ def plan_splits(
     in_pairs = checks.require_bool("in_pairs", in_pairs)
     if in_pairs and num_workers % 2:
         raise ValueError(f"num_workers must be even with in_pairs, got {num_workers}")
-    seq_lens = _whole(seq_lens)
+    batch = len(seq_lens)
+    num_heads = check_hidden(query_lens, num_heads, rows=rows, batch=batch, tile=rows_per_tile)
+    lengths = _whole(seq_lens), _whole(query_lens) if num_heads else None
     most = math.ceil((max_seq_len or _LARGEST) / costs.block_size)
-    return _plan_splits(seq_lens, num_workers, costs, merge_overhead, in_pairs, most)
+    return _plan_splits(*lengths, num_workers, costs, merge_overhead, in_pairs, most, num_heads)
 
 
 def plan_fixed(
@@ -175,16 +183,18 @@ def plan_loads(
     rows: int,
     cost_model: str = "blocks",
     overhead: int = 5,
+    query_lens: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the cost of each worker's work items under a cost model, [W] float32.
 
     Args:
         plan: from `plan_splits` or `plan_fixed`, for these seq_lens.
         seq_lens, rows, cost_model, overhead: as in `plan_splits`.
+        query_lens: those of the plan, if it has num_heads.
 
     Raises TypeError or ValueError that names the invalid argument.
     """
-    check_plan(plan, seq_lens)
+    check_plan(plan, seq_lens, query_lens)
     costs = split_costs(
         cost_model,
         rows=rows,
@@ -197,7 +207,8 @@ def plan_loads(
             f"rows must be those of the plan, {plan.num_row_tiles} tiles of {plan.rows_per_tile}, "
             f"got {rows}"
         )
-    return _plan_loads(jax.tree.map(replicated, plan), _whole(seq_lens), costs)
+    lengths = _whole(seq_lens), jax.tree.map(_whole, query_lens)
+    return _plan_loads(jax.tree.map(replicated, plan), *lengths, costs)
 
 
 def merge_partials(
@@ -232,14 +243,16 @@ def merge_partials(
     return o, jnp.where(is_split, merged_lse, lse)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6, 7))
 def _plan_splits(
     seq_lens: jax.Array,
+    query_lens: jax.Array | None,
     num_workers: int,
     costs: SplitCosts,
     merge_overhead: int,
     in_pairs: bool,
     most: int,
+    num_heads: int,
 ) -> SplitPlan:
     """Returns the plan of `plan_splits`; a request has at most `most` blocks.
 
@@ -249,7 +262,7 @@ def _plan_splits(
     blocks = num_blocks(seq_lens, costs.block_size)
     total = to_float32(blocks).sum() * np.float32(sum(costs.full))
     unit = _unit(total, len(seq_lens) * most * sum(costs.full))
-    line = Line.lay(seq_lens, costs, unit, most)
+    line = Line.lay(costs.tile_keys(seq_lens, query_lens, num_heads), costs, unit, most)
     counts = jnp.tile(jnp.arange(1, num_workers + 1, dtype=jnp.int32), 2 if costs.overhead else 1)
     spread = jnp.arange(len(counts)) >= num_workers
     candidates = jax.vmap(functools.partial(line.split_evenly, num_workers))(counts, spread)
@@ -272,7 +285,8 @@ def _plan_splits(
             boundaries = jnp.where(is_cheaper, halves, boundaries)
     inside = jnp.where(line.inside_tiles(boundaries), boundaries, _BEYOND)
     starts = jnp.sort(jnp.append(line.edge, inside[1:]))
-    return _assemble(line, starts, find(starts, boundaries), 2 * (num_workers - 1))
+    plan = _assemble(line, starts, find(starts, boundaries), 2 * (num_workers - 1))
+    return dataclasses.replace(plan, num_heads=num_heads)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
@@ -280,7 +294,7 @@ def _plan_fixed(
     seq_lens: jax.Array, num_workers: int, costs: SplitCosts, split_blocks: int, most: int
 ) -> SplitPlan:
     """Returns the plan of `plan_fixed`: each place is a work item, at most `most` per tile."""
-    line = Line.lay(seq_lens, costs, split_blocks, most)
+    line = Line.lay(costs.tile_keys(seq_lens), costs, split_blocks, most)
     place = jnp.arange(len(line.blocks) * most, dtype=jnp.int32)
     starts = jnp.where(place < line.length, place, _BEYOND)
     num_partials = len(place) if most > 1 else 0
@@ -298,14 +312,16 @@ def _plan_fixed(
     return dataclasses.replace(plan, worker_start=worker_start)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _plan_loads(plan: SplitPlan, seq_lens: jax.Array, costs: SplitCosts) -> jax.Array:
-    seq_lens = jnp.maximum(seq_lens, 0)
-    request = jnp.maximum(plan.request, 0)
-    full, last = (to_float32(cost) for cost in costs.block_costs(seq_lens))
-    full, last = full[plan.row_tile], last[request, plan.row_tile]
+@functools.partial(jax.jit, static_argnums=3)
+def _plan_loads(
+    plan: SplitPlan, seq_lens: jax.Array, query_lens: jax.Array | None, costs: SplitCosts
+) -> jax.Array:
+    keys = costs.tile_keys(seq_lens, query_lens, plan.num_heads)
+    tile = plan.row_tile, jnp.maximum(plan.request, 0)
+    full, last = (to_float32(cost) for cost in costs.block_costs(keys))
+    full, last = full[plan.row_tile], last[tile]
     blocks = plan.block_end - plan.block_start
-    has_last = (blocks > 0) & (plan.block_end == num_blocks(seq_lens, plan.block_size)[request])
+    has_last = (blocks > 0) & (plan.block_end == num_blocks(keys, plan.block_size)[tile])
     cost = np.float32(costs.overhead) + to_float32(blocks) * full
     cost = jnp.where(plan.request >= 0, cost + jnp.where(has_last, last - full, 0), 0)
     worker = find(plan.worker_start, jnp.arange(plan.num_items, dtype=jnp.int32), "right") - 1

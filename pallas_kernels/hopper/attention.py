@@ -1,13 +1,15 @@
 """Paged absorbed MLA on a Hopper GPU: one decode launch, and a merge where it is needed."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from mla_jax.cache.requests import valid_or_minus_one
 from mla_jax.splits.decode_plan import DecodePlan
-from mla_jax.splits.plan import SplitPlan
+from mla_jax.splits.plan import SplitPlan, covered_requests
+from mla_jax.splits.tile_keys import query_lens_of_plan
 from pallas_kernels.hopper import device
 from pallas_kernels.hopper.config import (
     DecodeConfig,
@@ -23,7 +25,7 @@ from pallas_kernels.hopper.kernels.decode_transposed_int8 import decode_transpos
 from pallas_kernels.hopper.kernels.merge import merge
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
 from pallas_kernels.hopper.planning import plan_decode, warn_if_slow, with_tiles
-from pallas_kernels.hopper.work_items import WorkList, work_list
+from pallas_kernels.hopper.work_items import BLOCK, WorkList, work_list
 from pallas_kernels.modes import jit_with_defaults
 
 Kernel = Callable[[DecodeCall], tuple[jax.Array, ...]]
@@ -31,6 +33,8 @@ KERNELS: dict[str, dict[type[KernelConfig], Kernel]] = {  # by what the cache ho
     "float": {DecodeConfig: decode, DecodeTransposedConfig: decode_transposed},
     "int8": {DecodeInt8Config: decode_int8, DecodeTransposedInt8Config: decode_transposed_int8},
 }
+# block_tables, seq_lens and query_lens of a call
+type _Requests = tuple[jax.Array, jax.Array, jax.Array | None]
 OPTIONS = ("num_heads", "softmax_scale", "causal", "partial_dtype", "tiles", "interpret")
 
 
@@ -60,7 +64,8 @@ def attend(
         block_tables: [B, max_pages] int32.
         seq_lens: [B] int32, keys per request. A request with an invalid length or page gets NaN.
         query_lens: [B] int32, query tokens per request that are real; None: all.
-        plan: for these seq_lens; None: `planning.plan_decode`.
+        plan: for these seq_lens, and these query_lens if it has num_heads; None:
+            `planning.plan_decode`.
         rescale: "multiply", or "exponent_add" for AMLA's integer add (arXiv 2509.25224).
         partial_dtype: of partial results of split tiles; None: float16 with a power-of-two scale
             per row for bfloat16 tiles of 64 or more rows, which adds an eighth of the error that
@@ -71,10 +76,18 @@ def attend(
     Returns:
         o [B, R, kv_lora_rank] of q's dtype and lse [B, R] float32, natural log.
     """
-    widths = {"kv_lora_rank": kv_lora_rank, "rope_dim": q.shape[2] - kv_lora_rank}
-    capacity = block_tables.shape[1] * pages.shape[1]
-    plan = _planned(
-        plan, tiles, seq_lens, q.shape[1], capacity, cache="float", rescale=rescale, **widths
+    tokens = _QueryTokens(q.shape[1] // num_heads, num_heads, causal)
+    requests = block_tables, seq_lens, query_lens
+    plan, requests = _planned(
+        plan,
+        tiles,
+        requests,
+        pages,
+        tokens,
+        cache="float",
+        rescale=rescale,
+        kv_lora_rank=kv_lora_rank,
+        rope_dim=q.shape[2] - kv_lora_rank,
     )
     if partial_dtype is None:
         exact = isinstance(plan.tiles, DecodeTransposedConfig) or q.dtype == jnp.float16
@@ -83,7 +96,7 @@ def attend(
         KERNELS["float"][type(plan.tiles)],
         q,
         (pages,),
-        (block_tables, seq_lens, query_lens),
+        requests,
         plan,
         kv_lora_rank=kv_lora_rank,
         num_heads=num_heads,
@@ -127,16 +140,24 @@ def attend_int8(
     Returns:
         o [B, R, kv_lora_rank] bfloat16 and lse [B, R] float32, natural log.
     """
-    widths = {"kv_lora_rank": pages.shape[2], "rope_dim": rope_pages.shape[2]}
-    capacity = block_tables.shape[1] * pages.shape[1]
-    plan = _planned(
-        plan, tiles, seq_lens, q.shape[1], capacity, cache="int8", rescale="multiply", **widths
+    tokens = _QueryTokens(q.shape[1] // num_heads, num_heads, causal)
+    requests = block_tables, seq_lens, query_lens
+    plan, requests = _planned(
+        plan,
+        tiles,
+        requests,
+        pages,
+        tokens,
+        cache="int8",
+        rescale="multiply",
+        kv_lora_rank=pages.shape[2],
+        rope_dim=rope_pages.shape[2],
     )
     return launch(
         KERNELS["int8"][type(plan.tiles)],
         q,
         (pages, rope_pages, scales),
-        (block_tables, seq_lens, query_lens),
+        requests,
         plan,
         kv_lora_rank=pages.shape[2],
         num_heads=num_heads,
@@ -147,24 +168,47 @@ def attend_int8(
     )
 
 
+class _QueryTokens(NamedTuple):
+    """The query tokens of each request, and the query rows of each token."""
+
+    per_request: int
+    num_heads: int
+    causal: bool
+
+    @property
+    def rows(self) -> int:
+        return self.per_request * self.num_heads
+
+
 def _planned(
     plan: DecodePlan | SplitPlan | None,
     tiles: KernelConfig | None,
-    seq_lens: jax.Array,
-    rows: int,
-    capacity: int,
+    requests: _Requests,
+    pages: jax.Array,
+    tokens: _QueryTokens,
     *,
     cache: str,
     rescale: str,
     **widths: int,
-) -> DecodePlan:
-    """Returns the plan with tiles: as given, for a split that is given, or a new one.
+) -> tuple[DecodePlan, _Requests]:
+    """Returns a plan with tiles and the requests that it is for.
 
-    Raises ValueError if the tiles are for another kind of cache or for another split.
+    The plan is the given one, one for a split that is given, or a new one. Raises ValueError if the
+    tiles are for another kind of cache or for another split.
+
+    Loaders find invalid requests on their way through all blocks. If the plan leaves blocks out,
+    the length of such requests is -1 instead, and of those that a given plan does not cover.
     """
+    block_tables, seq_lens, query_lens = requests
+    num_pages, page_size, _ = pages.shape
+    rows, capacity = tokens.rows, block_tables.shape[1] * page_size
+    given = plan is not None
     if plan is None:
         lengths = jnp.clip(seq_lens, 0, capacity)
         kind: dict[str, Any] = {"cache": cache, "rescale": rescale, "tiles": tiles, **widths}
+        if tokens.causal:
+            kind["query_lens"] = query_lens_of_plan(query_lens, seq_lens, tokens.per_request, BLOCK)
+            kind["num_heads"] = tokens.num_heads
         plan = plan_decode(lengths, rows, capacity=capacity, **kind)
     elif tiles is not None:
         plan = DecodePlan(plan.split if isinstance(plan, DecodePlan) else plan, tiles)
@@ -181,14 +225,20 @@ def _planned(
     if plan.tiles.rows_per_tile != height:
         got_height = plan.tiles.rows_per_tile
         raise ValueError(f"tiles must have the plan's rows_per_tile {height}, got {got_height}")
-    return plan
+    if not plan.split.num_heads:
+        return plan, requests
+    seq_lens = valid_or_minus_one(*requests, page_size, num_pages, tokens.per_request)
+    if given:
+        every = jnp.full_like(seq_lens, tokens.per_request) if query_lens is None else query_lens
+        seq_lens = jnp.where(covered_requests(plan.split, seq_lens, every), seq_lens, -1)
+    return plan, (block_tables, seq_lens, query_lens)
 
 
 def launch(
     kernel: Kernel,
     q: jax.Array,
     cache: tuple[jax.Array, ...],
-    requests: tuple[jax.Array, jax.Array, jax.Array | None],
+    requests: _Requests,
     plan: DecodePlan,
     *,
     num_heads: int,

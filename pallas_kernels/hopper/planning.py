@@ -124,6 +124,8 @@ def plan_decode(
     rope_dim: int = 64,
     tiles: KernelConfig | None = None,
     profile: HardwareProfile | None = None,
+    query_lens: jax.Array | None = None,
+    num_heads: int | None = None,
 ) -> DecodePlan:
     """Returns the plan with which the kernels are fastest on a batch, in equal shares per SM.
 
@@ -136,6 +138,7 @@ def plan_decode(
         rescale: "multiply" or "exponent_add".
         tiles: config of the kernel; None: the tuned one.
         profile: of the GPU; None: of this machine's Hopper GPU, or else of an H200.
+        query_lens, num_heads: as in `plan_splits`.
     """
     tiles = tiles or choose_config(
         rows,
@@ -157,6 +160,8 @@ def plan_decode(
         merge_overhead=tiles.merge_overhead,
         in_pairs=tiles.in_pairs,
         max_seq_len=None if capacity is None else min(capacity, _MOST_KEYS),
+        query_lens=query_lens,
+        num_heads=num_heads,
     )
     return DecodePlan(split, tiles, sms)
 

@@ -198,9 +198,14 @@ def valid_lengths(
     return jnp.where(valid, kv_len, -1), query_len
 
 
-def fits(item: WorkItem, kv_len: Any) -> Any:
-    """Whether an item's plan is for this length: no block past it, and none missing."""
+def fits(item: WorkItem, kv_len: Any, plan: Any) -> Any:
+    """Whether an item's plan is for this length: no block past it, and none missing.
+
+    A launch of a plan with num_heads, whose tiles may end early, finds missing blocks beforehand.
+    """
     blocks = (jnp.maximum(kv_len, 0) + (BLOCK - 1)) // BLOCK
+    if plan.num_heads:
+        return item.block_end <= blocks
     last = (item.partial < 0) | (item.partial == item.first_partial + item.num_partials - 1)
     return (item.block_end == blocks) | ((item.block_end < blocks) & ~last)
 

@@ -81,6 +81,24 @@ def test_a_plan_for_other_lengths_is_loud():
     assert np.isfinite(o[0]).all()
 
 
+def test_a_plan_for_other_query_lens_is_loud():
+    """Request 0 has tiles of 2 and 3 blocks. Request 1 has one token, and the plan is for two."""
+    batch = make_batch(np.random.default_rng(3), [33, 40], [2, 1])
+    tokens = {"query_lens": i32(2, 2), "num_heads": 4}
+    plan = plan_splits(
+        batch.seq_lens, num_workers=2, rows=8, rows_per_tile=4, block_size=16, **tokens
+    )
+    run = functools.partial(attend, implementation="split_kv", query_lens=batch.query_lens)
+    with pytest.raises(ValueError, match=r"these seq_lens and query_lens.* request 1 of 40"):
+        run(*batch.args, plan=plan)
+    with pytest.raises(ValueError, match="plan must be for causal=False and 4 heads"):
+        run(*batch.args, plan=plan, causal=False)
+    o, lse = jax.jit(run)(*batch.args, plan=plan)
+    assert np.isnan(o[1]).all()
+    wanted = batch.oracle()
+    assert_matches((o[0], lse[0]), [x[0] for x in wanted], 2e-5, 1e-5)
+
+
 CACHE = PagedKVCache.create(4, page_size=16, kv_lora_rank=RANK, rope_dim=ROPE, dtype="float32")
 GOOD = {
     "q": np.ones((2, 1, 4, 48), np.float32),

@@ -47,6 +47,13 @@ def test_plans_for_the_profile(options, tiles, workers):
     assert plan.profile == getattr(wanted, "name", wanted)
 
 
+def test_knows_query_tokens():
+    tokens = {"num_query_tokens": 3, "query_lens": np.array([3, 0, 1, 2], np.int32)}
+    assert planned(num_heads=128, **tokens).split.num_heads == 128
+    cache = PagedKVCache.create(2, page_size=64, dtype="float32")
+    assert planned(num_heads=32, cache=cache, **tokens).split.num_heads == 32
+
+
 def test_pairs_are_those_of_the_cache_widths():
     """With latents of 128 the other CTA's half of a tile is no whole register: no pairs."""
     lens = np.full(50, 200, np.int32)
@@ -107,6 +114,8 @@ def test_falls_back_to_plain_jax():
         ({"num_heads": 1.5}, TypeError, "num_heads"),
         ({"num_query_tokens": 0}, ValueError, "num_query_tokens"),
         ({"max_seq_len": 0}, ValueError, "max_seq_len"),
+        ({"query_lens": LENS}, ValueError, r"query_lens\[0\] must be in 0 .. 1, got 300"),
+        ({"query_lens": LENS[:2]}, ValueError, r"query_lens must be \[B\]"),
         ({"rescale": "add"}, ValueError, "rescale must be one of"),
         ({"rescale": 1}, TypeError, "rescale must be one of"),
         ({"profile": "H999"}, ValueError, "H999"),

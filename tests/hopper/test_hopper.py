@@ -4,7 +4,9 @@ To trace, lower and compile an interpreted program takes most of a test's time. 
 programs, whose shapes and static options are named here.
 """
 
+import copy
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from guards import run_guarded
 from hopper_batch import SCALE, HopperBatch, invalid_requests, set_invalid, with_latents_times
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax import plan_fixed
+from mla_jax import plan_fixed, plan_splits
 from pallas_kernels.hopper import attention
 from pallas_kernels.hopper.kernels.merge import merge
 from pallas_kernels.hopper.parts.combine import row_scales
@@ -52,6 +54,13 @@ IN_PAIRS = (
     {"heads": 11, "num_queries": 2, "dtype": F16, "requests": 4},
     {"rows_per_tile": 24, "tiles": config_of_height(24, num_tiles=50)},
 )
+SEVERAL_TOKENS = (  # row tiles of tokens 0 .. 2, 2 .. 4 and 4
+    {
+        "heads": 31, "num_queries": 5, "requests": 4, "page_size": 8, "dtype": F16,
+        "kv_lora_rank": 128,
+    },
+    {"rows_per_tile": 64},
+)  # fmt: skip
 TWO_CTAS = {"heads": 33, "num_queries": 2, "requests": 3}, {"rows_per_tile": 128}
 TWO_CTAS_GATHERED = (  # two row tiles, the last of one row
     {"heads": 129, "page_size": 1, "kv_lora_rank": 128},
@@ -67,10 +76,18 @@ def drawn(seed, seq_lens, program, **options):
     return batch, static | options
 
 
-def plan_for(batch, *, workers, rows_per_tile, seq_lens=None, **_):
-    """Returns a plan for few workers, so that tiles are split. seq_lens: None, the batch's."""
-    seq_lens = batch.seq_lens if seq_lens is None else seq_lens
+def plan_for(batch, *, workers, rows_per_tile, seq_lens=None, hides=False, **_):
+    """Returns a plan for few workers, so that tiles are split. seq_lens: None, the batch's.
+
+    hides: whether it leaves out hidden blocks.
+    """
+    seq_lens = batch.seq_lens if seq_lens is None else jnp.asarray(seq_lens, jnp.int32)
     rows = batch.q.shape[1] * batch.q.shape[2]
+    if hides:
+        sizes = {"rows": rows, "rows_per_tile": rows_per_tile, "num_heads": batch.q.shape[2]}
+        lens = {"query_lens": batch.query_lens}
+        plan = functools.partial(plan_splits, num_workers=workers, overhead=1, **sizes)
+        return jax.jit(plan)(seq_lens, **lens)
     return even_plan(seq_lens, workers=workers, rows=rows, rows_per_tile=rows_per_tile)
 
 
@@ -143,6 +160,28 @@ def test_pairs_of_workers_interpreted(races, seq_lens, query_lens, program, work
     if invalid_page:
         set_invalid(batch, slice(0, 1))
     batch.check(o, lse)
+    assert not races.found
+
+
+def test_tiles_without_hidden_blocks_interpreted(races):
+    """Tiles of a request have 1, 2 and 2 blocks, or none if all their tokens are padding."""
+    lens, queries = [66, 200, 3, 130], [5, 2, 0, 5]
+    batch, options = drawn(66, lens, SEVERAL_TOKENS, query_lens=queries, workers=4, hides=True)
+    plan = jax.tree.map(np.asarray, plan_for(batch, **options))
+    blocks = np.zeros((3, 4), np.int32)
+    np.add.at(blocks, (plan.row_tile, plan.request), plan.block_end - plan.block_start)
+    np.testing.assert_array_equal(blocks, [[1, 4, 0, 2], [2, 0, 0, 3], [2, 0, 0, 3]])
+    assert plan.tile_partial_start[-1] > 0
+    batch.check(*run(batch, **options))
+
+    # A request is invalid as a whole. The first tile of request 0 does not read its invalid page,
+    # and the first tile of request 3 has as many blocks as the plan for 127 keys gives it.
+    invalid = copy.copy(batch)
+    set_page(invalid, 0, 8, batch.cache.num_pages)
+    o, lse = run(invalid, **options | {"seq_lens": [66, 200, 3, 127]})
+    for request in (0, 3):
+        set_invalid(invalid, slice(request, request + 1))
+    invalid.check(o, lse)
     assert not races.found
 
 

@@ -59,6 +59,7 @@ def test_compiles_for_sm90a(h200, batch, heads, tokens, page_size, dtype, rescal
         rescale=rescale,
         kv_lora_rank=kv_lora_rank,
         rope_dim=rope_dim,
+        num_heads=heads,
     )
     reports = aot.compile_sm90a(
         attend,
@@ -67,7 +68,7 @@ def test_compiles_for_sm90a(h200, batch, heads, tokens, page_size, dtype, rescal
         ints(batch, 5003),
         ints(batch),
         ints(batch),
-        jax.eval_shape(plan_decode, ints(batch)),
+        jax.eval_shape(plan_decode, ints(batch), query_lens=ints(batch)),
     )
     (report,) = reports  # the merge is in the decode launch
     assert not report.serialized, report.messages

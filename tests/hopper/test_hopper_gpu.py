@@ -112,6 +112,17 @@ def test_long_and_repeated_on_the_gpu(heads, page_size):
     check_repeats(HopperBatch(np.random.default_rng(heads), lens, **shape))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("few_tokens", [False, True])
+@pytest.mark.parametrize(("heads", "page_size"), [(16, 64), (33, 8), (128, 64)])
+def test_chunks_on_the_gpu(heads, page_size, few_tokens):
+    """Most tiles have fewer blocks than their request, and those of padding have none."""
+    rng, queries = np.random.default_rng(heads), [130, 5, 70, 0]
+    shape = {"heads": heads, "num_queries": 130, "page_size": page_size, "query_lens": queries}
+    batch = HopperBatch(rng, [700, 130, 70, 64], **shape)
+    batch.check(*op(batch, few_tokens=few_tokens))
+
+
 # Shortest and longest length, number of requests, workers or page size, and at least how many items
 # of the plan keep their partial.
 PAIRS = [(800, 1023, 60, 132, 100), (1, 1999, 60, 40, 20)]  # one item per worker, and up to five

@@ -211,8 +211,9 @@ def test_compiles_for_sm90a(h200, heads, tokens, requests):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     plan_decode = functools.partial(
-        planning.plan_decode, rows=tokens * heads, capacity=4096 // requests * 64, cache="int8"
-    )
+        planning.plan_decode, rows=tokens * heads, capacity=4096 // requests * 64, cache="int8",
+        num_heads=heads,
+    )  # fmt: skip
     decode = aot.compile_sm90a(
         attend,
         struct((requests, tokens * heads, 576), jnp.bfloat16),
@@ -222,7 +223,7 @@ def test_compiles_for_sm90a(h200, heads, tokens, requests):
         struct((requests, 4096 // requests)),
         struct((requests,)),
         struct((requests,)),
-        jax.eval_shape(plan_decode, struct((requests,))),
+        jax.eval_shape(plan_decode, struct((requests,)), query_lens=struct((requests,))),
     )[0]
     assert not decode.serialized, decode.messages
     assert not decode.ignores_setmaxnreg, decode.messages
@@ -282,6 +283,16 @@ def test_several_tokens_on_the_gpu(heads, num_queries, causal):
     queries = [min(length, int(rng.integers(1, num_queries + 1))) for length in lens]
     batch = Int8Batch(rng, lens, heads=heads, num_queries=num_queries, query_lens=queries)
     batch.check(*op(batch, causal=causal), causal=causal)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [16, 128])
+def test_chunks_on_the_gpu(heads):
+    """Most tiles have fewer blocks than their request, and those of padding have none."""
+    rng = np.random.default_rng(heads)
+    queries = [130, 5, 70, 0]
+    batch = Int8Batch(rng, [700, 130, 70, 64], heads=heads, num_queries=130, query_lens=queries)
+    batch.check(*op(batch))
 
 
 @pytest.mark.gpu

@@ -8,14 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from prefill_batch import SCALE, PrefillBatch, random_lengths
+from prefill_batch import SCALE, PrefillBatch, random_bounds, random_lengths
 
 import mla_jax
 from mla_jax.hal import TilePlanError
 from pallas_kernels.hopper.prefill import attention
 from pallas_kernels.hopper.prefill.config import TILE_ROWS, PrefillConfig
+from pallas_kernels.hopper.prefill.list_kernel import list_tiles
 from pallas_kernels.hopper.prefill.work_items import (
+    TILE_FIELDS,
     Tile,
+    WorkList,
     place_of_item,
     work_list,
 )
@@ -67,6 +70,39 @@ def test_interpreted(races):
     assert not races.found
 
 
+def test_wide_interpreted(races):
+    """256 columns of K and of V: a tile masks two KV blocks of 64 keys.
+
+    The first warpgroup of a tile sees a part of both, or none of the last one, or there is only
+    one. Values that are not finite are in both.
+    """
+    rng = np.random.default_rng(6)
+    lens = [(5, 9), (100, 260), (130, 130), (60, 215)]
+    batch = PrefillBatch(rng, lens, rows=300, keys=620, heads=1, widths=(192, 64, 256))
+    begin = batch.cu_kv[1]
+    batch.poison(begin + 170, only_v=True)  # seen by rows 10 .. 99 of the chunk
+    batch.poison(begin + 230)  # in the last block of the same tile
+    batch.poison(batch.cu_kv[2] + 128)  # seen by the last two rows
+    batch.check(*run(batch, joined=True))
+    assert not races.found
+
+
+def test_wide_with_all_keys_visible_interpreted():
+    rng = np.random.default_rng(7)
+    batch = PrefillBatch(
+        rng,
+        [(3, 130), (70, 70), (5, 0)],
+        rows=80,
+        keys=205,
+        heads=1,
+        dtype=jnp.float16,
+        widths=(128, 64, 256),
+        causal=False,
+    )
+    batch.poison(batch.cu_kv[1] - 1)  # seen by the first request
+    batch.check(*run(batch, joined=False, detect_races=False), lse_of_spoiled=False)
+
+
 def test_invalid_requests_interpreted(races):
     """More queries than keys, an end past the array, and ends that decrease."""
     batch = causal_batch(2, [(20, 40), (20, 10), (30, 60), (10, 50)])
@@ -77,17 +113,25 @@ def test_invalid_requests_interpreted(races):
     assert not races.found
 
 
+def struct(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def check_compiled(report, config):
+    """No product is serialized, no register spilled, shared memory is what the config says."""
+    assert "mla_prefill" in report.name
+    assert report.spill_stores == report.spill_loads == report.stack_frame == 0
+    assert not report.messages
+    assert not report.misuses_setmaxnreg
+    assert report.shared_memory == config.shared_memory_bytes
+    assert f"m64n{config.block_keys}k16.f32.bf16.bf16" in report.ptx
+    assert f"m64n{config.v_dim}k16.f32.bf16.bf16" in report.ptx
+
+
 def test_the_op_compiles_for_sm90a(h200):
-    """`ragged_mla_attention` takes the kernel on a GPU.
-
-    No product is serialized, no register spilled, and shared memory is what the config says.
-    """
-
-    def struct(*shape, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
+    """`ragged_mla_attention` takes the kernel on a GPU. One other kernel makes its work list."""
     heads, rows, bounds = 16, 4096, struct(5, dtype=jnp.int32)
-    (report,) = aot.compile_sm90a(
+    making_list, report = aot.compile_sm90a(
         functools.partial(mla_jax.ragged_mla_attention, softmax_scale=SCALE),
         struct(rows, heads, 192),
         struct(rows, heads, 128),
@@ -96,12 +140,44 @@ def test_the_op_compiles_for_sm90a(h200):
         bounds,
         bounds,
     )
-    assert "mla_prefill" in report.name
-    assert report.spill_stores == report.spill_loads == report.stack_frame == 0
-    assert not report.messages
-    assert not report.misuses_setmaxnreg
-    assert report.shared_memory == PrefillConfig().shared_memory_bytes
-    assert "m64n128k16.f32.bf16.bf16" in report.ptx
+    if "work_list" in report.name:
+        making_list, report = report, making_list
+    assert "mla_prefill_work_list" in making_list.name
+    assert making_list.spill_stores == making_list.spill_loads == making_list.stack_frame == 0
+    check_compiled(report, PrefillConfig())
+
+
+@pytest.mark.parametrize(
+    "widths",
+    [
+        (192, 64, 256),  # which leave the fewest registers
+        *map(
+            aot.on_gpu_machines,
+            [
+                (128, 0, 128),
+                (192, 0, 128),
+                (192, 64, 128),
+                (128, 0, 256),
+                (128, 64, 256),
+                (192, 0, 256),
+            ],
+        ),
+    ],
+)
+def test_other_widths_compile_for_sm90a(h200, widths):
+    nope, rope, v_dim = widths
+    heads, rows, bounds = 16, 4096, struct(5, dtype=jnp.int32)
+    (report,) = aot.compile_sm90a(
+        functools.partial(attention.attend_ragged, softmax_scale=SCALE, causal=True),
+        struct(rows, heads, nope + rope),
+        struct(rows, heads, nope + v_dim),
+        struct(rows, rope) if rope else None,
+        None,
+        bounds,
+        bounds,
+        WorkList(struct(60, TILE_FIELDS, dtype=jnp.int32), struct(2, dtype=jnp.int32)),
+    )
+    check_compiled(report, PrefillConfig.of_widths(*widths))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -115,7 +191,7 @@ def test_tiles_cover_every_row_once(causal):
             np.concatenate([[0], np.cumsum(x)]).astype(np.int32) for x in np.array(lens).T
         )
         tiles, (count, _) = map(np.asarray, make(cu_q, cu_kv))
-        assert (tiles[count:, 1] == 0).all()
+        assert (tiles[count:] == 0).all()
         blocks = tiles[:count, 3]
         assert (np.diff(blocks) <= 0).all()
         covered = np.zeros(1000, int)
@@ -128,14 +204,54 @@ def test_tiles_cover_every_row_once(causal):
             assert not tile.invalid
             assert tile.num_blocks == 0 or tile.kv_row == cu_kv[b]
             if m == 0:
-                assert tile.num_blocks == 0
+                assert tile.num_blocks == tile.blocks_of(64, causal) == 0
                 continue
             last = m - n + rows - cu_q[b] if causal else np.full(len(rows), m - 1)
             assert tile.limit == last[0]
             assert tile.num_blocks == last[-1] // TILE_ROWS + 1
+            assert tile.blocks_of(64, causal) == last[-1] // 64 + 1
             if causal:  # all rows see all keys of all blocks but the last
                 assert last[0] // TILE_ROWS == last[-1] // TILE_ROWS
         assert (covered == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("requests", "rows", "keys", "causal", "heads_at_once"),
+    [(5, 400, 3000, True, None), (200, 5, 60_000, True, 3), (3, 200, 1000, False, None)],
+)
+def test_one_kernel_makes_the_same_list_interpreted(requests, rows, keys, causal, heads_at_once):
+    """The kernel's list equals that of `work_list`, also for bounds that can't be."""
+    options = {
+        "num_queries": rows,
+        "num_keys": keys,
+        "causal": causal,
+        "num_heads": 13,
+        "bytes_per_key": 51_200,  # so that the heads take several groups
+        "heads_at_once": heads_at_once,
+    }
+    interpret = plgpu.InterpretGPUParams()
+    made = jax.jit(functools.partial(list_tiles, **options, interpret=interpret))
+    specified = jax.jit(functools.partial(work_list, **options))
+    rng = np.random.default_rng(rows)
+    for _ in range(20):
+        bounds = random_bounds(rng, requests, rows, keys)
+        for got, wanted in zip(made(*bounds), specified(*bounds), strict=True):
+            np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("requests", "interpret", "kernels"),
+    [(8, None, 1), (9, None, 0), (8, plgpu.InterpretGPUParams(), 0)],
+)
+def test_plan_takes_the_kernel_where_it_can(monkeypatch, requests, interpret, kernels):
+    """A program for a CPU has no kernel, but its trace has all platforms."""
+    monkeypatch.setattr(attention, "MOST_REQUESTS", 8)
+    bounds = jax.ShapeDtypeStruct((requests + 1,), jnp.int32)
+    options = {"causal": True, "interpret": interpret}
+    make = functools.partial(attention.plan, **options)
+    traced = jax.make_jaxpr(make, static_argnums=(2, 3, 4, 5))
+    text = str(traced(bounds, bounds, 1000, 2000, 16, PrefillConfig()))
+    assert text.count("mpmd_map[") == kernels
 
 
 def test_items_cover_every_tile_of_every_head_once():
@@ -151,9 +267,18 @@ def test_refusals_name_the_reason():
     assert attention.refusal(jnp.bfloat16, **widths) is None
     assert "float32" in attention.refusal(jnp.float32, **widths)
     assert "rope_dim = 32" in attention.refusal(jnp.float16, **widths | {"rope_dim": 32})
-    assert "shared" in attention.refusal(jnp.float16, **widths | {"nope_dim": 192})
-    with pytest.raises(TilePlanError, match="stages = 4"):
-        PrefillConfig(stages=4)
+    assert "v_dim = 192, wanted 128 or 256" in attention.refusal(
+        jnp.float16, **widths | {"v_dim": 192}
+    )
+    for options, reason in [
+        ({"stages": 5}, "stages = 5"),
+        ({"registers": (232, 48)}, r"registers = \(232, 48\), wanted at most 504"),
+        ({"block_keys": 96}, "block_keys = 96, wanted 128 or 64"),
+        ({"nope_dim": 192}, "shared holds 232448 bytes"),
+        ({"v_dim": 256}, "registers = .*to keep O, S and P"),
+    ]:
+        with pytest.raises(TilePlanError, match=reason):
+            PrefillConfig(**options)
     batch = causal_batch(0, [(5, 9)])
     q, k, rope, _, *cu = batch.arguments(joined=True)
     with pytest.raises(ValueError, match=r"k_rope must be bfloat16\[345, 64\], got"):

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from prefill_batch import SCALE, PrefillBatch, random_lengths
+from prefill_batch import SCALE, PrefillBatch, random_bounds, random_lengths
 
 from pallas_kernels.hopper.prefill import attention
+from pallas_kernels.hopper.prefill.list_kernel import MOST_REQUESTS, list_tiles
+from pallas_kernels.hopper.prefill.work_items import work_list
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 ROWS, KEYS, REQUESTS = 1100, 2300, 9
@@ -34,6 +36,13 @@ def bits_equal(a: jax.Array, b: jax.Array) -> bool:
         (5, BF16, (128, 64, 128), False, True),
         (7, BF16, (128, 0, 128), True, False),
         (2, F16, (192, 0, 128), False, True),
+        (3, BF16, (192, 64, 256), True, True),
+        (2, F16, (192, 64, 256), False, False),
+        (4, F16, (192, 64, 128), True, True),
+        (5, BF16, (192, 64, 128), False, True),
+        (2, BF16, (128, 64, 256), True, False),
+        (3, F16, (128, 0, 256), True, True),
+        (2, BF16, (192, 0, 256), True, True),
     ],
 )
 def test_random_lengths_on_the_gpu(heads, dtype, widths, causal, joined):
@@ -56,12 +65,13 @@ def test_random_lengths_on_the_gpu(heads, dtype, widths, causal, joined):
 
 
 @pytest.mark.gpu
-def test_every_start_on_the_gpu():
+@pytest.mark.parametrize("widths", [(128, 64, 128), (192, 64, 256)])
+def test_every_start_on_the_gpu(widths):
     """Requests that begin at each row and at each key, modulo 128."""
     rng = np.random.default_rng(0)
     for start in range(0, 128, 3):
         lens = [(start, start), (70, 70 + start), (140, 2 * start + 140), (130, 130)]
-        batch = PrefillBatch(rng, lens, rows=ROWS, keys=KEYS, heads=2)
+        batch = PrefillBatch(rng, lens, rows=ROWS, keys=KEYS, heads=2, widths=widths)
         batch.check(*attend(*batch.arguments(joined=True), causal=True))
 
 
@@ -93,13 +103,23 @@ def test_invalid_requests_on_the_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("heads", "rows"), [(128, 2048), (16, 5000)])
-def test_long_requests_repeat_on_the_gpu(heads, rows):
+@pytest.mark.parametrize(
+    ("heads", "rows", "widths"),
+    [
+        (128, 2048, (128, 64, 128)),
+        (16, 5000, (128, 64, 128)),
+        (20, 5000, (192, 64, 256)),
+        (64, 2048, (192, 64, 128)),
+        (20, 3000, (128, 64, 256)),
+        (20, 3000, (128, 0, 256)),
+    ],
+)
+def test_long_requests_repeat_on_the_gpu(heads, rows, widths):
     """All CTAs have several items. 20 repeats have the same bits."""
     rng = np.random.default_rng(heads)
     lens = [(rows - 700, rows - 700), (600, 2500), (100, 101)]
     keys = sum(m for _, m in lens)
-    batch = PrefillBatch(rng, lens, rows=rows, keys=keys, heads=heads)
+    batch = PrefillBatch(rng, lens, rows=rows, keys=keys, heads=heads, widths=widths)
     arguments = batch.arguments(joined=True)
     first = attend(*arguments, causal=True)
     for _ in range(20):
@@ -108,3 +128,28 @@ def test_long_requests_repeat_on_the_gpu(heads, rows):
     chosen = [0, heads // 2, heads - 1]
     batch.q, batch.k, batch.v = (x[:, chosen] for x in (batch.q, batch.k, batch.v))
     batch.check(*(x[:, np.array(chosen)] for x in first))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("requests", "rows", "keys"),
+    [(1, 5000, 9000), (16, 8192, 20_000), (130, 700, 5000), (512, 16_384, 40_000),
+     (MOST_REQUESTS, 3000, 100_000)],
+)  # fmt: skip
+def test_one_kernel_makes_the_same_list_on_the_gpu(requests, rows, keys, causal):
+    """The kernel's list equals that of `work_list`, also for bounds that can't be."""
+    options = {
+        "num_queries": rows,
+        "num_keys": keys,
+        "causal": causal,
+        "num_heads": 128,
+        "bytes_per_key": 512,
+    }
+    made = jax.jit(functools.partial(list_tiles, **options))
+    specified = jax.jit(functools.partial(work_list, **options))
+    rng = np.random.default_rng(requests)
+    for _ in range(300):
+        bounds = random_bounds(rng, requests, rows, keys)
+        for got, wanted in zip(made(*bounds), specified(*bounds), strict=True):
+            np.testing.assert_array_equal(got, wanted)

@@ -19,8 +19,12 @@ KERNEL_CALLS, ODD = 3, 0.8
 KERNELS: tuple[dict, ...] = (
     {"cache_dtype": "bfloat16", "rescale": "multiply", "rows_per_tile": 16, "page_size": 64},
     {"cache_dtype": "float16", "rows_per_tile": 64, "page_size": 16},
-    {"cache_dtype": "int8", "rows_per_tile": 64, "tokens": 2, "heads": 33},  # two row tiles
-)
+    # Two row tiles, in a plan that leaves out hidden blocks.
+    {
+        "cache_dtype": "int8", "rows_per_tile": 64, "tokens": 3, "heads": 33, "causal": True,
+        "ragged": True, "plan": "splits", "workers": 3, "in_pairs": False,
+    },
+)  # fmt: skip
 PLAIN = (
     ("reference", "int8"),
     ("xla", "float32"), ("xla", "bfloat16"), ("xla", "int8"),

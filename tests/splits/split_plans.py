@@ -20,8 +20,17 @@ def i32(*values):
     return np.array(values, np.int32)
 
 
-def check_plan(plan, seq_lens, rows):
-    """The contract of SplitPlan, checked work item by work item."""
+def keys_of_tile(seq_len, query_len, tile_rows, num_heads):
+    """Returns the most keys that a real token of a tile sees, token by token."""
+    real = [row // num_heads for row in tile_rows if row // num_heads < query_len]
+    return max((seq_len - query_len + token + 1 for token in real), default=0)
+
+
+def check_plan(plan, seq_lens, rows, query_lens=None):
+    """The contract of SplitPlan, checked work item by work item.
+
+    query_lens: of a plan with num_heads.
+    """
     assert all(leaf.dtype == np.int32 for leaf in jax.tree.leaves(plan))
     p = jax.tree.map(np.asarray, plan)
     row_tiles = math.ceil(rows / plan.rows_per_tile)
@@ -41,7 +50,12 @@ def check_plan(plan, seq_lens, rows):
     piece, slot = 0, 0
     for tile in range(p.num_tiles):
         row_tile, request = divmod(tile, len(seq_lens))
-        blocks = math.ceil(max(0, seq_lens[request]) / p.block_size)
+        keys = max(0, seq_lens[request])
+        if query_lens is not None:
+            first = row_tile * plan.rows_per_tile
+            tile_rows = range(first, min(first + plan.rows_per_tile, rows))
+            keys = keys_of_tile(keys, query_lens[request], tile_rows, plan.num_heads)
+        blocks = math.ceil(max(0, keys) / p.block_size)
         assert p.tile_partial_start[tile] == slot
         at, first = 0, piece
         while piece == first or at < blocks:
@@ -57,5 +71,6 @@ def check_plan(plan, seq_lens, rows):
             slot += piece - first
     assert piece == used
     assert p.tile_partial_start[-1] == slot <= p.num_partials
-    assert np.asarray(covered_requests(plan, i32(*seq_lens))).all()
-    check_sound(plan, i32(*seq_lens))
+    lengths = i32(*seq_lens), None if query_lens is None else i32(*query_lens)
+    assert np.asarray(covered_requests(plan, *lengths)).all()
+    check_sound(plan, *lengths)

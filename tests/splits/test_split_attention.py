@@ -75,11 +75,17 @@ def test_any_split_is_the_whole(cuts):
 
 
 @pytest.mark.parametrize(
-    ("num_workers", "rows_per_tile", "cost_model"),
-    [(5, 8, "blocks"), (1, 16, "blocks"), (30, 12, "fia")],  # (5, 8): as above
+    ("num_workers", "rows_per_tile", "cost_model", "hides"),
+    [
+        (5, 8, "blocks", False),  # as above
+        (1, 16, "blocks", False),
+        (30, 12, "fia", False),
+        (5, 4, "blocks", True),  # three tiles, one token each
+    ],
 )
-def test_planned_splits_match_float64(num_workers, rows_per_tile, cost_model):
-    batch = make_batch(np.random.default_rng(0), *RAGGED, heads=4)
+def test_planned_splits_match_float64(num_workers, rows_per_tile, cost_model, hides):
+    lens = [150, 0, 34, 256] if hides else RAGGED[0]  # tokens of 34 keys see 2, 2 and 3 blocks
+    batch = make_batch(np.random.default_rng(0), lens, RAGGED[1], heads=4)
     plan = plan_splits(
         batch.seq_lens,
         num_workers=num_workers,
@@ -87,7 +93,10 @@ def test_planned_splits_match_float64(num_workers, rows_per_tile, cost_model):
         rows_per_tile=rows_per_tile,
         block_size=BLOCK,
         cost_model=cost_model,
+        query_lens=batch.query_lens if hides else None,
+        num_heads=4,
     )
+    assert plan.num_heads == (4 if hides else 0)
     got = jitted(*batch.args, batch.query_lens, plan)
     assert_matches(got, batch.oracle(), 2e-5, 2e-6)
 

@@ -1,5 +1,6 @@
 """Split plans: every block once, balanced as the schedulers they come from are."""
 
+import functools
 import math
 
 import jax
@@ -76,6 +77,47 @@ def test_balanced_plan_takes_every_block_once(seq_lens, num_workers, cost_model)
     assert plan.num_items == 15 + num_workers
     assert plan.num_partials == 2 * (num_workers - 1)
     check_plan(plan, seq_lens, ROWS)
+
+
+TOKENS = 5  # of 30 heads: the row tiles have tokens 0 .. 2, 2 .. 4 and 4
+
+
+@example([68, 320, 3, 66, 0], [5, 5, 5, 1, 0])  # tiles of 66, 68 and 68 keys; S > length
+@given(
+    lengths_strategy,
+    st.lists(st.integers(0, TOKENS), min_size=5, max_size=5),
+)
+def test_tiles_end_with_the_keys_of_their_last_token(seq_lens, query_lens):
+    sizes = {"rows": ROWS, "query_lens": i32(*query_lens)}
+    heads = ROWS // TOKENS
+    plan = plan_splits(i32(*seq_lens), num_workers=7, num_heads=heads, **sizes)
+    assert plan.num_heads == heads
+    check_plan(plan, seq_lens, ROWS, query_lens)
+    loads = np.asarray(plan_loads(plan, i32(*seq_lens), **sizes))
+    plan = jax.tree.map(np.asarray, plan)
+    blocks = (plan.block_end - plan.block_start)[plan.request >= 0]
+    assert loads.sum() == blocks.sum() + 5 * len(blocks)
+    assert loads.max() <= loads.sum() / 7 + 7  # an overhead, a block, and a part of one
+
+
+def test_a_chunk_has_no_hidden_blocks_and_stays_balanced():
+    """256 tokens, one per tile: with equal lengths 4 blocks each, 3 of 8 would be hidden."""
+    lens, sizes = i32(256), {"rows": 256, "query_lens": i32(256)}
+    plan = plan_splits(lens, num_workers=7, rows_per_tile=1, num_heads=1, **sizes)
+    assert int((plan.block_end - plan.block_start).sum()) == 64 * sum(range(1, 5))
+    loads = np.asarray(plan_loads(plan, lens, **sizes))
+    assert loads.max() <= loads.mean() + 7
+
+
+def test_a_plan_hides_nothing_from_a_single_tile_or_token():
+    lens = i32(*[300] * 5)
+    for rows, heads in ((60, 12), (ROWS, ROWS)):
+        plan = jax.eval_shape(
+            functools.partial(plan_splits, num_workers=7, rows=rows, num_heads=heads),
+            lens,
+            query_lens=i32(*[1] * 5),
+        )
+        assert plan.num_heads == 0
 
 
 @example([1, 1, 1, 193, 577], 2)  # in another order of its tiles FlashMLA's is 3 better

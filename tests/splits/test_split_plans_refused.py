@@ -50,6 +50,15 @@ from mla_jax.splits.planner import SplitPlan, plan_fixed, plan_loads, plan_split
             ValueError,
             "seq_lens must be at most max_seq_len = 6, got 7",
         ),
+        ({"query_lens": i32(2)}, TypeError, "num_heads must be an integer, got None"),
+        ({"query_lens": i32(2), "num_heads": 3}, ValueError, "num_heads must divide rows = 4"),
+        (
+            {"query_lens": i32(3), "num_heads": 2},
+            ValueError,
+            r"query_lens\[0\] must be in 0 .. 2, got 3",
+        ),
+        ({"query_lens": i32(1, 1), "num_heads": 2}, ValueError, r"query_lens must be \[B\]"),
+        ({"query_lens": np.ones(1), "num_heads": 2}, TypeError, "query_lens must be an int32"),
         ({"overhead": -1}, ValueError, "overhead must be at least 0, got -1"),
         ({"merge_overhead": -1}, ValueError, "merge_overhead must be at least 0, got -1"),
         ({"cost_model": "x"}, ValueError, "cost_model must be one of blocks, fia, got 'x'"),
@@ -192,6 +201,16 @@ def changed(name, at, value):
             dataclasses.replace(CUT, num_partials=-1),
             ValueError,
             "plan.num_partials must be at least 0",
+        ),
+        (
+            dataclasses.replace(CUT, num_heads=-1),
+            ValueError,
+            "plan.num_heads must be at least 0, got -1",
+        ),
+        (
+            dataclasses.replace(CUT, num_heads=32),
+            ValueError,
+            "plan must be for causal=True and 64 heads: made with query_lens and no kv_axis, it",
         ),
         (dataclasses.replace(CUT, fixed=1), TypeError, "plan.fixed must be True or False, got 1"),
         (

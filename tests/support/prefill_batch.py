@@ -118,3 +118,37 @@ def random_lengths(
     more = np.diff(cuts, prepend=0)
     more[rng.random(requests) < 0.3] = 0
     return [(int(n), int(n + m if causal else m)) for n, m in zip(queries, more, strict=True)]
+
+
+def random_bounds(
+    rng: np.random.Generator, requests: int, rows: int, keys: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns bounds of requests among the query rows and the keys, int32, many of them invalid.
+
+    Some requests are empty, have more queries than keys, or end past the arrays. The first request
+    starts late, bounds decrease, or they are any int32. Rows are left behind the last request.
+    """
+    kind = rng.choice(
+        ["valid", "too long", "late", "disordered", "any"], p=[0.4, 0.2, 0.1, 0.2, 0.1]
+    )
+    if kind == "any":
+        q, kv = rng.integers(-(2**31), 2**31, (2, requests + 1))
+        return q.astype(np.int32), kv.astype(np.int32)
+
+    def spread(total: int) -> np.ndarray:
+        most = 2 * total if kind == "too long" else total
+        lens = np.diff(np.sort(rng.integers(0, most + 1, requests)), prepend=0)
+        lens[rng.random(requests) < rng.random() / 2] = 0
+        return lens
+
+    lens, more = spread(rows), spread(keys)
+    if rng.integers(3):
+        lens = np.minimum(lens, more)
+    q, kv = (np.concatenate([[0], np.cumsum(x)]) for x in (lens, more))
+    if kind == "late":
+        q, kv = (q + 1, kv) if rng.integers(2) else (q, kv + 1)
+    if kind == "disordered":
+        for bounds, total in ((q, rows), (kv, keys)):
+            some = rng.integers(0, requests + 1, 1 + requests // 8)
+            bounds[some] += rng.integers(-total, total, len(some))
+    return q.astype(np.int32), kv.astype(np.int32)

@@ -160,7 +160,7 @@ class Loader:
         # This stage is free, because `load_q` of item n - 1 has waited for the end of item n - 2.
         descriptor = cta.descriptor(n)
         planned = item._replace(partial=item.own_partial)
-        invalid = ~fits(planned, kv_len) | ((num_blocks > 0) & ~all_exist)
+        invalid = ~fits(planned, kv_len, cta.call.plan) | ((num_blocks > 0) & ~all_exist)
         unmasked_pairs = self.unmasked_pairs(item, kv_len, query_len, num_blocks)
         more = kv_len, query_len, invalid.astype(jnp.int32), unmasked_pairs
         for i, value in enumerate((*item, *more)):

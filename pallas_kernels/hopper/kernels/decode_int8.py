@@ -126,7 +126,7 @@ class Loader(Role):
 
     def _write_descriptor(self, state: LoaderState) -> None:
         """Writes all fields of the work descriptor but the last one, and signals it."""
-        invalid = (~fits(state.item, state.kv_len)).astype(jnp.int32)
+        invalid = (~fits(state.item, state.kv_len, self.call.plan)).astype(jnp.int32)
         plgpu.commit_smem()  # all warps have read the fields of the item before
         lengths = state.kv_len, state.query_len
         fields = (*state.item, *lengths, state.stage, invalid, state.items_left)

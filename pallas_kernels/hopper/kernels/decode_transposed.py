@@ -125,7 +125,7 @@ class Loader:
         q_stage = lax.rem(number, cta.sizes.q_stages)
         plgpu.barrier_wait(cta.scratch.q_empty.at[q_stage])
         planned = item._replace(partial=item.own_partial)
-        invalid[q_stage] = (~fits(planned, kv_len)).astype(jnp.int32)
+        invalid[q_stage] = (~fits(planned, kv_len, cta.call.plan)).astype(jnp.int32)
         self._load_q(item, q_stage)
 
         def load_block(i, page_ids):

@@ -110,7 +110,8 @@ class Loader:
         item_stage = lax.rem(number, ITEM_STAGES)
         kv_len, _ = self.cta.lengths(item)
         plgpu.barrier_wait(scratch.item_done.at[item_stage])
-        scratch.invalid[item_stage] = (~fits(item, kv_len)).astype(jnp.int32)
+        invalid = ~fits(item, kv_len, self.cta.call.plan)
+        scratch.invalid[item_stage] = invalid.astype(jnp.int32)
         plgpu.barrier_arrive(scratch.item_checked.at[item_stage])
 
         def load_block(i, _):

@@ -12,10 +12,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax._src import core as jax_core
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm, nvvm, vector
+from jax._src.lib.mlir.dialects import arith, nvvm, vector
 from jax._src.pallas.mosaic_gpu import core as pallas_core
 from jax._src.pallas.mosaic_gpu import lowering
 from jax._src.pallas.mosaic_gpu import primitives as pallas_primitives
@@ -41,30 +40,6 @@ class Gather(Mode):
         layout = None if self.interpreting else THREADS
         thread = plgpu.broadcasted_iota(jnp.int32, (128,), 0, layout=layout)
         return (thread // 4) % 4 * 16 + thread // 32 * 4 + thread % 4
-
-    def load_indexed(self, ref, index) -> jax.Array:
-        """Loads one int32 per thread from a GMEM ref.
-
-        index: [128] int32, counted from the ref's first element.
-        """
-        if self.interpreting:
-            return ref[...].reshape(-1)[index]
-
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(), THREADS),
-            return_type=plgpu.ShapeDtypeStruct((128,), jnp.int32, THREADS),
-        )
-        def load(ctx, source, places):
-            del ctx
-            place = places.registers.item()
-            i32 = ir.IntegerType.get_signless(32)
-            value = llvm.load(i32, element_pointer(source, vector.extract(place, [], [0])))
-            registers = np.full_like(places.registers, vector.broadcast(place.type, value))
-            return mgpu.FragmentedArray(
-                _registers=registers, _layout=places.layout, _is_signed=True
-            )
-
-        return load(ref, index)
 
     def gather_rows(self, source, column: int, rows, target) -> None:
         """Starts to copy 64 rows of a GMEM ref [a, b, n], from a column on, to a SMEM ref (64, m).

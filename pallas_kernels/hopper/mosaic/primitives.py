@@ -7,6 +7,7 @@ interpreter lacks, and each group of primitives says how. The methods are groupe
     values         arrays in registers: constants, indices, loads and stores
     products       accumulators and wgmma
     votes          one flag for a warp or a warpgroup
+    per_thread     one value per thread: indexed access, exchange within a warp
     gather         rows copied to shared memory one by one
     shared_memory  repairs of values in shared memory, and a fence
     control        counters between CTAs, registers per thread, indices, dependent kernels
@@ -18,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.mosaic.control import Control
 from pallas_kernels.hopper.mosaic.gather import Gather
+from pallas_kernels.hopper.mosaic.per_thread import PerThread
 from pallas_kernels.hopper.mosaic.products import Products
 from pallas_kernels.hopper.mosaic.shared_memory import SharedMemory
 from pallas_kernels.hopper.mosaic.threads import (
@@ -55,5 +57,5 @@ OWN_BARRIERS = plgpu.CompilerParams(
 
 
 @dataclasses.dataclass(frozen=True)
-class Backend(Products, Votes, Gather, SharedMemory, Control):
+class Backend(Products, Votes, PerThread, Gather, SharedMemory, Control):
     """All primitives that every kernel needs."""

@@ -92,8 +92,10 @@ def transposed_in_quads(words: Sequence[ir.Value]) -> list[ir.Value]:
 
 
 def element_pointer(ref: ir.Value, index: ir.Value) -> ir.Value:
-    """Returns a pointer to element `index` (i32) of a GMEM ref, counted from its first element."""
-    start = llvm.addrspacecast(ir.Type.parse("!llvm.ptr<1>"), mgpu.utils.memref_ptr(ref))
+    """Returns a pointer to element `index` (i32) of a ref, counted from its first element."""
+    start = mgpu.utils.memref_ptr(ref)
+    if ir.MemRefType(ref.type).memory_space is None:  # in GMEM
+        start = llvm.addrspacecast(ir.Type.parse("!llvm.ptr<1>"), start)
     return mgpu.utils.getelementptr(start, [index], ir.MemRefType(ref.type).element_type)
 
 

@@ -1,9 +1,11 @@
 """Attention of packed requests in the expanded form, on a Hopper GPU."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from mla_jax.checks import require_softmax_scale
 from mla_jax.hal import TilePlanError
@@ -11,6 +13,7 @@ from pallas_kernels.hopper import device
 from pallas_kernels.hopper.config import ITEMSIZE
 from pallas_kernels.hopper.prefill.config import PrefillConfig
 from pallas_kernels.hopper.prefill.kernel import prefill
+from pallas_kernels.hopper.prefill.list_kernel import MOST_REQUESTS, list_tiles
 from pallas_kernels.hopper.prefill.refs import PrefillCall
 from pallas_kernels.hopper.prefill.work_items import WorkList, work_list
 from pallas_kernels.modes import jit_with_defaults
@@ -25,7 +28,7 @@ def refusal(dtype: Any, *, nope_dim: int, rope_dim: int, v_dim: int) -> str | No
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 or float16, got {dtype.name}"
     try:
-        PrefillConfig(nope_dim=nope_dim, rope_dim=rope_dim, v_dim=v_dim)
+        PrefillConfig.of_widths(nope_dim, rope_dim, v_dim)
     except TilePlanError as error:
         return f"its tiles can't have these widths: {error}"
     return None
@@ -62,7 +65,7 @@ def attend_ragged(
         cu_kv_lens: [B + 1] int32, likewise its keys.
         softmax_scale: above 0.
         work: `plan` of these lengths; None: it is made here.
-        config: of the kernel; None: the default one for these widths.
+        config: of the kernel; None: `PrefillConfig.of_widths`.
         interpret: `plgpu.InterpretGPUParams()` runs the kernel on a CPU; None: on the GPU.
 
     Returns:
@@ -79,7 +82,7 @@ def attend_ragged(
     rope_dim = 0 if k_rope is None else k_rope.shape[1]
     nope_dim = q.shape[2] - rope_dim
     v_dim = k_nope.shape[2] - nope_dim if v is None else v.shape[2]
-    config = config or PrefillConfig(nope_dim=nope_dim, rope_dim=rope_dim, v_dim=v_dim)
+    config = config or PrefillConfig.of_widths(nope_dim, rope_dim, v_dim)
     _check(q, k_nope, k_rope, v, cu_q_lens, cu_kv_lens, config)
     # With a scale below 0 the mask's -inf would become the largest score.
     softmax_scale = require_softmax_scale(softmax_scale)
@@ -89,7 +92,16 @@ def attend_ragged(
         lse = jnp.full((num_queries, num_heads), -jnp.inf, jnp.float32)
         return jnp.zeros((num_queries, num_heads, v_dim), q.dtype), lse
     if work is None:
-        work = plan(cu_q_lens, cu_kv_lens, num_queries, num_keys, num_heads, config, causal=causal)
+        work = plan(
+            cu_q_lens,
+            cu_kv_lens,
+            num_queries,
+            num_keys,
+            num_heads,
+            config,
+            causal=causal,
+            interpret=interpret,
+        )
     return prefill(
         PrefillCall(
             q=_at_least(q, LEAST_QUERIES),
@@ -116,17 +128,28 @@ def plan(
     config: PrefillConfig,
     *,
     causal: bool,
+    interpret: Any = None,
 ) -> WorkList:
-    """Returns the work list of `attend_ragged`, which calls for several layers can share."""
-    return work_list(
-        cu_q_lens,
-        cu_kv_lens,
-        num_queries,
-        num_keys,
-        causal=causal,
-        num_heads=num_heads,
-        bytes_per_key=(config.nope_dim + config.v_dim) * ITEMSIZE,
-        heads_at_once=config.heads_at_once,
+    """Returns the work list of `attend_ragged`, which calls for several layers can share.
+
+    On an NVIDIA GPU one kernel makes it. On other platforms, where `interpret` is given, and for
+    more than `list_kernel.MOST_REQUESTS` requests it is made in JAX.
+    """
+    options: dict[str, Any] = {
+        "num_queries": num_queries,
+        "num_keys": num_keys,
+        "causal": causal,
+        "num_heads": num_heads,
+        "bytes_per_key": (config.nope_dim + config.v_dim) * ITEMSIZE,
+        "heads_at_once": config.heads_at_once,
+    }
+    bounds = cu_q_lens, cu_kv_lens
+    if interpret is not None or not num_queries or len(cu_q_lens) - 1 > MOST_REQUESTS:
+        return work_list(*bounds, **options)
+    return lax.platform_dependent(
+        *bounds,
+        cuda=functools.partial(list_tiles, **options),
+        default=functools.partial(work_list, **options),
     )
 
 

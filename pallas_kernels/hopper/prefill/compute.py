@@ -6,6 +6,8 @@ block before. While they run, the other warpgroup computes its softmax:
     wait for K | take the turn | start S_j = q K_j^T | wait for V | start O += P_(j-1) V_(j-1)
     | pass the turn | wait for S_j | release K | row maxima | wait for O | release V
     | P_j = exp2(...), sums, rescale O
+
+Blocks are counted from a tile's last one, j = 0, which is computed first.
 """
 
 import dataclasses
@@ -22,7 +24,7 @@ from pallas_kernels.hopper.mosaic.primitives import ROWS
 from pallas_kernels.hopper.mosaic.rows import CountedRows
 from pallas_kernels.hopper.mosaic.values import per_row
 from pallas_kernels.hopper.parts.normalize import divided, natural_lse
-from pallas_kernels.hopper.prefill.config import CHECKERS
+from pallas_kernels.hopper.prefill.config import CHECKERS, TILE_ROWS
 from pallas_kernels.hopper.prefill.refs import Cta
 from pallas_kernels.hopper.prefill.work_items import Item
 from pallas_kernels.hopper.work_items import NO_KEY
@@ -85,11 +87,17 @@ class ComputingWarpgroup:
     def attend(self, n: Any, item: Item) -> tuple[Any, Any, Any]:
         """Returns maxima (log2 units), sums of P and O of an item with a block at least."""
         cta, g, scratch = self.cta, self.cta.g, self.cta.scratch
-        carry = self.first_block(n, item)
-        carry = lax.fori_loop(1, item.num_blocks, functools.partial(self.step, n, item), carry)
+        masked = cta.call.masked_blocks
+        first = self.pass_hidden_block(n, item) if self.passes_blocks else 0
+        carry = self.first_block(n, item, first)
+        step, begin = functools.partial(self.step, n, item), jnp.minimum(masked, item.num_blocks)
+        if masked > 1:
+            step_masked = functools.partial(step, masked=True)
+            carry = lax.fori_loop(first + 1, begin, step_masked, carry)
+        carry = lax.fori_loop(begin, item.num_blocks, step, carry)
         last = item.num_blocks - 1
         stage = cta.stage(n + last)
-        pl.when(last > 0)(lambda: plgpu.barrier_wait(scratch.v_full.at[stage]))
+        pl.when(last >= masked)(lambda: plgpu.barrier_wait(scratch.v_full.at[stage]))
         self.take_turn()
         o = g.plus_product(carry.o, carry.p, scratch.v.at[stage])
         self.pass_turn()
@@ -99,23 +107,39 @@ class ComputingWarpgroup:
         plgpu.barrier_arrive(scratch.v_empty.at[stage])
         return carry.m, total, o
 
-    def first_block(self, n: Any, item: Item) -> Running:
-        """Scores an item's first block, its last keys, with a mask."""
+    @property
+    def passes_blocks(self) -> bool:
+        """Whether a warpgroup can leave out a tile's last block."""
+        return self.cta.config.trims and self.cta.call.masked_blocks > 1
+
+    def pass_hidden_block(self, n: Any, item: Item) -> Any:
+        """Releases K of an item's last block if the rows of this warpgroup see none of its keys.
+
+        Returns the number of the block that they see first, 0 or 1. The item has that block too.
+        `first_block` releases V, so that no row waits for V before its first scores.
+        """
+        cta, scratch = self.cta, self.cta.scratch
+        _, last_seen = self.limit(item, 0)
+        hidden = last_seen < 0
+
+        @pl.when(hidden)
+        def release() -> None:
+            stage = cta.stage(n)
+            plgpu.barrier_wait(scratch.k_full.at[stage])
+            plgpu.barrier_arrive(scratch.k_empty.at[stage])
+            self.take_turn()
+            self.pass_turn()
+
+        return hidden.astype(jnp.int32)
+
+    def first_block(self, n: Any, item: Item, j: Any) -> Running:
+        """Scores the first block of an item that this warpgroup sees, the j-th, with a mask."""
         cta, g, scratch = self.cta, self.cta.g, self.cta.scratch
         keys = cta.config.block_keys
-        stage = cta.stage(n)
-        # The last key, counted in the block, that each row sees.
-        limit = item.limit - (item.num_blocks - 1) * keys
-        last_seen = limit
-        if cta.call.causal:
-            limit += HEIGHT * self.index
-            last_seen = limit + HEIGHT - 1
+        stage = cta.stage(n + j)
+        limit, last_seen = self.limit(item, j)
         plgpu.barrier_wait(scratch.q_full.at[self.index])
         plgpu.barrier_wait(scratch.k_full.at[stage])
-
-        def limits() -> Any:
-            rows = g.iota_line(HEIGHT, ROWS)
-            return limit + rows if cta.call.causal else limit + 0 * rows
 
         def score(width: int) -> tuple[Any, Any, Any]:
             self.take_turn()
@@ -123,40 +147,40 @@ class ComputingWarpgroup:
             self.pass_turn()
             g.wait_mma(0)
             s = g.completed(product)
-            self.release_k(stage, item.num_blocks == 1)
-            s = jnp.where(g.iota(s.shape, 1) <= per_row(limits(), s.shape), s, -jnp.inf)
-            m, p = self.softmax(s, g.full((HEIGHT,), NO_KEY, ROWS))
+            self.release_k(stage, item.num_blocks == 1 + j)
+            m, p = self.softmax(self.masked(s, limit), g.full((HEIGHT,), NO_KEY, ROWS))
             rounded = p.astype(cta.call.q.dtype)
             return m, partial_sums(p), g.with_zero_columns(rounded, keys)
 
-        if cta.config.trims:
+        if cta.config.trims and keys == TILE_ROWS:
             half = functools.partial(score, keys // 2)
             m, total, p = lax.cond(last_seen < keys // 2, half, functools.partial(score, keys))
         else:
             m, total, p = score(keys)
-        plgpu.barrier_wait(scratch.v_checked.at[stage])
-        changed = functools.reduce(
-            jnp.minimum, (scratch.changed[stage, i] for i in range(CHECKERS))
-        )
-        poison = jnp.where(limits() >= changed, jnp.nan, 0.0)
-        total += per_row(poison, total.shape)
+        if self.passes_blocks:
+            pl.when(j > 0)(functools.partial(self.release_unused_v, cta.stage(n)))
+        total = self.poisoned(total, stage, limit)
         o = g.full((HEIGHT, cta.config.v_dim), 0.0, plgpu.Layout.WGMMA)
         return Running(m, total, o, p)
 
-    def step(self, n: Any, item: Item, j: Any, carry: Running) -> Running:
+    def step(self, n: Any, item: Item, j: Any, carry: Running, masked: bool = False) -> Running:
         """Scores an item's j-th block, and adds the block before to O."""
         cta, g, scratch = self.cta, self.cta.g, self.cta.scratch
         stage, before = cta.stage(n + j), cta.stage(n + j - 1)
         plgpu.barrier_wait(scratch.k_full.at[stage])
         self.take_turn()
         product = self.start_scores(stage, cta.config.block_keys)
-        # The checkers have waited for the first block.
-        pl.when(j > 1)(lambda: plgpu.barrier_wait(scratch.v_full.at[before]))
+        if not masked:  # The checkers have waited for the blocks with a mask.
+            unchecked = j > cta.call.masked_blocks
+            pl.when(unchecked)(lambda: plgpu.barrier_wait(scratch.v_full.at[before]))
         o = g.plus_product(carry.o, carry.p, scratch.v.at[before])
         self.pass_turn()
         g.wait_mma(1)
         s = g.completed(product)
         self.release_k(stage, j == item.num_blocks - 1)
+        if masked:
+            limit, _ = self.limit(item, j)
+            s = self.masked(s, limit)
         m, p = self.softmax(s, carry.m)
         factor = jnp.exp2(carry.m - m)
         total = carry.total * per_row(factor, carry.total.shape) + partial_sums(p)
@@ -164,6 +188,8 @@ class ComputingWarpgroup:
         o = g.completed(o)
         plgpu.barrier_arrive(scratch.v_empty.at[before])
         o = o * per_row(factor, o.shape)
+        if masked:
+            total = self.poisoned(total, stage, limit)
         return Running(m, total, o, p.astype(cta.call.q.dtype))
 
     # -- the parts of a step --------------------------------------------------------------------
@@ -174,6 +200,34 @@ class ComputingWarpgroup:
         if width < self.cta.config.block_keys:
             k = k.at[:, pl.ds(0, width)]
         return self.cta.g.product_t(scratch.q.at[self.index], k, jnp.float32)
+
+    def limit(self, item: Item, j: Any) -> tuple[Any, Any]:
+        """Returns the last keys that the first and the last row see, counted in the j-th block."""
+        limit = item.limit - (item.num_blocks - 1 - j) * self.cta.config.block_keys
+        if not self.cta.call.causal:
+            return limit, limit
+        limit += HEIGHT * self.index
+        return limit, limit + HEIGHT - 1
+
+    def limits(self, limit: Any) -> Any:
+        """Returns the last key that each row sees, [64]. limit: that of the first row."""
+        rows = self.cta.g.iota_line(HEIGHT, ROWS)
+        return limit + rows if self.cta.call.causal else limit + 0 * rows
+
+    def masked(self, s: jax.Array, limit: Any) -> jax.Array:
+        """Returns the scores of a block, -inf for keys that a row does not see."""
+        seen = self.cta.g.iota(s.shape, 1) <= per_row(self.limits(limit), s.shape)
+        return jnp.where(seen, s, -jnp.inf)
+
+    def poisoned(self, total: jax.Array, stage: Any, limit: Any) -> jax.Array:
+        """Waits for the checkers of V. Returns sums that are NaN in rows that see what changed."""
+        scratch = self.cta.scratch
+        plgpu.barrier_wait(scratch.v_checked.at[stage])
+        changed = functools.reduce(
+            jnp.minimum, (scratch.changed[stage, i] for i in range(CHECKERS))
+        )
+        poison = jnp.where(self.limits(limit) >= changed, jnp.nan, 0.0)
+        return total + per_row(poison, total.shape)
 
     def softmax(self, s: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the new maxima, in log2 units, and P relative to them."""
@@ -186,6 +240,11 @@ class ComputingWarpgroup:
         scratch = self.cta.scratch
         plgpu.barrier_arrive(scratch.k_empty.at[stage])
         plgpu.barrier_arrive(scratch.q_empty.at[self.index], predicate=is_last)
+
+    def release_unused_v(self, stage: Any) -> None:
+        """Releases V of a block that this warpgroup does not see, when it has been checked."""
+        plgpu.barrier_wait(self.cta.scratch.v_checked.at[stage])
+        plgpu.barrier_arrive(self.cta.scratch.v_empty.at[stage])
 
     def take_turn(self) -> None:
         """Waits until the other warpgroup has issued its products."""

@@ -1,7 +1,9 @@
 """The config of the prefill kernel: its widths, its schedule and the shared memory of a CTA."""
 
+import contextlib
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 from mla_jax.hal import TilePlanError, load_profile
 from mla_jax.hal.tiling import WGMMA_ROWS, BufferUse, bytes_used, require_fits
@@ -14,6 +16,27 @@ CHECKERS = 2  # warps that look for NaN and infinity in V
 ITEM_STAGES = 2  # work items whose descriptors are in shared memory
 L2_BYTES = 32 << 20  # what the keys and values of heads in work at the same time may take
 NOPE_DIMS, ROPE_DIMS, V_DIMS = (128, 192), (0, 64), (128, 256)
+BLOCK_KEYS = (
+    128,
+    64,
+)  # keys per KV block; divisors of TILE_ROWS, so that tiles end where blocks do
+
+
+class Schedule(NamedTuple):
+    """The fields of a `PrefillConfig` that depend on the widths."""
+
+    block_keys: int
+    stages: int
+    registers: tuple[int, int]
+
+
+# `PrefillConfig.of_widths` takes the first one that fits.
+SCHEDULES = (
+    Schedule(128, 2, (232, 40)),
+    Schedule(64, 4, (240, 24)),
+    Schedule(64, 3, (240, 24)),
+    Schedule(64, 2, (240, 24)),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,10 +48,12 @@ class PrefillConfig:
         nope_dim: columns of q and k without rotary embedding, per head.
         rope_dim: columns of q and k with rotary embedding; those of k are shared by all heads.
         v_dim: columns of v and o.
+        block_keys: keys per KV block. A tile masks its last block of 128, or its last two of 64.
         stages: KV blocks of K, and of V, in shared memory.
         registers: per thread of a computing warpgroup and of the loader, as setmaxnreg takes.
         in_turns: whether the computing warpgroups issue their products in turns.
-        trims: whether a warpgroup that sees half of a tile's last block scores only that half.
+        trims: whether a warpgroup whose rows see none of the last 64 keys of a tile's last block
+            leaves these keys out.
         heads_at_once: heads whose tiles are in work at the same time; None: as many as have keys
             and values that fit in L2.
 
@@ -41,11 +66,21 @@ class PrefillConfig:
     nope_dim: int = 128
     rope_dim: int = 64
     v_dim: int = 128
+    block_keys: int = 128
     stages: int = 2
     registers: tuple[int, int] = (232, 40)
     in_turns: bool = True
     trims: bool = True
     heads_at_once: int | None = None
+
+    @staticmethod
+    def of_widths(nope_dim: int, rope_dim: int, v_dim: int) -> "PrefillConfig":
+        """Returns the default config for these widths; raises TilePlanError if they have none."""
+        make = functools.partial(PrefillConfig, nope_dim=nope_dim, rope_dim=rope_dim, v_dim=v_dim)
+        for schedule in SCHEDULES[:-1]:
+            with contextlib.suppress(TilePlanError):
+                return make(**schedule._asdict())
+        return make(**SCHEDULES[-1]._asdict())
 
     def __post_init__(self) -> None:
         if self.limits is None:
@@ -53,24 +88,26 @@ class PrefillConfig:
         for name, widths in (("nope_dim", NOPE_DIMS), ("rope_dim", ROPE_DIMS), ("v_dim", V_DIMS)):
             got = getattr(self, name)
             self._require(name, got in widths, " or ".join(map(str, widths)))
-        self._require("stages", self.stages in (2, 3), "2 or 3")
+        wanted = " or ".join(map(str, BLOCK_KEYS))
+        self._require("block_keys", self.block_keys in BLOCK_KEYS, wanted)
+        self._require("stages", self.stages in (2, 3, 4), "2, 3 or 4")
         fits = len(self.registers) == 2 and all(
             r % 8 == 0 and 24 <= r <= 256 for r in self.registers
         )
         self._require("registers", fits, "2 multiples of 8 in 24 .. 256 (setmaxnreg)")
+        # A CTA starts with so many per thread, and setmaxnreg waits forever for more than these.
+        warpgroups = len(self.warpgroup_registers)
+        assert self.limits is not None
+        most = warpgroups * (self.limits.registers // (128 * warpgroups) // 8 * 8)
+        fits = sum(self.warpgroup_registers) <= most
+        self._require("registers", fits, f"at most {most} in {warpgroups} warpgroups")
         least = 1 if self.heads_at_once is None else self.heads_at_once
         self._require("heads_at_once", least >= 1, "an integer >= 1")
         # float32 O and S, and P in 16 bits; the rest of a thread is sums, addresses and indices.
         needed = WGMMA_ROWS * (self.v_dim + self.block_keys + self.block_keys // 2) // 128 + 40
         self._require("registers", self.registers[0] >= needed, f">= {needed} to keep O, S and P")
-        assert self.limits is not None
         capacity = {"shared": self.limits.shared_memory, "registers": self.limits.registers}
         require_fits(self.limits.profile, self.shared_memory, self.warpgroup_registers, capacity)
-
-    @property
-    def block_keys(self) -> int:
-        """Keys per KV block. Tiles end where blocks do, so that a tile masks one block only."""
-        return TILE_ROWS
 
     @property
     def k_panels(self) -> int:

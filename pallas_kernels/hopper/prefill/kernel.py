@@ -8,11 +8,13 @@ are none. It has three warpgroups:
            warp 1 loads V                             }                here
            warps 2, 3 look for NaN and infinity in V  }
 
-KV blocks of 128 keys are loaded by TMA, a tile's last block first: it is the one that needs a mask.
+KV blocks are loaded by TMA, a tile's last block first. Only the last block needs a mask, or the
+last two where a block has 64 keys.
 docs/hopper_prefill.md describes the schedule.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -130,6 +132,8 @@ class Scheduler:
             cta.inputs.work.counts[1],
         )
         fields = Tile(*(cta.inputs.work.tiles[tile, i] for i in range(len(Tile._fields))))
+        num_blocks = fields.blocks_of(cta.config.block_keys, cta.call.causal)
+        fields = fields._replace(num_blocks=num_blocks)
         item = Item(jnp.where(exists, head, NO_ITEM), *fields)
         stage = lax.rem(k, ITEM_STAGES)
         pl.when(k >= ITEM_STAGES)(lambda: self.wait_until_read(k - ITEM_STAGES))
@@ -186,11 +190,13 @@ class ValueLoader:
             plgpu.barrier_wait(self.cta.scratch.v_empty.at[i])
 
     def load_item(self, n: Any, item: Item) -> None:
-        """Loads all blocks of V of an item. The first one goes to the checkers."""
-        scratch = self.cta.scratch
-        pl.when(item.num_blocks > 0)(lambda: self.load_v(n, item, 0, scratch.v_first))
+        """Loads all blocks of V of an item. Those with a mask go to the checkers."""
+        scratch, masked = self.cta.scratch, self.cta.call.masked_blocks
+        for j in range(masked):
+            load = functools.partial(self.load_v, n, item, j, scratch.v_first)
+            pl.when(item.num_blocks > j)(load)
         lax.fori_loop(
-            1, item.num_blocks, lambda j, _: self.load_v(n, item, j, scratch.v_full), None
+            masked, item.num_blocks, lambda j, _: self.load_v(n, item, j, scratch.v_full), None
         )
 
     def load_v(self, n: Any, item: Item, j: Any, full: Any) -> None:
@@ -213,9 +219,9 @@ class ValueLoader:
 class Checker:
     """Warps 2 and 3: replace NaN and infinity by 0 in V where a row of the tile must not see it.
 
-    P is 0 for a hidden key, but 0 * NaN is NaN. Only a tile's last block, which is loaded first,
-    has hidden keys. A row that sees a changed row of V becomes NaN in the end
-    (`ComputingWarpgroup.first_block`). Each checker has half of the block's keys.
+    P is 0 for a hidden key, but 0 * NaN is NaN. Only a tile's last blocks, which are loaded first,
+    have hidden keys. A row that sees a changed row of V becomes NaN in the end
+    (`ComputingWarpgroup.poisoned`). Each checker has half of a block's keys.
     """
 
     cta: Cta
@@ -225,15 +231,17 @@ class Checker:
         self.cta.run_items(self.check_item)
 
     def check_item(self, n: Any, item: Item) -> None:
-        pl.when(item.num_blocks > 0)(lambda: self.check(n, item))
+        for j in range(self.cta.call.masked_blocks):
+            pl.when(item.num_blocks > j)(functools.partial(self.check, n, item, j))
 
-    def check(self, n: Any, item: Item) -> None:
+    def check(self, n: Any, item: Item, j: int) -> None:
+        """Checks the item's j-th block."""
         cta, keys = self.cta, self.cta.config.block_keys
-        stage = cta.stage(n)
+        stage = cta.stage(n + j)
         begin = keys // CHECKERS * self.half
         plgpu.barrier_wait(cta.scratch.v_first.at[stage])
         part = cta.scratch.v.at[stage, :, pl.ds(begin, keys // CHECKERS)]
-        seen_by_all = item.limit + 1 - (item.num_blocks - 1) * keys
+        seen_by_all = item.limit + 1 - (item.num_blocks - 1 - j) * keys
         changed = cta.g.clear_not_finite_in_panels(part, seen_by_all - begin)
         cta.scratch.changed[stage, self.half] = changed + begin
         plgpu.barrier_arrive(cta.scratch.v_checked.at[stage])

@@ -15,6 +15,7 @@ from pallas_kernels.hopper.prefill.config import (
     COMPUTING,
     ITEM_STAGES,
     PANEL,
+    TILE_ROWS,
     PrefillConfig,
 )
 from pallas_kernels.hopper.prefill.work_items import ITEM_FIELDS, NO_ITEM, Item, WorkList
@@ -51,9 +52,9 @@ class Scratch(NamedTuple):
     q_empty: Any  # per warpgroup, which arrives
     k_full: Any  # per stage; the copies of the panels arrive
     k_empty: Any  # per stage; the computing warpgroups arrive
-    v_full: Any  # likewise, for all blocks but a tile's first
+    v_full: Any  # likewise, for the blocks that no row of the tile masks
     v_empty: Any
-    v_first: Any  # per stage; the copies of a tile's first block of V arrive
+    v_first: Any  # per stage; the copies of a tile's masked blocks of V arrive, the first ones
     v_checked: Any  # per stage; the checkers of that block arrive
     turn: Any  # per computing warpgroup; the other one arrives
 
@@ -120,6 +121,11 @@ class PrefillCall:
     def log2_scale(self) -> float:
         """Scores times this are in log2 units."""
         return self.softmax_scale * LOG2E
+
+    @property
+    def masked_blocks(self) -> int:
+        """KV blocks of a tile that need a mask: its last ones, which are computed first."""
+        return TILE_ROWS // self.config.block_keys if self.causal else 1
 
     @property
     def interpreting(self) -> bool:

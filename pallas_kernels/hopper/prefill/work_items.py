@@ -5,7 +5,10 @@ tiles, longest first. All heads have the same tiles, so an item's index says whi
 head it is (`place_of_item`), and only the tiles are listed.
 
     causal: tiles end where the positions of query tokens, counted as keys, are multiples of 128.
-    KV blocks do too. So a row of the tile sees all keys of every block but the tile's last.
+    KV blocks of 128 do too. So a row of the tile sees all keys of every block but the tile's last.
+    With blocks of 64, it sees all keys of every block but the tile's last two.
+
+The list counts KV blocks of 128 keys, whatever blocks the kernel loads (`Tile.blocks_of`).
 """
 
 from typing import Any, NamedTuple
@@ -26,12 +29,61 @@ class Tile(NamedTuple):
     q_row: Any  # its first query row
     num_rows: Any  # 1 .. 128; 0: no tile
     kv_row: Any  # the first key of its request
-    num_blocks: Any  # KV blocks that its rows see; 0: they see no key
+    num_blocks: Any  # KV blocks of 128 keys that its rows see; 0: they see no key
     limit: Any  # the last key of the request that its first row sees
     invalid: Any  # 1: the request is invalid and its rows are NaN
 
+    def blocks_of(self, block_keys: int, causal: bool) -> Any:
+        """Returns how many KV blocks of so many keys its rows see."""
+        if block_keys == TILE_ROWS:
+            return self.num_blocks
+        seen = self.limit + (self.num_rows if causal else 1)
+        blocks = lax.div(seen + (block_keys - 1), block_keys)
+        return jnp.where(self.num_blocks > 0, blocks, 0)
+
 
 TILE_FIELDS = len(Tile._fields)
+NUM_BLOCKS = Tile._fields.index("num_blocks")
+
+
+class Request(NamedTuple):
+    """A request, or the rows behind the last one. The methods take numbers or arrays of numbers."""
+
+    first: Any  # its first query row
+    queries: Any  # how many it has
+    kv_first: Any  # its first key
+    keys: Any  # how many its rows see; 0: it is invalid, or has none
+    invalid: Any  # 1: it is invalid and its rows are NaN
+
+    def rows_ahead(self, causal: bool) -> Any:
+        """Returns how many rows of its first tile are missing, so that other tiles are aligned."""
+        return jnp.where(self.keys > 0, (self.keys - self.queries) & (TILE_ROWS - 1) * causal, 0)
+
+    def num_tiles(self, causal: bool) -> Any:
+        """Returns how many tiles its rows have."""
+        tiles = tiles_in(self.queries + self.rows_ahead(causal))
+        return jnp.where(self.queries > 0, tiles, 0)
+
+    def tile(self, index: Any, causal: bool) -> Tile:
+        """Returns the tile of it with this index, which must be below `num_tiles`."""
+        begin = index * TILE_ROWS - self.rows_ahead(causal)
+        stop = jnp.minimum(begin + TILE_ROWS, self.queries)
+        begin = jnp.maximum(begin, 0)
+        limit = self.keys - self.queries + begin if causal else self.keys - 1
+        seen = limit + stop - begin if causal else self.keys
+        return Tile(
+            q_row=self.first + begin,
+            num_rows=stop - begin,
+            kv_row=self.kv_first,
+            num_blocks=jnp.where(self.keys > 0, tiles_in(seen), 0),
+            limit=limit,
+            invalid=self.invalid,
+        )
+
+
+def tiles_in(rows: Any) -> Any:
+    """Returns how many tiles, or KV blocks, so many rows or keys take."""
+    return (rows + TILE_ROWS - 1) >> (TILE_ROWS.bit_length() - 1)
 
 
 class Item(NamedTuple):
@@ -41,7 +93,7 @@ class Item(NamedTuple):
     q_row: Any
     num_rows: Any
     kv_row: Any
-    num_blocks: Any
+    num_blocks: Any  # KV blocks as the kernel loads them
     limit: Any
     invalid: Any
 
@@ -56,7 +108,7 @@ ITEM_FIELDS = len(Item._fields)
 class WorkList(NamedTuple):
     """The tiles of a launch, longest first."""
 
-    tiles: Any  # [most tiles, TILE_FIELDS] int32, as `Tile`
+    tiles: Any  # [most tiles, TILE_FIELDS] int32, as `Tile`; 0 behind the last
     counts: Any  # [2] int32: how many tiles there are, and heads in work at the same time
 
 
@@ -100,48 +152,42 @@ def work_list(
     )
     ends = lax.cummax(jnp.clip(cu_q_lens, 0, num_queries))[1:]
     edges = jnp.concatenate([jnp.zeros(1, jnp.int32), ends, jnp.full(1, num_queries, jnp.int32)])
-    first, queries = edges[:-1], jnp.diff(edges)
     # Rows behind the last request, and those of invalid ones, see no key.
-    keys = jnp.pad(jnp.where(valid, jnp.diff(cu_kv_lens), 0), (0, 1))
-    kv_first = jnp.pad(jnp.where(valid, cu_kv_lens[:-1], 0), (0, 1))
-    invalid = jnp.pad((~valid).astype(jnp.int32), (0, 1))
-
-    # `ahead` rows of a request's first tile are missing, so that the other tiles are aligned.
-    ahead = (keys - queries) % TILE_ROWS if causal else jnp.zeros_like(keys)
-    ahead = jnp.where(keys > 0, ahead, 0)
-    tiles = jnp.where(queries > 0, (queries + ahead + TILE_ROWS - 1) // TILE_ROWS, 0)
-    tile_end = jnp.cumsum(tiles)
+    requests = Request(
+        first=edges[:-1],
+        queries=jnp.diff(edges),
+        kv_first=jnp.pad(jnp.where(valid, cu_kv_lens[:-1], 0), (0, 1)),
+        keys=jnp.pad(jnp.where(valid, jnp.diff(cu_kv_lens), 0), (0, 1)),
+        invalid=jnp.pad((~valid).astype(jnp.int32), (0, 1)),
+    )
+    tiles = requests.num_tiles(causal)
+    tile_end = jnp.cumsum(tiles, dtype=jnp.int32)
 
     index = jnp.arange(most_tiles(num_queries, len(cu_q_lens) - 1), dtype=jnp.int32)
     request = jnp.sum(tile_end[None, :] <= index[:, None], axis=1, dtype=jnp.int32)
     exists = request < len(tiles)
     request = jnp.minimum(request, len(tiles) - 1)
-    begin = (index - (tile_end - tiles)[request]) * TILE_ROWS - ahead[request]
-    stop = jnp.minimum(begin + TILE_ROWS, queries[request])
-    begin = jnp.maximum(begin, 0)
-    num_rows = jnp.where(exists, stop - begin, 0)
-    keys_of_requests, keys, queries = keys, keys[request], queries[request]
-    limit = keys - queries + begin if causal else keys - 1
-    seen = limit + num_rows if causal else keys
-    num_blocks = jnp.where(exists & (keys > 0), (seen + TILE_ROWS - 1) // TILE_ROWS, 0)
-
-    tile = Tile(
-        q_row=first[request] + begin,
-        num_rows=num_rows,
-        kv_row=kv_first[request],
-        num_blocks=num_blocks,
-        limit=limit,
-        invalid=invalid[request],
-    )
+    within = index - (tile_end - tiles)[request]
+    tile = jnp.stack(Request(*(x[request] for x in requests)).tile(within, causal), axis=1)
     # Tiles that do not exist are last.
-    longest_first = jnp.argsort(jnp.where(exists, -num_blocks, 1), stable=True)
-    if heads_at_once is None:
-        kilobytes = jnp.sum(keys_of_requests) // 16 * bytes_per_key // 64
-        groups = jnp.maximum(num_heads * kilobytes // (L2_BYTES // 1024), 1)
-        heads = (num_heads + groups - 1) // groups
-    else:
-        heads = jnp.int32(min(heads_at_once, num_heads))
-    return WorkList(jnp.stack(tile, axis=1)[longest_first], jnp.stack([tile_end[-1], heads]))
+    longest_first = jnp.argsort(jnp.where(exists, -tile[:, NUM_BLOCKS], 1), stable=True)
+    tile = jnp.where(exists[:, None], tile, 0)[longest_first]
+    heads = heads_in_work(jnp.sum(requests.keys), num_heads, bytes_per_key, heads_at_once)
+    return WorkList(tile, jnp.stack([tile_end[-1], heads]))
+
+
+def heads_in_work(
+    num_keys: Any, num_heads: int, bytes_per_key: int, heads_at_once: int | None
+) -> Any:
+    """Returns of how many heads the tiles are in work at the same time.
+
+    num_keys: of all valid requests, traced. The others as for `work_list`.
+    """
+    if heads_at_once is not None:
+        return jnp.full_like(num_keys, min(heads_at_once, num_heads))
+    kilobytes = ((num_keys >> 4) * bytes_per_key) >> 6
+    groups = jnp.maximum(lax.div(num_heads * kilobytes, jnp.int32(L2_BYTES // 1024)), 1)
+    return lax.div(num_heads - 1 + groups, groups)
 
 
 def place_of_item(index: Any, num_tiles: Any, num_heads: int, heads_at_once: Any) -> Any:

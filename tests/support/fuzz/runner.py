@@ -113,7 +113,7 @@ def call_op(case: Case, q: Any, arrays: Any, tables: Any, seq_lens: Any, query_l
         rope_pages=arrays.get("rope_pages"), scales=arrays.get("scales"),
     )  # fmt: skip
     lengths = jnp.clip(seq_lens, 0, case.longest)  # as a caller who plans for them may do
-    plan = make_plan(case, lengths)
+    plan = make_plan(case, lengths, query_lens)
     partial_dtype = None if case.partial_dtype is None else jnp.dtype(case.partial_dtype)
     options = {"softmax_scale": case.softmax_scale, "causal": case.causal}
     if case.implementation == INTERPRETED:
@@ -126,11 +126,15 @@ def call_op(case: Case, q: Any, arrays: Any, tables: Any, seq_lens: Any, query_l
     return dict(zip(("o", "lse"), result, strict=True)) if case.return_lse else {"o": result}
 
 
-def make_plan(case: Case, lengths: Any) -> Any:
+def make_plan(case: Case, lengths: Any, query_lens: Any) -> Any:
+    tokens = {}
+    if case.causal and case.workers % 2:  # A plan without query_lens is for any.
+        tokens = {"query_lens": query_lens, "num_heads": case.heads}
     sizes: dict[str, Any] = {"rows": case.rows, "num_workers": case.workers}
     sizes |= {"rows_per_tile": case.rows_per_tile, "block_size": case.block_size}
     if case.plan == "splits":
-        return plan_splits(lengths, in_pairs=case.in_pairs, overhead=1 + case.workers % 5, **sizes)
+        sizes |= {"in_pairs": case.in_pairs, "overhead": 1 + case.workers % 5}
+        return plan_splits(lengths, **sizes, **tokens)
     if case.plan == "fixed":
         return plan_fixed(lengths, split_size=case.split_size, max_seq_len=case.longest, **sizes)
     if case.plan == "decode":
@@ -144,6 +148,7 @@ def make_plan(case: Case, lengths: Any) -> Any:
             rescale=case.rescale,
             kv_lora_rank=case.rank,
             rope_dim=case.width - case.rank,
+            **tokens,
         )
     return None
 
