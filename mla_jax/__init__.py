@@ -21,6 +21,7 @@ from mla_jax.cache import PagedKVCache
 from mla_jax.checkpoints.read import CheckpointError
 from mla_jax.checkpoints.weights import MLAParams, init_params, load_hf, rotate_latent, save_hf
 from mla_jax.config import PRESETS, MLAConfig, YarnScaling
+from mla_jax.export.pytrees import register_pytrees as _register_pytrees
 from mla_jax.layer import attend, mla_layer, naive_mla_layer, preprocess, project_output
 from mla_jax.online_softmax import merge_states
 from mla_jax.planning import plan_decode
@@ -29,6 +30,8 @@ from mla_jax.registry import available_implementations
 from mla_jax.sharding.specs import cache_specs, param_specs
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.planner import SlowPlanWarning, SplitPlan, plan_fixed, plan_loads, plan_splits
+
+_register_pytrees()
 
 __all__ = [
     "PRESETS",

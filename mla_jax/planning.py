@@ -43,8 +43,9 @@ def plan_decode(
         num_query_tokens: query tokens per request, S of the op's q.
         profile: a hardware profile or its name, e.g. "H100_SXM5" (`mla_jax.hal.PROFILES`). None:
             this machine's Hopper GPU, or where there is none an H200 with 132 SMs. `hopper` refuses
-            a plan that is for more SMs than this machine's GPU has: the op then runs the next
-            implementation with a SlowPlanWarning, or raises if there is none.
+            a plan for more SMs than the GPU has that a program is lowered for, or for a published
+            profile with fewer: the op then runs the next implementation with a SlowPlanWarning, or
+            raises if there is none.
         implementation: as in `paged_mla_attention`; the plan is for the first name that takes such
             a cache. None: ("hopper", "split_kv").
         max_seq_len: keys that a request's block table reaches, max_pages * page_size; None: not

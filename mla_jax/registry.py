@@ -2,20 +2,18 @@
 
 import dataclasses
 import itertools
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from mla_jax.implementations.blockwise import BLOCKWISE
 from mla_jax.implementations.blockwise_scan import attend_xla
-from mla_jax.implementations.choice import Choice, Registry
+from mla_jax.implementations.choice import Choice, Registry, warn_of_plan
 from mla_jax.implementations.dense import attend_reference
 from mla_jax.implementations.hopper import HOPPER
 from mla_jax.implementations.implementation import Implementation, PlanRequest
 from mla_jax.implementations.split import attend_split_kv, plan_split_kv
 from mla_jax.problem import AttentionProblem
 from mla_jax.splits.decode_plan import DecodePlan
-from mla_jax.splits.plan import SlowPlanWarning
 
 
 def _plan_split_kv(request: PlanRequest) -> DecodePlan:
@@ -68,9 +66,4 @@ def _warn_of_plan(problem: AttentionProblem, choice: Choice) -> None:
     without = dataclasses.replace(problem, plan=None)
     for name in itertools.takewhile(lambda name: name != first, asked):
         if IMPLEMENTATIONS[name].unavailable(without) is None:
-            warnings.warn(
-                f"implementation {name!r} does not take this plan, so that {first!r} runs: "
-                f"{asked[name]}. With plan=None it plans for itself",
-                SlowPlanWarning,
-                stacklevel=4,
-            )
+            warn_of_plan(name, first, asked[name])

@@ -63,7 +63,7 @@ def run(options: Options, output: Output) -> Outcome:
     require_runs(options.implementation, server.problem())
     problem = server.problem()
     choice = choose(check_names(options.implementation), problem)
-    name = choice.on(Target.here(problem)).name
+    name = choice.on(Target.here(problem), problem).name
     for step in track(range(options.steps), "steps"):
         server.step(step)
     server.shut_down()

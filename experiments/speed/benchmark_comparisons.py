@@ -6,7 +6,6 @@ times of baselines, and with the simulator's prediction.
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from experiments.framework.experiment import Row
@@ -17,7 +16,7 @@ from experiments.speed.decode.setup import Setup
 from experiments.speed.shapes import (
     Shape,
 )
-from mla_jax.hal import PROFILES, HardwareProfile, Problem, simulate
+from mla_jax.hal import Problem, profile_of_device, simulate
 
 DEEPSEEK_WIDTHS = (512, 64)  # kv_lora_rank and rope_dim of rates, baselines and predictions
 MEASURED = FOLDER.parent / "measured"  # CARD_decode.json: hopper and baselines of one process
@@ -101,7 +100,7 @@ def _compared(
     same = dataclasses.replace(shape, dtype="bf16")
     if (row["device"], same.without_pages) in baseline:
         row["speed_over_jnp"] = baseline[row["device"], same.without_pages] / row["us"]
-    profile = profile_of(row["device"])
+    profile = profile_of_device(row["device"])
     if profile is None or "tflops" not in row:
         return row
     row |= beside(shape, row, published.get((profile.name, same), []))
@@ -111,17 +110,6 @@ def _compared(
         row["predicted_us"] = simulate(profile, problem, kernel).seconds * 1e6
         row["prediction_error_percent"] = (row["predicted_us"] / row["us"] - 1) * 100
     return row
-
-
-def profile_of(device_kind: str) -> HardwareProfile | None:
-    """Returns the simulator's profile for JAX's name of a device ("NVIDIA H200"), or None."""
-    words = set(re.split(r"[^A-Za-z0-9]+", device_kind.upper()))
-    for profile in PROFILES.values():
-        model, *rest = profile.name.upper().split("_")
-        sizes = [part for part in rest if part.endswith("GB")]
-        if profile.family == "nvidia" and model in words and set(sizes) <= words:
-            return profile
-    return None
 
 
 def published_times() -> dict[tuple[str, Shape], list[Row]]:

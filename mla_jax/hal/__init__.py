@@ -9,6 +9,7 @@ which work is issued. The simulator computes the time that a schedule takes.
     report = simulate(profile, problem, "flashmla_dense")
 """
 
+import re
 from pathlib import Path
 
 from mla_jax.hal.forms import FormCosts, choose_form
@@ -63,9 +64,20 @@ def load_profile(name_or_path: str | Path) -> HardwareProfile:
     )
 
 
+def profile_of_device(device_kind: str) -> HardwareProfile | None:
+    """Returns the profile for JAX's name of an NVIDIA device ("NVIDIA H200"), or None."""
+    words = set(re.split(r"[^A-Za-z0-9]+", device_kind.upper()))
+    for profile in PROFILES.values():
+        model, *rest = profile.name.upper().split("_")
+        sizes = [part for part in rest if part.endswith("GB")]
+        if profile.family == "nvidia" and model in words and set(sizes) <= words:
+            return profile
+    return None
+
+
 __all__ = [
     "ASCEND_ORDERS", "GPU_ORDERS", "PROFILES", "Access", "AscendOrder", "FormCosts",
     "HardwareProfile", "IllegalScheduleError", "Number", "Problem", "Report", "Schedule",
     "ScheduleBuilder", "Signal", "Step", "TilePlan", "TilePlanError", "choose_form", "load_profile",
-    "plan_tiles", "read_profile", "save_profile", "schedule_named", "simulate",
+    "plan_tiles", "profile_of_device", "read_profile", "save_profile", "schedule_named", "simulate",
 ]  # fmt: skip

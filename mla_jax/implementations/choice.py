@@ -8,6 +8,7 @@ one op by name.
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from mla_jax.implementations.implementation import (
     runs_anywhere,
 )
 from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims
+from mla_jax.splits.plan import SlowPlanWarning
+from mla_jax.splits.residency import for_any_gpu
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,7 +78,7 @@ class Registry:
                     break
         choice = Choice(self, tuple(fit), tuple(asked.items()))
         if not fit or not (self.runs_on_any_target(fit[-1]) or _is_traced(problem)):
-            choice.on(Target.here(problem))
+            choice.on(Target.here(problem), problem)
         return choice
 
     def runs_on_any_target(self, name: str) -> bool:
@@ -90,13 +93,24 @@ class Choice:
     names: tuple[str, ...]  # up to the first that runs on any target
     asked: tuple[tuple[str, str | None], ...]  # all, and why each can't take the problem
 
-    def on(self, target: Target) -> Implementation:
-        """Returns the first that can run on the target; ValueError with all reasons if none can."""
+    def on(self, target: Target, problem: Problem) -> Implementation:
+        """Returns the first that can run the problem on the target.
+
+        It warns where only the plan keeps one before it from running there. Raises ValueError with
+        all reasons if none can.
+        """
         reasons = dict(self.asked)
+        plan_refused_by = None
         for name in self.names:
-            reasons[name] = self.registry.implementations[name].lacks(target)
+            one = self.registry.implementations[name]
+            reasons[name] = one.lacks(target)
             if reasons[name] is None:
-                return self.registry.implementations[name]
+                reasons[name] = one.refuses_plan(problem, target)
+                if reasons[name] is None:
+                    if plan_refused_by is not None:
+                        warn_of_plan(plan_refused_by, name, reasons[plan_refused_by])
+                    return one
+                plan_refused_by = plan_refused_by or name
         if len(reasons) == 1:
             [(name, reason)] = reasons.items()
             raise ValueError(f"implementation {name!r} can't run this: {reason}")
@@ -105,6 +119,16 @@ class Choice:
 
     def runs_on_any_target(self, name: str) -> bool:
         return self.registry.runs_on_any_target(name)
+
+
+def warn_of_plan(refused_by: str, runs: str, reason: str | None) -> None:
+    """Warns that an implementation does not take a plan, so that another one runs."""
+    warnings.warn(
+        f"implementation {refused_by!r} does not take this plan, so that {runs!r} runs: {reason}. "
+        "With plan=None it plans for itself",
+        SlowPlanWarning,
+        stacklevel=5,
+    )
 
 
 def compute(problem: Problem, choice: Choice) -> tuple[jax.Array, jax.Array]:
@@ -126,7 +150,7 @@ def _compute(problem: Problem, *, choice: Choice) -> tuple[jax.Array, jax.Array]
     if choice.runs_on_any_target(choice.names[0]):
         return choice.registry.implementations[choice.names[0]].compute(problem)
     if jax.config.jax_disable_jit and not _is_traced(problem):
-        return choice.on(Target.here(problem)).compute(problem)
+        return choice.on(Target.here(problem), problem).compute(problem)
     return _compute_where_lowered(problem, choice)
 
 
@@ -207,12 +231,24 @@ def _lower_choice(
     last: core.ClosedJaxpr,
     platform: str | None = None,
 ) -> Any:
-    name = choice.on(Target.of_lowering(context, platform)).name
+    problem = jax.tree.unflatten(tree, context.avals_in)
+    name = choice.on(Target.of_lowering(context, platform), problem).name
     if not _has_casts(choice, name):
         context = context.replace(avals_in=[_without_manual_axes(x) for x in context.avals_in])
+        if _is_exported(context):
+            # The last one too is traced anew: the export is not known where a call is traced.
+            with for_any_gpu(True):
+                function = functools.partial(_compute_leaves, choice, name, tree)
+                return mlir.lower_fun(function)(context, *leaves)
     if name == choice.names[-1]:
         return mlir.lower_fun(core.jaxpr_as_fun(last))(context, *leaves)
     return mlir.lower_fun(functools.partial(_compute_leaves, choice, name, tree))(context, *leaves)
+
+
+def _is_exported(context: mlir.LoweringRuleContext) -> bool:
+    """Returns whether a program is lowered for `jax.export`: other machines may run it."""
+    parameters = getattr(context.module_context, "lowering_parameters", None)
+    return getattr(parameters, "for_export", False)
 
 
 batching.primitive_batchers[_choice_p] = _vmap_of_last

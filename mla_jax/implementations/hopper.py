@@ -70,6 +70,16 @@ def _refuses(problem: AttentionProblem) -> str | None:
     return planning.refuses(problem.q.dtype, problem.cache, problem.rescale, problem.plan)
 
 
+def _refuses_plan(problem: AttentionProblem, target: Target) -> str | None:
+    """Returns why a plan is not for the GPU that a program is for, where that is known."""
+    num_sms = getattr(target.device, "core_count", None)
+    if problem.plan is None or num_sms is None:
+        return None
+    from pallas_kernels.hopper import planning
+
+    return planning.refuses_sms(problem.plan, num_sms)
+
+
 def _plan(request: PlanRequest) -> DecodePlan | str:
     missing = modules_missing("planning")
     if missing is not None:
@@ -98,4 +108,23 @@ def _plan(request: PlanRequest) -> DecodePlan | str:
         return str(error)
 
 
-HOPPER = Implementation("hopper", _attend, _refuses, _lacks, finds_invalid=True, planner=_plan)
+def tiles_to_json(tiles: Any) -> dict[str, Any]:
+    """Returns the tiles of a plan as what JSON holds."""
+    from pallas_kernels.hopper import serialized
+
+    return serialized.config_to_json(tiles)
+
+
+def tiles_from_json(stored: dict[str, Any]) -> Any:
+    """Returns the tiles of a plan; ValueError if they are not those of a kernel of this version."""
+    missing = kernels_missing("hopper.serialized")
+    if missing is not None:
+        raise ValueError(f"the tiles of a plan can't be read: {missing}")
+    from pallas_kernels.hopper import serialized
+
+    return serialized.config_from_json(stored)
+
+
+HOPPER = Implementation(
+    "hopper", _attend, _refuses, _lacks, _refuses_plan, finds_invalid=True, planner=_plan
+)

@@ -92,6 +92,10 @@ def runs_anywhere(_: Target) -> str | None:
     return None
 
 
+def takes_any_plan(_: Problem, __: Target) -> str | None:
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """One way to compute an op.
@@ -101,6 +105,8 @@ class Implementation:
             `paged_mla_attention` they are [B, S, H, kv_lora_rank] and [B, S, H].
         refuses: returns why it can't take a problem on any machine, or None if it can.
         lacks: returns why it can't run on a platform and device, or None if it can.
+        refuses_plan: returns why the problem's plan is not for a target that it can run on, or None
+            if it is. It reads static values and shapes of the problem only.
         finds_invalid: whether `run` finds invalid requests and gives them NaN itself. Other
             implementations get problems after `mark_invalid`.
         planner: makes a plan, or returns why it can't; None: the implementation takes no plan.
@@ -110,6 +116,7 @@ class Implementation:
     run: Callable[[Any], tuple[jax.Array, jax.Array]]
     refuses: Callable[[Any], str | None] = takes_any
     lacks: Callable[[Target], str | None] = runs_anywhere
+    refuses_plan: Callable[[Any, Target], str | None] = takes_any_plan
     finds_invalid: bool = False
     planner: Callable[[PlanRequest], DecodePlan | str] | None = None
 
@@ -118,8 +125,11 @@ class Implementation:
 
         Without a problem it returns why this machine could run none.
         """
-        reason = self.lacks(Target.here(problem))
-        return self.refuses(problem) if reason is None and problem is not None else reason
+        target = Target.here(problem)
+        reason = self.lacks(target)
+        if reason is None and problem is not None:
+            reason = self.refuses(problem) or self.refuses_plan(problem, target)
+        return reason
 
     def compute(self, problem: Any) -> tuple[jax.Array, jax.Array]:
         """Returns o and lse, with NaN for invalid requests."""

@@ -78,7 +78,7 @@ def cache_specs(
             rest //= size
     names = tuple(axes.values())
     pages = names if len(names) > 1 else next(iter(names), None)
-    # An array without dims, such as a single scale, belongs to the whole cache.
+    # An array without dims, such as a single scale, belongs to the whole cache, on every device.
     return jax.tree.map(lambda x: PartitionSpec(*[pages][: len(x.shape)]), cache)
 
 

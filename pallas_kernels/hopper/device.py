@@ -2,6 +2,9 @@
 
 import jax
 
+from mla_jax.hal import HardwareProfile, profile_of_device
+from mla_jax.splits.residency import for_any_gpu
+
 ASSUMED_SMS = 132  # of an H100 or H200 SXM
 
 
@@ -33,16 +36,32 @@ def machine_lacks() -> str | None:
     return target_lacks("cuda" if device else jax.devices()[0].platform, device)
 
 
+def profile() -> HardwareProfile | None:
+    """Returns the profile of this machine's Hopper GPU; None without one, or of an unknown model.
+
+    Its number of SMs is that of the model. A part of the GPU or another variant may have fewer.
+    """
+    device = card()
+    if device is None or machine_lacks() is not None:
+        return None
+    return profile_of_device(getattr(device, "device_kind", ""))
+
+
 def num_sms() -> int:
     """Returns the SMs to plan for: of this machine's Hopper GPU, or else `ASSUMED_SMS`."""
-    return resident_ctas() or ASSUMED_SMS
+    return machine_sms() or ASSUMED_SMS
 
 
 def resident_ctas() -> int:
     """Returns how many CTAs certainly run at the same time: one on each SM of this machine's GPU.
 
-    0 where it has no Hopper GPU: a program that is exported here may run on a card with fewer SMs
-    than `num_sms` assumes.
+    0 where it has no Hopper GPU, and in a program that is exported: it may run on a card with fewer
+    SMs than `num_sms` says.
     """
+    return 0 if for_any_gpu.value else machine_sms()
+
+
+def machine_sms() -> int:
+    """Returns the SMs of this machine's Hopper GPU; 0: it has none."""
     device = card()
     return device.core_count if device is not None and machine_lacks() is None else 0

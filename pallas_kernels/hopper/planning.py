@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mla_jax.cache import PagedKVCache
-from mla_jax.hal import HardwareProfile, TilePlanError
+from mla_jax.hal import PROFILES, HardwareProfile, TilePlanError
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import SlowPlanWarning, SplitPlan
 from mla_jax.splits.planner import plan_splits
@@ -30,10 +30,7 @@ def kind_of(cache: PagedKVCache) -> str:
 
 
 def refuses(q_dtype: Any, cache: PagedKVCache, rescale: str, plan: DecodePlan | None) -> str | None:
-    """Returns why the kernels can't take a problem of this kind; None where they can.
-
-    A plan with tiles is refused where this machine's GPU has fewer SMs than it is for.
-    """
+    """Returns why the kernels can't take a problem of this kind; None where they can."""
     q_dtype = jnp.dtype(q_dtype)
     kind = kind_of(cache)
     if kind == "int8":
@@ -75,12 +72,24 @@ def _refuses_plan(
             f"and rows_per_tile {', '.join(map(str, heights))}, got {split.block_size} and "
             f"{split.rows_per_tile}"
         )
-    if plan.num_sms and 0 < device.resident_ctas() < plan.num_sms:
-        return (
-            f"the plan is for {plan.num_sms} SMs (profile {plan.profile}), and this machine's GPU "
-            f"has {device.resident_ctas()}"
-        )
     return None
+
+
+def refuses_sms(plan: DecodePlan, num_sms: int) -> str | None:
+    """Returns why a plan is not for a GPU of so many SMs; None where it is.
+
+    Fewer SMs than the GPU has are taken where the caller chose them: the number is not that of the
+    profile with the plan's name. A plan for H100_SXM5 is also one for an H200, which has as many.
+    """
+    published = PROFILES.get(plan.profile or "")
+    if plan.num_sms in (0, num_sms) or (
+        plan.num_sms < num_sms and (published is None or published.cores != plan.num_sms)
+    ):
+        return None
+    return (
+        f"the plan is for {plan.num_sms} SMs (profile {plan.profile}), and the GPU that the "
+        f"program is for has {num_sms}"
+    )
 
 
 def _refuses_tiles(plan: DecodePlan, kind: str, kv_lora_rank: int, rope_dim: int) -> str | None:
@@ -128,8 +137,7 @@ def plan_decode(
         cache: "float" (16 bits) or "int8".
         rescale: "multiply" or "exponent_add".
         tiles: config of the kernel; None: the tuned one.
-        profile: of the GPU; None: workers for this machine's GPU, or else for an H200, and the
-            tiles of an H200.
+        profile: of the GPU; None: of this machine's Hopper GPU, or else of an H200.
         query_lens, num_heads: as in `plan_splits`.
     """
     tiles = tiles or choose_config(
@@ -138,7 +146,7 @@ def plan_decode(
         capacity=capacity,
         cache=cache,
         rescale=rescale,
-        profile=profile,
+        profile=profile or device.profile(),
         kv_lora_rank=kv_lora_rank,
         rope_dim=rope_dim,
     )

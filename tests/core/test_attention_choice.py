@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import sys
+import warnings
 from pathlib import Path
 
 import chex
@@ -13,10 +14,12 @@ import pytest
 from paged_batch import PURE, SCALE, TOLERANCE, assert_matches, make_batch
 
 from mla_jax.attention import paged_mla_attention
-from mla_jax.cache import PagedKVCache
+from mla_jax.hal import load_profile
 from mla_jax.registry import IMPLEMENTATIONS, available_implementations
+from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.planner import SlowPlanWarning, plan_splits
 from pallas_kernels.hopper import device, planning
+from pallas_kernels.hopper.tuned import config_of_height
 
 attend = functools.partial(paged_mla_attention, softmax_scale=SCALE)
 
@@ -136,8 +139,9 @@ def test_a_plan_that_keeps_the_kernels_away_is_named(half_batch, monkeypatch):
     assert_matches(got, half_batch.oracle(), TOLERANCE["bfloat16"], 1e-5)
 
 
-def test_the_card_that_is_lowered_for_counts(marked, half_batch, monkeypatch):
-    """An NVIDIA GPU of another kind beside the CPU: its programs are xla's."""
+@pytest.fixture
+def card(monkeypatch):
+    """An NVIDIA GPU beside the CPU."""
 
     class Card:
         platform, compute_capability, core_count = "gpu", "8.0", 108
@@ -146,14 +150,43 @@ def test_the_card_that_is_lowered_for_counts(marked, half_batch, monkeypatch):
     monkeypatch.setattr(
         jax, "devices", lambda name=None: [Card()] if name == "cuda" else devices(name)
     )
+    return Card
+
+
+def test_the_card_that_is_lowered_for_counts(marked, card, half_batch, monkeypatch):
+    """One of another kind beside the CPU: its programs are xla's."""
     assert cosines(attend, *half_batch.args) == 0
     with pytest.raises(ValueError, match=r"here is compute capability 8\.0"):
         cosines(functools.partial(attend, implementation="hopper"), *half_batch.args)
-    monkeypatch.setattr(Card, "compute_capability", "9.0")
+    monkeypatch.setattr(card, "compute_capability", "9.0")
     assert cosines(attend, *half_batch.args) == 1
     assert device.num_sms() == 108
+    uncommitted = jax.tree.map(np.asarray, half_batch.args)
+    with jax.default_device(jax.devices("cpu")[1]):
+        lowered = jax.jit(lambda *args: attend(*args)).lower(*uncommitted)
+    assert "stablehlo.cosine" not in lowered.as_text()
     o, _ = attend(*half_batch.args)  # on the CPU still
     assert o.devices() == {jax.devices()[0]}
+
+
+def test_a_plan_for_another_card_is_refused_where_it_is_lowered_for(
+    marked, card, half_batch, monkeypatch
+):
+    """By name, and only there: a CPU's program and one for its own card take it."""
+    monkeypatch.setattr(card, "compute_capability", "9.0")
+    split = plan_splits(half_batch.seq_lens, num_workers=2, rows=4, rows_per_tile=8)
+    tiles = config_of_height(8, profile=load_profile("H20"))
+    planned = functools.partial(attend, plan=DecodePlan(split, tiles, 78))
+    reason = r"the plan is for 78 SMs \(profile H20\), and the GPU .* is for has 108"
+    with pytest.warns(SlowPlanWarning, match=f"'hopper' does not .*'xla' runs: {reason}"):
+        assert cosines(planned, *half_batch.args) == 0
+    with pytest.raises(ValueError, match=f"'hopper' can't run this: {reason}"):
+        cosines(functools.partial(planned, implementation="hopper"), *half_batch.args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cosines(planned, *half_batch.args, platforms=("cpu",)) == 0
+        monkeypatch.setattr(card, "core_count", 78)
+        assert cosines(planned, *half_batch.args) == 1
 
 
 def test_a_call_over_several_devices_needs_no_shard_map(marked, half_batch):
@@ -189,20 +222,6 @@ def test_transforms_of_the_choice_are_those_of_xla(marked, half_batch):
         got = jax.jit(transform(attend))(value)
         chex.assert_trees_all_equal(got, jax.jit(transform(xla))(value))
         assert cosines(transform(attend), value) == of_hopper
-
-
-def test_a_cpu_exports_a_program_for_cuda():
-    cache = PagedKVCache.create(2, page_size=64)
-    q = jnp.ones((1, 1, 8, 576), jnp.bfloat16)
-    args = q, cache.pages, i32([0]), i32(5)
-
-    def run(q, pages, tables, seq_lens):
-        return attend(q, dataclasses.replace(cache, pages=pages), tables, seq_lens)
-
-    exported = jax.export.export(jax.jit(run), platforms=("cpu", "cuda"))(*args)
-    # Two launches, decode and merge: no card is known here on which all CTAs run at once.
-    assert exported.mlir_module().count("mosaic_gpu_v2") == 2
-    chex.assert_trees_all_equal(jax.jit(exported.call)(*args), run(*args))
 
 
 def test_an_eager_call_runs_where_its_arrays_are(half_batch):

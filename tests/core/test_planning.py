@@ -62,14 +62,19 @@ def test_pairs_are_those_of_the_cache_widths():
         assert planned(lens, cache=cache, num_heads=8).tiles.in_pairs == in_pairs
 
 
-def test_a_card_with_fewer_sms_refuses_by_name(monkeypatch):
-    monkeypatch.setattr(device, "resident_ctas", lambda: 114)
-    plan = planned(profile="H200_SXM")
-    reason = planning.refuses(jnp.bfloat16, CACHE, "multiply", plan)
-    assert reason == "the plan is for 132 SMs (profile H200_SXM), and this machine's GPU has 114"
+def test_a_card_with_other_sms_refuses_by_name(monkeypatch):
+    has = "and the GPU that the program is for has"
+    reason = planning.refuses_sms(planned(profile="H200_SXM"), 114)
+    assert reason == f"the plan is for 132 SMs (profile H200_SXM), {has} 114"
+    reason = planning.refuses_sms(planned(profile="H20"), 132)
+    assert reason == f"the plan is for 78 SMs (profile H20), {has} 132"
+    assert planning.refuses_sms(planned(profile="H100_SXM5"), 132) is None  # as many as an H200
+    part = load_profile("H200_SXM").with_values({"core.count": 100})  # the rest is for others
+    assert planning.refuses_sms(planned(profile=part), 132) is None
+    monkeypatch.setattr(device, "machine_sms", lambda: 114)
     own = planned()
     assert own.num_sms == 114
-    assert planning.refuses(jnp.bfloat16, CACHE, "multiply", own) is None
+    assert planning.refuses_sms(own, 114) is None
 
 
 @pytest.mark.parametrize("heads", [16, 64, 128])

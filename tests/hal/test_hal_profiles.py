@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mla_jax.hal import PROFILES, HardwareProfile, Number, load_profile, read_profile, save_profile
+from mla_jax.hal import (
+    PROFILES,
+    HardwareProfile,
+    Number,
+    load_profile,
+    profile_of_device,
+    read_profile,
+    save_profile,
+)
 
 IDS = {
     "Ascend910B1", "Ascend910B2", "Ascend910B3", "Ascend910B4", "Ascend910C", "Ascend910C_die",
@@ -19,6 +27,23 @@ def test_every_device_is_there() -> None:
     assert set(PROFILES) == IDS
     assert PROFILES["A100_SXM4_40GB"]["memory.hbm_bandwidth"] == 1555e9
     assert PROFILES["Ascend910C"].cores == 2 * PROFILES["Ascend910C_die"].cores
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("NVIDIA H200", "H200_SXM"),
+        ("NVIDIA H100 80GB HBM3", "H100_SXM5"),
+        ("NVIDIA A100-SXM4-80GB", "A100_SXM4_80GB"),
+        ("NVIDIA A100-SXM4-40GB", "A100_SXM4_40GB"),
+        ("NVIDIA L40", "L40"),
+        ("NVIDIA L40S", None),
+        ("NVIDIA H20", "H20"),
+        ("cpu", None),
+    ],
+)
+def test_profiles_by_device_kind(kind: str, name: str | None) -> None:
+    assert profile_of_device(kind) is PROFILES.get(name or "")
 
 
 @pytest.mark.parametrize(

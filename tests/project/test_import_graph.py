@@ -22,7 +22,10 @@ WITH_KERNELS = (
     "mla_jax.implementations.hopper",
     "mla_jax.prefill.hopper",
 )
-STOREYS = ("problem", "implementations", "registry", "planning", "attention", "prefill", "layer")
+STOREYS = (
+    *("problem", "implementations", "registry", "planning", "attention", "prefill", "layer"),
+    "export",
+)
 
 
 @functools.cache

@@ -16,7 +16,13 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
 
 
 # Pages, and how many blocks they have at least.
-PAGES = [("serving.md", 12), ("sharding.md", 5), ("prefill.md", 3), ("gradients.md", 1)]
+PAGES = [
+    ("serving.md", 12),
+    ("sharding.md", 5),
+    ("prefill.md", 3),
+    ("gradients.md", 1),
+    ("export.md", 2),
+]
 
 
 @pytest.mark.parametrize(("name", "least"), PAGES)

@@ -19,7 +19,6 @@ from experiments.speed.decode.contenders import contender
 from experiments.speed.decode.runner import Journal
 from experiments.speed.decode.setup import Setup
 from experiments.speed.shapes import Shape, preset
-from mla_jax.hal import PROFILES
 
 pytestmark = pytest.mark.usefixtures("small_ceilings")
 
@@ -128,22 +127,6 @@ class TestBeside:
         (row,) = self.table(tmp_path, self.row(), device="cpu")
         assert "peer_us" not in row
         assert "predicted_us" not in row
-
-    @pytest.mark.parametrize(
-        ("kind", "name"),
-        [
-            ("NVIDIA H200", "H200_SXM"),
-            ("NVIDIA H100 80GB HBM3", "H100_SXM5"),
-            ("NVIDIA A100-SXM4-80GB", "A100_SXM4_80GB"),
-            ("NVIDIA A100-SXM4-40GB", "A100_SXM4_40GB"),
-            ("NVIDIA L40", "L40"),
-            ("NVIDIA L40S", None),
-            ("NVIDIA H20", "H20"),
-            ("cpu", None),
-        ],
-    )
-    def test_profiles_by_device_kind(self, kind, name):
-        assert benchmark_comparisons.profile_of(kind) is PROFILES.get(name)
 
     def test_plain_jax_runs_the_usual_rows_of_standard_where_a_kernel_runs_all(self):
         rows = preset("standard")
