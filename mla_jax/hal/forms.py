@@ -40,10 +40,10 @@ class Rates(NamedTuple):
     projection: float  # products with W_UK and W_UV
 
 
-# Shares of an H200's 1070 TFLOPS at the boost clock. Measured: about 600 TFLOPS by the prefill
-# kernel, and 581 by the decode kernel of an earlier version on chunks of 2048 tokens. Assumed: 700
-# by products with weights, since large products of XLA reach 807 to 844.
-_KERNELS = Rates(absorbed=0.54, expanded=0.56, projection=0.65)
+# Shares of an H200's 1070 TFLOPS at the boost clock. Measured: 610 to 690 TFLOPS by the prefill
+# kernel on 4096 tokens and more, and 640 to 660 by the decode kernel on 4096. Assumed: 700 by
+# products with weights, since large products of XLA reach 807 to 844.
+_KERNELS = Rates(absorbed=0.6, expanded=0.6, projection=0.65)
 # Plain JAX computes float32. All three are products by XLA there.
 _PLAIN = Rates(1.0, 1.0, 1.0)
 
