@@ -4,10 +4,14 @@ What is stored of a pytree is its static part, as JSON with a version; its array
 results of the exported program. Arrays and static values are stored by name. A field that a later
 version of this library adds has its default when an older program is read, and one that this
 version does not know is refused by name.
+
+A process that only reads a program has not loaded what compiles its kernels. Reading a pytree of
+this library loads it.
 """
 
 import contextlib
 import dataclasses
+import importlib
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,6 +25,7 @@ from mla_jax.implementations.hopper import tiles_from_json, tiles_to_json
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import SplitPlan
 
+KERNEL_RUNTIME = "jax.experimental.mosaic.gpu"  # says where XLA finds what the kernels call
 VERSION = 1  # of the stored form; one that reads differently gets the next number
 
 
@@ -67,6 +72,7 @@ class StoredForm:
 
     def from_bytes(self, stored: bytes) -> StoredNode:
         """Reads what `to_bytes` returns; raises ValueError for that of another version."""
+        importlib.import_module(KERNEL_RUNTIME)
         fields = json.loads(bytes(stored))
         version = fields["version"]
         if version != VERSION:

@@ -13,6 +13,7 @@ from random_layer import random_params
 
 import mla_jax
 from mla_jax import DecodePlan, MLAConfig, PagedKVCache, mla_layer, plan_decode
+from mla_jax.export import pytrees
 from mla_jax.export.pytrees import StoredForm
 from mla_jax.reference.layer import layer_float64
 from pallas_kernels.hopper import device
@@ -121,6 +122,14 @@ def test_pytrees_are_stored_whole():
     tree = caches, plans, params, split, DecodePlan(split)
     loaded = export.deserialize(stored(tree))
     assert loaded.out_tree == jax.tree.structure(tree)
+
+
+def test_reading_loads_what_compiles_kernels(monkeypatch):
+    form, loaded = StoredForm.of(PagedKVCache), []
+    stored = form.to_bytes([16] * len(form.static))
+    monkeypatch.setattr(pytrees.importlib, "import_module", loaded.append)
+    form.from_bytes(stored)
+    assert loaded == ["jax.experimental.mosaic.gpu"]
 
 
 def test_what_another_version_stored_is_refused_by_name():
