@@ -34,10 +34,11 @@ export PYTHONDONTWRITEBYTECODE :=
 # marker of its name; `kernels` is what has none of them. Most of the kernels' time is Python that
 # traces and lowers: with pytest-xdist that runs in several processes on the one GPU. (The sweep and
 # the fuzz start processes of their own, and compute-sanitizer wants the GPU for itself.)
-SHARDS := kernels sweep fuzz sanitizer demo
-MARKED = gpu and $(if $(filter kernels,$*),not (sweep or fuzz or sanitizer or demo),$*)
+SHARDS := kernels compile sweep fuzz sanitizer demo
+MARKED = gpu and $(if $(filter kernels,$*),not (compile or sweep or fuzz or sanitizer or demo),$*)
 XDIST = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo yes)
-GPU_JOBS_kernels ?= 6
+GPU_JOBS_kernels ?= 12
+GPU_JOBS_compile ?= 12
 GPU_JOBS = $(if $(and $(XDIST),$(GPU_JOBS_$*)),-n $(GPU_JOBS_$*) --dist worksteal)
 
 # What the API reference documents; kernels and their parts are described in docs/hopper_decode.md.
@@ -58,7 +59,7 @@ test: lint test-cpu  ## everything that runs without a GPU
 test-cpu: $(TEST_ENVIRONMENT)
 	XLA_FLAGS="$$XLA_FLAGS $(QUICK_COMPILE)" JAX_TRACEBACK_IN_LOCATIONS_LIMIT=0 JAX_PLATFORMS=cpu $(TEST_PATH) $(PYTHON) -m pytest -n $(JOBS) --dist worksteal -m "not gpu" $(ARGS)
 
-test-gpu:  ## the third gate, on an H200; SHARD=kernels, sweep, fuzz, sanitizer or demo: that alone
+test-gpu:  ## the third gate, on an H200; SHARD=kernels, compile, sweep, fuzz, sanitizer or demo: that
 ifdef SHARD
 	@$(if $(filter $(SHARD),$(SHARDS)),,echo "SHARD must be one of $(SHARDS), got $(SHARD)"; exit 2)
 	$(MAKE) test-gpu-$(SHARD)

@@ -86,7 +86,7 @@ def on_gpu_machines(*values: Any) -> Any:
     Those machines have many cores and the compiler, from the CUDA packages that JAX needs there.
     Where it is missing, `compile_sm90a` raises and names the packages.
     """
-    return pytest.param(*values, marks=pytest.mark.gpu)
+    return pytest.param(*values, marks=(pytest.mark.gpu, pytest.mark.compile))
 
 
 def unavailable() -> str | None:
