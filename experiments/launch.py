@@ -31,7 +31,7 @@ FOLDERS = {
     "accuracy": ("correctness", "parity", "amla_accuracy", "int8_accuracy"),
     "accounting": ("cache_size", "split_kv"),
     "simulated": ("published", "pipeline", "compare", "sweep", "best"),
-    "speed": ("benchmark", "kernel_bench", "prefill"),
+    "speed": ("benchmark", "kernel_bench", "prefill", "sharded"),
     "report": ("report",),
 }
 FOLDER_OF = {name: folder for folder, names in FOLDERS.items() for name in names}

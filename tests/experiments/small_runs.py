@@ -34,6 +34,7 @@ SMALL = {
         *("--kv_lora_rank=32", "--rope_dim=16"),
     ),
     "prefill": ("--batches=2x9+5", "--heads=2", "--rounds=3", "--dtype=float32"),
+    "sharded": ("--splits=keys", "--rounds=1", "--page_size=16"),
 }
 
 
