@@ -122,8 +122,8 @@ class TestWrongNumbersAreCaught:
             free(self, request_id)
             if pages and not broken:
                 broken.append(pages[0])
-                self._free.remove(pages[0])
-                self._free.extend(pages[:1] * back)
+                self._pool.free.remove(pages[0])
+                self._pool.free.extend(pages[:1] * back)
 
         monkeypatch.setattr(PageAllocator, "free", free_wrong)
         status, result = run(tmp_path, "soak", *SMALL["soak"])
