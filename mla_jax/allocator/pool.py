@@ -37,7 +37,6 @@ class PagePool:
         else:
             page, _ = self.evictable.popitem(last=False)
             self.forget(page)
-            self.copies.pop(page, None)
         self.ref_counts[page] = 1
         return page
 
