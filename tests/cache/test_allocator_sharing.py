@@ -157,11 +157,12 @@ def test_errors_are_clear_and_change_nothing(call, error, message):
     assert len(pairs(allocator)) == 1
 
 
-def test_a_copy_shares_nothing():
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_shares_nothing(copied):
     allocator = PageAllocator(6, 2)
     allocator.allocate("a", 3)
     allocator.fork("a", "b")
-    other = copy.deepcopy(allocator)
+    other = copied(allocator)
     other.extend("b", 4)
     other.commit("a", [1, 2])
     other.truncate("a", 0)

@@ -68,11 +68,12 @@ class Server:
         prompt = prompt + self.draw(self.random.randint(0, 8))
         hits = self.cached(prompt[:-1]) if self.random.random() < 0.8 else None
         found = [] if hits is None else hits
-        total = max(self.random.choice([0, len(prompt)]), len(found) * self.page_size)
+        count = self.random.choice([0, len(prompt)])
+        total = max(count, len(found) * self.page_size)
         needed = -(-total // self.page_size) - len(found)
         room = len(self.free_pages) + sum(page not in found for page in self.evictable)
         new = object()
-        call = self.allocator.allocate, new, total, *([] if hits is None else [prompt])
+        call = self.allocator.allocate, new, count, *([] if hits is None else [prompt])
         if needed > room:
             self.refused(OutOfPagesError, *call)
             return
