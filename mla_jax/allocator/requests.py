@@ -173,12 +173,14 @@ class PageAllocator:
             writes_last = num_tokens > request.num_tokens and request.num_tokens % self.page_size
             is_shared = writes_last and pool.ref_counts[pages[-1]] > 1
             new = self._pages_for(num_tokens) - len(pages)
-            self._require_free(request_id, new + bool(is_shared), pool.num_free)
+            if new or is_shared:
+                self._require_free(request_id, new + bool(is_shared), pool.num_free)
             if is_shared:
                 pages[-1] = pool.copy_of(pages[-1])
             elif writes_last:
                 pool.forget(pages[-1])  # It has a key if the request was truncated.
-            pages.extend(pool.take() for _ in range(new))
+            for _ in range(new):
+                pages.append(pool.take())
             request.num_tokens = num_tokens
 
     def fork(self, request_id: Hashable, new_request_id: Hashable) -> None:
@@ -378,7 +380,11 @@ class PageAllocator:
             raise ValueError(f"{name} must be a new one, got {request_id!r}, which is live")
 
     def _live(self, request_id: Hashable) -> _Request:
-        require_hashable(request_id)
-        if request_id not in self._requests:
+        try:
+            request = self._requests.get(request_id)
+        except TypeError:
+            require_hashable(request_id)
+            raise
+        if request is None:
             raise KeyError(f"request {request_id!r} is not live")
-        return self._requests[request_id]
+        return request

@@ -64,8 +64,10 @@ def test_donated_or_copied():
     kept = cache.copy_pages(i32(0), i32(1), donate=False)
     np.testing.assert_array_equal(np.asarray(cache.pages), pages)
     np.testing.assert_array_equal(np.asarray(kept.pages)[1], pages[0])
-    old, address = cache.pages, cache.pages.unsafe_buffer_pointer()
+    # JAX may share the memory of a numpy array, and then it does not reuse it. A result is its own.
     cache = cache.copy_pages(i32(0), i32(1))
+    old, address = cache.pages, cache.pages.unsafe_buffer_pointer()
+    cache = cache.copy_pages(i32(0), i32(2))
     assert old.is_deleted()
     assert cache.pages.unsafe_buffer_pointer() == address
 
