@@ -180,7 +180,7 @@ class Server:
         """Forks a random running request now and then, if a slot is free."""
         parents = [r for r in self._running() if 0 < r.done < self.options.max_tokens]
         has_room = len(self.waiting) < 8 and None in self.slots
-        if parents and has_room and self.rng.random() < 0.5:
+        if parents and has_room and self.rng.random() < 0.35:
             parent = parents[self.rng.integers(len(parents))]
             child = self.arrivals.fork(parent)
             self.allocator.fork(parent.id, child.id)

@@ -42,7 +42,7 @@ def random_cache(dtype="float32", layout="ND", granularity=None):
     [
         ("float32", "ND", None),
         ("bfloat16", "NZ", None),
-        ("int8", "NZ", "group"),
+        ("int8", "NZ", "token"),
         ("int8", "ND", "tensor"),
     ],
 )
