@@ -1,4 +1,4 @@
-"""The cache as a pytree, `PagedKVCache`, and the programs that append rows to it and read them."""
+"""The cache as a pytree, `PagedKVCache`, and the programs that read its rows."""
 
 import dataclasses
 import functools
