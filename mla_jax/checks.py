@@ -79,7 +79,9 @@ def require_int(name: str, value: Any, low: int, high: int | None = None) -> int
     Raises TypeError unless it is a Python or numpy integer; a bool is not. Raises ValueError unless
     it is in low .. high; a high of None is no upper bound.
     """
-    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+    if type(value) is not int and (
+        not isinstance(value, int | np.integer) or isinstance(value, bool)
+    ):
         raise TypeError(f"{name} must be an integer, got {_described(value)}")
     if value < low or (high is not None and value > high):
         wanted = f"at least {low}" if high is None else f"in {low} .. {high}"

@@ -1,10 +1,11 @@
 """Simulates a small server with an almost full cache, and checks every step.
 
-Requests arrive, are prefilled in chunks, decode one or two tokens per step, finish and are
-cancelled. If a page is needed and none is free, a request is evicted and starts over. The attention
-of each step is compared with the float64 reference, which has its own contiguous copy of every
-request's latents. Freed pages are filled with NaN, unused entries of block tables with random
-numbers.
+Requests arrive, are prefilled in chunks, decode one or two tokens per step, fork, finish and are
+cancelled. Some begin with tokens that are in the cache already. Some steps decode drafts, which are
+then rejected. If a page is needed and none is free, a request is evicted and starts over. The
+attention of each step is compared with the float64 reference, which has its own contiguous copy of
+every request's latents. In each step, rows that hold no token are filled with NaN, and unused
+entries of block tables with random numbers.
 """
 
 import collections
@@ -21,6 +22,7 @@ from experiments.framework.errors import LSE_BOUND, OUTPUT_BOUND, lse_error, rel
 from experiments.framework.experiment import InputError, Outcome, Output, reading
 from experiments.framework.implementations import require_runs
 from experiments.framework.options import flag, seed_flag
+from experiments.serving.soak_requests import Arrivals, Request
 from mla_jax.allocator import OutOfPagesError, PageAllocator
 from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import LAYOUTS, PAGE_SIZES, PagedKVCache
@@ -29,12 +31,12 @@ from mla_jax.problem import AttentionProblem
 from mla_jax.reference.attention import attention_float64
 from mla_jax.registry import IMPLEMENTATIONS, check_names, choose
 
-SUMMARY = "a small server on a nearly full cache: growth, eviction; every step checked"
+SUMMARY = "a small server on a nearly full cache: shared pages, eviction; every step checked"
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    steps: int = flag(300, "steps of the server", lower_bound=1)
+    steps: int = flag(3000, "steps of the server", lower_bound=1)
     seed: int = seed_flag("of everything that is random")
     pages: int = flag(48, "in the cache", lower_bound=1)
     page_size: int = flag(16, "tokens per page", choices=PAGE_SIZES)
@@ -76,7 +78,10 @@ def run(options: Options, output: Output) -> Outcome:
         passed=not server.failures,
         summary=(
             f"{options.steps} steps with {name}, {counts['tokens']} tokens, "
-            f"{counts['evicted']} evictions, {np.mean(server.occupancy):.0%} of the pages in use "
+            f"{counts['evicted']} requests and {counts['evicted_pages']} cached pages evicted, "
+            f"{counts['forked']} forks, {counts['rejected']} drafts rejected, "
+            f"{counts['cached_tokens']} tokens from the prefix cache, "
+            f"{np.mean(server.occupancy):.0%} of the pages in use "
             f"on average: {len(server.failures)} failures, largest error "
             f"{server.largest_error:.1e}."
         ),
@@ -92,16 +97,6 @@ def run(options: Options, output: Output) -> Outcome:
             "traces": server.traces,
         },
     )
-
-
-@dataclasses.dataclass(eq=False)
-class Request:
-    """A request whose `latents` go to the cache; the first `prompt` of them come in chunks."""
-
-    id: int
-    latents: np.ndarray  # [tokens, D]
-    prompt: int
-    done: int = 0  # tokens in the cache
 
 
 class Server:
@@ -123,15 +118,26 @@ class Server:
         self.max_pages = -(-options.max_tokens // options.page_size)
         self.slots: list[Request | None] = [None] * options.slots
         self.waiting: collections.deque[Request] = collections.deque()
+        self.arrivals = Arrivals(self.rng, options.max_tokens, cache.latent_dim, self._dtype)
         self.counts = collections.Counter(
-            arrived=0, finished=0, cancelled=0, evicted=0, tokens=0, steps_without_room=0
+            arrived=0,
+            forked=0,
+            prefix_hits=0,
+            cached_tokens=0,
+            finished=0,
+            cancelled=0,
+            evicted=0,
+            evicted_pages=0,
+            copied_pages=0,
+            rejected=0,
+            tokens=0,
+            steps_without_room=0,
         )
         self.failures: list[dict[str, Any]] = []
         self.occupancy: list[float] = []
         self.largest_error = 0.0
         self.traces = 0
         self._attend = jax.jit(self._attend_traced, donate_argnums=0)
-        self._poison = jax.jit(_poison, donate_argnums=0)
 
     def problem(self) -> AttentionProblem:
         """Returns the attention problem of every step, in shapes and dtypes."""
@@ -153,10 +159,12 @@ class Server:
 
     def step(self, step: int) -> None:
         """Runs one step: requests arrive and leave, caches grow, attention runs and is checked."""
+        self._fork()
         self._arrive()
         self._cancel()
-        counts = self._grow()
-        self._compute(step, counts)
+        self._grow()
+        self._compute(step)
+        self._keep_accepted()
         self._finish()
         self._check_pages(step)
 
@@ -168,20 +176,29 @@ class Server:
             lost = self.allocator.num_pages - self.allocator.num_free
             self._fail(self.options.steps, f"{lost} pages lost at the end")
 
+    def _fork(self) -> None:
+        """Forks a random running request now and then, if a slot is free."""
+        parents = [r for r in self._running() if 0 < r.done < self.options.max_tokens]
+        has_room = len(self.waiting) < 8 and None in self.slots
+        if parents and has_room and self.rng.random() < 0.35:
+            parent = parents[self.rng.integers(len(parents))]
+            child = self.arrivals.fork(parent)
+            self.allocator.fork(parent.id, child.id)
+            self.slots[self.slots.index(None)] = child
+            self.counts["forked"] += 1
+
     def _arrive(self) -> None:
         """Adds new requests to the queue, and moves requests from the queue to free slots."""
         if len(self.waiting) < 4 and self.rng.random() < 0.5:
-            tokens = int(self.rng.integers(1, self.options.max_tokens + 1))
-            width = self.options.kv_lora_rank + self.options.rope_dim
-            latents = self.rng.normal(size=(tokens, width)).astype(self._dtype)
-            prompt = int(self.rng.integers(0, tokens + 1))
-            self.waiting.append(Request(self.counts["arrived"], latents, prompt))
+            self.waiting.append(self.arrivals.request())
             self.counts["arrived"] += 1
         for slot, request in enumerate(self.slots):
             if request is None and self.waiting:
                 newcomer = self.waiting.popleft()
-                self.allocator.allocate(newcomer.id, 0)
+                newcomer.done = self.allocator.allocate(newcomer.id, 0, newcomer.tokens)
                 self.slots[slot] = newcomer
+                self.counts["prefix_hits"] += newcomer.done > 0
+                self.counts["cached_tokens"] += newcomer.done
 
     def _cancel(self) -> None:
         """Cancels a random running request now and then."""
@@ -189,25 +206,30 @@ class Server:
             self._release(running[self.rng.integers(len(running))])
             self.counts["cancelled"] += 1
 
-    def _grow(self) -> np.ndarray:
-        """Allocates pages for the next tokens; returns the number of tokens per slot, [slots]."""
-        wanted = {id(request): self._wanted(request) for request in self._running()}
+    def _grow(self) -> None:
+        """Chooses the next tokens of every request and allocates pages for them."""
+        cached = len(self.allocator.cached_pages)
         for request in self._running():
+            self._choose_tokens(request)
+        for request in self._running():
+            total = request.done + request.new + len(request.drafts)
             while request in self.slots:  # until it has pages, or is itself evicted
                 try:
-                    self.allocator.extend(request.id, request.done + wanted[id(request)])
+                    self.allocator.extend(request.id, total)
                     break
                 except OutOfPagesError:
                     self._evict()
-        return np.array([0 if r is None else wanted[id(r)] for r in self.slots], np.int32)
+        self.counts["evicted_pages"] += cached - len(self.allocator.cached_pages)
 
-    def _wanted(self, request: Request) -> int:
-        """Returns a chunk of the prompt, or one or two tokens, or now and then none."""
-        if self.rng.random() < 0.1:
-            return 0
+    def _choose_tokens(self, request: Request) -> None:
+        """Chooses a chunk of the prompt, or one or two tokens and up to two drafts, or none."""
         prefill = request.prompt - request.done
         most = min(prefill, self.options.chunk) if prefill > 0 else int(self.rng.integers(1, 3))
-        return min(most, len(request.latents) - request.done)
+        most = min(most, len(request.latents) - request.done)
+        request.new = 0 if self.rng.random() < 0.1 else most
+        room = min(self.options.chunk, self.options.max_tokens - request.done) - request.new
+        drafts = min(int(self.rng.integers(0, 3)), room) if prefill <= 0 and request.new else 0
+        request.drafts = self.arrivals.latents(drafts)
 
     def _evict(self) -> None:
         """Moves a random running request to the end of the queue, where it starts over."""
@@ -218,22 +240,27 @@ class Server:
         self.waiting.append(victim)
         self.counts["evicted"] += 1
 
-    def _compute(self, step: int, counts: np.ndarray) -> None:
+    def _compute(self, step: int) -> None:
         """Appends the new latents, computes attention, and compares it with the reference."""
         o = self.options
+        sources, targets = self.allocator.take_copies(o.slots)
+        self.counts["copied_pages"] += int((targets >= 0).sum())
+        live = self._live_rows()
         q = self.rng.normal(size=(o.slots, o.chunk, o.heads, o.kv_lora_rank + o.rope_dim))
         queries = q.astype(self._dtype)
         latents = np.zeros((o.slots, o.chunk, o.kv_lora_rank + o.rope_dim), self._dtype)
         tables = self.rng.integers(-(2**31), 2**31, (o.slots, self.max_pages)).astype(np.int32)
-        lengths = np.zeros(o.slots, np.int32)
-        for slot, (request, count) in enumerate(zip(self.slots, counts, strict=True)):
+        lengths, counts = np.zeros((2, o.slots), np.int32)
+        for slot, request in enumerate(self.slots):
             if request is not None:
-                latents[slot, :count] = request.latents[request.done : request.done + count]
                 pages = self.allocator.pages(request.id)
                 tables[slot, : len(pages)] = pages
-                request.done += int(count)
-                lengths[slot] = request.done
-        got, lse, self.cache = self._attend(self.cache, queries, latents, tables, lengths, counts)
+                keys = request.keys()
+                counts[slot], lengths[slot] = len(keys) - request.done, len(keys)
+                latents[slot, : counts[slot]] = keys[request.done :]
+        got, lse, self.cache = self._attend(
+            self.cache, queries, latents, tables, lengths, counts, (sources, targets), live
+        )
         got, lse = np.asarray(got), np.asarray(lse)
         self.counts["tokens"] += int(counts.sum())
         self.counts["steps_without_room"] += bool(self.allocator.num_free == 0)
@@ -243,7 +270,7 @@ class Server:
             if request is not None:
                 wanted[0][:count], wanted[1][:count] = attention_float64(
                     queries[slot, :count],
-                    request.latents[: request.done],
+                    request.keys(),
                     softmax_scale=self._scale,
                     kv_lora_rank=o.kv_lora_rank,
                 )
@@ -261,8 +288,11 @@ class Server:
         block_tables: jax.Array,
         lengths: jax.Array,
         counts: jax.Array,
+        copies: tuple[jax.Array, jax.Array],
+        live: jax.Array,
     ) -> tuple[jax.Array, jax.Array, PagedKVCache]:
         self.traces += 1
+        cache = _poison(cache.copy_pages(*copies), live)
         cache = cache.append(latents, block_tables, lengths - counts, counts)
         o, lse = paged_mla_attention(
             q,
@@ -275,6 +305,25 @@ class Server:
         )
         return o, lse, cache
 
+    def _live_rows(self) -> np.ndarray:
+        """Returns which rows hold a token before this step, [num_pages, page_size]."""
+        page_size = self.options.page_size
+        live = np.zeros((self.allocator.num_pages, page_size), bool)
+        live[list(self.allocator.cached_pages)] = True
+        for request in self._running():
+            position = np.arange(request.done)
+            pages = np.array(self.allocator.pages(request.id), int)
+            live[pages[position // page_size], position % page_size] = True
+        return live
+
+    def _keep_accepted(self) -> None:
+        """Rejects the drafts, and makes full pages of tokens available to other requests."""
+        for request in self._running():
+            request.done += request.new
+            self.allocator.truncate(request.id, request.done)
+            self.allocator.commit(request.id, request.tokens[: request.done])
+            self.counts["rejected"] += len(request.drafts)
+
     def _finish(self) -> None:
         """Releases the requests whose latents are all in the cache."""
         for request in self._running():
@@ -283,27 +332,26 @@ class Server:
                 self.counts["finished"] += 1
 
     def _release(self, request: Request) -> None:
-        """Frees a running request's pages and fills them with NaN."""
-        freed = np.zeros(self.allocator.num_pages, bool)
-        freed[list(self.allocator.pages(request.id))] = True
+        """Frees a running request's pages and slot."""
         self.allocator.free(request.id)
         self.slots[self.slots.index(request)] = None
-        self.cache = self._poison(self.cache, freed)
 
     def _check_pages(self, step: int) -> None:
-        """Checks that each page is free or has one owner, and that requests have no extra pages."""
+        """Checks the reference counts, and that requests have no extra pages."""
         held: collections.Counter[int] = collections.Counter()
         for request in self._running():
             pages = self.allocator.pages(request.id)
             held.update(pages)
             if len(pages) != -(-request.done // self.options.page_size):
                 self._fail(step, f"request {request.id}: {len(pages)} pages, {request.done} tokens")
-        shared = [page for page, owners in held.items() if owners > 1]
-        if shared:
-            self._fail(step, f"pages {shared} are shared")
-        if len(held) + self.allocator.num_free != self.allocator.num_pages:
-            self._fail(step, f"{len(held)} pages held and {self.allocator.num_free} free")
-        self.occupancy.append(len(held) / self.allocator.num_pages)
+        counts = self.allocator.ref_counts
+        wrong = [page for page, count in enumerate(counts) if held[page] != count]
+        if wrong:
+            self._fail(step, f"the reference counts of pages {wrong} are wrong")
+        in_use = sum(owners > 0 for owners in held.values())
+        if in_use + self.allocator.num_free != self.allocator.num_pages:
+            self._fail(step, f"{in_use} pages held and {self.allocator.num_free} free")
+        self.occupancy.append(in_use / self.allocator.num_pages)
 
     def _fail(self, step: int, what: str) -> None:
         self.failures.append({"step": step, "what": what})
@@ -321,7 +369,7 @@ class Server:
         return (self.options.kv_lora_rank // 4 + self.options.rope_dim) ** -0.5
 
 
-def _poison(cache: PagedKVCache, freed: jax.Array) -> PagedKVCache:
-    """Returns the cache with NaN in the pages where `freed` [num_pages] is True."""
-    mask = freed.reshape(-1, *[1] * (cache.pages.ndim - 1))
-    return dataclasses.replace(cache, pages=jnp.where(mask, jnp.nan, cache.pages))
+def _poison(cache: PagedKVCache, live: jax.Array) -> PagedKVCache:
+    """Returns the cache with NaN in the rows where `live` [num_pages, page_size] is False."""
+    mask = live[:, None, :, None] if cache.layout == "NZ" else live[..., None]
+    return dataclasses.replace(cache, pages=jnp.where(mask, cache.pages, jnp.nan))

@@ -67,6 +67,31 @@ def require_new_tokens(
     _require_own_places(np.asarray(block_tables), before, new, page_size)
 
 
+def require_copies(sources: Any, targets: Any, num_pages: int) -> None:
+    """Raises TypeError or ValueError unless pages [N] can be copied to pages [N].
+
+    Values that are not traced must be pages of the cache, or -1 in both, and each target at most
+    once.
+    """
+    checks.require_shape("sources", sources, "[N]", None)
+    checks.require_shape("targets", targets, "[N], as sources is,", len(sources))
+    for name, pages in {"sources": sources, "targets": targets}.items():
+        checks.require_int32(name, pages)
+    if not checks.is_concrete(sources, targets):
+        return
+    pairs = {"sources": np.asarray(sources), "targets": np.asarray(targets)}
+    is_pair = (pairs["sources"] != -1) | (pairs["targets"] != -1)
+    for name, pages in pairs.items():
+        for at in np.flatnonzero(is_pair & ((pages < 0) | (pages >= num_pages))):
+            raise ValueError(
+                f"{name}[{at}] must be a page in 0 .. {num_pages - 1}, or -1 in a pair of -1, "
+                f"got {pages[at]}"
+            )
+    targets, count = np.unique(pairs["targets"][is_pair], return_counts=True)
+    for page in targets[count > 1]:
+        raise ValueError(f"targets must have every page at most once, got page {page} again")
+
+
 def _require_own_places(
     tables: np.ndarray, before: np.ndarray, new: np.ndarray, page_size: int
 ) -> None:

@@ -1,4 +1,4 @@
-"""The cache as a pytree, `PagedKVCache`, and the programs that append rows to it and read them."""
+"""The cache as a pytree, `PagedKVCache`, and the programs that read its rows."""
 
 import dataclasses
 import functools
@@ -16,10 +16,17 @@ from mla_jax.cache.arguments import (
     INT32,
     checked_dtype,
     checked_positions,
+    require_copies,
     require_new_tokens,
 )
 from mla_jax.cache.int8 import ROPE_DTYPE, new_scales, scale_shape
-from mla_jax.cache.layout import LAYOUTS, PAGE_SIZES, page_shape, read, write
+from mla_jax.cache.layout import LAYOUTS, PAGE_SIZES, page_shape, read
+from mla_jax.cache.writes import (
+    append_in_place,
+    append_to_copy,
+    copy_pages_in_place,
+    copy_pages_to_copy,
+)
 from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims
 from mla_jax.sharding.key_shards import KeyShard
 
@@ -208,10 +215,28 @@ class PagedKVCache:
                 two tokens with one position. Nothing has been written then. With traced
                 values, the tokens of an invalid request are not written, and its attention is NaN.
         """
-        write = _append_in_place if checks.require_bool("donate", donate) else _append_to_copy
+        write = append_in_place if checks.require_bool("donate", donate) else append_to_copy
         new = kv, block_tables, seq_lens, query_lens
         self._check_append(*new, kv_axis)
         return write(self, *map(checks.snapshot, new), kv_axis=kv_axis)
+
+    def copy_pages(
+        self, sources: jax.Array, targets: jax.Array, *, donate: bool = True
+    ) -> "PagedKVCache":
+        """Copies pages, all of which are read before one is written; returns the new cache.
+
+        Args:
+            sources: [N] int32, pages; see `PageAllocator.take_copies`. A pair of -1 is skipped.
+            targets: [N] int32, the pages that they are copied to, each at most once.
+            donate: as in `append`.
+
+        Raises TypeError or ValueError that names the invalid argument, before a page is copied. If
+        the pages are traced, pairs with a page that the cache does not have are skipped.
+        """
+        self.check()
+        copy = copy_pages_in_place if checks.require_bool("donate", donate) else copy_pages_to_copy
+        require_copies(sources, targets, self.num_pages)
+        return copy(self, checks.snapshot(sources), checks.snapshot(targets))
 
     def gather(
         self, block_tables: jax.Array, *, max_len: int, seq_lens: jax.Array | None = None
@@ -343,49 +368,6 @@ def places(
     entry = jnp.clip(positions // cache.page_size, 0, block_tables.shape[1] - 1)
     page = block_tables.at[requests[:, None], entry].get(mode="promise_in_bounds")
     return jnp.clip(page, 0, cache.num_pages - 1), positions % cache.page_size
-
-
-def _specs_of_cache(cache: PagedKVCache, *_: Any) -> PagedKVCache:
-    return jax.tree.map(lambda array: spec_of_dims(*dims_of(array)), cache)
-
-
-@on_auto_axes(_specs_of_cache)
-def _append(
-    cache: PagedKVCache,
-    kv: jax.Array,
-    block_tables: jax.Array,
-    seq_lens: jax.Array,
-    query_lens: jax.Array | None,
-    *,
-    kv_axis: str | None,
-) -> PagedKVCache:
-    batch, count = kv.shape[:2]
-    max_pages = block_tables.shape[1]
-    if query_lens is None:
-        query_lens = jnp.full(batch, count, jnp.int32)
-    token = jnp.arange(count, dtype=jnp.int32)
-    shard = None if kv_axis is None else KeyShard.here(kv_axis, cache.page_size)
-    capacity = max_pages * cache.page_size * (1 if shard is None else shard.size)
-    room = min(capacity, int(INT32.max)) - jnp.maximum(seq_lens, 0)
-    fits = (seq_lens >= 0) & (query_lens <= jnp.minimum(room, count))
-    written = (token < query_lens[:, None]) & fits[:, None]
-    positions = seq_lens[:, None] + token
-    if shard is not None:
-        here, positions = shard.places(positions)
-        written &= here
-    entry = jnp.clip(positions // cache.page_size, 0, max_pages - 1)
-    page = jnp.take_along_axis(block_tables, entry, axis=1)
-    # A page past the end of the cache drops the row.
-    page = jnp.where(written & (page >= 0), page, cache.num_pages)
-    offset = positions % cache.page_size
-    arrays: dict[str, Any] = cache.arrays()
-    for name, rows in cache._encode(kv).items():
-        arrays[name] = write(arrays[name], page, offset, rows)
-    return dataclasses.replace(cache, **arrays)
-
-
-_append_in_place = jax.jit(_append, donate_argnums=0, static_argnames="kv_axis")
-_append_to_copy = jax.jit(_append, static_argnames="kv_axis")
 
 
 @functools.partial(jax.jit, static_argnames="max_len")

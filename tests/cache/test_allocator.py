@@ -190,10 +190,14 @@ def test_threads_lose_no_page():
                     allocator.allocate((name, turn), 12)
                     allocator.extend((name, turn), 24)
                     assert (allocator.block_tables([(name, turn)], 24) >= 0).all()
+                    allocator.fork((name, turn), (name, turn, "fork"))
+                    allocator.commit((name, turn), range(24))
+                    allocator.truncate((name, turn, "fork"), 5)
                 except OutOfPagesError:
                     pass
-                if (name, turn) in allocator.requests:
-                    allocator.free((name, turn))
+                for request in ((name, turn), (name, turn, "fork")):
+                    if request in allocator.requests:
+                        allocator.free(request)
         except BaseException as error:
             errors.append(error)
 
