@@ -105,6 +105,17 @@ class Schedule:
                 repeats.setdefault(block, []).append((index, later))
         return repeats
 
+    @cached_property
+    def _stages(self) -> dict[str, set[int]]:
+        stages: dict[str, set[int]] = {}
+        for step in self.steps:
+            stages.setdefault(step.stage, set()).add(step.block)
+        return stages
+
+    def blocks_of(self, stage: str) -> set[int]:
+        """Returns the blocks that have a step of this stage; empty if there is no such stage."""
+        return self._stages.get(stage, set())
+
     @property
     def num_signals(self) -> int:
         """The number of waits in the schedule, a measure of its synchronization."""

@@ -161,19 +161,26 @@ def _product(plan: TilePlan, rows: int, depth: int, columns: int, item: int, hea
 
 
 def ascend_costs(
-    profile: HardwareProfile, kernel: AscendKernel, plan: TilePlan, rows: int, share: float
+    profile: HardwareProfile,
+    kernel: AscendKernel,
+    plan: TilePlan,
+    rows: int,
+    share: float,
+    *,
+    values_in_l2: bool = True,
 ) -> Costs:
     """Returns the cost function of stages, for a tile of `rows` rows and blocks of plan.block_kv.
 
     share: bytes per second of the device's memory for this core while all cores are working.
+    values_in_l2: whether PV reads the values from L2, because QK has just loaded them, or again
+        from memory.
     """
     keys, item = plan.block_kv, ITEMSIZE[kernel.kv_dtype]
     int8 = kernel.kv_dtype == "int8"
     head, cycle, scale = profile["engine.cube_head"], profile.cycle, profile["engine.dma_scale"]
     vectors = profile["core.vector_cores"]
     flag = profile["latency.flag"]
-    # PV reads the values from L2, because QK has just loaded them.
-    from_l2 = profile["memory.l2_bandwidth"] / profile.cores
+    from_l2 = profile["memory.l2_bandwidth"] / profile.cores if values_in_l2 else share
 
     def passes(wide: float, narrow: float, columns: int) -> float:
         """Returns vector cycles of passes over rows x columns, by their element rate."""
