@@ -45,14 +45,15 @@ def run(options: Options, output: Output) -> Outcome:
                {c: c.replace("_", " ") for c in columns})  # fmt: skip
     best = rows[0]
     beside = (
-        f"{(best['gain'] - 1) * 100:.1f} % faster than {default.name} ({default.seconds * 1e6:.1f} us)"
+        f"{(best['gain'] - 1) * 100:.1f} % faster than {default.name} "
+        f"({default.seconds * 1e6:.1f} us)"
         if best["gain"] > 1.0005
         else f"no faster than {default.name}, the default"
     )
     return Outcome(
         passed=True,
         summary=f"{best['name']} with {best['block_kv']} keys per block: {best['us']:.1f} us, "
-        f"{beside}; {len(refused)} candidates do not fit",
+        f"{beside}" + f"; {len(refused)} candidates refused" * bool(refused),
         rows=rows,
         headline={"best": best["name"], "gain": best["gain"], "default": default.name,
                   "refused": refused},

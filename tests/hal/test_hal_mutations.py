@@ -144,7 +144,10 @@ def test_an_order_must_return_a_schedule_of_so_many_blocks() -> None:
         simulate(H200, problem_for(""), dataclasses.replace(kernel, orders=(lambda _: "seesaw",)))
     with pytest.raises(TypeError, match="kernel must be a name, .*got 3"):
         simulate(H200, problem_for(""), 3)  # type: ignore[arg-type]
-    steps = (Step("a", "QK", 0, waits=(Signal("PV", 0),)), Step("b", "PV", 0, gives=(Signal("PV", 0),)))
+    steps = (
+        Step("a", "QK", 0, waits=(Signal("PV", 0),)),
+        Step("b", "PV", 0, gives=(Signal("PV", 0),)),
+    )
     late = Schedule("late", 1, 1, steps)
     for run in (lambda: run_schedule(late, lambda _: StageCost({})),
                 lambda: BlockTimes(lambda _: late, lambda _: StageCost({}))(1)):  # fmt: skip
@@ -262,7 +265,9 @@ def test_every_field_of_a_profile_counts(profile: HardwareProfile) -> None:
         )
 
     for field, number in profile.numbers.items():
-        assert any(counts(field, number.value * by) for by in (0.5, 0.125, 2, 0.62, 0.35, 1e-3)), field
+        assert any(counts(field, number.value * by) for by in (0.5, 0.125, 2, 0.62, 0.35, 1e-3)), (
+            field
+        )
 
 
 @pytest.mark.parametrize(

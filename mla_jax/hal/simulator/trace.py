@@ -20,7 +20,7 @@ STAGE_COLOURS = {
     "STORE": "#555555",
 }
 OTHER_COLOUR = "#999999"  # of a stage that STAGE_COLOURS does not name
-IDLE = "matrix unit idle"
+IDLE = "no matrix step"
 _DIGIT = 4.5  # points, the width of a digit of a block number
 _AXES_SHARE = 0.75  # of a picture's width at least, beside lane names and legend
 
@@ -64,10 +64,14 @@ def chrome_trace(timeline: Timeline) -> dict[str, Any]:
 def caption(report: Report) -> str:
     """Returns what a Gantt chart of `report.timeline` shows, and of what it is a part."""
     shown, blocks = report.timeline.schedule.num_blocks, report.item_blocks
-    of = "all" if shown == blocks else f"the longest has {blocks}"
+    what = (
+        f"the longest of {report.items} work items, {blocks} KV blocks"
+        if shown == blocks
+        else f"a work item of {shown} KV blocks (the longest of {report.items} has {blocks})"
+    )
     return (
-        f"{report.name}: one of {report.items} work items, {shown} KV blocks ({of}), "
-        f"{report.timeline.total * 1e6:.1f} µs; the call {report.seconds * 1e6:.1f} µs"
+        f"{report.name}: {what}, {report.timeline.total * 1e6:.1f} µs; "
+        f"the call {report.seconds * 1e6:.1f} µs"
     )
 
 
@@ -153,7 +157,7 @@ def describe(report: Report) -> list[str]:
         f"{report.cores * 1e6:.1f}, merge {report.merge * 1e6:.1f}",
         f"{report.tflops:.0f} TFLOPS, {report.gb_per_s:.0f} GB/s, {report.utilisation:.1%} of the "
         "matrix-only peak",
-        f"chart and shares: {caption(report)}",
+        f"shares of {caption(report)}",
         f"matrix unit of a core: busy {report.matrix_busy:.1%}, idle {1 - report.matrix_busy:.1%} "
         f"({idle})",
         f"engines busy: {busy}",
