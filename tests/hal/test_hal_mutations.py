@@ -1,4 +1,4 @@
-"""Mutations: a wait, a step, a slot, a buffer or a cost that changes must change verdict or time."""
+"""Mutations: a changed wait, step, slot, buffer or cost changes the verdict or the time."""
 
 import dataclasses
 import functools
@@ -142,7 +142,7 @@ def test_an_order_must_return_a_schedule_of_so_many_blocks() -> None:
         simulate(H200, problem_for(""), refused)
     with pytest.raises(TypeError, match="an order must return a Schedule, got str"):
         simulate(H200, problem_for(""), dataclasses.replace(kernel, orders=(lambda _: "seesaw",)))
-    with pytest.raises(TypeError, match="kernel must be a name, .*got 3"):
+    with pytest.raises(TypeError, match=r"kernel must be a name, .*got 3"):
         simulate(H200, problem_for(""), 3)  # type: ignore[arg-type]
     steps = (
         Step("a", "QK", 0, waits=(Signal("PV", 0),)),
@@ -322,7 +322,8 @@ def _without_item(plan: Work) -> Work:
          "page_size = 16, wanted a multiple of block_kv = 64"),
         (H200, "seesaw", Problem((2 * 10**8,), 16), TilePlanError, "hbm holds 141000000000 bytes"),
         (ASCEND, "int8-v11", problem_for(""), ValueError, "kv_dtype = 'bf16', wanted 'int8'"),
-        (ASCEND, "bf16-chunk-n", Problem((10**7,) * 24, 128), TilePlanError, "hbm holds .*workspace"),
+        (ASCEND, "bf16-chunk-n", Problem((10**7,) * 24, 128), TilePlanError,
+         "hbm holds .*workspace"),
         (ASCEND, AscendKernel("wide", ASCEND_ORDERS["chunk1"], block_kv=1024), problem_for(""),
          TilePlanError, "ub holds 196608 bytes"),
     ],

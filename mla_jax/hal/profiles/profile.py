@@ -223,9 +223,9 @@ class HardwareProfile:
         return self.peak("bf16")
 
     def peak(self, dtype: str) -> float:
-        """Returns the device's peak of matrix operations on bf16, fp16 or int8 operands, per second.
+        """Returns the device's peak of matrix operations on operands of a dtype, per second.
 
-        Raises ValueError for another dtype.
+        dtype: "bf16", "fp16" or "int8". Raises ValueError for another one.
         """
         if dtype not in _MATRIX[self.family]:
             raise ValueError(

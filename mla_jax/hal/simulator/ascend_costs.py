@@ -230,8 +230,8 @@ def ascend_costs(
             "mte2": work.gm_to_l1 / load,
             "fixpipe": work.fixpipe / (profile["engine.fixpipe"] * scale),
         }
-        # The load of each L1 slice signals the copy to L0 by a set/wait pair. Unit flags replace the
-        # pairs of cube and FixPipe, one per tile.
+        # The load of each L1 slice signals the copy to L0 by a set/wait pair. Unit flags replace
+        # the pairs of cube and FixPipe, one per tile.
         waits = (work.slices + (0 if kernel.unit_flags else work.tiles)) * flag
         return StageCost(busy, hold=profile["latency.job"] + waits)
 

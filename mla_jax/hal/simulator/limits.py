@@ -1,7 +1,7 @@
 """Refuses what a device can not run: incomplete schedules, kernels and plans that do not fit.
 
-Every check runs before anything is timed. It raises IllegalScheduleError for a schedule,
-TilePlanError for a buffer, and ValueError otherwise, and names the step, the buffer or the argument.
+The checks raise IllegalScheduleError for a schedule, TilePlanError for a buffer, and ValueError
+otherwise. The message names the step, the buffer or the argument.
 """
 
 import functools

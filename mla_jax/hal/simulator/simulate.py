@@ -102,7 +102,8 @@ def simulate(
         kernel = AscendKernel(kernel.name, kernel, problem.kv_dtype)
     if not isinstance(kernel, Kernel | AscendKernel):
         raise TypeError(
-            f"kernel must be a name, a Kernel, an AscendKernel or an AscendOrder, got {kernel!r:.60}"
+            "kernel must be a name, a Kernel, an AscendKernel or an AscendOrder, got "
+            f"{kernel!r:.60}"
         )
     if isinstance(kernel, Kernel):
         if profile.family != "nvidia":

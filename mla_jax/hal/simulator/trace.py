@@ -116,7 +116,8 @@ def draw_gantt(axes: Any, timeline: Timeline, *, until: float | None = None) -> 
         lane = len(units) - 1 - units.index(step.unit)
         group = stage_group(step.stage)
         _bar(axes, lane, start, end, color=STAGE_COLOURS.get(group, OTHER_COLOUR),
-             edgecolor="white", zorder=2, label=group if group in STAGE_COLOURS else "other")  # fmt: skip
+             edgecolor="white", zorder=2,
+             label=group if group in STAGE_COLOURS else "other")  # fmt: skip
         text = str(step.block) if step.block >= 0 else "Q"
         if (end - start) * points >= _DIGIT * (len(text) + 1):
             axes.text((start + end) / 2 * 1e6, lane, text, ha="center", va="center",
