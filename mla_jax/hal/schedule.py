@@ -116,6 +116,26 @@ class Schedule:
         """Returns the blocks that have a step of this stage; empty if there is no such stage."""
         return self._stages.get(stage, set())
 
+    @cached_property
+    def _touched(self) -> dict[str, tuple[set[str], set[str]]]:
+        touched: dict[str, tuple[set[str], set[str]]] = {}
+        for step in self.steps:
+            reads = {a.buffer for a in step.reads if a.block in (step.block, -1)}
+            writes = {a.buffer for a in step.writes if a.block in (step.block, -1)}
+            if step.stage in touched:
+                touched[step.stage][0].intersection_update(reads)
+                touched[step.stage][1].intersection_update(writes)
+            else:
+                touched[step.stage] = reads, writes
+        return touched
+
+    def touched_by(self, stage: str) -> tuple[set[str], set[str]]:
+        """Returns the buffers that every step of a stage reads, and those that it writes.
+
+        Only the data of the step's own block counts, and data before the first block.
+        """
+        return self._touched.get(stage, (set(), set()))
+
     @property
     def num_signals(self) -> int:
         """The number of waits in the schedule, a measure of its synchronization."""

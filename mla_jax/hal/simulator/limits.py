@@ -37,6 +37,52 @@ def checked_order(order: ScheduleFn, require_whole: Callable[[Schedule], None]) 
     return make
 
 
+# What the steps of a stage read and write of their block, at least.
+_GPU_DATA: dict[str, tuple[str, str]] = {
+    "LOAD_Q": ("", "q"),
+    "LOAD_L": ("", "kv_l"),
+    "LOAD_R": ("", "kv_r"),
+    "WIDEN": ("kv_l kv_r", "kv_l kv_r"),
+    "QK": ("q kv_l kv_r", "S"),
+    "SM": ("S", "P"),
+    "PV_L": ("P kv_l", "O_L"),
+    "PV_R": ("P kv_r", "O_R"),
+    "STORE_L": ("O_L", ""),
+    "STORE_R": ("O_R", ""),
+}
+_ASCEND_DATA: dict[str, tuple[str, str]] = {
+    "QK": ("", "S"),
+    "QK_NOPE": ("", "S"),
+    "QK_ROPE": ("", "S_rope"),
+    "DEQUANT": ("S", "S"),
+    "SM": ("S", "P"),
+    "PV": ("P", ""),
+    "UP": ("Otmp P", "O"),
+    "ADD": ("P", ""),
+}
+
+
+def require_data(schedule: Schedule, data: dict[str, tuple[str, str]], cta: str = "") -> None:
+    """Raises IllegalScheduleError unless each step names the data that its stage works on.
+
+    The checker finds a missing wait only between steps that say what they touch.
+
+    cta: what the names of the stages and of the buffers end in.
+    """
+    for stage, wanted in data.items():
+        if not schedule.blocks_of(stage + cta):
+            continue
+        found = schedule.touched_by(stage + cta)
+        for verb, names, buffers in zip(("read", "write"), wanted, found, strict=True):
+            needed = [name + cta for name in names.split()]
+            for name in needed:
+                if name not in buffers:
+                    raise IllegalScheduleError(
+                        f"{schedule.name}: a step {stage + cta} does not {verb} {name} of its "
+                        f"block, wanted {', '.join(needed)}"
+                    )
+
+
 def require_stages(schedule: Schedule, stages: Iterable[str], first: int = 0) -> None:
     """Raises IllegalScheduleError unless each stage has a step for every block from `first` on."""
     for stage in stages:
@@ -55,12 +101,16 @@ def require_whole_on_gpu(kernel: Kernel, schedule: Schedule) -> None:
     for stage in (s + cta for cta in ctas for s in ("LOAD_Q", "STORE_L", "STORE_R")):
         if not schedule.blocks_of(stage):
             raise IllegalScheduleError(f"{schedule.name}: there is no step {stage}, wanted one")
+    for cta in ctas:  # the first CTA's half of the loads serves the others, too
+        shared = ("LOAD_L", "LOAD_R", "WIDEN") if cta else ()
+        require_data(schedule, {s: d for s, d in _GPU_DATA.items() if s not in shared}, cta)
 
 
 def require_whole_on_ascend(schedule: Schedule) -> None:
     """Raises IllegalScheduleError unless all blocks are multiplied and added to O."""
     scores = ("QK",) if schedule.blocks_of("QK") else ("QK_NOPE", "QK_ROPE", "DEQUANT")
     require_stages(schedule, (*scores, "SM", "PV"))
+    require_data(schedule, _ASCEND_DATA)
     if "Otmp" not in schedule.buffers:  # AMLA
         require_stages(schedule, ("ADD",), first=1)
         return
