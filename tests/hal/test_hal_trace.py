@@ -30,7 +30,7 @@ def report_of(name: str) -> Report:
 
 
 def chart(reports: list[Report]) -> Figure:
-    figure = Figure(figsize=(15, 4 * len(reports)), layout="constrained")
+    figure = Figure(figsize=(15, 4 * len(reports)))
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(reports), squeeze=False)[:, 0]
     for ax, report in zip(axes, reports, strict=True):
@@ -40,7 +40,7 @@ def chart(reports: list[Report]) -> Figure:
     return figure
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["seesaw", "seesaw-cluster2", "amla"])
 def test_hatches_are_the_idle_shares_and_numbers_fit_their_bars(name: str) -> None:
     report = report_of(name)
     figure = chart([report])
