@@ -348,6 +348,25 @@ def test_three_stages_of_64_keys_do_not_fit() -> None:
         simulate(H200, problem_for(""), dataclasses.replace(kernel, orders=orders))
 
 
+def test_p_takes_memory_only_beside_its_rope_keys() -> None:
+    kernel = KERNELS["flashmla_dense"](H200)
+    slots = kernel.orders[0](1).buffers
+    for rows, bytes_ in ((64, 0), (128, 2 * 64 * (2 * 128 - 128))):  # two P of 64 keys
+        uses = limits.gpu_uses(dataclasses.replace(kernel, block_q=rows), slots, item=2)
+        assert sum(use.bytes for use in uses if use.what.startswith("P ")) == bytes_
+
+
+def test_the_share_of_the_peak_is_that_of_the_dtypes() -> None:
+    """An int8 call multiplies 64 of its 1088 values per row and token in bf16."""
+    for profile, name, int8 in ((H200, "seesaw", 0), (ASCEND, "bf16-chunk4", 0),
+                                (ASCEND, "int8-v11", 1024)):  # fmt: skip
+        problem = problem_for(name)
+        report = simulate(profile, problem, name)
+        pairs = 2.0 * problem.rows * sum(problem.kv_lens)
+        seconds = pairs * ((1088 - int8) / profile.peak("bf16") + int8 / profile.peak("int8"))
+        assert report.utilisation == pytest.approx(seconds / report.seconds)
+
+
 def test_l2_counts_where_it_no_longer_holds_what_is_shared() -> None:
     """Row tiles then read their keys from HBM each, and PV its values once more."""
     small = H200.with_values({"buffer.l2": 1e6})
