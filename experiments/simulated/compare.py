@@ -3,12 +3,12 @@
 import dataclasses
 
 from experiments.framework import plotting
-from experiments.framework.console import show_table
-from experiments.framework.experiment import InputError, Outcome, Output, reading
+from experiments.framework.console import say, show_table
+from experiments.framework.experiment import InputError, Outcome, Output
 from experiments.framework.machine_options import MachineOptions, machine_and_problem, report_row
 from experiments.framework.options import flag
 from mla_jax.hal import simulate
-from mla_jax.hal.simulator.trace import draw_gantt
+from mla_jax.hal.simulator.trace import caption, draw_gantt, draw_legend
 
 SUMMARY = "schedules compared on one device: Gantt charts and a table"
 
@@ -25,12 +25,21 @@ class Options(MachineOptions):
 
 def run(options: Options, output: Output) -> Outcome:
     profile, problem = machine_and_problem(options)
-    names = options.schedules or _DEFAULTS[profile.family]
-    if len(set(names)) < 2:
+    if len(options.schedules) == 1:
         raise InputError("--schedules must name two schedules or more")
-    names = tuple(dict.fromkeys(names))
-    with reading("schedules"):
-        reports = [simulate(profile, problem, name) for name in names]
+    reports = []
+    names: list[str] = []
+    for name in options.schedules or _DEFAULTS[profile.family]:
+        try:
+            reports.append(simulate(profile, problem, name))
+        except ValueError as error:  # the device can not run it
+            if options.schedules:
+                raise InputError(f"--schedules: {error}") from error
+            say(f"left out: {error}")
+            continue
+        names.append(name)
+    if not names:
+        raise InputError(f"--profile: {profile.name} runs none of the published orders")
     rows = [{"name": n} | report_row(r) for n, r in zip(names, reports, strict=True)]
     show_table(
         f"Schedules on {profile.name}; busy and idle: the matrix unit in the longest work item",
@@ -56,11 +65,7 @@ def run(options: Options, output: Output) -> Outcome:
     with plotting.figure(path, title, rows=len(reports), size=size) as axes:
         for ax, name, report in zip(plotting.several(axes), names, reports, strict=True):
             draw_gantt(ax, report.timeline, until=until)
-            ax.set_title(
-                f"{name}: {report.timeline.total * 1e6:.1f} µs per core, "
-                f"{report.seconds * 1e6:.1f} µs in all, bound by {report.bound_by}",
-                fontsize=10,
-            )
-        plotting.several(axes)[0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+            ax.set_title(f"{name}, bound by {report.bound_by}. {caption(report)}", fontsize=10)
+        draw_legend(plotting.several(axes))
     best = min(rows, key=lambda row: row["us"])
     return Outcome(True, f"fastest on {profile.name}: {best['name']}, {best['us']:.1f} us", rows)

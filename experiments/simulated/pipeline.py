@@ -9,7 +9,7 @@ from experiments.framework.experiment import Outcome, Output, reading
 from experiments.framework.machine_options import MachineOptions, machine_and_problem, report_row
 from experiments.framework.options import flag
 from mla_jax.hal import simulate
-from mla_jax.hal.simulator.trace import chrome_trace, describe, draw_gantt
+from mla_jax.hal.simulator.trace import caption, chrome_trace, describe, draw_gantt, draw_legend
 
 SUMMARY = "a schedule on a device: Gantt chart, Perfetto trace, what bounds it"
 
@@ -26,13 +26,13 @@ def run(options: Options, output: Output) -> Outcome:
     with reading("schedule"):
         report = simulate(profile, problem, options.schedule)
     timeline = report.timeline
-    timeline.schedule.check()
     lines = describe(report)
     title = f"{options.schedule} on {profile.name}: bound by {report.bound_by}"
     height = 2.2 + 0.45 * len(timeline.schedule.units)
     with plotting.figure(output.path("pipeline.png"), title, size=(15, height)) as axes:
         draw_gantt(axes, timeline)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+        axes.set_title(caption(report), fontsize=10)
+        draw_legend([axes])
     trace = output.path("trace.json")
     trace.write_text(json.dumps(chrome_trace(timeline)) + "\n")
     say(title, style="bold")
@@ -41,5 +41,6 @@ def run(options: Options, output: Output) -> Outcome:
     return Outcome(True, f"{title}; {lines[1]}", [report_row(report)], {
         "report": lines,
         "engine_share": report.engine_share,
+        "unit_shares": timeline.unit_shares(),
         "signals": timeline.schedule.num_signals,
     })  # fmt: skip

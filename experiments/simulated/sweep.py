@@ -8,7 +8,7 @@ from experiments.framework.console import show_table
 from experiments.framework.experiment import InputError, Outcome, Output, Row, reading
 from experiments.framework.machine_options import MachineOptions, machine_and_problem
 from experiments.framework.options import flag
-from mla_jax.hal import HardwareProfile, Problem, TilePlanError, plan_tiles, simulate
+from mla_jax.hal import HardwareProfile, Problem, simulate
 from mla_jax.hal.simulator.ascend_costs import AscendKernel
 from mla_jax.hal.simulator.gpu_costs import Kernel, with_block
 from mla_jax.hal.simulator.simulate import named_kernel
@@ -34,7 +34,7 @@ def run(options: Options, output: Output) -> Outcome:
         for value, make in values:
             try:
                 report = simulate(*_apply(make, problem))
-            except TilePlanError as error:
+            except ValueError as error:  # the value or the tile is refused
                 rows.append({"knob": knob, "value": value, "us": None, "refused": str(error)})
                 continue
             rows.append(
@@ -73,7 +73,10 @@ def knobs(
     sync = "latency.cross_core" if profile.family == "ascend" else "latency.barrier"
 
     def scaled(field: str, factor: float) -> Callable[[], Machine]:
-        return lambda: (profile.with_values({field: profile[field] * factor}), kernel)
+        values = {field: profile[field] * factor}
+        if field == "memory.hbm_bandwidth":  # L2 is never slower than the memory behind it
+            values["memory.l2_bandwidth"] = max(profile["memory.l2_bandwidth"], values[field])
+        return lambda: (profile.with_values(values), kernel)
 
     found: dict[str, list[tuple[float, Callable[[], Machine]]]] = {
         field: [(profile[field] * f, scaled(field, f)) for f in FACTORS]
@@ -93,11 +96,7 @@ def knobs(
         return found
 
     def with_tile(keys: int) -> Callable[[], Machine]:
-        def make() -> Machine:
-            plan_tiles(profile, problem, block_q=kernel.block_q, block_kv=keys, kv_stages=2)
-            return profile, with_block(kernel, keys)
-
-        return make
+        return lambda: (profile, with_block(kernel, keys))
 
     found["KV tile"] = [(k, with_tile(k)) for k in (16, 32, 64, 128)]
     return found

@@ -105,6 +105,37 @@ class Schedule:
                 repeats.setdefault(block, []).append((index, later))
         return repeats
 
+    @cached_property
+    def _stages(self) -> dict[str, set[int]]:
+        stages: dict[str, set[int]] = {}
+        for step in self.steps:
+            stages.setdefault(step.stage, set()).add(step.block)
+        return stages
+
+    def blocks_of(self, stage: str) -> set[int]:
+        """Returns the blocks that have a step of this stage; empty if there is no such stage."""
+        return self._stages.get(stage, set())
+
+    @cached_property
+    def _touched(self) -> dict[str, tuple[set[str], set[str]]]:
+        touched: dict[str, tuple[set[str], set[str]]] = {}
+        for step in self.steps:
+            reads = {a.buffer for a in step.reads if a.block in (step.block, -1)}
+            writes = {a.buffer for a in step.writes if a.block in (step.block, -1)}
+            if step.stage in touched:
+                touched[step.stage][0].intersection_update(reads)
+                touched[step.stage][1].intersection_update(writes)
+            else:
+                touched[step.stage] = reads, writes
+        return touched
+
+    def touched_by(self, stage: str) -> tuple[set[str], set[str]]:
+        """Returns the buffers that every step of a stage reads, and those that it writes.
+
+        Only the data of the step's own block counts, and data before the first block.
+        """
+        return self._touched.get(stage, (set(), set()))
+
     @property
     def num_signals(self) -> int:
         """The number of waits in the schedule, a measure of its synchronization."""
@@ -113,101 +144,125 @@ class Schedule:
     def check(self) -> None:
         """Proves the schedule legal or raises IllegalScheduleError naming the first bad step.
 
-        The steps of each unit run in order, each as soon as its signals are given. Vector clocks
-        then record what certainly happened before what. Each read must find the expected data,
-        written before it. Each write must come after everything that still needs the slot.
+        Vector clocks record what certainly happened before what. Each step must wait only for
+        signals that are given, and each slot must exist. Each read must find the expected data,
+        written before it. Each write must come after everything that still needs the slot. The
+        proof is made once per schedule.
         """
-        for index, step in _replay(self.steps):
-            for access in (*step.reads, *step.writes):
-                slots = self.buffers.get(access.buffer, 0)
-                if not 0 <= access.slot < slots:
-                    raise IllegalScheduleError(
-                        f"step {index}, {step}: {access.buffer}[{access.slot}] does not exist, "
-                        f"{access.buffer} has {slots} slots"
-                    )
-        _check_accesses(self.steps)
+        self._legal  # noqa: B018  the property raises the error
+
+    @cached_property
+    def _legal(self) -> bool:
+        try:
+            _check(self)
+        except IllegalScheduleError as error:
+            raise IllegalScheduleError(f"{self.name}: {error}") from None
+        return True
 
 
 def _kind(step: Step) -> tuple[str, str, int]:
     return step.unit, step.stage, len(step.reads)
 
 
-def _replay(steps: tuple[Step, ...]) -> list[tuple[int, Step]]:
-    """Returns an order in which the units can run, with each step's index in the list."""
-    given: Counter[Signal] = Counter(signal for step in steps for signal in step.gives)
-    for signal, times in given.items():
-        if times > 1:
-            raise IllegalScheduleError(f"signal {signal.stage}({signal.block}) is given {times}x")
+def _require_progress(steps: tuple[Step, ...]) -> None:
+    """Raises IllegalScheduleError unless the units can run and the list is an order they run in.
+
+    The units run in order, each step as soon as its signals are given.
+    """
+    given = {signal for step in steps for signal in step.gives}
     streams: dict[str, list[tuple[int, Step]]] = {}
     for index, step in enumerate(steps):
         streams.setdefault(step.unit, []).append((index, step))
     position = dict.fromkeys(streams, 0)
     seen: set[Signal] = set()
-    order: list[tuple[int, Step]] = []
-    while len(order) < len(steps):
+    ran = True
+    while ran:
         ran = False
         for unit, stream in streams.items():
             while position[unit] < len(stream):
-                index, step = stream[position[unit]]
-                if not all(signal in seen for signal in step.waits):
+                step = stream[position[unit]][1]
+                if not seen.issuperset(step.waits):
                     break
                 seen.update(step.gives)
-                order.append((index, step))
                 position[unit] += 1
                 ran = True
-        if not ran:
-            stuck = min(
-                stream[position[u]] for u, stream in streams.items() if position[u] < len(stream)
-            )
-            missing = next(signal for signal in stuck[1].waits if signal not in seen)
-            why = "comes too late" if missing in given else "is never given"
-            raise IllegalScheduleError(
-                f"step {stuck[0]}, {stuck[1]}: deadlock, it waits for "
-                f"{missing.stage}({missing.block}), which {why}"
-            )
-    return order
+    stuck = [stream[position[u]] for u, stream in streams.items() if position[u] < len(stream)]
+    if stuck:
+        index, step = min(stuck, key=lambda place: place[0])
+        missing = next(signal for signal in step.waits if signal not in seen)
+        why = "comes too late" if missing in given else "is never given"
+        raise IllegalScheduleError(
+            f"step {index}, {step}: deadlock, it waits for "
+            f"{missing.stage}({missing.block}), which {why}"
+        )
 
 
-def _check_accesses(steps: tuple[Step, ...]) -> None:
-    """Raises IllegalScheduleError for a read or write that is not ordered after what it needs."""
+def _check(schedule: Schedule) -> None:
+    """Raises IllegalScheduleError for a step that may run before what it needs."""
+    if not schedule.steps or schedule.num_blocks < 1 or schedule.period < 1:
+        raise IllegalScheduleError(
+            f"{len(schedule.steps)} steps, num_blocks = {schedule.num_blocks}, period = "
+            f"{schedule.period}, wanted at least 1 of each"
+        )
+    times = Counter(signal for step in schedule.steps for signal in step.gives)
+    for signal, count in times.items():
+        if count > 1:
+            raise IllegalScheduleError(f"signal {signal.stage}({signal.block}) is given {count}x")
     clocks = _Clocks()
-    last_write: dict[tuple[str, int], tuple[int, Step, int]] = {}
-    readers: dict[tuple[str, int], list[tuple[int, Step]]] = {}
-    order = _replay(steps)
-    for index, step in order:
-        clocks.run(index, step)
-    for index, step in sorted(order):
+    last_write: dict[tuple[str, int], tuple[int, int]] = {}
+    readers: dict[tuple[str, int], list[int]] = {}
+    for index, step in enumerate(schedule.steps):
+        try:
+            clocks.run(index, step)
+        except KeyError as late:
+            _require_progress(schedule.steps)
+            stage, block = late.args[0]
+            raise IllegalScheduleError(
+                f"step {index}, {step}: waits for {stage}({block}), which a later step of the "
+                "list gives"
+            ) from None
         for access in step.reads:
-            slot = access[:2]
+            slot = _require_slot(schedule, index, access)
             if slot not in last_write:
                 raise IllegalScheduleError(
                     f"step {index}, {step}: reads {_name(access)} before anything is written there"
                 )
-            writer, by, block = last_write[slot]
+            writer, block = last_write[slot]
             if block != access.block:
                 raise IllegalScheduleError(
                     f"step {index}, {step}: expects block {access.block} in {_name(access)}, "
-                    f"finds block {block} of step {writer}, {by}"
+                    f"finds block {block} of step {writer}, {schedule.steps[writer]}"
                 )
             if not clocks.before(writer, index):
                 raise IllegalScheduleError(
                     f"step {index}, {step}: reads {_name(access)} without waiting for its "
-                    f"write, step {writer}, {by}"
+                    f"write, step {writer}, {schedule.steps[writer]}"
                 )
-            readers.setdefault(slot, []).append((index, step))
+            readers.setdefault(slot, []).append(index)
         for access in step.writes:
-            slot = access[:2]
-            pending = list(readers.get(slot, ()))
+            slot = _require_slot(schedule, index, access)
+            pending = readers.get(slot, [])
             if slot in last_write:
-                pending.append(last_write[slot][:2])
-            for earlier, by in pending:
+                pending = [*pending, last_write[slot][0]]
+            for earlier in pending:
                 if earlier != index and not clocks.before(earlier, index):
                     raise IllegalScheduleError(
                         f"step {index}, {step}: overwrites {_name(access)} while step {earlier}, "
-                        f"{by} may still need it"
+                        f"{schedule.steps[earlier]} may still need it"
                     )
-            last_write[slot] = (index, step, access.block)
+            last_write[slot] = (index, access.block)
             readers[slot] = []
+
+
+def _require_slot(schedule: Schedule, index: int, access: Access) -> tuple[str, int]:
+    """Returns (buffer, slot) of an access; raises IllegalScheduleError if there is no such slot."""
+    slots = schedule.buffers.get(access.buffer, 0)
+    if not 0 <= access.slot < slots:
+        raise IllegalScheduleError(
+            f"step {index}, {schedule.steps[index]}: {_name(access)} does not exist, "
+            f"{access.buffer} has {slots} slots"
+        )
+    return access.buffer, access.slot
 
 
 def _name(access: Access) -> str:

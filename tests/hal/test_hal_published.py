@@ -134,7 +134,7 @@ def test_gains_by_length_come_in_the_published_order() -> None:
         ("pipeline", "--profile=Ascend910B1", "--schedule=chunk4", "--s_q=2"),
         ("pipeline", "--profile=Ascend910C", "--schedule=int8-v11", "--dtype=int8"),
         ("compare", "--profile=Ascend910B2"),
-        ("compare", "--profile=A100_SXM4_80GB", "--schedules=fa2,fa2_no_split_k"),
+        ("compare", "--profile=A100_SXM4_80GB"),  # leaves out what needs wgmma
         ("sweep", "--profile=Ascend910B2", "--schedule=chunk4"),
         ("sweep", "--profile=H200_SXM", "--schedule=fa3-2wg", "--batch=64", "--kv_len=4096"),
         ("best", "--profile=Ascend910B3", "--dtype=int8"),
@@ -151,6 +151,12 @@ def test_experiments_on_machines(tmp_path: Path, arguments: tuple[str, ...]) -> 
     if arguments[0] == "pipeline":
         trace = json.loads((tmp_path / "pipeline" / "trace.json").read_text())
         assert {event["ph"] for event in trace["traceEvents"]} == {"M", "X"}
+    if arguments[0] == "best":  # the default is one of the candidates
+        assert result["gain"] == result["rows"][0]["gain"] >= 1
+        assert bool(result["refused"]) == ("--profile=L40" in arguments)
+        assert "% faster" in result["summary"] or "no faster" in result["summary"]
+    if "--profile=A100_SXM4_80GB" in arguments:
+        assert {row["name"] for row in result["rows"]} == {"triton-split", "fa2"}
 
 
 @pytest.mark.parametrize(
@@ -159,6 +165,9 @@ def test_experiments_on_machines(tmp_path: Path, arguments: tuple[str, ...]) -> 
         (("pipeline", "--profile=H300"), "--profile: profile = 'H300'"),
         (("pipeline", "--profile=H200_SXM", "--schedule=chunk4"), "--schedule: kernel = 'chunk4'"),
         (("compare", "--schedules=seesaw"), "--schedules must name two"),
+        (("compare", "--profile=L40", "--schedules=fa2,seesaw"), "flashmla_dense on L40"),
+        (("pipeline", "--profile=L40"), "--schedule: kernel flashmla_dense on L40"),
+        (("best", "--dtype=int8"), "--profile: none of the defaults runs on H200_SXM"),
     ],
 )
 def test_bad_flags_are_named(

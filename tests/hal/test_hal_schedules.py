@@ -40,20 +40,6 @@ def test_any_combination_of_options_is_legal(
     order(num_blocks).check()
 
 
-@given(name=st.sampled_from(sorted(ORDERS)), num_blocks=st.integers(2, 6), data=st.data())
-@settings(max_examples=80, deadline=None)
-def test_every_signal_is_needed(name: str, num_blocks: int, data: st.DataObject) -> None:
-    """The builder puts in no signal too many: without any one of them the schedule is illegal."""
-    schedule = schedule_named(name)(num_blocks)
-    waiting = [i for i, step in enumerate(schedule.steps) if step.waits]
-    index = data.draw(st.sampled_from(waiting))
-    step = schedule.steps[index]
-    dropped = data.draw(st.integers(0, len(step.waits) - 1))
-    waits = step.waits[:dropped] + step.waits[dropped + 1 :]
-    with pytest.raises(IllegalScheduleError, match=r"step \d+, [\w@]+\(-?\d+\) on [\w@]+"):
-        _with_step(schedule, index, dataclasses.replace(step, waits=waits)).check()
-
-
 def test_a_lost_signal_is_a_deadlock_that_names_the_step() -> None:
     schedule = schedule_named("chunk1")(3)
     index = next(i for i, s in enumerate(schedule.steps) if s.stage == "PV" and s.block == 1)

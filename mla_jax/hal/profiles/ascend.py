@@ -14,7 +14,6 @@ _DMA = "S: flat DMA table of a performance model in the CANN sources"
 
 _COMMON: dict[str, Entry] = {
     "core.vector_cores": (2, _CORE, "official"),
-    "core.dies": (1, _CORE, "official"),
     "buffer.l1": (512 * 1024, _CORE, "official"),
     "buffer.l0a": (64 * 1024, _CORE, "official"),
     "buffer.l0b": (64 * 1024, _CORE, "official"),
@@ -79,7 +78,6 @@ ASCEND910C_DIE = _die(
 )
 ASCEND910C = _die(
     "Ascend910C", 48, 1.80e9, 128e9, 3.2e12, "D", "the package: two dies",
-    core__dies=(2, "D: product document", "document"),
     buffer__l2=(2 * 192 * 2**20, "two dies", "derived"),
     memory__l2_bandwidth=(14e12, "two dies", "derived"),
 )  # fmt: skip

@@ -43,6 +43,7 @@ def _hopper(
 ) -> HardwareProfile:
     entries: dict[str, Entry] = _SM | {
         "core.count": (sms, _SHEET, "document"),
+        "core.compute_capability": (9.0, _GUIDE, "official"),
         "core.clock": (1.98e9, "boost clock, nvidia-smi", "official"),
         "memory.hbm_bytes": (memory, _SHEET, "document"),
         "memory.hbm_bandwidth": (bandwidth, _SHEET, "document"),
@@ -59,6 +60,7 @@ def _hopper(
 def _older(
     name: str,
     sms: int,
+    capability: float,
     clock: float,
     shared: int,
     l2: float,
@@ -71,6 +73,7 @@ def _older(
     """Returns the profile of an Ampere or Ada device, whose tensor cores execute mma.sync."""
     entries: dict[str, Entry] = _SM | {
         "core.count": (sms, _SHEET, "document"),
+        "core.compute_capability": (capability, _GUIDE, "official"),
         "core.clock": (clock, f"boost clock, {_SHEET}", "document"),
         "memory.hbm_bytes": (memory, _SHEET, "document"),
         "memory.hbm_bandwidth": (bandwidth, _SHEET, "document"),
@@ -92,9 +95,9 @@ H200_SXM = _hopper("H200_SXM", 132, 141e9, 4.8e12, "H200_SXM")
 H800_SXM5 = _hopper("H800_SXM5", 132, 80e9, 3.352e12, "H200_SXM", note=_NO_ROWS + "H200_SXM")
 _H20_MMA: Entry = (1.0, "below what mma.sync alone could reach", "assumed")
 H20 = _hopper("H20", 78, 96e9, 4.0e12, "H200_SXM", _H20_TENSOR, _H20_MMA, _NO_ROWS + "H200_SXM")
-A100_SXM4_40GB = _older("A100_SXM4_40GB", 108, 1.41e9, 163 * 1024, 40e6, 3.0e12, 40e9, 1.555e12,
-                        2048, _NO_ROWS + "H100_SXM5")  # fmt: skip
-A100_SXM4_80GB = _older("A100_SXM4_80GB", 108, 1.41e9, 163 * 1024, 40e6, 3.0e12, 80e9, 2.039e12,
-                        2048, _NO_ROWS + "H100_SXM5")  # fmt: skip
-L40 = _older("L40", 142, 2.49e9, 99 * 1024, 96e6, 3.5e12, 48e9, 0.864e12, 512,
+A100_SXM4_40GB = _older("A100_SXM4_40GB", 108, 8.0, 1.41e9, 163 * 1024, 40e6, 3.0e12, 40e9,
+                        1.555e12, 2048, _NO_ROWS + "H100_SXM5")  # fmt: skip
+A100_SXM4_80GB = _older("A100_SXM4_80GB", 108, 8.0, 1.41e9, 163 * 1024, 40e6, 3.0e12, 80e9,
+                        2.039e12, 2048, _NO_ROWS + "H100_SXM5")  # fmt: skip
+L40 = _older("L40", 142, 8.9, 2.49e9, 99 * 1024, 96e6, 3.5e12, 48e9, 0.864e12, 512,
              _NO_ROWS + "H100_SXM5")  # fmt: skip

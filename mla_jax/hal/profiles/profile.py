@@ -34,7 +34,6 @@ FIELDS: dict[str, dict[str, str]] = {
     "ascend": _COMMON
     | {
         "core.vector_cores": "1",
-        "core.dies": "1",
         "buffer.l1": "B",
         "buffer.l0a": "B",
         "buffer.l0b": "B",
@@ -59,6 +58,7 @@ FIELDS: dict[str, dict[str, str]] = {
     },
     "nvidia": _COMMON
     | {
+        "core.compute_capability": "1",
         "buffer.shared": "B",
         "buffer.registers": "1",
         "engine.tensor_bf16": "flop/cycle",
@@ -89,12 +89,24 @@ _NESTED = [
     ("buffer.shared", "buffer.l2"),
     ("buffer.l2", "memory.hbm_bytes"),
 ]
+# The memory on the left is at most as fast as that on the right, which is nearer to the engines.
+_ORDERED = [
+    ("memory.hbm_bandwidth", "memory.l2_bandwidth"),
+    ("engine.copy", "memory.l2_bandwidth"),
+    ("engine.store", "memory.l2_bandwidth"),
+    ("engine.gm_to_l1", "memory.l2_bandwidth"),
+    ("engine.gm_to_ub", "memory.l2_bandwidth"),
+    ("engine.ub_to_gm", "memory.l2_bandwidth"),
+    ("engine.fixpipe", "memory.l2_bandwidth"),
+    ("engine.gm_to_l1", "engine.l1_to_l0a"),
+    ("engine.gm_to_l1", "engine.l1_to_l0b"),
+]
 # Lowest and highest value by field, or else by unit. They are far beyond any device, so that a
 # value outside is a wrong unit or a typing error.
 _RANGES: dict[str, tuple[float, float]] = {
     "core.count": (1, 1e5),
     "core.vector_cores": (1, 1e3),
-    "core.dies": (1, 64),
+    "core.compute_capability": (7, 99),
     "buffer.registers": (1, 1e9),
     "memory.hbm_bandwidth": (1e10, 1e16),
     "memory.l2_bandwidth": (1e10, 1e17),
@@ -114,8 +126,14 @@ _RANGES: dict[str, tuple[float, float]] = {
     "element/cycle": (1e-3, 1e8),
     "B/cycle": (1e-3, 1e8),
 }
+# The rate of the matrix unit by the dtype of its operands.
+_MATRIX = {
+    "ascend": dict.fromkeys(("bf16", "fp16"), "engine.cube_fp16") | {"int8": "engine.cube_int8"},
+    "nvidia": dict.fromkeys(("bf16", "fp16"), "engine.tensor_bf16")
+    | {"int8": "engine.tensor_int8"},
+}
 # Fields of unit "1" that are whole numbers. Bytes are whole numbers, too.
-_WHOLE = ("core.count", "core.vector_cores", "core.dies", "buffer.registers")
+_WHOLE = ("core.count", "core.vector_cores", "buffer.registers")
 
 
 @dataclass(frozen=True)
@@ -175,11 +193,12 @@ class HardwareProfile:
                     f"{self.name}: {inner} = {self[inner]:.0f} B is larger than "
                     f"{outer} = {self[outer]:.0f} B"
                 )
-        if "core.dies" in fields and self.cores % int(self["core.dies"]):
-            raise ValueError(
-                f"{self.name}: core.dies = {self['core.dies']:.0f} does not divide "
-                f"core.count = {self.cores}"
-            )
+        for slower, faster in _ORDERED:
+            if slower in fields and faster in fields and self[slower] > self[faster]:
+                raise ValueError(
+                    f"{self.name}: {slower} = {self[slower]:.4g} B/s, wanted at most "
+                    f"{faster} = {self[faster]:.4g} B/s"
+                )
 
     def __getitem__(self, field: str) -> float:
         return self.numbers[field].value
@@ -201,8 +220,18 @@ class HardwareProfile:
     @property
     def matrix_peak(self) -> float:
         """Peak of bf16 matrix operations of the whole device in flop/s, at an efficiency of 1."""
-        engine = "engine.cube_fp16" if self.family == "ascend" else "engine.tensor_bf16"
-        return self[engine] * self["core.clock"] * self.cores
+        return self.peak("bf16")
+
+    def peak(self, dtype: str) -> float:
+        """Returns the device's peak of matrix operations on operands of a dtype, per second.
+
+        dtype: "bf16", "fp16" or "int8". Raises ValueError for another one.
+        """
+        if dtype not in _MATRIX[self.family]:
+            raise ValueError(
+                f"{self.name}: dtype = {dtype!r}, wanted one of {', '.join(_MATRIX[self.family])}"
+            )
+        return self[_MATRIX[self.family][dtype]] * self["core.clock"] * self.cores
 
     def with_values(
         self, values: Mapping[str, float], source: str = "changed by the user"

@@ -52,8 +52,10 @@ class AscendKernel:
             raise ValueError(f"{self.name}: head_group = {self.head_group}, wanted 1 to 64")
         if self.q_tokens not in (1, 2):
             raise ValueError(f"{self.name}: q_tokens = {self.q_tokens}, wanted 1 or 2")
-        if self.kv_dtype not in ITEMSIZE:
-            raise ValueError(f"{self.name}: kv_dtype = {self.kv_dtype!r}, wanted {set(ITEMSIZE)}")
+        if self.kv_dtype not in ("bf16", "fp16", "int8"):
+            raise ValueError(
+                f"{self.name}: kv_dtype = {self.kv_dtype!r}, wanted bf16, fp16 or int8"
+            )
         if self.order.rescale == "exponent_add" and self.kv_dtype == "int8":
             raise ValueError(
                 f"{self.name}: AMLA adds P.V to O in memory, which int32 products can't"
@@ -130,6 +132,7 @@ class _Work:
     gm_to_l1: float = 0.0
     fixpipe: float = 0.0
     tiles: int = 0
+    slices: int = 0
     vector: float = 0.0
     gm_to_ub: float = 0.0
     ub_to_gm: float = 0.0
@@ -137,43 +140,78 @@ class _Work:
     marks: dict[str, float] = field(default_factory=dict)
 
 
-def cube_cycles(rows: int, depth: int, columns: int, itemsize: int, head: float = 6.0) -> float:
-    """Returns the cycles of an L0 multiply: head + ceil(m/16) * ceil(k bytes/32) * ceil(n/16)."""
-    return head + math.ceil(rows / 16) * math.ceil(depth * itemsize / 32) * math.ceil(columns / 16)
+FRACTAL_OPS = {2: 2 * 16**3, 1: 2 * 16 * 32 * 16}  # of a 16-bit and of an int8 fractal product
 
 
-def _product(plan: TilePlan, rows: int, depth: int, columns: int, item: int, head: float) -> _Work:
-    """Returns the work of rows x depth . depth x columns in L0 tiles, in FIA's loop order."""
-    tiles = {tile.stage: tile for tile in plan.tiles if tile.level == "l0"}
-    side, step = tiles["PV"].n, tiles["QK"].k
+def cube_cycles(
+    rows: int,
+    depth: int,
+    columns: int,
+    itemsize: int,
+    head: float = 6.0,
+    rate: float | None = None,
+) -> float:
+    """Returns the cycles of an L0 multiply: head + ceil(m/16) * ceil(k bytes/32) * ceil(n/16).
+
+    rate: operations per cycle; None is one fractal product per cycle.
+    """
+    fractals = math.ceil(rows / 16) * math.ceil(depth * itemsize / 32) * math.ceil(columns / 16)
+    return head + fractals * (FRACTAL_OPS[itemsize] / rate if rate else 1.0)
+
+
+def _product(
+    profile: HardwareProfile,
+    plan: TilePlan,
+    stage: str,
+    rows: int,
+    depth: int,
+    columns: int,
+    item: int,
+) -> _Work:
+    """Returns the work of rows x depth . depth x columns in L0 tiles, in FIA's loop order.
+
+    L1 gets the right operand in slices, as deep as the plan's L1 tile of the stage.
+    """
+    tiles = {(tile.level, tile.stage): tile for tile in plan.tiles}
+    side, step = tiles["l0", stage].n, tiles["l0", stage].k
+    head = profile["engine.cube_head"]
+    rate = profile["engine.cube_int8" if item == 1 else "engine.cube_fp16"]
     row_tiles = [min(side, rows - r) for r in range(0, rows, side)]
     steps = [min(step, depth - k) for k in range(0, depth, step)]
     column_tiles = math.ceil(columns / side)
     cycles = column_tiles * sum(
-        cube_cycles(m, k, side, item, head) for m in row_tiles for k in steps
+        cube_cycles(m, k, side, item, head, rate) for m in row_tiles for k in steps
     )
     return _Work(
         cube=cycles,
         l0a=column_tiles * rows * depth * item,
         l0b=len(row_tiles) * depth * columns * item,
         tiles=column_tiles * len(row_tiles),
+        slices=column_tiles * math.ceil(depth / tiles["l1", stage].k),
     )
 
 
 def ascend_costs(
-    profile: HardwareProfile, kernel: AscendKernel, plan: TilePlan, rows: int, share: float
+    profile: HardwareProfile,
+    kernel: AscendKernel,
+    plan: TilePlan,
+    rows: int,
+    share: float,
+    *,
+    values_in_l2: bool = True,
 ) -> Costs:
     """Returns the cost function of stages, for a tile of `rows` rows and blocks of plan.block_kv.
 
     share: bytes per second of the device's memory for this core while all cores are working.
+    values_in_l2: whether PV reads the values from L2, because QK has just loaded them, or again
+        from memory.
     """
     keys, item = plan.block_kv, ITEMSIZE[kernel.kv_dtype]
     int8 = kernel.kv_dtype == "int8"
-    head, cycle, scale = profile["engine.cube_head"], profile.cycle, profile["engine.dma_scale"]
+    cycle, scale = profile.cycle, profile["engine.dma_scale"]
     vectors = profile["core.vector_cores"]
     flag = profile["latency.flag"]
-    # PV reads the values from L2, because QK has just loaded them.
-    from_l2 = profile["memory.l2_bandwidth"] / profile.cores
+    from_l2 = profile["memory.l2_bandwidth"] / profile.cores if values_in_l2 else share
 
     def passes(wide: float, narrow: float, columns: int) -> float:
         """Returns vector cycles of passes over rows x columns, by their element rate."""
@@ -192,7 +230,9 @@ def ascend_costs(
             "mte2": work.gm_to_l1 / load,
             "fixpipe": work.fixpipe / (profile["engine.fixpipe"] * scale),
         }
-        waits = 0.0 if kernel.unit_flags else work.tiles * flag
+        # The load of each L1 slice signals the copy to L0 by a set/wait pair. Unit flags replace
+        # the pairs of cube and FixPipe, one per tile.
+        waits = (work.slices + (0 if kernel.unit_flags else work.tiles)) * flag
         return StageCost(busy, hold=profile["latency.job"] + waits)
 
     def vector(work: _Work) -> StageCost:
@@ -205,7 +245,7 @@ def ascend_costs(
         return StageCost(busy, hold=exposed)
 
     def scores(depth: int, itemsize: int) -> StageCost:
-        work = _product(plan, rows, depth, keys, itemsize, head)
+        work = _product(profile, plan, "QK", rows, depth, keys, itemsize)
         convert = 2.0 if kernel.convert_load else 1.0
         return matrix(
             dataclasses.replace(
@@ -215,7 +255,7 @@ def ascend_costs(
         )
 
     def outputs() -> StageCost:
-        work = _product(plan, rows, keys, LATENT, item, head)
+        work = _product(profile, plan, "PV", rows, keys, LATENT, item)
         convert = 1.0 if kernel.fractal_layout else 2.0
         values = keys * LATENT * item * (2.0 if kernel.convert_load else 1.0)
         return matrix(dataclasses.replace(

@@ -41,6 +41,8 @@ class Kernel:
     partial_bytes: bytes per value of a partial output.
     value_loads: 2 if the values are loaded again after softmax.
     multicast: CTAs of a cluster that share the loading of every KV block.
+    block_in_page: whether each block lies in one page, so that the page size is a multiple of
+        block_kv.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Kernel:
     partial_bytes: int = 4
     value_loads: int = 1
     multicast: int = 1
+    block_in_page: bool = False
 
 
 def gpu_costs(
@@ -160,7 +163,6 @@ def merge_seconds(profile: HardwareProfile, kernel: Kernel, problem: Problem, pl
         return profile["latency.grid_sync"] + max(loads * load, traffic)
     # A second kernel merges with one warp per row. FlashMLA's is already launched and waits on the
     # device (programmatic dependent launch), Triton's is launched in full.
-    # launch), Triton's is launched in full.
     warps = problem.batch * problem.rows
     waves = math.ceil(warps / (64 * profile.cores))
     loads = parts if parts > 1 or kernel.merge == "stage2" else 0
@@ -172,7 +174,7 @@ def _flashmla(profile: HardwareProfile) -> Kernel:
     plan = partial(work.walk_parts, tile_rows=64, block_kv=64, workers=profile.cores)
     both = (orders.seesaw, partial(orders.seesaw, ahead=1, name="seesaw-1-ahead"))
     return Kernel("flashmla_dense", both, plan, "wgmma", "tma", 64, 64, 8,
-                  barriers=2, merge="combine")  # fmt: skip
+                  barriers=2, merge="combine", block_in_page=True)  # fmt: skip
 
 
 def _flashinfer_tile(profile: HardwareProfile) -> tuple[int, int]:

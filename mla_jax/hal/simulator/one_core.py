@@ -56,9 +56,26 @@ class Timeline:
                 busy[engine] = busy.get(engine, 0.0) + seconds
         return busy
 
+    def unit_shares(self) -> dict[str, dict[str, float]]:
+        """Returns, per unit, the shares of the total that add up to 1.
+
+        "engines" is the time in which an engine works for the unit's steps, "held" that of barriers
+        and other fixed costs, and "idle" that between steps, before the first and after the last.
+        """
+        shares = {unit: {"engines": 0.0, "held": 0.0, "idle": 1.0} for unit in self.schedule.units}
+        for step, cost in zip(self.schedule.steps, self.costs, strict=True):
+            share, held = shares[step.unit], cost.hold / self.total
+            share["engines"] += cost.work / self.total - held
+            share["held"] += held
+            share["idle"] -= cost.work / self.total
+        return shares
+
 
 def run_schedule(schedule: Schedule, costs: Costs, signal: float = 0.0) -> Timeline:
-    """Simulates a schedule. signal: seconds from giving a signal to its arrival."""
+    """Simulates a schedule. signal: seconds from giving a signal to its arrival.
+
+    Raises IllegalScheduleError for a schedule that is not legal.
+    """
     of_kind = [costs(step) for step in schedule.kinds]
     starts, ends, _ = _run(schedule, of_kind, signal)
     used = tuple(of_kind[kind] for kind, _, _ in schedule.program)
@@ -70,8 +87,9 @@ def _run(
 ) -> tuple[list[float], list[float], list[float]]:
     """Returns when each step starts, ends, and has its result available.
 
-    of_kind: the costs of `schedule.kinds`.
+    of_kind: the costs of `schedule.kinds`. Raises IllegalScheduleError for an illegal schedule.
     """
+    schedule.check()
     shared = _shared_engines(schedule, of_kind)
     engine_free = dict.fromkeys((engine for held in shared for engine, _ in held), 0.0)
     unit_free = [0.0] * len(schedule.units)

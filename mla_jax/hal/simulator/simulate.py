@@ -12,9 +12,10 @@ from functools import partial
 
 import numpy as np
 
-from mla_jax.hal.orders import ASCEND_ORDERS
+from mla_jax.hal.orders import ASCEND_ORDERS, AscendOrder
 from mla_jax.hal.profiles.profile import HardwareProfile
 from mla_jax.hal.schedule import Schedule
+from mla_jax.hal.simulator import limits
 from mla_jax.hal.simulator import many_cores as machine
 from mla_jax.hal.simulator.ascend_costs import ASCEND_KERNELS, AscendKernel, ascend_costs, job_rows
 from mla_jax.hal.simulator.gpu_costs import (
@@ -25,7 +26,7 @@ from mla_jax.hal.simulator.gpu_costs import (
     merge_seconds,
 )
 from mla_jax.hal.simulator.one_core import BlockTimes, Costs, Timeline, run_schedule
-from mla_jax.hal.tiling import plan_tiles
+from mla_jax.hal.tiling import KEY, LATENT, ROPE, plan_tiles
 from mla_jax.hal.work import ITEMSIZE, Problem, Work
 
 ENGINE_KIND = {
@@ -39,13 +40,17 @@ SHOWN_BLOCKS = 64  # blocks of the timeline, which is long enough to show the st
 
 @dataclass(frozen=True)
 class Report:
-    """The cost of a call in seconds; shares are of the time of a core's longest work item.
+    """The cost of a call in seconds; shares are of the time of the work item in `timeline`.
 
+    timeline: the longest work item, or one of its first SHOWN_BLOCKS KV blocks if it has more.
+    items: number of work items of the call.
+    item_blocks: KV blocks of the longest work item.
     bound_by: "matrix", "vector", "memory" or "sync". `engine` is the busiest engine.
     bubbles: the share in which the matrix unit idles: before its first step ("head"), between steps
         ("steady"), after its last step ("tail"), and in steps that another engine holds longer ("in
         steps"). With `matrix_busy` they add up to 1.
-    utilisation: share of the device's matrix peak, over the whole call.
+    utilisation: share of the device's matrix peak for the dtypes that are multiplied, over the
+        whole call.
     """
 
     name: str
@@ -61,6 +66,8 @@ class Report:
     engine_share: dict[str, float]
     bubbles: dict[str, float]
     timeline: Timeline
+    items: int
+    item_blocks: int
 
     @property
     def matrix_busy(self) -> float:
@@ -79,14 +86,25 @@ class Report:
 
 
 def simulate(
-    profile: HardwareProfile, problem: Problem, kernel: str | Kernel | AscendKernel
+    profile: HardwareProfile, problem: Problem, kernel: str | Kernel | AscendKernel | AscendOrder
 ) -> Report:
-    """Simulates one call. kernel: a kernel, its name, or the name of an order.
+    """Simulates one call.
 
-    Raises ValueError for a kernel of another family or an unknown name.
+    kernel: a kernel, its name, the name of an order, or an Ascend order.
+
+    Raises IllegalScheduleError for an illegal or incomplete schedule, TilePlanError for a tile that
+    does not fit, and ValueError for what the device or the kernel can not run. TypeError is raised
+    for a kernel of another type.
     """
     if isinstance(kernel, str):
         kernel = named_kernel(profile, kernel, problem.kv_dtype)
+    if isinstance(kernel, AscendOrder):
+        kernel = AscendKernel(kernel.name, kernel, problem.kv_dtype)
+    if not isinstance(kernel, Kernel | AscendKernel):
+        raise TypeError(
+            "kernel must be a name, a Kernel, an AscendKernel or an AscendOrder, got "
+            f"{kernel!r:.60}"
+        )
     if isinstance(kernel, Kernel):
         if profile.family != "nvidia":
             raise ValueError(f"kernel {kernel.name} does not run on family {profile.family!r}")
@@ -116,17 +134,26 @@ def _unknown(profile: HardwareProfile, name: str, known: list[str]) -> ValueErro
     return ValueError(f"kernel = {name!r}, wanted one of {', '.join(known)} on {profile.name}")
 
 
-def _fair_share(profile: HardwareProfile, plan: Work, multicast: int = 1) -> float:
+def _active(plan: Work) -> int:
+    return min(plan.num_workers, len(plan.blocks)) * plan.cores_per_item
+
+
+def _fair_share(
+    profile: HardwareProfile, plan: Work, in_flight: float, multicast: int = 1
+) -> float:
     """Returns bytes per second per core while all cores work.
 
     Row tiles that read the same KV get it from the L2 cache. HBM serves it once, and L2 once per
-    cluster that shares the loading.
+    cluster that shares the loading. If L2 does not hold what the cores have in flight, HBM serves
+    each of them.
+
+    in_flight: bytes of KV that one core has in flight.
     """
-    active = min(plan.num_workers, len(plan.blocks)) * plan.cores_per_item
+    active = _active(plan)
     memory = profile["memory.hbm_bandwidth"] * profile["memory.hbm_efficiency"]
-    return (
-        min(memory * min(plan.sharers, active) / multicast, profile["memory.l2_bandwidth"]) / active
-    )
+    held = active * in_flight <= profile["buffer.l2"]
+    sharers = min(plan.sharers, active) if held else multicast
+    return min(memory * sharers / multicast, profile["memory.l2_bandwidth"]) / active
 
 
 class _LoadedTimes:
@@ -190,14 +217,22 @@ class _LoadedTimes:
 
 
 def _simulate_gpu(profile: HardwareProfile, problem: Problem, kernel: Kernel) -> Report:
+    orders = tuple(
+        limits.checked_order(order, partial(limits.require_whole_on_gpu, kernel))
+        for order in kernel.orders
+    )
+    first = orders[0](1)
+    limits.require_gpu_runs(profile, problem, kernel, first)
+    limits.require_memory(profile, problem)
     plan = kernel.plan(problem)
+    limits.require_work(profile, problem, kernel, plan)
     if plan.sharers < kernel.multicast:
         raise ValueError(
             f"kernel {kernel.name} needs {kernel.multicast} row tiles of a request, "
             f"{problem.rows} rows make {plan.sharers}"
         )
-    share = _fair_share(profile, plan, kernel.multicast)
-    block_bytes = kernel.block_kv * 576 * ITEMSIZE[problem.kv_dtype] / kernel.multicast
+    block_bytes = kernel.block_kv * KEY * ITEMSIZE[problem.kv_dtype] / kernel.multicast
+    share = _fair_share(profile, plan, first.buffers["kv_l"] * block_bytes, kernel.multicast)
     signal = profile["latency.barrier"]
     kinds, which = np.unique(
         np.stack([plan.blocks, plan.rows, plan.split.astype(int)]), axis=1, return_inverse=True
@@ -207,7 +242,7 @@ def _simulate_gpu(profile: HardwareProfile, problem: Problem, kernel: Kernel) ->
     for i, (blocks, rows, split) in enumerate(kinds.T.tolist()):
         if (rows, split) not in times:
             costs_at = partial(gpu_costs, profile, kernel, rows, bool(split), problem.kv_dtype)
-            times[rows, split] = _LoadedTimes(kernel.orders, costs_at, share, block_bytes, signal)
+            times[rows, split] = _LoadedTimes(orders, costs_at, share, block_bytes, signal)
         found = times[rows, split]
         seconds[:, i] = found(blocks)[0], found.alone(blocks)
     crowded, alone = seconds[:, which.reshape(-1)]
@@ -217,11 +252,12 @@ def _simulate_gpu(profile: HardwareProfile, problem: Problem, kernel: Kernel) ->
     longest = int(np.argmax(plan.blocks))
     shown = times[int(plan.rows[longest]), int(plan.split[longest])]
     timeline = shown.timeline(min(int(plan.blocks[longest]), SHOWN_BLOCKS))
-    return _report(profile, problem, kernel.name, timeline, cores, merge)
+    return _report(profile, problem, kernel.name, timeline, plan, cores, merge)
 
 
 def _simulate_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendKernel) -> Report:
     """Simulates jobs (request, row tile) that free cores take; no job is split over the keys."""
+    limits.require_ascend_dtype(problem, kernel)
     rows = job_rows(kernel, problem.rows)
     plan_problem = Problem((512,), heads=max(rows), kv_dtype=kernel.kv_dtype)
     tile = plan_tiles(profile, plan_problem, block_kv=kernel.block_kv)
@@ -234,19 +270,30 @@ def _simulate_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendK
         num_workers=profile.cores,
         sharers=len(rows),
     )
-    share = _fair_share(profile, work)
-    signal = profile["latency.cross_core"]
+    order = limits.checked_order(kernel.order, limits.require_whole_on_ascend)
+    longest = int(blocks.max())
+    values_bytes = tile.block_kv * LATENT * ITEMSIZE[kernel.kv_dtype]
+    workspace = kernel.order.workspace_bytes(
+        longest, max(rows), tile.block_kv, ITEMSIZE[kernel.kv_dtype]
+    )
+    limits.require_memory(profile, problem, workspace * _active(work))
+    # PV finds its values in L2 if they are still there after the QK of all blocks ahead of it.
     block_bytes = tile.block_kv * problem.token_bytes
+    in_flight = kernel.order.slots(longest)["P"] * block_bytes
+    kept = _active(work) * in_flight <= profile["buffer.l2"]
+    share = _fair_share(profile, work, in_flight)
+    signal = profile["latency.cross_core"]
+    loaded = block_bytes if kept else block_bytes + values_bytes
     times = {}
     for r in sorted(set(rows)):
-        costs_at = partial(ascend_costs, profile, kernel, tile, r)
-        times[r] = _LoadedTimes((kernel.order,), costs_at, share, block_bytes, signal)
+        costs_at = partial(ascend_costs, profile, kernel, tile, r, values_in_l2=kept)
+        times[r] = _LoadedTimes((order,), costs_at, share, loaded, signal)
     items = list(zip(work.rows.tolist(), work.blocks.tolist(), strict=True))
     crowded = np.array([times[r](b)[0] for r, b in items])
     alone = np.array([times[r].alone(b) for r, b in items])
     cores = machine.makespan(crowded, alone, work.worker, work.num_workers)
-    timeline = times[max(rows)].timeline(min(int(blocks.max()), SHOWN_BLOCKS))
-    return _report(profile, problem, kernel.name, timeline, cores, 0.0)
+    timeline = times[max(rows)].timeline(min(longest, SHOWN_BLOCKS))
+    return _report(profile, problem, kernel.name, timeline, work, cores, 0.0)
 
 
 def _report(
@@ -254,6 +301,7 @@ def _report(
     problem: Problem,
     name: str,
     timeline: Timeline,
+    plan: Work,
     cores: float,
     merge: float,
 ) -> Report:
@@ -270,13 +318,27 @@ def _report(
         merge=merge,
         flops=problem.flops,
         bytes=problem.bytes,
-        utilisation=problem.flops / total / profile.matrix_peak,
+        utilisation=_seconds_at_peak(profile, problem) / total,
         bound_by=bound_by,
         engine=engine,
         engine_share=share,
         bubbles=matrix_bubbles(timeline),
         timeline=timeline,
+        items=len(plan.blocks),
+        item_blocks=int(plan.blocks.max()),
     )
+
+
+def _seconds_at_peak(profile: HardwareProfile, problem: Problem) -> float:
+    """Returns the seconds of the call's products at the peaks of their dtypes.
+
+    An Ascend core multiplies an int8 cache in int8, except for the 64 rope values. GPU kernels
+    multiply in bf16, also with an fp8 cache.
+    """
+    if profile.family == "nvidia" or problem.kv_dtype != "int8":
+        return problem.flops / profile.peak("bf16")
+    rope = problem.flops * ROPE / (KEY + LATENT)
+    return rope / profile.peak("bf16") + (problem.flops - rope) / profile.peak("int8")
 
 
 def verdict(share: dict[str, float], running: float) -> tuple[str, str]:
