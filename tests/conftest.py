@@ -47,7 +47,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 @pytest.fixture
 def races(monkeypatch):
     """Of all launches of Mosaic GPU's interpreter: see races.py."""
-    from races import Races  # (after XLA_FLAGS)
+    from interpreter import Races  # (after XLA_FLAGS)
 
     return Races(monkeypatch)
 

@@ -169,22 +169,28 @@ PLANNERS: dict[str, Callable[[Options], Planner]] = {
 def with_loads(
     planner: Planner, options: Options
 ) -> Callable[[jax.Array], tuple[SplitPlan, dict[str, jax.Array]]]:
-    """Jits a planner together with the loads of its plan.
+    """Returns a function that makes a plan, and its loads by `loads_of`."""
+    plan_of = jax.jit(planner)
 
-    The loads of the workers are those under each cost model ("blocks") and without overheads
-    ("blocks work").
-    """
-
-    @jax.jit
     def run(seq_lens: jax.Array) -> tuple[SplitPlan, dict[str, jax.Array]]:
-        plan, loads = planner(seq_lens), {}
-        for model in MODELS:
-            arguments: dict[str, Any] = {"rows": options.rows, "cost_model": model}
-            loads[model] = plan_loads(plan, seq_lens, **arguments)
-            loads[f"{model} work"] = plan_loads(plan, seq_lens, overhead=0, **arguments)
-        return plan, loads
+        plan = plan_of(seq_lens)
+        return plan, loads_of(plan, seq_lens, rows=options.rows)
 
     return run
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def loads_of(plan: SplitPlan, seq_lens: jax.Array, *, rows: int) -> dict[str, jax.Array]:
+    """Returns the loads of the workers under each cost model, and without overheads.
+
+    Their names are those of the models, and e.g. "blocks work".
+    """
+    loads = {}
+    for model in MODELS:
+        arguments: dict[str, Any] = {"rows": rows, "cost_model": model}
+        loads[model] = plan_loads(plan, seq_lens, **arguments)
+        loads[f"{model} work"] = plan_loads(plan, seq_lens, overhead=0, **arguments)
+    return loads
 
 
 def measure(
@@ -245,6 +251,8 @@ def _draw_efficiency(axes: Any, rows: list[Row], model: str) -> None:
 
 def _draw_items(axes: Any, pictured: dict[str, SplitPlan]) -> None:
     """Draws a column per worker, with a box per work item in the colour of its request."""
+    from matplotlib.collections import PolyCollection
+
     offset, ticks = 0, []
     for plan in (jax.tree.map(np.asarray, plan) for plan in pictured.values()):
         items = np.arange(plan.worker_start[-1])
@@ -253,9 +261,14 @@ def _draw_items(axes: Any, pictured: dict[str, SplitPlan]) -> None:
         before = np.cumsum(height) - height
         bottom = before - before[plan.worker_start[worker]]  # above the worker's earlier items
         colours = [plotting.COLOURS[i % len(plotting.COLOURS)] for i in plan.request[items]]
-        axes.bar(offset + worker, height, 1.0, bottom, color=colours)
+        left = offset + worker - 0.5
+        corners = np.stack([left, bottom, left + 1, bottom + height])
+        boxes = corners[np.array([[0, 1], [2, 1], [2, 3], [0, 3]])].transpose(2, 0, 1)
+        axes.add_collection(PolyCollection(boxes, facecolors=colours, edgecolors="none"))
         ticks.append(offset + plan.num_workers / 2)
         offset += plan.num_workers + max(4, plan.num_workers // 12)
+    axes.autoscale_view()
+    axes.set_ylim(bottom=0)
     axes.set_xticks(ticks, list(pictured))
     axes.set_ylabel("KV blocks")
     axes.set_title(f"{PICTURED}: work of each worker (a column per worker, a colour per request)")

@@ -183,9 +183,12 @@ def test_refuses(options, error, message):
     [(i32(3), 4, "plan must be for 2 req"), (i32(3, 20), 90, "plan must be for")],
 )
 def test_refuses_a_plan_of_other_sizes(seq_lens, rows, message):
-    plan = plan_splits(seq_lens, num_workers=2, rows=rows)
+    def call(seq_lens):
+        plan = plan_splits(seq_lens, num_workers=2, rows=rows)
+        return paged_mla_attention(**(GOOD | {"plan": plan}))
+
     with pytest.raises(ValueError, match=message):
-        paged_mla_attention(**(GOOD | {"plan": plan}))
+        jax.eval_shape(call, seq_lens)
 
 
 def test_numbers_of_every_kind_are_a_scale():

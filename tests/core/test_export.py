@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from doc_blocks import run_blocks
 from jax import export
 from random_layer import random_params
 
 import mla_jax
-from mla_jax import DecodePlan, MLAConfig, PagedKVCache, mla_layer, plan_decode
+from mla_jax import DecodePlan, MLAConfig, PagedKVCache, plan_decode
 from mla_jax.export import pytrees
 from mla_jax.export.pytrees import StoredForm
 from mla_jax.reference.layer import layer_float64
@@ -32,18 +33,9 @@ CONFIG = MLAConfig(
 TABLES = np.array([[2], [0]], np.int32)
 
 
-def random_layer(config, length):
-    x = np.random.default_rng(1).standard_normal((2, length, config.hidden_size))
-    return random_params(config, jnp.bfloat16), jax.device_put(x.astype(jnp.bfloat16))
-
-
 def new_cache(**options):
     widths = {"kv_lora_rank": 128, "rope_dim": 64}
     return PagedKVCache.create(3, page_size=64, **widths | options)
-
-
-def step(params, x, cache, seq_lens, plan=None):
-    return mla_layer(params, CONFIG, x, cache, TABLES, seq_lens, plan=plan)
 
 
 @jax.jit
@@ -51,36 +43,28 @@ def planned(seq_lens, cache):
     return plan_decode(seq_lens, cache=cache, num_heads=8, max_seq_len=64, profile="H200_SXM")
 
 
-def test_a_decode_step_of_both_platforms_runs_after_it_was_stored():
-    """Three steps of a loop, with the plan and the donated cache as arguments."""
-    params, x = random_layer(CONFIG, length=3)
-    cache, lens = new_cache(), np.ones(2, np.int32)
-    args = params, x[:, :1], cache, lens, planned(lens, cache)
-    exported = export.export(jax.jit(step, donate_argnums=2), platforms=("cpu", "cuda"))(*args)
-    assert exported.mlir_module().count(KERNEL) == 2  # decode and merge
-    loaded = export.deserialize(exported.serialize())
-    run, out = jax.jit(loaded.call, donate_argnums=2), []
-    for i in range(3):
+def test_the_page_and_the_decode_loop_that_it_begins():
+    """The page's program is for both platforms. Three steps of a loop give the layer's outputs,
+    with the plan and the donated cache as arguments."""
+    page = run_blocks("export.md", at_least=2)
+    assert page["exported"].mlir_module().count(KERNEL) == 2  # decode and merge
+    params, tables, config = page["params"], page["tables"], page["config"]
+    new = np.random.default_rng(1).standard_normal((2, 2, config.hidden_size))
+    x = np.concatenate([page["x"], new.astype(jnp.bfloat16)], 1)
+    plan_of, cache, out = jax.jit(page["plan_of"]), page["cache"], [page["out"]]
+    for i in (1, 2):
         old, lens = cache, np.full(2, i + 1, np.int32)
-        o, cache = run(params, x[:, i : i + 1], cache, lens, planned(lens, cache))
+        plan = plan_of(lens, cache)
+        o, cache = page["run"](params, x[:, i : i + 1], cache, tables, lens, plan)
         assert old.pages.is_deleted()
-        out.append(np.asarray(o, np.float64))
-    wanted = layer_float64(CONFIG, params, x)
-    np.testing.assert_allclose(np.concatenate(out, 1), wanted, atol=0.03 * np.abs(wanted).max())
+        out.append(o)
+    got, wanted = np.concatenate(out, 1).astype(np.float64), layer_float64(config, params, x)
+    np.testing.assert_allclose(got, wanted, atol=0.03 * np.abs(wanted).max())
     other = jax.eval_shape(
         functools.partial(plan_decode, cache=cache, num_heads=8, profile="H20"), lens
     )
     with pytest.raises(ValueError, match=r"(?s)same pytree structure .*H20'.*H200_SXM"):
-        jax.eval_shape(loaded.call, *args[:-1], other)
-
-
-def test_each_platform_gets_its_own_program():
-    attend = jax.jit(functools.partial(mla_jax.ragged_mla_attention, softmax_scale=0.1))
-    q, kv = jnp.ones((8, 8, 192), jnp.bfloat16), jnp.ones((8, 8, 128), jnp.bfloat16)
-    lens = np.array([0, 8], np.int32)
-    for platform, has_kernel in (("cuda", True), ("cpu", False)):
-        exported = export.export(attend, platforms=(platform,))(q, kv, q[:, 0, :64], kv, lens, lens)
-        assert (KERNEL in exported.mlir_module()) == has_kernel
+        jax.eval_shape(page["loaded"].call, params, x[:, :1], cache, tables, lens, other)
 
 
 def test_no_cta_of_an_exported_program_waits_for_another(monkeypatch):
@@ -118,7 +102,7 @@ def test_pytrees_are_stored_whole():
     assert len({type(one) for one in tiles}) == 4
     plans = [DecodePlan(split, one, 132) for one in tiles]
     bias = dataclasses.replace(CONFIG, q_lora_rank=8, attention_bias=True)
-    params = [random_layer(config, length=1)[0] for config in (CONFIG, bias)]
+    params = [random_params(config, jnp.bfloat16) for config in (CONFIG, bias)]
     tree = caches, plans, params, split, DecodePlan(split)
     loaded = export.deserialize(stored(tree))
     assert loaded.out_tree == jax.tree.structure(tree)

@@ -15,7 +15,15 @@ from mla_jax.hal import load_profile
 from pallas_kernels.hopper import device, planning
 
 LENS = np.array([300, 0, 4096, 70], np.int32)
-CACHE = PagedKVCache.create(2, page_size=64)
+
+
+def new_cache(**options):
+    """Returns an empty cache of NumPy arrays: no program, also where tests are collected."""
+    create = functools.partial(PagedKVCache.create, 2, **{"page_size": 64} | options)
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(create))
+
+
+CACHE = new_cache()
 
 
 def planned(lens=LENS, **options):
@@ -35,7 +43,7 @@ def planned(lens=LENS, **options):
         ({"num_heads": 16, "rescale": "exponent_add"}, 64, 132),
         ({"num_heads": 128, "profile": "H20"}, 128, 39),
         ({"num_heads": 128, "profile": load_profile("H100_SXM5")}, 128, 66),
-        ({"num_heads": 128, "cache": PagedKVCache.create(2, dtype="int8")}, 64, 132),
+        ({"num_heads": 128, "cache": new_cache(dtype="int8")}, 64, 132),
     ],
 )
 def test_plans_for_the_profile(options, tiles, workers):
@@ -50,7 +58,7 @@ def test_plans_for_the_profile(options, tiles, workers):
 def test_knows_query_tokens():
     tokens = {"num_query_tokens": 3, "query_lens": np.array([3, 0, 1, 2], np.int32)}
     assert planned(num_heads=128, **tokens).split.num_heads == 128
-    cache = PagedKVCache.create(2, page_size=64, dtype="float32")
+    cache = new_cache(dtype="float32")
     assert planned(num_heads=32, cache=cache, **tokens).split.num_heads == 32
 
 
@@ -58,7 +66,7 @@ def test_pairs_are_those_of_the_cache_widths():
     """With latents of 128 the other CTA's half of a tile is no whole register: no pairs."""
     lens = np.full(50, 200, np.int32)
     for rank, in_pairs in ((512, True), (128, False)):
-        cache = PagedKVCache.create(2, page_size=64, kv_lora_rank=rank)
+        cache = new_cache(kv_lora_rank=rank)
         assert planned(lens, cache=cache, num_heads=8).tiles.in_pairs == in_pairs
 
 
@@ -81,8 +89,8 @@ def test_a_card_with_other_sms_refuses_by_name(monkeypatch):
 def test_a_plan_for_another_cache_is_refused_by_name(heads):
     caches = {
         "float": CACHE,
-        "int8": PagedKVCache.create(2, page_size=64, dtype="int8"),
-        "narrow": PagedKVCache.create(2, page_size=64, kv_lora_rank=256),
+        "int8": new_cache(dtype="int8"),
+        "narrow": new_cache(kv_lora_rank=256),
     }
     for made, cache in caches.items():
         plan = planned(cache=cache, num_heads=heads)
@@ -96,7 +104,7 @@ def test_a_plan_for_another_cache_is_refused_by_name(heads):
 
 
 def test_falls_back_to_plain_jax():
-    cache = PagedKVCache.create(2, page_size=64, dtype="float32")
+    cache = new_cache(dtype="float32")
     plan = planned(cache=cache)
     assert plan.tiles is None
     assert plan.num_sms == 0

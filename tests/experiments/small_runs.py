@@ -20,7 +20,7 @@ SMALL = {
     ),
     "parity": (f"--checkpoint={V2_LITE}",),
     "soak": ("--steps=25", "--pages=10", "--max_tokens=90", "--kv_lora_rank=32", "--rope_dim=16"),
-    "amla_accuracy": ("--rows=64", "--keys=512", "--block=64", "--repeats=2"),
+    "amla_accuracy": ("--rows=32", "--keys=512", "--block=64", "--repeats=2"),
     "int8_accuracy": ("--rows=16", "--keys=2048", "--long_keys=2048", "--spreads=1"),
     "cache_size": (),
     "split_kv": ("--workers=12",),

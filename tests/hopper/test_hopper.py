@@ -62,10 +62,6 @@ SEVERAL_TOKENS = (  # row tiles of tokens 0 .. 2, 2 .. 4 and 4
     {"rows_per_tile": 64},
 )  # fmt: skip
 TWO_CTAS = {"heads": 33, "num_queries": 2, "requests": 3}, {"rows_per_tile": 128}
-TWO_CTAS_GATHERED = (  # two row tiles, the last of one row
-    {"heads": 129, "page_size": 1, "kv_lora_rank": 128},
-    {"rows_per_tile": 128},
-)
 
 
 def drawn(seed, seq_lens, program, **options):
@@ -91,9 +87,7 @@ def plan_for(batch, *, workers, rows_per_tile, seq_lens=None, hides=False, **_):
     return even_plan(seq_lens, workers=workers, rows=rows, rows_per_tile=rows_per_tile)
 
 
-def run(
-    batch, *, tiles=None, rescale="multiply", partial_dtype=None, detect_races=True, **planned
-):  # fmt: skip
+def run(batch, *, tiles=None, rescale="multiply", partial_dtype=None, **planned):
     """Runs the kernels in the interpreter, on `plan_for(batch, **planned)`; outputs have guards."""
     requests, tokens, heads, width = batch.q.shape
     return run_guarded(
@@ -111,7 +105,7 @@ def run(
         rescale=rescale,
         partial_dtype=partial_dtype,
         tiles=tiles,
-        interpret=plgpu.InterpretGPUParams(detect_races=detect_races),
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
     )
 
 
@@ -124,7 +118,6 @@ def run(
         ([190, 70], GATHERED, {"workers": 2, "query_lens": [2, 1]}),
         ([140, 260], EXPONENT_ADD, {"workers": 3, "query_lens": [2, 1]}),
         ([450], GATHERED, {"workers": 3}),  # three bfloat16 partials
-        ([150], TWO_CTAS_GATHERED, {"workers": 1}),
     ],
 )
 def test_interpreted(races, seq_lens, program, options):
@@ -234,15 +227,6 @@ def test_partials_of_any_size_interpreted(races, seq_lens, program, workers, par
     o, lse = run(with_latents_times(batch, factor), **options)
     batch.check(np.asarray(o, np.float64) / factor, lse)
     assert not races.found
-
-
-def test_pages_of_16_interpreted():
-    """Does not ask the race detector, which follows only one TMA copy per barrier phase.
-
-    The kernel of 64 rows has such pages in test_fuzz.
-    """
-    batch = HopperBatch(np.random.default_rng(15), [75, 130], heads=15, page_size=16)
-    batch.check(*run(batch, workers=2, rows_per_tile=16, detect_races=False))
 
 
 @pytest.mark.parametrize("program", [TRANSPOSED, SIXTY_FOUR])

@@ -11,7 +11,7 @@ import jax
 import jaxlib
 import pytest
 
-from pallas_kernels.hopper.mosaic import version
+from pallas_kernels.hopper import version
 
 ROOT = Path(__file__).parents[2]
 # What must stay inside pallas_kernels.hopper.mosaic: private modules of JAX and inline PTX.

@@ -77,7 +77,6 @@ def test_any_split_is_the_whole(cuts):
 @pytest.mark.parametrize(
     ("num_workers", "rows_per_tile", "cost_model", "hides"),
     [
-        (5, 8, "blocks", False),  # as above
         (1, 16, "blocks", False),
         (30, 12, "fia", False),
         (5, 4, "blocks", True),  # three tiles, one token each
@@ -101,8 +100,7 @@ def test_planned_splits_match_float64(num_workers, rows_per_tile, cost_model, hi
     assert_matches(got, batch.oracle(), 2e-5, 2e-6)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_fixed_splits_are_batch_invariant(dtype):
+def test_fixed_splits_are_batch_invariant():
     """A request's rows keep their bits alone, among others, at any place, in any paging."""
 
     def attend(batch):
@@ -118,12 +116,12 @@ def test_fixed_splits_are_batch_invariant(dtype):
         return optimised(*batch.args, batch.query_lens, plan)
 
     for seed, length in enumerate((201, 32, 7)):
-        alone = make_batch(np.random.default_rng(seed), [length], [2], dtype=dtype)
+        alone = make_batch(np.random.default_rng(seed), [length], [2])
         wanted = [np.asarray(x)[0] for x in attend(alone)]
         for others in ([9, 256, 140], [2, 2, 2], [130, 64, 255]):
             for place in (0, 3):
                 lengths = [*others[:place], length, *others[place:]]
-                batch = make_batch(np.random.default_rng(99), lengths, [2, 2, 2, 2], dtype=dtype)
+                batch = make_batch(np.random.default_rng(99), lengths, [2, 2, 2, 2])
                 pages = np.asarray(batch.cache.pages).copy()
                 for slot in range(-(-length // 16)):
                     here, there = batch.block_tables[place, slot], alone.block_tables[0, slot]

@@ -120,17 +120,21 @@ def random_lengths(
     return [(int(n), int(n + m if causal else m)) for n, m in zip(queries, more, strict=True)]
 
 
+# Kinds of bounds, and how often each is drawn.
+BOUNDS = {"valid": 0.4, "too long": 0.2, "late": 0.1, "disordered": 0.2, "any": 0.1}
+
+
 def random_bounds(
-    rng: np.random.Generator, requests: int, rows: int, keys: int
+    rng: np.random.Generator, requests: int, rows: int, keys: int, kind: str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns bounds of requests among the query rows and the keys, int32, many of them invalid.
 
     Some requests are empty, have more queries than keys, or end past the arrays. The first request
     starts late, bounds decrease, or they are any int32. Rows are left behind the last request.
+    kind: None draws one of `BOUNDS`.
     """
-    kind = rng.choice(
-        ["valid", "too long", "late", "disordered", "any"], p=[0.4, 0.2, 0.1, 0.2, 0.1]
-    )
+    if kind is None:
+        kind = rng.choice([*BOUNDS], p=[*BOUNDS.values()])
     if kind == "any":
         q, kv = rng.integers(-(2**31), 2**31, (2, requests + 1))
         return q.astype(np.int32), kv.astype(np.int32)

@@ -10,7 +10,7 @@ the reason why "hopper" is unavailable, and the other implementations still run.
 import jax
 import jaxlib
 
-from pallas_kernels.hopper.mosaic import version
+from pallas_kernels.hopper import version
 
 _reason = version.refuses(jax.__version__, jaxlib.__version__)
 if _reason is not None:
