@@ -91,7 +91,7 @@ def paged_mla_attention(
             trace time.
         query_lens: [B] int32, how many of the S tokens are real, left aligned; None: all S. Token i
             is at position seq_lens - query_lens + i. Without query_lens S may be more than
-            seq_lens: tokens before position 0 see no key.
+            seq_lens, which `mla_layer` refuses: tokens before position 0 see no key.
         causal: whether a token sees only the keys up to its own position.
         implementation: a name from `available_implementations()`, or a list or tuple of names: the
             first that can run the problem on the platform that the call is lowered for. None:
@@ -108,10 +108,11 @@ def paged_mla_attention(
         kv_axis: the axis of a `jax.shard_map` around the call over which the keys of every request
             are split: page p of a request, in the order of its tokens, is on device p % n of n.
             `cache` and `block_tables` are those of one device; so is the plan, from
-            `plan_decode(kv_axis=...)`. All other arguments are equal along the axis, seq_lens and
-            query_lens count the tokens of all devices, and the results are equal along it: one
-            gather of o, in q.dtype, and lse. Values are checked as if they were traced. None: the
-            device has all keys of its requests.
+            `plan_decode(kv_axis=...)`. With several query tokens and no mask, plan must be None.
+            All other arguments are equal along the axis; seq_lens and query_lens count the tokens
+            of all devices. Every device returns the same results, from one gather of o in q.dtype
+            and lse. Values are checked as if they were traced. None: the device has all keys of
+            its requests.
         return_lse: whether to return lse too.
 
     Returns:
@@ -123,10 +124,9 @@ def paged_mla_attention(
     when the call is traced. What it refuses about the machine is decided when the program is
     lowered. The platform and device are those of an eager call's arrays, or else of
     `jax.default_device`; under jit those that jit compiles for; under `jax.export` the platforms
-    that it names. A program that is exported for CUDA on a
-    machine without an NVIDIA GPU is for a Hopper GPU, planned for 132 SMs; for other cards name
-    "xla". The kernels have no batching rule: under `jax.vmap` the last name that can take the
-    problem runs, for None "xla".
+    that it names. A program that is exported for CUDA on a machine without an NVIDIA GPU is for a
+    Hopper GPU, planned for 132 SMs; for other cards, name "xla". The kernels have no batching rule:
+    under `jax.vmap` the last name that can take the problem runs, which is "xla" by default.
 
     Gradients of o and lse reach q and the pages of a cache of floats, by plain JAX for every
     implementation: P is computed again block by block, as in FlashAttention-2 (arXiv 2307.08691),
@@ -139,9 +139,9 @@ def paged_mla_attention(
             respect to an int8 cache, or a second one with another implementation than "reference".
         ValueError: shapes, heads or options that don't fit, implementations of which none can run
             (when the call is traced, or when it is lowered if only the machine is the reason); and,
-            unless they are traced, lengths that are negative, past the block table or shorter than
-            their queries, pages in use that the cache does not have, or a plan for other lengths.
-            Traced, such a request's rows are NaN.
+            unless they are traced, seq_lens that are negative or past the block table, query_lens
+            that are negative or above S or seq_lens, pages in use that the cache does not have, or
+            a plan for other lengths. Traced, such a request's rows are NaN.
     """
     return_lse = checks.require_bool("return_lse", return_lse)
     problem, choice = prepare(

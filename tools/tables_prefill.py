@@ -87,10 +87,10 @@ def summary(root: Path) -> str:
     first = result["layer"][:2]
     times = {row["form"]: f"{row['ms_burst']:.1f}" for row in first}
     return wrapped(
-        f"Prefill without pauses runs at {min(speeds[OURS]):.2f} to {max(speeds[OURS]):.2f} times "
-        f"the speed of the fastest of FlashAttention-3, FlashInfer and cuDNN, at "
-        f"{min(speeds[PLANNED]):.2f} to {max(speeds[PLANNED]):.2f} with a work list made before. A "
-        f"layer of DeepSeek-V3 takes {times['expanded']} ms for {first[0]['queries']} tokens."
+        f"Prefill runs at {min(speeds[OURS]):.2f} to {max(speeds[OURS]):.2f} times the speed of "
+        f"the fastest of FlashAttention-3, FlashInfer and cuDNN, back to back; without the time to "
+        f"make a work list at {min(speeds[PLANNED]):.2f} to {max(speeds[PLANNED]):.2f}. In bursts "
+        f"a layer of DeepSeek-V3 takes {times['expanded']} ms for {first[0]['queries']} tokens."
     )
 
 

@@ -41,8 +41,8 @@ class PageAllocator:
     """The pages of a cache, and the pages and the token count of each live request.
 
     Several requests may have one page: after `fork`, or if `allocate` finds cached tokens. The
-    allocator never lets a request write to a page that another one has. It holds no tokens, so the
-    server copies pages. A step of a server calls, in this order:
+    allocator never lets a request write to a page that another one has. It has no access to the
+    cache, so the server copies pages. A step of a server calls, in this order:
 
     1. `allocate`, `fork` and `extend`, with the tokens that the step writes.
     2. `take_copies`. `PagedKVCache.copy_pages` then copies these pages in every layer's cache.
@@ -50,7 +50,7 @@ class PageAllocator:
     4. `truncate`, if tokens are rejected, and `commit`, if other requests may share the tokens.
 
     A page without a request keeps its content while a lookup can find it. If no other page is free,
-    the page that was released first is evicted, and the last pages of a request before its first.
+    the page that was released first is evicted. A request releases its last page first.
 
     Threads may share an allocator, because each call is atomic. The order above is not checked: let
     one thread make all calls of a step. A copy by `copy.deepcopy` or `pickle` is independent.
@@ -70,7 +70,7 @@ class PageAllocator:
 
     @property
     def num_free(self) -> int:
-        """The number of pages that no request has; cached pages are among them."""
+        """The number of pages that no request has, with cached ones among them."""
         with self._lock:
             return self._pool.num_free
 
@@ -125,7 +125,8 @@ class PageAllocator:
 
         Args:
             request_id: a new one.
-            num_tokens: tokens of the request, 0 or more. A request has at least its cached tokens.
+            num_tokens: how many tokens of the request get pages, 0 or more, with the cached ones
+                counted. Below the number of cached tokens it counts as that number.
             tokens: token ids. The request starts with the cached pages of the longest prefix. The
                 last token is never among these, because a step must compute its output.
 

@@ -2,7 +2,7 @@
 
 The axis has n devices. Page p of a request, which holds tokens p * page_size .. (p + 1) * page_size
 - 1, is on device p % n, as entry p // n of the request's block table there. A device attends to its
-own keys, and lse weighs the results of all devices.
+own keys, and the results of all devices are combined by their lse.
 
 How many of a device's keys a query token sees depends on the token's position, and differs between
 the tokens of a request. Every query token is therefore computed as a request of its own, with a

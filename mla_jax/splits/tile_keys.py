@@ -59,8 +59,8 @@ def query_lens_of_plan(
 ) -> jax.Array | None:
     """Returns the query_lens to plan for, behind a causal mask; None: for any.
 
-    query_lens: as in the attention op. None: all of the num_tokens tokens of every request. If they
-    hide fewer keys than a block has, planning for them would gain next to nothing.
+    query_lens: as in the attention op. None: every request has all num_tokens tokens. Up to
+        block_size of them hide less than a block from each other, so the plan is for any then.
     """
     if query_lens is None and num_tokens > block_size:
         return jnp.full_like(seq_lens, num_tokens)
@@ -70,9 +70,9 @@ def query_lens_of_plan(
 def check_hidden(
     query_lens: Any | None, num_heads: Any, *, rows: int, batch: int, tile: int
 ) -> int:
-    """Returns num_heads, or 0 where no tile of a request can have fewer blocks than another.
+    """Returns num_heads, or 0 if all tiles of a request have the same blocks.
 
-    That is without query_lens, and where a request of so many rows is one tile or one token.
+    They have without query_lens, and if a request has only one tile or only one token.
     """
     if query_lens is None:
         return 0

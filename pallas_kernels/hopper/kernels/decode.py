@@ -15,13 +15,13 @@ A CTA has three warpgroups:
     1  computes the right half of O's columns   }               decode_finish.py: combine, store
 
 For each work item, the loader writes a work descriptor and loads q and the KV blocks. The computing
-warpgroups add the blocks to O one pair at a time, and store the result: o and lse of a whole tile,
+warpgroups add the KV blocks to O two at a time, and store the result: o and lse of a whole tile,
 or a partial result. After its last item, a worker combines its share of the split tiles.
 
 The latent is both key and value, so each block is loaded once. The overlap of the two computing
 warpgroups is FlashMLA's "seesaw" pipeline (https://github.com/deepseek-ai/FlashMLA).
-docs/hopper_decode.md draws it. A few short requests run `decode_transposed` instead, whatever their
-number of rows (tuned.json, "few_tokens").
+docs/hopper_decode.md draws it. Requests of up to 32 query rows run `decode_transposed` instead, and
+so do a few short requests with more rows ("few_tokens" in tuned.json is the bound).
 """
 
 import dataclasses
@@ -64,8 +64,8 @@ from pallas_kernels.hopper.work_items import (
 def decode(call: DecodeCall[DecodeConfig]) -> tuple[jax.Array, ...]:
     """Runs the work items of a call.
 
-    It writes to `call.outputs`, and never past row R: whole tiles, tiles that a CTA or a pair of
-    CTAs combines by itself and, if the call combines, all other split tiles.
+    It writes to `call.outputs`, and never past row R: whole tiles, tiles that a CTA or the two CTAs
+    of a cluster combine by themselves and, if the call combines, all other split tiles.
 
     Args:
         call: with q [B, R or more, D] of bfloat16 or float16, its rows a multiple of 8, and a cache

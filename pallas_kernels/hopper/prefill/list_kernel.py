@@ -1,12 +1,12 @@
-"""Makes the work list of a prefill launch in one kernel: the same list as `work_items.work_list`.
+"""Makes the work list of a prefill launch in one kernel, as `prefill.work_items.work_list` does.
 
 Each warp of the launch lists one tile. No CTA waits for another one. Each CTA reads the bounds of
 all requests and computes for every request its tiles and the number of tiles before them. Then a
 warp looks up the request that its tile belongs to, and counts the tiles that come before it in the
 list. A tile's place follows from numbers per request, so that no tiles are sorted:
 
-    causal: the tiles of a request see `blocks`, `blocks` - 1, ... KV blocks, one tile each. Those
-    that see more than c blocks are the last `blocks` - c of them, between none and all.
+    causal: a request has one tile of `blocks` KV blocks, one of `blocks` - 1, and so on. For any c,
+    the number of its tiles with more than c blocks is `blocks` - c, clipped to 0 .. `tiles`.
     otherwise, or without keys: all tiles of a request see `blocks` KV blocks.
 """
 
