@@ -136,7 +136,7 @@ def test_blocks_model_balances_as_flash_mla(seq_lens, num_workers):
     assert (blocks[at_an_end] >= 2).all()  # one block is not worth cutting off
 
 
-@given(lengths_strategy, st.sampled_from(WORKERS[1:]))  # a lone worker asks for no cost
+@given(lengths_strategy, st.sampled_from(WORKERS[1:]))  # with one worker there is no cost
 def test_fia_model_balances_as_ascend(seq_lens, num_workers):
     """Every block is in one work item."""
     plan = plan_splits(i32(*seq_lens), num_workers=num_workers, rows=ROWS, cost_model="fia")
