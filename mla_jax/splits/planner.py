@@ -38,7 +38,7 @@ from mla_jax.splits.plan import (
     num_blocks,
     require_lengths,
 )
-from mla_jax.splits.tile_keys import check_hidden
+from mla_jax.splits.tile_keys import num_heads_of_plan
 
 __all__ = [
     "PAIR_OVERHEAD",
@@ -123,7 +123,7 @@ def plan_splits(
     if in_pairs and num_workers % 2:
         raise ValueError(f"num_workers must be even with in_pairs, got {num_workers}")
     batch = len(seq_lens)
-    num_heads = check_hidden(query_lens, num_heads, rows=rows, batch=batch, tile=rows_per_tile)
+    num_heads = num_heads_of_plan(query_lens, num_heads, rows=rows, batch=batch, tile=rows_per_tile)
     lengths = _whole(seq_lens), _whole(query_lens) if num_heads else None
     most = math.ceil((max_seq_len or _LARGEST) / costs.block_size)
     return _plan_splits(*lengths, num_workers, costs, merge_overhead, in_pairs, most, num_heads)

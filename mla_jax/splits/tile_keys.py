@@ -67,7 +67,7 @@ def query_lens_of_plan(
     return query_lens
 
 
-def check_hidden(
+def num_heads_of_plan(
     query_lens: Any | None, num_heads: Any, *, rows: int, batch: int, tile: int
 ) -> int:
     """Returns num_heads, or 0 if all tiles of a request have the same blocks.

@@ -39,7 +39,8 @@ LEAST_INT = -(2**31)
 class Table(NamedTuple):
     """The values per request in shared memory: [requests] int32 each.
 
-    The last request is the rows behind the others. Entries after it are padding without tiles.
+    One more entry holds the query rows after the last request. Those after it are padding without
+    tiles.
     """
 
     first: Any  # as in `Request`
@@ -174,8 +175,8 @@ class Lister:
         own = range(call.per_thread)
         first_request = g.thread_index() * call.per_thread
         indices = [first_request + i for i in range(call.per_thread + 1)]
-        places = [jnp.minimum(index, call.num_requests) for index in indices]
-        cu_q, cu_kv = ([g.load_indexed(cu, place) for place in places] for cu in self.inputs)
+        bounds = [jnp.minimum(index, call.num_requests) for index in indices]
+        cu_q, cu_kv = ([g.load_indexed(cu, bound) for bound in bounds] for cu in self.inputs)
 
         def local(cu: list) -> Any:
             top = cu[0]
@@ -199,7 +200,7 @@ class Lister:
             end = end + own_tiles
             entry = Table(*request, blocks=tiles_in(request.keys), tiles=own_tiles, tile_end=end)
             for field, value in zip(Table._fields, entry, strict=True):
-                g.store_indexed(self.scratch.table, self.place(field, index), value)
+                g.store_indexed(self.scratch.table, self.table_index(field, index), value)
         g.wait_for_warpgroup()
         return num_tiles, num_keys
 
@@ -219,7 +220,8 @@ class Lister:
         queries, keys = (end - begin for begin, end in zip(begins, ends, strict=True))
         if call.causal:
             valid &= queries <= keys
-        # A row belongs to the first request that ends behind it.
+        # Bounds of invalid requests may decrease. Their running maximum gives each row to one
+        # request.
         top = tops[0]
         first = jnp.where(index == 0, 0, jnp.clip(top, 0, call.num_queries))
         stop = jnp.clip(jnp.maximum(top, ends[0]), 0, call.num_queries)
@@ -258,12 +260,12 @@ class Lister:
             some = jnp.minimum(jnp.maximum(longer, 0), tiles)
             return jnp.where(tile.num_blocks > 0, some, all_of_them)
 
-        place = g.sum_in_warp(self.sum_over_requests(before))
+        position = g.sum_in_warp(self.sum_over_requests(before))
         # All tiles of a request are equal without a mask, and where they see no key.
         alike = tile.num_blocks == 0 if call.causal else jnp.full_like(exists, True)
-        place = place + jnp.where(alike, within, 0)
+        position = position + jnp.where(alike, within, 0)
         row = [jnp.where(exists, field, 0) for field in tile]
-        g.store_row_per_warp(self.outputs.tiles, jnp.where(exists, place, index), row)
+        g.store_row_per_warp(self.outputs.tiles, jnp.where(exists, position, index), row)
 
     def sum_over_requests(self, function: Any) -> Any:
         """Returns per lane the sum of function(request) over every 32nd request."""
@@ -284,12 +286,12 @@ class Lister:
             self.outputs.counts, jnp.zeros_like(num_tiles), [num_tiles, heads]
         )
 
-    def place(self, field: str, request: Any) -> Any:
+    def table_index(self, field: str, request: Any) -> Any:
         """Returns where the table has a field of a request."""
         return Table._fields.index(field) * self.call.per_thread * THREADS + request
 
     def load(self, field: str, request: Any) -> Any:
-        return self.g.load_indexed(self.scratch.table, self.place(field, request))
+        return self.g.load_indexed(self.scratch.table, self.table_index(field, request))
 
     def scan(
         self, values: Sequence[Any], combine: Any, identity: int, scratch: str
