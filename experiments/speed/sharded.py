@@ -223,7 +223,9 @@ def _rows(step: Step, options: Options) -> list[Row]:
     functions = {1: program(step, launches, None), options.devices: split}
     compiled = {n: jax.jit(f).lower(*arguments[n]).compile() for n, f in functions.items()}
     outs = {n: jax.device_get(run(*arguments[n])) for n, run in compiled.items()}
-    bursts = {str(n): _burst(compiled[n], arguments[n], launches) for n in compiled}
+    bursts = {
+        str(n): timing.asynchronous(call, arguments[n], launches) for n, call in compiled.items()
+    }
     pause = 0.0 if jax.default_backend() == "cpu" else 0.03
     timings = time_bursts(bursts, rounds=options.rounds, pause=pause)
     return _compared(step, timings, outs, options.devices)
@@ -249,15 +251,6 @@ def _compared(
 
 def _fields(step: Step) -> Row:
     return {"batch": step.batch} | dataclasses.asdict(step)
-
-
-def _burst(compiled: Any, arguments: tuple[Any, ...], launches: int) -> timing.Burst:
-    running: list[Any] = []
-
-    def enqueue() -> None:
-        running[:] = [compiled(*arguments)]
-
-    return timing.Burst(launches, enqueue, lambda: jax.block_until_ready(running))
 
 
 def _draw(output: Output, rows: Sequence[Row], title: str) -> None:

@@ -129,7 +129,8 @@ def orders(count: int) -> Iterator[list[int]]:
         yield order[::-1] if count % 2 and start % 2 else order
 
 
-def _asynchronous(compiled: Callable[..., Any], arguments: tuple, launches: int) -> Burst:
+def asynchronous(compiled: Callable[..., Any], arguments: tuple, launches: int) -> Burst:
+    """Returns a burst that calls a compiled function, which makes so many launches."""
     running: list[Any] = []
 
     def enqueue() -> None:
@@ -152,7 +153,7 @@ class ModelProgram:
 
     def burst(self, q: jax.Array, layers: Sequence[Any], shared: Any) -> Burst:
         """Returns the burst for arrays of the shapes that it was compiled for."""
-        return _asynchronous(self.compiled, (q, layers, shared), self.launches)
+        return asynchronous(self.compiled, (q, layers, shared), self.launches)
 
     def last_output(self, q: jax.Array, layers: Sequence[Any], shared: Any) -> Any:
         """Returns the output of the last launch, on layer (launches - 1) % len(layers)."""
