@@ -25,7 +25,7 @@ from mla_jax import checks
 from mla_jax.attention import all_query_lens, prepare
 from mla_jax.cache import PagedKVCache
 from mla_jax.cache.layers import merged, require_one_layer
-from mla_jax.checkpoints.weights import MLAParams, check_params
+from mla_jax.checkpoints.weights import MLAParams, check_params, check_params_type
 from mla_jax.config import MLAConfig
 from mla_jax.implementations.gradients import attend as attend_paged
 from mla_jax.prefill.form import FormOptions, Sizes, expanded_form
@@ -286,7 +286,7 @@ def project_output(params: MLAParams, o_latent: jax.Array) -> jax.Array:
     Raises TypeError or ValueError if an argument has another type, or if heads or rank are not
     those of `params`.
     """
-    _check_params_type(params)
+    check_params_type(params)
     checks.require_array("o_latent", o_latent)
     checks.require_float("o_latent", o_latent)
     heads, rank = params.w_uv.shape[:2]
@@ -371,23 +371,13 @@ def _expanded(
 def _check_input(params: Any, config: Any, x: Any) -> None:
     if not isinstance(config, MLAConfig):
         raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
-    _check_params_type(params)
+    check_params_type(params)
     check_params(params, config)
     checks.require_array("x", x)
     checks.require_shape("x", x, "[B, S, hidden_size]", None, None, config.hidden_size)
     checks.require_float("x", x)
     if 0 in x.shape:
         raise ValueError(f"x must have no dim of 0, got shape {list(x.shape)}")
-
-
-def _check_params_type(params: Any) -> None:
-    if not isinstance(params, MLAParams):
-        raise TypeError(f"params must be an MLAParams, got {type(params).__name__}")
-    for field in dataclasses.fields(params):
-        value = getattr(params, field.name)
-        if value is not None:
-            checks.require_array(f"params.{field.name}", value)
-            checks.require_float(f"params.{field.name}", value)
 
 
 def _check_heads(config: Any, cache: Any) -> None:

@@ -50,9 +50,9 @@ def attention_float64(
 def read_pages_float64(cache: Any, block_table: np.ndarray, length: int) -> np.ndarray:
     """Reads the first `length` rows of one request from a PagedKVCache: [length, D] float64.
 
-    Of a cache of several layers, it reads that of a view.
-    Layout NZ stores element (t, d) at address ((d / C0) * page_size + t) * C0 + d % C0. An int8
-    value is multiplied by the scale of its token, of its 128 columns, or of the whole cache.
+    A view gives the rows of its layer. Layout NZ stores element (t, d) at address
+    ((d / C0) * page_size + t) * C0 + d % C0. An int8 value is multiplied by the scale of its
+    token, of its 128 columns, or of the whole cache.
     """
     positions = np.arange(length)
     page = np.asarray(block_table)[positions // cache.page_size]
