@@ -17,8 +17,10 @@ import numpy as np
 from mla_jax import checks
 
 
-def first_page_of(index: Any, num_layers: int, num_pages: int) -> jax.Array:
+def first_page_of(index: Any, num_layers: int, num_pages: int) -> jax.Array | None:
     """Returns the first page of layer `index`, [] int32; -1 for a traced index out of range.
+
+    Returns None where there is one layer, so that nothing is added to its pages.
 
     Raises TypeError for an index that is not an integer, and ValueError for one out of range that
     is not traced.
@@ -29,9 +31,11 @@ def first_page_of(index: Any, num_layers: int, num_pages: int) -> jax.Array:
         if isinstance(index, jax.Array | np.ndarray):
             index = np.asarray(index)[()]
         index = checks.require_int("index", index, 0, num_layers - 1)
-        return jnp.asarray(index * num_pages, jnp.int32)
+        return None if num_layers == 1 else jnp.asarray(index * num_pages, jnp.int32)
     if not jnp.issubdtype(index.dtype, np.integer):
         raise TypeError(f"index must be an integer, got one of dtype {index.dtype}")
+    if num_layers == 1:
+        return None
     if index.dtype.itemsize < 4:
         index = index.astype(jnp.int32)
     exists = (index >= 0) & (index < num_layers)
