@@ -94,6 +94,8 @@ def test_pytrees_are_stored_whole():
         new_cache(layout="NZ"),
         new_cache(dtype="int8", scale_granularity="group"),
         new_cache(dtype="int8", scale_granularity="tensor", scale=0.1),
+        new_cache(num_layers=2),
+        new_cache(num_layers=2).layer(1),
     ]
     tiles = [
         config_of_height(rows, cache=cache)
