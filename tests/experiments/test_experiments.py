@@ -147,9 +147,10 @@ class TestResult:
         return {key: example[kind] for key, kind in SCHEMA.items()} | {"environment": environment()}
 
     def test_names_the_commit(self, monkeypatch):
-        """The commit is that of the checkout. Where there is none, a variable says it."""
+        """The commit is that of the checkout, unless a variable says it."""
+        monkeypatch.delenv("MLA_JAX_COMMIT", raising=False)
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=results.ROOT, capture_output=True)
-        commit = environment()["versions"]["commit"]
+        commit = results._commit.__wrapped__()
         if head.returncode == 0:
             assert re.fullmatch(f"{head.stdout.decode()[:7]}\\w*\\+?", commit)
         # A folder inside a repository is not that repository.
