@@ -30,7 +30,7 @@ TRANSPOSED = (  # two row tiles, which share a token's heads
     {"rows_per_tile": 16, "partial_dtype": "float16"},
 )
 GATHERED = (
-    {"heads": 24, "num_queries": 2, "requests": 6, "page_size": 16},
+    {"heads": 24, "num_queries": 2, "requests": 6, "page_size": 8, "kv_lora_rank": 128},
     {"rows_per_tile": 64},
 )
 TRANSPOSED_GATHERED_IN_PAIRS = (
@@ -132,10 +132,13 @@ def test_pairs_of_workers_interpreted(races, seq_lens, query_lens, program, work
 def test_tiles_without_hidden_blocks_interpreted(races):
     """Tiles of a request have 1, 2 and 2 blocks, or none if all their tokens are padding.
 
-    The rescaling by integer adds is tested here, too.
+    O is rescaled by integer adds, for every other head often: from block to block its maximum
+    rises by more than it may lag.
     """
     lens, queries = [66, 200, 3, 130], [5, 2, 0, 5]
     batch, options = drawn(66, lens, EXPONENT_ADD, query_lens=queries, workers=4, hides=True)
+    batch.q = np.array(batch.q)
+    batch.q[:, :, ::2] *= 8
     plan = plan_for(batch, **options)
     blocks = np.zeros((3, 4), np.int32)
     np.add.at(blocks, (plan.row_tile, plan.request), plan.block_end - plan.block_start)
@@ -236,7 +239,7 @@ def test_merges_tiles_of_two_partials_and_of_many(races, rows, ctas, width, fixe
         sizes |= {"split_size": 192, "max_seq_len": 64 * 40}
         plan = plan_fixed(lens, num_workers=18, overhead=1, **sizes)
     else:
-        plan = even_plan(lens, workers=18, most_workers=18, **sizes)
+        plan = even_plan(lens, workers=12, most_workers=12, **sizes)
     plan = jax.tree.map(jnp.asarray, plan)
     starts = np.asarray(plan.tile_partial_start)
     counts = np.diff(starts)  # one long request among short ones
