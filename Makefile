@@ -75,7 +75,7 @@ fuzz:  ## random calls on an H200, by ARGS: "--calls=700 --data-seeds=random,ran
 	PYTHONPATH=".:tests/support$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m fuzz $(ARGS)
 
 docs: $(ENVIRONMENT)  ## the API reference, from the docstrings: out/docs/index.html
-	$(PYTHON) -W error -m pdoc --docformat google --output-directory $(OUTPUT)/docs $(API)
+	$(PYTHON) -W error -m pdoc --docformat google --output-directory $(OUTPUT)/docs $(ARGS) $(API)
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .
