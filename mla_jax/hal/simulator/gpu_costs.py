@@ -43,6 +43,8 @@ class Kernel:
     multicast: CTAs of a cluster that share the loading of every KV block.
     block_in_page: whether each block lies in one page, so that the page size is a multiple of
         block_kv.
+    multiplies: the dtype of the operands in shared memory, "bf16", or "fp8" or "int8" for a kernel
+        that multiplies an 8-bit cache as it is, at the rate `engine.tensor_int8`.
     """
 
     name: str
@@ -60,6 +62,13 @@ class Kernel:
     value_loads: int = 1
     multicast: int = 1
     block_in_page: bool = False
+    multiplies: str = "bf16"
+
+    def __post_init__(self) -> None:
+        if self.multiplies not in ("bf16", "fp8", "int8"):
+            raise ValueError(
+                f"{self.name}: multiplies = {self.multiplies!r}, wanted bf16, fp8 or int8"
+            )
 
 
 def gpu_costs(
@@ -72,7 +81,10 @@ def gpu_costs(
     cycle = profile.cycle
     m, keys, item = kernel.block_q, kernel.block_kv, ITEMSIZE[kv]
     path = 1.0 if kernel.matrix == "wgmma" else profile["engine.mma_sync_share"]
-    flop = cycle / (profile["engine.tensor_bf16"] * profile["engine.tensor_efficiency"] * path)
+    narrow = kernel.multiplies != "bf16"
+    rate = profile["engine.tensor_int8" if narrow else "engine.tensor_bf16"]
+    flop = cycle / (rate * profile["engine.tensor_efficiency"] * path)
+    value = 1 if narrow else 2  # bytes of an operand's value in shared memory
     shared = cycle / (profile["engine.shared_pipe"] * profile["engine.shared_efficiency"])
     cuda = cycle / (profile["engine.cuda"] * profile["engine.cuda_efficiency"])
     sfu = cycle / profile["engine.sfu"]
@@ -84,13 +96,13 @@ def gpu_costs(
     def operands(qk: bool) -> float:
         """Returns the bytes that QK, or half of PV, reads through the shared-memory pipe."""
         if kernel.matrix == "wgmma":
-            return (m + keys) * KEY * 2 if qk else keys * (m + LATENT // 2) * 2
+            return value * ((m + keys) * KEY if qk else keys * (m + LATENT // 2))
         row_warps = m // 16
         column_warps = kernel.warps // row_warps
         if not qk:
-            return 16 * keys * 2 * kernel.warps / 2 + row_warps * keys * (LATENT // 2) * 2
+            return value * (16 * keys * kernel.warps / 2 + row_warps * keys * (LATENT // 2))
         split_keys = column_warps if kernel.qk == "sharded" else 1
-        return kernel.warps * (16 + keys / split_keys) * KEY * 2
+        return value * kernel.warps * (16 + keys / split_keys) * KEY
 
     def load(columns: int) -> StageCost:
         bytes_ = keys * columns * item
@@ -177,6 +189,11 @@ def _flashmla(profile: HardwareProfile) -> Kernel:
                   barriers=2, merge="combine", block_in_page=True)  # fmt: skip
 
 
+def _flashmla_8_bit(profile: HardwareProfile, name: str, dtype: str) -> Kernel:
+    """Returns FlashMLA's order for operands of 8 bits. V's transposition is not modelled."""
+    return dataclasses.replace(_flashmla(profile), name=name, multiplies=dtype)
+
+
 def _flashinfer_tile(profile: HardwareProfile) -> tuple[int, int]:
     """Returns (block_kv, stages) of FlashInfer's FA2 template for the size of shared memory."""
     shared = profile.bytes("buffer.shared")
@@ -241,6 +258,8 @@ def _fa3_duplicated(profile: HardwareProfile) -> Kernel:
 
 KERNELS: dict[str, Callable[[HardwareProfile], Kernel]] = {
     "flashmla_dense": _flashmla,
+    "flashmla_fp8": lambda p: _flashmla_8_bit(p, "flashmla_fp8", "fp8"),
+    "flashmla_int8": lambda p: _flashmla_8_bit(p, "flashmla_int8", "int8"),
     "flashinfer_fa2": lambda p: _fa2(p, "flashinfer_fa2", "sharded", "later"),
     "flashinfer_fa3": lambda p: _fa3(p, "flashinfer_fa3", False),
     "flashinfer_fa3_fp8kv": lambda p: _fa3(p, "flashinfer_fa3_fp8kv", True),

@@ -163,11 +163,12 @@ def require_gpu_runs(
                 f"and below {below:g} for {needs}"
             )
     widens = bool(schedule.blocks_of("WIDEN"))
-    wanted = ("fp8",) if widens else ("bf16", "fp16")
+    narrow = kernel.multiplies != "bf16"
+    wanted = ("fp8",) if widens else (kernel.multiplies,) if narrow else ("bf16", "fp16")
     if problem.kv_dtype not in wanted:
         raise ValueError(
             f"{where}: kv_dtype = {problem.kv_dtype!r}, wanted {' or '.join(wanted)}, since it "
-            f"multiplies in bf16 and {'widens' if widens else 'does not widen'} KV"
+            f"multiplies in {kernel.multiplies} and {'widens' if widens else 'does not widen'} KV"
         )
     if kernel.block_in_page and problem.page_size % kernel.block_kv:
         raise ValueError(
