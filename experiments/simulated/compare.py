@@ -7,6 +7,7 @@ from experiments.framework.console import say, show_table
 from experiments.framework.experiment import InputError, Outcome, Output
 from experiments.framework.machine_options import MachineOptions, machine_and_problem, report_row
 from experiments.framework.options import flag
+from experiments.simulated.own_files import errors_of, load_kernel, name_of
 from mla_jax.hal import simulate
 from mla_jax.hal.simulator.trace import caption, draw_gantt, draw_legend
 
@@ -20,7 +21,9 @@ _DEFAULTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Options(MachineOptions):
-    schedules: tuple[str, ...] = flag((), "orders or kernels; by default the published orders")
+    schedules: tuple[str, ...] = flag(
+        (), "orders, kernels or files of one's own (FILE.py); by default the published orders"
+    )
 
 
 def run(options: Options, output: Output) -> Outcome:
@@ -31,13 +34,15 @@ def run(options: Options, output: Output) -> Outcome:
     names: list[str] = []
     for name in options.schedules or _DEFAULTS[profile.family]:
         try:
-            reports.append(simulate(profile, problem, name))
+            with errors_of(name):
+                kernel = load_kernel(profile, name, options.dtype)
+                reports.append(simulate(profile, problem, kernel))
         except ValueError as error:  # the device can not run it
             if options.schedules:
                 raise InputError(f"--schedules: {error}") from error
             say(f"left out: {error}")
             continue
-        names.append(name)
+        names.append(name_of(name, kernel))
     if not names:
         raise InputError(f"--profile: {profile.name} runs none of the published orders")
     rows = [{"name": n} | report_row(r) for n, r in zip(names, reports, strict=True)]

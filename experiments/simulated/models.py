@@ -4,13 +4,14 @@ A table may name a kernel of `mla_jax.hal` itself, such as "flashmla_dense". Oth
 here, each with the nearest kernel that has a model. `note` says what differs.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mla_jax.hal import HardwareProfile, load_profile
 from mla_jax.hal.simulator.ascend_costs import ASCEND_KERNELS
-from mla_jax.hal.simulator.gpu_costs import KERNELS
+from mla_jax.hal.simulator.gpu_costs import KERNELS, Kernel
 
 PREFILL = "prefill"  # experiments/simulated/prefill_model.py
 
@@ -31,7 +32,7 @@ class Model:
 
 MODELS = (
     Model("hopper", {"bf16": "flashmla_dense"}, "ours, as FlashMLA's order and plan"),
-    Model("hopper_int8", {"int8": "flashmla_int8"}, "ours, as FlashMLA's order with int8 operands"),
+    Model("hopper_int8", {"int8": "flashmla_int8"}, "ours, as FlashMLA's order on int8"),
     Model(
         r"TensorRT-LLM \S+ MLA decode op",
         {"bf16": "flashmla_dense", "fp8": "flashmla_fp8"},
@@ -59,6 +60,7 @@ MODELS = (
         "FlashAttention-3's order, after a launch that rotates or converts its operands",
     ),
 )  # fmt: skip
+EIGHT_BITS = {"flashmla_fp8": "fp8", "flashmla_int8": "int8"}  # FlashMLA with such operands
 DTYPES = {"bf16": "bf16", "fp8_kv": "fp8"}  # in tables, and in `Problem`
 # Devices by other names. Which 910B an Atlas 800T A2 has is not said; a 910B3 is assumed.
 DEVICES = {"Ascend 910B (Atlas 800T A2)": "Ascend910B3"}
@@ -67,6 +69,17 @@ DEVICES = {"Ascend 910B (Atlas 800T A2)": "Ascend910B3"}
 def profile_of(device: str) -> HardwareProfile:
     """Returns the profile of a device, by the name that a table gives it."""
     return load_profile(DEVICES.get(device, device))
+
+
+def kernel_for(profile: HardwareProfile, name: str) -> Kernel | str:
+    """Returns what to simulate for a name in `Model.kernels`.
+
+    V is the transposed operand of 8-bit products; what its transposition costs is not modelled.
+    """
+    if name not in EIGHT_BITS:
+        return name
+    flashmla = KERNELS["flashmla_dense"](profile)
+    return dataclasses.replace(flashmla, name=name, multiplies=EIGHT_BITS[name])
 
 
 def dtype_of(variant: str, cell: str | None) -> str:

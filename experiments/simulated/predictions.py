@@ -13,7 +13,7 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
-from experiments.simulated.models import PREFILL, dtype_of, model_of, profile_of
+from experiments.simulated.models import PREFILL, dtype_of, kernel_for, model_of, profile_of
 from experiments.simulated.prefill_model import prefill_seconds
 from mla_jax.hal import HardwareProfile, Problem, load_profile, simulate
 from mla_jax.hal.simulator.simulate import Report
@@ -142,8 +142,9 @@ def problem_of(row: Row, dtype: str) -> Problem:
 def report_of(row: Row, profile: HardwareProfile | None = None) -> Report:
     """Returns the model's report for a row of a table of decode kernels."""
     dtype = dtype_of(kernel_of(row), row.get("dtype"))
-    kernel = model_of(kernel_of(row), dtype).kernels[dtype]
-    return simulate(profile or profile_of(row["device"]), problem_of(row, dtype), kernel)
+    name = model_of(kernel_of(row), dtype).kernels[dtype]
+    profile = profile or profile_of(row["device"])
+    return simulate(profile, problem_of(row, dtype), kernel_for(profile, name))
 
 
 def predict(row: Row, profile: HardwareProfile | None = None) -> float:

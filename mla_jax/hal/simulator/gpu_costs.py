@@ -65,10 +65,32 @@ class Kernel:
     multiplies: str = "bf16"
 
     def __post_init__(self) -> None:
-        if self.multiplies not in ("bf16", "fp8", "int8"):
-            raise ValueError(
-                f"{self.name}: multiplies = {self.multiplies!r}, wanted bf16, fp8 or int8"
-            )
+        for field, allowed in _CHOICES.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(
+                    f"{self.name}: {field} = {getattr(self, field)!r}, wanted one of "
+                    f"{', '.join(map(str, allowed))}"
+                )
+        for field, lowest, step in (("block_q", 16, 16), ("block_kv", 16, 16), ("warps", 1, 1),
+                                    ("barriers", 0, 1), ("multicast", 1, 1)):  # fmt: skip
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < lowest or value % step:
+                steps = f", a multiple of {step}" * (step > 1)
+                raise ValueError(
+                    f"{self.name}: {field} = {value!r}, wanted a whole number from {lowest}{steps}"
+                )
+
+
+_CHOICES = {
+    "matrix": ("wgmma", "mma_sync"),
+    "copy": ("tma", "cp_async", "gather"),
+    "qk": ("whole", "sharded", "duplicated"),
+    "merge": ("none", "merge_first", "merge", "combine", "stage2"),
+    "multiplies": ("bf16", "fp8", "int8"),
+    "partial_bytes": (1, 2, 4),
+    "value_loads": (1, 2),
+    "block_in_page": (False, True),
+}
 
 
 def gpu_costs(
@@ -189,11 +211,6 @@ def _flashmla(profile: HardwareProfile) -> Kernel:
                   barriers=2, merge="combine", block_in_page=True)  # fmt: skip
 
 
-def _flashmla_8_bit(profile: HardwareProfile, name: str, dtype: str) -> Kernel:
-    """Returns FlashMLA's order for operands of 8 bits. V's transposition is not modelled."""
-    return dataclasses.replace(_flashmla(profile), name=name, multiplies=dtype)
-
-
 def _flashinfer_tile(profile: HardwareProfile) -> tuple[int, int]:
     """Returns (block_kv, stages) of FlashInfer's FA2 template for the size of shared memory."""
     shared = profile.bytes("buffer.shared")
@@ -258,8 +275,6 @@ def _fa3_duplicated(profile: HardwareProfile) -> Kernel:
 
 KERNELS: dict[str, Callable[[HardwareProfile], Kernel]] = {
     "flashmla_dense": _flashmla,
-    "flashmla_fp8": lambda p: _flashmla_8_bit(p, "flashmla_fp8", "fp8"),
-    "flashmla_int8": lambda p: _flashmla_8_bit(p, "flashmla_int8", "int8"),
     "flashinfer_fa2": lambda p: _fa2(p, "flashinfer_fa2", "sharded", "later"),
     "flashinfer_fa3": lambda p: _fa3(p, "flashinfer_fa3", False),
     "flashinfer_fa3_fp8kv": lambda p: _fa3(p, "flashinfer_fa3_fp8kv", True),
