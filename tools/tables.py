@@ -25,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the other files of t
 
 import speed_picture
 import tables_accuracy as accuracy
+import tables_predictions as predictions
 import tables_prefill as prefill
+import tables_profiles as profiles
 import tables_sharded as several
 import tables_speed as speed
 from tables_common import CARDS, ROOT, read
@@ -64,6 +66,8 @@ PAGES: dict[str, dict[str, Writer]] = {
         "h100_int8": _of(speed.int8_beside_bf16, "h100", "us"),
         "h100_benchmark": _of(speed.classes, "h100", ""),
     },
+    "benchmarks/predictions.md": {"predictions": predictions.predicted},
+    "docs/adding_a_profile.md": {"profile_fields": profiles.fields},
     "docs/hopper_prefill.md": {"prefill_widths": prefill_widths},
     "docs/int8.md": {
         "int8_output": accuracy.int8_output,
