@@ -153,8 +153,8 @@ def faster_named(rows: Sequence[Row]) -> tuple[int, int]:
     cases: dict[tuple, list[Row]] = {}
     for row in rows:
         if row["quantity"] != "speedup_v11_over_v0":
-            case = tuple(row.get(key, usual) for key, usual in SAME_CASE.items())
-            cases.setdefault((row["table"], *case), []).append(row)
+            call = tuple(row.get(key, usual) for key, usual in SAME_CASE.items())
+            cases.setdefault((row["table"], *call), []).append(row)
     right = pairs = 0
     for case in cases.values():
         for i, a in enumerate(case):
