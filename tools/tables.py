@@ -66,7 +66,10 @@ PAGES: dict[str, dict[str, Writer]] = {
         "h100_int8": _of(speed.int8_beside_bf16, "h100", "us"),
         "h100_benchmark": _of(speed.classes, "h100", ""),
     },
-    "benchmarks/predictions.md": {"predictions": predictions.predicted},
+    "benchmarks/predictions.md": {
+        "predictions": predictions.predicted,
+        "prediction_scores": predictions.scores,
+    },
     "docs/adding_a_profile.md": {"profile_fields": profiles.fields},
     "docs/hopper_prefill.md": {"prefill_widths": prefill_widths},
     "docs/int8.md": {

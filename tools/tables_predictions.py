@@ -4,6 +4,8 @@ from pathlib import Path
 
 from tables_common import read, table, wrapped
 
+from experiments.simulated.foretell import score
+
 
 def predicted(root: Path) -> str:
     """Returns each date's table: the bound of a device, and the kernels that were simulated."""
@@ -37,3 +39,13 @@ def _of_date(found: dict) -> str:
 
 def _time(us: float | None) -> str:
     return "" if us is None else f"{us:.1f}" if us < 100 else f"{us:,.0f}"
+
+
+def scores(root: Path) -> str:
+    """Returns a line per measured table, date, device and kernel that was predicted."""
+    folder = root / "benchmarks" / "predictions"
+    return "\n".join(
+        f"- `{path.name}`: {line}."
+        for path in sorted(folder.glob("measured/*.csv"))
+        for line in score(path, folder)
+    )
