@@ -14,6 +14,7 @@ from mla_jax.splits.plan import SlowPlanWarning, SplitPlan
 from mla_jax.splits.planner import plan_splits
 from pallas_kernels.hopper import device
 from pallas_kernels.hopper.config import KernelConfig
+from pallas_kernels.hopper.plan.where_lowered import plan_where_lowered
 from pallas_kernels.hopper.tuned import choose_config, config_of_height, tile_heights
 from pallas_kernels.hopper.work_items import BLOCK
 
@@ -126,8 +127,12 @@ def plan_decode(
     profile: HardwareProfile | None = None,
     query_lens: jax.Array | None = None,
     num_heads: int | None = None,
+    clip: bool = False,
 ) -> DecodePlan:
     """Returns the plan with which the kernels are fastest on a batch, in equal shares per SM.
+
+    On a Hopper GPU one kernel makes it, for up to `plan.call.MOST_TILES` tiles of all requests
+    together. JAX makes larger plans, and plans on other platforms.
 
     Args:
         seq_lens: [B] int32, keys per request.
@@ -139,6 +144,7 @@ def plan_decode(
         tiles: config of the kernel; None: the tuned one.
         profile: of the GPU; None: of this machine's Hopper GPU, or else of an H200.
         query_lens, num_heads: as in `plan_splits`.
+        clip: whether a length that is not in 0 .. capacity counts as the nearest that is.
     """
     tiles = tiles or choose_config(
         rows,
@@ -151,6 +157,7 @@ def plan_decode(
         rope_dim=rope_dim,
     )
     sms = device.num_sms() if profile is None else profile.cores
+    longest = min(capacity, _MOST_KEYS) if capacity is not None and clip else _MOST_KEYS
     split = plan_splits(
         seq_lens,
         num_workers=tiles.num_workers(sms),
@@ -162,6 +169,7 @@ def plan_decode(
         max_seq_len=None if capacity is None else min(capacity, _MOST_KEYS),
         query_lens=query_lens,
         num_heads=num_heads,
+        make=functools.partial(plan_where_lowered, longest=longest),
     )
     return DecodePlan(split, tiles, sms)
 
