@@ -231,7 +231,7 @@ def share_of(worker: Any, total: Any, count: Any) -> tuple[Any, Any]:
 def without_spread_overhead(
     inside: Any, rest: Any, cost: Any, count: Any, overhead: int, num_workers: int
 ) -> Any:
-    """Returns the cost of the blocks before a boundary in a tile, rounded to the nearest integer.
+    """Returns the cost of the blocks before a boundary in a tile, rounded to the nearest, or even, integer.
 
     inside: the cost of this part of the tile with the tile's overhead spread over its blocks, less
         than `rest` / `count`. That is added to it first, so that nothing is rounded twice.
@@ -246,10 +246,12 @@ def without_spread_overhead(
     # These sums leave int32 in tiles of millions of blocks. There a block more or less is nothing.
     fits = whole <= LARGEST // (num_workers * (2 * overhead + 3))
     per_overhead = quotient(whole, max(overhead, 1))
-    above = quotient(
-        jnp.where(fits, dividend, inside), jnp.maximum(jnp.where(fits, divisor, per_overhead), 1)
-    )
-    return jnp.where(fits, inside - overhead + above, inside - above)
+    dividend = jnp.where(fits, dividend, inside)
+    divisor = jnp.maximum(jnp.where(fits, divisor, per_overhead), 1)
+    above = quotient(dividend, divisor)
+    exact = inside - overhead + above
+    is_odd_tie = ((exact & 1) == 1) & (above * divisor == dividend)
+    return jnp.where(fits, exact - jnp.where(is_odd_tie, 1, 0), inside - above)
 
 
 def blocks_before(inside: Any, blocks: Any, full: Any, last: Any, overhead: int) -> Any:

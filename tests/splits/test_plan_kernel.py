@@ -1,0 +1,155 @@
+"""The kernel that makes a plan, against the plan in JAX; and the plan's integer arithmetic."""
+
+import functools
+import math
+from fractions import Fraction
+
+import aot
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from mla_jax.splits.line import MOST_COST, unit_of, without_spread_overhead
+from mla_jax.splits.planner import balanced_plan, plan_splits
+from pallas_kernels.hopper import planning
+from pallas_kernels.hopper.plan import where_lowered
+from pallas_kernels.hopper.plan.call import MOST_TILES
+from pallas_kernels.hopper.plan.kernel import make_plan
+
+LARGEST = 2**31 - 1
+LONGEST = LARGEST - 100
+# 18 tiles of 5 tokens for 6 workers in pairs
+SIZES = {
+    "num_workers": 6,
+    "rows": 150,
+    "num_heads": 30,
+    "merge_overhead": 3,
+    "in_pairs": True,
+}
+
+
+def clipped_plan(seq_lens, query_lens, balance):
+    return balanced_plan(jnp.minimum(seq_lens, LONGEST), query_lens, balance)
+
+
+def assert_same(got, wanted):
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for (name, one), other in zip(got.arrays().items(), wanted.arrays().values(), strict=True):
+        np.testing.assert_array_equal(one, other, name)
+
+
+def test_one_kernel_makes_the_same_plan_interpreted():
+    interpret = plgpu.InterpretGPUParams()
+    by_kernel = functools.partial(make_plan, longest=LONGEST, interpret=interpret)
+    made, specified = (
+        jax.jit(lambda lens, queries, make=make: plan_splits(
+            lens, query_lens=queries, make=make, **SIZES
+        ))
+        for make in (by_kernel, clipped_plan)
+    )  # fmt: skip
+    seen = set()
+    for lens, queries in (
+        ([6400] * 6, [5] * 6),  # tiles for pairs, in halves
+        ([640, 0, 700, 64, 1, 650], [5, 0, 5, 1, 1, 2]),  # whole tiles
+        ([50_000, 0, 64, 3, 900, -7], [5, 1, 3, 2, 5, 0]),
+        ([LARGEST, 10**9, 2**30, 10**8, 5, 12_345], [5, 5, 0, 2, 5, 4]),  # places of many blocks
+    ):
+        plan = made(np.int32(lens), np.int32(queries))
+        assert_same(plan, specified(np.int32(lens), np.int32(queries)))
+        plan = jax.tree.map(np.asarray, plan)
+        splits = (plan.block_start > 0).sum()
+        of_pairs = plan.block_start[np.minimum(plan.worker_start[2:-1:2], plan.num_items - 1)]
+        seen.add("whole" if not splits else "halves" if not of_pairs.any() else "shares")
+    assert seen == {"whole", "halves", "shares"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("requests", "sizes"),
+    [
+        (1, {"num_workers": 132, "rows": 16, "rows_per_tile": 16, "overhead": 2}),
+        (6, SIZES),
+        (
+            40,
+            {"num_workers": 132, "rows": 16, "overhead": 2, "merge_overhead": 8, "in_pairs": True},
+        ),
+        (512, {"num_workers": 132, "rows": 16, "max_seq_len": 2**20}),
+        (600, {"num_workers": 57, "rows": 384}),
+    ],
+)
+def test_one_kernel_makes_the_same_plan_on_the_gpu(requests, sizes):
+    heads = sizes.get("num_heads")
+    made, specified = (
+        jax.jit(lambda lens, queries, make=make: plan_splits(
+            lens, query_lens=queries if heads else None, make=make, **sizes
+        ))
+        for make in (make_plan, balanced_plan)
+    )  # fmt: skip
+    rng = np.random.default_rng(requests)
+    for _ in range(200):
+        mean = math.exp(rng.uniform(3, 13))
+        lens = np.minimum(rng.exponential(mean, requests), 2**20).astype(np.int32)
+        lens[rng.random(requests) < rng.choice([0, 0.3])] = 0
+        queries = rng.integers(0, 6, requests).astype(np.int32)
+        assert_same(made(lens, queries), specified(lens, queries))
+
+
+def program(platform, function, *args):
+    return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_a_plan_for_a_gpu_is_one_kernel(h200):
+    """It spills no registers. A program for a CPU has no kernel."""
+    lens = jax.ShapeDtypeStruct((512,), jnp.int32)
+    plan = functools.partial(planning.plan_decode, rows=16, capacity=1000, clip=True)
+    assert "mla_decode_plan" not in program("cpu", plan, lens)
+    (report,) = aot.compile_sm90a(plan, lens)
+    assert "mla_decode_plan" in report.name
+    assert report.spill_stores == report.spill_loads == report.stack_frame == 0
+
+
+def test_a_plan_without_the_kernel(monkeypatch):
+    """Under vmap, partitioned, or with more tiles than the kernel takes, JAX makes the plan."""
+
+    def kernel(*_, **__):
+        raise AssertionError("the kernel was called")
+
+    monkeypatch.setattr(where_lowered, "make_plan", kernel)
+    plan = functools.partial(planning.plan_decode, rows=16, clip=True, capacity=640)
+    wanted = jax.jit(plan)(jnp.int32([100, 700, -1, 0]))
+    assert int(wanted.split.block_end.max()) == 10  # not 11, of 700 keys
+    several = jax.vmap(plan)(jnp.int32([[100, 700, -1, 0], [1, 2, 3, 4]]))
+    assert_same(jax.tree.map(lambda x: x[0], several).split, wanted.split)
+    program("cuda", jax.vmap(plan), jax.ShapeDtypeStruct((2, 4), jnp.int32))
+    program("cuda", plan, jax.ShapeDtypeStruct((MOST_TILES + 1,), jnp.int32))
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.NamedSharding(mesh, jax.P("x"))
+    program("cuda", plan, jax.ShapeDtypeStruct((4,), jnp.int32, sharding=spread))
+
+
+def test_overhead_spread_over_a_tile_is_rounded_once():
+    rng = np.random.default_rng(3)
+    for overhead, largest in ((2, 100), (5, 8000), (5, 10**9), (40, 10**7)):
+        count = rng.integers(1, 133, 50).astype(np.int32)
+        cost = rng.integers(0, largest, 50).astype(np.int32)
+        inside = (rng.random(50) * (cost + overhead)).astype(np.int32)
+        rest = (rng.random(50) * count).astype(np.int32)
+        got = without_spread_overhead(inside, rest, cost, count, overhead, 132)
+        for i, value in enumerate(np.asarray(got).tolist()):
+            place = int(inside[i]) + Fraction(int(rest[i]), int(count[i]))
+            exact = place * Fraction(int(cost[i]), int(cost[i]) + overhead)
+            in_int32 = (int(cost[i]) + overhead) * 132 * (2 * overhead + 3) <= LARGEST
+            assert abs(value - exact) <= (Fraction(1, 2) if in_int32 else Fraction(3, 2))
+
+
+def test_the_unit_is_the_smallest_that_fits_or_twice_that():
+    rng = np.random.default_rng(4)
+    for factor, overhead in ((1, 0), (6, 0), (1, 12_345)):
+        for most in (2**10, 2**20, 2**31 - 1):
+            blocks = np.minimum(rng.exponential(most / 2, 900), most).astype(np.int32)
+            total = (blocks.astype(np.int64) + overhead).sum() * factor
+            unit = int(unit_of(blocks, most=most, factor=factor, overhead=overhead))
+            assert total <= unit * MOST_COST
+            assert unit == 1 or total * 1.01 > unit * MOST_COST // 2
