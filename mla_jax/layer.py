@@ -75,7 +75,8 @@ def mla_layer(
             arrays are then deleted, and using them raises. False copies `cache`. Under an outer jit
             the argument has no effect: donate the cache there.
         causal, implementation, plan, rescale, partial_dtype: as in `paged_mla_attention`. A plan
-            inside a `jax.shard_map` is for the requests and heads of one device.
+            inside a `jax.shard_map` is for the requests and heads of one device. Without one, each
+            iteration of a scan over layers makes one: hand in a plan that is made before the scan.
         form: "absorbed" or "expanded"; None selects the one that `mla_jax.hal.choose_form` finds
             cheaper for S, the widths, the dtype and the tokens that a block table reaches. With
             query_lens, None computes requests with few new tokens in the absorbed form in any case.
@@ -85,9 +86,8 @@ def mla_layer(
             memory at a time, or those of the new tokens if there are more. None: as many as take
             1 GiB.
         head_axis: the axis of a `jax.shard_map` around the call that splits the heads
-            (`param_specs`). `config` is that of the whole layer. All other arguments are equal
-            along the axis, and so are the results: the projected outputs are summed over it once.
-            None: `params` has all heads.
+            (`param_specs`). `config` is that of the whole layer. All other arguments and the
+            results are equal along it: projected outputs are summed over it. None: all heads.
         kv_axis: the axis of a `jax.shard_map` around the call over which the keys of every request
             are split, as in `paged_mla_attention`. A new token is written on the device that has
             its page. The attention takes the absorbed form. The sum of the projected outputs is

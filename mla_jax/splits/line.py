@@ -231,7 +231,7 @@ def share_of(worker: Any, total: Any, count: Any) -> tuple[Any, Any]:
 def without_spread_overhead(
     inside: Any, rest: Any, cost: Any, count: Any, overhead: int, num_workers: int
 ) -> Any:
-    """Returns the cost of the blocks before a boundary in a tile, rounded to the nearest, or even, integer.
+    """Returns the cost of the blocks before a boundary in a tile, rounded half to even.
 
     inside: the cost of this part of the tile with the tile's overhead spread over its blocks, less
         than `rest` / `count`. That is added to it first, so that nothing is rounded twice.
@@ -239,8 +239,8 @@ def without_spread_overhead(
     count: at most num_workers.
     """
     whole = cost + overhead
-    # (inside + rest / count) * cost / whole = inside + rest / count - part of the overhead. The
-    # overhead added keeps the quotient positive.
+    # With x = inside + rest / count, the result is x - overhead * x / whole. The overhead is added,
+    # and subtracted after the division, so that the quotient is positive.
     part = 2 * overhead * (count * whole - inside * count - rest)
     dividend, divisor = 2 * rest * whole + count * whole + part, 2 * count * whole
     # These sums leave int32 in tiles of millions of blocks. There a block more or less is nothing.

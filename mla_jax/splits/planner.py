@@ -11,9 +11,11 @@ A range ends at the block edge nearest to an equal share of the cost, by one of 
 tile's edge. With an overhead of 5 that is a work item of one block. Moving the edge saves the work
 item and its merge, and costs the neighbour a block.
 
-All sums are int32, whatever the lengths are. If the cost of all blocks could exceed int32, the line
-counts units of 2^k blocks, with the smallest k that keeps the sums in range. Such a plan splits at
-multiples of the unit, which is 2^-30 of the work or less. It still covers every block once.
+All arithmetic of a balanced plan is in integers, so that a kernel can make the same plan to the bit
+(`pallas_kernels.hopper.plan`). All sums are int32, whatever the lengths are. If the cost of all
+blocks could exceed int32, the line counts units of 2^k blocks (`line.unit_of`), which keep the sums
+in range. Such a plan splits at multiples of the unit, which is 2^-28 of the work or less. It still
+covers every block once.
 """
 
 import dataclasses
@@ -77,8 +79,7 @@ def balanced_plan(seq_lens: jax.Array, query_lens: jax.Array | None, balance: Ba
     """Returns the plan of `plan_splits`.
 
     The candidates are equal shares for 1 .. num_workers workers, twice: with a tile's overhead
-    before its blocks, and spread over them. All arithmetic is in integers, so that other code can
-    make the same plan to the bit (`pallas_kernels.hopper.plan.kernel`).
+    before its blocks, and spread over them.
     """
     num_workers, costs, merge_overhead, in_pairs, most, num_heads = balance
     blocks = num_blocks(seq_lens, costs.block_size)

@@ -202,6 +202,12 @@ class Planner:
         for first in range(0, WARPS * self.call.share_ctas, LANES):
             index = jnp.minimum(first + lane, WARPS * self.call.share_ctas - 1)
             scores.append((index, *self.load_score(index)))
+        others = jnp.full_like(lane, WARPS * self.call.share_ctas)
+        whole_load, _ = self.load_score(others)
+        halves_load, _ = self.load_score(others + 1) if balance.in_pairs else (LARGEST, None)
+        # These need no score, so they are computed while the scores are loaded.
+        whole = self.line.edges(workers, num_workers)
+        halves = self.line.halves(workers) if balance.in_pairs else []
         smallest = scores[0][1]
         for _, load, _ in scores[1:]:
             smallest = jnp.minimum(smallest, load)
@@ -216,14 +222,9 @@ class Planner:
         shares = [share_of(worker, self.line.cost, count) for worker in workers]
         boundaries = self.line.shares_of(workers, shares, count, spread)
 
-        others = jnp.full_like(lane, WARPS * self.call.share_ctas)
-        whole_load, _ = self.load_score(others)
         least = smallest + balance.merge_overhead
-        whole = self.line.edges(workers, num_workers)
         boundaries = list(map(lambda w, b: choose(whole_load <= least, w, b), whole, boundaries))
         if balance.in_pairs:
-            halves_load, _ = self.load_score(others + 1)
             is_cheaper = halves_load + PAIR_OVERHEAD < jnp.minimum(whole_load, least)
-            halves = self.line.halves(workers)
             boundaries = list(map(lambda h, b: choose(is_cheaper, h, b), halves, boundaries))
         return boundaries
