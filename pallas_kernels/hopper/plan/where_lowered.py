@@ -56,8 +56,9 @@ def _leaves_in_jax(*lens: jax.Array, **options: Any) -> list[jax.Array]:
     return jax.tree.leaves(_in_jax(*lens, **options))
 
 
-def _leaves_by_kernel(*lens: jax.Array, balance: Balance, longest: int) -> list[jax.Array]:
-    seq_lens, query_lens = (*lens, None)[:2]
+def _leaves_by_kernel(
+    seq_lens: jax.Array, query_lens: jax.Array | None = None, *, balance: Balance, longest: int
+) -> list[jax.Array]:
     return jax.tree.leaves(make_plan(seq_lens, query_lens, balance, longest=longest))
 
 
