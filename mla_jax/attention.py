@@ -10,6 +10,7 @@ import numpy as np
 
 from mla_jax import checks
 from mla_jax.cache import PagedKVCache
+from mla_jax.cache.layers import merged, pool_tables, require_one_layer
 from mla_jax.cache.requests import valid_or_minus_one
 from mla_jax.implementations.choice import Choice
 from mla_jax.implementations.gradients import attend
@@ -84,7 +85,8 @@ def paged_mla_attention(
     Args:
         q: [B, S, H, D] = [q_latent | q_rope], not scaled; float32, bfloat16 or float16.
         cache: K is a row [c_kv | k_rope] of D values, V its first kv_lora_rank. The plain-JAX
-            implementations read an int8 cache dequantized, in float32.
+            implementations read an int8 cache dequantized, in float32. Of a pool of several layers,
+            `cache.layer(i)`.
         block_tables: [B, max_pages] int32; entries past a request's length may hold anything.
         seq_lens: [B] int32, keys per request, its new tokens included; 0: none.
         softmax_scale: multiplies the scores (`MLAConfig.softmax_scale`); above 0 and known at
@@ -182,7 +184,8 @@ def prepare(
     """Runs all checks of `paged_mla_attention` and returns what `attend` takes.
 
     Where nothing is traced, the choice that it returns can run here. With kv_axis the problem has
-    this device's keys, and each of the B * S query tokens is a request of its own.
+    this device's keys, and each of the B * S query tokens is a request of its own. With a view of
+    a layer the problem has all pages of the pool, and block tables with their numbers.
     """
     _check_arrays(q, cache, block_tables, seq_lens, query_lens)
     causal = checks.require_bool("causal", causal)
@@ -204,8 +207,8 @@ def prepare(
     block_tables, seq_lens, query_lens = map(checks.snapshot, (block_tables, seq_lens, query_lens))
     problem = AttentionProblem(
         q=q,
-        cache=cache,
-        block_tables=block_tables,
+        cache=merged(cache),
+        block_tables=pool_tables(cache, block_tables),
         seq_lens=seq_lens,
         query_lens=query_lens,
         plan=plan,
@@ -285,6 +288,7 @@ def _check_arrays(
     if not isinstance(cache, PagedKVCache):
         raise TypeError(f"cache must be a PagedKVCache, got {type(cache).__name__}")
     cache.check()
+    require_one_layer(cache)
     checks.require_array("q", q)
     checks.require_shape(
         "q", q, "[B, S, H, kv_lora_rank + rope_dim]", None, None, None, cache.latent_dim

@@ -24,7 +24,8 @@ from jax.sharding import PartitionSpec
 from mla_jax import checks
 from mla_jax.attention import all_query_lens, prepare
 from mla_jax.cache import PagedKVCache
-from mla_jax.checkpoints.weights import MLAParams, check_params
+from mla_jax.cache.layers import merged, require_one_layer
+from mla_jax.checkpoints.weights import MLAParams, check_params, check_params_type
 from mla_jax.config import MLAConfig
 from mla_jax.implementations.gradients import attend as attend_paged
 from mla_jax.prefill.form import FormOptions, Sizes, expanded_form
@@ -66,7 +67,8 @@ def mla_layer(
         params: weights of the layer.
         config: shape of the layer; static under jit.
         x: [B, S, hidden] hidden states of the new tokens, left aligned.
-        cache: holds the latents of the earlier tokens. Use the returned cache from here on.
+        cache: holds the latents of the earlier tokens. Use the returned cache from here on. Of a
+            pool of several layers, `cache.layer(i)`.
         block_tables: [B, max_pages] int32, with pages for the new tokens.
         seq_lens: [B] int32, tokens of each request including the new ones.
         query_lens: [B] int32, how many of the S tokens are real, 0 .. min(S, seq_lens). None means
@@ -95,7 +97,7 @@ def mla_layer(
 
     Returns:
         out: [B, S, hidden] of x.dtype. Rows past query_lens are the output bias, or 0.
-        cache: with the new tokens appended.
+        cache: with the new tokens appended. Of a view, the pool with all layers.
 
     Gradients reach the weights, x and the pages of a cache of floats in both forms, with memory
     that is linear in the number of tokens, as in FlashAttention-2 (arXiv 2307.08691). Padding of x
@@ -198,13 +200,13 @@ def attend(
         config: shape of the layer; static under jit.
         q: [B, S, H, D] absorbed queries, as `preprocess` returns them.
         kv: [B, S, D] rows of the new tokens, which are cast to the dtype of the cache's rows.
-        cache: holds the rows of the earlier tokens. Use the returned cache from here on.
+        cache: as in `mla_layer`.
         block_tables, seq_lens, query_lens, donate: as in `mla_layer`.
         causal, implementation, plan, rescale, partial_dtype, kv_axis: as in `paged_mla_attention`.
 
     Returns:
         o_latent: [B, S, H, kv_lora] of q.dtype.
-        cache: with the new tokens appended.
+        cache: as `mla_layer` returns it.
 
     Gradients reach q, kv and the pages of a cache of floats, as those of `paged_mla_attention`.
 
@@ -267,7 +269,7 @@ def _append_and_attend(
     block_tables, seq_lens, query_lens = map(checks.snapshot, (block_tables, seq_lens, query_lens))
     new = kv, block_tables, seq_lens - query_lens, query_lens
     cache = cache.append(*new, donate=donate, kv_axis=kv_axis)
-    o, lse = attend_paged(dataclasses.replace(problem, cache=cache), choice)
+    o, lse = attend_paged(dataclasses.replace(problem, cache=merged(cache)), choice)
     return o.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3]), cache
 
 
@@ -284,7 +286,7 @@ def project_output(params: MLAParams, o_latent: jax.Array) -> jax.Array:
     Raises TypeError or ValueError if an argument has another type, or if heads or rank are not
     those of `params`.
     """
-    _check_params_type(params)
+    check_params_type(params)
     checks.require_array("o_latent", o_latent)
     checks.require_float("o_latent", o_latent)
     heads, rank = params.w_uv.shape[:2]
@@ -369,23 +371,13 @@ def _expanded(
 def _check_input(params: Any, config: Any, x: Any) -> None:
     if not isinstance(config, MLAConfig):
         raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
-    _check_params_type(params)
+    check_params_type(params)
     check_params(params, config)
     checks.require_array("x", x)
     checks.require_shape("x", x, "[B, S, hidden_size]", None, None, config.hidden_size)
     checks.require_float("x", x)
     if 0 in x.shape:
         raise ValueError(f"x must have no dim of 0, got shape {list(x.shape)}")
-
-
-def _check_params_type(params: Any) -> None:
-    if not isinstance(params, MLAParams):
-        raise TypeError(f"params must be an MLAParams, got {type(params).__name__}")
-    for field in dataclasses.fields(params):
-        value = getattr(params, field.name)
-        if value is not None:
-            checks.require_array(f"params.{field.name}", value)
-            checks.require_float(f"params.{field.name}", value)
 
 
 def _check_heads(config: Any, cache: Any) -> None:
@@ -395,6 +387,7 @@ def _check_heads(config: Any, cache: Any) -> None:
     if not isinstance(cache, PagedKVCache):
         raise TypeError(f"cache must be a PagedKVCache, got {type(cache).__name__}")
     widths = {"kv_lora_rank": config.kv_lora_rank, "rope_dim": config.qk_rope_head_dim}
+    require_one_layer(cache)
     for name, wanted in widths.items():
         if getattr(cache, name) != wanted:
             raise ValueError(f"cache.{name} must be {wanted}, got {getattr(cache, name)}")

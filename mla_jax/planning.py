@@ -42,7 +42,8 @@ def plan_decode(
 
     Args:
         seq_lens: [B] int32, keys per request, its new tokens included; 0: none.
-        cache: the cache that is attended to. Its dtype, page size and widths count, not its values.
+        cache: the cache that is attended to. Its dtype, page size and widths count, not its values
+            or its number of layers.
         num_heads: query heads.
         num_query_tokens: query tokens per request, S of the op's q.
         profile: a hardware profile or its name, e.g. "H100_SXM5" (`mla_jax.hal.PROFILES`). None:

@@ -91,13 +91,16 @@ def apply_rope(x: jax.Array, positions: jax.Array, config: MLAConfig) -> jax.Arr
     if positions.shape != x.shape[: positions.ndim] or positions.ndim >= x.ndim:
         raise ValueError(f"positions {positions.shape} must be the leading axes of x {x.shape}")
 
-    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(config)
+    # Each channel is computed by itself, from the two channels of its pair: XLA then fuses the
+    # rotation with what reads it. Pairs as an axis of their own would be transposed first.
+    pairs, axis = ((-1, 2), -1) if config.rope_interleave else ((2, -1), -2)
+    ones = np.ones(config.qk_rope_head_dim // 2, np.float32)
+    frequencies = np.stack([rope_frequencies(config)] * 2, axis).ravel()
+    signs = np.stack([-ones, ones], axis).ravel()
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
     angles = angles.reshape(*positions.shape, *[1] * (x.ndim - positions.ndim - 1), -1)
     scale = config.rope_scaling.rotation_scale if config.rope_scaling else 1.0
-    cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
-
-    pairs = (-1, 2) if config.rope_interleave else (2, -1)
-    axis = -1 if config.rope_interleave else -2
-    first, second = jnp.moveaxis(x.astype(jnp.float32).reshape(*x.shape[:-1], *pairs), axis, 0)
-    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=axis)
-    return turned.reshape(x.shape).astype(x.dtype)
+    wide = x.astype(jnp.float32)
+    others = jnp.flip(wide.reshape(*x.shape[:-1], *pairs), axis).reshape(x.shape)
+    turned = wide * (jnp.cos(angles) * scale) + others * (jnp.sin(angles) * signs * scale)
+    return turned.astype(x.dtype)

@@ -14,9 +14,9 @@ k_rope is NaN. Its c_kv then reads as NaN, and so does the output of every row t
 Only pages up to a request's length are read. Other entries of a block table, and rows past the
 length, may hold anything.
 
-`paged` has the cache and the programs that read it, `writes` those that write to it, `layout` the
-pages, `int8` the stored form of int8 rows, and `arguments` the checks of what the cache's methods
-get.
+`paged` has the cache, `reads` and `writes` its programs, `layers` the pages of each layer, `layout`
+the pages themselves, `int8` the stored form of int8 rows, and `arguments` the checks of what the
+cache's methods get.
 """
 
 from mla_jax.cache.arguments import DTYPES

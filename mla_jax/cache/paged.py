@@ -1,4 +1,4 @@
-"""The cache as a pytree, `PagedKVCache`, and the programs that read its rows."""
+"""The cache as a pytree, `PagedKVCache`."""
 
 import dataclasses
 import functools
@@ -7,10 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from mla_jax import checks, quantize
-from mla_jax.cache import int8
+from mla_jax.cache import int8, reads
 from mla_jax.cache.arguments import (
     DTYPES,
     INT32,
@@ -20,21 +19,21 @@ from mla_jax.cache.arguments import (
     require_new_tokens,
 )
 from mla_jax.cache.int8 import ROPE_DTYPE, new_scales, scale_shape
-from mla_jax.cache.layout import LAYOUTS, PAGE_SIZES, page_shape, read
+from mla_jax.cache.layers import check_layers, first_page_of, require_one_layer
+from mla_jax.cache.layout import LAYOUTS, PAGE_SIZES, page_shape
 from mla_jax.cache.writes import (
     append_in_place,
     append_to_copy,
     copy_pages_in_place,
     copy_pages_to_copy,
 )
-from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims
 from mla_jax.sharding.key_shards import KeyShard
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["pages", "rope_pages", "scales"],
-    meta_fields=["kv_lora_rank", "rope_dim", "page_size", "layout"],
+    data_fields=["pages", "rope_pages", "scales", "first_page"],
+    meta_fields=["kv_lora_rank", "rope_dim", "page_size", "layout", "num_layers"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class PagedKVCache:
@@ -44,6 +43,9 @@ class PagedKVCache:
     array. An int8 cache stores c_kv in `pages` (D = kv_lora_rank), k_rope in `rope_pages` (D =
     rope_dim), and float32 `scales`. These are [num_pages, page_size] with granularity "token",
     [num_pages, page_size, kv_lora_rank / 128] with "group", and [] with "tensor".
+
+    A cache of several layers is a pool, whose arrays have num_layers * num_pages pages. `layer(i)`
+    is a view of one of its layers. Block tables have page numbers of one layer, 0 .. num_pages - 1.
     """
 
     pages: jax.Array  # ND [num_pages, page_size, D]; NZ [num_pages, D / C0, page_size, C0]
@@ -53,6 +55,8 @@ class PagedKVCache:
     layout: str
     rope_pages: jax.Array | None = None  # bfloat16, shaped like `pages`
     scales: jax.Array | None = None  # float32, the same in both layouts
+    first_page: jax.Array | None = None  # [] int32, of a view's layer in the pool
+    num_layers: int = 1  # of the pool
 
     @staticmethod
     def create(
@@ -65,11 +69,12 @@ class PagedKVCache:
         layout: str = "ND",
         scale_granularity: str | None = None,
         scale: jax.Array | float | None = None,
+        num_layers: int = 1,
     ) -> "PagedKVCache":
         """Returns a cache of zeros.
 
         Args:
-            num_pages: number of pages.
+            num_pages: number of pages per layer.
             page_size: tokens per page, one of PAGE_SIZES.
             kv_lora_rank: values of c_kv per token.
             rope_dim: values of k_rope per token.
@@ -79,7 +84,8 @@ class PagedKVCache:
             scale: with "tensor", the value of one int8 step, from calibration
                 (`quantize.scales_of`). It must be a normal float32, and so must 127 times it.
                 Larger values saturate when they are written. NaN and infinities are marked. A
-                traced scale out of range becomes NaN.
+                traced scale out of range becomes NaN. All layers have this scale.
+            num_layers: layers of the pool.
 
         Raises TypeError for sizes that are not integers, an invalid dtype, or a scale that is not a
         real number. Raises ValueError for sizes that are not positive, an option that is not in its
@@ -87,8 +93,10 @@ class PagedKVCache:
         that are not a multiple of 32 bytes in layout NZ.
         """
         num_pages = checks.require_positive("num_pages", num_pages)
-        if num_pages > INT32.max:
-            raise ValueError(f"num_pages must be at most {INT32.max}, got {num_pages}")
+        num_layers = checks.require_positive("num_layers", num_layers)
+        if num_pages * num_layers > INT32.max:
+            most = INT32.max // num_layers
+            raise ValueError(f"num_pages must be at most {most}, got {num_pages}")
         kv_lora_rank = checks.require_positive("kv_lora_rank", kv_lora_rank)
         rope_dim = checks.require_positive("rope_dim", rope_dim)
         page_size = checks.require_positive("page_size", page_size)
@@ -96,26 +104,52 @@ class PagedKVCache:
         checks.require_one_of("layout", layout, LAYOUTS)
         dtype = checked_dtype(dtype)
         geometry = (kv_lora_rank, rope_dim, page_size, layout)
+        in_pool = num_pages * num_layers
         if dtype != jnp.int8:
             if scale_granularity is not None or scale is not None:
                 name = "scale" if scale_granularity is None else "scale_granularity"
                 raise ValueError(f"{name} is for dtype int8, got dtype {dtype.name}")
             words = "kv_lora_rank + rope_dim"
             page = page_shape(words, page_size, kv_lora_rank + rope_dim, dtype, layout)
-            return PagedKVCache(jnp.zeros((num_pages, *page), dtype), *geometry)
+            pages = jnp.zeros((in_pool, *page), dtype)
+            return PagedKVCache(pages, *geometry, num_layers=num_layers)
         page = page_shape("kv_lora_rank", page_size, kv_lora_rank, dtype, layout)
         rope_page = page_shape("rope_dim", page_size, rope_dim, ROPE_DTYPE, layout)
         return PagedKVCache(
-            jnp.zeros((num_pages, *page), dtype),
+            jnp.zeros((in_pool, *page), dtype),
             *geometry,
-            rope_pages=jnp.zeros((num_pages, *rope_page), ROPE_DTYPE),
-            scales=new_scales((num_pages, page_size), kv_lora_rank, scale_granularity, scale),
+            rope_pages=jnp.zeros((in_pool, *rope_page), ROPE_DTYPE),
+            scales=new_scales((in_pool, page_size), kv_lora_rank, scale_granularity, scale),
+            num_layers=num_layers,
         )
+
+    def layer(self, index: Any) -> "PagedKVCache":
+        """Returns a view of one layer, for the op, `mla_layer` and the methods that take tables.
+
+        No page is copied. What writes through a view returns the pool, whose `layer` gives the
+        next view. A view has this method as well. The view of a cache of one layer is the cache.
+
+        Args:
+            index: 0 .. num_layers - 1, an integer or an integer array of shape [], which may be
+                traced. If a traced one is out of range, requests with tokens are invalid and
+                nothing is written; with one layer it has no effect.
+
+        Raises TypeError for an index of another type, ValueError for one that is out of range.
+        """
+        first_page = first_page_of(index, self.num_layers, self.num_pages)
+        if self.num_layers == 1:
+            return self
+        return dataclasses.replace(self, first_page=first_page)
+
+    @property
+    def pool(self) -> "PagedKVCache":
+        """The cache with all layers that a view belongs to; no page is copied."""
+        return self if self.first_page is None else dataclasses.replace(self, first_page=None)
 
     @property
     def num_pages(self) -> int:
-        """The number of pages."""
-        return self.pages.shape[0]
+        """The number of pages per layer."""
+        return self.pages.shape[0] // self.num_layers
 
     @property
     def dtype(self) -> Any:
@@ -141,7 +175,7 @@ class PagedKVCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes per token and layer; the single scale of "tensor" does not count."""
+        """Bytes per token in all layers of the pool, without the single scale of "tensor"."""
         arrays = [x for x in self.arrays().values() if x.ndim]
         return sum(x.size * x.dtype.itemsize for x in arrays) // (self.num_pages * self.page_size)
 
@@ -164,15 +198,17 @@ class PagedKVCache:
                 wanted = "an array" if quantized else "None"
                 raise ValueError(f"cache.{name} must be {wanted} where dtype is {self.dtype}")
         self._check_pages("pages", self.kv_lora_rank if quantized else self.latent_dim, None)
+        check_layers(self)
         if self.rope_pages is None or self.scales is None:
             return
-        self._check_pages("rope_pages", self.rope_dim, self.num_pages)
+        in_pool = self.pages.shape[0]
+        self._check_pages("rope_pages", self.rope_dim, in_pool)
         for name, dtype in (("rope_pages", ROPE_DTYPE), ("scales", jnp.float32)):
             if getattr(self, name).dtype != dtype:
                 wanted = jnp.dtype(dtype).name
                 raise TypeError(f"cache.{name} must be {wanted}, got {getattr(self, name).dtype}")
         shapes = {
-            name: scale_shape((self.num_pages, self.page_size), self.kv_lora_rank, name)
+            name: scale_shape((in_pool, self.page_size), self.kv_lora_rank, name)
             for name in quantize.GRANULARITIES
             if name != "group" or self.kv_lora_rank % quantize.GROUP == 0
         }
@@ -198,6 +234,8 @@ class PagedKVCache:
     ) -> "PagedKVCache":
         """Writes new tokens after those that the requests have, and returns the new cache.
 
+        The new cache of a view is the pool.
+
         Args:
             kv: [B, S, D] of the cache's dtype; for an int8 cache float32, bfloat16 or float16.
             block_tables: [B, max_pages] int32, with pages for the new tokens.
@@ -218,12 +256,14 @@ class PagedKVCache:
         write = append_in_place if checks.require_bool("donate", donate) else append_to_copy
         new = kv, block_tables, seq_lens, query_lens
         self._check_append(*new, kv_axis)
-        return write(self, *map(checks.snapshot, new), kv_axis=kv_axis)
+        return write(self.pool, self.first_page, *map(checks.snapshot, new), kv_axis=kv_axis)
 
     def copy_pages(
         self, sources: jax.Array, targets: jax.Array, *, donate: bool = True
     ) -> "PagedKVCache":
         """Copies pages, all of which are read before one is written; returns the new cache.
+
+        A pool copies them in every layer.
 
         Args:
             sources: [N] int32, pages; see `PageAllocator.take_copies`. A pair of -1 is skipped.
@@ -234,6 +274,8 @@ class PagedKVCache:
         the pages are traced, pairs with a page that the cache does not have are skipped.
         """
         self.check()
+        if self.first_page is not None:
+            raise ValueError("cache must be a pool, got a view of one layer: pass cache.pool")
         copy = copy_pages_in_place if checks.require_bool("donate", donate) else copy_pages_to_copy
         require_copies(sources, targets, self.num_pages)
         return copy(self, checks.snapshot(sources), checks.snapshot(targets))
@@ -262,7 +304,7 @@ class PagedKVCache:
             checks.require_shape("seq_lens", seq_lens, "[B]", block_tables.shape[0])
             checks.require_int32("seq_lens", seq_lens)
         tables, lengths = map(checks.snapshot, (block_tables, seq_lens))
-        return _gather(self, tables, lengths, max_len=max_len)
+        return reads.gather(self, tables, lengths, max_len=max_len)
 
     def rows(
         self, block_tables: jax.Array, positions: jax.Array, requests: jax.Array | None = None
@@ -297,7 +339,7 @@ class PagedKVCache:
                 raise ValueError(f"requests[{at}] must be in 0 .. {batch - 1}, got {requests[at]}")
         positions = checked_positions(positions, len(requests))
         block_tables, requests = (jnp.asarray(checks.snapshot(x)) for x in (block_tables, requests))
-        return _stored_rows(self, block_tables, positions, requests)
+        return reads.stored_rows(self, block_tables, positions, requests)
 
     def _encode(self, kv: jax.Array) -> dict[str, jax.Array]:
         """Returns rows kv [..., D] in the form of `stored_rows`, without a scale of "tensor"."""
@@ -314,6 +356,7 @@ class PagedKVCache:
 
     def _check_tables(self, block_tables: Any) -> None:
         self.check()
+        require_one_layer(self)
         checks.require_shape("block_tables", block_tables, "[B, max_pages]", None, None)
         checks.require_int32("block_tables", block_tables)
         checks.require_positive("max_pages of block_tables", block_tables.shape[1])
@@ -342,40 +385,3 @@ class PagedKVCache:
             require_new_tokens(
                 kv.shape[1], block_tables, seq_lens, query_lens, self.page_size, self.num_pages
             )
-
-
-def _rows_specs(
-    cache: PagedKVCache, block_tables: jax.Array, positions: jax.Array, requests: jax.Array
-) -> dict[str, PartitionSpec]:
-    """Returns the PartitionSpecs of `_stored_rows`: by request, as requests or tables are."""
-    by_request = requests if any(dims_of(requests)) else block_tables
-    split = spec_of_dims(dims_of(by_request)[0])
-    return {name: split if x.ndim else PartitionSpec() for name, x in cache.arrays().items()}
-
-
-@on_auto_axes(_rows_specs)
-def _stored_rows(
-    cache: PagedKVCache, block_tables: jax.Array, positions: jax.Array, requests: jax.Array
-) -> dict[str, jax.Array]:
-    page, offset = places(cache, block_tables, positions, requests)
-    return {name: read(x, page, offset) for name, x in cache.arrays().items()}
-
-
-def places(
-    cache: PagedKVCache, block_tables: jax.Array, positions: jax.Array, requests: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns pages and offsets in them, [N, T], of `stored_rows`; clipped to valid ones."""
-    entry = jnp.clip(positions // cache.page_size, 0, block_tables.shape[1] - 1)
-    page = block_tables.at[requests[:, None], entry].get(mode="promise_in_bounds")
-    return jnp.clip(page, 0, cache.num_pages - 1), positions % cache.page_size
-
-
-@functools.partial(jax.jit, static_argnames="max_len")
-def _gather(
-    cache: PagedKVCache, block_tables: jax.Array, seq_lens: jax.Array | None, *, max_len: int
-) -> jax.Array:
-    positions = jnp.arange(max_len, dtype=jnp.int32)[None]
-    rows = cache.rows(block_tables, positions)
-    if seq_lens is None:
-        return rows
-    return jnp.where((positions < seq_lens[:, None])[..., None], rows, 0)

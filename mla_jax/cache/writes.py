@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mla_jax.cache.arguments import INT32
+from mla_jax.cache.layers import page_in_pool
 from mla_jax.cache.layout import write
 from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims
 from mla_jax.sharding.key_shards import KeyShard
@@ -22,6 +23,7 @@ def _specs_of_cache(cache: Any, *_: Any) -> Any:
 @on_auto_axes(_specs_of_cache)
 def _append(
     cache: Any,
+    first_page: jax.Array | None,
     kv: jax.Array,
     block_tables: jax.Array,
     seq_lens: jax.Array,
@@ -29,6 +31,7 @@ def _append(
     *,
     kv_axis: str | None,
 ) -> Any:
+    """Computes `PagedKVCache.append` for the layer of a pool that begins with `first_page`."""
     batch, count = kv.shape[:2]
     max_pages = block_tables.shape[1]
     if query_lens is None:
@@ -46,7 +49,10 @@ def _append(
     entry = jnp.clip(positions // cache.page_size, 0, max_pages - 1)
     page = jnp.take_along_axis(block_tables, entry, axis=1)
     # A page past the end of the cache drops the row.
-    page = jnp.where(written & (page >= 0), page, cache.num_pages)
+    end = cache.pages.shape[0]
+    if first_page is not None:
+        page = page_in_pool(page, first_page, cache.num_pages, otherwise=end)
+    page = jnp.where(written & (page >= 0), page, end)
     offset = positions % cache.page_size
     arrays: dict[str, Any] = cache.arrays()
     for name, rows in cache._encode(kv).items():
@@ -58,8 +64,14 @@ def _append(
 def _copy_pages(cache: Any, sources: jax.Array, targets: jax.Array) -> Any:
     exist = (sources >= 0) & (sources < cache.num_pages) & (targets >= 0)
     # A target past the end of the cache drops the page.
-    targets = jnp.where(exist, targets, cache.num_pages)
+    end = cache.pages.shape[0]
+    targets = jnp.where(exist, targets, end)
     sources = jnp.where(exist, sources, 0)
+    if cache.num_layers > 1:
+        exist &= targets < cache.num_pages
+        first = jnp.arange(0, end, cache.num_pages, dtype=jnp.int32)[:, None]
+        sources = (sources + first).ravel()
+        targets = jnp.where(exist, targets + first, end).ravel()
 
     def copy(array: jax.Array) -> jax.Array:
         pages = array.at[sources].get(mode="promise_in_bounds")

@@ -83,6 +83,17 @@ def check_params(params: MLAParams, config: MLAConfig) -> None:
             checks.require_float(f"params.{name}", value)
 
 
+def check_params_type(params: Any) -> None:
+    """Raises TypeError unless `params` is an MLAParams of float arrays, of any shapes."""
+    if not isinstance(params, MLAParams):
+        raise TypeError(f"params must be an MLAParams, got {type(params).__name__}")
+    for field in dataclasses.fields(params):
+        value = getattr(params, field.name)
+        if value is not None:
+            checks.require_array(f"params.{field.name}", value)
+            checks.require_float(f"params.{field.name}", value)
+
+
 def _require_params(params: MLAParams) -> None:
     if not isinstance(params, MLAParams):
         raise TypeError(f"params must be MLAParams, got {shown(params)}")

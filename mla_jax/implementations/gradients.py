@@ -28,7 +28,7 @@ import numpy as np
 from jax import lax
 
 from mla_jax.cache.layout import add
-from mla_jax.cache.paged import places
+from mla_jax.cache.reads import places
 from mla_jax.derivatives import differentiable, without_derivative
 from mla_jax.implementations.blockwise_scan import attend_xla
 from mla_jax.implementations.choice import Choice, compute, specs_of_outputs

@@ -28,8 +28,9 @@ from jax.sharding import PartitionSpec
 
 from mla_jax import checks
 from mla_jax.cache import PagedKVCache
+from mla_jax.cache.layers import merged, pool_tables
 from mla_jax.cache.layout import add
-from mla_jax.cache.paged import places
+from mla_jax.cache.reads import places
 from mla_jax.cache.requests import valid_or_minus_one
 from mla_jax.derivatives import differentiable
 from mla_jax.implementations.choice import Choice, compute
@@ -107,12 +108,12 @@ def append_and_attend(
             computed in their dtype, promoted with that of W_UK.
         kv: [B, S, D], rows of the new tokens.
         expansion: the weights.
-        cache: holds the rows of the earlier tokens.
+        cache: holds the rows of the earlier tokens; one layer.
         block_tables, seq_lens, query_lens, donate: as in `mla_layer`.
 
     Returns:
         o: [B, S, H, v_dim]; 0 for padding, NaN for invalid requests.
-        cache: with the new tokens appended.
+        cache: with the new tokens appended; the pool of a view.
     """
     donate = checks.require_bool("donate", donate)
     if checks.is_concrete(block_tables, seq_lens, query_lens):
@@ -120,11 +121,12 @@ def append_and_attend(
     block_tables = checks.snapshot(block_tables)
     attend = functools.partial(_attend, form=form)
     queries = q_nope, q_rope, expansion
+    requests = pool_tables(cache, block_tables), seq_lens, query_lens
     # Every check runs before anything is written and before the cache is donated.
-    jax.eval_shape(attend, *queries, cache, block_tables, seq_lens, query_lens)
+    jax.eval_shape(attend, *queries, merged(cache), *requests)
     kv, before = kv.astype(cache.row_dtype), seq_lens - query_lens
     cache = cache.append(kv, block_tables, before, query_lens, donate=donate)
-    return attend(*queries, cache, block_tables, seq_lens, query_lens), cache
+    return attend(*queries, merged(cache), *requests), cache
 
 
 def _specs_of_output(q_nope: jax.Array, *_: jax.Array) -> PartitionSpec:

@@ -50,11 +50,14 @@ def attention_float64(
 def read_pages_float64(cache: Any, block_table: np.ndarray, length: int) -> np.ndarray:
     """Reads the first `length` rows of one request from a PagedKVCache: [length, D] float64.
 
-    Layout NZ stores element (t, d) at address ((d / C0) * page_size + t) * C0 + d % C0. An int8
-    value is multiplied by the scale of its token, of its 128 columns, or of the whole cache.
+    A view gives the rows of its layer. Layout NZ stores element (t, d) at address
+    ((d / C0) * page_size + t) * C0 + d % C0. An int8 value is multiplied by the scale of its
+    token, of its 128 columns, or of the whole cache.
     """
     positions = np.arange(length)
     page = np.asarray(block_table)[positions // cache.page_size]
+    if cache.first_page is not None:
+        page = page + int(cache.first_page)
     t = positions % cache.page_size
     if cache.scales is None:
         return _read_array(cache, cache.pages, page, t, cache.latent_dim)

@@ -47,7 +47,9 @@ def cache_specs(
     """Returns the PartitionSpecs of a cache: its pages are split over one or two mesh axes.
 
     With `jax.shard_map` each device then has pages of its own, which it numbers from 0. Elsewhere
-    the numbers in a block table are those of the whole cache.
+    the numbers in a block table are those of the whole cache. In a pool of several layers each
+    device has pages of every layer, `num_pages` divided by the number of devices. Use such a pool
+    either inside `jax.shard_map` or elsewhere: the layer of a page differs between the two.
 
     Args:
         cache: the whole cache, of arrays or of their shapes (`jax.eval_shape`).

@@ -10,7 +10,9 @@ from mla_jax.splits.plan import SplitPlan
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["split"], meta_fields=["tiles", "num_sms"]
+    jax.tree_util.register_dataclass,
+    data_fields=["split", "work"],
+    meta_fields=["tiles", "num_sms", "finish"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class DecodePlan:
@@ -21,11 +23,17 @@ class DecodePlan:
         tiles: config of the Hopper kernel (`pallas_kernels.hopper.config`), static; None: the plan
             is for plain JAX, or the kernel takes the tuned config for `split.rows_per_tile`.
         num_sms: SMs of the GPU that the plan is for, static; 0: for no GPU.
+        work: the split as the Hopper kernel reads it, `pallas_kernels.hopper.work_items.WorkList`
+            as a tuple of arrays; None: a launch makes it of `split`. Layers that share a plan
+            share it too.
+        finish: how the split tiles of `work` are combined, static; None: there is no `work`.
     """
 
     split: SplitPlan
     tiles: Any = None
     num_sms: int = 0
+    work: tuple[jax.Array, ...] | None = None
+    finish: str | None = None
 
     @staticmethod
     def of(plan: Any) -> "DecodePlan | None":

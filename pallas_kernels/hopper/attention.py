@@ -24,8 +24,14 @@ from pallas_kernels.hopper.kernels.decode_transposed import decode_transposed
 from pallas_kernels.hopper.kernels.decode_transposed_int8 import decode_transposed_int8
 from pallas_kernels.hopper.kernels.merge import merge
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
-from pallas_kernels.hopper.planning import plan_decode, warn_if_slow, with_tiles
-from pallas_kernels.hopper.work_items import BLOCK, WorkList, work_list
+from pallas_kernels.hopper.planning import (
+    finish_of,
+    plan_decode,
+    warn_if_slow,
+    with_tiles,
+    work_of,
+)
+from pallas_kernels.hopper.work_items import BLOCK
 from pallas_kernels.modes import jit_with_defaults
 
 Kernel = Callable[[DecodeCall], tuple[jax.Array, ...]]
@@ -262,14 +268,12 @@ def launch(
     split, config = plan.split, plan.tiles
     o, lse = new_outputs(batch, rows, options["kv_lora_rank"], q.dtype)
     combines = split.num_partials > 0 and interpret is None and _run_at_once(plan)
-    work = _work_list(plan, combines or interpret is not None)
-    # The kernel leaves zeros: XLA takes these for constants and may pass them to every launch.
-    counters = jnp.zeros(split.num_tiles * config.ctas_per_tile, jnp.int32)
+    work = work_of(plan, finish_of(config, workers_may_wait=combines or interpret is not None))
     partials = kernel(
         DecodeCall(
             q=pad_rows(q, config.q_row_multiple),
             cache=cache,
-            requests=Requests(*requests, work, counters),
+            requests=Requests(*requests, work),
             outputs=Outputs(o, lse),
             plan=split,
             num_heads=num_heads,
@@ -291,17 +295,6 @@ def launch(
 def _run_at_once(plan: DecodePlan) -> bool:
     """Whether all CTAs of a launch certainly run at the same time, so that they may wait."""
     return plan.tiles.num_ctas(plan.split.num_workers) <= device.resident_ctas()
-
-
-def _work_list(plan: DecodePlan, workers_may_wait: bool) -> WorkList:
-    """Returns the work list, with the way in which this kernel combines split tiles.
-
-    A worker that waits for a partial needs the other worker to run at the same time. (The
-    interpreter runs one cluster after the other, the one that is waited for first.)
-    """
-    if plan.tiles.ctas_per_tile > 1 and workers_may_wait:
-        return work_list(plan.split, "by_first")
-    return work_list(plan.split, "in_pairs" if plan.tiles.in_pairs else "merge")
 
 
 def pad_rows(q: jax.Array, multiple: int) -> jax.Array:

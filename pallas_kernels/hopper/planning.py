@@ -1,5 +1,6 @@
 """What the Hopper kernels take, and the decode plans that they run."""
 
+import dataclasses
 import functools
 import warnings
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mla_jax import checks
 from mla_jax.cache import PagedKVCache
 from mla_jax.hal import PROFILES, HardwareProfile, TilePlanError
 from mla_jax.splits.decode_plan import DecodePlan
@@ -16,7 +18,7 @@ from pallas_kernels.hopper import device
 from pallas_kernels.hopper.config import KernelConfig
 from pallas_kernels.hopper.plan.where_lowered import plan_where_lowered
 from pallas_kernels.hopper.tuned import choose_config, config_of_height, tile_heights
-from pallas_kernels.hopper.work_items import BLOCK
+from pallas_kernels.hopper.work_items import BLOCK, WorkList, work_list
 
 PAGE_SIZES = {  # by what the cache holds
     "float": (1, 2, 4, 8, 16, 32, 64, 128),
@@ -171,7 +173,34 @@ def plan_decode(
         num_heads=num_heads,
         make=functools.partial(plan_where_lowered, longest=longest),
     )
-    return DecodePlan(split, tiles, sms)
+    plan = DecodePlan(split, tiles, sms)
+    finish = finish_of(tiles, workers_may_wait=True)  # they may on the GPU that the plan is for
+    return dataclasses.replace(plan, work=tuple(work_of(plan, finish)), finish=finish)
+
+
+def finish_of(tiles: KernelConfig, *, workers_may_wait: bool) -> str:
+    """Returns how a kernel with these tiles combines split tiles, as `work_list` takes it.
+
+    A worker that waits for a partial needs the other worker to run at the same time. (The
+    interpreter runs one cluster after the other, the one that is waited for first.)
+    """
+    if tiles.ctas_per_tile > 1 and workers_may_wait:
+        return "by_first"
+    return "in_pairs" if tiles.in_pairs else "merge"
+
+
+def work_of(plan: DecodePlan, finish: str) -> WorkList:
+    """Returns a plan's work list: the one that it has, if it is for this finish, or a new one.
+
+    Raises ValueError where the one that it has is of another split.
+    """
+    make = functools.partial(work_list, finish=finish, ctas_per_tile=plan.tiles.ctas_per_tile)
+    if plan.work is None or plan.finish != finish:
+        return make(plan.split)
+    got, wanted = WorkList(*plan.work), jax.eval_shape(make, plan.split)
+    for name, array, struct in zip(WorkList._fields, got, wanted, strict=True):
+        checks.require_shape(f"plan.work ({name})", array, "[that of plan.split]", *struct.shape)
+    return got
 
 
 def with_tiles(

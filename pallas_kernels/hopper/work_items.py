@@ -58,19 +58,24 @@ NUM_PARTIALS = WorkItem._fields.index("num_partials")
 
 
 class WorkList(NamedTuple):
-    """ranges [W, 9 or 10]: per worker its first item, then the range of its items, then the step.
+    """What the kernels of one launch read of a plan.
 
+    ranges [W, 9 or 10]: per worker its first item, then the range of its items, then the step.
     items [P, 7]: per work item, as `WorkItem`. The first item is beside the range, so that a worker
     starts with one read, and at the same offsets as in `items`, so that one pointer reads either.
+    counters [tiles * CTAs per tile] int32: 0 before and after a launch (`combine.TileCounter`).
+    Launches that share a list run one after the other.
     """
 
     ranges: Any
     items: Any
+    counters: Any
 
 
-def work_list(plan: Any, finish: str = "merge") -> WorkList:
+def work_list(plan: Any, finish: str = "merge", ctas_per_tile: int = 1) -> WorkList:
     """Returns the work list of a split plan.
 
+    ctas_per_tile: CTAs that share a tile.
     finish: how split tiles are combined.
     "merge": all workers of a tile merge its partials.
     "in_pairs": workers 2i and 2i + 1 share a cluster. A tile that only these two share is combined
@@ -84,23 +89,24 @@ def work_list(plan: Any, finish: str = "merge") -> WorkList:
         a fixed plan (`SplitPlan.fixed`), in which one worker may have both items.
     """
     tile = plan.tile_of(jnp.maximum(plan.request, 0), plan.row_tile)
-    start = plan.tile_partial_start
-    fields = [getattr(plan, field) for field in PLANNED]
-    items = jnp.stack([*fields, start[tile], start[tile + 1] - start[tile]], axis=1)
-    if finish == "in_pairs":
-        return _in_pairs(plan, items, tile)
+    partial, first = plan.partial, plan.tile_partial_start[tile]
+    count = plan.tile_partial_start[tile + 1] - first
+    counters = jnp.zeros(plan.num_tiles * ctas_per_tile, jnp.int32)
     if finish == "by_first" and not plan.fixed:
-        partial, first = items[:, PARTIAL], items[:, FIRST_PARTIAL]
-        two = (partial >= 0) & (items[:, NUM_PARTIALS] == 2)
+        two = (partial >= 0) & (count == 2)
         keeps, stores = two & (partial == first), two & (partial > first)
-        items = items.at[:, PARTIAL].set(jnp.where(keeps, kept_partial(partial), partial))
-        items = items.at[:, FIRST_PARTIAL].set(jnp.where(stores, partial, first))
-        items = items.at[:, NUM_PARTIALS].add(-stores.astype(jnp.int32))
-    first, stop = plan.worker_start[:-1], plan.worker_start[1:]
-    return WorkList(jnp.column_stack([items[first], first, stop]), items)
+        first, count = jnp.where(stores, partial, first), count - stores
+        partial = jnp.where(keeps, kept_partial(partial), partial)
+    fields = [getattr(plan, field) for field in PLANNED[:PARTIAL]]
+    items = jnp.stack([*fields, partial, first, count], axis=1)
+    if finish == "in_pairs":
+        return WorkList(*_in_pairs(plan, items, tile), counters)
+    start, stop = plan.worker_start[:-1], plan.worker_start[1:]
+    return WorkList(jnp.column_stack([items[start], start, stop]), items, counters)
 
 
-def _in_pairs(plan: Any, items: Any, tile: Any) -> WorkList:
+def _in_pairs(plan: Any, items: Any, tile: Any) -> tuple[Any, Any]:
+    """Returns ranges and items of a `work_list` whose workers share clusters."""
     worker_start = plan.worker_start
     if plan.num_workers % 2:
         worker_start = jnp.append(worker_start, worker_start[-1])
@@ -111,7 +117,7 @@ def _in_pairs(plan: Any, items: Any, tile: Any) -> WorkList:
         items = items.at[:, PARTIAL].set(partial)
         step = step.at[1::2].set(jnp.where(shared, -1, 1))
     head = jnp.where(step < 0, stop - 1, first)
-    return WorkList(jnp.column_stack([items[head], first, stop, step]), items)
+    return jnp.column_stack([items[head], first, stop, step]), items
 
 
 def _shared_in_pairs(items: Any, tile: Any, worker_start: Any) -> tuple[Any, Any]:

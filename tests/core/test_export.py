@@ -94,6 +94,8 @@ def test_pytrees_are_stored_whole():
         new_cache(layout="NZ"),
         new_cache(dtype="int8", scale_granularity="group"),
         new_cache(dtype="int8", scale_granularity="tensor", scale=0.1),
+        new_cache(num_layers=2),
+        new_cache(num_layers=2).layer(1),
     ]
     tiles = [
         config_of_height(rows, cache=cache)
@@ -121,7 +123,11 @@ def test_what_another_version_stored_is_refused_by_name():
     plan = planned(np.ones(2, np.int32), new_cache())
     data = stored(plan)
     for old, new, message in (
-        (b'"version": 1, "arrays": ["split"]', b'"version": 2, "arrays": ["split"]', "DecodePlan"),
+        (
+            b'"version": 1, "arrays": ["split", "work"]',
+            b'"version": 2, "arrays": ["split", "work"]',
+            "DecodePlan",
+        ),
         (b'"fixed"', b'"mixed"', "mla_jax.SplitPlan has mixed, wanted only request, row_tile"),
         (b'"decode_transposed"', b'"decode_transposer"', "kernel must be one of decode_t"),
         (b'"q_stages"', b'"z_stages"', "config of decode_transposed has no field z_stages"),

@@ -25,7 +25,7 @@ lengths_strategy = st.lists(st.integers(0, 3000), min_size=5, max_size=5)
 
 def schedules(plan, finish):
     """Returns per worker the indices of its items, in its order, and all items."""
-    ranges, items = map(np.asarray, jitted(plan, finish))
+    ranges, items, _ = map(np.asarray, jitted(plan, finish))
     found = []
     for row in ranges:
         first, stop = row[ITEM_FIELDS], row[ITEM_FIELDS + 1]

@@ -31,7 +31,7 @@ def relative_error(got, wanted):
     return np.linalg.norm(np.asarray(got, np.float64) - wanted) / np.linalg.norm(wanted)
 
 
-def new_cache(config, batch, length, page_size=16, dtype=jnp.float32):
+def new_cache(config, batch, length, page_size=16, dtype=jnp.float32, num_layers=1):
     """An empty cache and a block table of shuffled pages for `batch` requests."""
     width = -(-length // page_size)
     pages = np.random.default_rng(0).permutation(batch * width).astype(np.int32)
@@ -41,6 +41,7 @@ def new_cache(config, batch, length, page_size=16, dtype=jnp.float32):
         kv_lora_rank=config.kv_lora_rank,
         rope_dim=config.qk_rope_head_dim,
         dtype=dtype,
+        num_layers=num_layers,
     )
     return cache, jax.device_put(pages.reshape(batch, width))
 

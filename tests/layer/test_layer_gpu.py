@@ -40,10 +40,12 @@ def wanted():
 def test_chunks_on_the_gpu(form, cache_dtype):
     """One program serves all steps. Padding and what no token has written yet are NaN.
 
+    The tokens are in the last layer of a pool, and all page numbers exist in the other one too.
     With room for 1500 tokens, the last 100 of each prefix join the new ones.
     """
     params, x = case("bfloat16")
-    cache, tables = new_cache(WIDE, len(LENS), int(LENS.max()), page_size=64, dtype=cache_dtype)
+    options = {"page_size": 64, "dtype": cache_dtype, "num_layers": 2}
+    cache, tables = new_cache(WIDE, len(LENS), int(LENS.max()), **options)
     if cache_dtype != "int8":
         cache = dataclasses.replace(cache, pages=jnp.full_like(cache.pages, jnp.nan))
 
@@ -51,7 +53,7 @@ def test_chunks_on_the_gpu(form, cache_dtype):
     def step(x, cache, lens, counts):
         room = 300 if form == "expanded" else 1500
         options = {"query_lens": counts, "form": form, "workspace_tokens": room}
-        return mla_layer(params, WIDE, x, cache, tables, lens, **options)
+        return mla_layer(params, WIDE, x, cache.layer(1), tables, lens, **options)
 
     lens = np.zeros(len(LENS), np.int32)
     for counts in STEPS:

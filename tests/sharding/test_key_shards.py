@@ -43,29 +43,36 @@ def mesh_of(**sizes):
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
 
 
-def spread(rng, batch, devices):
+def spread(rng, batch, devices, layers):
     """Returns the cache and the block tables of a batch, spread over devices: the arrays of one
-    device after those of another, as `P("cp")` splits them. Each device has pages of its own."""
+    device after those of another, as `P("cp")` splits them. Each device has pages of its own.
+
+    The last layer of the cache has the batch. The others hold poison."""
     tables, cache = batch.block_tables, batch.cache
     pages = -(-CAPACITY // (devices * PAGE))  # entries of one device's block tables
+    first = (layers - 1) * len(tables) * pages
     owned = rng.choice([-1, 2**31 - 1, 0], (devices, len(tables), pages)).astype(np.int32)
     arrays = {}
     for name, x in cache.arrays().items():
         poison = 9 if x.dtype == "int8" else np.nan
-        arrays[name] = np.full((devices, len(tables) * pages, *x.shape[1:]), poison, x.dtype)
+        arrays[name] = np.full(
+            (devices, layers * len(tables) * pages, *x.shape[1:]), poison, x.dtype
+        )
     for device in range(devices):
         free = list(rng.permutation(len(tables) * pages))
         for request, length in enumerate(batch.seq_lens):
             for entry, page in enumerate(range(device, -(-length // PAGE), devices)):
                 owned[device, request, entry] = to = free.pop()
                 for name, array in cache.arrays().items():
-                    arrays[name][device, to] = array[tables[request, page]]
+                    arrays[name][device, first + to] = array[tables[request, page]]
     flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in arrays.items()}
-    return dataclasses.replace(cache, **jax.device_put(flat)), owned.reshape(-1, pages)
+    return dataclasses.replace(cache, num_layers=layers, **jax.device_put(flat)), owned.reshape(
+        -1, pages
+    )
 
 
 def op(q, cache, tables, seq_lens, query_lens, *, implementation):
-    plan = None
+    cache, plan = cache.layer(cache.num_layers - 1), None
     if implementation == "split_kv":
         sizes = {"num_heads": q.shape[2], "num_query_tokens": q.shape[1], "cache": cache}
         plan = mla_jax.plan_decode(
@@ -78,15 +85,16 @@ def op(q, cache, tables, seq_lens, query_lens, *, implementation):
 
 
 @pytest.mark.parametrize(
-    ("implementation", "dtype", "devices"), [(None, "float32", 3), ("split_kv", "int8", 8)]
+    ("implementation", "dtype", "devices", "layers"),
+    [(None, "float32", 3, 2), ("split_kv", "int8", 8, 1)],
 )
-def test_op(implementation, dtype, devices):
+def test_op(implementation, dtype, devices, layers):
     """Every query token sees the keys up to its position, whichever device has them."""
     rng = np.random.default_rng(devices)
     granularity = "token" if dtype == "int8" else None
     sizes = {"capacity": CAPACITY, "dtype": dtype, "granularity": granularity}
     batch = make_batch(rng, SEQ_LENS, QUERY_LENS, **sizes)
-    cache, tables = spread(rng, batch, devices)
+    cache, tables = spread(rng, batch, devices, layers)
     seq_lens, o_lse = batch.seq_lens.copy(), batch.oracle()
     bad = {3: "query length", 4: "length", 7: "page"} if implementation is None else {}
     if bad:
@@ -110,12 +118,13 @@ def test_op(implementation, dtype, devices):
 
 
 def layer(params, cache, tables, seq_lens, query_lens, x, **options):
+    cache = cache.layer(cache.num_layers - 1)
     return mla_jax.mla_layer(
         params, CONFIG, x, cache, tables, seq_lens, query_lens=query_lens, **options
     )
 
 
-def layer_batch(pages=6):
+def layer_batch(pages=6, layers=1):
     """Weights, hidden states of all tokens, a cache of NaN, and block tables.
 
     The cache is for 4 devices, with requests 0, 1 on two of them and requests 2, 3 on the others.
@@ -125,7 +134,8 @@ def layer_batch(pages=6):
     x = rng.standard_normal((4, 3 * STEP, CONFIG.hidden_size)).astype(np.float32)
     tables = np.reshape([rng.permutation(pages) for _ in range(2)], (4, pages // 2))
     widths = {"kv_lora_rank": CONFIG.kv_lora_rank, "rope_dim": CONFIG.qk_rope_head_dim}
-    cache = mla_jax.PagedKVCache.create(4 * pages, page_size=PAGE, dtype=jnp.float32, **widths)
+    widths |= {"page_size": PAGE, "dtype": jnp.float32, "num_layers": layers}
+    cache = mla_jax.PagedKVCache.create(4 * pages, **widths)
     cache = dataclasses.replace(cache, pages=np.full(cache.pages.shape, np.nan, np.float32))
     return random_params(CONFIG), x, tables.astype(np.int32), cache
 
@@ -142,8 +152,12 @@ def layer_over(mesh, cache):
 
 
 def test_layer_and_its_cache():
-    """Steps of a prefill: outputs are those of the whole layer, a row is on its owner alone."""
-    params, x, tables, cache = layer_batch()
+    """Steps of a prefill: outputs are those of the whole layer, a row is on its owner alone.
+
+    Of two layers in each device's part of the pool, the second has the rows.
+    """
+    params, x, tables, cache = layer_batch(layers=2)
+    first = cache.num_pages // 4
     step = jax.jit(layer_over(mesh_of(dp=2, cp=2, tp=2), cache), donate_argnums=1)
     outs = []
     for start in range(0, 3 * STEP, STEP):
@@ -162,7 +176,7 @@ def test_layer_and_its_cache():
         assert (out[request, count:] == np.asarray(params.b_o)).all()
         for position in range(count):  # take away what was to be written
             page, offset = divmod(position, PAGE)
-            row = rows[request // 2, page % 2, tables[request, page // 2], offset]
+            row = rows[request // 2, page % 2, first + tables[request, page // 2], offset]
             assert np.isfinite(row).all(), (request, position)
             row[:] = np.nan
     assert np.isnan(rows).all()

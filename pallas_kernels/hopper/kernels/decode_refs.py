@@ -238,7 +238,7 @@ class Cta:
         """Returns the counter with which `items` work items of a tile wait for each other."""
         tile = self.call.plan.tile_of(request, row_tile)
         counter = tile * self.ctas_per_tile + self.part_of_tile()
-        counters = self.inputs.requests.counters
+        counters = self.inputs.requests.work.counters
         return TileCounter(self.g, counters, counter, writers=2 * items, combiners=2 * items)
 
     @property

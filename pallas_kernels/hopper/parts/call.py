@@ -19,7 +19,6 @@ class Requests(NamedTuple):
     seq_lens: Any  # [B] int32
     query_lens: Any | None  # [B] int32; None: every request has all of its query tokens
     work: WorkList
-    counters: Any  # [num_tiles * CTAs per tile] int32, 0 before and after the launch
 
 
 class Outputs(NamedTuple):

@@ -114,7 +114,7 @@ class Results:
         """Returns the counter through which the CTAs of a tile wait for each other."""
         tile = self.call.plan.tile_of(request, row_tile)
         writers, combining = self.writers * num_partials, self.combining * num_partials
-        return TileCounter(self.g, self.requests.counters, tile, writers, combining)
+        return TileCounter(self.g, self.requests.work.counters, tile, writers, combining)
 
     def combine(self, items: tuple[Any, Any], warpgroup: Any) -> None:
         """Combines the calling warpgroup's share of the split tiles that its CTA has items of."""
