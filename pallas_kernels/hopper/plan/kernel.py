@@ -32,8 +32,10 @@ from pallas_kernels.hopper.plan.call import (
     refusal,
 )
 from pallas_kernels.hopper.plan.write import PlanWriter
+from pallas_kernels.modes import jit_with_defaults
 
 
+@jit_with_defaults("balance", "longest", "interpret")
 def make_plan(
     seq_lens: jax.Array,
     query_lens: jax.Array | None,
