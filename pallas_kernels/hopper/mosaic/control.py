@@ -123,9 +123,7 @@ class Control(Mode):
                 ],
                 "{ .reg .pred first, last; .reg .u32 before; mov.u32 before, 0xffffffff;"
                 " setp.eq.u32 first, $3, 0;"
-                " @first fence.acq_rel.gpu;"
-                " @first atom.relaxed.gpu.global.inc.u32 before, [$1], $2;"
-                " @first fence.acq_rel.gpu;"
+                " @first atom.acq_rel.gpu.global.inc.u32 before, [$1], $2;"
                 " setp.eq.u32 last, before, $2;"
                 " bar.red.or.pred last, $4, 128, last; selp.u32 $0, 1, 0, last; }",
                 "=r,l,r,r,r",

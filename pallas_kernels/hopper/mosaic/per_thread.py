@@ -192,14 +192,14 @@ class PerThread(Mode):
             scan has.
         """
         thread, threads = self.thread_index(), WARPS * LANES
-        within = []
+        distance = 1
+        while distance < LANES:  # The exchanges of several arrays are in flight at the same time.
+            earlier = [self.from_lane_before(value, distance, identity) for value in values]
+            values = list(map(combine, values, earlier))
+            distance *= 2
         for k, value in enumerate(values):
-            distance = 1
-            while distance < LANES:
-                value = combine(value, self.from_lane_before(value, distance, identity))
-                distance *= 2
             self.store_indexed(ref, k * threads + thread, value)
-            within.append(self.from_lane_before(value, 1, identity))
+        within = [self.from_lane_before(value, 1, identity) for value in values]
         self.wait_for_warpgroup()
         before, total = [], []
         for k, value in enumerate(within):
@@ -211,6 +211,15 @@ class PerThread(Mode):
             before.append(value)
             total.append(together)
         return before, total
+
+    def sum_over_threads(self, x, ref) -> jax.Array:
+        """Returns in each thread the sum over all; ref: as in `scan`, for one array."""
+        thread = self.thread_index()
+        self.store_indexed(ref, thread, self.sum_in_warp(x))
+        self.wait_for_warpgroup()
+        firsts = [jnp.full_like(thread, LANES * warp) for warp in range(WARPS)]
+        sums = [self.load_indexed(ref, first) for first in firsts]
+        return sum(sums[1:], sums[0])
 
     def wait_for_warpgroup(self) -> None:
         """Waits for all threads of the warpgroup, and sees what they stored to shared memory."""

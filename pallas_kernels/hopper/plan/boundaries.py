@@ -67,7 +67,7 @@ class CtaLine:
                 jnp.where(entry < call.batch, _in_steps(call, length), 0)
                 for entry, length in zip(entries, keys, strict=True)
             ]
-            _, (total,) = g.scan([sum(upper[1:], upper[0])], jnp.add, 0, scratch.units)
+            total = g.sum_over_threads(sum(upper[1:], upper[0]), scratch.units)
             shift = doublings(total * sum(balance.costs.full), call.unit_steps)
         if balance.num_heads:
             queries = [g.load_indexed(inputs.query_lens, request) for request in requests]

@@ -39,8 +39,8 @@ class Scratch(NamedTuple):
     split_tile: Any  # [most splits] the tile of each split, in their order
     split_taken: Any  # [most splits] the tile's blocks before it
     split_tiles: Any  # [most splits] how many tiles are split up to here
-    units: Any  # [128] for `PerThread.scan`, and the next two
-    line: Any  # [2 * 128]
+    units: Any  # [128] for `PerThread.sum_over_threads`
+    line: Any  # [2 * 128] for `PerThread.scan`
     splits: Any  # [2 * 128]
 
 
