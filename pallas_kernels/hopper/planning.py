@@ -1,6 +1,5 @@
 """What the Hopper kernels take, and the decode plans that they run."""
 
-import dataclasses
 import functools
 import warnings
 from typing import Any
@@ -18,7 +17,7 @@ from pallas_kernels.hopper import device
 from pallas_kernels.hopper.config import KernelConfig
 from pallas_kernels.hopper.plan.where_lowered import plan_where_lowered
 from pallas_kernels.hopper.tuned import choose_config, config_of_height, tile_heights
-from pallas_kernels.hopper.work_items import BLOCK, WorkList, work_list
+from pallas_kernels.hopper.work_items import BLOCK, WorkList, new_counters, work_list
 
 PAGE_SIZES = {  # by what the cache holds
     "float": (1, 2, 4, 8, 16, 32, 64, 128),
@@ -160,6 +159,13 @@ def plan_decode(
     )
     sms = device.num_sms() if profile is None else profile.cores
     longest = min(capacity, _MOST_KEYS) if capacity is not None and clip else _MOST_KEYS
+    finish = finish_of(tiles, workers_may_wait=True)  # they may on the GPU that the plan is for
+    work: list[jax.Array] = []
+
+    def make(*lens_and_balance: Any) -> SplitPlan:
+        split, *work[:] = plan_where_lowered(*lens_and_balance, finish=finish, longest=longest)
+        return split
+
     split = plan_splits(
         seq_lens,
         num_workers=tiles.num_workers(sms),
@@ -171,11 +177,10 @@ def plan_decode(
         max_seq_len=None if capacity is None else min(capacity, _MOST_KEYS),
         query_lens=query_lens,
         num_heads=num_heads,
-        make=functools.partial(plan_where_lowered, longest=longest),
+        make=make,
     )
-    plan = DecodePlan(split, tiles, sms)
-    finish = finish_of(tiles, workers_may_wait=True)  # they may on the GPU that the plan is for
-    return dataclasses.replace(plan, work=tuple(work_of(plan, finish)), finish=finish)
+    counters = new_counters(split.num_tiles, tiles.ctas_per_tile)
+    return DecodePlan(split, tiles, sms, (*work, counters), finish)
 
 
 def finish_of(tiles: KernelConfig, *, workers_may_wait: bool) -> str:

@@ -17,6 +17,7 @@ from pallas_kernels.hopper import planning
 from pallas_kernels.hopper.plan import where_lowered
 from pallas_kernels.hopper.plan.call import MOST_TILES
 from pallas_kernels.hopper.plan.kernel import make_plan
+from pallas_kernels.hopper.work_items import work_list
 
 LARGEST = 2**31 - 1
 LONGEST = LARGEST - 100
@@ -30,25 +31,42 @@ SIZES = {
 }
 
 
-def clipped_plan(seq_lens, query_lens, balance):
-    return balanced_plan(jnp.minimum(seq_lens, LONGEST), query_lens, balance)
+def maker(make, **options):
+    """Returns a function of lengths and query lengths that returns a split and its work list."""
+
+    @jax.jit
+    def made(seq_lens, query_lens=None):
+        work = []
+
+        def keep(*args):
+            split, *work[:] = make(*args)
+            return split
+
+        return plan_splits(seq_lens, query_lens=query_lens, make=keep, **options), *work
+
+    return made
+
+
+def specified(finish, longest=LARGEST):
+    def make(seq_lens, query_lens, balance):
+        split = balanced_plan(jnp.minimum(seq_lens, longest), query_lens, balance)
+        work = work_list(split, finish)
+        return split, work.ranges, work.items
+
+    return make
 
 
 def assert_same(got, wanted):
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
-    for (name, one), other in zip(got.arrays().items(), wanted.arrays().values(), strict=True):
-        np.testing.assert_array_equal(one, other, name)
+    paths = jax.tree.leaves_with_path(wanted)
+    for one, (path, other) in zip(jax.tree.leaves(got), paths, strict=True):
+        np.testing.assert_array_equal(one, other, jax.tree_util.keystr(path))
 
 
 def test_one_kernel_makes_the_same_plan_interpreted():
-    interpret = plgpu.InterpretGPUParams()
-    by_kernel = functools.partial(make_plan, longest=LONGEST, interpret=interpret)
-    made, specified = (
-        jax.jit(lambda lens, queries, make=make: plan_splits(
-            lens, query_lens=queries, make=make, **SIZES
-        ))
-        for make in (by_kernel, clipped_plan)
-    )  # fmt: skip
+    options = {"finish": "in_pairs", "longest": LONGEST}
+    by_kernel = functools.partial(make_plan, **options, interpret=plgpu.InterpretGPUParams())
+    made, wanted = maker(by_kernel, **SIZES), maker(specified(**options), **SIZES)
     seen = set()
     for lens, queries in (
         ([6400] * 6, [5] * 6),  # tiles for pairs, in halves
@@ -56,8 +74,8 @@ def test_one_kernel_makes_the_same_plan_interpreted():
         ([50_000, 0, 64, 3, 900, -7], [5, 1, 3, 2, 5, 0]),
         ([LARGEST, 10**9, 2**30, 10**8, 5, 12_345], [5, 5, 0, 2, 5, 4]),  # places of many blocks
     ):
-        plan = made(np.int32(lens), np.int32(queries))
-        assert_same(plan, specified(np.int32(lens), np.int32(queries)))
+        plan, *work = made(np.int32(lens), np.int32(queries))
+        assert_same((plan, *work), wanted(np.int32(lens), np.int32(queries)))
         plan = jax.tree.map(np.asarray, plan)
         splits = (plan.block_start > 0).sum()
         of_pairs = plan.block_start[np.minimum(plan.worker_start[2:-1:2], plan.num_items - 1)]
@@ -67,33 +85,26 @@ def test_one_kernel_makes_the_same_plan_interpreted():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("requests", "sizes"),
+    ("requests", "finish", "sizes"),
     [
-        (1, {"num_workers": 132, "rows": 16, "rows_per_tile": 16, "overhead": 2}),
-        (6, SIZES),
-        (
-            40,
-            {"num_workers": 132, "rows": 16, "overhead": 2, "merge_overhead": 8, "in_pairs": True},
-        ),
-        (512, {"num_workers": 132, "rows": 16, "max_seq_len": 2**20}),
-        (600, {"num_workers": 57, "rows": 384}),
+        (1, "merge", {"num_workers": 132, "rows": 16, "rows_per_tile": 16, "overhead": 2}),
+        (6, "in_pairs", SIZES),
+        (40, "in_pairs", {"num_workers": 132, "rows": 16, "overhead": 2, "in_pairs": True}),
+        (40, "by_first", {"num_workers": 66, "rows": 128, "rows_per_tile": 128}),
+        (512, "merge", {"num_workers": 132, "rows": 16, "max_seq_len": 2**20}),
+        (600, "by_first", {"num_workers": 57, "rows": 384}),
     ],
 )
-def test_one_kernel_makes_the_same_plan_on_the_gpu(requests, sizes):
-    heads = sizes.get("num_heads")
-    made, specified = (
-        jax.jit(lambda lens, queries, make=make: plan_splits(
-            lens, query_lens=queries if heads else None, make=make, **sizes
-        ))
-        for make in (make_plan, balanced_plan)
-    )  # fmt: skip
+def test_one_kernel_makes_the_same_plan_on_the_gpu(requests, finish, sizes):
+    made = maker(functools.partial(make_plan, finish=finish), **sizes)
+    wanted = maker(specified(finish), **sizes)
     rng = np.random.default_rng(requests)
     for _ in range(200):
         mean = math.exp(rng.uniform(3, 13))
         lens = np.minimum(rng.exponential(mean, requests), 2**20).astype(np.int32)
         lens[rng.random(requests) < rng.choice([0, 0.3])] = 0
-        queries = rng.integers(0, 6, requests).astype(np.int32)
-        assert_same(made(lens, queries), specified(lens, queries))
+        queries = rng.integers(0, 6, requests).astype(np.int32) if "num_heads" in sizes else None
+        assert_same(made(lens, queries), wanted(lens, queries))
 
 
 def program(platform, function, *args):

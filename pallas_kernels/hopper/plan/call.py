@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 from mla_jax.splits.line import LARGEST, unit_steps
 from mla_jax.splits.planner import Balance
 from pallas_kernels.hopper.mosaic.per_thread import LANES, WARPS
+from pallas_kernels.hopper.work_items import ITEM_FIELDS
 
 THREADS = WARPS * LANES  # of a CTA
 MOST_TILES = 4096  # each CTA keeps all of them in shared memory, and its threads in registers
 MOST_WORKERS = 256  # a warp keeps their boundaries in registers
-ITEM_FIELDS = ("request", "row_tile", "block_start", "block_end", "partial")
 
 
 class Inputs(NamedTuple):
@@ -27,11 +27,13 @@ class Outputs(NamedTuple):
     partial: Any
     worker_start: Any
     tile_partial_start: Any
+    ranges: Any  # these two as in WorkList
+    items: Any
     scores: Any  # [2 * warps with a candidate]: largest load and number of splits of each
 
 
 class Scratch(NamedTuple):
-    """The line, with an entry behind the last tile for its end, and the splits of the plan."""
+    """The line, with an entry behind the last tile for its end, and the plan's splits and items."""
 
     edge: Any  # [entries] the place at which a tile starts
     cost: Any  # [entries] cost of all tiles before it
@@ -39,6 +41,11 @@ class Scratch(NamedTuple):
     split_tile: Any  # [most splits] the tile of each split, in their order
     split_taken: Any  # [most splits] the tile's blocks before it
     split_tiles: Any  # [most splits] how many tiles are split up to here
+    first_split: Any  # [most splits] the first split of each split tile
+    worker_item: Any  # [workers + 1] the first work item of each worker
+    worker_partial: Any  # [workers + 1] how many partials come before it
+    is_shared: Any  # [workers] 1: these pairs combine a tile by themselves
+    items: Any  # [ITEM_FIELDS * items] field by field
     units: Any  # [128] for `PerThread.sum_over_threads`
     line: Any  # [2 * 128] for `PerThread.scan`
     splits: Any  # [2 * 128]
@@ -50,6 +57,7 @@ class PlanCall:
 
     batch: int
     balance: Balance
+    finish: str  # as in `work_items.work_list`
     longest: int  # a longer length counts as this
     interpret: Any
 
@@ -74,6 +82,10 @@ class PlanCall:
     @property
     def num_items(self) -> int:
         return self.num_tiles + self.balance.num_workers
+
+    @property
+    def range_fields(self) -> int:
+        return ITEM_FIELDS + (3 if self.finish == "in_pairs" else 2)
 
     @property
     def share_ctas(self) -> int:

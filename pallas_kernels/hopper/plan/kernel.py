@@ -23,7 +23,6 @@ from pallas_kernels.hopper.mosaic.per_thread import LANES, WARPS
 from pallas_kernels.hopper.mosaic.primitives import OWN_BARRIERS, Backend
 from pallas_kernels.hopper.plan.boundaries import Boundary, CtaLine, choose
 from pallas_kernels.hopper.plan.call import (
-    ITEM_FIELDS,
     THREADS,
     Inputs,
     Outputs,
@@ -32,25 +31,32 @@ from pallas_kernels.hopper.plan.call import (
     refusal,
 )
 from pallas_kernels.hopper.plan.write import PlanWriter
+from pallas_kernels.hopper.work_items import ITEM_FIELDS, PLANNED
 from pallas_kernels.modes import jit_with_defaults
 
 
-@jit_with_defaults("balance", "longest", "interpret")
+@jit_with_defaults("balance", "finish", "longest", "interpret")
 def make_plan(
     seq_lens: jax.Array,
     query_lens: jax.Array | None,
     balance: Balance,
     *,
+    finish: str = "merge",
     longest: int = LARGEST,
     interpret: Any = None,
-) -> SplitPlan:
-    """Returns what `planner.balanced_plan` does, to the bit, unless there is a `refusal`.
+) -> tuple[SplitPlan, jax.Array, jax.Array]:
+    """Returns a plan, and ranges and items of its work list.
 
+    They are those of `planner.balanced_plan` and `work_items.work_list`, to the bit. There must be
+    no `refusal`.
+
+    finish: as in `work_list`; "in_pairs" for plans in pairs only.
     longest: a longer length counts as this.
     interpret: `plgpu.InterpretGPUParams()` runs the kernel on a CPU; None: on the GPU.
     """
-    call = PlanCall(len(seq_lens), balance, longest, interpret)
+    call = PlanCall(len(seq_lens), balance, finish, longest, interpret)
     assert refusal(call.batch, balance) is None
+    assert finish != "in_pairs" or balance.in_pairs
 
     def body(inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
         _run(call, inputs, outputs, scratch)
@@ -63,9 +69,11 @@ def make_plan(
 
     entries, splits = call.per_thread * THREADS, call.most_splits
     outputs = Outputs(
-        **{field: ints(call.num_items) for field in ITEM_FIELDS},
+        **{field: ints(call.num_items) for field in PLANNED},
         worker_start=ints(balance.num_workers + 1),
         tile_partial_start=ints(call.num_tiles + 1),
+        ranges=ints(balance.num_workers, call.range_fields),
+        items=ints(call.num_items, ITEM_FIELDS),
         scores=ints(2 * WARPS * (call.share_ctas + 1)),
     )
     plan_kernel = plgpu.kernel(
@@ -79,6 +87,11 @@ def make_plan(
                 split_tile=shared(splits),
                 split_taken=shared(splits),
                 split_tiles=shared(splits),
+                first_split=shared(splits),
+                worker_item=shared(balance.num_workers + 1),
+                worker_partial=shared(balance.num_workers + 1),
+                is_shared=shared(balance.num_workers),
+                items=shared(ITEM_FIELDS * call.num_items),
                 units=shared(THREADS),
                 line=shared(2 * THREADS),
                 splits=shared(2 * THREADS),
@@ -93,16 +106,17 @@ def make_plan(
     # The kernel leaves zeros: XLA takes these for constants and may pass them to every launch.
     counter = jnp.zeros(1, jnp.int32)
     (made,) = plan_kernel(Inputs(seq_lens, query_lens, counter))
-    arrays = {name: array for name, array in made._asdict().items() if name != "scores"}
     costs = balance.costs
-    return SplitPlan(
-        **arrays,
+    names = (*PLANNED, "worker_start", "tile_partial_start")
+    split = SplitPlan(
+        **{name: getattr(made, name) for name in names},
         block_size=costs.block_size,
         rows_per_tile=costs.rows_per_tile,
         num_row_tiles=costs.num_row_tiles,
         num_partials=balance.num_partials,
         num_heads=balance.num_heads,
     )
+    return split, made.ranges, made.items
 
 
 def _run(call: PlanCall, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:

@@ -20,36 +20,53 @@ from mla_jax.splits.planner import Balance, balanced_plan
 from pallas_kernels.hopper import device
 from pallas_kernels.hopper.plan.call import refusal
 from pallas_kernels.hopper.plan.kernel import make_plan
+from pallas_kernels.hopper.work_items import work_list
+
+type Made = tuple[SplitPlan, jax.Array, jax.Array]
 
 
 def plan_where_lowered(
-    seq_lens: jax.Array, query_lens: jax.Array | None, balance: Balance, *, longest: int = LARGEST
-) -> SplitPlan:
-    """Returns what `balanced_plan` does, for `plan_splits`.
+    seq_lens: jax.Array,
+    query_lens: jax.Array | None,
+    balance: Balance,
+    *,
+    finish: str,
+    longest: int = LARGEST,
+) -> Made:
+    """Returns what `balanced_plan` does, and ranges and items of `work_list`.
 
     One kernel makes it on a Hopper GPU. JAX makes it on other platforms, under `jax.vmap`, where
     the compiler spreads the program over several devices, and where the kernel has a `refusal`.
 
+    finish: as in `work_list`; "in_pairs" for plans in pairs only.
     longest: a longer length counts as this.
     """
-    in_jax = functools.partial(_in_jax, balance=balance, longest=longest)
+    options: dict[str, Any] = {"balance": balance, "finish": finish, "longest": longest}
+    in_jax = functools.partial(_in_jax, **options)
     if refusal(len(seq_lens), balance) is not None:
         return in_jax(seq_lens, query_lens)
     if jax.config.jax_disable_jit:
         return in_jax(seq_lens, query_lens)
     lens = jax.tree.leaves((seq_lens, query_lens if balance.num_heads else None))
-    shape: SplitPlan = jax.eval_shape(in_jax, seq_lens, query_lens)
-    arrays = _plan_p.bind(*lens, balance=balance, longest=longest)
-    return jax.tree.unflatten(jax.tree.structure(shape), arrays)
+    shapes = jax.eval_shape(in_jax, seq_lens, query_lens)
+    made: Made = jax.tree.unflatten(jax.tree.structure(shapes), _plan_p.bind(*lens, **options))
+    return made
 
 
-@functools.partial(jax.jit, static_argnames=("balance", "longest"))
+@functools.partial(jax.jit, static_argnames=("balance", "finish", "longest"))
 def _in_jax(
-    seq_lens: jax.Array, query_lens: jax.Array | None = None, *, balance: Balance, longest: int
-) -> SplitPlan:
+    seq_lens: jax.Array,
+    query_lens: jax.Array | None = None,
+    *,
+    balance: Balance,
+    finish: str,
+    longest: int,
+) -> Made:
     if longest < LARGEST:
         seq_lens = jnp.clip(seq_lens, 0, longest)
-    return balanced_plan(seq_lens, query_lens, balance)
+    split = balanced_plan(seq_lens, query_lens, balance)
+    work = work_list(split, finish)
+    return split, work.ranges, work.items
 
 
 def _leaves_in_jax(*lens: jax.Array, **options: Any) -> list[jax.Array]:
@@ -57,9 +74,9 @@ def _leaves_in_jax(*lens: jax.Array, **options: Any) -> list[jax.Array]:
 
 
 def _leaves_by_kernel(
-    seq_lens: jax.Array, query_lens: jax.Array | None = None, *, balance: Balance, longest: int
+    seq_lens: jax.Array, query_lens: jax.Array | None = None, *, balance: Balance, **options: Any
 ) -> list[jax.Array]:
-    return jax.tree.leaves(make_plan(seq_lens, query_lens, balance, longest=longest))
+    return jax.tree.leaves(make_plan(seq_lens, query_lens, balance, **options))
 
 
 _plan_p = core.Primitive("mla_decode_plan")
@@ -71,7 +88,7 @@ def _run(*lens: jax.Array, **options: Any) -> list[jax.Array]:
     return _jitted(*lens, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("balance", "longest"))
+@functools.partial(jax.jit, static_argnames=("balance", "finish", "longest"))
 def _jitted(*lens: jax.Array, **options: Any) -> list[jax.Array]:
     return _plan_p.bind(*lens, **options)
 
