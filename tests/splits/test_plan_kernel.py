@@ -14,8 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from mla_jax.splits.line import MOST_COST, unit_of, without_spread_overhead
 from mla_jax.splits.planner import balanced_plan, plan_splits
 from pallas_kernels.hopper import planning
-from pallas_kernels.hopper.plan import where_lowered
-from pallas_kernels.hopper.plan.call import MOST_TILES
+from pallas_kernels.hopper.plan import call, where_lowered
 from pallas_kernels.hopper.plan.kernel import make_plan
 from pallas_kernels.hopper.work_items import work_list
 
@@ -107,37 +106,38 @@ def test_one_kernel_makes_the_same_plan_on_the_gpu(requests, finish, sizes):
         assert_same(made(lens, queries), wanted(lens, queries))
 
 
-def program(platform, function, *args):
-    return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
-
-
-def test_a_plan_for_a_gpu_is_one_kernel(h200):
-    """It spills no registers. A program for a CPU has no kernel."""
-    lens = jax.ShapeDtypeStruct((512,), jnp.int32)
+@pytest.mark.parametrize("requests", [aot.on_gpu_machines(512)])
+def test_compiles_for_sm90a(h200, requests):
+    """It spills no registers."""
     plan = functools.partial(planning.plan_decode, rows=16, capacity=1000, clip=True)
-    assert "mla_decode_plan" not in program("cpu", plan, lens)
-    (report,) = aot.compile_sm90a(plan, lens)
-    assert "mla_decode_plan" in report.name
+    (report,) = aot.compile_sm90a(plan, jax.ShapeDtypeStruct((requests,), jnp.int32))
     assert report.spill_stores == report.spill_loads == report.stack_frame == 0
 
 
-def test_a_plan_without_the_kernel(monkeypatch):
-    """Under vmap, partitioned, or with more tiles than the kernel takes, JAX makes the plan."""
+def test_a_plan_for_a_gpu_is_one_kernel(monkeypatch):
+    """On a CPU, under vmap, partitioned, or with too many tiles for the kernel, JAX makes it."""
 
     def kernel(*_, **__):
         raise AssertionError("the kernel was called")
 
+    def program(function, lens):
+        return jax.jit(function).trace(lens).lower(lowering_platforms=("cuda",)).as_text()
+
+    monkeypatch.setattr(call, "MOST_TILES", 4)
+    plan = jax.jit(functools.partial(planning.plan_decode, rows=16, clip=True, capacity=640))
+    lens = jax.ShapeDtypeStruct((4,), jnp.int32)
+    text = program(lambda lens: jax.tree.leaves(plan(lens))[:-1], lens)  # without the counters
+    assert "mla_decode_plan" in text
+    assert text.count("custom_call") == 1
+
     monkeypatch.setattr(where_lowered, "make_plan", kernel)
-    plan = functools.partial(planning.plan_decode, rows=16, clip=True, capacity=640)
-    wanted = jax.jit(plan)(jnp.int32([100, 700, -1, 0]))
-    assert int(wanted.split.block_end.max()) == 10  # not 11, of 700 keys
-    several = jax.vmap(plan)(jnp.int32([[100, 700, -1, 0], [1, 2, 3, 4]]))
-    assert_same(jax.tree.map(lambda x: x[0], several).split, wanted.split)
-    program("cuda", jax.vmap(plan), jax.ShapeDtypeStruct((2, 4), jnp.int32))
-    program("cuda", plan, jax.ShapeDtypeStruct((MOST_TILES + 1,), jnp.int32))
+    made = plan(jnp.int32([100, 700, -1, 0]))
+    assert int(made.split.block_end.max()) == 10  # not 11, of 700 keys
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = jax.NamedSharding(mesh, jax.P("x"))
-    program("cuda", plan, jax.ShapeDtypeStruct((4,), jnp.int32, sharding=spread))
+    program(jax.vmap(plan), jax.ShapeDtypeStruct((2, 4), jnp.int32))
+    program(plan, jax.ShapeDtypeStruct((4,), jnp.int32, sharding=spread))
+    program(plan, jax.ShapeDtypeStruct((5,), jnp.int32))
 
 
 def test_overhead_spread_over_a_tile_is_rounded_once():

@@ -192,11 +192,11 @@ class PlanWriter:
             worker = jnp.minimum(worker, num_workers - 1)
             first = self.line.load("worker_item", worker)
             stop = self.line.load("worker_item", worker + 1)
-            head, steps = first, ()
+            head, steps = first, list[Any]()
             if self.call.finish == "in_pairs":
                 is_backwards = (self.line.load("is_shared", worker >> 1) & worker & 1) == 1
                 head = jnp.where(is_backwards, stop - 1, first)
-                steps = (jnp.where(is_backwards, -1, 1),)
+                steps = [jnp.where(is_backwards, -1, 1)]
             fields = (*self.finished(self.item(head)), first, stop, *steps)
             for i, value in enumerate(fields):
                 self.g.store_indexed(self.outputs.ranges, worker * width + i, value, exists)
