@@ -43,7 +43,7 @@ class Scratch(NamedTuple):
     split_tiles: Any  # [most splits] how many tiles are split up to here
     first_split: Any  # [most splits] the first split of each split tile
     worker_item: Any  # [workers + 1] the first work item of each worker
-    worker_partial: Any  # [workers + 1] how many partials come before it
+    worker_partial: Any  # [workers + 1] number of partials before it
     is_shared: Any  # [workers] 1: these pairs combine a tile by themselves
     items: Any  # [ITEM_FIELDS * items] field by field
     units: Any  # [128] for `PerThread.sum_over_threads`
