@@ -75,7 +75,7 @@ fuzz:  ## random calls on an H200, by ARGS: "--calls=700 --data-seeds=random,ran
 	PYTHONPATH=".:tests/support$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m fuzz $(ARGS)
 
 docs: $(ENVIRONMENT)  ## the API reference, from the docstrings: out/docs/index.html
-	$(PYTHON) -W error -m pdoc --docformat google --output-directory $(OUTPUT)/docs $(API)
+	$(PYTHON) -W error -m pdoc --docformat google --output-directory $(OUTPUT)/docs $(ARGS) $(API)
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .
@@ -104,10 +104,10 @@ $(VENV)/.sm90a-ready: $(VENV)/.made
 	$(PIP) --no-deps --upgrade --target $(SM90A) jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm
 	touch $@
 
-# One process writes the byte code that all processes of the tests need.
+# One process writes the byte code that all processes of the tests need: of packages, of our modules
+# and of the tests with their rewritten assertions. (An error in it is what the tests end with, too.)
 $(VENV)/.test-ready: $(VENV)/.ready $(VENV)/.sm90a-ready
-	JAX_PLATFORMS=cpu $(VENV)/bin/python -c \
-		"import hypothesis, jax.experimental.pallas.mosaic_gpu, matplotlib.figure, pytest, xdist"
+	-JAX_PLATFORMS=cpu $(TEST_PATH) $(VENV)/bin/python -m pytest --collect-only -qq -m "not gpu" > /dev/null
 	touch $@
 
 clean:

@@ -201,14 +201,16 @@ def _version(package: str) -> str:
 def _commit() -> str:
     """Returns the commit of the checkout, "+" where files differ from it, or "unknown".
 
-    On a machine without git or without .git, the variable MLA_JAX_COMMIT says it. A repository
-    around the checkout does not count.
+    The variable MLA_JAX_COMMIT says it where it is set, for a copy of a checkout on another
+    machine. A repository around the checkout does not count.
     """
+    if os.environ.get("MLA_JAX_COMMIT"):
+        return os.environ["MLA_JAX_COMMIT"]
     command = ["git", "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]
     try:
         if not (ROOT / ".git").exists():
             raise FileNotFoundError(ROOT / ".git")
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("MLA_JAX_COMMIT", "unknown")
+        return "unknown"
     return found.stdout.strip()

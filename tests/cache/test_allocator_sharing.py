@@ -13,7 +13,7 @@ from mla_jax.allocator import OutOfPagesError, PageAllocator
 # Together 100,000 operations.
 @pytest.mark.parametrize(
     ("seed", "num_pages", "page_size", "most_requests"),
-    [(0, 24, 4, 8), (1, 12, 4, 6), (2, 16, 1, 5), (3, 40, 3, 8)],
+    [(1, 12, 4, 6), (2, 16, 1, 5), (3, 40, 3, 8)],
 )
 def test_answers_as_the_model_does(seed, num_pages, page_size, most_requests):
     server = Server(seed, num_pages, page_size, most_requests)

@@ -52,7 +52,7 @@ PAIRWISE = [
     ("implementation", "page_size", "layout", "dtype"),
     [
         *(("xla", *case) for case in PAIRWISE),
-        *(("reference", *case) for case in PAIRWISE if case[2] == "float32"),
+        *(("reference", *case) for case in PAIRWISE[:4] if case[2] == "float32"),
     ],
 )
 def test_ragged_batch_matches_float64(implementation, page_size, layout, dtype):
@@ -64,7 +64,7 @@ def test_ragged_batch_matches_float64(implementation, page_size, layout, dtype):
 
 
 def test_split_kv_plans_for_itself():
-    """In float32 with "multiply": test_without_jit."""
+    """Here without a mask. In float32 with "multiply" and a mask: test_without_jit."""
     batch = make_batch(
         np.random.default_rng(64), *RAGGED, page_size=64, layout="NZ", dtype="float16"
     )
@@ -73,8 +73,9 @@ def test_split_kv_plans_for_itself():
         query_lens=batch.query_lens,
         implementation="split_kv",
         rescale="exponent_add",
+        **(options := {"softmax_scale": 3.0, "causal": False}),
     )
-    assert_matches(got, batch.oracle(), TOLERANCE["float16"], 1e-5)
+    assert_matches(got, batch.oracle(**options), TOLERANCE["float16"], 2e-5)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_without_jit(implementation):
     np.testing.assert_array_equal(alone, got[0])
 
 
-@pytest.mark.parametrize("implementation", PURE)
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_softmax_scale_and_all_keys_under_jit(implementation):
     batch = make_batch(np.random.default_rng(5), *RAGGED)
     options = {"softmax_scale": 3.0, "causal": False}
@@ -138,7 +139,7 @@ def test_any_head_count_and_no_query_lens(implementation, heads):
     assert np.isneginf(got[1][1, 0]).all()
 
 
-@pytest.mark.parametrize("partial_dtype", TOLERANCE)
+@pytest.mark.parametrize("partial_dtype", ["float32", "bfloat16"])
 def test_partial_dtype_rounds_cut_tiles_only(partial_dtype):
     batch = make_batch(np.random.default_rng(6), [256, 16], [1, 1])
     plan = plan_splits(batch.seq_lens, num_workers=4, rows=4, rows_per_tile=4, block_size=16)
@@ -184,9 +185,12 @@ def test_any_paging_and_layout_is_the_contiguous_result(lens, queries, static, s
     assert_matches(got, batch.oracle(), 2e-5, 1e-5)
 
 
-@pytest.mark.parametrize("implementation", PURE)
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_decode_loop_traces_once(implementation):
-    """Append and attend while lengths grow over page edges, a request finishes, one is empty."""
+    """Append and attend while lengths grow over page edges, a request finishes, one is empty.
+
+    With split_kv and a plan for each step: tests/core/test_planning.py.
+    """
     chex.clear_trace_counter()
     rng = np.random.default_rng(8)
     cache = PagedKVCache.create(24, page_size=16, kv_lora_rank=RANK, rope_dim=ROPE, dtype="float32")

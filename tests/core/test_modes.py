@@ -203,7 +203,13 @@ def test_the_same_numbers_in_every_mode(implementation: str, dtype: str, flags: 
 
 
 @pytest.mark.parametrize(
-    ("heads", "cache"), [(16, "float"), (64, "float"), (16, "int8"), (64, "int8")]
+    ("heads", "cache"),
+    [
+        (16, "float"),
+        (64, "int8"),
+        pytest.param(64, "float", marks=pytest.mark.gpu),
+        pytest.param(16, "int8", marks=pytest.mark.gpu),
+    ],
 )
 def test_the_hopper_kernels_are_lowered_in_every_mode(heads: int, cache: str) -> None:
     """With the plan and the merge; also where nothing may be run outside of jit."""

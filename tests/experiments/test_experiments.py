@@ -16,7 +16,7 @@ from experiments.accounting import split_kv
 from experiments.accuracy import int8_accuracy
 from experiments.framework import results
 from experiments.framework.results import SCHEMA, environment, validate_result, write_result
-from experiments.speed import timing
+from experiments.speed import sharded, timing
 from experiments.speed.decode.runner import Runner
 from experiments.speed.decode.setup import Setup
 from mla_jax.registry import IMPLEMENTATIONS
@@ -74,16 +74,18 @@ def fake_gpu(monkeypatch):
 def little_data(monkeypatch):
     """All data is drawn, but of data that the code does not distinguish only some is measured.
 
-    These are the batches of `split_kv` that share a program for each planner, and three of the
-    distributions of `int8_accuracy`.
+    These are two batches of `split_kv`, which share a program for each planner, two of the
+    distributions of `int8_accuracy`, and a burst of two launches of `sharded`.
     """
+    monkeypatch.setattr(sharded, "MOST_LAUNCHES", 2)
     batches, cases = split_kv.batches, int8_accuracy.cases
-    names = {"uniform", "the demo's checkpoint", "scores of std 3"}
+    names = {"uniform", "scores of std 3"}
 
-    def batches_of_one_size(seed):
-        return {name: lengths for name, lengths in batches(seed).items() if len(lengths) == 64}
+    def two_batches(seed):
+        drawn = batches(seed)
+        return {name: drawn[name] for name in (split_kv.PICTURED, "64 short, some empty")}
 
-    monkeypatch.setattr(split_kv, "batches", batches_of_one_size)
+    monkeypatch.setattr(split_kv, "batches", two_batches)
     monkeypatch.setattr(
         int8_accuracy, "cases", lambda options: (c for c in cases(options) if c.name in names)
     )
@@ -147,9 +149,10 @@ class TestResult:
         return {key: example[kind] for key, kind in SCHEMA.items()} | {"environment": environment()}
 
     def test_names_the_commit(self, monkeypatch):
-        """The commit is that of the checkout. Where there is none, a variable says it."""
+        """The commit is that of the checkout, unless a variable says it."""
+        monkeypatch.delenv("MLA_JAX_COMMIT", raising=False)
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=results.ROOT, capture_output=True)
-        commit = environment()["versions"]["commit"]
+        commit = results._commit.__wrapped__()
         if head.returncode == 0:
             assert re.fullmatch(f"{head.stdout.decode()[:7]}\\w*\\+?", commit)
         # A folder inside a repository is not that repository.

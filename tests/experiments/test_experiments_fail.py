@@ -100,8 +100,10 @@ class TestWrongNumbersAreCaught:
     def test_correctness(self, tmp_path, monkeypatch):
         broken = self.scaled(correctness.paged_mla_attention, 1.01)
         monkeypatch.setattr(correctness, "paged_mla_attention", broken)
-        status, result = run(tmp_path, "correctness", *SMALL["correctness"])
+        small = *SMALL["correctness"], "--implementations=xla"
+        status, result = run(tmp_path, "correctness", *small)
         assert status == 1
+        assert len(result["rows"]) == 1
         assert not any(row["passed"] for row in result["rows"])
 
     def test_soak(self, tmp_path, monkeypatch):
@@ -149,7 +151,8 @@ class TestWrongNumbersAreCaught:
 
     def test_demo(self, tmp_path, monkeypatch):
         monkeypatch.setattr(demo, "mla_layer", self.scaled(demo.mla_layer, 1.05))
-        status, result = run(tmp_path, "demo", *SMALL["demo"], "--implementations=xla")
+        small = *SMALL["demo"], "--requests=1", "--noint8"
+        status, result = run(tmp_path, "demo", *small)
         assert status == 1
         assert not any(row["passed"] for row in result["rows"] if "passed" in row)
 
@@ -181,7 +184,8 @@ def test_demo_writes_and_reads_its_own_checkpoint(tmp_path, monkeypatch):
         *SMALL["demo"][1:],
         "--layout=NZ",
         "--dtype=bfloat16",
-        "--implementations=xla",
+        "--requests=1",
+        "--noint8",
     )
     assert status == 0
     assert result["files"] == ["checkpoint", "demo.png"]

@@ -61,26 +61,21 @@ def test_all_keys_visible_interpreted():
 def test_interpreted(races):
     """A short request, a chunk behind a prefix in two tiles, one query, and one without queries.
 
-    Keys and values that are not finite reach the rows that see them, and no other.
+    Keys and values that are not finite reach the rows that see them, and no other. From block to
+    block some maxima rise by more than O's reference may lag, others by less.
     """
-    batch = causal_batch(0, [(5, 9), (140, 300), (1, 1), (0, 7)])
+    batch = causal_batch(8, [(5, 9), (140, 300), (1, 1), (0, 7)])
+    batch.q[5:145:2] *= 8
+    q, k = (x.astype(np.float32) for x in (batch.q[105:125, 0, :128], batch.k[9:265, 0]))
+    scores = q @ k.T * SCALE * LOG2E  # of rows of one tile, and its full blocks
+    rises = scores[:, :128].max(axis=1) - scores[:, 128:].max(axis=1)
+    assert (rises > 8).any()
+    assert ((rises > 0.5) & (rises < 7)).any()
     begin = batch.cu_kv[1]
     batch.poison(begin - 1)  # seen by the last row of the first request
     batch.poison(begin + 280, only_v=True)  # seen by rows 120 .. 139 of the chunk
     batch.check(*run(batch, joined=True))
     assert not races.found
-
-
-def test_scores_that_rise_interpreted():
-    """From block to block some maxima rise by more than O's reference may lag, others by less."""
-    batch = causal_batch(8, [(5, 9), (140, 300), (1, 1), (0, 7)])
-    batch.q[5:145:2] *= 8
-    q, k = (x.astype(np.float32) for x in (batch.q[105:145, 0, :128], batch.k[9:265, 0]))
-    scores = q @ k.T * SCALE * LOG2E  # of a tile's last rows and its full blocks of keys
-    rises = scores[:, :128].max(axis=1) - scores[:, 128:].max(axis=1)
-    assert (rises > 8).any()
-    assert ((rises > 0.5) & (rises < 7)).any()
-    batch.check(*run(batch, joined=True))
 
 
 def test_wide_interpreted(races):
@@ -147,10 +142,11 @@ def test_the_op_compiles_for_sm90a(h200):
 @pytest.mark.parametrize(
     "widths",
     [
-        (192, 64, 256),  # which leave the fewest registers
+        # The op's kernel above is the case of small machines.
         *map(
             aot.on_gpu_machines,
             [
+                (192, 64, 256),  # which leave the fewest registers
                 (128, 0, 128),
                 (192, 0, 128),
                 (192, 64, 128),
@@ -214,7 +210,7 @@ def test_tiles_cover_every_row_once(causal):
 
 @pytest.mark.parametrize(
     ("requests", "rows", "keys", "causal", "heads_at_once"),
-    [(5, 400, 3000, True, None), (200, 5, 60_000, True, 3), (3, 200, 1000, False, None)],
+    [(5, 400, 3000, True, 3), (200, 5, 60_000, False, None)],
 )
 def test_one_kernel_makes_the_same_list_interpreted(requests, rows, keys, causal, heads_at_once):
     """The kernel's list equals that of `work_list`, also for bounds that can't be."""

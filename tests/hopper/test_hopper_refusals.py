@@ -1,7 +1,9 @@
 """What the Hopper kernels say that they do not take."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,13 +27,15 @@ def test_without_a_gpu_it_says_so():
 
 
 def test_refusals_name_what_it_takes():
-    any_plan = plan_splits(jnp.ones(2, jnp.int32), num_workers=2, rows=8)
+    plan_for_any = functools.partial(plan_splits, num_workers=2, rows=8)
+    any_plan = jax.eval_shape(plan_for_any, np.ones(2, np.int32))
 
     def reason(q_dtype=BF16, rescale="multiply", rows_per_tile=None, page_size=64, **cache):
         plan = rows_per_tile and DecodePlan(
             dataclasses.replace(any_plan, rows_per_tile=rows_per_tile)
         )
-        cache = dataclasses.replace(PagedKVCache.create(2, **cache), page_size=page_size)
+        of_shapes = jax.eval_shape(functools.partial(PagedKVCache.create, 2, **cache))
+        cache = dataclasses.replace(of_shapes, page_size=page_size)
         return planning.refuses(q_dtype, cache, rescale, plan)
 
     for good in (

@@ -2,7 +2,6 @@
 
 import pytest
 import rows_sweep
-from guarded_rows import split_plan
 
 WORKERS = 6  # fewer than tiles in most tasks
 
@@ -25,13 +24,6 @@ def tasks() -> list[tuple[str, int, int]]:
     ]
     found += [("int8", rows, rows + -rows % 8) for rows in range(1, 33)]
     return found + [("int8", rows, 64) for rows in ENDS]
-
-
-def test_every_plan_splits_a_tile():
-    """On any machine, for the number of tiles that needs the most workers. A GPU runs the rest."""
-    tiles = WORKERS
-    assert tiles in {-(-rows // height) for _, rows, height in tasks()}
-    split_plan(tiles, 1, WORKERS)
 
 
 @pytest.mark.gpu

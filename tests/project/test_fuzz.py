@@ -20,7 +20,6 @@ CALLS = 8  # of each program in plain JAX
 KERNEL_CALLS, ODD = 2, 0.8
 KERNELS: tuple[dict, ...] = (
     {"cache_dtype": "bfloat16", "rescale": "multiply", "rows_per_tile": 16, "page_size": 16},
-    {"cache_dtype": "float16", "rows_per_tile": 64, "page_size": 16},
     # Two row tiles, in a plan that leaves out hidden blocks.
     {
         "cache_dtype": "int8", "rows_per_tile": 64, "tokens": 3, "heads": 33, "causal": True,

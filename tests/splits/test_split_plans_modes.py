@@ -15,8 +15,7 @@ from mla_jax.splits.planner import covered_requests, plan_fixed, plan_loads, pla
 @pytest.mark.parametrize(
     ("make", "options"),
     [
-        (plan_splits, {"cost_model": "fia"}),
-        (plan_splits, {"max_seq_len": 1024}),
+        (plan_splits, {"cost_model": "fia", "max_seq_len": 1024}),
         (plan_fixed, {"split_size": 128, "max_seq_len": 1024}),
     ],
 )

@@ -109,6 +109,13 @@ class Int8Batch:
     def attend(self, plan=None, **options):
         return self.jitted(plan, **options)()
 
+    def reference(self, request: int, *, causal: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Returns o and lse of the query tokens of a request, without padding, in float64."""
+        q = self.expected_q[request, : np.asarray(self.query_lens)[request]]
+        return attention_float64(
+            q, self.kv[request], softmax_scale=SCALE, kv_lora_rank=512, causal=causal
+        )
+
     def check(self, o, lse, *, causal=True) -> None:
         """Asserts that o and lse pass the rule of `HopperBatch.check`, without its cosine."""
         q, seq_lens, queries = (
@@ -124,9 +131,7 @@ class Int8Batch:
                 assert np.isnan(lse[i]).all()
                 continue
             expected, expected_lse = np.zeros(o.shape[1:]), np.full(lse.shape[1:], -np.inf)
-            expected[:count], expected_lse[:count] = attention_float64(
-                q[i, :count], self.kv[i], softmax_scale=SCALE, kv_lora_rank=512, causal=causal
-            )
+            expected[:count], expected_lse[:count] = self.reference(i, causal=causal)
             seen = np.isfinite(expected_lse)
             np.testing.assert_array_equal(lse[i][~seen], -np.inf)
             np.testing.assert_array_equal(o[i][~seen], 0.0)
