@@ -52,9 +52,8 @@ SUMMARY = "a decode step of a whole layer: time, and time and bytes of each part
 
 WHOLE = "whole step"
 TRACED = 2  # bursts
-PRESETS: dict[
-    str, tuple[tuple[str, ...], dict[str, Any]]
-] = {  # cases, and fields of the config that differ from the model's
+# Cases, and fields of the config that differ from the model's.
+PRESETS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "served": (("128x4096", "16x1024", "1x1024"), {}),
     "quick": (("2x48",), {"hidden_size": 64, "num_heads": 2, "q_lora_rank": 32}),
 }
