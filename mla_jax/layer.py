@@ -303,13 +303,15 @@ def _projected(
     params: MLAParams, o_latent: jax.Array, weights: jax.Array | None, *, sum_over: tuple[str, ...]
 ) -> jax.Array:
     """Computes `project_output`, summed over mesh axes; weights [B, S, H] scale o_latent."""
-    values = einsum("bshc,hcv->bshv", o_latent, params.w_uv)
+    with jax.named_scope("mla_w_uv"):
+        values = einsum("bshc,hcv->bshv", o_latent, params.w_uv)
     if weights is not None:  # here, so that the gather of lse may overlap with the product
         values = (values.astype(weights.dtype) * weights[..., None]).astype(values.dtype)
     return _projected_values(params, values, sum_over=sum_over)
 
 
 @on_auto_axes(_specs_of_hidden)
+@jax.named_scope("mla_w_o")
 def _projected_values(
     params: MLAParams, values: jax.Array, *, sum_over: tuple[str, ...]
 ) -> jax.Array:
