@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the other files of t
 
 import speed_picture
 import tables_accuracy as accuracy
+import tables_layer as layer
 import tables_predictions as predictions
 import tables_prefill as prefill
 import tables_profiles as profiles
@@ -55,6 +56,8 @@ PAGES: dict[str, dict[str, Writer]] = {
         "h200_prefill_sustained": _of(prefill.prefill, "h200", "ms_sustained"),
         "h200_latents": _of(prefill.latents, "h200"),
         "h200_layer": _of(prefill.layer, "h200"),
+        "h200_layer_step": _of(layer.steps, "h200"),
+        "h200_layer_parts": _of(layer.parts, "h200"),
         "h200_sharded": _of(several.sharded, "h200"),
         "h200_targets": _of(speed.targets, "h200"),
         "h200_options": _of(speed.options, "h200"),
