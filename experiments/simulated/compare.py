@@ -7,8 +7,8 @@ from experiments.framework.console import say, show_table
 from experiments.framework.experiment import InputError, Outcome, Output
 from experiments.framework.machine_options import MachineOptions, machine_and_problem, report_row
 from experiments.framework.options import flag
-from experiments.simulated.own_files import errors_of, load_kernel, name_of
-from mla_jax.hal import simulate
+from experiments.simulated.kernels import simulate_named
+from experiments.simulated.own_files import name_of
 from mla_jax.hal.simulator.trace import caption, draw_gantt, draw_legend
 
 SUMMARY = "schedules compared on one device: Gantt charts and a table"
@@ -34,15 +34,13 @@ def run(options: Options, output: Output) -> Outcome:
     names: list[str] = []
     for name in options.schedules or _DEFAULTS[profile.family]:
         try:
-            with errors_of(name):
-                kernel = load_kernel(profile, name, options.dtype)
-                reports.append(simulate(profile, problem, kernel))
+            reports.append(simulate_named(profile, problem, name))
         except ValueError as error:  # the device can not run it
             if options.schedules:
                 raise InputError(f"--schedules: {error}") from error
             say(f"left out: {error}")
             continue
-        names.append(name_of(name, kernel))
+        names.append(name_of(name, reports[-1].name))
     if not names:
         raise InputError(f"--profile: {profile.name} runs none of the published orders")
     rows = [{"name": n} | report_row(r) for n, r in zip(names, reports, strict=True)]

@@ -81,6 +81,6 @@ def load_kernel(profile: HardwareProfile, name: str, kv_dtype: str) -> Kernel | 
         return value
 
 
-def name_of(name: str, kernel: Kernel | AscendKernel) -> str:
-    """Returns how to call the kernel of a value of --schedule: a kernel of a file has a name."""
-    return kernel.name if is_file(name) else name
+def name_of(name: str, kernel: str) -> str:
+    """Returns how to call what a value of --schedule names: the kernel of a file has a name."""
+    return kernel if is_file(name) else name

@@ -8,8 +8,8 @@ from experiments.framework.console import say
 from experiments.framework.experiment import Outcome, Output, reading
 from experiments.framework.machine_options import MachineOptions, machine_and_problem, report_row
 from experiments.framework.options import flag
-from experiments.simulated.own_files import errors_of, load_kernel, name_of
-from mla_jax.hal import simulate
+from experiments.simulated.kernels import simulate_named
+from experiments.simulated.own_files import name_of
 from mla_jax.hal.simulator.trace import caption, chrome_trace, describe, draw_gantt, draw_legend
 
 SUMMARY = "a schedule on a device: Gantt chart, Perfetto trace, what bounds it"
@@ -25,12 +25,13 @@ class Options(MachineOptions):
 
 def run(options: Options, output: Output) -> Outcome:
     profile, problem = machine_and_problem(options)
-    with reading("schedule"), errors_of(options.schedule):
-        kernel = load_kernel(profile, options.schedule, options.dtype)
-        report = simulate(profile, problem, kernel)
+    with reading("schedule"):
+        report = simulate_named(profile, problem, options.schedule)
     timeline = report.timeline
     lines = describe(report)
-    title = f"{name_of(options.schedule, kernel)} on {profile.name}: bound by {report.bound_by}"
+    title = (
+        f"{name_of(options.schedule, report.name)} on {profile.name}: bound by {report.bound_by}"
+    )
     height = 2.2 + 0.45 * len(timeline.schedule.units)
     with plotting.figure(output.path("pipeline.png"), title, size=(15, height)) as axes:
         draw_gantt(axes, timeline)

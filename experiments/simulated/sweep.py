@@ -29,7 +29,7 @@ def run(options: Options, output: Output) -> Outcome:
     with reading("schedule"), errors_of(options.schedule):
         kernel = load_kernel(profile, options.schedule, options.dtype)
         start = simulate(profile, problem, kernel).seconds
-    name = name_of(options.schedule, kernel)
+    name = name_of(options.schedule, kernel.name)
     rows: list[Row] = []
     for knob, values in knobs(profile, problem, kernel).items():
         for value, make in values:
