@@ -1,6 +1,7 @@
 """Tables of other kernels: every form of columns is read, every row predicted, or one is named."""
 
 import csv
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from experiments import launch
 from experiments.simulated import foretell
+from experiments.simulated.models import kernel_for
 from experiments.simulated.predictions import predict
 from experiments.simulated.prefill_model import prefill_seconds, two_consumers
 from mla_jax.hal import PROFILES, Problem, simulate
@@ -85,14 +87,14 @@ def test_a_pair_counts_once_and_is_named_by_the_model(tmp_path: Path) -> None:
     names = ("flashmla_dense", "flashinfer_fa2")
     fast, slow = sorted(names, key=lambda name: predict(row(name, batch=128, heads=128)))
     cells = {"batch": 128, "heads": 128}
-    times = ((10, 20), (20, 10), (100, 104))  # named rightly, wrongly, and too near
+    times = ((10, 20), (12, 20), (20, 10), (100, 104))  # right twice, wrong, and too near
     rows = [
         row(name, us=us, kv_len=1000 + i, **cells)
         for i, pair in enumerate(times)
         for name, us in zip((fast, slow), pair, strict=True)
     ]
     status, result = published(tmp_path, rows)
-    assert (status, result["pairs"], result["pairs_right"]) == (0, 2, 1)
+    assert (status, result["pairs"], result["pairs_right"]) == (0, 3, 2)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +137,21 @@ def test_prefill_has_causal_work_and_a_peak() -> None:
     new = prefill_seconds(H200, 1, 128, 8192, 16384)  # 3/4 of the pairs of a query and a key
     assert 0.70 < new / long < 0.80
     assert prefill_seconds(PROFILES["Ascend910B3"], 1, 32, 4096, 4096) > 1e-3
+
+
+def test_8_bit_operands_are_multiplied_at_their_rate() -> None:
+    for dtype in ("fp8", "int8"):
+        kernel = kernel_for(H200, f"flashmla_{dtype}")
+        call = Problem((8192,) * 132, 128, kv_dtype=dtype)
+        seconds = simulate(H200, call, kernel).seconds
+        faster = H200.with_values({"engine.tensor_int8": 16384, "engine.shared_pipe": 256})
+        assert simulate(faster, call, kernel).seconds < 0.85 * seconds
+        bf16 = dataclasses.replace(call, kv_dtype="bf16")
+        assert simulate(H200, bf16, "flashmla_dense").seconds > 1.5 * seconds
+        with pytest.raises(ValueError, match=f"kv_dtype = 'bf16', wanted {dtype}, since it mult"):
+            simulate(H200, bf16, kernel)
+        other = H200.with_values({"engine.tensor_bf16": 8192})
+        assert simulate(other, call, kernel).seconds == seconds
 
 
 def test_predictions_are_scored_and_never_written_over(
