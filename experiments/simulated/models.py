@@ -31,6 +31,7 @@ class Model:
 
 
 MODELS = (
+    Model("flashmla", {"bf16": "flashmla_dense"}, "its own model"),
     Model("hopper", {"bf16": "flashmla_dense"}, "ours, as FlashMLA's order and plan"),
     Model("hopper_int8", {"int8": "flashmla_int8"}, "ours, as FlashMLA's order on int8"),
     Model(
@@ -105,5 +106,6 @@ def model_of(variant: str, dtype: str) -> Model:
                     f"not for dtype {dtype}"
                 )
             return model
-    names = ", ".join([*KERNELS, *ASCEND_KERNELS, *(repr(m.pattern) for m in MODELS)])
+    recognised = [repr(model.pattern.replace(r"\S+", "VERSION")) for model in MODELS]
+    names = ", ".join([*KERNELS, *ASCEND_KERNELS, *recognised])
     raise ValueError(f"kernel = {variant!r} has no model, wanted one of {names}")
