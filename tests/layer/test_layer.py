@@ -22,8 +22,9 @@ from small_layer import (
     step,
 )
 
+from mla_jax.checkpoints.load import load_hf
 from mla_jax.checkpoints.read import Checkpoint
-from mla_jax.checkpoints.weights import load_hf, rotate_latent
+from mla_jax.checkpoints.weights import rotate_latent
 from mla_jax.layer import mla_layer, naive_mla_layer, preprocess, project_output
 from mla_jax.reference.layer import layer_float64
 
