@@ -85,8 +85,8 @@ def paged_mla_attention(
     Args:
         q: [B, S, H, D] = [q_latent | q_rope], not scaled; float32, bfloat16 or float16.
         cache: K is a row [c_kv | k_rope] of D values, V its first kv_lora_rank. The plain-JAX
-            implementations read an int8 cache dequantized, in float32. Of a pool of several layers,
-            `cache.layer(i)`.
+            implementations read an int8 cache dequantized, in float32. A pool of several layers is
+            passed as `cache.layer(i)`.
         block_tables: [B, max_pages] int32; entries past a request's length may hold anything.
         seq_lens: [B] int32, keys per request, its new tokens included; 0: none.
         softmax_scale: multiplies the scores (`MLAConfig.softmax_scale`); above 0 and known at
@@ -339,8 +339,8 @@ def _check_options(
 
 
 def _check_plan(plan: DecodePlan, batch: int, rows: int, words: str) -> None:
+    plan.check()
     split = plan.split
-    split.check()
     row_tiles = -(-rows // split.rows_per_tile)
     if (split.num_row_tiles, split.num_tiles) != (row_tiles, batch * row_tiles):
         raise ValueError(

@@ -67,8 +67,8 @@ def mla_layer(
         params: weights of the layer.
         config: shape of the layer; static under jit.
         x: [B, S, hidden] hidden states of the new tokens, left aligned.
-        cache: holds the latents of the earlier tokens. Use the returned cache from here on. Of a
-            pool of several layers, `cache.layer(i)`.
+        cache: holds the latents of the earlier tokens. Use the returned cache from here on. A pool
+            of several layers is passed as `cache.layer(i)`.
         block_tables: [B, max_pages] int32, with pages for the new tokens.
         seq_lens: [B] int32, tokens of each request including the new ones.
         query_lens: [B] int32, how many of the S tokens are real, 0 .. min(S, seq_lens). None means
@@ -97,7 +97,7 @@ def mla_layer(
 
     Returns:
         out: [B, S, hidden] of x.dtype. Rows past query_lens are the output bias, or 0.
-        cache: with the new tokens appended. Of a view, the pool with all layers.
+        cache: with the new tokens appended. For a view of one layer it is the pool of all layers.
 
     Gradients reach the weights, x and the pages of a cache of floats in both forms, with memory
     that is linear in the number of tokens, as in FlashAttention-2 (arXiv 2307.08691). Padding of x
@@ -373,7 +373,6 @@ def _expanded(
 def _check_input(params: Any, config: Any, x: Any) -> None:
     if not isinstance(config, MLAConfig):
         raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
-    check_params_type(params)
     check_params(params, config)
     checks.require_array("x", x)
     checks.require_shape("x", x, "[B, S, hidden_size]", None, None, config.hidden_size)

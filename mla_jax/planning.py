@@ -38,7 +38,8 @@ def plan_decode(
     plan depend on shapes and options only, so that a decode loop traces once.
 
     In a program for a Hopper GPU one kernel makes the plan, of up to 4096 tiles of query rows in
-    all. JAX makes larger plans, plans under `jax.vmap`, and those on other platforms.
+    all. JAX makes larger plans, and all plans on other platforms, under `jax.vmap` and without jit
+    (`jax.disable_jit`), and in programs that the compiler spreads over several devices.
 
     Args:
         seq_lens: [B] int32, keys per request, its new tokens included; 0: none.
@@ -65,7 +66,8 @@ def plan_decode(
             kv_axis for a call without them.
 
     Returns:
-        The plan, a pytree: the arrays of its split are data, all else is static.
+        The plan, a pytree: the arrays of its split and of its work list are data, all else is
+        static.
 
     Raises:
         TypeError: an argument of another type.

@@ -49,7 +49,8 @@ def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
     The product of one token is computed as one of two equal ones: XLA's GPU compiler makes sums of
     a product of a vector, and these read the weights at 0.9 of the speed of a matrix product
-    (benchmarks/history.md). The second token costs no time and no memory.
+    (benchmarks/history.md). The second token takes no time there, where the product waits for
+    memory. A product under `jax.vmap` or on a CPU computes it too.
 
     Batch axes are moved to the front of the product and the result is transposed. With batch axes
     between others, XLA's CPU dot accumulates bfloat16 products in bfloat16. That is 8 times the

@@ -57,6 +57,13 @@ def check_layers(cache: Any) -> None:
     checks.require_int32("cache.first_page", cache.first_page)
     if layers == 1:
         raise ValueError("cache.first_page must be None in a cache of one layer, got an array")
+    if checks.is_concrete(cache.first_page):
+        first, pages = int(cache.first_page), cache.num_pages
+        if first % pages or not 0 <= first < layers * pages:
+            raise ValueError(
+                f"cache.first_page must be that of one of {layers} layers of {pages} pages, as "
+                f"cache.layer(i) sets it, got {first}"
+            )
 
 
 def require_one_layer(cache: Any) -> None:

@@ -94,9 +94,12 @@ class PagedKVCache:
         """
         num_pages = checks.require_positive("num_pages", num_pages)
         num_layers = checks.require_positive("num_layers", num_layers)
+        if num_layers > INT32.max:
+            raise ValueError(f"num_layers must be at most {INT32.max}, got {num_layers}")
         if num_pages * num_layers > INT32.max:
-            most = INT32.max // num_layers
-            raise ValueError(f"num_pages must be at most {most}, got {num_pages}")
+            raise ValueError(
+                f"num_pages must be at most {INT32.max // num_layers}, got {num_pages}"
+            )
         kv_lora_rank = checks.require_positive("kv_lora_rank", kv_lora_rank)
         rope_dim = checks.require_positive("rope_dim", rope_dim)
         page_size = checks.require_positive("page_size", page_size)
@@ -131,11 +134,12 @@ class PagedKVCache:
 
         Args:
             index: 0 .. num_layers - 1, an integer or an integer array of shape [], which may be
-                traced. If a traced one is out of range, requests with tokens are invalid and
-                nothing is written; with one layer it has no effect.
+                traced. If a traced one is out of range, requests with tokens are invalid, nothing
+                is written, and what is read are rows of layer 0; with one layer it has no effect.
 
         Raises TypeError for an index of another type, ValueError for one that is out of range.
         """
+        checks.require_positive("cache.num_layers", self.num_layers)
         first_page = first_page_of(index, self.num_layers, self.num_pages)
         if self.num_layers == 1:
             return self
@@ -242,8 +246,8 @@ class PagedKVCache:
             seq_lens: [B] int32, tokens of each request BEFORE this call.
             query_lens: [B] int32, how many of the S tokens are real, left aligned; None is all S.
             donate: whether an eager call reuses this cache's memory for the returned cache, after
-                which this one must not be used. False copies it. Under an outer jit the argument
-                has no effect: donate the cache there.
+                which this one must not be used, nor another view of its pool. False copies it.
+                Under an outer jit the argument has no effect: donate the cache there.
             kv_axis: as in `paged_mla_attention`; the device that has a token's page writes it.
 
         Raises:

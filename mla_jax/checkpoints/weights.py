@@ -73,31 +73,24 @@ def check_params(params: MLAParams, config: MLAConfig) -> None:
     Each field must be an array of float32, bfloat16 or float16, or None if the config has no such
     weight.
     """
-    _require_params(params)
+    check_params_type(params)
     _require_config(config)
     for name, wanted in param_shapes(config).items():
         value = getattr(params, name)
         got = None if value is None else np.shape(value)
         if got != wanted:
             raise ValueError(f"params.{name} must be {wanted} for this config, got {got}")
-        if value is not None:
-            checks.require_float(f"params.{name}", value)
 
 
 def check_params_type(params: Any) -> None:
     """Raises TypeError unless `params` is an MLAParams of float arrays, of any shapes."""
     if not isinstance(params, MLAParams):
-        raise TypeError(f"params must be an MLAParams, got {type(params).__name__}")
+        raise TypeError(f"params must be an MLAParams, got {shown(params)}")
     for field in dataclasses.fields(params):
         value = getattr(params, field.name)
         if value is not None:
             checks.require_array(f"params.{field.name}", value)
             checks.require_float(f"params.{field.name}", value)
-
-
-def _require_params(params: MLAParams) -> None:
-    if not isinstance(params, MLAParams):
-        raise TypeError(f"params must be MLAParams, got {shown(params)}")
 
 
 def _require_config(config: MLAConfig) -> None:
@@ -174,7 +167,7 @@ def rotate_latent(params: MLAParams) -> MLAParams:
     Raises TypeError unless params are an `MLAParams` of floats. Raises ValueError for wrong shapes,
     or a kv_lora_rank that is not a power of 2.
     """
-    _require_params(params)
+    check_params_type(params)
     for field in ("norm_kv", "w_dkv", "w_uk", "w_uv"):
         checks.require_float(f"params.{field}", getattr(params, field))
     checks.require_shape("params.norm_kv", params.norm_kv, "[kv_lora]", None)

@@ -5,8 +5,13 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
 
+from mla_jax import checks
 from mla_jax.splits.plan import SplitPlan
+
+WORK = ("ranges", "items", "counters")
+UNCHANGED = ("request", "row_tile", "block_start", "block_end")  # first columns of items
 
 
 @functools.partial(
@@ -25,7 +30,8 @@ class DecodePlan:
         num_sms: SMs of the GPU that the plan is for, static; 0: for no GPU.
         work: the split as the Hopper kernel reads it, `pallas_kernels.hopper.work_items.WorkList`
             as a tuple of arrays; None: a launch makes it of `split`. Layers that share a plan
-            share it too.
+            share it too. (In an exported program, where no CTA waits for another one, a launch
+            whose tiles are shared by two CTAs makes its own.)
         finish: how the split tiles of `work` are combined, static; None: there is no `work`.
     """
 
@@ -34,6 +40,38 @@ class DecodePlan:
     num_sms: int = 0
     work: tuple[jax.Array, ...] | None = None
     finish: str | None = None
+
+    def check(self) -> None:
+        """Raises TypeError or ValueError where split or work are not what they should be.
+
+        That `work` is of this split is checked unless it is traced.
+        """
+        self.split.check()
+        if self.work is None:
+            return
+        if not isinstance(self.work, tuple) or len(self.work) != len(WORK):
+            raise TypeError(f"plan.work must be a tuple of {', '.join(WORK)}, got {self.work!r}")
+        for name, array in zip(WORK, self.work, strict=True):
+            checks.require_int32(f"plan.work ({name})", array)
+        items, planned = self.work[1], self.split.arrays()
+        columns = len(UNCHANGED)
+        checks.require_shape("plan.work (items)", items, "[P, 7]", self.split.num_items, 7)
+        if not checks.is_concrete(items, *planned.values()):
+            return
+        wanted = np.stack([np.asarray(planned[name]) for name in UNCHANGED], axis=1)
+        if (np.asarray(items)[:, :columns] != wanted).any():
+            raise ValueError(
+                "plan.work must be that of plan.split, got the work list of another split: "
+                "replace both, or set work and finish to None"
+            )
+
+    @property
+    def split_of_work(self) -> SplitPlan:
+        """The split whose blocks a kernel computes that reads `work`; `split` without one."""
+        if self.work is None:
+            return self.split
+        fields = {name: self.work[1][:, i] for i, name in enumerate(UNCHANGED)}
+        return dataclasses.replace(self.split, **fields)
 
     @staticmethod
     def of(plan: Any) -> "DecodePlan | None":

@@ -235,7 +235,7 @@ def _planned(
     seq_lens = valid_or_minus_one(*requests, page_size, num_pages, tokens.per_request)
     if given:
         every = jnp.full_like(seq_lens, tokens.per_request) if query_lens is None else query_lens
-        seq_lens = jnp.where(covered_requests(plan.split, seq_lens, every), seq_lens, -1)
+        seq_lens = jnp.where(covered_requests(plan.split_of_work, seq_lens, every), seq_lens, -1)
     return plan, (block_tables, seq_lens, query_lens)
 
 

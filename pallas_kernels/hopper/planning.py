@@ -197,7 +197,7 @@ def finish_of(tiles: KernelConfig, *, workers_may_wait: bool) -> str:
 def work_of(plan: DecodePlan, finish: str) -> WorkList:
     """Returns a plan's work list: the one that it has, if it is for this finish, or a new one.
 
-    Raises ValueError where the one that it has is of another split.
+    Raises ValueError where the shapes of the one that it has are those of another split.
     """
     make = functools.partial(work_list, finish=finish, ctas_per_tile=plan.tiles.ctas_per_tile)
     if plan.work is None or plan.finish != finish:

@@ -261,6 +261,12 @@ def test_what_is_refused():
             create(num_layers=count)
     with pytest.raises(ValueError, match="num_pages must be at most 1073741823, got 1073741824"):
         PagedKVCache.create(2**30, num_layers=2)
+    with pytest.raises(ValueError, match="num_layers must be at most 2147483647, got 2147483648"):
+        PagedKVCache.create(1, num_layers=2**31)
+    for first in (-4, 1, 12):
+        view = dataclasses.replace(pool.layer(0), first_page=jnp.int32(first))
+        with pytest.raises(ValueError, match=f"first_page must be that of one of 3 .*got {first}"):
+            view.check()
     tables, lens, q = i32([0]), i32(1), jnp.zeros((1, 1, 2, 48))
     _, weights = stacked(1)
     params = jax.tree.map(lambda x: x[0], weights)

@@ -1,5 +1,6 @@
 """`plan_decode`: one plan with the split and the tiles, for any machine."""
 
+import dataclasses
 import functools
 
 import chex
@@ -12,6 +13,7 @@ from paged_batch import SCALE, assert_matches, make_batch
 import mla_jax
 from mla_jax import DecodePlan, PagedKVCache, paged_mla_attention, plan_decode
 from mla_jax.hal import load_profile
+from mla_jax.splits.plan import covered_requests
 from pallas_kernels.hopper import device, planning
 
 LENS = np.array([300, 0, 4096, 70], np.int32)
@@ -168,3 +170,21 @@ def test_is_a_pytree():
     assert (again.tiles, again.num_sms) == (plan.tiles, plan.num_sms)
     chex.assert_trees_all_equal(again.split.arrays(), plan.split.arrays())
     assert "plan_decode" in mla_jax.__all__
+
+
+def test_a_work_list_of_another_split_is_refused():
+    lens = np.array([700, 90], np.int32)
+    plan_of = jax.jit(functools.partial(plan_decode, cache=CACHE, num_heads=16))
+    plan, other = plan_of(lens), plan_of(lens[::-1])
+    plan.check()
+    mixed = dataclasses.replace(plan, work=other.work)
+    with pytest.raises(ValueError, match=r"plan\.work must be that of plan.split"):
+        mixed.check()
+    assert covered_requests(plan.split_of_work, lens).all()
+    assert not covered_requests(mixed.split_of_work, lens).any()
+    ranges, items, counters = plan.work
+    for work in (plan.work[:2], list(plan.work), (ranges, items.astype(jnp.float32), counters)):
+        with pytest.raises(TypeError, match=r"plan\.work"):
+            dataclasses.replace(plan, work=work).check()
+    with pytest.raises(ValueError, match=r"plan.work \(items\) must be \[P, 7\]"):
+        dataclasses.replace(plan, work=(ranges, items[1:], counters)).check()

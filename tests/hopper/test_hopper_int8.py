@@ -45,7 +45,7 @@ def interpreted(batch, workers, rows_per_tile, seq_lens=None, **options):
 
 # Shapes of batches, each of which has a program that several tests run, and the options of
 # `interpreted`. The kernel of 16 rows has two warpgroups that compute and two that quantize q.
-# (24 rows have one of each: such a kernel is compiled here, and runs on a GPU.)
+# A kernel of 24 rows has one of each. It is compiled here, and runs on a GPU.
 SIXTEEN = (  # two row tiles
     {"heads": 9, "num_queries": 2, "requests": 4},
     {"rows_per_tile": 16, "partial_dtype": "bfloat16"},

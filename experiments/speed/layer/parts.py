@@ -40,6 +40,7 @@ PARTS = (
     Part("W_O", "mla_w_o", ("w_o", "b_o")),
 )  # fmt: skip
 NAMES = (*(part.name for part in PARTS), REST)
+MOST_OF_REST = 0.1  # of the time
 _BY_SCOPE = {part.scope: part.name for part in PARTS}
 _INSTRUCTION = re.compile(
     r'^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = [^\n]*?metadata=\{[^\n}]*?op_name="(?P<op>[^"]*)"',
@@ -132,3 +133,13 @@ def shares(kernels: Sequence[Kernel], hlo: str, steps: int) -> dict[str, Share]:
         times[part] += ns
         counts[part] += 1
     return {name: Share(times[name] / steps / 1e3, counts[name] / steps) for name in NAMES}
+
+
+def are_named(found: Mapping[str, Share]) -> bool:
+    """Whether each part has a kernel, and all but a tenth of the time is that of a part.
+
+    Otherwise the compiler has changed the names, and the table of parts says nothing.
+    """
+    whole = sum(share.us for share in found.values())
+    named = all(share.kernels for name, share in found.items() if name != REST)
+    return named and found[REST].us <= MOST_OF_REST * whole

@@ -105,7 +105,7 @@ class Layer:
         given = jax.eval_shape(self.plan, shapes[-1]) if plan == GIVEN else None
         return jax.jit(step, donate_argnums=2).lower(*shapes, given)
 
-    def bytes_read(self) -> dict[str, int]:
+    def bytes_moved(self) -> dict[str, int]:
         """Returns the bytes of weights and cache that each part reads or writes.
 
         The attention reads the rows of all tokens, and the append writes those of the new ones.
