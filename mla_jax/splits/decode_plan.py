@@ -70,7 +70,7 @@ class DecodePlan:
         """The split whose blocks a kernel computes that reads `work`; `split` without one."""
         if self.work is None:
             return self.split
-        fields = {name: self.work[1][:, i] for i, name in enumerate(UNCHANGED)}
+        fields: dict[str, Any] = {name: self.work[1][:, i] for i, name in enumerate(UNCHANGED)}
         return dataclasses.replace(self.split, **fields)
 
     @staticmethod
