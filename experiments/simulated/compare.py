@@ -7,7 +7,7 @@ from experiments.framework.console import say, show_table
 from experiments.framework.experiment import InputError, Outcome, Output
 from experiments.framework.machine_options import MachineOptions, machine_and_problem, report_row
 from experiments.framework.options import flag
-from mla_jax.hal import simulate
+from experiments.simulated.kernels import simulate_named
 from mla_jax.hal.simulator.trace import caption, draw_gantt, draw_legend
 
 SUMMARY = "schedules compared on one device: Gantt charts and a table"
@@ -31,7 +31,7 @@ def run(options: Options, output: Output) -> Outcome:
     names: list[str] = []
     for name in options.schedules or _DEFAULTS[profile.family]:
         try:
-            reports.append(simulate(profile, problem, name))
+            reports.append(simulate_named(profile, problem, name))
         except ValueError as error:  # the device can not run it
             if options.schedules:
                 raise InputError(f"--schedules: {error}") from error

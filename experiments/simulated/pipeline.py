@@ -8,7 +8,7 @@ from experiments.framework.console import say
 from experiments.framework.experiment import Outcome, Output, reading
 from experiments.framework.machine_options import MachineOptions, machine_and_problem, report_row
 from experiments.framework.options import flag
-from mla_jax.hal import simulate
+from experiments.simulated.kernels import simulate_named
 from mla_jax.hal.simulator.trace import caption, chrome_trace, describe, draw_gantt, draw_legend
 
 SUMMARY = "a schedule on a device: Gantt chart, Perfetto trace, what bounds it"
@@ -17,14 +17,15 @@ SUMMARY = "a schedule on a device: Gantt chart, Perfetto trace, what bounds it"
 @dataclasses.dataclass(frozen=True)
 class Options(MachineOptions):
     schedule: str = flag(
-        "seesaw", "an order (seesaw, chunk4, ...) or a kernel (flashmla_dense, ...)"
+        "seesaw",
+        "an order (seesaw, chunk4, ...) or a kernel (flashmla_dense, ...; hopper is our own)",
     )
 
 
 def run(options: Options, output: Output) -> Outcome:
     profile, problem = machine_and_problem(options)
     with reading("schedule"):
-        report = simulate(profile, problem, options.schedule)
+        report = simulate_named(profile, problem, options.schedule)
     timeline = report.timeline
     lines = describe(report)
     title = f"{options.schedule} on {profile.name}: bound by {report.bound_by}"

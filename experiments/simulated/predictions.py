@@ -9,6 +9,7 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
+from experiments.simulated.kernels import simulate_named
 from mla_jax.hal import HardwareProfile, Problem, load_profile, simulate
 from mla_jax.hal.simulator.simulate import Report
 
@@ -79,7 +80,8 @@ def report_of(row: Row, profile: HardwareProfile | None = None) -> Report:
         kv_dtype="fp8" if row["variant"].endswith("fp8kv") else "bf16",
         page_size=int(row["page_size"]),
     )
-    return simulate(profile, problem, row["variant"])
+    capacity = int(row["capacity"]) if row.get("capacity") else None
+    return simulate_named(profile, problem, row["variant"], capacity)
 
 
 def predict(row: Row, profile: HardwareProfile | None = None) -> float:

@@ -84,9 +84,7 @@ def simulated_kernel(
 def _plan(profile: HardwareProfile, problem: Problem, capacity: int) -> DecodePlan:
     lengths = np.asarray(problem.kv_lens, np.int32)
     with jax.default_device(jax.devices("cpu")[0]):
-        make = functools.partial(
-            plan_decode, rows=problem.rows, capacity=capacity, profile=profile
-        )
+        make = functools.partial(plan_decode, rows=problem.rows, capacity=capacity, profile=profile)
         return jax.device_get(make(jnp.asarray(lengths)))
 
 

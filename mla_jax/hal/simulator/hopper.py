@@ -107,9 +107,7 @@ def tuned_for_hopper(
     return profile.with_values(dict(values), f"fitted on {fit['rows']}")
 
 
-def hopper_costs(
-    profile: HardwareProfile, kernel: HopperKernel, end: int, share: float
-) -> Costs:
+def hopper_costs(profile: HardwareProfile, kernel: HopperKernel, end: int, share: float) -> Costs:
     """Returns the cost function of stages. end: STORED, PARTIAL or KEPT.
 
     share: bytes per second of the device's memory for this core while all cores are working.
@@ -283,4 +281,3 @@ def merge_seconds(profile: HardwareProfile, kernel: HopperKernel) -> float:
     values = float(plan.rows[writes].sum()) * LATENT
     traffic = values * kernel.partial_bytes / profile["memory.l2_bandwidth"]
     return 3 * l2 + max(float(rounds.max()) * l2, traffic)
-

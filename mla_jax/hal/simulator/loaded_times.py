@@ -14,9 +14,7 @@ def active(plan: Work) -> int:
     return min(plan.num_workers, len(plan.blocks)) * plan.cores_per_item
 
 
-def fair_share(
-    profile: HardwareProfile, plan: Work, in_flight: float, multicast: int = 1
-) -> float:
+def fair_share(profile: HardwareProfile, plan: Work, in_flight: float, multicast: int = 1) -> float:
     """Returns bytes per second per core while all cores work.
 
     Row tiles that read the same KV get it from the L2 cache. HBM serves it once, and L2 once per

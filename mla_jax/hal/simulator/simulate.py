@@ -181,6 +181,12 @@ def _simulate_gpu(profile: HardwareProfile, problem: Problem, kernel: Kernel) ->
 
 def _simulate_hopper(profile: HardwareProfile, problem: Problem, kernel: HopperKernel) -> Report:
     limits.require_memory(profile, problem)
+    capability = profile["core.compute_capability"]
+    if not 9.0 <= capability < 10.0:
+        raise ValueError(
+            f"kernel {kernel.name} on {profile.name}: core.compute_capability = {capability:g}, "
+            "wanted at least 9 and below 10 for wgmma"
+        )
     profile = tuned_for_hopper(profile)
     times = hopper_times(profile, problem, kernel)
     cores, merge, timeline = times.cores, times.merge, times.timeline(SHOWN_BLOCKS)

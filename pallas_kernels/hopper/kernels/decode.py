@@ -47,8 +47,8 @@ from pallas_kernels.hopper.kernels.decode_refs import (
 from pallas_kernels.hopper.mosaic.cluster import OtherCta
 from pallas_kernels.hopper.mosaic.primitives import OWN_BARRIERS, Backend
 from pallas_kernels.hopper.mosaic.values import opaque_zero
-from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, float_struct
 from pallas_kernels.hopper.parts import stamps as at
+from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, float_struct
 from pallas_kernels.hopper.parts.combine import BLOCK_COLUMNS, combine_shares, divide_into_columns
 from pallas_kernels.hopper.parts.stamps import Stamps
 from pallas_kernels.hopper.parts.visible_keys import VisibleKeys
