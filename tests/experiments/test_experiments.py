@@ -128,7 +128,7 @@ class TestResult:
 
     @pytest.mark.parametrize("name", [name for name in launch.EXPERIMENTS if name in SMALL])
     def test_every_experiment_in_small(self, tmp_path, request, name):
-        if name not in (*ON_A_GPU, "demo", "sharded"):  # which ask for devices
+        if name not in (*ON_A_GPU, "demo", "sharded", "portrait"):  # which ask for devices
             request.getfixturevalue("fake_gpu")
         request.getfixturevalue("little_data")
         status, result = run(tmp_path, name, *SMALL[name])
