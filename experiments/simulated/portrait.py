@@ -9,9 +9,13 @@ stages of its first work item. Elsewhere only the simulated lanes are drawn.
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.framework import plotting
@@ -32,14 +36,16 @@ from experiments.simulated.portrait_lanes import (
 from mla_jax.hal import HardwareProfile, Problem, Report, load_profile, simulate
 from mla_jax.hal.simulator.hopper import HopperKernel
 from mla_jax.hal.simulator.trace import OTHER_COLOUR, STAGE_COLOURS, stage_group
-from pallas_kernels.hopper import device
+from pallas_kernels.hopper import device, planning
 from pallas_kernels.hopper.model import simulated_kernel
+from pallas_kernels.hopper.portrait import attend_with_stamps
 
 SUMMARY = "the decode kernel's stages on an H100 or H200, beside the simulated ones"
 
 SMALL_SHARE = 0.02  # of the item's time; the mean error leaves smaller stages out
 WANTED = 15.0  # percent, the largest mean error of the stages
 WARM_UP, RUNS = 3, 4
+PAGE, WIDTH = 64, 576
 COLOURS = STAGE_COLOURS | {"WAIT": "#E4E6EA", "SUM": "#F0E442", COMBINE: "#000000"}
 
 
@@ -51,6 +57,7 @@ class Options:
         may_be_empty=False,
     )
     profile: str = flag("H200_SXM", "the simulated device, a name or a JSON file")
+    stamps: str = flag("", "a folder with stamps of an earlier run, to read instead of running")
     seed: int = seed_flag("of queries, cache and page order")
 
 
@@ -91,25 +98,35 @@ def run(options: Options, output: Output) -> Outcome:
     with reading("profile"):
         profile = load_profile(options.profile)
     shapes = [shape_of(text) for text in options.shapes]
+    problems = [Problem((tokens,) * batch, heads) for heads, batch, tokens in shapes]
     lacks = device.machine_lacks()
-    if lacks:
+    stamps: Iterable[np.ndarray | None]
+    if options.stamps:
+        stamps = (saved_stamps(options.stamps, shape) for shape in shapes)
+    elif lacks:
         say(f"simulated lanes only: {lacks}")
+        stamps = [None] * len(shapes)
+    else:
+        stamps = stamped_runs(problems, options.seed)
     portraits = []
-    for text, shape in zip(options.shapes, track(shapes, "shapes"), strict=True):
-        portraits.append(portrait(profile, text, *shape, options.seed, measures=not lacks))
+    inputs = zip(options.shapes, shapes, problems, stamps, strict=True)
+    for text, shape, problem, found in track(list(inputs), "shapes"):
+        portraits.append(portrait(profile, text, problem, found))
+        if found is not None and not options.stamps:
+            np.savez_compressed(output.path(_file_of(shape)), stamps=found)
     rows = [row for p in portraits for row in rows_of(p)]
     draw(output, portraits)
-    if lacks:
+    measured = [p for p in portraits if p.errors]
+    if not measured:
         times = ", ".join(f"{p.shape} {p.report.seconds * 1e6:.1f} us" for p in portraits)
-        return Outcome(True, f"simulated only ({lacks}): {times}", rows, {"measured": False})
-    show_table("Stages, mean microseconds per KV block or item", rows)
-    errors = [p.mean_error for p in portraits if p.mean_error is not None]
-    mean = float(np.mean(errors))
-    parts = ", ".join(f"{p.shape} {p.mean_error:.1f} %" for p in portraits)
+        return Outcome(True, f"simulated only: {times}", rows, {"measured": []})
+    show_table("Stages, mean microseconds per KV block or item", [r for r in rows if "lane" in r])
+    mean = float(np.mean([p.mean_error for p in measured]))
+    parts = ", ".join(f"{p.shape} {p.mean_error:.1f} %" for p in measured)
     headline = {
-        "measured": True,
-        "mean_error_percent": mean,
-        "weighted_error_percent": {p.shape: p.weighted_error for p in portraits},
+        "measured": [p.shape for p in measured],
+        "mean_error_percent": {p.shape: p.mean_error for p in measured},
+        "weighted_error_percent": {p.shape: p.weighted_error for p in measured},
     }
     return Outcome(mean <= WANTED, f"mean stage error {mean:.1f} % ({parts})", rows, headline)
 
@@ -125,34 +142,39 @@ def shape_of(text: str) -> tuple[int, int, int]:
 
 
 def portrait(
-    profile: HardwareProfile,
-    text: str,
-    heads: int,
-    requests: int,
-    tokens: int,
-    seed: int,
-    *,
-    measures: bool,
+    profile: HardwareProfile, text: str, problem: Problem, stamps: np.ndarray | None
 ) -> Portrait:
-    """Returns the portrait of a batch of equal requests."""
-    problem = Problem((tokens,) * requests, heads)
+    """Returns the portrait of a batch of equal requests.
+
+    stamps: [runs, CTAs, ...] as `attend_with_stamps` returns them; None: not measured.
+    """
     with reading("shapes"):
         kernel = simulated_kernel(profile, problem)
         report = simulate(profile, problem, kernel)
-    simulated = [s for s in simulated_spans(report.timeline, report.merge)]
+    simulated = simulated_spans(report.timeline, report.merge)
     measured = []
-    if measures:
-        with reading("shapes"):
-            stamps = stamped_runs(problem, seed)
-        first = [int(np.flatnonzero(kernel.work.worker == w)[0]) for w in _workers(kernel)]
-        ctas = kernel.ctas_per_tile
-        for run_ in stamps:
-            for item in first:
-                cta = int(kernel.work.worker[item]) * ctas
-                blocks = int(kernel.work.blocks[item])
-                measured.append(measured_spans(run_[cta], kernel.kernel, blocks))
+    for run_ in stamps if stamps is not None else ():
+        for worker in _workers(kernel):
+            blocks = int(kernel.work.blocks[np.flatnonzero(kernel.work.worker == worker)[0]])
+            with reading("stamps"):
+                of_cta = run_[worker * kernel.ctas_per_tile]
+                measured.append(measured_spans(of_cta, kernel.kernel, blocks))
     errors = stage_errors(measured, simulated) if measured else []
     return Portrait(text, kernel, report, simulated, measured, errors)
+
+
+def saved_stamps(folder: str, shape: tuple[int, int, int]) -> np.ndarray | None:
+    """Returns the stamps of a shape that an earlier run has saved, or None."""
+    path = Path(folder) / _file_of(shape)
+    if not path.exists():
+        say(f"not measured: there is no {path.name} in --stamps")
+        return None
+    with reading("stamps"), np.load(path) as saved:
+        return saved["stamps"]
+
+
+def _file_of(shape: tuple[int, int, int]) -> str:
+    return f"stamps_{'_'.join(map(str, shape))}.npz"
 
 
 def _workers(kernel: HopperKernel) -> list[int]:
@@ -163,32 +185,48 @@ def _workers(kernel: HopperKernel) -> list[int]:
     return [int(longest[i]) for i in sorted({0, len(longest) // 2, len(longest) - 1})]
 
 
-def stamped_runs(problem: Problem, seed: int) -> list[np.ndarray]:
-    """Returns the stamps of some runs on this machine's GPU, of a cache in random page order."""
-    import jax
-    import jax.numpy as jnp
+def stamped_runs(problems: Sequence[Problem], seed: int) -> Iterator[np.ndarray]:
+    """Yields the stamps of some runs of each problem on this machine's GPU.
 
-    from pallas_kernels.hopper import planning
-    from pallas_kernels.hopper.portrait import attend_with_stamps
+    All programs are compiled first, at the same time: each takes most of ten seconds.
+    """
+    with ThreadPoolExecutor(len(problems)) as pool:
+        compiled = list(pool.map(_compiled, problems))
+    for problem, (attend, plan, copies) in zip(problems, compiled, strict=True):
+        batch, pages = problem.batch, -(-problem.kv_lens[0] // PAGE)
+        order = np.random.default_rng(seed).permutation(copies * batch * pages).astype(np.int32)
+        tables = jnp.asarray(order.reshape(copies, batch, pages))
+        keys = jax.random.split(jax.random.key(seed))
+        cache = jax.random.normal(keys[1], (order.size, PAGE, WIDTH), jnp.bfloat16)
+        q = jax.random.normal(keys[0], (batch, problem.rows, WIDTH), jnp.bfloat16)
+        lengths = jnp.asarray(problem.kv_lens, jnp.int32)
+        found = []
+        for i in range(RUNS):
+            for j in range(WARM_UP + 1):
+                stamps = attend(q, cache, tables[(i + j) % copies], lengths, plan)[2]
+            found.append(np.asarray(stamps))
+        yield np.stack(found)
 
-    batch, tokens, page = problem.batch, problem.kv_lens[0], 64
-    pages = -(-tokens // page)
-    # Runs take turns with caches, so that none finds its keys in L2.
-    copies = max(1, min(4, 1 + int(2e8 // (batch * pages * page * 1152))))
-    order = np.random.default_rng(seed).permutation(copies * batch * pages).astype(np.int32)
-    tables = jnp.asarray(order.reshape(copies, batch, pages))
-    keys = jax.random.split(jax.random.key(seed))
-    cache = jax.jit(lambda key: jax.random.normal(key, (order.size, page, 576), jnp.bfloat16))
-    q = jax.random.normal(keys[0], (batch, problem.rows, 576), jnp.bfloat16)
-    lengths = jnp.full((batch,), tokens, jnp.int32)
-    plan = planning.plan_decode(lengths, problem.rows, capacity=tokens)
-    attend = functools.partial(attend_with_stamps, num_heads=problem.heads, softmax_scale=576**-0.5)
-    cached, found = cache(keys[1]), []
-    for i in range(RUNS):
-        for j in range(WARM_UP + 1):
-            stamps = attend(q, cached, tables[(i + j) % copies], lengths, plan)[2]
-        found.append(np.asarray(stamps))
-    return found
+
+def _compiled(problem: Problem) -> tuple[Any, Any, int]:
+    """Returns the compiled kernel of a problem, its plan, and how many caches take turns.
+
+    They take turns so that no run finds its keys in L2.
+    """
+    batch, tokens = problem.batch, problem.kv_lens[0]
+    pages = -(-tokens // PAGE)
+    copies = max(1, min(4, 1 + int(2e8 // (batch * pages * PAGE * WIDTH * 2))))
+    make = functools.partial(planning.plan_decode, rows=problem.rows, capacity=tokens)
+    plan = jax.jit(make)(jnp.asarray(problem.kv_lens, jnp.int32))
+    structs = (
+        jax.ShapeDtypeStruct((batch, problem.rows, WIDTH), jnp.bfloat16),
+        jax.ShapeDtypeStruct((copies * batch * pages, PAGE, WIDTH), jnp.bfloat16),
+        jax.ShapeDtypeStruct((batch, pages), jnp.int32),
+        jax.ShapeDtypeStruct((batch,), jnp.int32),
+    )
+    scale = WIDTH**-0.5
+    lowered = attend_with_stamps.lower(*structs, plan, num_heads=problem.heads, softmax_scale=scale)
+    return lowered.compile(), plan, copies
 
 
 def rows_of(p: Portrait) -> list[Row]:

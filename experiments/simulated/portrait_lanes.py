@@ -141,6 +141,11 @@ def simulated_spans(timeline: Timeline, merge: float = 0.0) -> list[Span]:
     merge: seconds in which split tiles are combined after the item.
     """
     schedule = timeline.schedule
+    softmax_end = {
+        step.block: end
+        for step, end in zip(schedule.steps, timeline.end, strict=True)
+        if step.stage == "SM"
+    }
     busy_until: dict[str, float] = {}
     spans: list[Span] = []
     for index, (_, _, waits) in enumerate(schedule.program):
@@ -156,6 +161,9 @@ def simulated_spans(timeline: Timeline, merge: float = 0.0) -> list[Span]:
             spans.append(Span(step.unit, WAIT_P, step.block, free, ready))
         elif step.stage.startswith("SUM"):
             ready = free
+        if step.unit == "mma1":
+            # The warpgroup sees that a product in flight has ended when its own softmax has.
+            end = max(end, softmax_end.get(step.block + 1, end))
         spans.append(Span(step.unit, step.stage, step.block, ready, end))
         busy_until[step.unit] = end
     if merge:
@@ -183,7 +191,7 @@ def stage_errors(measured: list[list[Span]], simulated: list[Span]) -> list[Stag
     """Returns each stage's mean times, over the blocks that have stamps, in all measured items."""
     totals: dict[tuple[str, str], list[list[float]]] = {}
     for which, items in ((0, measured), (1, [simulated])):
-        for span in (s for item in items for s in _joined(item)):
+        for span in (s for item in items for s in _of_stages(item)):
             at_end = span.stage.startswith(("SUM", "STORE", COMBINE))
             if span.lane != "load" and (span.block < MOST_BLOCKS or at_end):
                 key = span.lane, span.stage
@@ -192,7 +200,7 @@ def stage_errors(measured: list[list[Span]], simulated: list[Span]) -> list[Stag
     per_item = max(len(blocks), 1)
     found = []
     for (lane, stage), (seen, said) in totals.items():
-        if stage in (WAIT_KV, WAIT_P):  # a block that need not wait has no simulated span
+        if stage == WAIT_P:  # a block that need not wait has no simulated span
             mean = sum(seen) / max(len(measured) * per_item, 1)
             found.append(StageError(lane, stage, len(seen), mean, sum(said) / per_item))
         elif seen and said:
@@ -201,21 +209,30 @@ def stage_errors(measured: list[list[Span]], simulated: list[Span]) -> list[Stag
     return found
 
 
-def _joined(spans: list[Span]) -> list[Span]:
-    """Returns spans with the halves of a stage that one warpgroup runs joined as one."""
-    by_block: dict[tuple[str, str, int], list[Span]] = {}
-    joined = []
-    halves = {(s.lane, s.stage[:-2], s.block): set() for s in spans if s.stage[-2:] in ("_L", "_R")}
+def _of_stages(spans: list[Span]) -> list[Span]:
+    """Returns the spans that are compared.
+
+    The products of QK begin with the first part of a block, and wait for the others in between. So
+    QK has the wait for its block here. The halves of a stage that one warpgroup runs are one stage.
+    Of the warpgroups that combine partials, the last one counts.
+    """
+    groups: dict[tuple[str, str, int], list[Span]] = {}
+    lanes_of: dict[tuple[str, int], set[str]] = {}
     for s in spans:
         if s.stage[-2:] in ("_L", "_R"):
-            halves[s.lane, s.stage[:-2], s.block].add(s.stage[-1])
+            lanes_of.setdefault((s.stage[:-2], s.block), set()).add(s.lane)
     for s in spans:
-        key = s.lane, s.stage[:-2], s.block
-        if s.stage[-2:] in ("_L", "_R") and len(halves[key]) == 2:
-            by_block.setdefault(key, []).append(s)
-        else:
-            joined.append(s)
-    for (lane, stage, block), parts in by_block.items():
-        start = min(part.start for part in parts)
-        joined.append(Span(lane, f"{stage}_LR", block, start, max(part.end for part in parts)))
+        lane, stage = s.lane, "QK" if s.stage == WAIT_KV else s.stage
+        if len(lanes_of.get((stage[:-2], s.block), ())) == 1:
+            stage = f"{stage[:-2]}_LR"
+        if stage == COMBINE:
+            lane = "CTA"
+        groups.setdefault((lane, stage, s.block), []).append(s)
+    joined = []
+    for (lane, stage, block), parts in groups.items():
+        start, end = min(part.start for part in parts), max(part.end for part in parts)
+        if stage == COMBINE:
+            end = start = max(part.start for part in parts)
+            end += max(part.end - part.start for part in parts)
+        joined.append(Span(lane, stage, block, start, end))
     return joined

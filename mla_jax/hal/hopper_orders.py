@@ -73,9 +73,11 @@ def hopper_decode(num_blocks: int, *, before: int = 0, name: str = "hopper-decod
                 _score(build, f"wg{side}", item, block)
             for side, block in enumerate(pair):
                 _softmax(build, f"wg{side}", item, block)
-                left_in_flight = "mma1" if side == 0 and len(pair) == 2 else "wg1"
+                in_flight = side == 0 and len(pair) == 2
+                # Warpgroup 1 issues the product after it has read the scores of its own block.
+                scores = (build.slot("S", pair[-1]),) if in_flight else ()
                 _multiply(build, "wg0", "L", item, block)
-                _multiply(build, left_in_flight, "R", item, block)
+                _multiply(build, "mma1" if in_flight else "wg1", "R", item, block, scores)
                 load_until(min(block + STAGES + 1, item[-1] + 1))
         if item is not items[-1]:
             load_until(item[-1] + 2)
@@ -100,11 +102,21 @@ def _softmax(build: ScheduleBuilder, unit: str, item: range, block: int) -> None
               writes=(build.slot("P", block), *rope, Access("state", 0, block)))  # fmt: skip
 
 
-def _multiply(build: ScheduleBuilder, unit: str, half: str, item: range, block: int) -> None:
+def _multiply(
+    build: ScheduleBuilder,
+    unit: str,
+    half: str,
+    item: range,
+    block: int,
+    first: tuple[Access, ...] = (),
+) -> None:
+    """Adds a product of P and half of V, after `first` has been read."""
     kept, kv = f"O_{half}", build.slot(f"kv_{half.lower()}", block)
     before = (Access(kept, 0, block - 1),) if block > item[0] else ()
     p = (build.slot("P", block), build.slot("kv_rope", block))
-    build.add(unit, f"PV_{half}", block, reads=(*p, kv, *before), writes=(Access(kept, 0, block),))
+    build.add(
+        unit, f"PV_{half}", block, reads=(*p, kv, *first, *before), writes=(Access(kept, 0, block),)
+    )
 
 
 def _finish(build: ScheduleBuilder, item: range, units: tuple[str, str]) -> None:

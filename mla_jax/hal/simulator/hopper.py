@@ -6,8 +6,10 @@ first block and its queries loaded while the item before was computed. At the en
 split tiles combine their partials in the same launch.
 
 Three constants are fitted on rows of our own kernels (profiles/hopper.json): the share of the
-memory's bandwidth, the share of the tensor cores' rate, and the time of an empty launch. All others
-are those of the profile, or the counted work of a stage.
+memory's bandwidth, the share of the tensor cores' rate, and the time of an empty launch. What a
+stage takes besides its counted work (latencies of dependent instructions, barriers, fences) was
+measured by the time stamps of `decode` (`stages` in that file). All others are those of the
+profile.
 """
 
 import functools
@@ -25,7 +27,8 @@ from mla_jax.hal.profiles.profile import HardwareProfile
 from mla_jax.hal.schedule import Schedule, Step
 from mla_jax.hal.simulator import many_cores as machine
 from mla_jax.hal.simulator.loaded_times import fair_share
-from mla_jax.hal.simulator.one_core import BlockTimes, Costs, StageCost, Timeline, run_schedule
+from mla_jax.hal.simulator.one_core import Costs, StageCost, Timeline
+from mla_jax.hal.simulator.shared_engines import SharedBlockTimes, run_shared
 from mla_jax.hal.tiling import KEY, LATENT, ROPE
 from mla_jax.hal.work import Problem, Work
 
@@ -107,6 +110,26 @@ def tuned_for_hopper(
     return profile.with_values(dict(values), f"fitted on {fit['rows']}")
 
 
+def fixed_costs(profile: HardwareProfile, kernel: str) -> Mapping[str, float]:
+    """Returns what stages take besides their counted work, in seconds.
+
+    Those of `decode` were measured. `decode_transposed` has no measured stages, so it gets the
+    profile's latencies: its rows are few, and so are its instructions.
+    """
+    if kernel == "decode":
+        return hopper_constants()["stages"]
+    barrier, l2 = profile["latency.barrier"], profile["latency.l2"]
+    return {
+        "product": 0.0,
+        "softmax": 3 * barrier,
+        "sum": 2 * barrier,
+        "store": 2 * barrier,
+        "store_partial": 2 * barrier + l2,
+        "wait_for_partials": 4 * l2,
+        "combine_round": l2,
+    }
+
+
 def hopper_costs(profile: HardwareProfile, kernel: HopperKernel, end: int, share: float) -> Costs:
     """Returns the cost function of stages. end: STORED, PARTIAL or KEPT.
 
@@ -119,9 +142,9 @@ def hopper_costs(profile: HardwareProfile, kernel: HopperKernel, end: int, share
     sfu = cycle / profile["engine.sfu"]
     copy = 1.0 / (min(profile["engine.copy"], share) * kernel.ctas_per_tile)
     one_copy = 1.0 / min(profile["engine.copy"], share)
-    store = 1.0 / min(profile["engine.store"], share)
+    store = 1.0 / profile["engine.store"]  # to L2
     barrier, memory = profile["latency.barrier"], profile["latency.memory"]
-    l2 = profile["latency.l2"]
+    fixed = fixed_costs(profile, kernel.kernel)
     transposed = kernel.kernel == "decode_transposed"
     half = rows * LATENT / 2
 
@@ -131,27 +154,28 @@ def hopper_costs(profile: HardwareProfile, kernel: HopperKernel, end: int, share
     def product(m: int, n: int, k: int) -> StageCost:
         """One product; wgmma reads A of each 64 rows, and B once for them."""
         operands = math.ceil(m / 64) * (64 + n) * k * 2
-        return StageCost({"tensor": 2.0 * max(m, 64) * n * k * flop, "shared": operands * shared})
+        busy = {"tensor": 2.0 * max(m, 64) * n * k * flop, "shared": operands * shared}
+        return StageCost(busy, hold=fixed["product"])
 
-    def softmax() -> StageCost:
+    def softmax(second: bool) -> StageCost:
         elements = rows * BLOCK
         busy = {"cuda": elements * SOFTMAX_OPS * cuda, "sfu": elements * sfu}
         if transposed:  # O^T is rescaled always, and warps exchange their maxima
             busy["cuda"] += rows * LATENT * cuda
-            return StageCost(busy, hold=3 * barrier)
-        return StageCost(busy, hold=2 * barrier)
+            return StageCost(busy, hold=fixed["softmax"])
+        return StageCost(busy, hold=fixed["softmax_second" if second else "softmax"])
 
     def stored() -> StageCost:
         """Normalises half of O and stores it."""
         normalise = {"cuda": 3 * half * cuda}
         if end == STORED:
-            return StageCost(normalise | {"copy": half * 2 * store}, hold=2 * barrier)
-        partial_store = half * kernel.partial_bytes * store
+            return StageCost(normalise | {"copy": half * 2 * store}, hold=fixed["store"])
         if end == PARTIAL:
-            return StageCost(normalise | {"copy": partial_store}, hold=2 * barrier + l2)
+            copy_partial = {"copy": half * kernel.partial_bytes * store}
+            return StageCost(normalise | copy_partial, hold=fixed["store_partial"])
         # Maxima and sums are exchanged, then half of O.
         exchange = half * (4 if kernel.in_pairs else kernel.partial_bytes) * one_copy
-        return StageCost(normalise | {"copy": exchange}, hold=4 * barrier + 2 * l2)
+        return StageCost(normalise | {"copy": exchange}, hold=fixed["store_partial"])
 
     def stage(step: Step) -> StageCost:
         match step.stage:
@@ -164,13 +188,13 @@ def hopper_costs(profile: HardwareProfile, kernel: HopperKernel, end: int, share
             case "QK":
                 return product(BLOCK, rows, KEY) if transposed else product(rows, BLOCK, KEY)
             case "SM":
-                return softmax()
+                return softmax(step.unit == "wg1")
             case "PV_L" | "PV_R":
                 if transposed:
                     return product(LATENT // 2, rows, BLOCK)
                 return product(rows, LATENT // 2, BLOCK)
             case "SUM_L" | "SUM_R":
-                return StageCost({}, hold=2 * barrier)
+                return StageCost({}, hold=fixed["sum"])
             case "STORE_L" | "STORE_R":
                 return stored()
         raise ValueError(f"{kernel.name}: no cost for stage {step.stage}")
@@ -196,8 +220,8 @@ class _ItemTimes:
         self._bytes = kernel.block_bytes / share
         self._signal = profile["latency.barrier"]
         alone = self._costs_at(math.inf)
-        self._first = BlockTimes(kernel.order, alone, self._signal)
-        self._later = BlockTimes(partial(kernel.order, before=BEFORE), alone, self._signal)
+        self._first = SharedBlockTimes(kernel.order, alone, self._signal)
+        self._later = SharedBlockTimes(partial(kernel.order, before=BEFORE), alone, self._signal)
         loads = [alone(step).work for step in kernel.order(1).steps if step.block == 0
                  and step.stage in ("LOAD_L", "LOAD_R", "LOAD_ROPE")]  # fmt: skip
         self._around = self._first(1) - sum(loads)
@@ -218,7 +242,7 @@ class _ItemTimes:
         wanted = self(num_blocks, False)[0]
         schedule = self._kernel.order(num_blocks)
         lines = (
-            run_schedule(schedule, self._costs_at(self._share * rate), self._signal)
+            run_shared(schedule, self._costs_at(self._share * rate), self._signal)
             for rate in self.RATES
         )
         return min(lines, key=lambda line: abs(line.total - wanted))
@@ -262,10 +286,10 @@ def hopper_times(profile: HardwareProfile, problem: Problem, kernel: HopperKerne
 def merge_seconds(profile: HardwareProfile, kernel: HopperKernel) -> float:
     """Returns the seconds from a worker's last partial to its last combined row.
 
-    It publishes its partial and sees those of the others (three trips to L2). Then its warpgroups
-    combine their parts of each of its tiles, in rounds of loads that wait for one another.
+    It publishes its partial and sees those of the others. Then its warpgroups combine their parts
+    of each of its tiles, in rounds of loads that wait for one another.
     """
-    plan, l2 = kernel.work, profile["latency.l2"]
+    plan, fixed = kernel.work, fixed_costs(profile, kernel.kernel)
     writes = plan.split & ~kernel.kept
     # A tile that one of its two workers combines by itself is done when that item is.
     kept_tiles = np.unique(plan.tile[kernel.kept])
@@ -277,7 +301,8 @@ def merge_seconds(profile: HardwareProfile, kernel: HopperKernel) -> float:
     for worker, tile in zip(plan.worker[writes].tolist(), plan.tile[writes].tolist(), strict=True):
         merging = kernel.merging[int(parts[tile])]
         of_a_warpgroup = math.ceil(merging.parts / (parts[tile] * merging.warpgroups))
-        rounds[worker] += of_a_warpgroup * (1 + math.ceil(parts[tile] / merging.at_once))
+        rounds[worker] += of_a_warpgroup * math.ceil(parts[tile] / merging.at_once)
     values = float(plan.rows[writes].sum()) * LATENT
     traffic = values * kernel.partial_bytes / profile["memory.l2_bandwidth"]
-    return 3 * l2 + max(float(rounds.max()) * l2, traffic)
+    waiting = fixed["wait_for_partials"]
+    return waiting + max(float(rounds.max()) * fixed["combine_round"], traffic)
