@@ -253,11 +253,19 @@ def draw(output: Output, portraits: Sequence[Portrait]) -> None:
         items = [("simulated", p.simulated)]
         if p.measured:
             items.insert(0, ("measured", p.measured[0]))
+        blocks = p.report.item_blocks
         until = 1e6 * max(
-            s.end for _, spans in items for s in spans if s.block < MOST_BLOCKS or s.lane == "load"
+            s.end
+            for _, spans in items
+            for s in spans
+            if s.block < MOST_BLOCKS or blocks <= MOST_BLOCKS
         )
         path = output.path(f"portrait_{p.shape}.png")
-        title = f"{p.kernel.name}, {p.shape} (heads x requests x tokens), one CTA's first item"
+        shown = min(blocks, MOST_BLOCKS)
+        title = (
+            f"{p.kernel.name}, {p.shape} (heads x requests x tokens): the first {shown} of "
+            f"{blocks} KV blocks of one CTA's first item"
+        )
         lanes = sum(len({s.lane for s in spans}) for _, spans in items)
         size = (15.0, 1.6 * len(items) + 0.42 * lanes)
         with plotting.figure(path, title, rows=len(items), size=size) as axes:

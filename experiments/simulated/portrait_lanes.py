@@ -146,11 +146,17 @@ def simulated_spans(timeline: Timeline, merge: float = 0.0) -> list[Span]:
         for step, end in zip(schedule.steps, timeline.end, strict=True)
         if step.stage == "SM"
     }
+    # Measured warpgroups wait for q before their first block, which is no stage here.
+    q_ready = max(
+        end + cost.latency
+        for step, end, cost in zip(schedule.steps, timeline.end, timeline.costs, strict=True)
+        if step.stage == "LOAD_Q"
+    )
     busy_until: dict[str, float] = {}
     spans: list[Span] = []
     for index, (_, _, waits) in enumerate(schedule.program):
         step, end = schedule.steps[index], timeline.end[index]
-        free = busy_until.get(step.unit, 0.0)
+        free = busy_until.get(step.unit, 0.0 if step.unit == "load" else q_ready)
         arrived = [timeline.end[given] + timeline.costs[given].latency for given in waits]
         ready = min(max([free, *arrived]), timeline.start[index])
         if step.unit == "load":

@@ -26,7 +26,7 @@ from mla_jax.hal.hopper_orders import STAGES, hopper_decode, hopper_transposed
 from mla_jax.hal.profiles.profile import HardwareProfile
 from mla_jax.hal.schedule import Schedule, Step
 from mla_jax.hal.simulator import many_cores as machine
-from mla_jax.hal.simulator.loaded_times import fair_share
+from mla_jax.hal.simulator.loaded_times import active, fair_share
 from mla_jax.hal.simulator.one_core import Costs, StageCost, Timeline
 from mla_jax.hal.simulator.shared_engines import SharedBlockTimes, run_shared
 from mla_jax.hal.tiling import KEY, LATENT, ROPE
@@ -130,10 +130,13 @@ def fixed_costs(profile: HardwareProfile, kernel: str) -> Mapping[str, float]:
     }
 
 
-def hopper_costs(profile: HardwareProfile, kernel: HopperKernel, end: int, share: float) -> Costs:
+def hopper_costs(
+    profile: HardwareProfile, kernel: HopperKernel, end: int, share: float, startup: float = 0.0
+) -> Costs:
     """Returns the cost function of stages. end: STORED, PARTIAL or KEPT.
 
     share: bytes per second of the device's memory for this core while all cores are working.
+    startup: seconds that q comes later at the start of a launch.
     """
     cycle, rows = profile.cycle, kernel.rows_per_cta
     flop = cycle / (profile["engine.tensor_bf16"] * profile["engine.tensor_efficiency"])
@@ -143,7 +146,7 @@ def hopper_costs(profile: HardwareProfile, kernel: HopperKernel, end: int, share
     copy = 1.0 / (min(profile["engine.copy"], share) * kernel.ctas_per_tile)
     one_copy = 1.0 / min(profile["engine.copy"], share)
     store = 1.0 / profile["engine.store"]  # to L2
-    barrier, memory = profile["latency.barrier"], profile["latency.memory"]
+    memory = profile["latency.memory"]
     fixed = fixed_costs(profile, kernel.kernel)
     transposed = kernel.kernel == "decode_transposed"
     half = rows * LATENT / 2
@@ -180,7 +183,7 @@ def hopper_costs(profile: HardwareProfile, kernel: HopperKernel, end: int, share
     def stage(step: Step) -> StageCost:
         match step.stage:
             case "LOAD_Q":
-                return StageCost({"copy": rows * KEY * 2 * one_copy}, latency=memory)
+                return StageCost({"copy": rows * KEY * 2 * one_copy}, latency=memory + startup)
             case "LOAD_L" | "LOAD_R":
                 return load(LATENT // 2)
             case "LOAD_ROPE":
@@ -207,13 +210,21 @@ class _ItemTimes:
 
     The loads of many cores are out of step, so the memory is never idle while it is what bounds
     them. So an item takes the longer of two times: its schedule's with the memory to itself, and
-    that in which its share of the memory's bandwidth brings its bytes.
+    that in which its share of the memory's bandwidth brings its bytes. At the start of a launch all
+    cores load q and their first blocks at once, so that these come later than for one core alone.
+
+    q_bytes: of a core's q, those that no other core reads.
     """
 
     RATES = (1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, math.inf)  # of loads, in shares
 
     def __init__(
-        self, profile: HardwareProfile, kernel: HopperKernel, end: int, share: float
+        self,
+        profile: HardwareProfile,
+        kernel: HopperKernel,
+        end: int,
+        share: float,
+        q_bytes: float,
     ) -> None:
         self._costs_at = partial(hopper_costs, profile, kernel, end)
         self._kernel, self._share = kernel, share
@@ -222,9 +233,11 @@ class _ItemTimes:
         alone = self._costs_at(math.inf)
         self._first = SharedBlockTimes(kernel.order, alone, self._signal)
         self._later = SharedBlockTimes(partial(kernel.order, before=BEFORE), alone, self._signal)
-        loads = [alone(step).work for step in kernel.order(1).steps if step.block == 0
-                 and step.stage in ("LOAD_L", "LOAD_R", "LOAD_ROPE")]  # fmt: skip
-        self._around = self._first(1) - sum(loads)
+        steps = {step.stage: alone(step).work for step in kernel.order(1).steps}
+        load = steps["LOAD_L"] + steps["LOAD_R"] + steps["LOAD_ROPE"]
+        self._around = self._first(1) - load
+        together = (q_bytes + STAGES * kernel.block_bytes) / share
+        self._startup = max(together - steps["LOAD_Q"] - STAGES * load, 0.0)
 
     def __call__(self, num_blocks: int, later: bool) -> tuple[float, float]:
         """Returns seconds with all cores working, and with the memory to itself.
@@ -235,14 +248,15 @@ class _ItemTimes:
             alone = self._later(BEFORE + num_blocks) - self._first(BEFORE)
             return max(alone, num_blocks * self._bytes), alone
         alone = self._first(num_blocks)
-        return max(alone, self._around + num_blocks * self._bytes), alone
+        crowded = max(alone + self._startup, self._around + num_blocks * self._bytes)
+        return crowded, alone
 
     def timeline(self, num_blocks: int) -> Timeline:
         """Returns the timeline of a first item, with loads at the rate that its time implies."""
         wanted = self(num_blocks, False)[0]
         schedule = self._kernel.order(num_blocks)
         lines = (
-            run_shared(schedule, self._costs_at(self._share * rate), self._signal)
+            run_shared(schedule, self._costs_at(self._share * rate, self._startup), self._signal)
             for rate in self.RATES
         )
         return min(lines, key=lambda line: abs(line.total - wanted))
@@ -274,12 +288,15 @@ def hopper_times(profile: HardwareProfile, problem: Problem, kernel: HopperKerne
     end = np.where(kernel.kept, KEPT, np.where(plan.split, PARTIAL, STORED))
     later = np.diff(plan.worker, prepend=-1) == 0
     kinds, which = np.unique(np.stack([plan.blocks, end, later]), axis=1, return_inverse=True)
-    times = {e: _ItemTimes(profile, kernel, e, share) for e in set(end.tolist())}
+    cores = active(plan)
+    q_bytes = problem.batch * problem.rows * KEY * 2 / cores
+    q_bytes = min(q_bytes, kernel.rows_per_cta * KEY * 2)
+    times = {e: _ItemTimes(profile, kernel, e, share, q_bytes) for e in set(end.tolist())}
     seconds = np.array([times[e](n, bool(after)) for n, e, after in kinds.T.tolist()])
     crowded, alone = seconds[which.reshape(-1)].T
-    cores = machine.makespan(crowded, alone, plan.worker, plan.num_workers)
+    seconds_of_cores = machine.makespan(crowded, alone, plan.worker, plan.num_workers)
     longest = int(np.argmax(plan.blocks))
-    return HopperTimes(cores, merge_seconds(profile, kernel), times[int(end[longest])],
+    return HopperTimes(seconds_of_cores, merge_seconds(profile, kernel), times[int(end[longest])],
                        int(plan.blocks[longest]))  # fmt: skip
 
 
