@@ -64,6 +64,7 @@ def measured_spans(stamps: np.ndarray, kernel: str, num_blocks: int) -> list[Spa
     stamps: of the CTA, as `Clocks` takes them. kernel: "decode" or "decode_transposed".
     """
     blocks = min(num_blocks, MOST_BLOCKS)
+    ends: tuple[tuple[int, str], ...]
     if kernel == "decode":
         clocks = Clocks(stamps, loader=2)
         spans = [*_decode_blocks(clocks, num_blocks, blocks)]
@@ -80,13 +81,13 @@ def measured_spans(stamps: np.ndarray, kernel: str, num_blocks: int) -> list[Spa
     last = num_blocks - 1
     for warpgroup, half in ends:
         lane = f"wg{warpgroup}"
-        points = at.SUM, at.STORE, at.ITEM_END
-        begin, store, end = (clocks.item(warpgroup, point) for point in points)
+        begin, store, end = (
+            clocks.item(warpgroup, point) for point in (at.SUM, at.STORE, at.ITEM_END)
+        )
         spans.append(Span(lane, f"SUM_{half}", last, begin, store))
         spans.append(Span(lane, f"STORE_{half}", last, store, end))
         if clocks.has_item(warpgroup, at.COMBINE):
-            points = at.COMBINE, at.COMBINE_END
-            begin, end = (clocks.item(warpgroup, point) for point in points)
+            begin, end = (clocks.item(warpgroup, point) for point in (at.COMBINE, at.COMBINE_END))
             spans.append(Span(lane, COMBINE, last, begin, end))
     return sorted(spans, key=lambda span: span.start)
 

@@ -20,7 +20,7 @@ from mla_jax.splits.decode_plan import DecodePlan
 from pallas_kernels.hopper.config import DecodeConfig, DecodeTransposedConfig
 from pallas_kernels.hopper.mosaic.primitives import Backend
 from pallas_kernels.hopper.parts.combine import Divisions, divide_into_columns, divide_into_rows
-from pallas_kernels.hopper.planning import plan_decode
+from pallas_kernels.hopper.planning import plan_decode, work_of
 from pallas_kernels.hopper.work_items import BLOCK, PARTIAL
 
 FLOAT16, FLOAT32 = 2, 4  # bytes
@@ -53,8 +53,8 @@ def simulated_kernel(
     if plan is None:
         plan = _plan(profile, problem, capacity or max(*problem.kv_lens, 1))
     tiles, split = plan.tiles, plan.split
-    work = split_plan_work(split, problem)
-    kept = np.asarray(plan.work[1])[: len(work.blocks), PARTIAL] < -1
+    work, work_list = split_plan_work(split, problem), work_of(plan, plan.finish or "merge")
+    kept = np.asarray(work_list.items)[: len(work.blocks), PARTIAL] < -1
     backend = Backend(interpreting=True)
     if isinstance(tiles, DecodeConfig):
         divisions = divide_into_columns(backend, split, tiles.kv_lora_rank, WARPGROUPS)
