@@ -8,6 +8,7 @@ import pytest
 from experiments.simulated.kernels import simulate_named
 from mla_jax.hal import PROFILES, IllegalScheduleError, Problem, simulate
 from mla_jax.hal.hopper_orders import hopper_decode, hopper_transposed
+from mla_jax.hal.schedule import ScheduleBuilder, Step
 from mla_jax.hal.simulator.hopper import (
     HopperKernel,
     Merging,
@@ -15,6 +16,7 @@ from mla_jax.hal.simulator.hopper import (
     merge_seconds,
 )
 from mla_jax.hal.simulator.one_core import StageCost, run_schedule
+from mla_jax.hal.simulator.shared_engines import run_shared
 from mla_jax.hal.work import Work
 from pallas_kernels.hopper import model, planning
 
@@ -59,6 +61,29 @@ def test_each_wait_of_a_schedule_is_needed(order, blocks: int, before: int) -> N
                 run_schedule(changed, lambda _: StageCost({"tensor": 1.0}))
             tried += 1
     assert tried == schedule.num_signals > 0
+
+
+def test_products_at_the_same_time_share_the_tensor_cores() -> None:
+    """And a step that starts late holds up no step of another unit."""
+    build = ScheduleBuilder("two", 1, 1, {"a": 1, "b": 1, "c": 1})
+    build.add("load", "LOAD", 0, writes=(build.slot("a", 0),))
+    build.add("wg0", "LATE", 0, reads=(build.slot("a", 0),))
+    build.add("wg1", "ONE", 0, writes=(build.slot("b", 0),))
+    build.add("wg2", "TWO", 0, writes=(build.slot("c", 0),))
+    busy = {"LOAD": ("copy", 5.0), "LATE": ("tensor", 1.0), "ONE": ("tensor", 1.0),
+            "TWO": ("tensor", 2.0)}  # fmt: skip
+
+    def cost(step: Step) -> StageCost:
+        engine, seconds = busy[step.stage]
+        return StageCost({engine: seconds}, hold=0.25)
+
+    line = run_shared(build.build(), cost, signal=0.5)
+    at = {
+        s.stage: (a, b) for s, a, b in zip(line.schedule.steps, line.start, line.end, strict=True)
+    }
+    assert at["ONE"] == pytest.approx((0, 2.25))  # half of the tensor cores, then its hold
+    assert at["TWO"] == pytest.approx((0, 3.25))  # half for 2 s, then all for its last second
+    assert at["LATE"] == pytest.approx((5.75, 7.0))
 
 
 def test_the_plan_is_the_kernels_own_and_its_merge_is_charged(monkeypatch) -> None:
