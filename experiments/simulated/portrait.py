@@ -170,6 +170,8 @@ def saved_stamps(folder: str, shape: tuple[int, int, int]) -> np.ndarray | None:
         say(f"not measured: there is no {path.name} in --stamps")
         return None
     with reading("stamps"), np.load(path) as saved:
+        if "stamps" not in saved:
+            raise ValueError(f"{path.name} has no array stamps")
         return saved["stamps"]
 
 
