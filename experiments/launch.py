@@ -32,6 +32,7 @@ FOLDERS = {
     "accounting": ("cache_size", "split_kv"),
     "simulated": ("published", "pipeline", "compare", "sweep", "best", "portrait"),
     "speed": ("benchmark", "kernel_bench", "prefill", "sharded"),
+    "speed.layer": ("layer_step",),
     "report": ("report",),
 }
 FOLDER_OF = {name: folder for folder, names in FOLDERS.items() for name in names}

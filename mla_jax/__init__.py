@@ -5,7 +5,8 @@
 - The cache: `PagedKVCache`, `PageAllocator`, `OutOfPagesError`.
 - The layer: `MLAConfig`, `YarnScaling`, `PRESETS` (configs of published models), `mla_layer`, its
   parts `preprocess`, `attend` and `project_output`, and `naive_mla_layer`, which expands K and V.
-- Weights: `MLAParams`, `init_params`, `load_hf`, `save_hf`, `rotate_latent`, `CheckpointError`.
+- Weights: `MLAParams`, `init_params`, `load_hf`, `load_hf_layers`, `save_hf`, `rotate_latent`,
+  `CheckpointError`.
 - Plans: `plan_decode` makes a `DecodePlan` for a step; `plan_fixed`, `plan_splits`, `plan_loads`,
   `SplitPlan` and `SlowPlanWarning` are of its split alone.
 - Sharding: `param_specs` and `cache_specs` give PartitionSpecs, `mla_layer` takes a `head_axis` and
@@ -18,8 +19,9 @@ from mla_jax._version import __version__ as __version__
 from mla_jax.allocator import OutOfPagesError, PageAllocator
 from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import PagedKVCache
+from mla_jax.checkpoints.load import load_hf, load_hf_layers
 from mla_jax.checkpoints.read import CheckpointError
-from mla_jax.checkpoints.weights import MLAParams, init_params, load_hf, rotate_latent, save_hf
+from mla_jax.checkpoints.weights import MLAParams, init_params, rotate_latent, save_hf
 from mla_jax.config import PRESETS, MLAConfig, YarnScaling
 from mla_jax.export.pytrees import register_pytrees as _register_pytrees
 from mla_jax.layer import attend, mla_layer, naive_mla_layer, preprocess, project_output
@@ -51,6 +53,7 @@ __all__ = [
     "cache_specs",
     "init_params",
     "load_hf",
+    "load_hf_layers",
     "merge_states",
     "mla_layer",
     "naive_mla_layer",

@@ -77,7 +77,8 @@ def mla_layer(
             arrays are then deleted, and using them raises. False copies `cache`. Under an outer jit
             the argument has no effect: donate the cache there.
         causal, implementation, plan, rescale, partial_dtype: as in `paged_mla_attention`. A plan
-            inside a `jax.shard_map` is for the requests and heads of one device.
+            inside a `jax.shard_map` is for the requests and heads of one device. Without one, each
+            iteration of a scan over layers makes one: hand in a plan that is made before the scan.
         form: "absorbed" or "expanded"; None selects the one that `mla_jax.hal.choose_form` finds
             cheaper for S, the widths, the dtype and the tokens that a block table reaches. With
             query_lens, None computes requests with few new tokens in the absorbed form in any case.
@@ -87,9 +88,8 @@ def mla_layer(
             memory at a time, or those of the new tokens if there are more. None: as many as take
             1 GiB.
         head_axis: the axis of a `jax.shard_map` around the call that splits the heads
-            (`param_specs`). `config` is that of the whole layer. All other arguments are equal
-            along the axis, and so are the results: the projected outputs are summed over it once.
-            None: `params` has all heads.
+            (`param_specs`). `config` is that of the whole layer. All other arguments and the
+            results are equal along it: projected outputs are summed over it. None: all heads.
         kv_axis: the axis of a `jax.shard_map` around the call over which the keys of every request
             are split, as in `paged_mla_attention`. A new token is written on the device that has
             its page. The attention takes the absorbed form. The sum of the projected outputs is
@@ -303,13 +303,15 @@ def _projected(
     params: MLAParams, o_latent: jax.Array, weights: jax.Array | None, *, sum_over: tuple[str, ...]
 ) -> jax.Array:
     """Computes `project_output`, summed over mesh axes; weights [B, S, H] scale o_latent."""
-    values = einsum("bshc,hcv->bshv", o_latent, params.w_uv)
+    with jax.named_scope("mla_w_uv"):
+        values = einsum("bshc,hcv->bshv", o_latent, params.w_uv)
     if weights is not None:  # here, so that the gather of lse may overlap with the product
         values = (values.astype(weights.dtype) * weights[..., None]).astype(values.dtype)
     return _projected_values(params, values, sum_over=sum_over)
 
 
 @on_auto_axes(_specs_of_hidden)
+@jax.named_scope("mla_w_o")
 def _projected_values(
     params: MLAParams, values: jax.Array, *, sum_over: tuple[str, ...]
 ) -> jax.Array:

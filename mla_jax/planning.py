@@ -33,8 +33,12 @@ def plan_decode(
     """Plans a decode step: how its work is split over a device, and the tiles of the kernel.
 
     Make one plan per step and pass it to every layer as `plan=`: all layers have the same lengths.
-    Without a plan every call of the op makes its own. Works under `jax.jit` with traced lengths;
-    the shapes of the plan depend on shapes and options only, so that a decode loop traces once.
+    Without a plan every call of the op makes its own; so make it before a `jax.lax.scan` over
+    layers, whose body then uses it. Works under `jax.jit` with traced lengths; the shapes of the
+    plan depend on shapes and options only, so that a decode loop traces once.
+
+    In a program for a Hopper GPU one kernel makes the plan, of up to 4096 tiles of query rows in
+    all. JAX makes larger plans, plans under `jax.vmap`, and those on other platforms.
 
     Args:
         seq_lens: [B] int32, keys per request, its new tokens included; 0: none.

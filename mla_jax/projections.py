@@ -77,6 +77,7 @@ def _specs_of_queries(params: MLAParams, x: jax.Array, _: jax.Array) -> tuple[Pa
 
 
 @on_auto_axes(_specs_of_queries)
+@jax.named_scope("mla_projections")
 def queries_and_latents(
     params: MLAParams, x: jax.Array, positions: jax.Array, *, config: MLAConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -90,6 +91,7 @@ def _specs_of_absorbed(_: MLAParams, q_nope: jax.Array, *__: jax.Array) -> Parti
 
 
 @on_auto_axes(_specs_of_absorbed)
+@jax.named_scope("mla_absorb")
 def absorbed(params: MLAParams, q_nope: jax.Array, q_rope: jax.Array) -> jax.Array:
     """Returns absorbed queries, sharded over explicit mesh axes as q_nope is."""
     return absorbed_queries(params.w_uk, q_nope, q_rope)

@@ -23,9 +23,18 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import DeepseekV2Config, DeepseekV3Config
+from transformers import (
+    AXK1Config,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Glm4MoeLiteConfig,
+    YoutuConfig,
+)
+from transformers.models.axk1 import modeling_axk1 as axk1
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
+from transformers.models.glm4_moe_lite import modeling_glm4_moe_lite as glm
+from transformers.models.youtu import modeling_youtu as youtu
 
 DIMS = {
     "hidden_size": 64,
@@ -117,16 +126,49 @@ CASES = {
         | {"rope_theta": 50000.0}
         | {"rope_scaling": YARN | {"factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0}},
     ),
+    # Three cases have the numbers of another one, so that tests compile no program for them.
+    # V3's code without a low-rank query, as in Moonlight.
+    "v3_direct_q": Case(
+        DIMS
+        | {"model_type": "deepseek_v3", "q_lora_rank": None, "max_position_embeddings": 64}
+        | {"rope_theta": 10000, "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}}
+    ),
+    "youtu": Case(
+        DIMS
+        | {"model_type": "youtu", "max_position_embeddings": 64, "qk_head_dim": 24}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+        | {"rope_interleave": True},
+    ),
+    "axk1": Case(
+        DIMS
+        | {"model_type": "axk1", "max_position_embeddings": 512}
+        | {"rope_theta": 50000.0}
+        | {"rope_scaling": YARN | {"factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0}},
+    ),
+    # GLM-4.7-Flash: nope is three times rope, and v is as wide as the two together.
+    "glm4_moe_lite": Case(
+        DIMS
+        | {"model_type": "glm4_moe_lite", "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
+        | {"num_attention_heads": 5, "num_key_value_heads": 5}
+        | {"qk_nope_head_dim": 24, "v_head_dim": 32}
+        | {"rope_theta": 1000000, "rope_scaling": None, "partial_rotary_factor": 1.0},
+    ),
+}
+
+CLASSES = {
+    "deepseek_v2": (DeepseekV2Config, v2.DeepseekV2Attention, v2.DeepseekV2RotaryEmbedding),
+    "deepseek_v3": (DeepseekV3Config, v3.DeepseekV3Attention, v3.DeepseekV3RotaryEmbedding),
+    "glm4_moe_lite": (Glm4MoeLiteConfig, glm.Glm4MoeLiteAttention, glm.Glm4MoeLiteRotaryEmbedding),
+    "youtu": (YoutuConfig, youtu.YoutuAttention, youtu.YoutuRotaryEmbedding),
+    "axk1": (AXK1Config, axk1.AXK1Attention, axk1.AXK1RotaryEmbedding),
 }
 
 
 def attention(config: dict[str, Any], layer: int, seed: int) -> tuple[Any, Any, Any]:
     """(transformers config, attention module, rotary module) with seeded weights."""
-    if config["model_type"] == "deepseek_v2":
-        cls, module, rotary = DeepseekV2Config, v2.DeepseekV2Attention, v2.DeepseekV2RotaryEmbedding
-    else:  # Kimi-K2 is published with V3's code
-        cls, module, rotary = DeepseekV3Config, v3.DeepseekV3Attention, v3.DeepseekV3RotaryEmbedding
+    if config["model_type"] == "kimi_k2":  # published with V3's code
         config = config | {"model_type": "deepseek_v3"}
+    cls, module, rotary = CLASSES[config["model_type"]]
     config = {k: v for k, v in config.items() if k != "quantization_config"}
     hf_config = cls.from_dict(copy.deepcopy(config))  # which it writes into
     hf_config._attn_implementation = "eager"

@@ -25,7 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the other files of t
 
 import speed_picture
 import tables_accuracy as accuracy
+import tables_layer as layer
+import tables_predictions as predictions
 import tables_prefill as prefill
+import tables_profiles as profiles
 import tables_sharded as several
 import tables_speed as speed
 from tables_common import CARDS, ROOT, read
@@ -53,6 +56,8 @@ PAGES: dict[str, dict[str, Writer]] = {
         "h200_prefill_sustained": _of(prefill.prefill, "h200", "ms_sustained"),
         "h200_latents": _of(prefill.latents, "h200"),
         "h200_layer": _of(prefill.layer, "h200"),
+        "h200_layer_step": _of(layer.steps, "h200"),
+        "h200_layer_parts": _of(layer.parts, "h200"),
         "h200_sharded": _of(several.sharded, "h200"),
         "h200_targets": _of(speed.targets, "h200"),
         "h200_options": _of(speed.options, "h200"),
@@ -64,6 +69,11 @@ PAGES: dict[str, dict[str, Writer]] = {
         "h100_int8": _of(speed.int8_beside_bf16, "h100", "us"),
         "h100_benchmark": _of(speed.classes, "h100", ""),
     },
+    "benchmarks/predictions.md": {
+        "predictions": predictions.predicted,
+        "prediction_scores": predictions.scores,
+    },
+    "docs/adding_a_profile.md": {"profile_fields": profiles.fields},
     "docs/hopper_prefill.md": {"prefill_widths": prefill_widths},
     "docs/int8.md": {
         "int8_output": accuracy.int8_output,

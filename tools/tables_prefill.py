@@ -74,24 +74,23 @@ def layer(root: Path, card: str) -> str:
 
 
 def summary(root: Path) -> str:
-    """Two sentences for the README: the range of sustained speeds, and a whole layer."""
+    """Two rows for the README, of 4096 and of 8 x 1024 tokens, and a sentence about a layer."""
     result = _measured(root, "h200")
-    speeds = {
-        name: [
-            min(found[b]["ms_sustained"] for b in BASELINES if b in found)
-            / found[name]["ms_sustained"]
-            for found in _by_shape(result["rows"])
-        ]
-        for name in (OURS, PLANNED)
-    }
-    first = result["layer"][:2]
-    times = {row["form"]: f"{row['ms_burst']:.1f}" for row in first}
-    return wrapped(
-        f"Prefill runs at {min(speeds[OURS]):.2f} to {max(speeds[OURS]):.2f} times the speed of "
-        f"the fastest of FlashAttention-3, FlashInfer and cuDNN, back to back; without the time to "
-        f"make a work list at {min(speeds[PLANNED]):.2f} to {max(speeds[PLANNED]):.2f}. In bursts "
-        f"a layer of DeepSeek-V3 takes {times['expanded']} ms for {first[0]['queries']} tokens."
+    lines = []
+    for found in _by_shape(result["rows"])[:2]:
+        fastest = min(found[name]["ms_sustained"] for name in BASELINES if name in found)
+        lines.append([
+            *_shape(found[OURS])[:3],
+            *(_tflops(found, name, "ms_sustained") for name in (OURS, *BASELINES)),
+            f"{fastest / found[OURS]['ms_sustained']:.2f}",
+        ])  # fmt: skip
+    header = [*SHAPE[:3], "prefill, TFLOPS", *BASELINES.values(), "speed over the fastest baseline"]
+    expanded = next(row for row in result["layer"] if row["form"] == "expanded")
+    words = (
+        f"Back to back, our kernel at {result['versions']['kernel']}. A layer of DeepSeek-V3 takes "
+        f"{expanded['ms_burst']:.1f} ms for {expanded['queries']} tokens."
     )
+    return f"{table(header, lines, words=0)}\n\n{wrapped(words)}"
 
 
 def made(root: Path, card: str) -> str:

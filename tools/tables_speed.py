@@ -33,12 +33,9 @@ BAR_COLUMNS = "us", "us_separated"  # those that have targets
 SUMMARY = (
     (16, 1, 1, "uniform", 16384),
     (16, 1, 128, "uniform", 4096),
-    (64, 1, 64, "uniform", 1024),
     (64, 1, 64, "varlen", 1024),
     (64, 1, 128, "uniform", 4096),
-    (128, 1, 1, "uniform", 1024),
     (128, 1, 128, "uniform", 4096),
-    (128, 1, 128, "uniform", 16384),
     (128, 2, 64, "uniform", 16384),
 )
 

@@ -19,7 +19,8 @@ from experiments.framework.experiment import InputError, Outcome, Output, Row, r
 from experiments.framework.implementations import require_runs
 from experiments.framework.options import flag
 from mla_jax.cache import LAYOUTS, PAGE_SIZES, PagedKVCache
-from mla_jax.checkpoints.weights import MLAParams, load_hf
+from mla_jax.checkpoints.load import load_hf
+from mla_jax.checkpoints.weights import MLAParams
 from mla_jax.config import MLAConfig
 from mla_jax.layer import mla_layer, naive_mla_layer
 from mla_jax.registry import IMPLEMENTATIONS

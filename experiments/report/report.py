@@ -26,11 +26,12 @@ from experiments.speed.best_when import AXES, best_when
 SUMMARY = "one HTML page of all results in a folder: tables, pictures, what is best when"
 
 GROUPS = {  # in the order of the page, which ends with the results in none of them
-    "Speed": ("benchmark", "kernel_bench", "prefill", "sharded"),
+    "Speed": ("benchmark", "kernel_bench", "prefill", "sharded", "layer_step"),
     "Accuracy": ("demo", "correctness", "parity", "soak", "int8_accuracy", "amla_accuracy"),
     "Machines": ("pipeline", "compare", "sweep", "best", "published"),
     "Sizes and plans": ("cache_size", "split_kv"),
 }
+GRID = ("benchmark", "kernel_bench")  # whose rows are shapes and implementations
 OTHER = "Other"
 BEST = "What is best when"
 RAN = "What ran"
@@ -130,7 +131,7 @@ def _read(path: Path, folder: Path) -> Result:
     if not isinstance(content, dict):
         raise ValueError("must hold an object")
     validate_result(content)
-    for i, row in enumerate(content["rows"]) if content["experiment"] in GROUPS["Speed"] else ():
+    for i, row in enumerate(content["rows"]) if content["experiment"] in GRID else ():
         try:
             check_row(row, len(content["sessions"]) if "sessions" in content else None)
         except ValueError as error:
@@ -308,7 +309,7 @@ def rows_of(content: dict[str, Any]) -> str:
     rows = content["rows"]
     if not rows:
         return ""
-    if content["experiment"] not in GROUPS["Speed"]:
+    if content["experiment"] not in GRID:
         return f"<h4>Rows</h4>\n{page.table(rows)}"
     columns = {axis: axis.replace("_", " ") for axis in AXES} | COLUMNS
     parts = [

@@ -29,7 +29,8 @@ from experiments.serving.demo_batch import Batch, Step
 from experiments.serving.demo_results import Measurement, Result, draw, show
 from mla_jax import checks
 from mla_jax.cache import LAYOUTS, PAGE_SIZES, PagedKVCache
-from mla_jax.checkpoints.weights import MLAParams, init_params, load_hf, save_hf
+from mla_jax.checkpoints.load import load_hf
+from mla_jax.checkpoints.weights import MLAParams, init_params, save_hf
 from mla_jax.config import MLAConfig
 from mla_jax.layer import mla_layer
 from mla_jax.problem import AttentionProblem

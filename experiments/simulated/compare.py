@@ -8,6 +8,7 @@ from experiments.framework.experiment import InputError, Outcome, Output
 from experiments.framework.machine_options import MachineOptions, machine_and_problem, report_row
 from experiments.framework.options import flag
 from experiments.simulated.kernels import simulate_named
+from experiments.simulated.own_files import name_of
 from mla_jax.hal.simulator.trace import caption, draw_gantt, draw_legend
 
 SUMMARY = "schedules compared on one device: Gantt charts and a table"
@@ -20,7 +21,9 @@ _DEFAULTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Options(MachineOptions):
-    schedules: tuple[str, ...] = flag((), "orders or kernels; by default the published orders")
+    schedules: tuple[str, ...] = flag(
+        (), "orders, kernels or files of one's own (FILE.py); by default the published orders"
+    )
 
 
 def run(options: Options, output: Output) -> Outcome:
@@ -37,7 +40,7 @@ def run(options: Options, output: Output) -> Outcome:
                 raise InputError(f"--schedules: {error}") from error
             say(f"left out: {error}")
             continue
-        names.append(name)
+        names.append(name_of(name, reports[-1].name))
     if not names:
         raise InputError(f"--profile: {profile.name} runs none of the published orders")
     rows = [{"name": n} | report_row(r) for n, r in zip(names, reports, strict=True)]

@@ -9,6 +9,7 @@ from experiments.framework.experiment import Outcome, Output, reading
 from experiments.framework.machine_options import MachineOptions, machine_and_problem, report_row
 from experiments.framework.options import flag
 from experiments.simulated.kernels import simulate_named
+from experiments.simulated.own_files import name_of
 from mla_jax.hal.simulator.trace import caption, chrome_trace, describe, draw_gantt, draw_legend
 
 SUMMARY = "a schedule on a device: Gantt chart, Perfetto trace, what bounds it"
@@ -18,7 +19,7 @@ SUMMARY = "a schedule on a device: Gantt chart, Perfetto trace, what bounds it"
 class Options(MachineOptions):
     schedule: str = flag(
         "seesaw",
-        "an order (seesaw, chunk4, ...) or a kernel (flashmla_dense, ...; hopper is our own)",
+        "an order (seesaw, chunk4, ...), a kernel (flashmla_dense, hopper, ...), or FILE.py",
     )
 
 
@@ -28,7 +29,9 @@ def run(options: Options, output: Output) -> Outcome:
         report = simulate_named(profile, problem, options.schedule)
     timeline = report.timeline
     lines = describe(report)
-    title = f"{options.schedule} on {profile.name}: bound by {report.bound_by}"
+    title = (
+        f"{name_of(options.schedule, report.name)} on {profile.name}: bound by {report.bound_by}"
+    )
     height = 2.2 + 0.45 * len(timeline.schedule.units)
     with plotting.figure(output.path("pipeline.png"), title, size=(15, height)) as axes:
         draw_gantt(axes, timeline)

@@ -8,10 +8,10 @@ from experiments.framework.console import show_table
 from experiments.framework.experiment import InputError, Outcome, Output, Row, reading
 from experiments.framework.machine_options import MachineOptions, machine_and_problem
 from experiments.framework.options import flag
+from experiments.simulated.own_files import errors_of, load_kernel, name_of
 from mla_jax.hal import HardwareProfile, Problem, simulate
 from mla_jax.hal.simulator.ascend_costs import AscendKernel
 from mla_jax.hal.simulator.gpu_costs import Kernel, with_block
-from mla_jax.hal.simulator.simulate import named_kernel
 
 SUMMARY = "time against memory bandwidth, synchronisation cost, chunk and KV tile"
 
@@ -21,14 +21,15 @@ Machine = tuple[HardwareProfile, Kernel | AscendKernel]
 
 @dataclasses.dataclass(frozen=True)
 class Options(MachineOptions):
-    schedule: str = flag("seesaw", "an order or a kernel")
+    schedule: str = flag("seesaw", "an order, a kernel, or FILE.py with one")
 
 
 def run(options: Options, output: Output) -> Outcome:
     profile, problem = machine_and_problem(options)
-    with reading("schedule"):
-        kernel = named_kernel(profile, options.schedule, options.dtype)
-    start = simulate(profile, problem, kernel).seconds
+    with reading("schedule"), errors_of(options.schedule):
+        kernel = load_kernel(profile, options.schedule, options.dtype)
+        start = simulate(profile, problem, kernel).seconds
+    name = name_of(options.schedule, kernel.name)
     rows: list[Row] = []
     for knob, values in knobs(profile, problem, kernel).items():
         for value, make in values:
@@ -48,14 +49,14 @@ def run(options: Options, output: Output) -> Outcome:
                 }
             )
     show_table(
-        f"{options.schedule} on {profile.name}",
+        f"{name} on {profile.name}",
         rows,
         {c: c.replace("_", " ") for c in ("knob", "value", "us", "of_default", "bound_by")},
     )
     spread = spreads(rows)
     if not spread:
         raise InputError("--schedule: none of the values fits on this profile")
-    _draw(output, f"{options.schedule} on {profile.name}: sensitivity of the time", rows)
+    _draw(output, f"{name} on {profile.name}: sensitivity of the time", rows)
     most = max(spread, key=lambda knob: spread[knob])
     return Outcome(True, f"most sensitive to {most}: {spread[most]:.2f} times from best to worst",
                    rows, {"spread": spread, "default_us": start * 1e6})  # fmt: skip

@@ -290,8 +290,18 @@ def ceilings(gib: float = 1.0, size: int = 8192) -> dict[str, float]:
     }
 
 
-def kernel_times(burst: Burst, repeats: int = 3) -> dict[str, list[float]]:
-    """Returns the microseconds of each kernel of a burst, by name, from the profiler's trace.
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel or a copy that the profiler saw on a GPU, in nanoseconds from its first event."""
+
+    name: str
+    start: float
+    end: float
+    hlo: str | None  # the HLO instruction that it computes, if the trace names one
+
+
+def traced_kernels(burst: Burst, repeats: int = 3) -> list[Kernel]:
+    """Returns the kernels of `repeats` bursts in the order of their starts.
 
     Tracing adds time between kernels. Use it to see the parts of a launch, not to time launches.
     The result is empty if the profiler saw no GPU.
@@ -302,11 +312,22 @@ def kernel_times(burst: Burst, repeats: int = 3) -> dict[str, list[float]]:
             burst.run(repeats)
         (trace,) = Path(folder).rglob("*.xplane.pb")
         profile = jax.profiler.ProfileData.from_file(str(trace))
-    times: dict[str, list[float]] = defaultdict(list)
+    found = []
     for plane in profile.planes:
         if plane.name.startswith("/device:GPU"):
             for line in plane.lines:
                 if line.name.startswith("Stream"):
                     for event in line.events:
-                        times[event.name].append(event.duration_ns / 1e3)
+                        hlo = dict(event.stats).get("hlo_op")
+                        end = event.start_ns + event.duration_ns
+                        name = None if hlo is None else str(hlo)
+                        found.append(Kernel(event.name, event.start_ns, end, name))
+    return sorted(found, key=lambda kernel: (kernel.start, kernel.end))
+
+
+def kernel_times(burst: Burst, repeats: int = 3) -> dict[str, list[float]]:
+    """Returns the microseconds of each kernel of a burst, by name, as `traced_kernels` saw them."""
+    times: dict[str, list[float]] = defaultdict(list)
+    for kernel in traced_kernels(burst, repeats):
+        times[kernel.name].append((kernel.end - kernel.start) / 1e3)
     return dict(times)

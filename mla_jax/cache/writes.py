@@ -21,6 +21,7 @@ def _specs_of_cache(cache: Any, *_: Any) -> Any:
 
 
 @on_auto_axes(_specs_of_cache)
+@jax.named_scope("mla_append")
 def _append(
     cache: Any,
     first_page: jax.Array | None,

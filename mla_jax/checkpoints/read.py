@@ -8,27 +8,24 @@ last blocks of a matrix may be smaller.
 
 import os
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
-import safetensors
 
 from mla_jax.checkpoints.config_json import (
     CheckpointError,
     config_json_path,
     excerpt,
     language_model_config,
-    parse_json_object,
     read_json_object,
     shown,
 )
+from mla_jax.checkpoints.files import DTYPES, INDEX, Entry, TensorFile, read_index
 
 __all__ = ["Checkpoint", "CheckpointError", "dequantize_blocks"]
-
-INDEX = "model.safetensors.index.json"
 
 # A layer of multi-head latent attention has a tensor with one of these names. Image encoders and
 # layers of other attention also call theirs self_attn, but have none of them.
@@ -46,13 +43,8 @@ _QUANTISED = re.compile(
 # fp8 cache, and a table of frequencies.
 _HARMLESS = re.compile(r"(^|\.)(input_scale|activation_scale|[qkv]_scale|rotary_emb\.inv_freq)$")
 
-_DTYPES: dict[str, Any] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-}
+# A table is faster than a cast.
+_FP8_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
 class Checkpoint:
@@ -71,10 +63,17 @@ class Checkpoint:
             raise CheckpointError(f"folder must be the folder of a checkpoint, {folder} is a file")
         self.config = read_json_object(self.config_path)
         self._quantization = self._find_quantization()
-        self._headers: dict[Path, dict[str, Any]] = {}
+        self._opened: dict[Path, TensorFile] = {}
         self._twice: dict[str, Path] = {}
         self._files = self._find_files()
         self._layers = self._find_layers()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._opened.values():
+            file.close()
 
     @property
     def files(self) -> Mapping[str, Path]:
@@ -150,27 +149,26 @@ class Checkpoint:
                 f"{listed}"
             )
 
-    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Reads the tensor of that name and shape, in the file's dtype.
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises CheckpointError unless the tensor of that name has that shape and can be read.
 
-        A fp8 matrix is multiplied by its factors and returned as float32. NaN and infinity are
-        values like any others. Raises CheckpointError for another shape or dtype.
+        Only the header of its file is read, and that of its scale's file if it is fp8.
         """
-        value = self._read_raw(name)
-        if value.shape != shape:
-            raise CheckpointError(f"{self.folder}: {name} must be {shape}, got {value.shape}")
+        entry = self._entry(name)
+        if entry.shape != shape:
+            raise CheckpointError(f"{self.folder}: {name} must be {shape}, got {entry.shape}")
         scale_name = f"{name}_scale_inv"
-        if value.dtype != ml_dtypes.float8_e4m3fn:
+        if entry.dtype != ml_dtypes.float8_e4m3fn:
             if scale_name in self._files:
                 raise CheckpointError(
                     f"{self.folder}: {name} must be fp8, because {scale_name} exists, "
-                    f"got {value.dtype}"
+                    f"got {entry.dtype}"
                 )
-            return value
-        if value.ndim != 2:
-            raise CheckpointError(f"{self.folder}: {name} is fp8 but not a matrix: {value.shape}")
+            return
+        if len(shape) != 2:
+            raise CheckpointError(f"{self.folder}: {name} is fp8 but not a matrix: {shape}")
         block = self._weight_block_size()
-        scale = self._read_raw(scale_name)
+        scale = self._entry(scale_name)
         blocks = tuple(-(-size // edge) for size, edge in zip(shape, block, strict=True))
         if scale.shape != blocks:
             raise CheckpointError(
@@ -179,20 +177,38 @@ class Checkpoint:
             )
         if scale.dtype == ml_dtypes.float8_e4m3fn:
             raise CheckpointError(f"{self.folder}: {scale_name} must be wider than fp8")
-        return dequantize_blocks(value, scale, block)
+
+    def place(self, name: str) -> tuple[str, int, int]:
+        """Returns the file of a tensor, its first byte there, and its number of bytes."""
+        path, entry = self._file(name), self._entry(name)
+        return str(path), entry.start, entry.size
+
+    def read(self, name: str, ranges: Sequence[tuple[int, int]]) -> np.ndarray:
+        """Reads a range per dim of a tensor that was checked, in the file's dtype.
+
+        A fp8 matrix is multiplied by its factors and returned as float32. NaN and infinity are
+        values like any others.
+        """
+        value = self._read_raw(name, ranges)
+        if value.dtype != ml_dtypes.float8_e4m3fn:
+            return value
+        scale_name = f"{name}_scale_inv"
+        scale = self._read_raw(scale_name, [(0, n) for n in self._entry(scale_name).shape])
+        (row, _), (column, _) = ranges
+        return dequantize_blocks(value, scale, self._weight_block_size(), (row, column))
 
     def _find_files(self) -> dict[str, Path]:
         """Returns the file of each tensor, from the index or else from the headers of the files."""
         index = self.folder / INDEX
         if os.path.lexists(index):
-            return _read_index(index)
+            return read_index(index)
         single = self.folder / "model.safetensors"
         paths = [single] if os.path.lexists(single) else sorted(self.folder.glob("*.safetensors"))
         if not paths:
             raise CheckpointError(f"{self.folder} has no model.safetensors and no index of shards")
         files: dict[str, Path] = {}
         for path in paths:
-            for name in self._header(path):
+            for name in self._tensors(path).header:
                 if files.setdefault(name, path) != path:
                     self._twice[name] = path
         return files
@@ -212,10 +228,10 @@ class Checkpoint:
             layers[match["prefix"]] = match["stem"], int(match["layer"])
         return layers
 
-    def _header(self, path: Path) -> dict[str, Any]:
-        if path not in self._headers:
-            self._headers[path] = _read_header(path)
-        return self._headers[path]
+    def _tensors(self, path: Path) -> TensorFile:
+        if path not in self._opened:
+            self._opened[path] = TensorFile(path)
+        return self._opened[path]
 
     def _file(self, name: str) -> Path:
         if name not in self._files:
@@ -229,21 +245,23 @@ class Checkpoint:
             )
         return self._files[name]
 
-    def _read_raw(self, name: str) -> np.ndarray:
+    def _entry(self, name: str) -> Entry:
         path = self._file(name)
-        entry = self._header(path).get(name)
-        if entry is None:
+        raw = self._tensors(path).header.get(name)
+        if raw is None:
             raise CheckpointError(f"{path}: tensor {name} is missing, though the index has it")
-        if entry["dtype"] not in _DTYPES:
+        if raw["dtype"] not in DTYPES:
             raise CheckpointError(
-                f"{path}: {name} must be one of {', '.join(_DTYPES)}, got {entry['dtype']}"
+                f"{path}: {name} must be one of {', '.join(DTYPES)}, got {raw['dtype']}"
                 + self._quantisation_name()
             )
-        dtype = np.dtype(_DTYPES[entry["dtype"]])
-        start, end = entry["data_offsets"]
+        start, end = raw["data_offsets"]
+        return Entry(np.dtype(DTYPES[raw["dtype"]]), tuple(raw["shape"]), start, end - start)
+
+    def _read_raw(self, name: str, ranges: Sequence[tuple[int, int]]) -> np.ndarray:
+        path, entry = self._file(name), self._entry(name)
         try:
-            values = np.fromfile(path, dtype, (end - start) // dtype.itemsize, offset=start)
-            return values.reshape(entry["shape"])
+            return self._tensors(path).read(entry, ranges)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: {name} can't be read: {error}") from error
 
@@ -291,81 +309,24 @@ class Checkpoint:
 
 
 def dequantize_blocks(
-    weight: np.ndarray, scale_inv: np.ndarray, block: tuple[int, int] = (128, 128)
+    weight: np.ndarray,
+    scale_inv: np.ndarray,
+    block: tuple[int, int] = (128, 128),
+    origin: tuple[int, int] = (0, 0),
 ) -> np.ndarray:
     """Returns weight times the factor of its block, float32.
 
     Args:
-        weight: [out, in], fp8.
-        scale_inv: [ceil(out / block[0]), ceil(in / block[1])] factors. Despite DeepSeek's name, the
-            weight is multiplied by them.
+        weight: [out, in], fp8; a matrix or a box of one.
+        scale_inv: [ceil(out / block[0]), ceil(in / block[1])] factors of the matrix. Despite
+            DeepSeek's name, the weight is multiplied by them.
         block: rows and columns of a block; the last blocks may be smaller.
+        origin: the row and the column of the matrix at which the box begins.
     """
-    rows, columns = weight.shape
-    factors = np.repeat(scale_inv.astype(np.float32), min(block[0], rows), axis=0)[:rows]
-    factors = np.repeat(factors, min(block[1], columns), axis=1)[:, :columns]
-    return weight.astype(np.float32) * factors
-
-
-def _read_index(index: Path) -> dict[str, Path]:
-    """Reads the weight_map of an index: the file of each tensor, inside the index's folder.
-
-    A file may be a symbolic link out of the folder, as in the cache of Hugging Face.
-    """
-    try:
-        weight_map = parse_json_object(index.read_bytes()).get("weight_map")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{index} has no sound weight_map: {error}") from error
-    if not isinstance(weight_map, Mapping):
-        raise CheckpointError(f"{index} has no sound weight_map: it is {shown(weight_map)}")
-    paths: dict[str, Path] = {}
-    for name, file in weight_map.items():
-        if not isinstance(file, str):
-            raise CheckpointError(
-                f"{index} has no sound weight_map: {shown(name)} is in {shown(file)}"
-            )
-        if file not in paths:
-            if not _is_inside(file):
-                raise CheckpointError(
-                    f"{index}: weight_map puts {shown(name)} in {shown(file)}, "
-                    "which does not name a file in this folder"
-                )
-            paths[file] = index.parent / file
-    return {name: paths[file] for name, file in weight_map.items()}
-
-
-def _is_inside(file: str) -> bool:
-    """Returns whether a relative path stays below its folder on any operating system."""
-    return (
-        file.isprintable()
-        and not re.search(r'[\\:*?"<>|]', file)
-        and not PurePosixPath(file).is_absolute()
-        and all(
-            part not in ("", ".", "..") and len(part.encode()) <= 255 for part in file.split("/")
-        )
-        and len(file.encode()) <= 1024
-    )
-
-
-def _read_header(path: Path) -> dict[str, Any]:
-    """Returns name -> {dtype, shape, data_offsets from the start of the file} of a file's header.
-
-    The safetensors package checks the file. The tensors are read without it, because it has no
-    numpy dtype for fp8.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is {'not a file' if path.exists() else 'missing'}")
-    try:
-        with safetensors.safe_open(path, framework="np"):
-            pass
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = parse_json_object(file.read(length))
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is not a sound safetensors file: {excerpt(error)}"
-        ) from error
-    header.pop("__metadata__", None)
-    for entry in header.values():
-        entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
-    return header
+    (first, column), (edge, width) = origin, block
+    scaled = _FP8_VALUES[weight.view(np.uint8)]
+    columns = np.arange(column, column + weight.shape[1]) // width
+    for i in range(first // edge, -(-(first + len(weight)) // edge)):
+        rows = slice(max(i * edge - first, 0), (i + 1) * edge - first)
+        scaled[rows] *= scale_inv[i].astype(np.float32)[columns]
+    return scaled

@@ -17,11 +17,9 @@ from jax.typing import DTypeLike
 
 from mla_jax import checks, quantize
 from mla_jax.checkpoints.config_json import shown
-from mla_jax.checkpoints.read import Checkpoint, CheckpointError
+from mla_jax.checkpoints.sources import Shape, hf_sources
 from mla_jax.checkpoints.write import write_layer
-from mla_jax.config import MLAConfig, config_from_json
-
-Shape = tuple[int, ...]
+from mla_jax.config import MLAConfig
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +43,9 @@ class MLAParams:
     b_dq: jax.Array | None = None  # [q_lora]
     b_dkv: jax.Array | None = None  # [kv_lora + rope]
     b_o: jax.Array | None = None  # [hidden]
+
+
+_FIELDS = dataclasses.fields(MLAParams)
 
 
 def param_shapes(config: MLAConfig) -> dict[str, Shape | None]:
@@ -104,7 +105,7 @@ def _require_config(config: MLAConfig) -> None:
         raise TypeError(f"config must be an MLAConfig, got {shown(config)}")
 
 
-def _float_dtype(name: str, dtype: DTypeLike) -> np.dtype:
+def float_dtype(name: str, dtype: DTypeLike) -> np.dtype:
     """Returns the dtype; raises TypeError or ValueError unless it is one of FLOAT_DTYPES."""
     try:
         if dtype is None:  # numpy would read None as float64
@@ -118,12 +119,12 @@ def _float_dtype(name: str, dtype: DTypeLike) -> np.dtype:
     return jnp.dtype(found)
 
 
-def _layer_number(layer: int) -> int:
+def layer_number(layer: int, name: str = "layer") -> int:
     """Returns a layer number as a Python int; raises TypeError or ValueError unless it is one."""
     if not isinstance(layer, int | np.integer) or isinstance(layer, bool):
-        raise TypeError(f"layer must be an integer, got {shown(layer)}")
+        raise TypeError(f"{name} must be an integer, got {shown(layer)}")
     if not 0 <= layer < 10**9:
-        raise ValueError(f"layer must be 0 or more, got {shown(layer)}")
+        raise ValueError(f"{name} must be 0 or more, got {shown(layer)}")
     return int(layer)
 
 
@@ -136,7 +137,7 @@ def init_params(key: jax.Array, config: MLAConfig, dtype: DTypeLike = jnp.float3
         dtype: float32, bfloat16 or float16.
     """
     _require_config(config)
-    dtype = _float_dtype("dtype", dtype)
+    dtype = float_dtype("dtype", dtype)
     kind, shape = getattr(key, "dtype", None), np.shape(key)
     if not (
         (kind is not None and jnp.issubdtype(kind, jax.dtypes.prng_key) and shape == ())
@@ -201,47 +202,15 @@ def rotate_latent(params: MLAParams) -> MLAParams:
     )
 
 
-def hf_shapes(config: MLAConfig) -> dict[str, Shape]:
-    """Returns the published tensor names below `model.layers.N.self_attn.` and their shapes."""
-    c, heads = config, config.num_heads
-    shapes: dict[str, Shape] = {}
-    if c.q_lora_rank is None:
-        shapes["q_proj.weight"] = (heads * c.qk_head_dim, c.hidden_size)
-    else:
-        shapes["q_a_proj.weight"] = (c.q_lora_rank, c.hidden_size)
-        shapes["q_a_layernorm.weight"] = (c.q_lora_rank,)
-        shapes["q_b_proj.weight"] = (heads * c.qk_head_dim, c.q_lora_rank)
-        if c.attention_bias:
-            shapes["q_a_proj.bias"] = (c.q_lora_rank,)
-    shapes["kv_a_proj_with_mqa.weight"] = (c.latent_dim, c.hidden_size)
-    shapes["kv_a_layernorm.weight"] = (c.kv_lora_rank,)
-    shapes["kv_b_proj.weight"] = (heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
-    shapes["o_proj.weight"] = (c.hidden_size, heads * c.v_head_dim)
-    if c.attention_bias:
-        shapes["kv_a_proj_with_mqa.bias"] = (c.latent_dim,)
-        shapes["o_proj.bias"] = (c.hidden_size,)
-    return shapes
-
-
 def params_from_hf(tensors: Mapping[str, Any], config: MLAConfig) -> MLAParams:
     """Makes `MLAParams` from tensors with the names and shapes of `hf_shapes(config)`."""
-    heads, nope = config.num_heads, config.qk_nope_head_dim
-    w_uq = tensors["q_proj.weight" if config.q_lora_rank is None else "q_b_proj.weight"].T
-    kv_up = tensors["kv_b_proj.weight"].reshape(heads, -1, config.kv_lora_rank)
-    w_dq = tensors.get("q_a_proj.weight")
-    return MLAParams(
-        w_dq=None if w_dq is None else w_dq.T,
-        norm_q=tensors.get("q_a_layernorm.weight"),
-        w_uq=w_uq.reshape(-1, heads, config.qk_head_dim),
-        w_dkv=tensors["kv_a_proj_with_mqa.weight"].T,
-        norm_kv=tensors["kv_a_layernorm.weight"],
-        w_uk=kv_up[:, :nope],
-        w_uv=kv_up[:, nope:].swapaxes(1, 2),
-        w_o=tensors["o_proj.weight"].T.reshape(heads, config.v_head_dim, -1),
-        b_dq=tensors.get("q_a_proj.bias"),
-        b_dkv=tensors.get("kv_a_proj_with_mqa.bias"),
-        b_o=tensors.get("o_proj.bias"),
-    )
+    sources = hf_sources(config)
+    return params_of({name: s.weight(tensors[s.tensor]) for name, s in sources.items()})
+
+
+def params_of(weights: Mapping[str, Any]) -> MLAParams:
+    """Makes `MLAParams` from values by field; the other fields are None."""
+    return MLAParams(**{field.name: weights.get(field.name) for field in _FIELDS})  # type: ignore[arg-type]
 
 
 def params_to_hf(params: MLAParams, config: MLAConfig) -> dict[str, np.ndarray]:
@@ -268,61 +237,6 @@ def params_to_hf(params: MLAParams, config: MLAConfig) -> dict[str, np.ndarray]:
     return {k: np.ascontiguousarray(v) for k, v in tensors.items() if v is not None}
 
 
-def load_hf(
-    folder: str | Path,
-    layer: int | None = None,
-    dtype: DTypeLike = jnp.float32,
-    *,
-    prefix: str | None = None,
-) -> tuple[MLAConfig, MLAParams]:
-    """Reads one attention layer of a published checkpoint; reads no other tensor from disk.
-
-    Args:
-        folder: holds config.json and the safetensors file or shards.
-        layer: number of the layer from 0, also past num_hidden_layers for an MTP module. None
-            selects the lowest in the folder.
-        dtype: dtype of the returned weights (float32, bfloat16 or float16), whatever the file has.
-            NaN and infinity are loaded unchanged.
-        prefix: chooses among several models in the folder that have such a layer. It is the part of
-            their tensor names before "layers.", such as "model." or "draft.model.".
-
-    Raises:
-        FileNotFoundError: the folder or its config.json does not exist.
-        CheckpointError: a file, key or tensor is missing, corrupt, of a wrong shape, dtype or
-            range, quantized in an unsupported way, or asks for another attention.
-        TypeError, ValueError: an invalid argument. Every message names what is wrong.
-    """
-    layer = None if layer is None else _layer_number(layer)
-    dtype = _float_dtype("dtype", dtype)
-    if not isinstance(prefix, str | None):
-        raise TypeError(f"prefix must be a string or None, got {shown(prefix)}")
-    checkpoint = Checkpoint(folder)
-    config = config_from_json(checkpoint.config, str(checkpoint.config_path))
-    stem = checkpoint.layer_prefix(layer, prefix)
-    shapes = hf_shapes(config)
-    checkpoint.check_names(stem, shapes)
-    tensors = {
-        name: _as_dtype(
-            f"{checkpoint.folder}: {stem}{name}", checkpoint.read(stem + name, shape), dtype
-        )
-        for name, shape in shapes.items()
-    }
-    return config, params_from_hf(tensors, config)
-
-
-def _as_dtype(name: str, value: np.ndarray, dtype: np.dtype) -> jax.Array:
-    """Casts a tensor; raises CheckpointError if a finite value would overflow."""
-    with np.errstate(over="ignore"):  # overflow is checked below
-        converted = jnp.asarray(value, dtype)
-    if jnp.finfo(value.dtype).max > jnp.finfo(dtype).max:
-        lost = np.isfinite(value) & ~np.isfinite(np.asarray(converted))
-        if lost.any():
-            raise CheckpointError(
-                f"{name} holds {value[lost][0]}, which is past the range of {dtype.name}"
-            )
-    return converted
-
-
 def save_hf(folder: str | Path, config: MLAConfig, params: MLAParams, *, layer: int = 0) -> None:
     """Adds one attention layer to a checkpoint in the published format, which it may create.
 
@@ -339,7 +253,7 @@ def save_hf(folder: str | Path, config: MLAConfig, params: MLAParams, *, layer: 
         FileExistsError: the folder holds weights that `save_hf` did not write.
     """
 
-    layer = _layer_number(layer)
+    layer = layer_number(layer)
     _require_config(config)
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"folder must be a path, got {shown(folder)}")

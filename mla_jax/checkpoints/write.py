@@ -11,7 +11,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mla_jax.checkpoints.config_json import config_json_path, read_json_object
-from mla_jax.checkpoints.read import INDEX, Checkpoint
+from mla_jax.checkpoints.files import INDEX
+from mla_jax.checkpoints.read import Checkpoint
 from mla_jax.config import MLAConfig, config_from_json
 
 _SINGLE = "model.safetensors"

@@ -20,9 +20,21 @@ from mla_jax.config.fields import bounded_number, positive_int, store_field
 from mla_jax.config.rope_json import required, rope_from_hf
 from mla_jax.config.yarn import YarnScaling
 
-# The default of `rope_interleave` by model type. DeepSeek-V2's code rotates interleaved pairs and
-# reads no such key. V3's class defaults to True, and Kimi-K2 is published with V3's code.
-ROPE_INTERLEAVE_DEFAULT = {"deepseek_v2": True, "deepseek_v3": True, "kimi_k2": True}
+# The model types whose attention is that of DeepSeek-V2 or V3, each with a golden file. Their codes
+# rotate interleaved pairs unless `rope_interleave` is False; DeepSeek-V2's reads no such key.
+# Kimi-K2 is published with V3's code, Moonlight as deepseek_v3, GLM-4.7-Flash as glm4_moe_lite.
+MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite", "youtu", "axk1")
+
+# How latent attention of other model types differs, as clauses of an error message.
+OTHER_MODEL_TYPES = {
+    **dict.fromkeys(
+        ("deepseek_v32", "glm_moe_dsa", "mistral_large4", "axk2", "hy_v4"),
+        "attends only to the keys that an indexer selects",
+    ),
+    **dict.fromkeys(("kimi_linear", "bailing_hybrid"), "has layers of linear attention"),
+    "mistral4": "multiplies a query by a factor that depends on its position",
+    "longcat_flash": "has two attentions in a layer and scales queries and latents",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,9 +142,9 @@ class MLAConfig:
         Raises:
             FileNotFoundError: no config.json.
             CheckpointError (a ValueError): the file is not JSON, or a key is missing or malformed,
-                or asks for what this library does not compute. Examples are another model or rope
-                type, sparse attention and a sliding window; see `config_keys`. The message names
-                the file and the key.
+                or asks for what this library does not compute. Examples are a model type that is
+                not in `MODEL_TYPES`, another rope type, sparse attention and a sliding window; see
+                `config_keys`. The message names the file and the key.
         """
         if isinstance(source, Mapping):
             return config_from_json(source, "config.json")
@@ -184,10 +196,12 @@ def config_from_json(raw: Mapping[str, Any], where: str) -> MLAConfig:
     levels = [outer for _, outer in around] + [inner]
     foreign = [key for level in levels for key in foreign_keys(level)]
     model_type = inner.get("model_type", "deepseek_v3")
-    if not isinstance(model_type, str) or model_type not in ROPE_INTERLEAVE_DEFAULT:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+        why = OTHER_MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None
         raise CheckpointError(
-            f"{where}: model_type must be one of {', '.join(ROPE_INTERLEAVE_DEFAULT)}, "
-            f"got {shown(model_type)}" + (f" (with {', '.join(foreign)})" if foreign else "")
+            f"{where}: model_type must be one of {', '.join(MODEL_TYPES)}, got {shown(model_type)}"
+            + (f", which {why}" if why else "")
+            + (f" (with {_list(foreign)})" if foreign else "")
         )
     if foreign:
         raise CheckpointError(
@@ -213,9 +227,7 @@ def config_from_json(raw: Mapping[str, Any], where: str) -> MLAConfig:
 def _config(raw: Mapping[str, Any], model_type: str) -> MLAConfig:
     """Returns the config of a language model's dict; error messages do not name the file."""
     max_position = positive_int("max_position_embeddings", raw.get("max_position_embeddings", 4096))
-    interleave = checks.require_bool(
-        "rope_interleave", raw.get("rope_interleave", ROPE_INTERLEAVE_DEFAULT[model_type])
-    )
+    interleave = checks.require_bool("rope_interleave", raw.get("rope_interleave", True))
     rope_theta, rope_scaling = rope_from_hf(raw, max_position)
     return MLAConfig(
         hidden_size=required(raw, "hidden_size"),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mla_jax.hal.forms import FormCosts, choose_form
 from mla_jax.hal.orders import ASCEND_ORDERS, GPU_ORDERS, AscendOrder, schedule_named
+from mla_jax.hal.own_kernel import GpuScheduleBuilder, gpu_kernel
 from mla_jax.hal.profiles.ascend import (
     ASCEND910B1,
     ASCEND910B2,
@@ -40,6 +41,8 @@ from mla_jax.hal.schedule import (
     Signal,
     Step,
 )
+from mla_jax.hal.simulator.ascend_costs import AscendKernel
+from mla_jax.hal.simulator.gpu_costs import Kernel
 from mla_jax.hal.simulator.simulate import Report, simulate
 from mla_jax.hal.tiling import TilePlan, TilePlanError, plan_tiles
 from mla_jax.hal.work import Problem
@@ -58,7 +61,7 @@ def load_profile(name_or_path: str | Path) -> HardwareProfile:
     if str(name_or_path) in PROFILES:
         return PROFILES[str(name_or_path)]
     if Path(name_or_path).is_file():
-        return read_profile(name_or_path)
+        return read_profile(name_or_path, PROFILES)
     raise ValueError(
         f"profile = {str(name_or_path)!r}, wanted a JSON file or one of {', '.join(PROFILES)}"
     )
@@ -76,8 +79,9 @@ def profile_of_device(device_kind: str) -> HardwareProfile | None:
 
 
 __all__ = [
-    "ASCEND_ORDERS", "GPU_ORDERS", "PROFILES", "Access", "AscendOrder", "FormCosts",
-    "HardwareProfile", "IllegalScheduleError", "Number", "Problem", "Report", "Schedule",
-    "ScheduleBuilder", "Signal", "Step", "TilePlan", "TilePlanError", "choose_form", "load_profile",
-    "plan_tiles", "profile_of_device", "read_profile", "save_profile", "schedule_named", "simulate",
+    "ASCEND_ORDERS", "GPU_ORDERS", "PROFILES", "Access", "AscendKernel", "AscendOrder",
+    "FormCosts", "GpuScheduleBuilder", "HardwareProfile", "IllegalScheduleError", "Kernel",
+    "Number", "Problem", "Report", "Schedule", "ScheduleBuilder", "Signal", "Step", "TilePlan",
+    "TilePlanError", "choose_form", "gpu_kernel", "load_profile", "plan_tiles",
+    "profile_of_device", "read_profile", "save_profile", "schedule_named", "simulate",
 ]  # fmt: skip

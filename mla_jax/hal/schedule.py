@@ -319,7 +319,14 @@ class ScheduleBuilder:
         return self._buffers[buffer]
 
     def slot(self, buffer: str, block: int) -> Access:
-        """Returns the slot of `buffer` for block `block`; blocks use the slots in turn."""
+        """Returns the slot of `buffer` for block `block`; blocks use the slots in turn.
+
+        Raises IllegalScheduleError for a buffer that the schedule does not have.
+        """
+        if self._buffers.get(buffer, 0) < 1:
+            raise IllegalScheduleError(
+                f"{self._name}: no buffer {buffer!r}, wanted one of {', '.join(self._buffers)}"
+            )
         return Access(buffer, block % self._buffers[buffer], block)
 
     def add(
@@ -330,7 +337,16 @@ class ScheduleBuilder:
         reads: tuple[Access, ...] = (),
         writes: tuple[Access, ...] = (),
     ) -> None:
-        """Appends a step; its waits follow from what it reads and overwrites."""
+        """Appends a step; its waits follow from what it reads and overwrites.
+
+        Raises IllegalScheduleError for a slot that is read before anything is written there.
+        """
+        for access in reads:
+            if access[:2] not in self._writer:
+                raise IllegalScheduleError(
+                    f"{self._name}: step {len(self._steps)}, {stage}({block}) on {unit}: reads "
+                    f"{_name(access)} before anything is written there"
+                )
         needed = [self._writer[a[:2]] for a in reads]
         for access in writes:
             slot = access[:2]

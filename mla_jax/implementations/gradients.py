@@ -61,6 +61,7 @@ class _Rows(NamedTuple):
     delta: jax.Array  # [B, R] float32: rowsum(dO * O) - dlse
 
 
+@jax.named_scope("mla_attention")
 def attend(problem: AttentionProblem, choice: Choice) -> Outputs:
     """Computes o and lse as `compute` does, with derivatives for every implementation."""
     # With one type for all arrays in a shard_map, JAX sums the gradient of an array that is equal

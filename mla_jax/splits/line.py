@@ -13,13 +13,19 @@ and 8 give worker 0 the first 3 blocks of tile 0, and worker 1 the rest. A bound
 splits it into two work items. A boundary at an edge splits nothing.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from mla_jax.splits.costs import SplitCosts
-from mla_jax.splits.plan import num_blocks
+from mla_jax.splits.plan import SplitPlan, num_blocks
+
+LARGEST = 2**31 - 1
+BEYOND = np.int32(LARGEST)  # place of an unused work item: it sorts after every place on the line
+MOST_COST = 2**30  # largest cost of all blocks on a line; MOST_WORK can be added in int32
 
 
 class Line(NamedTuple):
@@ -73,32 +79,19 @@ class Line(NamedTuple):
         `spread` it is distributed over all of them. The former suits tiles longer than a share, the
         latter suits tiles that are split in two or three.
         """
-        share = shares(self.cost_total, num_workers, count)
-        tile = find(self.cost_start, share, side="right") - 1
-        cost = self.cost_of_blocks(tile)
         worker = jnp.arange(num_workers + 1, dtype=jnp.int32)
-        exact = to_float32(worker) * (to_float32(self.cost_total) / to_float32(count))
-        part = (exact - to_float32(self.cost_start[tile])) / to_float32(cost + self.costs.overhead)
-        inside = jnp.where(
-            spread,
-            jnp.round(part * to_float32(cost)).astype(jnp.int32),
-            share - self.cost_start[tile] - self.costs.overhead,
-        )
-        place = self.place_in(tile, inside)
+        share, rest = share_of(worker, self.cost_total, count)
+        tile = find(self.cost_start, share, side="right") - 1
+        overhead, inside = self.costs.overhead, share - self.cost_start[tile]
+        cost = self.cost_of_blocks(tile)
+        spread_out = without_spread_overhead(inside, rest, cost, count, overhead, num_workers)
+        place = self.place_in(tile, jnp.where(spread, spread_out, inside - overhead))
         return jnp.where(worker >= count, self.length, place).at[0].set(0)
 
     def place_in(self, tile: jax.Array, inside: jax.Array) -> jax.Array:
-        """Returns the places at which the blocks before them cost `inside`, or a near tile edge.
-
-        An edge replaces a place that would leave a work item shorter than a third of its overhead.
-        """
+        """Returns the places at which the blocks before them cost `inside`, or a near tile edge."""
         blocks, full, last = self.blocks[tile], self.full[tile], self.last[tile]
-        taken = jnp.clip((inside + full // 2) // full, 0, jnp.maximum(blocks - 1, 0))
-        whole = (blocks > 0) & (inside - (blocks - 1) * full >= last - last // 2)
-        shortest = max(1, -(-self.costs.overhead // 3))
-        taken = jnp.where(taken < shortest, 0, taken)
-        taken = jnp.where(whole | ((taken > 0) & (blocks - taken < shortest)), blocks, taken)
-        return self.edge[tile] + taken
+        return self.edge[tile] + blocks_before(inside, blocks, full, last, self.costs.overhead)
 
     def split_at_edges(self, num_workers: int) -> jax.Array:
         """Returns boundaries [W + 1] at the edges nearest to equal shares: no tile is split."""
@@ -146,21 +139,142 @@ class Line(NamedTuple):
         again = jnp.where((taken > 0) & (boundaries < self.length), self.costs.overhead, 0)
         return jnp.where(boundaries[1:] > boundaries[:-1], again[:-1] + jnp.diff(before), 0).max()
 
+    def plan(
+        self, starts: jax.Array, worker_start: jax.Array, num_partials: int, **options: Any
+    ) -> SplitPlan:
+        """Returns the plan whose items start at the sorted places `starts`; unused are BEYOND.
+
+        options: other fields of the plan.
+        """
+        batch = len(self.blocks) // self.costs.num_row_tiles
+        used = starts < self.length
+        tile = jnp.where(used, self.tile_at(starts), 0)
+        begin = jnp.where(used, starts - self.edge[tile], 0)
+        until = jnp.minimum(jnp.append(starts[1:], BEYOND), self.length)
+        end = jnp.where(used, jnp.minimum(until - self.edge[tile], self.blocks[tile]), 0)
+        partial = used & ((begin > 0) | (end < self.blocks[tile]))
+        partials_used = running_sum(partial)
+        before = jnp.append(jnp.zeros(1, jnp.int32), partials_used)
+        to_tile_end = used & (end == self.blocks[tile])
+        return SplitPlan(
+            request=jnp.where(used, tile % batch, -1),
+            row_tile=jnp.where(used, tile // batch, 0),
+            block_start=begin * self.unit,
+            block_end=jnp.where(to_tile_end, self.kv_blocks[tile], end * self.unit),
+            partial=jnp.where(partial, partials_used - 1, -1),
+            worker_start=worker_start,
+            tile_partial_start=before[find(starts, jnp.append(self.edge, self.length))],
+            block_size=self.costs.block_size,
+            rows_per_tile=self.costs.rows_per_tile,
+            num_row_tiles=self.costs.num_row_tiles,
+            num_partials=num_partials,
+            **options,
+        )
+
+
+def unit_of(blocks: jax.Array, *, most: int, factor: int = 1, overhead: int = 0) -> jax.Array | int:
+    """Returns a power of two by which sum((blocks + overhead) * factor) fits MOST_COST.
+
+    It is the smallest one, or twice as large where the sum is close to a limit.
+
+    blocks: [n] int32, of which those past `most` do not count. If the sum of n times `most` fits,
+        the unit is 1 without any computation.
+    """
+    steps = unit_steps(len(blocks), most=most, factor=factor, overhead=overhead)
+    if steps == 0:
+        return 1
+    total = blocks_in_steps(blocks, steps, most=most, overhead=overhead).sum(dtype=jnp.int32)
+    return jnp.left_shift(jnp.int32(1), doublings(total * factor, steps))
+
+
+def unit_steps(count: int, *, most: int, factor: int = 1, overhead: int = 0) -> int:
+    """Returns how often the largest unit is doubled; the sums of `blocks_in_steps` fit MOST_COST.
+
+    count: of the blocks. Other arguments as in `unit_of`.
+    """
+    if count * (most + overhead) * factor <= MOST_COST:
+        return 0
+    above = 1 + (overhead > 0)
+    steps = range(1, 32)
+    return next(
+        n for n in steps if count * ((most >> n) + (overhead >> n) + above) * factor <= MOST_COST
+    )
+
+
+def blocks_in_steps(blocks: Any, steps: int, *, most: int, overhead: int = 0) -> Any:
+    """Returns upper bounds of (blocks + overhead) / 2^steps."""
+    above = 1 + (overhead >> steps) + (overhead > 0)
+    return (jnp.minimum(blocks, most) >> steps) + above
+
+
+def doublings(total: Any, steps: int) -> Any:
+    """Returns k, for which the unit is 2^k. total: sum of `blocks_in_steps` times the factor."""
+    return sum(jnp.where(total > MOST_COST >> (steps - k), 1, 0) for k in range(steps))
+
+
+def quotient(a: Any, b: Any) -> Any:
+    """Returns a / b in int32, rounded to zero. Kernels have this division, and not a // b."""
+    return lax.div(*jnp.broadcast_arrays(jnp.int32(a), jnp.int32(b)))
+
+
+def remainder(a: Any, b: Any) -> Any:
+    """Returns a - b * quotient(a, b)."""
+    return lax.rem(*jnp.broadcast_arrays(jnp.int32(a), jnp.int32(b)))
+
+
+def share_of(worker: Any, total: Any, count: Any) -> tuple[Any, Any]:
+    """Returns worker * total / count without overflow for worker <= count, and the remainder."""
+    some, rest = quotient(total, count), remainder(total, count)
+    return worker * some + quotient(worker * rest, count), remainder(worker * rest, count)
+
+
+def without_spread_overhead(
+    inside: Any, rest: Any, cost: Any, count: Any, overhead: int, num_workers: int
+) -> Any:
+    """Returns the cost of the blocks before a boundary in a tile, rounded half to even.
+
+    inside: the cost of this part of the tile with the tile's overhead spread over its blocks, less
+        than `rest` / `count`. That is added to it first, so that nothing is rounded twice.
+    cost: of all blocks of the tile.
+    count: at most num_workers.
+    """
+    whole = cost + overhead
+    # With x = inside + rest / count, the result is x - overhead * x / whole. The overhead is added,
+    # and subtracted after the division, so that the quotient is positive.
+    part = 2 * overhead * (count * whole - inside * count - rest)
+    dividend, divisor = 2 * rest * whole + count * whole + part, 2 * count * whole
+    # These sums leave int32 in tiles of millions of blocks. There a block more or less is nothing.
+    fits = whole <= LARGEST // (num_workers * (2 * overhead + 3))
+    per_overhead = quotient(whole, max(overhead, 1))
+    dividend = jnp.where(fits, dividend, inside)
+    divisor = jnp.maximum(jnp.where(fits, divisor, per_overhead), 1)
+    above = quotient(dividend, divisor)
+    exact = inside - overhead + above
+    is_odd_tie = ((exact & 1) == 1) & (above * divisor == dividend)
+    return jnp.where(fits, exact - jnp.where(is_odd_tie, 1, 0), inside - above)
+
+
+def blocks_before(inside: Any, blocks: Any, full: Any, last: Any, overhead: int) -> Any:
+    """Returns the blocks of a tile that cost `inside`, or none or all of them.
+
+    That replaces a number of blocks that would leave a work item shorter than a third of its
+    overhead. full, last: costs of a full block and of the last one.
+    """
+    taken = jnp.clip(quotient(inside + full // 2, full), 0, jnp.maximum(blocks - 1, 0))
+    whole = (blocks > 0) & (inside - (blocks - 1) * full >= last - last // 2)
+    shortest = max(1, -(-overhead // 3))
+    taken = jnp.where(taken < shortest, 0, taken)
+    return jnp.where(whole | ((taken > 0) & (blocks - taken < shortest)), blocks, taken)
+
 
 def shares(total: jax.Array, num_workers: int, count: jax.Array) -> jax.Array:
     """Returns w * total / count for w = 0 .. W, [W + 1] int32, without overflow for w <= count."""
-    w = jnp.arange(num_workers + 1, dtype=jnp.int32)
-    return w * (total // count) + w * (total % count) // count
+    return share_of(jnp.arange(num_workers + 1, dtype=jnp.int32), total, count)[0]
 
 
 def running_sum(values: jax.Array) -> jax.Array:
     """Returns the cumulative sum in int32, also where JAX would sum integers in int64."""
     return jnp.cumsum(values, dtype=jnp.int32)
-
-
-def to_float32(values: jax.Array) -> jax.Array:
-    """Returns the values as float32."""
-    return values.astype(jnp.float32)
 
 
 def find(values: jax.Array, queries: jax.Array, side: str = "left") -> jax.Array:

@@ -11,15 +11,18 @@ A range ends at the block edge nearest to an equal share of the cost, by one of 
 tile's edge. With an overhead of 5 that is a work item of one block. Moving the edge saves the work
 item and its merge, and costs the neighbour a block.
 
-All sums are int32, whatever the lengths are. If the cost of all blocks could exceed int32, the line
-counts units of 2^k blocks, with the smallest k that keeps the sums in range. Such a plan splits at
-multiples of the unit, which is 2^-30 of the work or less. It still covers every block once.
+All arithmetic of a balanced plan is in integers, so that a kernel can make the same plan to the bit
+(`pallas_kernels.hopper.plan`). All sums are int32, whatever the lengths are. If the cost of all
+blocks could exceed int32, the line counts units of 2^k blocks (`line.unit_of`), which keep the sums
+in range. Such a plan splits at multiples of the unit, which is 2^-28 of the work or less. It still
+covers every block once.
 """
 
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +32,7 @@ from mla_jax import checks
 from mla_jax.online_softmax import merge_states
 from mla_jax.sharding.axes import replicated
 from mla_jax.splits.costs import MOST_WORK, SplitCosts, split_costs
-from mla_jax.splits.line import Line, find, running_sum, shares, to_float32
+from mla_jax.splits.line import BEYOND, LARGEST, Line, find, running_sum, shares, unit_of
 from mla_jax.splits.plan import (
     SlowPlanWarning,
     SplitPlan,
@@ -54,9 +57,57 @@ __all__ = [
 
 PAIR_OVERHEAD = 1  # cost of merging a pair's partials through shared memory, in blocks
 _MOST_WORKERS = 2**15  # the product of two worker counts fits int32
-_MOST_COST = 2**30  # largest cost of all blocks on a line; MOST_WORK can be added in int32
-_LARGEST = 2**31 - 1
-_BEYOND = np.int32(_LARGEST)  # place of an unused item: it sorts after every place on the line
+
+
+class Balance(NamedTuple):
+    """What a balanced plan is for besides the lengths; hashable, so jit takes it as static."""
+
+    num_workers: int
+    costs: SplitCosts
+    merge_overhead: int
+    in_pairs: bool
+    most: int  # blocks that a request has at most
+    num_heads: int  # as in SplitPlan
+
+    @property
+    def num_partials(self) -> int:
+        return 2 * (self.num_workers - 1)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def balanced_plan(seq_lens: jax.Array, query_lens: jax.Array | None, balance: Balance) -> SplitPlan:
+    """Returns the plan of `plan_splits`.
+
+    The candidates are equal shares for 1 .. num_workers workers, twice: with a tile's overhead
+    before its blocks, and spread over them.
+    """
+    num_workers, costs, merge_overhead, in_pairs, most, num_heads = balance
+    blocks = num_blocks(seq_lens, costs.block_size)
+    unit = unit_of(blocks, most=most, factor=sum(costs.full))
+    line = Line.lay(costs.tile_keys(seq_lens, query_lens, num_heads), costs, unit, most)
+    counts = jnp.tile(jnp.arange(1, num_workers + 1, dtype=jnp.int32), 2 if costs.overhead else 1)
+    spread = jnp.arange(len(counts)) >= num_workers
+    candidates = jax.vmap(functools.partial(line.split_evenly, num_workers))(counts, spread)
+    # A number of workers below the square root of the number of blocks is not tried: the longest
+    # range would have at least that many blocks.
+    tried = (counts == num_workers) | ((counts + 1) ** 2 > line.blocks.sum(dtype=jnp.int32))
+    largest = jnp.where(tried, jax.vmap(line.largest_load)(candidates), BEYOND)
+    splits = jax.vmap(line.inside_tiles)(candidates).sum(axis=1, dtype=jnp.int32)
+    best = jnp.argmin(jnp.where(largest == largest.min(), splits, BEYOND))
+    boundaries = candidates[best]
+    if costs.overhead:
+        whole = line.split_at_edges(num_workers)
+        least = largest[best] + merge_overhead
+        boundaries = jnp.where(line.largest_load(whole) <= least, whole, boundaries)
+        if in_pairs:
+            least = jnp.minimum(line.largest_load(whole), least)
+            halves = line.split_in_pairs(num_workers)
+            is_cheaper = line.largest_load(halves) + PAIR_OVERHEAD < least
+            boundaries = jnp.where(is_cheaper, halves, boundaries)
+    inside = jnp.where(line.inside_tiles(boundaries), boundaries, BEYOND)
+    starts = jnp.sort(jnp.append(line.edge, inside[1:]))
+    worker_start = find(starts, boundaries)
+    return line.plan(starts, worker_start, balance.num_partials, num_heads=num_heads)
 
 
 def plan_splits(
@@ -73,6 +124,7 @@ def plan_splits(
     max_seq_len: int | None = None,
     query_lens: jax.Array | None = None,
     num_heads: int | None = None,
+    make: Callable[[jax.Array, jax.Array | None, Balance], SplitPlan] = balanced_plan,
 ) -> SplitPlan:
     """Returns a balanced plan: loads differ by about one overhead and one block at most.
 
@@ -100,6 +152,7 @@ def plan_splits(
         query_lens: [B] int32, query tokens per request, for causal attention of these alone: a tile
             then has only the blocks that its last token sees. None: for any, with all blocks.
         num_heads: H, query rows per token; not needed without query_lens.
+        make: returns the same plan as `balanced_plan`, from checked arguments.
 
     Returns:
         A plan of num_tiles + num_workers work items and 2 * (num_workers - 1) partials.
@@ -125,8 +178,9 @@ def plan_splits(
     batch = len(seq_lens)
     num_heads = num_heads_of_plan(query_lens, num_heads, rows=rows, batch=batch, tile=rows_per_tile)
     lengths = _whole(seq_lens), _whole(query_lens) if num_heads else None
-    most = math.ceil((max_seq_len or _LARGEST) / costs.block_size)
-    return _plan_splits(*lengths, num_workers, costs, merge_overhead, in_pairs, most, num_heads)
+    most = math.ceil((max_seq_len or LARGEST) / costs.block_size)
+    balance = Balance(num_workers, costs, merge_overhead, in_pairs, most, num_heads)
+    return make(*lengths, balance)
 
 
 def plan_fixed(
@@ -165,7 +219,7 @@ def plan_fixed(
             f"split_size must be a multiple of block_size = {block_size}, got {split_size}"
         )
     num_workers = _check(seq_lens, num_workers, costs, max_seq_len)
-    split_blocks = min(split_size, _LARGEST) // costs.block_size
+    split_blocks = min(split_size, LARGEST) // costs.block_size
     most = math.ceil(max_seq_len / split_size)
     items = len(seq_lens) * costs.num_row_tiles * most
     if items > MOST_WORK:
@@ -243,52 +297,6 @@ def merge_partials(
     return o, jnp.where(is_split, merged_lse, lse)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6, 7))
-def _plan_splits(
-    seq_lens: jax.Array,
-    query_lens: jax.Array | None,
-    num_workers: int,
-    costs: SplitCosts,
-    merge_overhead: int,
-    in_pairs: bool,
-    most: int,
-    num_heads: int,
-) -> SplitPlan:
-    """Returns the plan of `plan_splits`; a request has at most `most` blocks.
-
-    The candidates are equal shares for 1 .. num_workers workers, twice: with a tile's overhead
-    before its blocks, and spread over them.
-    """
-    blocks = num_blocks(seq_lens, costs.block_size)
-    total = to_float32(blocks).sum() * np.float32(sum(costs.full))
-    unit = _unit(total, len(seq_lens) * most * sum(costs.full))
-    line = Line.lay(costs.tile_keys(seq_lens, query_lens, num_heads), costs, unit, most)
-    counts = jnp.tile(jnp.arange(1, num_workers + 1, dtype=jnp.int32), 2 if costs.overhead else 1)
-    spread = jnp.arange(len(counts)) >= num_workers
-    candidates = jax.vmap(functools.partial(line.split_evenly, num_workers))(counts, spread)
-    # A number of workers below the square root of the number of blocks is not tried: the longest
-    # range would have at least that many blocks.
-    fewest = jnp.sqrt(to_float32(line.blocks.sum(dtype=jnp.int32))).astype(jnp.int32)
-    tried = counts >= jnp.minimum(fewest, num_workers)
-    largest = jnp.where(tried, jax.vmap(line.largest_load)(candidates), _BEYOND)
-    splits = jax.vmap(line.inside_tiles)(candidates).sum(axis=1, dtype=jnp.int32)
-    best = jnp.argmin(jnp.where(largest == largest.min(), splits, _BEYOND))
-    boundaries = candidates[best]
-    if costs.overhead:
-        whole = line.split_at_edges(num_workers)
-        least = largest[best] + merge_overhead
-        boundaries = jnp.where(line.largest_load(whole) <= least, whole, boundaries)
-        if in_pairs:
-            least = jnp.minimum(line.largest_load(whole), least)
-            halves = line.split_in_pairs(num_workers)
-            is_cheaper = line.largest_load(halves) + PAIR_OVERHEAD < least
-            boundaries = jnp.where(is_cheaper, halves, boundaries)
-    inside = jnp.where(line.inside_tiles(boundaries), boundaries, _BEYOND)
-    starts = jnp.sort(jnp.append(line.edge, inside[1:]))
-    plan = _assemble(line, starts, find(starts, boundaries), 2 * (num_workers - 1))
-    return dataclasses.replace(plan, num_heads=num_heads)
-
-
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _plan_fixed(
     seq_lens: jax.Array, num_workers: int, costs: SplitCosts, split_blocks: int, most: int
@@ -296,14 +304,13 @@ def _plan_fixed(
     """Returns the plan of `plan_fixed`: each place is a work item, at most `most` per tile."""
     line = Line.lay(costs.tile_keys(seq_lens), costs, split_blocks, most)
     place = jnp.arange(len(line.blocks) * most, dtype=jnp.int32)
-    starts = jnp.where(place < line.length, place, _BEYOND)
+    starts = jnp.where(place < line.length, place, BEYOND)
     num_partials = len(place) if most > 1 else 0
     unbalanced = jnp.zeros(num_workers + 1, jnp.int32)
-    plan = _assemble(line, starts, unbalanced, num_partials, fixed=True)
+    plan = line.plan(starts, unbalanced, num_partials, fixed=True)
     # Worker w starts at the first item whose middle is past w equal shares of the cost.
     blocks = jnp.clip(plan.block_end - plan.block_start, 1, split_blocks)
-    total = to_float32(blocks).sum() + np.float32(len(place) * costs.overhead)
-    unit = _unit(total, len(place) * (split_blocks + costs.overhead))
+    unit = unit_of(blocks, most=split_blocks, overhead=costs.overhead)
     cost = (blocks - 1) // unit + 1 + (costs.overhead + unit - 1) // unit
     cost = jnp.where(starts < line.length, cost, 0)
     end = running_sum(cost)
@@ -318,44 +325,14 @@ def _plan_loads(
 ) -> jax.Array:
     keys = costs.tile_keys(seq_lens, query_lens, plan.num_heads)
     tile = plan.row_tile, jnp.maximum(plan.request, 0)
-    full, last = (to_float32(cost) for cost in costs.block_costs(keys))
+    full, last = (cost.astype(jnp.float32) for cost in costs.block_costs(keys))
     full, last = full[plan.row_tile], last[tile]
     blocks = plan.block_end - plan.block_start
     has_last = (blocks > 0) & (plan.block_end == num_blocks(keys, plan.block_size)[tile])
-    cost = np.float32(costs.overhead) + to_float32(blocks) * full
+    cost = np.float32(costs.overhead) + blocks.astype(jnp.float32) * full
     cost = jnp.where(plan.request >= 0, cost + jnp.where(has_last, last - full, 0), 0)
     worker = find(plan.worker_start, jnp.arange(plan.num_items, dtype=jnp.int32), "right") - 1
     return jax.ops.segment_sum(cost, worker, plan.num_workers)  # drops unused items
-
-
-def _assemble(
-    line: Line, starts: jax.Array, worker_start: jax.Array, num_partials: int, fixed: bool = False
-) -> SplitPlan:
-    """Returns the plan whose items start at the sorted places `starts`; unused ones are _BEYOND."""
-    batch = len(line.blocks) // line.costs.num_row_tiles
-    used = starts < line.length
-    tile = jnp.where(used, line.tile_at(starts), 0)
-    begin = jnp.where(used, starts - line.edge[tile], 0)
-    until = jnp.minimum(jnp.append(starts[1:], _BEYOND), line.length)
-    end = jnp.where(used, jnp.minimum(until - line.edge[tile], line.blocks[tile]), 0)
-    partial = used & ((begin > 0) | (end < line.blocks[tile]))
-    partials_used = running_sum(partial)
-    before = jnp.append(jnp.zeros(1, jnp.int32), partials_used)
-    to_tile_end = used & (end == line.blocks[tile])
-    return SplitPlan(
-        request=jnp.where(used, tile % batch, -1),
-        row_tile=jnp.where(used, tile // batch, 0),
-        block_start=begin * line.unit,
-        block_end=jnp.where(to_tile_end, line.kv_blocks[tile], end * line.unit),
-        partial=jnp.where(partial, partials_used - 1, -1),
-        worker_start=worker_start,
-        tile_partial_start=before[find(starts, jnp.append(line.edge, line.length))],
-        block_size=line.costs.block_size,
-        rows_per_tile=line.costs.rows_per_tile,
-        num_row_tiles=line.costs.num_row_tiles,
-        num_partials=num_partials,
-        fixed=fixed,
-    )
 
 
 def _whole(seq_lens: Any) -> Any:
@@ -381,19 +358,6 @@ def _check(seq_lens: Any, num_workers: Any, costs: SplitCosts, max_seq_len: int 
 
 def _check_max_seq_len(max_seq_len: Any) -> int:
     max_seq_len = checks.require_positive("max_seq_len", max_seq_len)
-    if max_seq_len > _LARGEST:
-        raise ValueError(f"max_seq_len must be at most {_LARGEST}, got {max_seq_len}")
+    if max_seq_len > LARGEST:
+        raise ValueError(f"max_seq_len must be at most {LARGEST}, got {max_seq_len}")
     return max_seq_len
-
-
-def _unit(total: jax.Array, bound: int) -> jax.Array | int:
-    """Returns the smallest power of two for which total / unit is at most _MOST_COST.
-
-    total: float32 sum, which may exceed int32. bound: the largest value of the sum that is known
-    at trace time. If it is at most _MOST_COST, the unit is 1 without any computation.
-    """
-
-    if bound <= _MOST_COST:
-        return 1
-    limits = np.float32(_MOST_COST) * np.exp2(np.arange(30, dtype=np.float32))
-    return jnp.left_shift(jnp.int32(1), (total > limits).sum(dtype=jnp.int32))

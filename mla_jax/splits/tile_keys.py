@@ -49,6 +49,14 @@ def tile_keys(
         np.minimum(at // num_heads, _LARGEST).astype(np.int32)
         for at in (row, row + rows_per_tile - 1)
     )
+    return keys_seen(seq_lens, query_lens, first, last, xp)
+
+
+def keys_seen(seq_lens: Any, query_lens: Any, first: Any, last: Any, xp: Any = jnp) -> Any:
+    """Returns how many keys the query tokens `first` .. `last` see behind a causal mask.
+
+    seq_lens: 0 or more.
+    """
     last = xp.minimum(last, query_lens - 1)
     keys = seq_lens - query_lens + last + 1
     return xp.where(first < query_lens, xp.maximum(keys, 0), 0)

@@ -210,12 +210,11 @@ def _planned(
     rows, capacity = tokens.rows, block_tables.shape[1] * page_size
     given = plan is not None
     if plan is None:
-        lengths = jnp.clip(seq_lens, 0, capacity)
         kind: dict[str, Any] = {"cache": cache, "rescale": rescale, "tiles": tiles, **widths}
         if tokens.causal:
             kind["query_lens"] = query_lens_of_plan(query_lens, seq_lens, tokens.per_request, BLOCK)
             kind["num_heads"] = tokens.num_heads
-        plan = plan_decode(lengths, rows, capacity=capacity, **kind)
+        plan = plan_decode(seq_lens, rows, capacity=capacity, clip=True, **kind)
     elif tiles is not None:
         plan = DecodePlan(plan.split if isinstance(plan, DecodePlan) else plan, tiles)
     else:

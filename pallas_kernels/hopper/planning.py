@@ -1,6 +1,5 @@
 """What the Hopper kernels take, and the decode plans that they run."""
 
-import dataclasses
 import functools
 import warnings
 from typing import Any
@@ -16,8 +15,9 @@ from mla_jax.splits.plan import SlowPlanWarning, SplitPlan
 from mla_jax.splits.planner import plan_splits
 from pallas_kernels.hopper import device
 from pallas_kernels.hopper.config import KernelConfig
+from pallas_kernels.hopper.plan.where_lowered import plan_where_lowered
 from pallas_kernels.hopper.tuned import choose_config, config_of_height, tile_heights
-from pallas_kernels.hopper.work_items import BLOCK, WorkList, work_list
+from pallas_kernels.hopper.work_items import BLOCK, WorkList, new_counters, work_list
 
 PAGE_SIZES = {  # by what the cache holds
     "float": (1, 2, 4, 8, 16, 32, 64, 128),
@@ -128,8 +128,12 @@ def plan_decode(
     profile: HardwareProfile | None = None,
     query_lens: jax.Array | None = None,
     num_heads: int | None = None,
+    clip: bool = False,
 ) -> DecodePlan:
     """Returns the plan with which the kernels are fastest on a batch, in equal shares per SM.
+
+    On a Hopper GPU one kernel makes it, for up to `plan.call.MOST_TILES` tiles of all requests
+    together. JAX makes larger plans, and plans on other platforms.
 
     Args:
         seq_lens: [B] int32, keys per request.
@@ -141,6 +145,7 @@ def plan_decode(
         tiles: config of the kernel; None: the tuned one.
         profile: of the GPU; None: of this machine's Hopper GPU, or else of an H200.
         query_lens, num_heads: as in `plan_splits`.
+        clip: whether a length that is not in 0 .. capacity counts as the nearest that is.
     """
     tiles = tiles or choose_config(
         rows,
@@ -153,6 +158,14 @@ def plan_decode(
         rope_dim=rope_dim,
     )
     sms = device.num_sms() if profile is None else profile.cores
+    longest = min(capacity, _MOST_KEYS) if capacity is not None and clip else _MOST_KEYS
+    finish = finish_of(tiles, workers_may_wait=True)  # they may on the GPU that the plan is for
+    work: list[jax.Array] = []
+
+    def make(*lens_and_balance: Any) -> SplitPlan:
+        split, *work[:] = plan_where_lowered(*lens_and_balance, finish=finish, longest=longest)
+        return split
+
     split = plan_splits(
         seq_lens,
         num_workers=tiles.num_workers(sms),
@@ -164,10 +177,10 @@ def plan_decode(
         max_seq_len=None if capacity is None else min(capacity, _MOST_KEYS),
         query_lens=query_lens,
         num_heads=num_heads,
+        make=make,
     )
-    plan = DecodePlan(split, tiles, sms)
-    finish = finish_of(tiles, workers_may_wait=True)  # they may on the GPU that the plan is for
-    return dataclasses.replace(plan, work=tuple(work_of(plan, finish)), finish=finish)
+    counters = new_counters(split.num_tiles, tiles.ctas_per_tile)
+    return DecodePlan(split, tiles, sms, (*work, counters), finish)
 
 
 def finish_of(tiles: KernelConfig, *, workers_may_wait: bool) -> str:

@@ -90,8 +90,8 @@ def work_list(plan: Any, finish: str = "merge", ctas_per_tile: int = 1) -> WorkL
     """
     tile = plan.tile_of(jnp.maximum(plan.request, 0), plan.row_tile)
     partial, first = plan.partial, plan.tile_partial_start[tile]
-    count = plan.tile_partial_start[tile + 1] - first
-    counters = jnp.zeros(plan.num_tiles * ctas_per_tile, jnp.int32)
+    count = jnp.where(plan.request < 0, 0, plan.tile_partial_start[tile + 1] - first)
+    counters = new_counters(plan.num_tiles, ctas_per_tile)
     if finish == "by_first" and not plan.fixed:
         two = (partial >= 0) & (count == 2)
         keeps, stores = two & (partial == first), two & (partial > first)
@@ -135,6 +135,11 @@ def _shared_in_pairs(items: Any, tile: Any, worker_start: Any) -> tuple[Any, Any
     shared = jnp.where(alone, jnp.stack([left, middle]), len(partial)).ravel()
     kept = kept_partial(partial)[jnp.minimum(shared, len(partial) - 1)]
     return alone, partial.at[shared].set(kept, mode="drop")
+
+
+def new_counters(num_tiles: int, ctas_per_tile: int) -> Any:
+    """Returns the counters of a `WorkList`."""
+    return jnp.zeros(num_tiles * ctas_per_tile, jnp.int32)
 
 
 def kept_partial(partial: Any) -> Any:

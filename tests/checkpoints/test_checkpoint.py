@@ -14,8 +14,10 @@ from random_layer import random_params
 from safetensors.numpy import load_file, save_file
 
 from mla_jax.checkpoints import write as checkpoint_write
-from mla_jax.checkpoints.read import INDEX, Checkpoint, CheckpointError, dequantize_blocks
-from mla_jax.checkpoints.weights import load_hf, params_to_hf, save_hf
+from mla_jax.checkpoints.files import INDEX
+from mla_jax.checkpoints.load import load_hf
+from mla_jax.checkpoints.read import Checkpoint, CheckpointError, dequantize_blocks
+from mla_jax.checkpoints.weights import params_to_hf, save_hf
 from mla_jax.config import MLAConfig
 
 CONFIG = MLAConfig(

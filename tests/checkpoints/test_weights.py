@@ -12,12 +12,12 @@ from random_layer import random_params
 from safetensors.numpy import load_file, save_file
 from small_checkpoint import CONFIG, CONFIGS, PREFIX, edit_config, quantize, rewrite, shard, to_fp8
 
+from mla_jax.checkpoints.load import load_hf
 from mla_jax.checkpoints.read import Checkpoint, CheckpointError, dequantize_blocks
+from mla_jax.checkpoints.sources import hf_shapes
 from mla_jax.checkpoints.weights import (
     check_params,
-    hf_shapes,
     init_params,
-    load_hf,
     param_shapes,
     params_from_hf,
     params_to_hf,

@@ -13,12 +13,12 @@ from random_layer import random_params
 from safetensors.numpy import save_file
 from small_checkpoint import CONFIG, CONFIGS, PARAMS, PREFIX, edit_config, rewrite, shard, to_fp8
 
+from mla_jax.checkpoints.load import load_hf
 from mla_jax.checkpoints.read import CheckpointError
+from mla_jax.checkpoints.sources import hf_shapes
 from mla_jax.checkpoints.weights import (
     check_params,
-    hf_shapes,
     init_params,
-    load_hf,
     rotate_latent,
     save_hf,
 )

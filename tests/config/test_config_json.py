@@ -10,6 +10,7 @@ from deepseek_v3 import DEEPSEEK_V3, v3, without, yarn
 
 from mla_jax.checkpoints.read import CheckpointError
 from mla_jax.config import PRESETS, MLAConfig
+from mla_jax.config.mla import MODEL_TYPES, OTHER_MODEL_TYPES
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -40,7 +41,7 @@ def test_default_rope_parameters_are_plain_rope():
     assert MLAConfig.from_hf(v3(rope_scaling=None)).rope_scaling is None
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3", "kimi_k2"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_absent_rope_interleave_means_interleaved(model_type):
     assert MLAConfig.from_hf(v3(model_type=model_type)).rope_interleave
 
@@ -211,8 +212,33 @@ def test_keys_of_another_attention_are_named(key):
 
 
 def test_another_model_type_is_named_with_its_keys():
-    with pytest.raises(CheckpointError, match=r"got 'deepseek_v32' \(with index_topk = 2048\)"):
+    message = r"'deepseek_v32', which attends only to .* selects \(with index_topk = 2048\)$"
+    with pytest.raises(CheckpointError, match=message):
         MLAConfig.from_hf(v3(model_type="deepseek_v32", index_topk=2048))
+
+
+@pytest.mark.parametrize(("model_type", "why"), OTHER_MODEL_TYPES.items())
+def test_another_latent_attention_is_refused_with_the_reason(model_type, why):
+    with pytest.raises(CheckpointError, match=f"got '{model_type}', which {why}$"):
+        MLAConfig.from_hf({"model_type": "mistral3", "text_config": v3(model_type=model_type)})
+
+
+@pytest.mark.parametrize("model_type", ["glm4_moe_lite", "youtu", "axk1"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"index_topk": 64}, {"sliding_window": 128}, {"use_qk_norm": True}, {"head_dim": 9}),
+        *({"partial_rotary_factor": 0.5}, {"attn_output_gate": True}),
+        {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
+        {"rope_scaling": None, "rope_parameters": {"llama_4_scaling_beta": 0.1}},
+    ],
+    ids=str,
+)
+def test_model_types_of_the_same_attention_refuse_another(model_type, change):
+    raw = v3(model_type=model_type)
+    assert MLAConfig.from_hf(raw) == MLAConfig.preset("deepseek-v3")
+    with pytest.raises(CheckpointError, match=list(change)[-1]):
+        MLAConfig.from_hf(raw | change)
 
 
 @pytest.mark.parametrize("key", ["text_config", "language_config", "llm_config"])

@@ -78,7 +78,8 @@ def test_no_cta_of_an_exported_program_waits_for_another(monkeypatch):
     exported = export.export(jax.jit(attend), platforms=("cuda",))(
         q, new_cache(), TABLES, np.ones(2, np.int32)
     )
-    assert exported.mlir_module().count(KERNEL) == 2  # the merge is a launch of its own
+    # The plan is a launch, and the merge is one of its own.
+    assert exported.mlir_module().count(KERNEL) == 3
 
 
 def stored(tree):

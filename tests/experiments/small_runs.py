@@ -36,6 +36,7 @@ SMALL = {
     ),
     "prefill": ("--batches=2x9+5", "--heads=2", "--rounds=3", "--dtype=float32"),
     "sharded": ("--splits=keys", "--rounds=1", "--page_size=16"),
+    "layer_step": ("--rounds=1", "--sustained_ms=5", "--steps=1", "--page_size=16"),
 }
 
 

@@ -128,7 +128,8 @@ class TestResult:
 
     @pytest.mark.parametrize("name", [name for name in launch.EXPERIMENTS if name in SMALL])
     def test_every_experiment_in_small(self, tmp_path, request, name):
-        if name not in (*ON_A_GPU, "demo", "sharded", "portrait"):  # which ask for devices
+        asks_for_devices = {*ON_A_GPU, "demo", "sharded", "portrait", "layer_step"}
+        if name not in asks_for_devices:
             request.getfixturevalue("fake_gpu")
         request.getfixturevalue("little_data")
         status, result = run(tmp_path, name, *SMALL[name])
@@ -142,6 +143,7 @@ class TestResult:
         for file in result["files"]:
             start = STARTS[Path(file).suffix]
             assert (tmp_path / name / file).read_bytes().startswith(start)
+        assert run(tmp_path / "page", "report", f"--results={tmp_path}")[1]["left_out"] == []
 
     @pytest.fixture
     def result(self):

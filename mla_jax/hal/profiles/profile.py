@@ -294,27 +294,63 @@ def save_profile(profile: HardwareProfile, path: str | Path) -> None:
     Path(path).write_text(json.dumps(dataclasses.asdict(profile), indent=2) + "\n")
 
 
-def read_profile(path: str | Path) -> HardwareProfile:
-    """Reads a profile from JSON. Raises ValueError that names the invalid part of the file."""
+def read_profile(
+    path: str | Path, known: Mapping[str, "HardwareProfile"] | None = None
+) -> HardwareProfile:
+    """Reads a profile from JSON. Raises ValueError that names the file and its invalid part.
+
+    known: profiles by name. A file may have `like`, the name of one of them. Then it gives only the
+    numbers that differ, and the others are those of that device.
+    """
     path = Path(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name}: not JSON ({error})") from error
-    _require_keys(path.name, data, ("name", "family", "numbers"), ("fitted_on", "note"))
+    try:
+        return _profile_of(data, known or {})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    for key in found:
+        if sum(other == key for other, _ in pairs) > 1:
+            raise ValueError(f"{key!r} is there twice")
+    return found
+
+
+def _profile_of(data: Any, known: Mapping[str, HardwareProfile]) -> HardwareProfile:
+    """Returns the profile of a file's data."""
+    like = isinstance(data, dict) and "like" in data
+    needed = ("name", "numbers") if like else ("name", "family", "numbers")
+    _require_keys("the file", data, needed, ("family", "like", "fitted_on", "note"))
     if not isinstance(data["numbers"], dict):
         raise ValueError(
-            f"{path.name}: numbers must be an object with a field's name for each number, "
+            "numbers must be an object with a field's name for each number, "
             f"got {data['numbers']!r:.60}"
         )
     numbers = {}
     for field, entry in data["numbers"].items():
         _require_keys(f"{data['name']}: {field}", entry, ("value", "unit", "source", "certainty"))
         numbers[field] = Number(**entry)
-    try:
-        return HardwareProfile(**data | {"numbers": numbers})
-    except TypeError as error:
-        raise ValueError(f"{path.name}: {error}") from error
+    data = data | {"numbers": numbers}
+    if like:
+        name = data.pop("like")
+        if not isinstance(name, str) or name not in known:
+            raise ValueError(f"like = {name!r}, wanted one of {', '.join(known)}")
+        other = known[name]
+        if data.setdefault("family", other.family) != other.family:
+            raise ValueError(f"family is {data['family']!r}, that of {name} is {other.family!r}")
+        taken = {
+            field: dataclasses.replace(
+                number, source=f"as {name}: {number.source}", certainty="assumed"
+            )
+            for field, number in other.numbers.items()
+        }
+        data = {"fitted_on": other.fitted_on} | data | {"numbers": taken | numbers}
+    return HardwareProfile(**data)
 
 
 def _require_keys(

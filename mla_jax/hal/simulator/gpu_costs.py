@@ -43,6 +43,8 @@ class Kernel:
     multicast: CTAs of a cluster that share the loading of every KV block.
     block_in_page: whether each block lies in one page, so that the page size is a multiple of
         block_kv.
+    multiplies: the dtype of the operands in shared memory, "bf16", or "fp8" or "int8" for a kernel
+        that multiplies an 8-bit cache as it is, at the rate `engine.tensor_int8`.
     """
 
     name: str
@@ -60,6 +62,35 @@ class Kernel:
     value_loads: int = 1
     multicast: int = 1
     block_in_page: bool = False
+    multiplies: str = "bf16"
+
+    def __post_init__(self) -> None:
+        for field, allowed in _CHOICES.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(
+                    f"{self.name}: {field} = {getattr(self, field)!r}, wanted one of "
+                    f"{', '.join(map(str, allowed))}"
+                )
+        for field, lowest, step in (("block_q", 16, 16), ("block_kv", 16, 16), ("warps", 1, 1),
+                                    ("barriers", 0, 1), ("multicast", 1, 1)):  # fmt: skip
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < lowest or value % step:
+                steps = f", a multiple of {step}" * (step > 1)
+                raise ValueError(
+                    f"{self.name}: {field} = {value!r}, wanted a whole number from {lowest}{steps}"
+                )
+
+
+_CHOICES = {
+    "matrix": ("wgmma", "mma_sync"),
+    "copy": ("tma", "cp_async", "gather"),
+    "qk": ("whole", "sharded", "duplicated"),
+    "merge": ("none", "merge_first", "merge", "combine", "stage2"),
+    "multiplies": ("bf16", "fp8", "int8"),
+    "partial_bytes": (1, 2, 4),
+    "value_loads": (1, 2),
+    "block_in_page": (False, True),
+}
 
 
 def gpu_costs(
@@ -72,7 +103,10 @@ def gpu_costs(
     cycle = profile.cycle
     m, keys, item = kernel.block_q, kernel.block_kv, ITEMSIZE[kv]
     path = 1.0 if kernel.matrix == "wgmma" else profile["engine.mma_sync_share"]
-    flop = cycle / (profile["engine.tensor_bf16"] * profile["engine.tensor_efficiency"] * path)
+    narrow = kernel.multiplies != "bf16"
+    rate = profile["engine.tensor_int8" if narrow else "engine.tensor_bf16"]
+    flop = cycle / (rate * profile["engine.tensor_efficiency"] * path)
+    value = 1 if narrow else 2  # bytes of an operand's value in shared memory
     shared = cycle / (profile["engine.shared_pipe"] * profile["engine.shared_efficiency"])
     cuda = cycle / (profile["engine.cuda"] * profile["engine.cuda_efficiency"])
     sfu = cycle / profile["engine.sfu"]
@@ -84,13 +118,13 @@ def gpu_costs(
     def operands(qk: bool) -> float:
         """Returns the bytes that QK, or half of PV, reads through the shared-memory pipe."""
         if kernel.matrix == "wgmma":
-            return (m + keys) * KEY * 2 if qk else keys * (m + LATENT // 2) * 2
+            return value * ((m + keys) * KEY if qk else keys * (m + LATENT // 2))
         row_warps = m // 16
         column_warps = kernel.warps // row_warps
         if not qk:
-            return 16 * keys * 2 * kernel.warps / 2 + row_warps * keys * (LATENT // 2) * 2
+            return value * (16 * keys * kernel.warps / 2 + row_warps * keys * (LATENT // 2))
         split_keys = column_warps if kernel.qk == "sharded" else 1
-        return kernel.warps * (16 + keys / split_keys) * KEY * 2
+        return value * kernel.warps * (16 + keys / split_keys) * KEY
 
     def load(columns: int) -> StageCost:
         bytes_ = keys * columns * item

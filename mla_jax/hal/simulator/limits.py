@@ -5,6 +5,7 @@ otherwise. The message names the step, the buffer or the argument.
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -62,6 +63,21 @@ _ASCEND_DATA: dict[str, tuple[str, str]] = {
 }
 
 
+# Instruction streams. A name that is not one of them would be a stream that no core has.
+_GPU_UNITS = r"(load|warps|mma[0-9]?|wg[0-9]?)(@[0-9])?"
+_ASCEND_UNITS = r"cube|vector"
+
+
+def require_units(schedule: Schedule, pattern: str, wanted: str) -> None:
+    """Raises IllegalScheduleError for a step on a unit whose name does not match."""
+    for unit in schedule.units:
+        if not re.fullmatch(pattern, unit):
+            step = next(step for step in schedule.steps if step.unit == unit)
+            raise IllegalScheduleError(
+                f"{schedule.name}: {step}: {unit!r} is not a unit, wanted {wanted}"
+            )
+
+
 def require_data(schedule: Schedule, data: dict[str, tuple[str, str]], cta: str = "") -> None:
     """Raises IllegalScheduleError unless each step names the data that its stage works on.
 
@@ -95,6 +111,10 @@ def require_stages(schedule: Schedule, stages: Iterable[str], first: int = 0) ->
 
 def require_whole_on_gpu(kernel: Kernel, schedule: Schedule) -> None:
     """Raises IllegalScheduleError unless all blocks are loaded, multiplied and stored."""
+    require_units(schedule, _GPU_UNITS, "load, warps, mma, mma0 to mma9, wg or wg0 to wg9")
+    for buffer in ("q", "kv_l", "kv_r", "S", "P", "state"):
+        if schedule.buffers.get(buffer, 0) < 1:
+            raise IllegalScheduleError(f"{schedule.name}: there is no buffer {buffer}, wanted one")
     ctas = ["", *(f"@{cta}" for cta in range(1, kernel.multicast))]
     per_cta = ("QK", "SM", "PV_L", "PV_R")
     require_stages(schedule, ("LOAD_L", "LOAD_R", *(s + cta for cta in ctas for s in per_cta)))
@@ -108,6 +128,7 @@ def require_whole_on_gpu(kernel: Kernel, schedule: Schedule) -> None:
 
 def require_whole_on_ascend(schedule: Schedule) -> None:
     """Raises IllegalScheduleError unless all blocks are multiplied and added to O."""
+    require_units(schedule, _ASCEND_UNITS, "cube or vector")
     scores = ("QK",) if schedule.blocks_of("QK") else ("QK_NOPE", "QK_ROPE", "DEQUANT")
     require_stages(schedule, (*scores, "SM", "PV"))
     require_data(schedule, _ASCEND_DATA)
@@ -163,11 +184,12 @@ def require_gpu_runs(
                 f"and below {below:g} for {needs}"
             )
     widens = bool(schedule.blocks_of("WIDEN"))
-    wanted = ("fp8",) if widens else ("bf16", "fp16")
+    narrow = kernel.multiplies != "bf16"
+    wanted = ("fp8",) if widens else (kernel.multiplies,) if narrow else ("bf16", "fp16")
     if problem.kv_dtype not in wanted:
         raise ValueError(
             f"{where}: kv_dtype = {problem.kv_dtype!r}, wanted {' or '.join(wanted)}, since it "
-            f"multiplies in bf16 and {'widens' if widens else 'does not widen'} KV"
+            f"multiplies in {kernel.multiplies} and {'widens' if widens else 'does not widen'} KV"
         )
     if kernel.block_in_page and problem.page_size % kernel.block_kv:
         raise ValueError(

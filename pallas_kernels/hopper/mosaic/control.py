@@ -16,7 +16,7 @@ from jax._src.lib.mlir.dialects import arith, llvm
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.mosaic.threads import SCALAR, Mode, element_pointer, read_number
+from pallas_kernels.hopper.mosaic.threads import SCALAR, Mode, element_pointer, read_number, thread
 
 REGISTER_FILE = 65536  # registers of an SM
 
@@ -95,6 +95,43 @@ class Control(Mode):
             return mgpu.FragmentedArray.splat(before, shape=(), is_signed=True)
 
         return count(counter, limit)
+
+    def is_last_cta(self, counter, num_ctas: int) -> jax.Array:
+        """Returns whether all CTAs of the launch have called this before, as one flag.
+
+        The last one sees what the others have written before their call. counter[0] goes from 0 to
+        num_ctas - 1 and back to 0. In the interpreter CTAs run one after the other.
+        """
+        if self.interpreting:
+            return lax.axis_index("cta") == num_ctas - 1
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(),),
+            return_type=plgpu.ShapeDtypeStruct((), jnp.int32, SCALAR),
+        )
+        def count(ctx, target):
+            del ctx
+            mgpu.utils.warpgroup_barrier()
+            i32 = ir.IntegerType.get_signless(32)
+            is_last = llvm.inline_asm(
+                i32,
+                [
+                    element_pointer(target, mgpu.utils.c(0, i32)),
+                    mgpu.utils.c(num_ctas - 1, i32),
+                    thread(),
+                    mgpu.utils.warpgroup_barrier_idx(),
+                ],
+                "{ .reg .pred first, last; .reg .u32 before; mov.u32 before, 0xffffffff;"
+                " setp.eq.u32 first, $3, 0;"
+                " @first atom.acq_rel.gpu.global.inc.u32 before, [$1], $2;"
+                " setp.eq.u32 last, before, $2;"
+                " bar.red.or.pred last, $4, 128, last; selp.u32 $0, 1, 0, last; }",
+                "=r,l,r,r,r",
+                has_side_effects=True,
+            )
+            return mgpu.FragmentedArray.splat(is_last, shape=(), is_signed=True)
+
+        return count(counter) > 0
 
     def take_registers(self, registers: Sequence[int], warpgroup: int) -> None:
         """Gives each thread of this warpgroup registers[warpgroup] registers from here on.

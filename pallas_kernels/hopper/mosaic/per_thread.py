@@ -6,7 +6,8 @@ indexed loads and stores are NumPy's, and an exchange moves elements of the arra
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +38,12 @@ class PerThread(Mode):
         layout = None if self.interpreting else THREADS
         return plgpu.broadcasted_iota(jnp.int32, (WARPS * LANES,), 0, layout=layout)
 
-    def load_indexed(self, ref, index) -> jax.Array:
+    def load_indexed(self, ref, index, *, written_by_others: bool = False) -> jax.Array:
         """Loads one int32 per thread from a contiguous ref.
 
         index: [128] int32, counted from the ref's first element.
+        written_by_others: whether other CTAs of the launch may have written it: then it is not
+            read from this SM's cache.
         """
         if self.interpreting:
             return ref[...].reshape(-1)[index]
@@ -52,25 +55,37 @@ class PerThread(Mode):
         def load(ctx, source, places):
             del ctx
             place = element_pointer(source, _value_of(places))
-            return _with_value(places, llvm.load(ir.IntegerType.get_signless(32), place))
+            i32 = ir.IntegerType.get_signless(32)
+            return _with_value(places, llvm.load(i32, place, volatile_=written_by_others))
 
         return load(ref, _laid_out(index))
 
-    def store_indexed(self, ref, index, value) -> None:
-        """Stores one int32 per thread to a contiguous ref of this CTA's shared memory.
+    def store_indexed(self, ref, index, value, where=None) -> None:
+        """Stores one int32 per thread to a contiguous ref.
 
         index: [128] int32, all different, counted from the ref's first element.
+        where: [128] int32, which threads store: those with a value other than 0; None: all.
         """
         if self.interpreting:
-            ref[...] = ref[...].reshape(-1).at[index].set(value).reshape(ref.shape)
+            if where is not None:
+                index = jnp.where(where != 0, index, ref.size)
+            ref[...] = ref[...].reshape(-1).at[index].set(value, mode="drop").reshape(ref.shape)
             return
+        flags = () if where is None else (where,)
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), THREADS, THREADS))
-        def store(ctx, target, places, values):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(THREADS for _ in range(2 + len(flags)))))
+        def store(ctx, target, places, values, *flags):
             del ctx
-            llvm.store(_value_of(values), element_pointer(target, _value_of(places)))
+            place = element_pointer(target, _value_of(places))
+            if not flags:
+                llvm.store(_value_of(values), place)
+                return
+            (flag,) = map(_value_of, flags)
+            zero = mgpu.utils.c(0, flag.type)
+            with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ne, flag, zero)):
+                llvm.store(_value_of(values), place)
 
-        store(ref, _laid_out(index), _laid_out(value))
+        store(ref, *map(_laid_out, (index, value, *flags)))
 
     def store_row_per_warp(self, ref, row, fields: Sequence[jax.Array]) -> None:
         """Stores one row per warp to a contiguous GMEM ref [n, an even number of fields] of int32.
@@ -136,26 +151,75 @@ class PerThread(Mode):
 
     def sum_in_warp(self, x) -> jax.Array:
         """Returns in each lane the sum over its warp."""
+        return self._reduce_in_warp(x, "add", jnp.sum)
+
+    def min_in_warp(self, x) -> jax.Array:
+        """Returns in each lane the smallest value of its warp."""
+        return self._reduce_in_warp(x, "min", jnp.min)
+
+    def max_in_warp(self, x) -> jax.Array:
+        """Returns in each lane the largest value of its warp."""
+        return self._reduce_in_warp(x, "max", jnp.max)
+
+    def _reduce_in_warp(self, x, operation: str, interpreted: Callable[..., Any]) -> jax.Array:
         if self.interpreting:
-            sums = jnp.sum(x.reshape(WARPS, LANES), axis=1, dtype=jnp.int32)
-            return jnp.repeat(sums, LANES)
+            results = interpreted(x.reshape(WARPS, LANES), axis=1).astype(jnp.int32)
+            return jnp.repeat(results, LANES)
 
         @plgpu.inline_mgpu(
             arg_types=(THREADS,),
             return_type=plgpu.ShapeDtypeStruct((WARPS * LANES,), jnp.int32, THREADS),
         )
-        def add(ctx, values):
+        def reduce(ctx, values):
             del ctx
-            total = llvm.inline_asm(
+            result = llvm.inline_asm(
                 ir.IntegerType.get_signless(32),
                 [_value_of(values)],
-                "redux.sync.add.s32 $0, $1, 0xffffffff;",
+                f"redux.sync.{operation}.s32 $0, $1, 0xffffffff;",
                 "=r,r",
                 has_side_effects=True,
             )
-            return _with_value(values, total)
+            return _with_value(values, result)
 
-        return add(_laid_out(x))
+        return reduce(_laid_out(x))
+
+    def scan(
+        self, values: Sequence[Any], combine: Callable[[Any, Any], Any], identity: int, ref: Any
+    ) -> tuple[list[Any], list[Any]]:
+        """Returns for each array what the threads before have together, and what all have.
+
+        combine: an associative operation. ref: [128 * arrays] int32 of shared memory that no other
+            scan has.
+        """
+        thread, threads = self.thread_index(), WARPS * LANES
+        distance = 1
+        while distance < LANES:  # The exchanges of several arrays are in flight at the same time.
+            earlier = [self.from_lane_before(value, distance, identity) for value in values]
+            values = list(map(combine, values, earlier))
+            distance *= 2
+        for k, value in enumerate(values):
+            self.store_indexed(ref, k * threads + thread, value)
+        within = [self.from_lane_before(value, 1, identity) for value in values]
+        self.wait_for_warpgroup()
+        before, total = [], []
+        for k, value in enumerate(within):
+            together = jnp.full_like(value, identity)
+            for warp in range(WARPS):
+                last = jnp.full_like(thread, k * threads + LANES * warp + LANES - 1)
+                value = jnp.where(thread // LANES == warp, combine(value, together), value)
+                together = combine(together, self.load_indexed(ref, last))
+            before.append(value)
+            total.append(together)
+        return before, total
+
+    def sum_over_threads(self, x, ref) -> jax.Array:
+        """Returns in each thread the sum over all; ref: as in `scan`, for one array."""
+        thread = self.thread_index()
+        self.store_indexed(ref, thread, self.sum_in_warp(x))
+        self.wait_for_warpgroup()
+        firsts = [jnp.full_like(thread, LANES * warp) for warp in range(WARPS)]
+        sums = [self.load_indexed(ref, first) for first in firsts]
+        return sum(sums[1:], sums[0])
 
     def wait_for_warpgroup(self) -> None:
         """Waits for all threads of the warpgroup, and sees what they stored to shared memory."""

@@ -11,7 +11,6 @@ list. A tile's place follows from numbers per request, so that no tiles are sort
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,7 +54,7 @@ class Table(NamedTuple):
 
 class Scratch(NamedTuple):
     table: Any  # [fields of `Table` * requests with padding]
-    maxima: Any  # [2 * 128] for `Lister.scan`
+    maxima: Any  # [2 * 128] for `PerThread.scan`
     sums: Any  # [2 * 128] likewise
 
 
@@ -185,7 +184,7 @@ class Lister:
             return top
 
         # The largest bounds before the thread's own.
-        tops, _ = self.scan([local(cu_q), local(cu_kv)], jnp.maximum, LEAST_INT, "maxima")
+        tops, _ = g.scan([local(cu_q), local(cu_kv)], jnp.maximum, LEAST_INT, self.scratch.maxima)
         requests = []
         for i in own:
             begins, ends = (cu_q[i], cu_kv[i]), (cu_q[i + 1], cu_kv[i + 1])
@@ -193,8 +192,8 @@ class Lister:
             requests.append(self.request(indices[i], begins, ends, tops))
         tiles = [request.num_tiles(call.causal) for request in requests]
         keys = [request.keys for request in requests]
-        (end, _), (num_tiles, num_keys) = self.scan(
-            [sum(tiles[1:], tiles[0]), sum(keys[1:], keys[0])], jnp.add, 0, "sums"
+        (end, _), (num_tiles, num_keys) = g.scan(
+            [sum(tiles[1:], tiles[0]), sum(keys[1:], keys[0])], jnp.add, 0, self.scratch.sums
         )
         for index, request, own_tiles in zip(indices[:-1], requests, tiles, strict=True):
             end = end + own_tiles
@@ -292,32 +291,3 @@ class Lister:
 
     def load(self, field: str, request: Any) -> Any:
         return self.g.load_indexed(self.scratch.table, self.table_index(field, request))
-
-    def scan(
-        self, values: Sequence[Any], combine: Any, identity: int, scratch: str
-    ) -> tuple[list[Any], list[Any]]:
-        """Returns for each array what the threads before have together, and what all have.
-
-        combine: an associative operation. scratch: the name of shared memory that only this has.
-        """
-        g, ref = self.g, getattr(self.scratch, scratch)
-        thread = g.thread_index()
-        within = []
-        for k, value in enumerate(values):
-            distance = 1
-            while distance < LANES:
-                value = combine(value, g.from_lane_before(value, distance, identity))
-                distance *= 2
-            g.store_indexed(ref, k * THREADS + thread, value)
-            within.append(g.from_lane_before(value, 1, identity))
-        g.wait_for_warpgroup()
-        before, total = [], []
-        for k, value in enumerate(within):
-            together = jnp.full_like(value, identity)
-            for warp in range(WARPS):
-                last = jnp.full_like(thread, k * THREADS + LANES * warp + LANES - 1)
-                value = jnp.where(thread // LANES == warp, combine(value, together), value)
-                together = combine(together, g.load_indexed(ref, last))
-            before.append(value)
-            total.append(together)
-        return before, total

@@ -1,0 +1,1 @@
+"""The decode plan, made in one Mosaic GPU kernel."""
