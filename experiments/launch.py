@@ -30,7 +30,7 @@ FOLDERS = {
     "serving": ("demo", "soak"),
     "accuracy": ("correctness", "parity", "amla_accuracy", "int8_accuracy"),
     "accounting": ("cache_size", "split_kv"),
-    "simulated": ("published", "pipeline", "compare", "sweep", "best"),
+    "simulated": ("published", "pipeline", "compare", "sweep", "best", "portrait"),
     "speed": ("benchmark", "kernel_bench", "prefill", "sharded"),
     "speed.layer": ("layer_step",),
     "report": ("report",),

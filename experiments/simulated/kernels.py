@@ -1,13 +1,24 @@
-"""Kernels by the value of a flag: a name of the simulator, or a file of one's own."""
+"""Kernels by the value of a flag: a name of the simulator, our own, or a file of one's own."""
 
 from experiments.simulated.own_files import errors_of, load_kernel
 from mla_jax.hal import HardwareProfile, Problem, Report, simulate
 
+OURS = "hopper"  # the kernel that `pallas_kernels.hopper` runs for a problem, with its plan
 
-def simulate_named(profile: HardwareProfile, problem: Problem, name: str) -> Report:
+
+def simulate_named(
+    profile: HardwareProfile, problem: Problem, name: str, capacity: int | None = None
+) -> Report:
     """Returns the report of a kernel or an order; raises ValueError where there is no such time.
 
     name: also a Python file, as in docs/own_schedule.md.
+    capacity: tokens that block tables reach, on which tiles of our own kernels depend; None: those
+        of the longest request.
     """
+    if name == OURS:
+        # JAX plans the batch. The other kernels do without.
+        from pallas_kernels.hopper.model import simulated_kernel
+
+        return simulate(profile, problem, simulated_kernel(profile, problem, capacity=capacity))
     with errors_of(name):
         return simulate(profile, problem, load_kernel(profile, name, problem.kv_dtype))

@@ -13,6 +13,7 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
+from experiments.simulated.kernels import OURS, simulate_named
 from experiments.simulated.models import PREFILL, dtype_of, kernel_for, model_of, profile_of
 from experiments.simulated.prefill_model import prefill_seconds
 from mla_jax.hal import HardwareProfile, Problem, load_profile, simulate
@@ -144,7 +145,11 @@ def report_of(row: Row, profile: HardwareProfile | None = None) -> Report:
     dtype = dtype_of(kernel_of(row), row.get("dtype"))
     name = model_of(kernel_of(row), dtype).kernels[dtype]
     profile = profile or profile_of(row["device"])
-    return simulate(profile, problem_of(row, dtype), kernel_for(profile, name))
+    problem = problem_of(row, dtype)
+    if name == OURS:
+        capacity = whole_number(row, "capacity") if row.get("capacity") else None
+        return simulate_named(profile, problem, name, capacity)
+    return simulate(profile, problem, kernel_for(profile, name))
 
 
 def predict(row: Row, profile: HardwareProfile | None = None) -> float:

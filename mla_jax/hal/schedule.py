@@ -314,6 +314,10 @@ class ScheduleBuilder:
         self._writer: dict[tuple[str, int], int] = {}
         self._readers: dict[tuple[str, int], list[int]] = {}
 
+    def slots_of(self, buffer: str) -> int:
+        """Returns the number of slots of a buffer."""
+        return self._buffers[buffer]
+
     def slot(self, buffer: str, block: int) -> Access:
         """Returns the slot of `buffer` for block `block`; blocks use the slots in turn.
 

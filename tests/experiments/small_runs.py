@@ -29,6 +29,7 @@ SMALL = {
     "compare": ("--profile=Ascend910B1",),
     "sweep": ("--profile=Ascend910B1", "--schedule=chunk4"),
     "best": ("--profile=L40",),
+    "portrait": ("--shapes=16x3x640",),
     "benchmark": (
         *("--preset=tiny", "--heads=4", "--s_q=1", "--batch=1", "--implementations=xla,jnp"),
         *("--kv_lora_rank=32", "--rope_dim=16"),

@@ -128,7 +128,8 @@ class TestResult:
 
     @pytest.mark.parametrize("name", [name for name in launch.EXPERIMENTS if name in SMALL])
     def test_every_experiment_in_small(self, tmp_path, request, name):
-        if name not in (*ON_A_GPU, "demo", "sharded", "layer_step"):  # which ask for devices
+        asks_for_devices = {*ON_A_GPU, "demo", "sharded", "portrait", "layer_step"}
+        if name not in asks_for_devices:
             request.getfixturevalue("fake_gpu")
         request.getfixturevalue("little_data")
         status, result = run(tmp_path, name, *SMALL[name])

@@ -6,7 +6,7 @@ longest item, which the Gantt chart draws.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +14,6 @@ import numpy as np
 
 from mla_jax.hal.orders import ASCEND_ORDERS, AscendOrder
 from mla_jax.hal.profiles.profile import HardwareProfile
-from mla_jax.hal.schedule import Schedule
 from mla_jax.hal.simulator import limits
 from mla_jax.hal.simulator import many_cores as machine
 from mla_jax.hal.simulator.ascend_costs import ASCEND_KERNELS, AscendKernel, ascend_costs, job_rows
@@ -25,7 +24,9 @@ from mla_jax.hal.simulator.gpu_costs import (
     gpu_costs,
     merge_seconds,
 )
-from mla_jax.hal.simulator.one_core import BlockTimes, Costs, Timeline, run_schedule
+from mla_jax.hal.simulator.hopper import HopperKernel, hopper_times, tuned_for_hopper
+from mla_jax.hal.simulator.loaded_times import LoadedTimes, active, fair_share
+from mla_jax.hal.simulator.one_core import Timeline
 from mla_jax.hal.tiling import KEY, LATENT, ROPE, plan_tiles
 from mla_jax.hal.work import ITEMSIZE, Problem, Work
 
@@ -86,11 +87,14 @@ class Report:
 
 
 def simulate(
-    profile: HardwareProfile, problem: Problem, kernel: str | Kernel | AscendKernel | AscendOrder
+    profile: HardwareProfile,
+    problem: Problem,
+    kernel: str | Kernel | AscendKernel | AscendOrder | HopperKernel,
 ) -> Report:
     """Simulates one call.
 
-    kernel: a kernel, its name, the name of an order, or an Ascend order.
+    kernel: a kernel, its name, the name of an order, or an Ascend order. `HopperKernel` is one of
+        our own kernels with the plan that it gets (`pallas_kernels.hopper.model`).
 
     Raises IllegalScheduleError for an illegal or incomplete schedule, TilePlanError for a tile that
     does not fit, and ValueError for what the device or the kernel can not run. TypeError is raised
@@ -100,14 +104,16 @@ def simulate(
         kernel = named_kernel(profile, kernel, problem.kv_dtype)
     if isinstance(kernel, AscendOrder):
         kernel = AscendKernel(kernel.name, kernel, problem.kv_dtype)
-    if not isinstance(kernel, Kernel | AscendKernel):
+    if not isinstance(kernel, Kernel | AscendKernel | HopperKernel):
         raise TypeError(
-            "kernel must be a name, a Kernel, an AscendKernel or an AscendOrder, got "
-            f"{kernel!r:.60}"
+            "kernel must be a name, a Kernel, a HopperKernel, an AscendKernel or an AscendOrder, "
+            f"got {kernel!r:.60}"
         )
-    if isinstance(kernel, Kernel):
+    if isinstance(kernel, Kernel | HopperKernel):
         if profile.family != "nvidia":
             raise ValueError(f"kernel {kernel.name} does not run on family {profile.family!r}")
+        if isinstance(kernel, HopperKernel):
+            return _simulate_hopper(profile, problem, kernel)
         return _simulate_gpu(profile, problem, kernel)
     if profile.family != "ascend":
         raise ValueError(f"kernel {kernel.name} does not run on family {profile.family!r}")
@@ -134,88 +140,6 @@ def _unknown(profile: HardwareProfile, name: str, known: list[str]) -> ValueErro
     return ValueError(f"kernel = {name!r}, wanted one of {', '.join(known)} on {profile.name}")
 
 
-def _active(plan: Work) -> int:
-    return min(plan.num_workers, len(plan.blocks)) * plan.cores_per_item
-
-
-def _fair_share(
-    profile: HardwareProfile, plan: Work, in_flight: float, multicast: int = 1
-) -> float:
-    """Returns bytes per second per core while all cores work.
-
-    Row tiles that read the same KV get it from the L2 cache. HBM serves it once, and L2 once per
-    cluster that shares the loading. If L2 does not hold what the cores have in flight, HBM serves
-    each of them.
-
-    in_flight: bytes of KV that one core has in flight.
-    """
-    active = _active(plan)
-    memory = profile["memory.hbm_bandwidth"] * profile["memory.hbm_efficiency"]
-    held = active * in_flight <= profile["buffer.l2"]
-    sharers = min(plan.sharers, active) if held else multicast
-    return min(memory * sharers / multicast, profile["memory.l2_bandwidth"]) / active
-
-
-class _LoadedTimes:
-    """Times of blocks on a memory that this kernel keeps busy for a fraction of the time.
-
-    While all cores work, the memory gives each its share. If it is busy for only a fraction f of
-    the time, it serves a load at share / f. The result uses the f at which both agree: n blocks
-    take max(time with loads at share / f, bytes / (share * f)), and the smallest over f counts.
-    Each term falls when an engine becomes faster, and so does the result.
-    """
-
-    FRACTIONS = (1.0, 0.9, 0.8, 0.71, 0.63, 0.56, 0.5, 0.42, 0.35, 0.28, 0.2, 0.1)
-
-    def __init__(
-        self,
-        orders: tuple[Callable[[int], Schedule], ...],
-        costs_at: Callable[[float], Costs],
-        share: float,
-        bytes_per_block: float,
-        signal: float,
-    ) -> None:
-        self._orders, self._costs_at, self._signal = orders, costs_at, signal
-        self._share, self._bytes = share, bytes_per_block
-        self._times: dict[float, list[BlockTimes]] = {}
-        self._known: dict[int, tuple[float, float]] = {}
-
-    def _at(self, fraction: float, num_blocks: int) -> float:
-        if fraction not in self._times:
-            costs = self._costs_at(self._share / fraction if fraction else math.inf)
-            self._times[fraction] = [BlockTimes(o, costs, self._signal) for o in self._orders]
-        return min(times(num_blocks) for times in self._times[fraction])
-
-    def __call__(self, num_blocks: int) -> tuple[float, float]:
-        """Returns (seconds of num_blocks blocks, the fraction)."""
-        if num_blocks not in self._known:
-            self._known[num_blocks] = self._search(num_blocks)
-        return self._known[num_blocks]
-
-    def _search(self, num_blocks: int) -> tuple[float, float]:
-        loads = num_blocks * self._bytes / self._share
-        low, high = 0, len(self.FRACTIONS) - 1  # the fraction falls with the index
-        while low < high:
-            middle = (low + high) // 2
-            fraction = self.FRACTIONS[middle]
-            if self._at(fraction, num_blocks) <= loads / fraction:
-                high = middle
-            else:
-                low = middle + 1
-        near = {self.FRACTIONS[max(low - 1, 0)], self.FRACTIONS[low]}
-        return min((max(self._at(f, num_blocks), loads / f), f) for f in near)
-
-    def alone(self, num_blocks: int) -> float:
-        """Returns the seconds with the memory to itself, at most those with all cores working."""
-        return min(self._at(0.0, num_blocks), self(num_blocks)[0])
-
-    def timeline(self, num_blocks: int) -> Timeline:
-        """Returns the timeline of the fastest order, at the fraction of so many blocks."""
-        costs = self._costs_at(self._share / self(num_blocks)[1])
-        lines = [run_schedule(order(num_blocks), costs, self._signal) for order in self._orders]
-        return min(lines, key=lambda line: line.total)
-
-
 def _simulate_gpu(profile: HardwareProfile, problem: Problem, kernel: Kernel) -> Report:
     orders = tuple(
         limits.checked_order(order, partial(limits.require_whole_on_gpu, kernel))
@@ -232,17 +156,17 @@ def _simulate_gpu(profile: HardwareProfile, problem: Problem, kernel: Kernel) ->
             f"{problem.rows} rows make {plan.sharers}"
         )
     block_bytes = kernel.block_kv * KEY * ITEMSIZE[problem.kv_dtype] / kernel.multicast
-    share = _fair_share(profile, plan, first.buffers["kv_l"] * block_bytes, kernel.multicast)
+    share = fair_share(profile, plan, first.buffers["kv_l"] * block_bytes, kernel.multicast)
     signal = profile["latency.barrier"]
     kinds, which = np.unique(
         np.stack([plan.blocks, plan.rows, plan.split.astype(int)]), axis=1, return_inverse=True
     )
-    times: dict[tuple[int, int], _LoadedTimes] = {}
+    times: dict[tuple[int, int], LoadedTimes] = {}
     seconds = np.zeros((2, kinds.shape[1]))
     for i, (blocks, rows, split) in enumerate(kinds.T.tolist()):
         if (rows, split) not in times:
             costs_at = partial(gpu_costs, profile, kernel, rows, bool(split), problem.kv_dtype)
-            times[rows, split] = _LoadedTimes(orders, costs_at, share, block_bytes, signal)
+            times[rows, split] = LoadedTimes(orders, costs_at, share, block_bytes, signal)
         found = times[rows, split]
         seconds[:, i] = found(blocks)[0], found.alone(blocks)
     crowded, alone = seconds[:, which.reshape(-1)]
@@ -253,6 +177,20 @@ def _simulate_gpu(profile: HardwareProfile, problem: Problem, kernel: Kernel) ->
     shown = times[int(plan.rows[longest]), int(plan.split[longest])]
     timeline = shown.timeline(min(int(plan.blocks[longest]), SHOWN_BLOCKS))
     return _report(profile, problem, kernel.name, timeline, plan, cores, merge)
+
+
+def _simulate_hopper(profile: HardwareProfile, problem: Problem, kernel: HopperKernel) -> Report:
+    limits.require_memory(profile, problem)
+    capability = profile["core.compute_capability"]
+    if not 9.0 <= capability < 10.0:
+        raise ValueError(
+            f"kernel {kernel.name} on {profile.name}: core.compute_capability = {capability:g}, "
+            "wanted at least 9 and below 10 for wgmma"
+        )
+    profile = tuned_for_hopper(profile)
+    times = hopper_times(profile, problem, kernel)
+    cores, merge, timeline = times.cores, times.merge, times.timeline(SHOWN_BLOCKS)
+    return _report(profile, problem, kernel.name, timeline, kernel.work, cores, merge)
 
 
 def _simulate_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendKernel) -> Report:
@@ -276,18 +214,18 @@ def _simulate_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendK
     workspace = kernel.order.workspace_bytes(
         longest, max(rows), tile.block_kv, ITEMSIZE[kernel.kv_dtype]
     )
-    limits.require_memory(profile, problem, workspace * _active(work))
+    limits.require_memory(profile, problem, workspace * active(work))
     # PV finds its values in L2 if they are still there after the QK of all blocks ahead of it.
     block_bytes = tile.block_kv * problem.token_bytes
     in_flight = kernel.order.slots(longest)["P"] * block_bytes
-    kept = _active(work) * in_flight <= profile["buffer.l2"]
-    share = _fair_share(profile, work, in_flight)
+    kept = active(work) * in_flight <= profile["buffer.l2"]
+    share = fair_share(profile, work, in_flight)
     signal = profile["latency.cross_core"]
     loaded = block_bytes if kept else block_bytes + values_bytes
     times = {}
     for r in sorted(set(rows)):
         costs_at = partial(ascend_costs, profile, kernel, tile, r, values_in_l2=kept)
-        times[r] = _LoadedTimes((order,), costs_at, share, loaded, signal)
+        times[r] = LoadedTimes((order,), costs_at, share, loaded, signal)
     items = list(zip(work.rows.tolist(), work.blocks.tolist(), strict=True))
     crowded = np.array([times[r](b)[0] for r, b in items])
     alone = np.array([times[r].alone(b) for r, b in items])

@@ -47,8 +47,10 @@ from pallas_kernels.hopper.kernels.decode_refs import (
 from pallas_kernels.hopper.mosaic.cluster import OtherCta
 from pallas_kernels.hopper.mosaic.primitives import OWN_BARRIERS, Backend
 from pallas_kernels.hopper.mosaic.values import opaque_zero
+from pallas_kernels.hopper.parts import stamps as at
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, float_struct
 from pallas_kernels.hopper.parts.combine import BLOCK_COLUMNS, combine_shares, divide_into_columns
+from pallas_kernels.hopper.parts.stamps import Stamps
 from pallas_kernels.hopper.parts.visible_keys import VisibleKeys
 from pallas_kernels.hopper.work_items import (
     BLOCK,
@@ -117,7 +119,7 @@ def decode(call: DecodeCall[DecodeConfig]) -> tuple[jax.Array, ...]:
         interpret=call.interpret,
         kernel_name="mla_decode",
         compiler_params=OWN_BARRIERS,
-    )(Inputs(call.q, call.cache[0], call.requests, exchange_of(call)), call.outputs)[0]
+    )(Inputs(call.q, call.cache[0], call.requests, exchange_of(call), call.stamps), call.outputs)[0]
     return tuple(array for array in partials if array is not None)
 
 
@@ -150,6 +152,8 @@ class Loader:
         cta = self.cta
         index, *fields = carry
         item = WorkItem(*fields)
+        stamps = cta.stamps.of_item(n)
+        stamps.item(at.ITEM)
         num_blocks = item.block_end - item.block_start
         rank = 0 if cta.in_pairs else cta.rank
         row = (item.row_tile * cta.ctas_per_tile + rank) * BLOCK
@@ -169,12 +173,13 @@ class Loader:
 
         def load_first():
             zero = opaque_zero(num_blocks)  # the index of the block in the item, and its stage
-            self.load_block(found, zero, self.barrier_set(zero, descriptor[FIELD.unmasked_pairs]))
+            pairs = descriptor[FIELD.unmasked_pairs]
+            self.load_block(found, zero, self.barrier_set(zero, pairs), stamps, 0)
 
         # The first block of a later item is loaded while the item before it is still computed. The
         # worker's first item needs q first, and has nothing to wait for.
         pl.when((num_blocks > 0) & (n > 0))(load_first)
-        self.load_q(item.request, row)
+        self.load_q(item.request, row, stamps)
         pl.when((num_blocks > 0) & (n == 0))(load_first)
 
         def load_next(i, page_ids):
@@ -187,9 +192,8 @@ class Loader:
             def _mark_invalid():
                 descriptor[FIELD.invalid] = 1  # visible with the barrier of the block
 
-            self.load_block(
-                found, i % STAGES, self.barrier_set(i, descriptor[FIELD.unmasked_pairs])
-            )
+            stage, pairs = i % STAGES, descriptor[FIELD.unmasked_pairs]
+            self.load_block(found, stage, self.barrier_set(i, pairs), stamps, i)
             return next_page_ids
 
         lax.fori_loop(1, num_blocks, load_next, next_page_ids)
@@ -212,25 +216,34 @@ class Loader:
         fewest_keys = visible.count(first_row // call.num_heads)
         return jnp.clip((fewest_keys // BLOCK - item.block_start) // 2, 0, num_blocks // 2)
 
-    def load_q(self, request: Any, row: Any) -> None:
+    def load_q(self, request: Any, row: Any, stamps: Stamps) -> None:
         """Loads 64 rows of q, or all of them where there are fewer."""
         cta = self.cta
         rows = min(BLOCK, cta.inputs.q.shape[1])
         plgpu.barrier_wait(cta.scratch.q_empty)
+        stamps.item(at.LOAD_Q)
         for columns in cta.columns:
             plgpu.copy_gmem_to_smem(
                 cta.inputs.q.at[request, pl.ds(row, rows), pl.ds(columns.start, columns.width)],
                 columns.q.at[0] if rows == BLOCK else columns.q.at[0, pl.ds(0, rows)],
                 cta.scratch.q_full,
             )
+        stamps.item(at.LOADED_Q)
 
-    def load_block(self, found: Any, stage: Any, barrier_set: Any) -> None:
-        """Loads a KV block, found by `kv_blocks.locate`, when its stage is free."""
-        for columns in self.cta.columns:
+    def load_block(
+        self, found: Any, stage: Any, barrier_set: Any, stamps: Stamps, block: Any
+    ) -> None:
+        """Loads a KV block, found by `kv_blocks.locate`, when its stage is free.
+
+        block: its number in the item.
+        """
+        stamps.block(at.LOAD, block)
+        for i, columns in enumerate(self.cta.columns):
             if columns.empty is not None:
                 plgpu.barrier_wait(columns.empty.at[stage])
             full = columns.full.at[barrier_set]
             self.cta.kv_blocks.load(found, columns.start, columns.kv.at[stage], full)
+            stamps.block(at.LOADED_1 + i, block)
 
     @staticmethod
     def barrier_set(i: Any, unmasked_pairs: Any) -> Any:
@@ -250,6 +263,7 @@ def compute(cta: Cta, warpgroup: jax.Array) -> None:
     cta.g.take_registers(cta.call.config.warpgroup_registers, 0)
     lax.switch(warpgroup, [ComputingWarpgroup(cta, side).run for side in (0, 1)])
     if cta.call.combines:
+        cta.stamps.item(at.COMBINE)
         # One copy of this code for both warpgroups: an SM caches 128 KB of instructions.
         combine_shares(
             divide_into_columns(cta.g, cta.call.plan, cta.call.kv_lora_rank, warpgroups=2),
@@ -261,6 +275,8 @@ def compute(cta: Cta, warpgroup: jax.Array) -> None:
             warpgroup=cta.g.warpgroup(),
             warpgroups=2,
         )
+        cta.stamps.item(at.COMBINE_END)
+    cta.stamps.item(at.KERNEL_END)
 
 
 def partial_types(call: DecodeCall) -> Partials:

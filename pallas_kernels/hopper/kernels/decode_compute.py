@@ -28,7 +28,9 @@ from pallas_kernels.hopper.kernels.decode_refs import (
 )
 from pallas_kernels.hopper.mosaic.primitives import ROWS
 from pallas_kernels.hopper.mosaic.values import opaque_zero, per_row
+from pallas_kernels.hopper.parts import stamps as at
 from pallas_kernels.hopper.parts.normalize import LAZY_GROWTH
+from pallas_kernels.hopper.parts.stamps import Stamps
 from pallas_kernels.hopper.parts.visible_keys import VisibleKeys
 from pallas_kernels.hopper.work_items import BLOCK, NO_KEY, range_of
 
@@ -55,6 +57,7 @@ class CurrentItem(NamedTuple):
     q_rope: Any | None  # the rope columns of q in registers; None: in shared memory
     o_acc: Any  # accumulator of this warpgroup's half of O
     s_acc: Any  # accumulator of S of a block
+    stamps: Stamps
 
     def opaque_zero(self, i: Any) -> Any:
         """Returns 0, hidden from the compiler, which would compute all wgmma descriptors early."""
@@ -122,12 +125,15 @@ class ComputingWarpgroup:
     def attend(self, n: Any, o_acc: Any, s_acc: Any) -> None:
         """Computes the worker's n-th item."""
         cta, g = self.cta, self.cta.g
+        stamps = cta.stamps.of_item(n)
+        stamps.item(at.ITEM)
         plgpu.barrier_wait(cta.scratch.q_full)
+        stamps.item(at.Q_READY)
         # AMLA's adds need the registers that the rope columns of q would take.
         q_rope = None if self.cta.call.exponent_add else g.load_tile(cta.scratch.q_rope.at[0])
         descriptor = cta.descriptor(n)
         begin, end = descriptor[FIELD.block_start], descriptor[FIELD.block_end]
-        current = CurrentItem(descriptor, begin, end - begin, q_rope, o_acc, s_acc)
+        current = CurrentItem(descriptor, begin, end - begin, q_rope, o_acc, s_acc, stamps)
         g.zero(o_acc)
         carry = Running(g.full((BLOCK,), NO_KEY, ROWS), g.full((BLOCK,), 0.0, ROWS))
         # Pairs of blocks have no mask: with masks, their code would not fit the instruction cache.
@@ -137,7 +143,9 @@ class ComputingWarpgroup:
         carry = lax.fori_loop(
             2 * descriptor[FIELD.unmasked_pairs], current.num_blocks, one_block, carry
         )
+        stamps.item(at.SUM)
         Finish(cta, self.side, self.q, current).run(*carry)
+        stamps.item(at.ITEM_END)
         plgpu.barrier_arrive(cta.scratch.q_empty)
 
     # -- the schedule ---------------------------------------------------------------------------
@@ -146,27 +154,35 @@ class ComputingWarpgroup:
         cta, g = self.cta, self.cta.g
         zero = current.opaque_zero(i)
         first, second = zero, zero + 1
+        stamp, block = current.stamps.block, 2 * i
         if self.side == 0:
-            carry = self.score_and_multiply(current, carry, zero, first, first)
-            carry = self.multiply_others(current, carry, second, second)
+            carry = self.score_and_multiply(current, carry, zero, first, first, block)
+            carry = self.multiply_others(current, carry, second, second, block + 1)
             g.wait_mma(0)
             self.release(second)
+            stamp(at.END, block + 1)
             return carry
-        self.score(current, zero, second, second)
+        self.score(current, zero, second, second, block + 1)
         g.wait_mma(0)
+        stamp(at.SM, block + 1)
         s = g.read(current.s_acc) * cta.call.log2_scale
         block_max = s.max(axis=1)
-        m, total = self.multiply_others(current, carry, first, first)
+        m, total = self.multiply_others(current, carry, first, first, block)
+        stamp(at.EXP, block + 1)
         new_m = self.raised(m, block_max)
         p = jnp.exp2(s - per_row(new_m, s.shape))
         rounded = p.astype(cta.call.q.dtype)
         self.publish(second, second, rounded, new_m)
+        stamp(at.PUBLISHED, block + 1)
         g.wait_mma(0)
         self.release(first)
+        stamp(at.END, block)
         total = total * self.rescale(current.o_acc, m, new_m) + p.sum(axis=1)
+        stamp(at.PV, block + 1)
         g.mma(current.o_acc, rounded, self.v.at[second])
         g.wait_mma(0)
         self.release(second)
+        stamp(at.END, block + 1)
         return Running(new_m, total)
 
     def one_block(self, current: CurrentItem, i: Any, carry: Running) -> Running:
@@ -176,10 +192,11 @@ class ComputingWarpgroup:
         barrier_set = stage + STAGES
         if self.side == 0:
             block = current.begin + i
-            return self.score_and_multiply(current, carry, zero, stage, barrier_set, block)
-        carry = self.multiply_others(current, carry, stage, barrier_set)
+            return self.score_and_multiply(current, carry, zero, stage, barrier_set, i, block)
+        carry = self.multiply_others(current, carry, stage, barrier_set, i)
         self.cta.g.wait_mma(0)
         self.release(stage)
+        current.stamps.block(at.END, i)
         return carry
 
     def score_and_multiply(
@@ -189,16 +206,19 @@ class ComputingWarpgroup:
         zero: Any,
         stage: Any,
         barrier_set: Any,
+        block: Any,
         masked_block: Any = None,
     ) -> Running:
         """Scores a block, publishes its P and adds P V to O.
 
+        block: its number in the item.
         masked_block: the number of a block that needs a mask; None: it needs none.
         """
-        cta, g = self.cta, self.cta.g
+        cta, g, stamp = self.cta, self.cta.g, current.stamps.block
         m, total = carry
-        self.score(current, zero, stage, barrier_set)
+        self.score(current, zero, stage, barrier_set, block)
         g.wait_mma(0)
+        stamp(at.SM, block)
         s = g.read(current.s_acc) * cta.call.log2_scale
         if masked_block is not None:
             self.clear_hidden(stage, current.descriptor, masked_block, s)
@@ -207,37 +227,47 @@ class ComputingWarpgroup:
         p = jnp.exp2(s - per_row(new_m, s.shape))
         rounded = p.astype(cta.call.q.dtype)
         self.publish(stage, barrier_set, rounded, new_m)
+        stamp(at.PUBLISHED, block)
         factor = self.rescale(current.o_acc, m, new_m)
         g.mma(current.o_acc, rounded, self.v.at[stage])
         total = total * factor + p.sum(axis=1)
         g.wait_mma(0)
         self.release(stage)
+        stamp(at.END, block)
         return Running(new_m, total)
 
     def multiply_others(
-        self, current: CurrentItem, carry: Running, stage: Any, barrier_set: Any
+        self, current: CurrentItem, carry: Running, stage: Any, barrier_set: Any, block: Any
     ) -> Running:
         """Starts O += P V with the other warpgroup's P, and leaves it in flight.
 
-        O is rescaled first, to the maximum that this P is relative to.
+        O is rescaled first, to the maximum that this P is relative to. block: its number in the
+        item.
         """
         m, total = carry
+        current.stamps.block(at.WAIT_P, block)
         plgpu.barrier_wait(self.cta.scratch.p_ready.at[barrier_set])
+        current.stamps.block(at.PV, block)
         new_m = self.cta.g.load_rows(self.cta.scratch.row_max.at[stage])
         factor = self.rescale(current.o_acc, m, new_m)
         self.cta.g.mma(current.o_acc, self.cta.p_of(stage), self.v.at[stage])
         return Running(new_m, total * factor)
 
     # -- the steps of a block -------------------------------------------------------------------
-    def score(self, current: CurrentItem, zero: Any, stage: Any, barrier_set: Any) -> None:
+    def score(
+        self, current: CurrentItem, zero: Any, stage: Any, barrier_set: Any, block: Any
+    ) -> None:
         """Starts S = q K^T of a block, part by part as they arrive, and leaves it in flight.
 
-        zero: from `CurrentItem.opaque_zero`, the index of q.
+        zero: from `CurrentItem.opaque_zero`, the index of q. block: its number in the item.
         """
         cta = self.cta
         cta.g.zero(current.s_acc)
-        for columns in cta.columns:
+        current.stamps.block(at.WAIT, block)
+        for number, columns in enumerate(cta.columns):
             plgpu.barrier_wait(columns.full.at[barrier_set])
+            if number == 0:
+                current.stamps.block(at.QK, block)
             cta.kv_blocks.make_visible()
             in_registers = columns.q is cta.scratch.q_rope and current.q_rope is not None
             q = current.q_rope if in_registers else columns.q.at[zero]

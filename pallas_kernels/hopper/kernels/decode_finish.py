@@ -25,6 +25,7 @@ from pallas_kernels.hopper.mosaic.cluster import combine_softmax
 from pallas_kernels.hopper.mosaic.primitives import ROWS
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.mosaic.values import per_row
+from pallas_kernels.hopper.parts import stamps as at
 from pallas_kernels.hopper.parts.combine import BLOCK_COLUMNS, TileCounter, row_scales
 from pallas_kernels.hopper.parts.normalize import divided, nan_if_invalid, natural_lse
 from pallas_kernels.hopper.work_items import BLOCK, LOG2E, NO_KEY, WorkItem, kept_partial
@@ -67,6 +68,7 @@ class Finish:
         # The loader writes this before the item's last block arrives.
         invalid = descriptor[FIELD.invalid] > 0
         total = self.sum_of_both(total)
+        self.current.stamps.item(at.STORE)
         o = g.read(self.current.o_acc)
         if cta.inputs.requests.query_lens is not None:
             # The masks do not hide keys from the rows of padding tokens. Here they become rows that

@@ -14,6 +14,7 @@ from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
 from pallas_kernels.hopper.parts.combine import CombineRefs, OutputRows, TileCounter
 from pallas_kernels.hopper.parts.kv_load import arrivals, blocks
+from pallas_kernels.hopper.parts.stamps import Stamps
 from pallas_kernels.hopper.work_items import BLOCK, range_of
 
 LOADER = 2  # number of the loader warpgroup; 0 and 1 compute
@@ -47,6 +48,7 @@ class Inputs(NamedTuple):
     pages: Any  # [num_pages, page_size, D]
     requests: Requests
     exchange: Any  # stands for the other CTA's shared memory in the interpreter; else None
+    stamps: Any  # `DecodeCall.stamps`
 
 
 class Partials(NamedTuple):
@@ -172,6 +174,10 @@ class Cta:
     rank: Any
     range_ref: Any
     other_cta: OtherCta
+
+    @property
+    def stamps(self) -> Stamps:
+        return Stamps(self.inputs.stamps)
 
     @property
     def half(self) -> int:

@@ -51,6 +51,7 @@ from pallas_kernels.hopper.kernels.decode_transposed_refs import (
 )
 from pallas_kernels.hopper.mosaic.primitives import OWN_BARRIERS
 from pallas_kernels.hopper.mosaic.transposed import TransposedBackend
+from pallas_kernels.hopper.parts import stamps as at
 from pallas_kernels.hopper.parts.call import DecodeCall, float_struct
 from pallas_kernels.hopper.parts.transposed import Partials, require_whole_tiles
 from pallas_kernels.hopper.work_items import WorkItem, fits
@@ -73,7 +74,10 @@ def decode_transposed(call: DecodeCall[DecodeTransposedConfig]) -> Partials:
         pl.when(warpgroup == LOADING)(Loader(cta).run)
         pl.when(warpgroup == COMPUTING)(Computer(cta).run)
         if call.combines:
+            cta.stamps.item(at.COMBINE)
             cta.results.combine(cta.items, warpgroup)
+            cta.stamps.item(at.COMBINE_END)
+        cta.stamps.item(at.KERNEL_END)
 
     kernel = plgpu.kernel(
         body,
@@ -90,7 +94,7 @@ def decode_transposed(call: DecodeCall[DecodeTransposedConfig]) -> Partials:
         compiler_params=OWN_BARRIERS,
     )
     (cache,) = call.cache
-    inputs = Inputs(call.q, cache, call.requests, _exchange(call, sizes))
+    inputs = Inputs(call.q, cache, call.requests, _exchange(call, sizes), call.stamps)
     (partials,) = kernel(inputs, call.outputs)
     return partials
 
@@ -120,13 +124,17 @@ class Loader:
 
     def _load_item(self, number: Any, blocks_before: Any, item: WorkItem) -> None:
         cta, kv_blocks, invalid = self.cta, self.cta.kv_blocks, self.cta.scratch.invalid
+        stamps = cta.stamps.of_item(number - cta.items[0])
+        stamps.item(at.ITEM)
         kv_len, _ = cta.lengths(item)
         first_page_ids = kv_blocks.prefetch_table(item.request, item.block_start, kv_len)
         q_stage = lax.rem(number, cta.sizes.q_stages)
         plgpu.barrier_wait(cta.scratch.q_empty.at[q_stage])
         planned = item._replace(partial=item.own_partial)
         invalid[q_stage] = (~fits(planned, kv_len, cta.call.plan)).astype(jnp.int32)
+        stamps.item(at.LOAD_Q)
         self._load_q(item, q_stage)
+        stamps.item(at.LOADED_Q)
 
         def load_block(i, page_ids):
             # A block's part of the block table is read while the block before it is loaded.
@@ -140,10 +148,12 @@ class Loader:
                 plgpu.commit_smem()  # Every warp must have stored its 0 above before this 1.
                 invalid[q_stage] = 1
 
-            for part in cta.parts:
+            stamps.block(at.LOAD, i)
+            for k, part in enumerate(cta.parts):
                 stage = part.stage_of(blocks_before + i)
                 plgpu.barrier_wait(part.empty.at[stage])
                 kv_blocks.load(found, part.column, part.kv.at[stage], part.full.at[stage])
+                stamps.block(at.LOADED_1 + k, i)
             return next_page_ids
 
         lax.fori_loop(0, item.block_end - item.block_start, load_block, first_page_ids)

@@ -14,8 +14,10 @@ from pallas_kernels.hopper.mosaic.cluster import combine_softmax
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.mosaic.transposed import COLUMNS
 from pallas_kernels.hopper.mosaic.values import opaque_zero, per_column
+from pallas_kernels.hopper.parts import stamps as at
 from pallas_kernels.hopper.parts.call import Outputs
 from pallas_kernels.hopper.parts.normalize import divided, nan_if_invalid, natural_lse
+from pallas_kernels.hopper.parts.stamps import Stamps
 from pallas_kernels.hopper.parts.transposed import Mask, Partials
 from pallas_kernels.hopper.parts.visible_keys import VisibleKeys
 from pallas_kernels.hopper.work_items import BLOCK, NO_KEY, WorkItem
@@ -33,6 +35,7 @@ class CurrentItem(NamedTuple):
     seen_by_all: Any  # how many keys every row of the tile sees
     o_acc: Any  # O^T
     s_acc: Any  # S^T
+    stamps: Stamps
 
     @property
     def num_blocks(self) -> Any:
@@ -79,6 +82,8 @@ class Computer:
         self, number: Any, blocks_before: Any, item: WorkItem, o_acc: Any, s_acc: Any
     ) -> None:
         g, call, sizes = self.cta.g, self.cta.call, self.cta.sizes
+        stamps = self.cta.stamps.of_item(number - self.cta.items[0])
+        stamps.item(at.ITEM)
         kv_len, query_len = self.cta.lengths(item)
         first_row = item.row_tile * sizes.rows
         q_stage = lax.rem(number, sizes.q_stages)
@@ -86,7 +91,7 @@ class Computer:
         visible = VisibleKeys.of(call, kv_len, query_len)
         seen_by_all = visible.count_for_all_from(first_row // call.num_heads)
         current = CurrentItem(
-            number, blocks_before, item, kv_len, q_stage, mask, seen_by_all, o_acc, s_acc
+            number, blocks_before, item, kv_len, q_stage, mask, seen_by_all, o_acc, s_acc, stamps
         )
         g.zero(o_acc)
         none = Softmax(
@@ -94,8 +99,12 @@ class Computer:
             g.full(sizes.score_tile, 0.0, plgpu.Layout.WGMMA),
         )
         plgpu.barrier_wait(self.cta.scratch.q_full.at[q_stage])
+        stamps.item(at.Q_READY)
         add_block = functools.partial(self._add_block, current)
-        self._finish(current, lax.fori_loop(0, current.num_blocks, add_block, none))
+        softmax = lax.fori_loop(0, current.num_blocks, add_block, none)
+        stamps.item(at.SUM)
+        self._finish(current, softmax)
+        stamps.item(at.ITEM_END)
 
     # -- a block ------------------------------------------------------------------------------
     def _add_block(self, current: CurrentItem, i: Any, softmax: Softmax) -> Softmax:
@@ -103,7 +112,8 @@ class Computer:
         cta, g, tile = self.cta, self.cta.g, self.cta.sizes.score_tile
         zero = opaque_zero(current.num_blocks, varying=i)
         stages = PerPart(*(part.stage_of(current.blocks_before + i) for part in cta.parts))
-        self._compute_scores(current, stages, zero)
+        self._compute_scores(current, stages, zero, i)
+        current.stamps.block(at.SM, i)
         start = (current.item.block_start + i) * BLOCK
         s = g.read(current.s_acc) * cta.call.log2_scale
         self._clear_hidden(current, stages, start, s)
@@ -115,15 +125,20 @@ class Computer:
         g.scale_columns(current.o_acc, alpha)
         norm = softmax.norm * per_column(alpha, tile) + p
         plgpu.commit_smem()  # wgmma must see P.
+        current.stamps.block(at.PUBLISHED, i)
         self._add_values(current, stages)
+        current.stamps.block(at.END, i)
         return Softmax(m, norm)
 
-    def _compute_scores(self, current: CurrentItem, stages: PerPart, zero: Any) -> None:
+    def _compute_scores(self, current: CurrentItem, stages: PerPart, zero: Any, i: Any) -> None:
         """Computes S^T = K Q^T and releases the rope part, which V does not have."""
         g, parts = self.cta.g, self.cta.parts
         g.zero(current.s_acc)
-        for part, stage in zip(parts, stages, strict=True):
+        current.stamps.block(at.WAIT, i)
+        for k, (part, stage) in enumerate(zip(parts, stages, strict=True)):
             plgpu.barrier_wait(part.full.at[stage])
+            if k == 0:
+                current.stamps.block(at.QK, i)
             self.cta.kv_blocks.make_visible()
             g.mma_t(current.s_acc, part.kv.at[stage], part.q.at[current.q_stage + zero])
         g.wait_mma(0)
@@ -165,6 +180,7 @@ class Computer:
         total = g.reduce_rows(softmax.norm, cta.scratch.sums, "add")
         plgpu.commit_smem()  # Every warp has read `sums`: the next item may write there.
         total += nan_if_invalid(current.kv_len, invalid)
+        current.stamps.item(at.STORE)
         kept = item.partial < -1
         weight = 1.0
         if cta.pair is not None:

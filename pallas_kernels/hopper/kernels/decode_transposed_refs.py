@@ -14,6 +14,7 @@ from pallas_kernels.hopper.mosaic.primitives import WGMMA_OPERAND
 from pallas_kernels.hopper.mosaic.transposed import WARPS, TransposedBackend
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
 from pallas_kernels.hopper.parts.kv_load import arrivals, blocks
+from pallas_kernels.hopper.parts.stamps import Stamps
 from pallas_kernels.hopper.parts.transposed import Partials, Results
 from pallas_kernels.hopper.work_items import BLOCK, WorkItem, range_of, run_items
 
@@ -90,6 +91,7 @@ class Inputs(NamedTuple):
     # [clusters, 2, kv_lora_rank + 2, rows_per_tile] float32. In the interpreter it replaces the
     # shared memory of the other CTA. None on the GPU, and where CTAs are not in pairs.
     exchange: Any | None
+    stamps: Any | None  # `DecodeCall.stamps`
 
 
 class PairScratch(NamedTuple):
@@ -237,6 +239,10 @@ class Cta:
     def kv_blocks(self) -> Any:
         """How blocks are loaded: copied by TMA, or gathered where pages are small."""
         return blocks(self.g, self.inputs.requests.block_tables, self.inputs.cache)
+
+    @property
+    def stamps(self) -> Stamps:
+        return Stamps(self.inputs.stamps)
 
     @property
     def results(self) -> Results:

@@ -41,6 +41,7 @@ class DecodeCall[Config: KernelConfig]:
             so all of them have to run at the same time.
         partial_dtype: of the partial o of split tiles.
         exponent_add: whether O is rescaled by AMLA's integer add, or else by multiplication.
+        stamps: int32 ref of shape `stamps.shape` for the kernel's time stamps; None: no stamps.
         interpret: `plgpu.InterpretGPUParams()` runs the kernel on a CPU; None: on the GPU.
     """
 
@@ -58,6 +59,7 @@ class DecodeCall[Config: KernelConfig]:
     combines: bool
     partial_dtype: Any
     exponent_add: bool = False
+    stamps: Any = None
     interpret: Any = None
 
     @property

@@ -1,0 +1,168 @@
+"""The issue orders of our own Hopper kernels, `pallas_kernels.hopper.kernels`, as schedules.
+
+A worker of these kernels runs several work items one after the other, and loads the next item's
+first block while it still computes this one. So an order may begin with an earlier work item of
+`before` blocks: what the schedule takes longer than the earlier item alone is the time of an item
+that is not a worker's first.
+
+The stages have the names that the kernel's own time stamps have (`pallas_kernels.hopper.stamps`):
+
+    LOAD_Q LOAD_L LOAD_R LOAD_ROPE    the loader copies q, and the three parts of a KV block
+    QK SM PV_L PV_R                   scores, softmax, and both halves of O += P V
+    SUM_L SUM_R STORE_L STORE_R       the end of a work item: row sums, then normalise and store
+"""
+
+from functools import lru_cache
+
+from mla_jax.hal.schedule import Access, Schedule, ScheduleBuilder
+
+STAGES = 2  # of KV blocks in shared memory
+
+
+def _items(num_blocks: int, before: int) -> list[range]:
+    """Returns the blocks of each work item of a schedule."""
+    if not 0 <= before < num_blocks:
+        raise ValueError(f"before = {before}, wanted 0 to {num_blocks - 1} of {num_blocks} blocks")
+    return [r for r in (range(before), range(before, num_blocks)) if r]
+
+
+def _builder(name: str, num_blocks: int, period: int, **more: int) -> ScheduleBuilder:
+    slots = {"q": 1, "kv_l": STAGES, "kv_r": STAGES, "kv_rope": STAGES, "S": 1, "P": 1, "state": 1,
+             "O_L": 1, "O_R": 1, "sum": 2} | more  # fmt: skip
+    return ScheduleBuilder(name, num_blocks, period, slots)
+
+
+def _load(build: ScheduleBuilder, block: int, parts: tuple[str, ...]) -> None:
+    for part in parts:
+        slot = build.slot(f"kv_{part.lower()}", block)
+        build.add("load", f"LOAD_{part}", block, writes=(slot,))
+
+
+def _load_q(build: ScheduleBuilder, item: range, slot: int = 0) -> None:
+    build.add("load", "LOAD_Q", item[0], writes=(Access("q", slot, item[0]),))
+
+
+@lru_cache(maxsize=1024)
+def hopper_decode(num_blocks: int, *, before: int = 0, name: str = "hopper-decode") -> Schedule:
+    """Returns the order of `decode`: FlashMLA's two warpgroups, as docs/hopper_decode.md says.
+
+    Two blocks at a time, warpgroup 0 scores the first and warpgroup 1 the second. Warpgroup 1
+    leaves its product with the first P in flight ("mma1") while it computes the second softmax. The
+    last block of an odd number is scored by warpgroup 0. P replaces the rope columns of its block.
+    """
+    build = _builder(name, num_blocks, 2, P=2, S=2)
+    parts = ("L", "R", "ROPE")
+    loaded = 0
+
+    def load_until(stop: int) -> None:
+        nonlocal loaded
+        for block in range(loaded, min(stop, num_blocks)):
+            _load(build, block, parts)
+        loaded = max(loaded, min(stop, num_blocks))
+
+    items = _items(num_blocks, before)
+    for item in items:
+        if item[0]:
+            load_until(item[0] + 1)  # The first block of a later item is loaded before its q.
+        _load_q(build, item)
+        for first in range(item[0], item[-1] + 1, 2):
+            # The loader is in the next item only when its q is free, so it stops at the item's end.
+            load_until(min(first + STAGES, item[-1] + 1))
+            pair = range(first, min(first + 2, item[-1] + 1))
+            for side, block in enumerate(pair):
+                _score(build, f"wg{side}", item, block)
+            for side, block in enumerate(pair):
+                _softmax(build, f"wg{side}", item, block)
+                in_flight = side == 0 and len(pair) == 2
+                # Warpgroup 1 issues the product after it has read the scores of its own block.
+                scores = (build.slot("S", pair[-1]),) if in_flight else ()
+                _multiply(build, "wg0", "L", item, block)
+                _multiply(build, "mma1" if in_flight else "wg1", "R", item, block, scores)
+                load_until(min(block + STAGES + 1, item[-1] + 1))
+        if item is not items[-1]:
+            load_until(item[-1] + 2)
+        _finish(build, item, ("wg0", "wg1"))
+    return build.build()
+
+
+def _score(build: ScheduleBuilder, unit: str, item: range, block: int) -> None:
+    keys = tuple(build.slot(part, block) for part in ("kv_l", "kv_r", "kv_rope"))
+    build.add(unit, "QK", block, reads=(Access("q", _q_slot(build, item), item[0]), *keys),
+              writes=(build.slot("S", block),))  # fmt: skip
+
+
+def _q_slot(build: ScheduleBuilder, item: range) -> int:
+    return 0 if item[0] == 0 else build.slots_of("q") - 1
+
+
+def _softmax(build: ScheduleBuilder, unit: str, item: range, block: int) -> None:
+    state = (Access("state", 0, block - 1),) if block > item[0] else ()
+    rope = (build.slot("kv_rope", block),)
+    build.add(unit, "SM", block, reads=(build.slot("S", block), *state),
+              writes=(build.slot("P", block), *rope, Access("state", 0, block)))  # fmt: skip
+
+
+def _multiply(
+    build: ScheduleBuilder,
+    unit: str,
+    half: str,
+    item: range,
+    block: int,
+    first: tuple[Access, ...] = (),
+) -> None:
+    """Adds a product of P and half of V, after `first` has been read."""
+    kept, kv = f"O_{half}", build.slot(f"kv_{half.lower()}", block)
+    before = (Access(kept, 0, block - 1),) if block > item[0] else ()
+    p = (build.slot("P", block), build.slot("kv_rope", block))
+    build.add(
+        unit, f"PV_{half}", block, reads=(*p, kv, *first, *before), writes=(Access(kept, 0, block),)
+    )
+
+
+def _finish(build: ScheduleBuilder, item: range, units: tuple[str, str]) -> None:
+    """Adds the end of an item: row sums are exchanged, then O is normalised and staged over q."""
+    last, q = item[-1], Access("q", _q_slot(build, item), item[0])
+    for i, (half, unit) in enumerate(zip("LR", units, strict=True)):
+        build.add(unit, f"SUM_{half}", last, reads=(Access("state", 0, last),),
+                  writes=(Access("sum", i, last),))  # fmt: skip
+    sums = tuple(Access("sum", i, last) for i in range(2))
+    for half, unit in zip("LR", units, strict=True):
+        build.add(unit, f"STORE_{half}", last, reads=(Access(f"O_{half}", 0, last), q, *sums))
+
+
+@lru_cache(maxsize=1024)
+def hopper_transposed(
+    num_blocks: int, *, before: int = 0, name: str = "hopper-decode-transposed"
+) -> Schedule:
+    """Returns the order of `decode_transposed`: one warpgroup loads, and one computes in turn.
+
+    The rope part is free after the scores. q has a stage for each of two work items.
+    """
+    build = _builder(name, num_blocks, 2, q=2)
+    parts = ("ROPE", "L", "R")
+    items = _items(num_blocks, before)
+    first_of = {item[0]: item for item in items}
+
+    def load(block: int) -> None:
+        if block < num_blocks:
+            if block in first_of:
+                _load_q(build, first_of[block], _q_slot(build, first_of[block]))
+            _load(build, block, parts)
+
+    for block in range(STAGES):
+        load(block)
+    for item in items:
+        for block in item:
+            _score(build, "wg0", item, block)
+            p, state = build.slot("P", block), Access("state", 0, block)
+            old = (Access("state", 0, block - 1),) if block > item[0] else ()
+            build.add("wg0", "SM", block, reads=(build.slot("S", block), *old), writes=(p, state))
+            for half in "LR":
+                kv = build.slot(f"kv_{half.lower()}", block)
+                kept = f"O_{half}"
+                o = (Access(kept, 0, block - 1),) if block > item[0] else ()
+                build.add("wg0", f"PV_{half}", block, reads=(p, kv, *o),
+                          writes=(Access(kept, 0, block),))  # fmt: skip
+            load(block + STAGES)
+        _finish(build, item, ("wg0", "wg0"))
+    return build.build()

@@ -1,0 +1,154 @@
+"""Our own Hopper kernels in the simulator: their schedules, their plans, and what they cost."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from experiments.simulated.kernels import simulate_named
+from mla_jax.hal import PROFILES, IllegalScheduleError, Problem, simulate
+from mla_jax.hal.hopper_orders import hopper_decode, hopper_transposed
+from mla_jax.hal.schedule import ScheduleBuilder, Step
+from mla_jax.hal.simulator.hopper import (
+    HopperKernel,
+    Merging,
+    hopper_constants,
+    merge_seconds,
+)
+from mla_jax.hal.simulator.one_core import StageCost, run_schedule
+from mla_jax.hal.simulator.shared_engines import run_shared
+from mla_jax.hal.work import Work
+from pallas_kernels.hopper import model, planning
+
+H200 = PROFILES["H200_SXM"]
+CONSTANTS = hopper_constants()["constants"]
+
+
+def kernel_of(blocks, worker, tile, *, kept=None, name="decode", **changes) -> HopperKernel:
+    """A kernel with a plan that is written by hand."""
+    blocks, worker, tile = (np.array(x) for x in (blocks, worker, tile))
+    work = Work(blocks, np.full(len(blocks), 64), worker, tile, num_workers=132)
+    kept = np.zeros(len(blocks), bool) if kept is None else np.array(kept)
+    merging = {int(n): Merging(8, 2, 2) for n in np.unique(work.parts)}
+    kernel = HopperKernel(name, work, kept, 64, 1, True, 2, merging)
+    return dataclasses.replace(kernel, **changes)
+
+
+def seconds(kernel: HopperKernel, heads: int = 64) -> float:
+    problem = Problem((64 * int(kernel.work.blocks.sum()),), heads)
+    return simulate(H200, problem, kernel).seconds
+
+
+@pytest.mark.parametrize("order", [hopper_decode, hopper_transposed])
+@pytest.mark.parametrize(("blocks", "before"), [(5, 0), (5, 2), (4, 3), (1, 0)])
+def test_each_wait_of_a_schedule_is_needed(order, blocks: int, before: int) -> None:
+    schedule = order(blocks, before=before)
+    stages = {"LOAD_L", "LOAD_R", "LOAD_ROPE", "QK", "SM", "PV_L", "PV_R"}
+    for stage in stages:
+        assert schedule.blocks_of(stage) == set(range(blocks)), stage
+    ends = {blocks - 1, before - 1} if before else {blocks - 1}
+    for stage in ("SUM_L", "SUM_R", "STORE_L", "STORE_R"):
+        assert schedule.blocks_of(stage) == ends
+    assert schedule.blocks_of("LOAD_Q") == ({0, before} if before else {0})
+    tried = 0
+    for index, step in enumerate(schedule.steps):
+        for dropped in step.waits:
+            kept = tuple(signal for signal in step.waits if signal != dropped)
+            steps = list(schedule.steps)
+            steps[index] = dataclasses.replace(step, waits=kept)
+            changed = dataclasses.replace(schedule, steps=tuple(steps))
+            with pytest.raises(IllegalScheduleError):
+                run_schedule(changed, lambda _: StageCost({"tensor": 1.0}))
+            tried += 1
+    assert tried == schedule.num_signals > 0
+
+
+def test_products_at_the_same_time_share_the_tensor_cores() -> None:
+    """And a step that starts late holds up no step of another unit."""
+    build = ScheduleBuilder("two", 1, 1, {"a": 1, "b": 1, "c": 1})
+    build.add("load", "LOAD", 0, writes=(build.slot("a", 0),))
+    build.add("wg0", "LATE", 0, reads=(build.slot("a", 0),))
+    build.add("wg1", "ONE", 0, writes=(build.slot("b", 0),))
+    build.add("wg2", "TWO", 0, writes=(build.slot("c", 0),))
+    busy = {"LOAD": ("copy", 5.0), "LATE": ("tensor", 1.0), "ONE": ("tensor", 1.0),
+            "TWO": ("tensor", 2.0)}  # fmt: skip
+
+    def cost(step: Step) -> StageCost:
+        engine, seconds = busy[step.stage]
+        return StageCost({engine: seconds}, hold=0.25)
+
+    line = run_shared(build.build(), cost, signal=0.5)
+    at = {
+        s.stage: (a, b) for s, a, b in zip(line.schedule.steps, line.start, line.end, strict=True)
+    }
+    assert at["ONE"] == pytest.approx((0, 2.25))  # half of the tensor cores, then its hold
+    assert at["TWO"] == pytest.approx((0, 3.25))  # half for 2 s, then all for its last second
+    assert at["LATE"] == pytest.approx((5.75, 7.0))
+
+
+def test_the_plan_is_the_kernels_own_and_its_merge_is_charged(monkeypatch) -> None:
+    lengths = (9000, 100, 64, 2000)
+    problem = Problem(lengths, 64)
+    plans = []
+
+    def plan_decode(*args, **kwargs):
+        plans.append(planning.plan_decode(*args, **kwargs))
+        return plans[-1]
+
+    monkeypatch.setattr(model, "plan_decode", plan_decode)
+    report = simulate_named(H200, problem, "hopper", capacity=40000)
+    (plan,) = plans
+    kernel = model.simulated_kernel(H200, problem, plan=plan)
+    split = plan.split
+    used = np.asarray(split.request) >= 0
+    assert kernel.kernel == "decode"
+    assert kernel.work.num_workers == split.num_workers == 132
+    blocks = (np.asarray(split.block_end) - np.asarray(split.block_start))[used]
+    np.testing.assert_array_equal(kernel.work.blocks, blocks)
+    assert blocks.sum() == sum(-(-n // 64) for n in lengths)
+    items = np.diff(np.asarray(split.worker_start))
+    np.testing.assert_array_equal(items, np.bincount(kernel.work.worker, minlength=132))
+    np.testing.assert_array_equal(kernel.work.split, np.asarray(split.partial)[used] >= 0)
+    assert report.merge == merge_seconds(H200, kernel) > 0
+    assert report.seconds == pytest.approx(report.launch + report.cores + report.merge)
+    assert report.seconds == simulate(H200, problem, kernel).seconds
+    assert report.launch == CONSTANTS["latency.launch"]
+    with pytest.raises(ValueError, match="int8"):
+        model.simulated_kernel(H200, Problem(lengths, 64, kv_dtype="int8"))
+    with pytest.raises(ValueError, match=r"on A100_SXM4_80GB: core.compute_capability = 8"):
+        simulate(PROFILES["A100_SXM4_80GB"], problem, kernel)
+
+
+def test_work_items_and_merges_cost_what_they_do() -> None:
+    one = kernel_of([16], [0], [0])
+    assert seconds(one) < seconds(kernel_of([17], [0], [0]))
+    # A second item of a worker finds its first block loaded, and so takes less than the first.
+    two = kernel_of([16, 16], [0, 0], [0, 1])
+    assert seconds(two) - seconds(one) < seconds(one) - CONSTANTS["latency.launch"]
+    split = kernel_of([16, 16], [0, 1], [0, 0])
+    apart = kernel_of([16, 16], [0, 1], [0, 1])
+    assert merge_seconds(H200, apart) == 0 < merge_seconds(H200, split)
+    assert seconds(apart) < seconds(split)
+    # Where a worker combines its tile's two items by itself, nothing merges later.
+    assert merge_seconds(H200, dataclasses.replace(split, kept=np.array([True, True]))) == 0
+    more = {2: Merging(64, 2, 2)}
+    assert merge_seconds(H200, split) < merge_seconds(
+        H200, dataclasses.replace(split, merging=more)
+    )
+
+
+def test_measured_rows_are_predicted() -> None:
+    """Two rows of benchmarks/measured/h200_decode.json whose plans split no tile."""
+    worker = [*range(62), *range(62), *range(62, 66)]
+    few = kernel_of([64] * 128, range(128), range(128), name="decode_transposed", rows_per_cta=16)
+    many = kernel_of([64] * 128, sorted(worker), range(128), ctas_per_tile=2, in_pairs=False)
+    work = dataclasses.replace(many.work, num_workers=66, cores_per_item=2, sharers=2)
+    many = dataclasses.replace(many, work=work)
+    for kernel, heads, us in ((few, 16, 139.9), (many, 128, 230.2)):
+        report = simulate(H200, Problem((4096,) * 128, heads), kernel)
+        assert report.seconds * 1e6 == pytest.approx(us, rel=0.08)
+    # The memory bounds 16 heads, whatever the schedule allows.
+    bandwidth = H200["memory.hbm_bandwidth"] * CONSTANTS["memory.hbm_efficiency"]
+    least = 128 * 4096 * 1152 / bandwidth
+    cores = simulate(H200, Problem((4096,) * 128, 16), few).cores
+    assert least < cores < 1.05 * least
