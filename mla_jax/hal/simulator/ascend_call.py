@@ -1,0 +1,189 @@
+"""Divides a call over the cores of an Ascend die, times its work items, and merges partials.
+
+A work item is a range of keys of one tile of query rows. Kernels with `splits` divide all keys of a
+batch equally among the cores, in blocks of `block_kv`. So a long request gets several cores, each
+of which writes a partial, and vector cores merge the partials (flash decoding). Others give a
+request's tile to the next free core.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from mla_jax.hal.orders import ScheduleFn
+from mla_jax.hal.profiles.profile import HardwareProfile
+from mla_jax.hal.simulator import limits
+from mla_jax.hal.simulator.ascend_costs import AscendKernel, ascend_costs, job_rows
+from mla_jax.hal.simulator.many_cores import makespan
+from mla_jax.hal.simulator.one_core import BlockTimes, Timeline, run_schedule
+from mla_jax.hal.tiling import FRACTAL, ascend_tiles
+from mla_jax.hal.work import ITEMSIZE, Problem, Work
+
+
+@dataclass(frozen=True)
+class AscendCall:
+    """A call on a die.
+
+    tokens: [P] keys of each work item.
+    cores: seconds until the last core is done, with its late start.
+    merge: seconds of merging partials.
+    timeline: of a number of KV blocks of the largest tile.
+    flops, bytes: of the call.
+    """
+
+    work: Work
+    tokens: np.ndarray
+    cores: float
+    merge: float
+    timeline: Callable[[int], Timeline]
+    flops: float
+    bytes: float
+
+
+def divide(
+    profile: HardwareProfile, problem: Problem, kernel: AscendKernel, block_kv: int
+) -> tuple[Work, np.ndarray]:
+    """Returns the work items and the keys of each."""
+    rows, end, tile = _row_tiles(problem, kernel)
+    if kernel.splits and not kernel.expanded:
+        return _split(rows, end, tile, block_kv, profile.cores, len(job_rows(kernel, problem.rows)))
+    worker = np.full(len(rows), -1)
+    if kernel.splits:
+        worker = _balanced(rows * (end + block_kv / 4), profile.cores)
+    sharers = 1 if kernel.expanded else len(job_rows(kernel, problem.rows))
+    blocks = np.maximum(-(-end // block_kv), 1)
+    return Work(blocks, rows, worker, tile, profile.cores, sharers), end
+
+
+def _row_tiles(problem: Problem, kernel: AscendKernel) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the rows of each tile, the keys that it reads, and its number."""
+    lengths = np.array(problem.kv_lens)
+    sizes = np.array(job_rows(kernel, problem.s_q if kernel.expanded else problem.rows))
+    copies = problem.heads if kernel.expanded else 1
+    rows = np.tile(sizes, problem.batch * copies)
+    end = np.repeat(lengths, len(sizes) * copies)
+    if kernel.expanded:  # the causal mask: a tile reads the keys up to its last token
+        last = np.tile(np.cumsum(sizes), problem.batch * copies)
+        end = np.maximum(end - problem.s_q + last, 0)
+    return rows, end, np.arange(len(rows))
+
+
+def _balanced(costs: np.ndarray, cores: int) -> np.ndarray:
+    """Returns the core of each item: consecutive items, equal sums of costs."""
+    middle = np.cumsum(costs) - costs / 2
+    return np.minimum((middle * (min(cores, len(costs)) / costs.sum())).astype(int), cores - 1)
+
+
+def _split(
+    rows: np.ndarray, end: np.ndarray, tile: np.ndarray, block_kv: int, cores: int, sharers: int
+) -> tuple[Work, np.ndarray]:
+    """Returns work in which each core has equally many keys, cut between blocks."""
+    blocks = np.maximum(-(-end // block_kv), 1)
+    unit_tile = np.repeat(tile, blocks)
+    index = np.arange(len(unit_tile)) - np.repeat(np.cumsum(blocks) - blocks, blocks)
+    tokens = np.minimum(end[unit_tile] - index * block_kv, block_kv)
+    core = _balanced(tokens + block_kv / 4, cores)
+    starts = np.ones(len(core), bool)
+    starts[1:] = (core[1:] != core[:-1]) | (unit_tile[1:] != unit_tile[:-1])
+    first = np.flatnonzero(starts)
+    keys = np.add.reduceat(tokens, first)
+    count = np.diff(np.append(first, len(core)))
+    owner = unit_tile[first]
+    return Work(count, rows[owner], core[first], owner, cores, sharers), keys
+
+
+def merge_seconds(profile: HardwareProfile, kernel: AscendKernel, work: Work) -> float:
+    """Returns the seconds of merging: the cores meet, then read all partials once."""
+    if not work.split.any():
+        return 0.0
+    partials = work.rows[work.split].sum() * kernel.widths[1] * 4.0
+    cycles = partials / 4 / profile["core.vector_cores"] / profile["engine.vector_wide"]
+    busy = partials / profile["engine.gm_read"] + cycles * profile.cycle
+    return 3 * profile["latency.cross_core"] + busy / profile.cores
+
+
+class _Times:
+    """Seconds of a work item of some rows, by its keys, at some share of the memory."""
+
+    def __init__(self, block_kv: int, order: ScheduleFn, costs: Callable, signal: float) -> None:
+        self._block_kv, self._order, self._costs, self._signal = block_kv, order, costs, signal
+        self._whole = BlockTimes(order, costs(block_kv), signal)
+
+    def __call__(self, keys: int) -> float:
+        """Returns the seconds of whole blocks, and of a last one in proportion to its keys."""
+        blocks, rest = divmod(keys, self._block_kv)
+        if not blocks:
+            rest = max(-(-rest // FRACTAL) * FRACTAL, FRACTAL)
+            return BlockTimes(self._order, self._costs(rest), self._signal)(1)
+        seconds = self._whole(blocks)
+        if rest:
+            seconds += (self._whole(blocks + 1) - seconds) * rest / self._block_kv
+        return seconds
+
+    def timeline(self, num_blocks: int) -> Timeline:
+        """Returns the timeline of whole blocks."""
+        return run_schedule(self._order(num_blocks), self._costs(self._block_kv), self._signal)
+
+
+def call_on_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendKernel) -> AscendCall:
+    """Simulates the work items of a call on all cores."""
+    limits.require_ascend_dtype(problem, kernel)
+    item = ITEMSIZE[kernel.kv_dtype]
+    most = max(job_rows(kernel, problem.s_q if kernel.expanded else problem.rows))
+    shape = Problem((512,), heads=most, kv_dtype=kernel.kv_dtype)
+    tile = ascend_tiles(profile, shape, block_kv=kernel.block_kv, widths=kernel.widths)
+    work, tokens = divide(profile, problem, kernel, tile.block_kv)
+    order = limits.checked_order(kernel.order, limits.require_whole_on_ascend)
+    longest, active = int(work.blocks.max()), min(len(set(work.worker)) if work.worker[0] >= 0
+                                                  else len(work.blocks), profile.cores)  # fmt: skip
+    workspace = kernel.order.workspace_bytes(longest, most, tile.block_kv, item)
+    limits.require_memory(profile, problem, workspace * active)
+    flops, moved, cached = _totals(problem, kernel, work, tokens)
+    # PV finds its values in L2 if they are still there after the QK of all blocks ahead of it.
+    key_bytes = sum(kernel.widths) * item if kernel.expanded else problem.token_bytes
+    in_flight = kernel.order.slots(longest)["P"] * tile.block_kv * key_bytes
+    kept = active * in_flight <= profile["buffer.l2"]
+    resident = kernel.replayed and cached <= profile["buffer.l2"]
+    sharers = work.sharers if kept else 1
+    memory = profile["memory.hbm_bandwidth"] * profile["memory.hbm_efficiency"]
+    share = min(memory * min(sharers, active), profile["memory.l2_bandwidth"]) / active
+
+    @cache
+    def times(rows: int, alone: bool) -> _Times:
+        def costs(keys: int) -> Callable:
+            plan = ascend_tiles(profile, shape, block_kv=keys, widths=kernel.widths)
+            return ascend_costs(profile, kernel, plan, rows, math.inf if alone else share,
+                                values_in_l2=kept, keys_in_l2=resident)  # fmt: skip
+
+        return _Times(tile.block_kv, order, costs, profile["latency.cross_core"])
+
+    kinds, which = np.unique(np.stack([work.rows, tokens]), axis=1, return_inverse=True)
+    seconds = np.empty((2, kinds.shape[1]))
+    for i, (rows, keys) in enumerate(kinds.T.tolist()):
+        query = rows * kernel.widths[0] * item / profile["engine.gm_to_l1"]
+        crowded = times(rows, False)(keys)
+        seconds[:, i] = crowded + query, min(times(rows, True)(keys), crowded) + query
+    crowded, alone = seconds[:, which.reshape(-1)]
+    cores = makespan(crowded, alone, work.worker, work.num_workers)
+    start = profile["latency.core_start"] * active
+    merge = merge_seconds(profile, kernel, work)
+    shown = times(most, False).timeline
+    return AscendCall(work, tokens, start + cores, merge, shown, flops, moved)
+
+
+def _totals(
+    problem: Problem, kernel: AscendKernel, work: Work, tokens: np.ndarray
+) -> tuple[float, float, float]:
+    """Returns operations, bytes of memory traffic, and bytes of keys and values."""
+    if not kernel.expanded:
+        cached = sum(problem.kv_lens) * problem.token_bytes
+        return problem.flops, problem.bytes, cached
+    width, item = sum(kernel.widths), ITEMSIZE[kernel.kv_dtype]
+    masked = problem.s_q * (problem.s_q - 1) / 2
+    pairs = sum(max(n * problem.s_q - masked, 0.0) for n in problem.kv_lens)
+    cached = float(sum(problem.kv_lens)) * problem.heads * width * item
+    queries = problem.batch * problem.rows * width * item
+    return 2.0 * width * pairs * problem.heads, cached + queries, cached
