@@ -16,9 +16,14 @@ import numpy as np
 from mla_jax.hal.orders import ScheduleFn
 from mla_jax.hal.profiles.profile import HardwareProfile
 from mla_jax.hal.simulator import limits
-from mla_jax.hal.simulator.ascend_costs import AscendKernel, ascend_costs, job_rows
+from mla_jax.hal.simulator.ascend_costs import (
+    AscendKernel,
+    ascend_costs,
+    job_rows,
+    port_bytes,
+)
 from mla_jax.hal.simulator.many_cores import makespan
-from mla_jax.hal.simulator.one_core import BlockTimes, Timeline, run_schedule
+from mla_jax.hal.simulator.one_core import BlockTimes, Costs, Timeline, run_schedule
 from mla_jax.hal.tiling import FRACTAL, ascend_tiles
 from mla_jax.hal.work import ITEMSIZE, Problem, Work
 
@@ -105,27 +110,66 @@ def merge_seconds(profile: HardwareProfile, kernel: AscendKernel, work: Work) ->
     return 3 * profile["latency.cross_core"] + busy / profile.cores
 
 
+def _whole_fractals(keys: int) -> int:
+    return max(-(-keys // FRACTAL) * FRACTAL, FRACTAL)
+
+
 class _Times:
     """Seconds of a work item of some rows, by its keys, at some share of the memory."""
 
-    def __init__(self, block_kv: int, order: ScheduleFn, costs: Callable, signal: float) -> None:
-        self._block_kv, self._order, self._costs, self._signal = block_kv, order, costs, signal
+    def __init__(
+        self,
+        block_kv: int,
+        order: ScheduleFn,
+        costs: Callable[..., Costs],
+        reading: Callable[[int], float],
+        signal: float,
+    ) -> None:
+        self._block_kv, self._order, self._signal = block_kv, order, signal
+        self._costs, self._reading = costs, reading
+        self._slopes: dict[int, tuple[float, float]] = {}
         self._whole = BlockTimes(order, costs(block_kv), signal)
 
     def __call__(self, keys: int) -> float:
         """Returns the seconds of whole blocks, and of a last one in proportion to its keys."""
         blocks, rest = divmod(keys, self._block_kv)
         if not blocks:
-            rest = max(-(-rest // FRACTAL) * FRACTAL, FRACTAL)
-            return BlockTimes(self._order, self._costs(rest), self._signal)(1)
-        seconds = self._whole(blocks)
+            size = _whole_fractals(rest)
+            time = BlockTimes(self._order, self._costs(size), self._signal)(1)
+            return max(time, self._reading(size))
+        seconds = self._of_blocks(blocks)
         if rest:
-            seconds += (self._whole(blocks + 1) - seconds) * rest / self._block_kv
+            seconds += (self._of_blocks(blocks + 1) - seconds) * rest / self._block_kv
         return seconds
 
+    def _of_blocks(self, blocks: int) -> float:
+        return max(self._whole(blocks), blocks * self._reading(self._block_kv))
+
+    def next(self, keys: int) -> float:
+        """Returns the seconds that an item adds to a core whose units never drain before it."""
+        blocks, rest = divmod(keys, self._block_kv)
+        seconds = blocks * self._steady(self._block_kv)[0]
+        if rest or not blocks:
+            seconds += self._steady(_whole_fractals(rest))[0]
+        return seconds
+
+    def fill(self, keys: int) -> float:
+        """Returns the seconds in which the units start one after the other, for a first item."""
+        return self._steady(_whole_fractals(min(keys, self._block_kv)))[1]
+
+    def _steady(self, keys: int) -> tuple[float, float]:
+        """Returns the seconds per block of so many keys, and those that the first takes longer."""
+        if keys not in self._slopes:
+            times = BlockTimes(self._order, self._costs(keys), self._signal)
+            each = max((times(24) - times(12)) / 12, self._reading(keys))
+            self._slopes[keys] = each, max(times(1) - each, 0.0)
+        return self._slopes[keys]
+
     def timeline(self, num_blocks: int) -> Timeline:
-        """Returns the timeline of whole blocks."""
-        return run_schedule(self._order(num_blocks), self._costs(self._block_kv), self._signal)
+        """Returns the timeline of whole blocks; if the port is the bound, the units divide it."""
+        keys = self._block_kv
+        costs = self._costs(keys, divided=self._reading(keys) >= self._steady(keys)[0])
+        return run_schedule(self._order(num_blocks), costs, self._signal)
 
 
 def call_on_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendKernel) -> AscendCall:
@@ -147,31 +191,63 @@ def call_on_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendKer
     in_flight = kernel.order.slots(longest)["P"] * tile.block_kv * key_bytes
     kept = active * in_flight <= profile["buffer.l2"]
     resident = kernel.replayed and cached <= profile["buffer.l2"]
+    if kernel.expanded and problem.s_q > most:  # the tiles of a head follow each other on a core
+        head = max(problem.kv_lens) * key_bytes
+        resident = resident or active * head <= profile["buffer.l2"]
     sharers = work.sharers if kept else 1
     memory = profile["memory.hbm_bandwidth"] * profile["memory.hbm_efficiency"]
     share = min(memory * min(sharers, active), profile["memory.l2_bandwidth"]) / active
 
     @cache
     def times(rows: int, alone: bool) -> _Times:
-        def costs(keys: int) -> Callable:
+        def costs(keys: int, divided: bool = False) -> Costs:
             plan = ascend_tiles(profile, shape, block_kv=keys, widths=kernel.widths)
-            return ascend_costs(profile, kernel, plan, rows, math.inf if alone else share,
-                                values_in_l2=kept, keys_in_l2=resident)  # fmt: skip
+            cube, vector = port_bytes(kernel, rows, keys)
+            part = profile["engine.gm_read"] / (cube + vector)
+            return ascend_costs(
+                profile, kernel, plan, rows, math.inf if alone else share,
+                values_in_l2=kept, keys_in_l2=resident,
+                port=(cube * part, vector * part) if divided else (math.inf, math.inf),
+            )  # fmt: skip
 
-        return _Times(tile.block_kv, order, costs, profile["latency.cross_core"])
+        def reading(keys: int) -> float:
+            return sum(port_bytes(kernel, rows, keys)) / profile["engine.gm_read"]
 
-    kinds, which = np.unique(np.stack([work.rows, tokens]), axis=1, return_inverse=True)
-    seconds = np.empty((2, kinds.shape[1]))
-    for i, (rows, keys) in enumerate(kinds.T.tolist()):
+        return _Times(tile.block_kv, order, costs, reading, profile["latency.cross_core"])
+
+    first = _first_of_stream(problem, kernel, work) if kernel.splits else np.ones(len(tokens), int)
+    code = (work.rows * (int(tokens.max()) + 1) + tokens) * 2 + first
+    _, example, which = np.unique(code, return_index=True, return_inverse=True)
+    seconds = np.empty((2, len(example)))
+    for i, at in enumerate(example.tolist()):
+        rows, keys, starts = int(work.rows[at]), int(tokens[at]), int(first[at])
         query = rows * kernel.widths[0] * item / profile["engine.gm_to_l1"]
-        crowded = times(rows, False)(keys)
-        seconds[:, i] = crowded + query, min(times(rows, True)(keys), crowded) + query
+        pair = []
+        for one in (times(rows, False), times(rows, True)):
+            if kernel.splits:
+                pair.append(one.next(keys) + starts * one.fill(keys) + query)
+            else:
+                pair.append(one(keys) + query)
+        seconds[:, i] = pair[0], min(pair)
     crowded, alone = seconds[:, which.reshape(-1)]
     cores = makespan(crowded, alone, work.worker, work.num_workers)
     start = profile["latency.core_start"] * active
     merge = merge_seconds(profile, kernel, work)
     shown = times(most, False).timeline
     return AscendCall(work, tokens, start + cores, merge, shown, flops, moved)
+
+
+def _first_of_stream(problem: Problem, kernel: AscendKernel, work: Work) -> np.ndarray:
+    """Returns 1 for the items before which a core's units have drained, else 0.
+
+    The absorbed form goes on to the next request without a pause. The expanded form drains after
+    each head of a request.
+    """
+    stream = work.worker
+    if kernel.expanded:
+        tiles = len(job_rows(kernel, problem.s_q))
+        stream = stream * (problem.batch * problem.heads) + work.tile // tiles
+    return np.concatenate([[1], (stream[1:] != stream[:-1]).astype(int)])
 
 
 def _totals(

@@ -81,6 +81,16 @@ class AscendKernel:
         return (192, 128) if self.expanded else (LATENT + ROPE, LATENT)
 
     @property
+    def bytes_per_stored(self) -> float:
+        """Bytes read per byte of the cache; an ND cache is converted on the way."""
+        return 2.0 if self.convert_load else 1.0
+
+    @property
+    def score_bytes(self) -> float:
+        """Bytes that softmax reads per score; the parts of an int8 score may be separate."""
+        return 8.0 if self.kv_dtype == "int8" and self.order.signals == 1 else 4.0
+
+    @property
     def job_rows(self) -> int:
         """Query rows per job at most; int8 keeps two products of QK and has half as many."""
         return 128 if self.kv_dtype == "int8" else 128 * self.q_tokens
@@ -131,7 +141,7 @@ ASCEND_KERNELS = {
     "amla": AscendKernel("amla", ASCEND_ORDERS["amla"], q_tokens=2),
     "fia": AscendKernel("fia", ASCEND_ORDERS["chunk1"], q_tokens=2, splits=True),
     "fia-prefill": AscendKernel(
-        "fia-prefill", ASCEND_ORDERS["chunk1"], q_tokens=2, splits=True, expanded=True
+        "fia-prefill", ASCEND_ORDERS["chunk1"], splits=True, expanded=True
     ),
 } | {
     f"{dtype}-{name}": AscendKernel(f"{dtype}-{name}", order, kv_dtype=dtype)
@@ -210,6 +220,23 @@ def _product(
     )
 
 
+def port_bytes(kernel: AscendKernel, rows: int, keys: int) -> tuple[float, float]:
+    """Returns the bytes per block that a cube core and its vector cores read from memory or L2.
+
+    The cube core reads keys, values and P. The vector cores read S, and, unless AMLA adds in
+    memory, O and the product PV: the round trip of O.
+    """
+    item = ITEMSIZE[kernel.kv_dtype]
+    width = sum(kernel.widths) * item + (ROPE if kernel.kv_dtype == "int8" else 0)
+    cube = keys * (width * kernel.bytes_per_stored + rows * item)
+    vector = kernel.score_bytes * rows * keys
+    if kernel.kv_dtype == "int8" and kernel.order.signals == 2:
+        vector += 4.0 * rows * keys  # DEQUANT reads and SM reads
+    if kernel.order.rescale == "multiply":
+        vector += 2 * 4.0 * rows * kernel.widths[1]
+    return cube, vector
+
+
 def ascend_costs(
     profile: HardwareProfile,
     kernel: AscendKernel,
@@ -219,6 +246,7 @@ def ascend_costs(
     *,
     values_in_l2: bool = True,
     keys_in_l2: bool = False,
+    port: tuple[float, float] = (math.inf, math.inf),
 ) -> Costs:
     """Returns the cost function of stages, for a tile of `rows` rows and blocks of plan.block_kv.
 
@@ -226,6 +254,7 @@ def ascend_costs(
     values_in_l2: whether PV reads the values from L2, because QK has just loaded them, or again
         from memory.
     keys_in_l2: whether QK reads the keys from L2.
+    port: bytes per second that the cube core and its vector cores may read.
     """
     key_width, width = kernel.widths
     keys, item = plan.block_kv, ITEMSIZE[kernel.kv_dtype]
@@ -235,15 +264,9 @@ def ascend_costs(
     flag = profile["latency.flag"]
     l2 = profile["memory.l2_bandwidth"] / profile.cores
     from_l2 = l2 if values_in_l2 else share
-    stored = 2.0 if kernel.convert_load else 1.0
+    stored = kernel.bytes_per_stored
     state = 4.0 * rows * width  # O, and a product PV before it is added
-    score_bytes = 8.0 if int8 and kernel.order.signals == 1 else 4.0
-    cube_reads = keys * item * ((key_width + width) * stored + rows)
-    vector_reads = rows * keys * score_bytes
-    if kernel.order.rescale == "multiply":
-        vector_reads += 2 * state
-    cube_port = profile["engine.gm_read"] * cube_reads / (cube_reads + vector_reads)
-    vector_port = profile["engine.gm_read"] - cube_port
+    cube_port, vector_port = port
 
     def passes(wide: float, narrow: float, columns: int) -> float:
         """Returns vector cycles of passes over rows x columns, by their element rate."""
@@ -326,7 +349,7 @@ def ascend_costs(
             case "DEQUANT":
                 return vector(_Work(vector=passes(1.0, 1.0, keys), gm_to_ub=4.0 * rows * keys))
             case "SM":
-                return softmax(score_bytes)
+                return softmax(kernel.score_bytes)
             case "PV":
                 return outputs()
             case "UP":
