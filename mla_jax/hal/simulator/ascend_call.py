@@ -9,7 +9,7 @@ request's tile to the next free core.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
@@ -115,60 +115,73 @@ def _whole_fractals(keys: int) -> int:
 
 
 class _Times:
-    """Seconds of a work item of some rows, by its keys, at some share of the memory."""
+    """Seconds of a work item of some rows, by its keys, at some share of the memory.
+
+    A cube core and its vector cores share the port through which they read. Each finds it free for
+    the share of the time that the other leaves. A block takes the time T at which both agree: with
+    c bytes for the cube core and v for the vector cores, they read at port - v / T and at
+    port - c / T. The first block of a run finds the port free.
+    """
 
     def __init__(
         self,
         block_kv: int,
         order: ScheduleFn,
-        costs: Callable[..., Costs],
-        reading: Callable[[int], float],
+        costs: Callable[[int, tuple[float, float]], Costs],
+        reads: Callable[[int], tuple[float, float]],
+        port: float,
         signal: float,
     ) -> None:
         self._block_kv, self._order, self._signal = block_kv, order, signal
-        self._costs, self._reading = costs, reading
-        self._slopes: dict[int, tuple[float, float]] = {}
-        self._whole = BlockTimes(order, costs(block_kv), signal)
+        self._costs, self._reads, self._port = costs, reads, port
+        self._runs: dict[int, tuple[BlockTimes, float, float]] = {}
 
     def __call__(self, keys: int) -> float:
         """Returns the seconds of whole blocks, and of a last one in proportion to its keys."""
         blocks, rest = divmod(keys, self._block_kv)
         if not blocks:
-            size = _whole_fractals(rest)
-            time = BlockTimes(self._order, self._costs(size), self._signal)(1)
-            return max(time, self._reading(size))
+            return self._run(_whole_fractals(rest))[2]
         seconds = self._of_blocks(blocks)
         if rest:
             seconds += (self._of_blocks(blocks + 1) - seconds) * rest / self._block_kv
         return seconds
 
     def _of_blocks(self, blocks: int) -> float:
-        return max(self._whole(blocks), blocks * self._reading(self._block_kv))
+        times, _, first = self._run(self._block_kv)
+        return times(blocks) - times(1) + first
 
     def next(self, keys: int) -> float:
         """Returns the seconds that an item adds to a core whose units never drain before it."""
         blocks, rest = divmod(keys, self._block_kv)
-        seconds = blocks * self._steady(self._block_kv)[0]
+        seconds = blocks * self._run(self._block_kv)[1]
         if rest or not blocks:
-            seconds += self._steady(_whole_fractals(rest))[0]
+            seconds += self._run(_whole_fractals(rest))[1]
         return seconds
 
     def fill(self, keys: int) -> float:
-        """Returns the seconds in which the units start one after the other, for a first item."""
-        return self._steady(_whole_fractals(min(keys, self._block_kv)))[1]
+        """Returns the seconds by which a first block takes longer than one that follows others."""
+        _, each, first = self._run(_whole_fractals(min(keys, self._block_kv)))
+        return max(first - each, 0.0)
 
-    def _steady(self, keys: int) -> tuple[float, float]:
-        """Returns the seconds per block of so many keys, and those that the first takes longer."""
-        if keys not in self._slopes:
-            times = BlockTimes(self._order, self._costs(keys), self._signal)
-            each = max((times(24) - times(12)) / 12, self._reading(keys))
-            self._slopes[keys] = each, max(times(1) - each, 0.0)
-        return self._slopes[keys]
+    def _run(self, keys: int) -> tuple[BlockTimes, float, float]:
+        """Returns the times of blocks of so many keys, the seconds per block, and of the first."""
+        if keys not in self._runs:
+            first = BlockTimes(self._order, self._costs(keys, (self._port,) * 2), self._signal)(1)
+            cube, vector = self._reads(keys)
+            each = (cube + vector) / self._port
+            for _ in range(4):
+                rates = (self._port - vector / each, self._port - cube / each)
+                times = BlockTimes(self._order, self._costs(keys, rates), self._signal)
+                each = max((times(20) - times(8)) / 12, (cube + vector) / self._port)
+            self._runs[keys] = times, each, first
+        return self._runs[keys]
 
     def timeline(self, num_blocks: int) -> Timeline:
-        """Returns the timeline of whole blocks; if the port is the bound, the units divide it."""
-        keys = self._block_kv
-        costs = self._costs(keys, divided=self._reading(keys) >= self._steady(keys)[0])
+        """Returns the timeline of whole blocks."""
+        each = self._run(self._block_kv)[1]
+        cube, vector = self._reads(self._block_kv)
+        rates = (self._port - vector / each, self._port - cube / each)
+        costs = self._costs(self._block_kv, rates)
         return run_schedule(self._order(num_blocks), costs, self._signal)
 
 
@@ -200,20 +213,17 @@ def call_on_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendKer
 
     @cache
     def times(rows: int, alone: bool) -> _Times:
-        def costs(keys: int, divided: bool = False) -> Costs:
+        def costs(keys: int, port: tuple[float, float]) -> Costs:
             plan = ascend_tiles(profile, shape, block_kv=keys, widths=kernel.widths)
-            cube, vector = port_bytes(kernel, rows, keys)
-            part = profile["engine.gm_read"] / (cube + vector)
             return ascend_costs(
                 profile, kernel, plan, rows, math.inf if alone else share,
-                values_in_l2=kept, keys_in_l2=resident,
-                port=(cube * part, vector * part) if divided else (math.inf, math.inf),
+                values_in_l2=kept, keys_in_l2=resident, port=port,
             )  # fmt: skip
 
-        def reading(keys: int) -> float:
-            return sum(port_bytes(kernel, rows, keys)) / profile["engine.gm_read"]
-
-        return _Times(tile.block_kv, order, costs, reading, profile["latency.cross_core"])
+        return _Times(
+            tile.block_kv, order, costs, partial(port_bytes, kernel, rows),
+            profile["engine.gm_read"], profile["latency.cross_core"],
+        )  # fmt: skip
 
     first = _first_of_stream(problem, kernel, work) if kernel.splits else np.ones(len(tokens), int)
     code = (work.rows * (int(tokens.max()) + 1) + tokens) * 2 + first

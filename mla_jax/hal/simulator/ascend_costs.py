@@ -228,12 +228,14 @@ def port_bytes(kernel: AscendKernel, rows: int, keys: int) -> tuple[float, float
     """
     item = ITEMSIZE[kernel.kv_dtype]
     width = sum(kernel.widths) * item + (ROPE if kernel.kv_dtype == "int8" else 0)
-    cube = keys * (width * kernel.bytes_per_stored + rows * item)
+    converted = 1.0 if kernel.fractal_layout else 2.0
+    cube = keys * (width * kernel.bytes_per_stored + rows * item * converted)
     vector = kernel.score_bytes * rows * keys
     if kernel.kv_dtype == "int8" and kernel.order.signals == 2:
         vector += 4.0 * rows * keys  # DEQUANT reads and SM reads
     if kernel.order.rescale == "multiply":
-        vector += 2 * 4.0 * rows * kernel.widths[1]
+        once_in = kernel.order.chunk or math.inf if kernel.order.update == "chunk" else 1
+        vector += (1 + 1 / once_in) * 4.0 * rows * kernel.widths[1]
     return cube, vector
 
 
