@@ -20,6 +20,7 @@ from mla_jax.hal.simulator.ascend_costs import (
     AscendKernel,
     ascend_costs,
     job_rows,
+    output_in_ub,
     port_bytes,
 )
 from mla_jax.hal.simulator.many_cores import makespan
@@ -220,8 +221,9 @@ def call_on_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendKer
                 values_in_l2=kept, keys_in_l2=resident, port=port,
             )  # fmt: skip
 
+        in_ub = output_in_ub(tile, kernel, rows, profile["core.vector_cores"])
         return _Times(
-            tile.block_kv, order, costs, partial(port_bytes, kernel, rows),
+            tile.block_kv, order, costs, partial(port_bytes, kernel, rows, in_ub=in_ub),
             profile["engine.gm_read"], profile["latency.cross_core"],
         )  # fmt: skip
 

@@ -220,11 +220,24 @@ def _product(
     )
 
 
-def port_bytes(kernel: AscendKernel, rows: int, keys: int) -> tuple[float, float]:
+def output_in_ub(plan: TilePlan, kernel: AscendKernel, rows: int, vectors: float) -> bool:
+    """Returns whether O of a tile fits beside the rest of UB, so that it never leaves it.
+
+    At 128 rows that is so for the 128 columns of the expanded form, and not for 512.
+    """
+    state = 4.0 * rows * kernel.widths[1] / vectors
+    return plan.used()["ub"] + state <= plan.capacity["ub"]
+
+
+def port_bytes(
+    kernel: AscendKernel, rows: int, keys: int, in_ub: bool = False
+) -> tuple[float, float]:
     """Returns the bytes per block that a cube core and its vector cores read from memory or L2.
 
     The cube core reads keys, values and P. The vector cores read S, and, unless AMLA adds in
-    memory, O and the product PV: the round trip of O.
+    memory, the product PV and O: the round trip of O.
+
+    in_ub: O stays in UB.
     """
     item = ITEMSIZE[kernel.kv_dtype]
     width = sum(kernel.widths) * item + (ROPE if kernel.kv_dtype == "int8" else 0)
@@ -235,7 +248,7 @@ def port_bytes(kernel: AscendKernel, rows: int, keys: int) -> tuple[float, float
         vector += 4.0 * rows * keys  # DEQUANT reads and SM reads
     if kernel.order.rescale == "multiply":
         once_in = kernel.order.chunk or math.inf if kernel.order.update == "chunk" else 1
-        vector += (1 + 1 / once_in) * 4.0 * rows * kernel.widths[1]
+        vector += (1 + (0 if in_ub else 1 / once_in)) * 4.0 * rows * kernel.widths[1]
     return cube, vector
 
 
@@ -263,6 +276,7 @@ def ascend_costs(
     int8 = kernel.kv_dtype == "int8"
     cycle, scale = profile.cycle, profile["engine.dma_scale"]
     vectors = profile["core.vector_cores"]
+    in_ub = output_in_ub(plan, kernel, rows, vectors)
     flag = profile["latency.flag"]
     l2 = profile["memory.l2_bandwidth"] / profile.cores
     from_l2 = l2 if values_in_l2 else share
@@ -330,7 +344,7 @@ def ascend_costs(
     def update(step: Step) -> StageCost:
         blocks = sum(read.buffer == "Otmp" for read in step.reads)
         narrow = 1.0 * blocks + (1.0 * blocks if int8 else 0.0)
-        before = state if any(read.buffer == "O" for read in step.reads) else 0.0
+        before = 0.0 if in_ub or all(read.buffer != "O" for read in step.reads) else state
         return vector(_Work(vector=passes(1.0 * blocks, narrow, width),
                             gm_to_ub=blocks * state + before, ub_to_gm=state,
                             overlapped=kernel.update_ping_pong))  # fmt: skip
