@@ -2,6 +2,7 @@
 
 A table is recognized by its columns: `us` (time of a kernel), `gb_per_s` without `us` (the
 bandwidth reached), or `speedup_v11_over_v0` (one int8 kernel on Ascend relative to another).
+`fia_rows` has the tables of CANN's operator.
 """
 
 import csv
@@ -9,17 +10,25 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
+from experiments.simulated.fia_rows import DEVICE as ASCEND_DEVICE
+from experiments.simulated.fia_rows import TABLES as FIA_TABLES
+from experiments.simulated.fia_rows import fia_report, is_fia
 from mla_jax.hal import HardwareProfile, Problem, load_profile, simulate
 from mla_jax.hal.simulator.simulate import Report
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "published"
-TABLES = ("h200_mla_decode.csv", "flashinfer_mla_decode.csv", "ascend_int8_v11_over_v0.csv")
-ASCEND_DEVICE = "Ascend910B1"  # assumed: the Ascend table says 24 cores and names no device
+TABLES = (
+    "h200_mla_decode.csv",
+    "flashinfer_mla_decode.csv",
+    "ascend_int8_v11_over_v0.csv",
+    *FIA_TABLES,
+)
 ASCEND_HEADS = 128  # assumed: those of DeepSeek-V3, with one query token
 QUANTITIES = ("us", "gb_per_s", "speedup_v11_over_v0")  # published quantities, by precedence
 
 _NEEDED = {
     "us": ("device", "variant", "lengths", "page_size", "batch", "kv_len", "heads", "s_q"),
+    "fia": ("device", "kernel", "page_size", "batch", "kv_len", "heads", "s_q", "us"),
     "gb_per_s": ("device", "variant", "page_size", "batch", "kv_len", "heads"),
     "speedup_v11_over_v0": ("batch", "kv_len", "cores"),
 }
@@ -40,7 +49,8 @@ def read_table(path: Path) -> list[dict[str, str]]:
         if None in row or None in row.values():
             raise ValueError(f"{path.name}, row {number} has not one cell for each column")
     quantity = published_quantity(rows[0])
-    missing = [column for column in _NEEDED[quantity] if column not in rows[0]]
+    needed = _NEEDED["fia" if is_fia(rows[0]) else quantity]
+    missing = [column for column in needed if column not in rows[0]]
     if missing:
         raise ValueError(
             f"{path.name} has no column {missing[0]}, which a table of {quantity} needs"
@@ -85,6 +95,8 @@ def report_of(row: Row, profile: HardwareProfile | None = None) -> Report:
 def predict(row: Row, profile: HardwareProfile | None = None) -> float:
     """Returns the model's prediction of a row's published quantity, in the same unit."""
     quantity = published_quantity(row)
+    if is_fia(row):
+        return fia_report(row, profile).seconds * 1e6
     if quantity == "us":
         return report_of(row, profile).seconds * 1e6
     if quantity == "gb_per_s":

@@ -8,7 +8,7 @@ from mla_jax.hal.profiles.profile import Certainty, HardwareProfile
 from mla_jax.hal.profiles.sources import Entry, build
 
 _GIB = 2.0**30
-_FITTED = "Ascend910B1"  # assumed: the published rows say 24 cores but name no device
+_FITTED = "Ascend910B3"  # fitted: the published rows name an Atlas 800T A2 and no die
 _CORE = "S: CANN operator sources, one AI core"
 _DMA = "S: flat DMA table of a performance model in the CANN sources"
 
@@ -30,11 +30,11 @@ _COMMON: dict[str, Entry] = {
     "engine.gm_to_l1": (135 * _GIB, _DMA, "official"),
     "engine.gm_to_ub": (101 * _GIB, _DMA, "official"),
     "engine.ub_to_gm": (188 * _GIB, _DMA, "official"),
-    "engine.gm_read": (145e9, "a core and its vector cores read as fast as GM to L1", "assumed"),
+    "engine.gm_read": (135 * _GIB, "a core and its vector cores share the rate of GM to L1", "assumed"),
     "engine.fixpipe": (70 * _GIB, _DMA, "official"),
     "engine.l1_to_l0a": (441 * _GIB, _DMA, "official"),
     "engine.l1_to_l0b": (220 * _GIB, _DMA, "official"),
-    "engine.dma_scale": (1.0, "knob: a fit on a 910B3 differs by up to 7 times", "assumed"),
+    "engine.dma_scale": (1.0, "the table as it is; a fit on a 910B3 differs by up to 7", "assumed"),
     "memory.hbm_efficiency": (0.9, "as other HBM devices reach", "assumed"),
     "latency.cross_core": (
         1000 / 1.8e9,
@@ -66,7 +66,9 @@ def _die(
         "memory.hbm_bandwidth": (bandwidth, "C: board data", "community"),
     }
     entries |= {field.replace("__", "."): entry for field, entry in extra.items()}
-    if name != _FITTED:
+    if name == _FITTED:
+        note = "assumed to be the die of FIA's published rows, which do not say which 910B it is"
+    else:
         note = f"{note}; " * bool(note) + f"no rows of its own: the constants fitted on {_FITTED}"
     return build(name, "ascend", entries, _FITTED, note)
 

@@ -115,6 +115,9 @@ def _whole_fractals(keys: int) -> int:
     return max(-(-keys // FRACTAL) * FRACTAL, FRACTAL)
 
 
+_ROUNDS = 3  # of the fixed point of `_Times`, which is then exact to 0.5 %
+
+
 class _Times:
     """Seconds of a work item of some rows, by its keys, at some share of the memory.
 
@@ -170,10 +173,10 @@ class _Times:
             first = BlockTimes(self._order, self._costs(keys, (self._port,) * 2), self._signal)(1)
             cube, vector = self._reads(keys)
             each = (cube + vector) / self._port
-            for _ in range(4):
+            for _ in range(_ROUNDS):
                 rates = (self._port - vector / each, self._port - cube / each)
                 times = BlockTimes(self._order, self._costs(keys, rates), self._signal)
-                each = max((times(20) - times(8)) / 12, (cube + vector) / self._port)
+                each = max((times(16) - times(8)) / 8, (cube + vector) / self._port)
             self._runs[keys] = times, each, first
         return self._runs[keys]
 
@@ -212,6 +215,10 @@ def call_on_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendKer
     memory = profile["memory.hbm_bandwidth"] * profile["memory.hbm_efficiency"]
     share = min(memory * min(sharers, active), profile["memory.l2_bandwidth"]) / active
 
+    # Cores that are still busy when others are done get no faster if all read from L2 anyway.
+    fast = share >= profile["engine.gm_to_l1"] * profile["engine.dma_scale"]
+    steady = fast or (resident and kept)
+
     @cache
     def times(rows: int, alone: bool) -> _Times:
         def costs(keys: int, port: tuple[float, float]) -> Costs:
@@ -235,7 +242,7 @@ def call_on_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendKer
         rows, keys, starts = int(work.rows[at]), int(tokens[at]), int(first[at])
         query = rows * kernel.widths[0] * item / profile["engine.gm_to_l1"]
         pair = []
-        for one in (times(rows, False), times(rows, True)):
+        for one in (times(rows, False), times(rows, True))[: 1 if steady else 2]:
             if kernel.splits:
                 pair.append(one.next(keys) + starts * one.fill(keys) + query)
             else:

@@ -1,0 +1,63 @@
+"""Predicts rows of the published tables of FIA, CANN's fused-infer-attention operator.
+
+The rows name an Atlas 800T A2, that is an Ascend 910B of a variant that is not said. The model
+takes it for an Ascend910B3, whose 20 cores fit better than 24.
+"""
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+
+from mla_jax.hal import HardwareProfile, Problem, load_profile
+from mla_jax.hal.simulator.ascend_costs import ASCEND_KERNELS, AscendKernel
+from mla_jax.hal.simulator.simulate import Report, simulate
+
+DEVICE = "Ascend910B3"
+DEVICES = ("Ascend910B1", "Ascend910B2", "Ascend910B3")  # those with 1.6 TB/s, as the rows need
+TABLES = ("ascend_910b_fia_mla_decode.csv", "ascend_910b_fia_mla_prefill.csv")
+SEED = 25  # of the half of the rows that constants are fitted on
+
+_PUBLISHED_DEVICE = "Ascend 910B (Atlas 800T A2)"
+_KERNELS = {
+    "CANN FIA npu_fused_infer_attention_score_v2 MLA decode": "fia",
+    "CANN FIA causal prefill MHA 192/128": "fia-prefill",
+}
+
+Row = Mapping[str, str]
+
+
+def is_fia(row: Row) -> bool:
+    """Returns whether a row is one of FIA's."""
+    return row.get("kernel") in _KERNELS
+
+
+def fia_kernel(row: Row) -> AscendKernel:
+    """Returns the kernel of a row. The rows were timed by calls repeated on one cache."""
+    return dataclasses.replace(ASCEND_KERNELS[_KERNELS[row["kernel"]]], replayed=True)
+
+
+def fia_report(row: Row, profile: HardwareProfile | None = None) -> Report:
+    """Returns the model's report for a row. Raises ValueError for a cell that it can't predict."""
+    if row.get("dtype", "bf16") != "bf16":
+        raise ValueError(f"dtype = {row['dtype']!r}, wanted bf16 for {row['kernel']}")
+    if profile is None:
+        name = row["device"]
+        profile = load_profile(DEVICE if name == _PUBLISHED_DEVICE else name)
+    problem = Problem(
+        kv_lens=(int(row["kv_len"]),) * int(row["batch"]),
+        heads=int(row["heads"]),
+        s_q=int(row["s_q"]),
+        page_size=int(row["page_size"]),
+    )
+    return simulate(profile, problem, fia_kernel(row))
+
+
+def halves[T](rows: Sequence[T], seed: int = SEED) -> tuple[list[T], list[T]]:
+    """Returns the half of a table that constants are fitted on, and the other half."""
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    fitted = set(order[: (len(rows) + 1) // 2])
+    return (
+        [row for i, row in enumerate(rows) if i in fitted],
+        [row for i, row in enumerate(rows) if i not in fitted],
+    )
