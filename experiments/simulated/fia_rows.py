@@ -61,3 +61,49 @@ def halves[T](rows: Sequence[T], seed: int = SEED) -> tuple[list[T], list[T]]:
         [row for i, row in enumerate(rows) if i in fitted],
         [row for i, row in enumerate(rows) if i not in fitted],
     )
+
+
+def fitted_and_other[T](table: str, rows: Sequence[T]) -> tuple[list[T], list[T]]:
+    """Returns the rows of a table that constants were fitted on, and the others."""
+    if table.startswith("ascend"):
+        return halves(rows)
+    return list(rows[::2]), list(rows[1::2])
+
+
+# Figures that sources give in text and not in a table. None of them was fitted.
+CHUNK_GAIN = {4096: 1.045, 2048: 1.092}  # int8, one request, chunk 4 over chunk 1
+AMLA_SHARE = 0.868
+
+
+def text_figures(profile: HardwareProfile) -> list[tuple[str, float, float]]:
+    """Returns (what, model, published) of the figures in text, as ratios."""
+    found = []
+    for kv_len, gain in CHUNK_GAIN.items():
+        problem = Problem((kv_len,), 128, kv_dtype="int8")
+        one, four = (simulate(profile, problem, k).seconds for k in ("int8-chunk1", "int8-chunk4"))
+        found.append((f"chunk 4 over chunk 1, kv {kv_len}", one / four, gain))
+    package = load_profile("Ascend910C")
+    call = Problem((16384,) * package.cores, 128, 2)
+    share = simulate(package, call, "amla").utilisation
+    return [*found, ("AMLA, share of the cube's peak", share, AMLA_SHARE)]
+
+
+def amla_gains(profile: HardwareProfile) -> list[dict[str, float | str]]:
+    """Returns AMLA beside chunk 4 by query tokens and heads, one request of 16384 per core."""
+    amla = ASCEND_KERNELS["amla"]
+    chunk4 = dataclasses.replace(ASCEND_KERNELS["bf16-chunk4"], q_tokens=amla.q_tokens)
+    rows: list[dict[str, float | str]] = []
+    for s_q in (1, 2):
+        for heads in (16, 32, 64, 128):
+            problem = Problem((16384,) * profile.cores, heads, s_q)
+            with_up, without = (simulate(profile, problem, k) for k in (chunk4, amla))
+            rows.append({
+                "s_q": s_q,
+                "heads": heads,
+                "chunk4_us": with_up.seconds * 1e6,
+                "amla_us": without.seconds * 1e6,
+                "gain": with_up.seconds / without.seconds,
+                "chunk4_share_of_peak": with_up.utilisation,
+                "amla_share_of_peak": without.utilisation,
+            })  # fmt: skip
+    return rows

@@ -80,8 +80,12 @@ ASCEND910B4 = _die("Ascend910B4", 20, 1.50e9, 32e9, 0.8e12, "S")
 ASCEND910C_DIE = _die(
     "Ascend910C_die", 24, 1.80e9, 64e9, 1.6e12, "D", "one of a package's two dies"
 )
-ASCEND910C = _die(
+_PACKAGE = _die(
     "Ascend910C", 48, 1.80e9, 128e9, 3.2e12, "D", "the package: two dies",
     buffer__l2=(2 * 192 * 2**20, "two dies", "derived"),
     memory__l2_bandwidth=(14e12, "two dies", "derived"),
 )  # fmt: skip
+ASCEND910C = _PACKAGE.with_values(
+    {"latency.core_start": _PACKAGE["latency.core_start"] / 2},
+    "half of a die's, since two dies start their cores at the same time",
+)

@@ -115,7 +115,7 @@ def _whole_fractals(keys: int) -> int:
     return max(-(-keys // FRACTAL) * FRACTAL, FRACTAL)
 
 
-_ROUNDS = 3  # of the fixed point of `_Times`, which is then exact to 0.5 %
+_ROUNDS = 12  # at most, of the search for the T of `_Times`
 
 
 class _Times:
@@ -171,21 +171,38 @@ class _Times:
         """Returns the times of blocks of so many keys, the seconds per block, and of the first."""
         if keys not in self._runs:
             first = BlockTimes(self._order, self._costs(keys, (self._port,) * 2), self._signal)(1)
-            cube, vector = self._reads(keys)
-            each = (cube + vector) / self._port
-            for _ in range(_ROUNDS):
-                rates = (self._port - vector / each, self._port - cube / each)
-                times = BlockTimes(self._order, self._costs(keys, rates), self._signal)
-                each = max((times(16) - times(8)) / 8, (cube + vector) / self._port)
+            times, each = self._agree(keys)
             self._runs[keys] = times, each, first
         return self._runs[keys]
+
+    def _agree(self, keys: int) -> tuple[BlockTimes, float]:
+        """Returns the times of blocks and the T at which both agree, found by the secant method."""
+        lowest = sum(self._reads(keys)) / self._port
+
+        def at(each: float) -> tuple[BlockTimes, float]:
+            costs = self._costs(keys, self._rates(keys, each))
+            times = BlockTimes(self._order, costs, self._signal)
+            return times, max((times(16) - times(8)) / 8, lowest)
+
+        times, found = at(lowest)
+        tried, off, each = lowest, found - lowest, found
+        for _ in range(_ROUNDS):
+            times, found = at(each)
+            if abs(found - each) <= 1e-10 * each or found - each == off:
+                break
+            step = (found - each) * (each - tried) / (off - (found - each))
+            tried, off, each = each, found - each, max(each + step, lowest)
+        return times, found
+
+    def _rates(self, keys: int, each: float) -> tuple[float, float]:
+        """Returns what the cube core and the vector cores read per second, if a block takes T."""
+        cube, vector = self._reads(keys)
+        return self._port - vector / each, self._port - cube / each
 
     def timeline(self, num_blocks: int) -> Timeline:
         """Returns the timeline of whole blocks."""
         each = self._run(self._block_kv)[1]
-        cube, vector = self._reads(self._block_kv)
-        rates = (self._port - vector / each, self._port - cube / each)
-        costs = self._costs(self._block_kv, rates)
+        costs = self._costs(self._block_kv, self._rates(self._block_kv, each))
         return run_schedule(self._order(num_blocks), costs, self._signal)
 
 
@@ -198,8 +215,9 @@ def call_on_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendKer
     tile = ascend_tiles(profile, shape, block_kv=kernel.block_kv, widths=kernel.widths)
     work, tokens = divide(profile, problem, kernel, tile.block_kv)
     order = limits.checked_order(kernel.order, limits.require_whole_on_ascend)
-    longest, active = int(work.blocks.max()), min(len(set(work.worker)) if work.worker[0] >= 0
-                                                  else len(work.blocks), profile.cores)  # fmt: skip
+    longest = int(work.blocks.max())
+    workers = len(np.unique(work.worker)) if work.worker[0] >= 0 else len(work.blocks)
+    active = min(workers, profile.cores)
     workspace = kernel.order.workspace_bytes(longest, most, tile.block_kv, item)
     limits.require_memory(profile, problem, workspace * active)
     flops, moved, cached = _totals(problem, kernel, work, tokens)
@@ -225,7 +243,7 @@ def call_on_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendKer
             plan = ascend_tiles(profile, shape, block_kv=keys, widths=kernel.widths)
             return ascend_costs(
                 profile, kernel, plan, rows, math.inf if alone else share,
-                values_in_l2=kept, keys_in_l2=resident, port=port,
+                values_in_l2=resident if kernel.expanded else kept, keys_in_l2=resident, port=port,
             )  # fmt: skip
 
         in_ub = output_in_ub(tile, kernel, rows, profile["core.vector_cores"])
@@ -253,7 +271,7 @@ def call_on_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendKer
     start = profile["latency.core_start"] * active
     merge = merge_seconds(profile, kernel, work)
     shown = times(most, False).timeline
-    return AscendCall(work, tokens, start + cores, merge, shown, flops, moved)
+    return AscendCall(work, tokens, float(start + cores), float(merge), shown, flops, moved)
 
 
 def _first_of_stream(problem: Problem, kernel: AscendKernel, work: Work) -> np.ndarray:
