@@ -11,6 +11,7 @@ mla_jax/hal/profiles/fitted.json. Each die takes some minutes.
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,9 @@ BOUNDS: Bounds = {
 }
 
 
-def fit_die(start: HardwareProfile, tables: list[list[Row]]) -> tuple[float, dict[str, float]]:
+def fit_die(
+    start: HardwareProfile, tables: Sequence[Sequence[Row]]
+) -> tuple[float, dict[str, float]]:
     """Returns (cost, constants) of the best fit; large errors count less than their squares."""
     from scipy.optimize import least_squares
 

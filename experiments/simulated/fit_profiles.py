@@ -54,6 +54,7 @@ DEVICES: dict[str, tuple[str, Bounds]] = {
     "H100_SXM5": ("flashinfer_mla_decode.csv", GPU),
 }
 
+
 def changed(profile: HardwareProfile, values: dict[str, float]) -> HardwareProfile:
     """Returns a profile with other constants."""
     numbers = dict(profile.numbers)

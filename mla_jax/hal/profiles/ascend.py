@@ -30,7 +30,7 @@ _COMMON: dict[str, Entry] = {
     "engine.gm_to_l1": (135 * _GIB, _DMA, "official"),
     "engine.gm_to_ub": (101 * _GIB, _DMA, "official"),
     "engine.ub_to_gm": (188 * _GIB, _DMA, "official"),
-    "engine.gm_read": (135 * _GIB, "a core and its vector cores share the rate of GM to L1", "assumed"),
+    "engine.gm_read": (135 * _GIB, "all units of a core together: as GM to L1", "assumed"),
     "engine.fixpipe": (70 * _GIB, _DMA, "official"),
     "engine.l1_to_l0a": (441 * _GIB, _DMA, "official"),
     "engine.l1_to_l0b": (220 * _GIB, _DMA, "official"),

@@ -140,9 +140,7 @@ ASCEND_KERNELS = {
     ),
     "amla": AscendKernel("amla", ASCEND_ORDERS["amla"], q_tokens=2),
     "fia": AscendKernel("fia", ASCEND_ORDERS["chunk1"], q_tokens=2, splits=True),
-    "fia-prefill": AscendKernel(
-        "fia-prefill", ASCEND_ORDERS["chunk1"], splits=True, expanded=True
-    ),
+    "fia-prefill": AscendKernel("fia-prefill", ASCEND_ORDERS["chunk1"], splits=True, expanded=True),
 } | {
     f"{dtype}-{name}": AscendKernel(f"{dtype}-{name}", order, kv_dtype=dtype)
     for dtype in ("bf16", "int8")
