@@ -1,11 +1,13 @@
 """FIA on Ascend: work items, merge, tails, causal tiles, the shared read port, and AMLA's gain."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from experiments.simulated.fia_rows import amla_gains, fia_report, halves
+from experiments.simulated.msprof import main, read_pipes
 from mla_jax.hal import PROFILES, Problem, plan_tiles, simulate
 from mla_jax.hal.simulator.ascend_call import call_on_ascend, divide, merge_seconds
 from mla_jax.hal.simulator.ascend_costs import ASCEND_KERNELS, output_in_ub, port_bytes
@@ -123,3 +125,33 @@ def test_rows_of_fia() -> None:
     assert sorted(one + other) == list(range(117))
     assert len(one) == 59
     assert one != list(range(59))
+
+
+PIPES = """block_id,sub_block_id,aic_time(us),aic_cube_time(us),aic_mte1_time(us),aic_mte2_time(us),\
+aic_fixpipe_time(us),aiv_time(us),aiv_vec_time(us),aiv_mte2_time(us),aiv_mte3_time(us)
+0,cube0,80,20,10,60,30,NA,NA,NA,NA
+0,vector0,NA,NA,NA,NA,NA,70,12,9,3
+1,cube0,100,30,20,70,40,,,,
+1,vector0,,,,,,90,14,11,5
+"""
+
+
+def test_msprofs_pipe_times_are_drawn_beside_simulated_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file is made by hand in the format that `msprof op` documents."""
+    path, picture = tmp_path / "PipeUtilization.csv", tmp_path / "pipes.png"
+    path.write_text(PIPES)
+    assert read_pipes(path) == {"cube": 25, "mte1": 15, "mte2": 65, "fixpipe": 35, "vector": 13,
+                                "mte2v": 10, "mte3": 4, "total": 90}  # fmt: skip
+    main([str(path), "--batch=20", f"--picture={picture}"])
+    report = simulate(DIE, Problem((4096,) * 20, 128), "fia")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0][:2] == ["cube", "25.00"]
+    assert lines[-1] == ["total", "90.00", f"{report.cores * 1e6:.2f}"]
+    assert float(lines[0][2]) < float(lines[-1][2])
+    assert picture.stat().st_size > 0
+    path.write_text(PIPES.replace("aiv_mte3_time(us)", "other"))
+    with pytest.raises(SystemExit):
+        main([str(path)])
+    assert "has no column aiv_mte3_time(us)" in capsys.readouterr().err
