@@ -127,8 +127,8 @@ def test_rows_of_fia() -> None:
     assert one != list(range(59))
 
 
-PIPES = """block_id,sub_block_id,aic_time(us),aic_cube_time(us),aic_mte1_time(us),aic_mte2_time(us),\
-aic_fixpipe_time(us),aiv_time(us),aiv_vec_time(us),aiv_mte2_time(us),aiv_mte3_time(us)
+PIPES = """block_id,sub_block_id,aic_time(us),aic_cube_time(us),aic_mte1_time(us),\
+aic_mte2_time(us),aic_fixpipe_time(us),aiv_time(us),aiv_vec_time(us),aiv_mte2_time(us),aiv_mte3_time(us)
 0,cube0,80,20,10,60,30,NA,NA,NA,NA
 0,vector0,NA,NA,NA,NA,NA,70,12,9,3
 1,cube0,100,30,20,70,40,,,,
