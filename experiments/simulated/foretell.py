@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.framework.results import ROOT, environment
-from experiments.simulated.predictions import kernel_of, published_value, read_table
+from experiments.simulated.tables.predictions import kernel_of, published_value, read_table
 from mla_jax.hal import HardwareProfile, Problem, load_profile, simulate
 
 FOLDER = ROOT / "benchmarks" / "predictions"

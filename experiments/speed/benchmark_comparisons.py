@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from experiments.framework.experiment import Row
 from experiments.framework.journal import Journal
-from experiments.simulated.predictions import FOLDER, read_table
+from experiments.simulated.tables.predictions import FOLDER, read_table
 from experiments.speed import timing
 from experiments.speed.decode.setup import Setup
 from experiments.speed.shapes import (

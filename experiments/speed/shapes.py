@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from experiments.framework.experiment import Row
-from experiments.simulated.predictions import lengths_of
+from experiments.simulated.tables.predictions import lengths_of
 from experiments.speed.best_when import AXES
 
 HEADS = (16, 32, 64, 128)

@@ -216,14 +216,18 @@ def ascend_tiles(
     *,
     block_q: int | None = None,
     block_kv: int | None = None,
+    widths: tuple[int, int] = (KEY, LATENT),
 ) -> TilePlan:
     """Returns FIA's tiling for the sizes of the buffers.
+
+    widths: values of a key and of a value.
 
     L0C holds two fp32 tiles, as square as possible: 128 x 128. L1 keeps Q and has three buffers for
     keys in rotation. The widest slice of keys that leaves room is 288 of 576. L0A and L0B hold two
     slices each of what L1 provides. A block has as many keys as let a vector core hold 16 rows of
     S, P and their double buffers in UB.
     """
+    key, value = widths
     item = ITEMSIZE[problem.kv_dtype]
     side = 2 ** int(math.log2(math.sqrt(profile["buffer.l0c"] / (4 * 2))))
     rows_max = side if problem.kv_dtype == "int8" else 2 * side
@@ -235,14 +239,14 @@ def ascend_tiles(
     if block_kv is None:
         block_kv = _largest(powers, profile["buffer.ub"] / rows_bytes) or FRACTAL
     l1 = profile["buffer.l1"]
-    q_bytes = block_q * KEY * item
-    k1 = _largest(_divisors(KEY), (l1 - q_bytes) / (3 * side * item)) or FRACTAL
+    q_bytes = block_q * key * item
+    k1 = _largest(_divisors(key), (l1 - q_bytes) / (3 * side * item)) or FRACTAL
     buffer_bytes = side * k1 * item
     v1 = _largest(_divisors(block_kv), k1)
     k0 = _largest(_divisors(k1), profile["buffer.l0a"] / (2 * side * item))
     v0 = _largest(_divisors(v1), profile["buffer.l0a"] / (2 * side * item))
     m1 = min(side, block_q)
-    halves = math.ceil(block_q / side) * (KEY // k1)
+    halves = math.ceil(block_q / side) * (key // k1)
     return TilePlan(
         profile=profile.name,
         block_q=block_q,
@@ -250,8 +254,8 @@ def ascend_tiles(
         kv_stages=3,
         num_workers=profile.cores,
         tiles=(
-            Tile("task", "QK", block_q, KEY, block_kv),
-            Tile("task", "PV", block_q, block_kv, LATENT),
+            Tile("task", "QK", block_q, key, block_kv),
+            Tile("task", "PV", block_q, block_kv, value),
             Tile("l1", "QK", m1, k1, side),
             Tile("l1", "PV", m1, v1, side),
             Tile("l0", "QK", m1, k0, side),

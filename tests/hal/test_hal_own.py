@@ -128,8 +128,10 @@ def test_other_files(tmp_path: Path) -> None:
     assert time_of(path) == simulate(H200, CALL, with_fa3_2wg(H200)).seconds
     with pytest.raises(ValueError, match=r"mine\.py: schedule must be an AscendOrder on Ascend"):
         time_of(path, DIE)
-    path.write_text("from mla_jax.hal import AscendOrder\nschedule = AscendOrder('x', chunk=3)\n")
-    order = AscendOrder("x", chunk=3)
+    path.write_text(
+        "from mla_jax.hal import AscendOrder\nschedule = AscendOrder('x', chunk=3, preload=0)\n"
+    )
+    order = AscendOrder("x", chunk=3, preload=0)
     assert time_of(path, DIE) == simulate(DIE, CALL, order).seconds
     assert simulate(DIE, CALL, order).seconds != simulate(DIE, CALL, "chunk1").seconds
     with pytest.raises(ValueError, match=r"mine\.py: kernel x does not run on family 'nvidia'"):

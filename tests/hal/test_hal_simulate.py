@@ -236,14 +236,17 @@ def test_verdicts() -> None:
     assert (few_heads.bound_by, many.bound_by, alone.bound_by) == ("memory", "matrix", "sync")
 
 
-def test_chunk_4_leaves_the_cube_no_steady_bubble_where_it_is_the_bound() -> None:
+def test_the_round_trip_of_o_costs_chunk_4_what_amla_gains() -> None:
+    """With 256 rows per tile. With int8, or without O's traffic, the cube is not the bound."""
+    profile, problem = PROFILES["Ascend910B2"], Problem((16384,) * 24, 128, 2)
     kernel = dataclasses.replace(ASCEND_KERNELS["bf16-chunk4"], q_tokens=2)
-    report = simulate(PROFILES["Ascend910B2"], Problem((16384,) * 24, 128, 2), kernel)
-    assert (report.bound_by, report.engine) == ("matrix", "cube")
-    assert report.bubbles["steady"] < 1e-6
-    int8 = simulate(
-        PROFILES["Ascend910B2"], Problem((16384,) * 24, 128, kv_dtype="int8"), "int8-chunk4"
-    )
+    chunk4, amla = (simulate(profile, problem, k) for k in (kernel, "amla"))
+    assert (chunk4.bound_by, amla.bound_by) == ("memory", "matrix")
+    assert amla.bubbles["steady"] < 0.01
+    assert 1.05 < chunk4.seconds / amla.seconds < 1.4
+    wide = profile.with_values({"engine.gm_read": 1e12})  # O costs nothing
+    assert simulate(wide, problem, kernel).seconds < 1.03 * simulate(wide, problem, "amla").seconds
+    int8 = simulate(profile, Problem((16384,) * 24, 128, kv_dtype="int8"), "int8-chunk4")
     assert int8.bound_by != "matrix"
 
 
@@ -262,7 +265,7 @@ def test_each_ingredient_of_v11_helps_or_costs_little(name: str) -> None:
     changed = with_ingredients(first, name)
     assert changed != first
     ratio = simulate(profile, problem, first).seconds / simulate(profile, problem, changed).seconds
-    assert 0.98 < ratio < 1.2
+    assert 0.95 < ratio < 1.3
 
 
 def test_nd_cache_costs_a_conversion() -> None:

@@ -8,7 +8,7 @@ from mla_jax.hal.profiles.profile import Certainty, HardwareProfile
 from mla_jax.hal.profiles.sources import Entry, build
 
 _GIB = 2.0**30
-_FITTED = "Ascend910B1"  # assumed: the published rows say 24 cores but name no device
+_FITTED = "Ascend910B3"  # fitted: the published rows name an Atlas 800T A2 and no die
 _CORE = "S: CANN operator sources, one AI core"
 _DMA = "S: flat DMA table of a performance model in the CANN sources"
 
@@ -30,16 +30,18 @@ _COMMON: dict[str, Entry] = {
     "engine.gm_to_l1": (135 * _GIB, _DMA, "official"),
     "engine.gm_to_ub": (101 * _GIB, _DMA, "official"),
     "engine.ub_to_gm": (188 * _GIB, _DMA, "official"),
+    "engine.gm_read": (135 * _GIB, "all units of a core together: as GM to L1", "assumed"),
     "engine.fixpipe": (70 * _GIB, _DMA, "official"),
     "engine.l1_to_l0a": (441 * _GIB, _DMA, "official"),
     "engine.l1_to_l0b": (220 * _GIB, _DMA, "official"),
-    "engine.dma_scale": (1.0, "knob: a fit on a 910B3 differs by up to 7 times", "assumed"),
+    "engine.dma_scale": (1.0, "the table as it is; a fit on a 910B3 differs by up to 7", "assumed"),
     "memory.hbm_efficiency": (0.9, "as other HBM devices reach", "assumed"),
     "latency.cross_core": (
         1000 / 1.8e9,
         "C: about 1000 cycles a logical tile, fitted",
         "community",
     ),
+    "latency.core_start": (5e-7, "time by which each further core starts later", "assumed"),
     "latency.flag": (50 / 1.8e9, "a set/wait pair between two pipes", "assumed"),
     "latency.job": (1000 / 1.8e9, "filling L1 and L0 before a stage's first multiply", "assumed"),
     "latency.launch": (10.9e3 / 1.8e9, "C: about 10.9k cycles, fitted", "community"),
@@ -64,7 +66,9 @@ def _die(
         "memory.hbm_bandwidth": (bandwidth, "C: board data", "community"),
     }
     entries |= {field.replace("__", "."): entry for field, entry in extra.items()}
-    if name != _FITTED:
+    if name == _FITTED:
+        note = "assumed to be the die of FIA's published rows, which do not say which 910B it is"
+    else:
         note = f"{note}; " * bool(note) + f"no rows of its own: the constants fitted on {_FITTED}"
     return build(name, "ascend", entries, _FITTED, note)
 
@@ -76,8 +80,12 @@ ASCEND910B4 = _die("Ascend910B4", 20, 1.50e9, 32e9, 0.8e12, "S")
 ASCEND910C_DIE = _die(
     "Ascend910C_die", 24, 1.80e9, 64e9, 1.6e12, "D", "one of a package's two dies"
 )
-ASCEND910C = _die(
+_PACKAGE = _die(
     "Ascend910C", 48, 1.80e9, 128e9, 3.2e12, "D", "the package: two dies",
     buffer__l2=(2 * 192 * 2**20, "two dies", "derived"),
     memory__l2_bandwidth=(14e12, "two dies", "derived"),
 )  # fmt: skip
+ASCEND910C = _PACKAGE.with_values(
+    {"latency.core_start": _PACKAGE["latency.core_start"] / 2},
+    "half of a die's, since two dies start their cores at the same time",
+)

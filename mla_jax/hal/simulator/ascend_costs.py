@@ -31,6 +31,11 @@ class AscendKernel:
     update_ping_pong: UP loads the next rows while it computes on these.
     q_tokens: query tokens per job ("Q2": 2).
     block_kv: keys per block; None is as many as fit, 512 on all 910s.
+    splits: requests are split over the keys, so that all cores get equally many, and merged (flash
+        decoding). False gives each request, or each of its row tiles, to the next free core.
+    expanded: prefill with keys of 192 and values of 128 values per head, and a causal mask. False
+        is the absorbed form, in which all heads read the same 512 + 64 values of a token.
+    replayed: the call is repeated on the same cache, so that L2 still holds a cache that fits.
 
     Raises ValueError for choices that exclude each other.
     """
@@ -46,6 +51,9 @@ class AscendKernel:
     update_ping_pong: bool = True
     q_tokens: int = 1
     block_kv: int | None = None
+    splits: bool = False
+    expanded: bool = False
+    replayed: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.head_group <= 64:
@@ -56,6 +64,8 @@ class AscendKernel:
             raise ValueError(
                 f"{self.name}: kv_dtype = {self.kv_dtype!r}, wanted bf16, fp16 or int8"
             )
+        if self.expanded and self.kv_dtype == "int8":
+            raise ValueError(f"{self.name}: expanded needs kv_dtype bf16 or fp16, got 'int8'")
         if self.order.rescale == "exponent_add" and self.kv_dtype == "int8":
             raise ValueError(
                 f"{self.name}: AMLA adds P.V to O in memory, which int32 products can't"
@@ -64,6 +74,21 @@ class AscendKernel:
             raise ValueError(
                 f"{self.name}: signals = 2 needs kv_dtype = 'int8', got {self.kv_dtype!r}"
             )
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Values of a key and of a value."""
+        return (192, 128) if self.expanded else (LATENT + ROPE, LATENT)
+
+    @property
+    def bytes_per_stored(self) -> float:
+        """Bytes read per byte of the cache; an ND cache is converted on the way."""
+        return 2.0 if self.convert_load else 1.0
+
+    @property
+    def score_bytes(self) -> float:
+        """Bytes that softmax reads per score; the parts of an int8 score may be separate."""
+        return 8.0 if self.kv_dtype == "int8" and self.order.signals == 1 else 4.0
 
     @property
     def job_rows(self) -> int:
@@ -114,6 +139,8 @@ ASCEND_KERNELS = {
         with_ingredients(_V0, *INGREDIENTS), name="int8-v11", order=_V11_ORDER
     ),
     "amla": AscendKernel("amla", ASCEND_ORDERS["amla"], q_tokens=2),
+    "fia": AscendKernel("fia", ASCEND_ORDERS["chunk1"], q_tokens=2, splits=True),
+    "fia-prefill": AscendKernel("fia-prefill", ASCEND_ORDERS["chunk1"], splits=True, expanded=True),
 } | {
     f"{dtype}-{name}": AscendKernel(f"{dtype}-{name}", order, kv_dtype=dtype)
     for dtype in ("bf16", "int8")
@@ -191,6 +218,38 @@ def _product(
     )
 
 
+def output_in_ub(plan: TilePlan, kernel: AscendKernel, rows: int, vectors: float) -> bool:
+    """Returns whether O of a tile fits beside the rest of UB, so that it never leaves it.
+
+    At 128 rows that is so for the 128 columns of the expanded form, and not for 512.
+    """
+    state = 4.0 * rows * kernel.widths[1] / vectors
+    return plan.used()["ub"] + state <= plan.capacity["ub"]
+
+
+def port_bytes(
+    kernel: AscendKernel, rows: int, keys: int, in_ub: bool = False
+) -> tuple[float, float]:
+    """Returns the bytes per block that a cube core and its vector cores read from memory or L2.
+
+    The cube core reads keys, values and P. The vector cores read S, and, unless AMLA adds in
+    memory, the product PV and O: the round trip of O.
+
+    in_ub: O stays in UB.
+    """
+    item = ITEMSIZE[kernel.kv_dtype]
+    width = sum(kernel.widths) * item + (ROPE if kernel.kv_dtype == "int8" else 0)
+    converted = 1.0 if kernel.fractal_layout else 2.0
+    cube = keys * (width * kernel.bytes_per_stored + rows * item * converted)
+    vector = kernel.score_bytes * rows * keys
+    if kernel.kv_dtype == "int8" and kernel.order.signals == 2:
+        vector += 4.0 * rows * keys  # DEQUANT reads and SM reads
+    if kernel.order.rescale == "multiply":
+        once_in = kernel.order.chunk or math.inf if kernel.order.update == "chunk" else 1
+        vector += (1 + (0 if in_ub else 1 / once_in)) * 4.0 * rows * kernel.widths[1]
+    return cube, vector
+
+
 def ascend_costs(
     profile: HardwareProfile,
     kernel: AscendKernel,
@@ -199,19 +258,29 @@ def ascend_costs(
     share: float,
     *,
     values_in_l2: bool = True,
+    keys_in_l2: bool = False,
+    port: tuple[float, float] = (math.inf, math.inf),
 ) -> Costs:
     """Returns the cost function of stages, for a tile of `rows` rows and blocks of plan.block_kv.
 
     share: bytes per second of the device's memory for this core while all cores are working.
     values_in_l2: whether PV reads the values from L2, because QK has just loaded them, or again
         from memory.
+    keys_in_l2: whether QK reads the keys from L2.
+    port: bytes per second that the cube core and its vector cores may read.
     """
+    key_width, width = kernel.widths
     keys, item = plan.block_kv, ITEMSIZE[kernel.kv_dtype]
     int8 = kernel.kv_dtype == "int8"
     cycle, scale = profile.cycle, profile["engine.dma_scale"]
     vectors = profile["core.vector_cores"]
+    in_ub = output_in_ub(plan, kernel, rows, vectors)
     flag = profile["latency.flag"]
-    from_l2 = profile["memory.l2_bandwidth"] / profile.cores if values_in_l2 else share
+    l2 = profile["memory.l2_bandwidth"] / profile.cores
+    from_l2 = l2 if values_in_l2 else share
+    stored = kernel.bytes_per_stored
+    state = 4.0 * rows * width  # O, and a product PV before it is added
+    cube_port, vector_port = port
 
     def passes(wide: float, narrow: float, columns: int) -> float:
         """Returns vector cycles of passes over rows x columns, by their element rate."""
@@ -223,7 +292,7 @@ def ascend_costs(
         )
 
     def matrix(work: _Work, source: float) -> StageCost:
-        load = min(profile["engine.gm_to_l1"] * scale, source)
+        load = min(profile["engine.gm_to_l1"] * scale, source, cube_port)
         busy = {
             "cube": work.cube * cycle,
             "mte1": work.l0a / profile["engine.l1_to_l0a"] + work.l0b / profile["engine.l1_to_l0b"],
@@ -238,7 +307,7 @@ def ascend_costs(
     def vector(work: _Work) -> StageCost:
         busy = {
             "vector": work.vector * cycle,
-            "mte2v": work.gm_to_ub / (profile["engine.gm_to_ub"] * scale * vectors),
+            "mte2v": work.gm_to_ub / min(profile["engine.gm_to_ub"] * scale * vectors, vector_port),
             "mte3": work.ub_to_gm / (profile["engine.ub_to_gm"] * scale * vectors),
         }
         exposed = 0.0 if work.overlapped else busy["mte2v"] + busy["mte3"]
@@ -246,21 +315,15 @@ def ascend_costs(
 
     def scores(depth: int, itemsize: int) -> StageCost:
         work = _product(profile, plan, "QK", rows, depth, keys, itemsize)
-        convert = 2.0 if kernel.convert_load else 1.0
-        return matrix(
-            dataclasses.replace(
-                work, gm_to_l1=keys * depth * itemsize * convert, fixpipe=4.0 * rows * keys
-            ),
-            share,
-        )
+        loads = keys * depth * itemsize * stored
+        work = dataclasses.replace(work, gm_to_l1=loads, fixpipe=4.0 * rows * keys)
+        return matrix(work, l2 if keys_in_l2 else share)
 
     def outputs() -> StageCost:
-        work = _product(profile, plan, "PV", rows, keys, LATENT, item)
+        work = _product(profile, plan, "PV", rows, keys, width, item)
         convert = 1.0 if kernel.fractal_layout else 2.0
-        values = keys * LATENT * item * (2.0 if kernel.convert_load else 1.0)
-        return matrix(dataclasses.replace(
-            work, gm_to_l1=values + rows * keys * item * convert, fixpipe=4.0 * rows * LATENT),
-            from_l2)  # fmt: skip
+        loads = keys * width * item * stored + rows * keys * item * convert
+        return matrix(dataclasses.replace(work, gm_to_l1=loads, fixpipe=state), from_l2)
 
     def softmax(inputs: float) -> StageCost:
         # Scale, subtract, exponential, maximum and cast, and a sum if slices are reduced.
@@ -279,9 +342,8 @@ def ascend_costs(
     def update(step: Step) -> StageCost:
         blocks = sum(read.buffer == "Otmp" for read in step.reads)
         narrow = 1.0 * blocks + (1.0 * blocks if int8 else 0.0)
-        state = 4.0 * rows * LATENT
-        before = state if any(read.buffer == "O" for read in step.reads) else 0.0
-        return vector(_Work(vector=passes(1.0 * blocks, narrow, LATENT),
+        before = 0.0 if in_ub or all(read.buffer != "O" for read in step.reads) else state
+        return vector(_Work(vector=passes(1.0 * blocks, narrow, width),
                             gm_to_ub=blocks * state + before, ub_to_gm=state,
                             overlapped=kernel.update_ping_pong))  # fmt: skip
 
@@ -289,7 +351,7 @@ def ascend_costs(
         match step.stage:
             case "QK":
                 if not int8:
-                    return scores(LATENT + ROPE, item)
+                    return scores(key_width, item)
                 nope, rope = scores(LATENT, 1), scores(ROPE, 2)
                 busy = {engine: nope.busy[engine] + rope.busy[engine] for engine in nope.busy}
                 return StageCost(busy, hold=nope.hold)
@@ -301,13 +363,13 @@ def ascend_costs(
             case "DEQUANT":
                 return vector(_Work(vector=passes(1.0, 1.0, keys), gm_to_ub=4.0 * rows * keys))
             case "SM":
-                return softmax(8.0 if int8 and kernel.order.signals == 1 else 4.0)
+                return softmax(kernel.score_bytes)
             case "PV":
                 return outputs()
             case "UP":
                 return update(step)
             case "ADD":
-                return vector(_Work(ub_to_gm=4.0 * rows * LATENT))
+                return vector(_Work(ub_to_gm=state))
         raise ValueError(f"{kernel.name}: no cost for stage {step.stage}")
 
     return stage

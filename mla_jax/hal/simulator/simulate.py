@@ -5,7 +5,7 @@ report has the total time, what bounds it, when the matrix unit idles, and the t
 longest item, which the Gantt chart draws.
 """
 
-import math
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,8 @@ from mla_jax.hal.orders import ASCEND_ORDERS, AscendOrder
 from mla_jax.hal.profiles.profile import HardwareProfile
 from mla_jax.hal.simulator import limits
 from mla_jax.hal.simulator import many_cores as machine
-from mla_jax.hal.simulator.ascend_costs import ASCEND_KERNELS, AscendKernel, ascend_costs, job_rows
+from mla_jax.hal.simulator.ascend_call import call_on_ascend
+from mla_jax.hal.simulator.ascend_costs import ASCEND_KERNELS, AscendKernel
 from mla_jax.hal.simulator.gpu_costs import (
     KERNEL_OF_ORDER,
     KERNELS,
@@ -25,9 +26,9 @@ from mla_jax.hal.simulator.gpu_costs import (
     merge_seconds,
 )
 from mla_jax.hal.simulator.hopper import HopperKernel, hopper_times, tuned_for_hopper
-from mla_jax.hal.simulator.loaded_times import LoadedTimes, active, fair_share
+from mla_jax.hal.simulator.loaded_times import LoadedTimes, fair_share
 from mla_jax.hal.simulator.one_core import Timeline
-from mla_jax.hal.tiling import KEY, LATENT, ROPE, plan_tiles
+from mla_jax.hal.tiling import KEY, LATENT, ROPE
 from mla_jax.hal.work import ITEMSIZE, Problem, Work
 
 ENGINE_KIND = {
@@ -194,44 +195,15 @@ def _simulate_hopper(profile: HardwareProfile, problem: Problem, kernel: HopperK
 
 
 def _simulate_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendKernel) -> Report:
-    """Simulates jobs (request, row tile) that free cores take; no job is split over the keys."""
-    limits.require_ascend_dtype(problem, kernel)
-    rows = job_rows(kernel, problem.rows)
-    plan_problem = Problem((512,), heads=max(rows), kv_dtype=kernel.kv_dtype)
-    tile = plan_tiles(profile, plan_problem, block_kv=kernel.block_kv)
-    blocks = np.array([max(math.ceil(n / tile.block_kv), 1) for n in problem.kv_lens])
-    work = Work(
-        blocks=np.repeat(blocks, len(rows)),
-        rows=np.tile(rows, problem.batch),
-        worker=np.full(len(blocks) * len(rows), -1),
-        tile=np.arange(len(blocks) * len(rows)),
-        num_workers=profile.cores,
-        sharers=len(rows),
+    call = call_on_ascend(profile, problem, kernel)
+    timeline = call.timeline(min(int(call.work.blocks.max()), SHOWN_BLOCKS))
+    report = _report(profile, problem, kernel.name, timeline, call.work, call.cores, call.merge)
+    if not kernel.expanded:
+        return report
+    at_peak = call.flops / profile.peak(kernel.kv_dtype)
+    return dataclasses.replace(
+        report, flops=call.flops, bytes=call.bytes, utilisation=at_peak / report.seconds
     )
-    order = limits.checked_order(kernel.order, limits.require_whole_on_ascend)
-    longest = int(blocks.max())
-    values_bytes = tile.block_kv * LATENT * ITEMSIZE[kernel.kv_dtype]
-    workspace = kernel.order.workspace_bytes(
-        longest, max(rows), tile.block_kv, ITEMSIZE[kernel.kv_dtype]
-    )
-    limits.require_memory(profile, problem, workspace * active(work))
-    # PV finds its values in L2 if they are still there after the QK of all blocks ahead of it.
-    block_bytes = tile.block_kv * problem.token_bytes
-    in_flight = kernel.order.slots(longest)["P"] * block_bytes
-    kept = active(work) * in_flight <= profile["buffer.l2"]
-    share = fair_share(profile, work, in_flight)
-    signal = profile["latency.cross_core"]
-    loaded = block_bytes if kept else block_bytes + values_bytes
-    times = {}
-    for r in sorted(set(rows)):
-        costs_at = partial(ascend_costs, profile, kernel, tile, r, values_in_l2=kept)
-        times[r] = LoadedTimes((order,), costs_at, share, loaded, signal)
-    items = list(zip(work.rows.tolist(), work.blocks.tolist(), strict=True))
-    crowded = np.array([times[r](b)[0] for r, b in items])
-    alone = np.array([times[r].alone(b) for r, b in items])
-    cores = machine.makespan(crowded, alone, work.worker, work.num_workers)
-    timeline = times[max(rows)].timeline(min(longest, SHOWN_BLOCKS))
-    return _report(profile, problem, kernel.name, timeline, work, cores, 0.0)
 
 
 def _report(

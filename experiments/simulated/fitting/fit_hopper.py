@@ -1,6 +1,6 @@
 """Fits the three constants of our own kernels on the rows measured on an H200.
 
-    python -m experiments.simulated.fit_hopper
+    python -m experiments.simulated.fitting.fit_hopper
 
 Every second row is used for the fit, and the others only for a report. The result is written to
 mla_jax/hal/profiles/hopper.json, which `mla_jax.hal.simulator.hopper` reads. Every row has the plan
@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 import mla_jax.hal
-from experiments.simulated.fit_profiles import Bounds, mape
-from experiments.simulated.predictions import lengths_of
+from experiments.simulated.fitting.fit_profiles import Bounds, mape
+from experiments.simulated.tables.predictions import lengths_of
 from mla_jax.hal import Problem, load_profile
 from mla_jax.hal.simulator.hopper import (
     HopperKernel,
@@ -26,7 +26,7 @@ from mla_jax.hal.simulator.hopper import (
 )
 from pallas_kernels.hopper.model import simulated_kernel
 
-MEASURED = Path(__file__).parents[2] / "benchmarks" / "measured" / "h200_decode.json"
+MEASURED = Path(__file__).parents[3] / "benchmarks" / "measured" / "h200_decode.json"
 DEVICE = "H200_SXM"
 BOUNDS: Bounds = {
     "memory.hbm_efficiency": (0.8, 0.93, 1.0),

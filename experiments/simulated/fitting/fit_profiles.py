@@ -1,6 +1,6 @@
-"""Fits the constants of the devices that have published measurements.
+"""Fits the constants of the GPUs that have published measurements; `fit_ascend` those of Ascend.
 
-    python -m experiments.simulated.fit_profiles
+    python -m experiments.simulated.fitting.fit_profiles
 
 Every second row is used for the fit, and the others only for a report. The constants are those that
 a datasheet does not give: efficiencies, latencies, and how fast one core copies. They are the same
@@ -18,15 +18,14 @@ from pathlib import Path
 import numpy as np
 
 import mla_jax.hal
-from experiments.simulated.predictions import (
-    ASCEND_DEVICE,
+from experiments.simulated.tables.predictions import (
     FOLDER,
     Row,
     predict,
     published_quantity,
     read_table,
 )
-from mla_jax.hal import HardwareProfile, Number, Problem, load_profile, simulate
+from mla_jax.hal import HardwareProfile, Number, load_profile
 
 Bounds = dict[str, tuple[float, float, float]]  # field -> (lowest, start, highest)
 
@@ -43,13 +42,6 @@ GPU: Bounds = {
     "latency.l2": (1e-7, 2.2e-7, 6e-7),
     "latency.grid_sync": (5e-7, 2.5e-6, 1.5e-5),
 }
-ASCEND: Bounds = {
-    "latency.launch": (3e-6, 6e-6, 1.2e-5),
-    "latency.job": (1e-7, 5e-7, 3e-6),
-    "latency.flag": (1e-8, 5e-8, 5e-7),
-    "latency.cross_core": (1e-7, 5e-7, 3e-6),
-    "engine.dma_scale": (0.3, 1.0, 2.0),
-}
 DEVICES: dict[str, tuple[str, Bounds]] = {
     "H200_SXM": (
         "h200_mla_decode.csv",
@@ -60,14 +52,7 @@ DEVICES: dict[str, tuple[str, Bounds]] = {
         },
     ),
     "H100_SXM5": ("flashinfer_mla_decode.csv", GPU),
-    ASCEND_DEVICE: ("ascend_int8_v11_over_v0.csv", ASCEND),
 }
-
-# Numbers published in text and not in a table: chunk 4 over chunk 1 with int8 and one request, and
-# AMLA's share of the peak.
-CHUNK_GAIN = {4096: 1.045, 2048: 1.092}
-AMLA_SHARE = 0.868
-ANCHOR_WEIGHT = 1.7  # single numbers weigh more, so that they agree within 2 and 3 points
 
 
 def changed(profile: HardwareProfile, values: dict[str, float]) -> HardwareProfile:
@@ -76,22 +61,6 @@ def changed(profile: HardwareProfile, values: dict[str, float]) -> HardwareProfi
     for field, value in values.items():
         numbers[field] = Number(value, numbers[field].unit, "being fitted", "fitted")
     return dataclasses.replace(profile, numbers=numbers)
-
-
-def ascend_anchors(profile: HardwareProfile) -> list[tuple[str, float, float]]:
-    """Returns (what, model, published) for the numbers that the sources give in text."""
-    found = []
-    for kv_len, gain in CHUNK_GAIN.items():
-        problem = Problem((kv_len,), 128, kv_dtype="int8")
-        one, four = (simulate(profile, problem, k).seconds for k in ("int8-chunk1", "int8-chunk4"))
-        found.append((f"chunk 4 over chunk 1, kv {kv_len}", one / four, gain))
-    found.append(("AMLA, share of the cube's peak", amla_share(profile), AMLA_SHARE))
-    return found
-
-
-def amla_share(profile: HardwareProfile) -> float:
-    """Returns AMLA's share of the peak for one request per core, of 256 rows and 16384 tokens."""
-    return simulate(profile, Problem((16384,) * profile.cores, 128, 2), "amla").utilisation
 
 
 def log_errors(profile: HardwareProfile, rows: Sequence[Row]) -> np.ndarray:
@@ -109,11 +78,7 @@ def fit(device: str, rows: Sequence[Row], bounds: Bounds) -> dict[str, float]:
 
     def residuals(x: np.ndarray) -> np.ndarray:
         profile = changed(start, dict(zip(bounds, np.exp(x).tolist(), strict=True)))
-        errors = log_errors(profile, rows)
-        if device == ASCEND_DEVICE:
-            anchors = [ANCHOR_WEIGHT * math.log(m / said) for _, m, said in ascend_anchors(profile)]
-            errors = np.concatenate([errors, anchors])
-        return errors
+        return log_errors(profile, rows)
 
     low, first, high = (np.log(column) for column in zip(*bounds.values(), strict=True))
     found = least_squares(residuals, first, bounds=(low, high), loss="soft_l1", f_scale=0.08,
@@ -144,9 +109,6 @@ def main(devices: Sequence[str]) -> None:
         }
         print(device, json.dumps(fitted[device], indent=2))
         path.write_text(json.dumps(fitted, indent=2) + "\n")
-        if device == ASCEND_DEVICE:
-            for what, model, said in ascend_anchors(profile):
-                print(f"  {what}: {model:.4f}, published {said:.4f}")
 
 
 if __name__ == "__main__":

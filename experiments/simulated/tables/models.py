@@ -13,7 +13,7 @@ from mla_jax.hal import HardwareProfile, load_profile
 from mla_jax.hal.simulator.ascend_costs import ASCEND_KERNELS
 from mla_jax.hal.simulator.gpu_costs import KERNELS, Kernel
 
-PREFILL = "prefill"  # experiments/simulated/prefill_model.py
+PREFILL = "prefill"  # experiments/simulated/tables/prefill_model.py
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ MODELS = (
     ),
     Model(
         r"CANN FIA npu_fused_infer_attention_score_v2 MLA decode",
-        {"bf16": "bf16-chunk1"},
-        "the order chunk1, without a split over the keys",
+        {"bf16": "fia"},
+        "its own model",
     ),
     Model(
         r"CANN FIA causal prefill MHA 192/128",
-        {"bf16": PREFILL},
-        "tiles of 128, the slowest engine of each block",
+        {"bf16": "fia-prefill"},
+        "its own model",
     ),
     Model(
         r"TensorRT-LLM \S+ MLA context op",

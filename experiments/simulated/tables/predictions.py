@@ -4,7 +4,7 @@ A table is recognized by its columns: `us` (time of a kernel), `gb_per_s` withou
 bandwidth reached), or `speedup_v11_over_v0` (one int8 kernel on Ascend relative to another). The
 kernel is in the column `variant` or in `kernel`. A table without `lengths` has requests of equal
 lengths, a row without a page size has a contiguous cache, and one without `dtype` has bf16 unless
-the kernel's name says otherwise.
+the kernel's name says otherwise. `fia_rows` has the tables of CANN's operator.
 """
 
 import csv
@@ -14,17 +14,23 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from experiments.simulated.kernels import OURS, simulate_named
-from experiments.simulated.models import PREFILL, dtype_of, kernel_for, model_of, profile_of
-from experiments.simulated.prefill_model import prefill_seconds
+from experiments.simulated.tables.fia_rows import CONTIGUOUS, fia_report, is_fia
+from experiments.simulated.tables.fia_rows import DEVICE as ASCEND_DEVICE
+from experiments.simulated.tables.fia_rows import TABLES as FIA_TABLES
+from experiments.simulated.tables.models import PREFILL, dtype_of, kernel_for, model_of, profile_of
+from experiments.simulated.tables.prefill_model import prefill_seconds
 from mla_jax.hal import HardwareProfile, Problem, load_profile, simulate
 from mla_jax.hal.simulator.simulate import Report
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "published"
-TABLES = ("h200_mla_decode.csv", "flashinfer_mla_decode.csv", "ascend_int8_v11_over_v0.csv")
-ASCEND_DEVICE = "Ascend910B1"  # assumed: the Ascend table says 24 cores and names no device
+FOLDER = Path(__file__).parents[3] / "benchmarks" / "published"
+TABLES = (
+    "h200_mla_decode.csv",
+    "flashinfer_mla_decode.csv",
+    "ascend_int8_v11_over_v0.csv",
+    *FIA_TABLES,
+)
 ASCEND_HEADS = 128  # assumed: those of DeepSeek-V3, with one query token
 QUANTITIES = ("us", "gb_per_s", "speedup_v11_over_v0")  # published quantities, by precedence
-CONTIGUOUS = 2**30  # page size of a cache whose requests are contiguous
 
 _KERNEL = "variant"  # or "kernel"
 _NEEDED = {
@@ -155,6 +161,8 @@ def report_of(row: Row, profile: HardwareProfile | None = None) -> Report:
 def predict(row: Row, profile: HardwareProfile | None = None) -> float:
     """Returns the model's prediction of a row's published quantity, in the same unit."""
     quantity = published_quantity(row)
+    if is_fia(row):
+        return fia_report(row, profile).seconds * 1e6
     if quantity == "us":
         return _seconds(row, profile or profile_of(row["device"])) * 1e6
     if quantity == "gb_per_s":

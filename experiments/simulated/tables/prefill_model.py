@@ -9,7 +9,6 @@ import functools
 import numpy as np
 
 from mla_jax.hal import Access, HardwareProfile, Schedule, ScheduleBuilder, Step
-from mla_jax.hal.simulator.ascend_costs import cube_cycles
 from mla_jax.hal.simulator.many_cores import makespan
 from mla_jax.hal.simulator.one_core import BlockTimes, StageCost
 
@@ -109,43 +108,12 @@ def gpu_prefill(
     return profile["latency.launch"] + before + max(cores, moved / memory)
 
 
-def ascend_prefill(
-    profile: HardwareProfile, batch: int, heads: int, s_q: int, kv_len: int
-) -> float:
-    """Returns the seconds of a call on an Ascend chip: each block takes its slowest engine's time.
-
-    S and the product of P and V go through memory, as in the decode kernels.
-    """
-    scale = profile["engine.dma_scale"]
-    rate, head = profile["engine.cube_fp16"], profile["engine.cube_head"]
-    cube = sum(
-        cube_cycles(TILE, depth, n, 2, head, rate) for depth, n in ((KEY, TILE), (TILE, VALUE))
-    )
-    vectors = profile["core.vector_cores"]
-    narrow = TILE * (5 * TILE + 2 * VALUE) / vectors / profile["engine.vector_narrow"]
-    products = 4.0 * TILE * (TILE + VALUE)  # bytes of S and of P.V, in float32
-    busy = (
-        cube * profile.cycle,
-        (TILE * (KEY + VALUE) * 2 + TILE * TILE * 2) / (profile["engine.gm_to_l1"] * scale),
-        products / (profile["engine.fixpipe"] * scale),
-        narrow * profile.cycle,
-        products / (profile["engine.gm_to_ub"] * scale * vectors),
-    )
-    blocks = np.repeat(blocks_of(s_q, kv_len), batch * heads)
-    around = profile["latency.job"] + profile["latency.cross_core"]
-    seconds = blocks * max(busy) + around
-    cores = makespan(seconds, seconds, np.full(len(seconds), -1), profile.cores)
-    return profile["latency.launch"] + cores
-
-
 def prefill_seconds(
     profile: HardwareProfile, batch: int, heads: int, s_q: int, kv_len: int, dtype: str = "bf16"
 ) -> float:
     """Returns the seconds of a call; s_q new tokens of kv_len in all, of each of batch requests."""
     if not 1 <= s_q <= kv_len:
         raise ValueError(f"s_q = {s_q}, wanted at least 1 and at most kv_len = {kv_len}")
-    if profile.family == "nvidia":
-        return gpu_prefill(profile, batch, heads, s_q, kv_len, dtype == "fp8")
-    if dtype != "bf16":
-        raise ValueError(f"dtype = {dtype!r}, wanted bf16 on {profile.name}")
-    return ascend_prefill(profile, batch, heads, s_q, kv_len)
+    if profile.family != "nvidia":
+        raise ValueError(f"device = {profile.name}, wanted a GPU for a prefill kernel of GPUs")
+    return gpu_prefill(profile, batch, heads, s_q, kv_len, dtype == "fp8")

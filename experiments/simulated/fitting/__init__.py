@@ -1,0 +1,1 @@
+"""Fits the constants of the profiles to measured rows."""

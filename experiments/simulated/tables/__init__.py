@@ -1,0 +1,1 @@
+"""Rows of published tables, and the models that predict them."""
