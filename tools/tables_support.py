@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from tables_common import table
 
 from mla_jax.cache import LAYOUTS, PAGE_SIZES, PagedKVCache
-from mla_jax.implementations.implementation import Implementation, Target
+from mla_jax.implementations.implementation import Implementation
 from mla_jax.problem import AttentionProblem
 from mla_jax.quantize import GRANULARITIES
 from mla_jax.registry import IMPLEMENTATIONS
+from mla_jax.sharding.target import Target
 from pallas_kernels.hopper.prefill.config import NOPE_DIMS, ROPE_DIMS, V_DIMS, PrefillConfig
 
 FLOATS = ("float32", "bfloat16", "float16")

@@ -26,10 +26,10 @@ from experiments.serving.soak_requests import Arrivals, Request
 from mla_jax.allocator import OutOfPagesError, PageAllocator
 from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import LAYOUTS, PAGE_SIZES, PagedKVCache
-from mla_jax.implementations.implementation import Target
 from mla_jax.problem import AttentionProblem
 from mla_jax.reference.attention import attention_float64
 from mla_jax.registry import IMPLEMENTATIONS, check_names, choose
+from mla_jax.sharding.target import Target
 
 SUMMARY = "a small server on a nearly full cache: shared pages, eviction; every step checked"
 

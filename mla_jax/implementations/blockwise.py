@@ -5,10 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mla_jax.implementations.implementation import Implementation, Target
+from mla_jax.implementations.implementation import Implementation
 from mla_jax.implementations.kernels import kernels_missing
 from mla_jax.problem import AttentionProblem
 from mla_jax.quantize import GROUP
+from mla_jax.sharding.target import Target
 
 BLOCKWISE_SCORES = 2**20  # at most per call: interpret mode takes about a second for them
 

@@ -18,13 +18,9 @@ from jax.interpreters import batching, mlir
 from jax.sharding import ManualAxisType, PartitionSpec
 
 from mla_jax import checks
-from mla_jax.implementations.implementation import (
-    Implementation,
-    Problem,
-    Target,
-    runs_anywhere,
-)
+from mla_jax.implementations.implementation import Implementation, Problem, runs_anywhere
 from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims
+from mla_jax.sharding.target import Target
 from mla_jax.splits.plan import SlowPlanWarning
 from mla_jax.splits.residency import for_any_gpu
 

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from mla_jax.hal import TilePlanError
-from mla_jax.implementations.implementation import Implementation, PlanRequest, Target
+from mla_jax.implementations.implementation import Implementation, PlanRequest
 from mla_jax.implementations.kernels import kernels_missing
 from mla_jax.problem import AttentionProblem
+from mla_jax.sharding.target import Target
 from mla_jax.splits.decode_plan import DecodePlan
 
 

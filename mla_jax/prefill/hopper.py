@@ -3,8 +3,9 @@
 import jax
 
 from mla_jax.implementations.hopper import modules_missing, target_lacks
-from mla_jax.implementations.implementation import Implementation, Target
+from mla_jax.implementations.implementation import Implementation
 from mla_jax.ragged.problem import RaggedProblem
+from mla_jax.sharding.target import Target
 
 _MODULE = "prefill.attention"
 

@@ -13,7 +13,7 @@ from jax.extend import core
 from jax.interpreters import batching, mlir
 from jax.sharding import ManualAxisType
 
-from mla_jax.implementations.implementation import Target
+from mla_jax.sharding.target import Target
 from mla_jax.splits.line import LARGEST
 from mla_jax.splits.plan import SplitPlan
 from mla_jax.splits.planner import Balance, balanced_plan
