@@ -373,6 +373,7 @@ def _expanded(
 def _check_input(params: Any, config: Any, x: Any) -> None:
     if not isinstance(config, MLAConfig):
         raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
+    check_params_type(params)
     check_params(params, config)
     checks.require_array("x", x)
     checks.require_shape("x", x, "[B, S, hidden_size]", None, None, config.hidden_size)

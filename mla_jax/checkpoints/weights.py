@@ -73,24 +73,30 @@ def check_params(params: MLAParams, config: MLAConfig) -> None:
     Each field must be an array of float32, bfloat16 or float16, or None if the config has no such
     weight.
     """
-    check_params_type(params)
+    _require_params(params)
     _require_config(config)
     for name, wanted in param_shapes(config).items():
         value = getattr(params, name)
         got = None if value is None else np.shape(value)
         if got != wanted:
             raise ValueError(f"params.{name} must be {wanted} for this config, got {got}")
+        if value is not None:  # a ShapeDtypeStruct will do
+            checks.require_float(f"params.{name}", value)
 
 
 def check_params_type(params: Any) -> None:
     """Raises TypeError unless `params` is an MLAParams of float arrays, of any shapes."""
-    if not isinstance(params, MLAParams):
-        raise TypeError(f"params must be an MLAParams, got {shown(params)}")
+    _require_params(params)
     for field in dataclasses.fields(params):
         value = getattr(params, field.name)
         if value is not None:
             checks.require_array(f"params.{field.name}", value)
             checks.require_float(f"params.{field.name}", value)
+
+
+def _require_params(params: Any) -> None:
+    if not isinstance(params, MLAParams):
+        raise TypeError(f"params must be an MLAParams, got {shown(params)}")
 
 
 def _require_config(config: MLAConfig) -> None:

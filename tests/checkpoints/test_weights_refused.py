@@ -187,12 +187,7 @@ def test_load_refuses_a_dtype_that_is_no_float(checkpoint):
         (lambda f: save_hf(f / "config.json", CONFIG, PARAMS), FileExistsError, "folder must be"),
         (lambda f: check_params(None, CONFIG), TypeError, "params must be an MLAParams, got None"),
         (lambda f: check_params(PARAMS, {}), TypeError, "config must be an MLAConfig, got {}"),
-        (lambda f: check_params(but(w_dkv=[1.0]), CONFIG), TypeError, "params.w_dkv must be an a"),
-        (
-            lambda f: check_params(but(w_dkv=np.ones(1, np.float32)), CONFIG),
-            ValueError,
-            r"params.w_dkv must be \(",
-        ),
+        (lambda f: check_params(but(w_dkv=[1.0]), CONFIG), ValueError, r"params.w_dkv must be \("),
         (lambda f: check_params(but(norm_kv=[1.0] * 14), CONFIG), TypeError, "params.norm_kv must"),
         (
             lambda f: check_params(but(norm_kv=np.ones(14, np.int8)), CONFIG),

@@ -308,7 +308,7 @@ class TestPictures:
 
     def test_machines(self, tmp_path, count):
         rows = [
-            {"table": "a_$.csv", "variant": name, "quantity": "us", "error_percent": 1.0,
+            {"table": "a_$.csv", "label": name, "quantity": "us", "error_percent": 1.0,
              "published": 1.0, "predicted": self.value(i, count)}
             for i, name in enumerate(names(count))
         ]  # fmt: skip

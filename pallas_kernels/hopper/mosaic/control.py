@@ -6,7 +6,7 @@ dependent launches.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -181,3 +181,42 @@ def _one_thread(ptx: str, *args: ir.Value) -> None:
     """Runs instructions in one thread of the warpgroup."""
     with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
         mgpu.utils.inline_ptx(ptx, *args, has_side_effects=True)
+
+
+def stamp_clock(
+    ref: Any, place: tuple[Any, Any], point: int, *, rows: int, timer: bool = False
+) -> None:
+    """Stores the SM's clock by one thread per warpgroup, without a branch: wgmma may be in flight.
+
+    ref: int32 [CTAs in launch order, warpgroups, items, rows, points, 2]. place: (item, row); an
+    item past the last, or a row that is not below `rows`, stores nothing. timer: whether the second
+    value is the device's timer in ns; else it is the number of the SM.
+    """
+    _, warpgroups, items, of_item, points, values = ref.shape
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, SCALAR))
+    def write(ctx, target, number, row):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        second = "%globaltimer_lo" if timer else "%smid"
+        mgpu.utils.inline_ptx(
+            "{ .reg .pred p, q; .reg .b32 t, w, x, y, c, d; .reg .b64 a;"
+            " mov.u32 c, %clock;"
+            f" mov.u32 d, {second};"
+            " mov.u32 t, %tid.x; and.b32 x, t, 127; shr.u32 w, t, 7;"
+            f" setp.eq.u32 p, x, 0; setp.lt.and.u32 q, $1, {items}, p;"
+            f" setp.lt.and.u32 p, $2, {rows}, q;"
+            " mov.u32 x, %nctaid.y; mov.u32 y, %ctaid.z; mov.u32 t, %ctaid.y;"
+            " mad.lo.u32 t, y, x, t;"
+            " mov.u32 x, %nctaid.x; mov.u32 y, %ctaid.x; mad.lo.u32 t, t, x, y;"
+            f" mad.lo.u32 t, t, {warpgroups}, w; mad.lo.u32 t, t, {items}, $1;"
+            f" mad.lo.u32 t, t, {of_item}, $2; mad.lo.u32 t, t, {points}, {point};"
+            f" mul.wide.u32 a, t, {4 * values}; add.u64 a, a, $0;"
+            " @p st.global.v2.u32 [a], {c, d}; }",
+            element_pointer(target, mgpu.utils.c(0, i32)),
+            number.registers.item(),
+            row.registers.item(),
+            has_side_effects=True,
+        )
+
+    write(ref, *map(jnp.int32, place))

@@ -9,13 +9,7 @@ there. `pallas_kernels.hopper.portrait` makes stages of the stamps, with the nam
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
-from jax._src.lib.mlir import ir
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.pallas import mosaic_gpu as plgpu
-
-from pallas_kernels.hopper.mosaic.primitives import SCALAR
-from pallas_kernels.hopper.mosaic.threads import element_pointer
+from pallas_kernels.hopper.mosaic.control import stamp_clock
 
 ITEMS = 2  # the first work items of a CTA
 BLOCKS = 16  # and their first KV blocks
@@ -55,41 +49,9 @@ class Stamps:
     def block(self, point: int, block: Any) -> None:
         """Stamps a point of a KV block, which is counted from the item's first one."""
         if self.ref is not None:
-            _stamp(self.ref, self.number, block, point, rows=BLOCKS, timer=False)
+            stamp_clock(self.ref, (self.number, block), point, rows=BLOCKS)
 
     def item(self, point: int) -> None:
         """Stamps a point of the item, with the device's timer (ns) as the second value."""
         if self.ref is not None:
-            _stamp(self.ref, self.number, BLOCKS, point, rows=BLOCKS + 1, timer=True)
-
-
-def _stamp(ref: Any, number: Any, row: Any, point: int, *, rows: int, timer: bool) -> None:
-    """Stores a stamp, without a branch: a product may be in flight. CTAs are in launch order."""
-    warpgroups = ref.shape[1]
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, SCALAR))
-    def write(ctx, target, number, row):
-        del ctx
-        i32 = ir.IntegerType.get_signless(32)
-        second = "%globaltimer_lo" if timer else "%smid"
-        mgpu.utils.inline_ptx(
-            "{ .reg .pred p, q; .reg .b32 t, w, x, y, c, d; .reg .b64 a;"
-            " mov.u32 c, %clock;"
-            f" mov.u32 d, {second};"
-            " mov.u32 t, %tid.x; and.b32 x, t, 127; shr.u32 w, t, 7;"
-            f" setp.eq.u32 p, x, 0; setp.lt.and.u32 q, $1, {ITEMS}, p;"
-            f" setp.lt.and.u32 p, $2, {rows}, q;"
-            " mov.u32 x, %nctaid.y; mov.u32 y, %ctaid.z; mov.u32 t, %ctaid.y;"
-            " mad.lo.u32 t, y, x, t;"
-            " mov.u32 x, %nctaid.x; mov.u32 y, %ctaid.x; mad.lo.u32 t, t, x, y;"
-            f" mad.lo.u32 t, t, {warpgroups}, w; mad.lo.u32 t, t, {ITEMS}, $1;"
-            f" mad.lo.u32 t, t, {BLOCKS + 1}, $2; mad.lo.u32 t, t, {POINTS}, {point};"
-            f" mul.wide.u32 a, t, {4 * VALUES}; add.u64 a, a, $0;"
-            " @p st.global.v2.u32 [a], {c, d}; }",
-            element_pointer(target, mgpu.utils.c(0, i32)),
-            number.registers.item(),
-            row.registers.item(),
-            has_side_effects=True,
-        )
-
-    write(ref, jnp.int32(number), jnp.int32(row))
+            stamp_clock(self.ref, (self.number, BLOCKS), point, rows=BLOCKS + 1, timer=True)
