@@ -59,7 +59,7 @@ def test_published_meets_its_bars(tmp_path: Path) -> None:
             assert profile.numbers[field].certainty == "fitted"
 
 
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("table", TABLES[:3])  # one of each quantity
 def test_a_table_from_a_file(tmp_path: Path, table: str) -> None:
     path = tmp_path / "mine.csv"
     lines = (FOLDER / table).read_text().splitlines()
