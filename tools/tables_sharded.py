@@ -15,13 +15,13 @@ def sharded(root: Path, card: str) -> str:
         if row["devices"] == 1:
             one = f"{row['us']:.0f}"
             continue
-        speed = f"{row['speed_over_one']:.2f}"
+        speed = f"{row['speed_over_one']:.3f}"
         lines.append([
             SPLITS[row["split"]],
             *(f"{row[name]}" for name in ("heads", "batch", "kv_len")),
             one,
             f"{row['us']:.0f}",
-            f"**{speed}**" if float(speed) < row["wanted"] else speed,
+            f"**{speed}**" if row["speed_over_one"] < row["wanted"] else speed,
             f"{row['wanted']}",
         ])  # fmt: skip
     versions, devices = result["environment"]["versions"], result["options"]["devices"]

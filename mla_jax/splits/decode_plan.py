@@ -50,7 +50,9 @@ class DecodePlan:
         if self.work is None:
             return
         if not isinstance(self.work, tuple) or len(self.work) != len(WORK):
-            raise TypeError(f"plan.work must be a tuple of {', '.join(WORK)}, got {self.work!r}")
+            got = type(self.work).__name__
+            got += f" of {len(self.work)}" if isinstance(self.work, tuple | list) else ""
+            raise TypeError(f"plan.work must be a tuple of {', '.join(WORK)}, got a {got}")
         for name, array in zip(WORK, self.work, strict=True):
             checks.require_int32(f"plan.work ({name})", array)
         items, planned = self.work[1], self.split.arrays()
