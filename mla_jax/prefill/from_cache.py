@@ -42,6 +42,7 @@ from mla_jax.prefill.forward import Outputs, attend_ragged_xla
 from mla_jax.problem import AttentionProblem
 from mla_jax.projections import absorbed_queries, einsum
 from mla_jax.ragged.problem import RaggedProblem
+from mla_jax.ragged.requests import in_order, owners
 from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims, vary_like
 
 BLOCK_TOKENS = 128  # parts of the prefix are multiples of it, where the workspace allows
@@ -59,6 +60,14 @@ class Expansion(NamedTuple):
         k_nope = einsum("tc,hnc->thn", c_kv, self.w_uk)
         v = einsum("tc,hcv->thv", c_kv, self.w_uv)
         return k_nope.astype(rows.dtype), k_rope, v.astype(rows.dtype)
+
+
+class Packed(NamedTuple):
+    """The requests of packed tokens, as in `mla_layer`."""
+
+    block_tables: jax.Array  # [B, max_pages] int32
+    seq_lens: jax.Array  # [B] int32
+    cu_q_lens: jax.Array  # [B + 1] int32
 
 
 class Requests(NamedTuple):
@@ -94,11 +103,10 @@ def append_and_attend(
     kv: jax.Array,
     expansion: Expansion,
     cache: PagedKVCache,
-    block_tables: jax.Array,
-    seq_lens: jax.Array,
-    query_lens: jax.Array,
+    requests: Requests,
     *,
     donate: bool,
+    packed: Packed | None = None,
 ) -> tuple[jax.Array, PagedKVCache]:
     """Appends the rows of new tokens to the cache and computes attention over all of it.
 
@@ -109,24 +117,33 @@ def append_and_attend(
         kv: [B, S, D], rows of the new tokens.
         expansion: the weights.
         cache: holds the rows of the earlier tokens; one layer.
-        block_tables, seq_lens, query_lens, donate: as in `mla_layer`.
+        requests: block_tables, seq_lens and query_lens, as in `mla_layer`. Of packed tokens each is
+            a request (`ragged.packed`), with B = T and S = 1.
+        donate: as in `mla_layer`.
+        packed: the requests that packed tokens belong to.
 
     Returns:
         o: [B, S, H, v_dim]; 0 for padding, NaN for invalid requests.
         cache: with the new tokens appended; the pool of a view.
     """
     donate = checks.require_bool("donate", donate)
-    if checks.is_concrete(block_tables, seq_lens, query_lens):
-        checks.require_pages("seq_lens", seq_lens, block_tables, cache.page_size, cache.num_pages)
-    block_tables = checks.snapshot(block_tables)
+    if checks.is_concrete(*requests):
+        tables, lens, _ = requests
+        checks.require_pages("seq_lens", lens, tables, cache.page_size, cache.num_pages)
+    requests = Requests(*map(checks.snapshot, requests))
     attend = functools.partial(_attend, form=form)
     queries = q_nope, q_rope, expansion
-    requests = pool_tables(cache, block_tables), seq_lens, query_lens
+    call = _in_pool(cache, requests), None if packed is None else _in_pool(cache, packed)
     # Every check runs before anything is written and before the cache is donated.
-    jax.eval_shape(attend, *queries, merged(cache), *requests)
-    kv, before = kv.astype(cache.row_dtype), seq_lens - query_lens
-    cache = cache.append(kv, block_tables, before, query_lens, donate=donate)
-    return attend(*queries, merged(cache), *requests), cache
+    jax.eval_shape(attend, *queries, merged(cache), *call)
+    tables, lens, new = requests
+    kv = kv.astype(cache.row_dtype)
+    cache = cache.append(kv, tables, lens - new, new, donate=donate)
+    return attend(*queries, merged(cache), *call), cache
+
+
+def _in_pool[T: (Requests, Packed)](cache: PagedKVCache, requests: T) -> T:
+    return requests._replace(block_tables=pool_tables(cache, requests.block_tables))
 
 
 def _specs_of_output(q_nope: jax.Array, *_: jax.Array) -> PartitionSpec:
@@ -140,30 +157,61 @@ def _attend(
     q_rope: jax.Array,
     expansion: Expansion,
     cache: PagedKVCache,
-    block_tables: jax.Array,
-    seq_lens: jax.Array,
-    query_lens: jax.Array,
+    rows: Requests,
+    packed: Packed | None,
     *,
     form: ExpandedForm,
 ) -> jax.Array:
-    """Computes `append_and_attend` for a cache that has the rows of the new tokens."""
-    seq_lens = valid_or_minus_one(
-        block_tables, seq_lens, query_lens, cache.page_size, cache.num_pages, q_nope.shape[1]
-    )
+    """Computes `append_and_attend` for a cache that has the rows of the new tokens.
+
+    rows: the requests that the rows of q_nope and q_rope are of.
+    """
+    count = q_nope.shape[1]
+    tables, lens, new = rows if packed is None else (*packed[:2], jnp.diff(packed.cu_q_lens))
+    sizes = cache.page_size, cache.num_pages, count if packed is None else len(q_nope)
+    seq_lens = valid_or_minus_one(tables, lens, new, *sizes)
+    if packed is None:
+        starts = jnp.arange(len(q_nope), dtype=jnp.int32) * np.int32(count)
+    else:
+        seq_lens = jnp.where(in_order(packed.cu_q_lens, len(q_nope)), seq_lens, -1)
+        starts = jnp.clip(packed.cu_q_lens[:-1], 0, len(q_nope))
     invalid = seq_lens < 0
-    requests = Requests(block_tables, seq_lens, jnp.where(invalid, 0, query_lens))
+    requests = Requests(tables, seq_lens, jnp.where(invalid, 0, new))
+
+    def of_rows(flags: jax.Array) -> jax.Array:
+        """Returns the flags [B] of requests for the rows of q_nope, [B, S or 1, 1, 1]."""
+        if packed is not None:
+            request, owned = owners(packed.cu_q_lens, len(q_nope))
+            flags = flags[request] & owned
+        return flags[:, None, None, None]
+
     short = requests.query_lens <= np.int32(form.absorbed_tokens)
-    o = _attend_long(form, q_nope, q_rope, expansion, cache, requests.only(~short))
+    call = q_nope, q_rope, expansion, cache, requests.only(~short), starts
+    attend_long = functools.partial(_attend_long, form)
+    if packed is None:
+        o = attend_long(*call)
+    else:  # In most steps all requests decode.
+        result = jax.eval_shape(attend_long, *call)
+
+        def nothing(*call: Any) -> jax.Array:
+            return vary_like(jnp.zeros(result.shape, result.dtype), call)
+
+        o = lax.cond((~short).any(), attend_long, nothing, *call)
     if form.absorbed_choice is not None:
         short &= requests.query_lens > 0
-        requests = requests.only(short)
+        queries = q_nope, q_rope
+        if packed is None:
+            few = slice(form.absorbed_tokens)
+            queries = q_nope[:, few], q_rope[:, few]
+        chosen = rows.only(of_rows(short)[:, 0, 0, 0])
 
         def with_short(o: jax.Array) -> jax.Array:
-            mine = _attend_short(form, q_nope, q_rope, expansion, cache, requests).astype(o.dtype)
-            return jnp.where(short[:, None, None, None], mine, o)
+            mine = _attend_short(form, *queries, expansion, cache, chosen).astype(o.dtype)
+            mine = jnp.pad(mine, ((0, 0), (0, count - mine.shape[1]), (0, 0), (0, 0)))
+            return jnp.where(of_rows(short), mine, o)
 
         o = lax.cond(short.any(), with_short, lambda o: o, o)
-    return jnp.where(invalid[:, None, None, None], jnp.nan, o)
+    return jnp.where(of_rows(invalid), jnp.nan, o)
 
 
 def _attend_long(
@@ -173,12 +221,13 @@ def _attend_long(
     expansion: Expansion,
     cache: PagedKVCache,
     requests: Requests,
+    starts: jax.Array,
 ) -> jax.Array:
-    """Computes the expanded form, [B, S, H, v_dim]; 0 for padding."""
+    """Computes the expanded form, [B, S, H, v_dim]; 0 for padding. starts: see `_Call`."""
     batch, count, heads, _ = q_nope.shape
     q = jnp.concatenate([q_nope, q_rope], -1).reshape(batch * count, heads, -1)
     q = q.astype(jnp.promote_types(q.dtype, expansion.w_uk.dtype))
-    call = _Call(q, expansion, constant_int8(cache), requests)
+    call = _Call(q, expansion, constant_int8(cache), requests, starts)
     # With one type for all arrays in a shard_map, JAX sums the gradient of an array that is equal
     # on several devices.
     call = vary_like(call, call)
@@ -194,19 +243,24 @@ def _attend_long(
 class _Call(NamedTuple):
     """What the expanded form is computed from."""
 
-    q: jax.Array  # [B * S, H, nope + rope]
+    q: jax.Array  # [Tq, H, nope + rope]
     expansion: Expansion
     cache: PagedKVCache
     requests: Requests
+    starts: jax.Array  # [B] int32, where the queries of each request start
 
     @property
     def prefix_lens(self) -> jax.Array:
         return self.requests.seq_lens - self.requests.query_lens
 
+    def bounds(self) -> tuple[jax.Array, jax.Array]:
+        """Returns where the queries of each request start and end, [B] int32."""
+        return self.starts, self.starts + self.requests.query_lens
+
     def tail(self, form: ExpandedForm) -> int:
         """Returns how many tokens of each prefix, its last ones, join the new tokens, at most."""
         batch = len(self.requests.seq_lens)
-        room = form.workspace_tokens // batch - len(self.q) // batch
+        room = form.workspace_tokens // batch - -(-len(self.q) // batch)
         return min(max(room, 0), form.longest_prefix)
 
     def last_keys(self, tail: int) -> "_Part":
@@ -252,9 +306,7 @@ class _Part(NamedTuple):
         """Returns the problem of all queries and the keys of these tokens."""
         batch = len(self.lens)
         # Padding behind the tokens of each request is a request of its own, without keys.
-        count = np.int32(len(call.q) // batch)
-        starts = jnp.arange(batch, dtype=jnp.int32) * count
-        cu_q_lens = jnp.stack([starts, starts + call.requests.query_lens], axis=1).ravel()
+        cu_q_lens = jnp.stack(call.bounds(), axis=1).ravel()
         cu_q_lens = jnp.append(cu_q_lens, np.int32(len(call.q)))
         ends = jnp.repeat(jnp.cumsum(self.lens, dtype=jnp.int32), 2, total_repeat_length=2 * batch)
         ends = jnp.append(np.int32(0), ends) - self.start
@@ -266,7 +318,7 @@ class _Part(NamedTuple):
 def _over_parts(
     form: ExpandedForm, compute_part: Callable[[RaggedProblem], Outputs], call: _Call
 ) -> Outputs:
-    """Returns o [B * S, H, v_dim], 0 for padding, and lse [B * S, H]."""
+    """Returns o [Tq, H, v_dim], 0 for padding, and lse [Tq, H]."""
 
     def attend(part: _Part, causal: bool) -> Outputs:
         positions, request, _ = part.places()
@@ -282,9 +334,10 @@ def _over_parts(
     else:
         o, lse = without_prefix()
     # With a causal mask padding is invalid, because it has queries and no keys.
-    lens = call.requests.query_lens
-    token = jnp.arange(len(call.q) // len(lens), dtype=jnp.int32)
-    real = (token < lens[:, None]).ravel()[:, None]
+    starts, ends = call.bounds()
+    inside = jnp.zeros(len(call.q), jnp.int32).at[starts].add(1, mode="drop")
+    inside = inside.at[ends].add(-1, mode="drop")
+    real = (jnp.cumsum(inside, dtype=jnp.int32) > 0)[:, None]
     o, lse = jnp.where(real[..., None], o, 0), jnp.where(real, lse, -jnp.inf)
     if form.longest_prefix > tail:
         parts, part = call.prefix(form)
@@ -346,7 +399,8 @@ def _gradients(
     d_q, d_expansion, d_pages = jax.tree.map(
         lambda total, x: total.astype(x.dtype), sums, _Sums(call.q, call.expansion, pages)
     )
-    return _Call(d_q, d_expansion, dataclasses.replace(cache, pages=d_pages), call.requests)
+    cache = dataclasses.replace(cache, pages=d_pages)
+    return call._replace(q=d_q, expansion=d_expansion, cache=cache)
 
 
 def _attend_short(
@@ -357,11 +411,10 @@ def _attend_short(
     cache: PagedKVCache,
     requests: Requests,
 ) -> jax.Array:
-    """Computes the absorbed form of requests with few tokens, [B, S, H, v_dim]."""
+    """Computes the absorbed form, [B, S, H, v_dim]."""
     assert form.absorbed_choice is not None
-    tokens = form.absorbed_tokens
     problem = AttentionProblem(
-        q=absorbed_queries(expansion.w_uk, q_nope[:, :tokens], q_rope[:, :tokens]),
+        q=absorbed_queries(expansion.w_uk, q_nope, q_rope),
         cache=cache,
         block_tables=requests.block_tables,
         seq_lens=requests.seq_lens,
@@ -373,8 +426,7 @@ def _attend_short(
         partial_dtype=None,
     )
     o_latent, _ = attend_paged(problem, form.absorbed_choice)
-    o = einsum("bshc,hcv->bshv", o_latent, expansion.w_uv)
-    return jnp.pad(o, ((0, 0), (0, q_nope.shape[1] - tokens), (0, 0), (0, 0)))
+    return einsum("bshc,hcv->bshv", o_latent, expansion.w_uv)
 
 
 def _part_size(total: int, workspace_tokens: int) -> int:

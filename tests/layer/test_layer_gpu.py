@@ -10,8 +10,9 @@ import pytest
 from small_layer import new_cache, random_layer, relative_error
 
 from mla_jax.config import MLAConfig
-from mla_jax.layer import mla_layer, naive_mla_layer
+from mla_jax.layer import mla_layer
 from mla_jax.reference.layer import layer_float64
+from mla_jax.reference.naive import naive_mla_layer
 
 # DeepSeek-V3's widths per head, which the kernels are made for.
 WIDE = MLAConfig(hidden_size=256, num_heads=5, q_lora_rank=192, kv_lora_rank=512)
