@@ -17,11 +17,11 @@ from mla_jax.arguments import (
 )
 from mla_jax.cache import PagedKVCache
 from mla_jax.cache.layers import merged, pool_tables
+from mla_jax.cache.packed import PackedTokens, require_no_query_lens
 from mla_jax.cache.requests import valid_or_minus_one
 from mla_jax.implementations.choice import Choice
 from mla_jax.implementations.gradients import attend
 from mla_jax.problem import AttentionProblem
-from mla_jax.ragged.packed import PackedTokens
 from mla_jax.registry import check_names, choose
 from mla_jax.sharding.key_shards import KeyShard, merge_parts
 from mla_jax.splits.decode_plan import DecodePlan
@@ -107,7 +107,7 @@ def paged_mla_attention(
         cu_q_lens: [B + 1] int32, from 0, rising, at most T. Request b has the packed tokens
             cu_q_lens[b] .. cu_q_lens[b + 1] - 1, at most seq_lens[b], and they are its last ones.
             A batch may mix chunks of prefills, decode steps and drafts. Tokens past the last bound
-            are padding. Keys are read once per token (`ragged.packed`).
+            are padding. Keys are read once per token (`cache.packed`).
         causal: whether a token sees only the keys up to its own position.
         implementation: a name from `available_implementations()`, or a list or tuple of names: the
             first that can run the problem on the platform that the call is lowered for. None:
@@ -162,8 +162,7 @@ def paged_mla_attention(
     """
     return_lse = checks.require_bool("return_lse", return_lse)
     if cu_q_lens is not None:
-        if query_lens is not None:
-            raise ValueError("query_lens must be None with cu_q_lens, which has the lengths")
+        require_no_query_lens(query_lens)
         requests = block_tables, seq_lens, cu_q_lens
         q, block_tables, seq_lens = _of_packed(q, cache, *requests, causal=causal, kv_axis=kv_axis)
     problem, choice = prepare(

@@ -25,11 +25,13 @@ from mla_jax.arguments import all_query_lens, check_heads, check_input
 from mla_jax.attention import prepare
 from mla_jax.cache import PagedKVCache
 from mla_jax.cache.layers import merged
+from mla_jax.cache.packed import PackedTokens, require_no_query_lens
 from mla_jax.checkpoints.weights import MLAParams, check_params_type
 from mla_jax.config import MLAConfig
 from mla_jax.implementations.gradients import attend as attend_paged
+from mla_jax.prefill.call import Expansion, Packed, Requests
 from mla_jax.prefill.form import FormOptions, Sizes, expanded_form
-from mla_jax.prefill.from_cache import Expansion, Packed, Requests, append_and_attend
+from mla_jax.prefill.from_cache import append_and_attend
 from mla_jax.projections import (
     absorbed,
     add_bias,
@@ -37,7 +39,6 @@ from mla_jax.projections import (
     queries_and_latents,
     specs_of_hidden,
 )
-from mla_jax.ragged.packed import PackedTokens
 from mla_jax.rope import check_positions
 from mla_jax.sharding.axes import on_auto_axes
 from mla_jax.sharding.key_shards import KeyShard, merge_parts, weights_of_parts
@@ -182,8 +183,7 @@ def _requests_of(
     if packed is None:
         new = all_query_lens("x", x, seq_lens, query_lens)
         return x, Requests(*map(checks.snapshot, (block_tables, seq_lens, new)))
-    if query_lens is not None:
-        raise ValueError("query_lens must be None with cu_q_lens, which has the lengths")
+    require_no_query_lens(query_lens)
     if not checks.require_bool("causal", causal):
         raise ValueError("causal must be True with cu_q_lens, got False")
     tokens = PackedTokens.of("x", len(x), cache, *packed, kv_axis=kv_axis)

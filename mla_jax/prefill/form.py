@@ -12,7 +12,7 @@ from mla_jax import checks, registry
 from mla_jax.cache import PagedKVCache
 from mla_jax.config import MLAConfig
 from mla_jax.hal.forms import ABSORBED, EXPANDED, FORMS, choose_form
-from mla_jax.prefill.from_cache import ExpandedForm
+from mla_jax.prefill.call import ExpandedForm
 from mla_jax.prefill.registry import RAGGED_IMPLEMENTATIONS, RAGGED_REGISTRY
 from mla_jax.problem import AttentionProblem
 from mla_jax.ragged.problem import RaggedProblem

@@ -33,67 +33,25 @@ from mla_jax.cache.layout import add
 from mla_jax.cache.reads import places
 from mla_jax.cache.requests import valid_or_minus_one
 from mla_jax.derivatives import differentiable
-from mla_jax.implementations.choice import Choice, compute
+from mla_jax.implementations.choice import compute
 from mla_jax.implementations.gradients import attend as attend_paged
 from mla_jax.implementations.gradients import constant_int8
 from mla_jax.online_softmax import merge_pair
 from mla_jax.prefill.backward import ragged_gradients
+from mla_jax.prefill.call import (
+    Call,
+    ExpandedForm,
+    Expansion,
+    Packed,
+    Part,
+    Requests,
+)
 from mla_jax.prefill.forward import Outputs, attend_ragged_xla
 from mla_jax.problem import AttentionProblem
 from mla_jax.projections import absorbed_queries, einsum
 from mla_jax.ragged.problem import RaggedProblem
 from mla_jax.ragged.requests import in_order, owners
 from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims, vary_like
-
-BLOCK_TOKENS = 128  # parts of the prefix are multiples of it, where the workspace allows
-
-
-class Expansion(NamedTuple):
-    """The weights that expand a latent c_kv into the keys and values of all heads."""
-
-    w_uk: jax.Array  # [H, nope, kv_lora]
-    w_uv: jax.Array  # [H, kv_lora, v_dim]
-
-    def keys_and_values(self, rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns k_nope [T, H, nope], k_rope [T, rope] and v [T, H, v_dim] of rows [T, D]."""
-        c_kv, k_rope = jnp.split(rows, [self.w_uk.shape[2]], axis=-1)
-        k_nope = einsum("tc,hnc->thn", c_kv, self.w_uk)
-        v = einsum("tc,hcv->thv", c_kv, self.w_uv)
-        return k_nope.astype(rows.dtype), k_rope, v.astype(rows.dtype)
-
-
-class Packed(NamedTuple):
-    """The requests of packed tokens, as in `mla_layer`."""
-
-    block_tables: jax.Array  # [B, max_pages] int32
-    seq_lens: jax.Array  # [B] int32
-    cu_q_lens: jax.Array  # [B + 1] int32
-
-
-class Requests(NamedTuple):
-    """The requests of a call."""
-
-    block_tables: jax.Array  # [B, max_pages] int32
-    seq_lens: jax.Array  # [B] int32, tokens with the new ones; -1: an invalid request
-    query_lens: jax.Array  # [B] int32, new tokens; 0 where invalid
-
-    def only(self, chosen: jax.Array) -> "Requests":
-        """Returns the requests with lengths of 0 where `chosen` [B] is False."""
-        lens = (jnp.where(chosen, x, 0) for x in (self.seq_lens, self.query_lens))
-        return Requests(self.block_tables, *lens)
-
-
-@dataclasses.dataclass(frozen=True)
-class ExpandedForm:
-    """How a call of the layer computes the expanded form; all of it is static."""
-
-    softmax_scale: float
-    causal: bool
-    choice: Choice  # of the implementations of the ragged op
-    workspace_tokens: int  # tokens of all prefixes that are expanded at a time, at most
-    longest_prefix: int  # tokens before the new ones in a request, at most
-    absorbed_tokens: int  # requests of up to so many new tokens take the absorbed form
-    absorbed_choice: Choice | None  # None: absorbed_tokens is 0
 
 
 def append_and_attend(
@@ -118,7 +76,7 @@ def append_and_attend(
         expansion: the weights.
         cache: holds the rows of the earlier tokens; one layer.
         requests: block_tables, seq_lens and query_lens, as in `mla_layer`. Of packed tokens each is
-            a request (`ragged.packed`), with B = T and S = 1.
+            a request (`cache.packed`), with B = T and S = 1.
         donate: as in `mla_layer`.
         packed: the requests that packed tokens belong to.
 
@@ -223,11 +181,11 @@ def _attend_long(
     requests: Requests,
     starts: jax.Array,
 ) -> jax.Array:
-    """Computes the expanded form, [B, S, H, v_dim]; 0 for padding. starts: see `_Call`."""
+    """Computes the expanded form, [B, S, H, v_dim]; 0 for padding. starts: see `Call`."""
     batch, count, heads, _ = q_nope.shape
     q = jnp.concatenate([q_nope, q_rope], -1).reshape(batch * count, heads, -1)
     q = q.astype(jnp.promote_types(q.dtype, expansion.w_uk.dtype))
-    call = _Call(q, expansion, constant_int8(cache), requests, starts)
+    call = Call(q, expansion, constant_int8(cache), requests, starts)
     # With one type for all arrays in a shard_map, JAX sums the gradient of an array that is equal
     # on several devices.
     call = vary_like(call, call)
@@ -240,87 +198,12 @@ def _attend_long(
     return o.reshape(batch, count, heads, -1)
 
 
-class _Call(NamedTuple):
-    """What the expanded form is computed from."""
-
-    q: jax.Array  # [Tq, H, nope + rope]
-    expansion: Expansion
-    cache: PagedKVCache
-    requests: Requests
-    starts: jax.Array  # [B] int32, where the queries of each request start
-
-    @property
-    def prefix_lens(self) -> jax.Array:
-        return self.requests.seq_lens - self.requests.query_lens
-
-    def bounds(self) -> tuple[jax.Array, jax.Array]:
-        """Returns where the queries of each request start and end, [B] int32."""
-        return self.starts, self.starts + self.requests.query_lens
-
-    def tail(self, form: ExpandedForm) -> int:
-        """Returns how many tokens of each prefix, its last ones, join the new tokens, at most."""
-        batch = len(self.requests.seq_lens)
-        room = form.workspace_tokens // batch - -(-len(self.q) // batch)
-        return min(max(room, 0), form.longest_prefix)
-
-    def last_keys(self, tail: int) -> "_Part":
-        """Returns the part of the keys that are the new tokens and up to `tail` before each."""
-        first = jnp.maximum(self.prefix_lens - np.int32(tail), 0)
-        size = len(self.q) + len(first) * tail
-        return _Part(first, self.requests.seq_lens - first, np.int32(0), size)
-
-    def prefix(self, form: ExpandedForm) -> tuple[jax.Array, Callable[[jax.Array], "_Part"]]:
-        """Returns how many parts the keys before `last_keys` have, and part i of them."""
-        tail = self.tail(form)
-        lens = jnp.maximum(self.prefix_lens - np.int32(tail), 0)
-        size = _part_size(len(lens) * (form.longest_prefix - tail), form.workspace_tokens)
-        parts = -(-jnp.sum(lens, dtype=jnp.int32) // np.int32(size))
-        return parts, lambda i: _Part(jnp.zeros_like(lens), lens, i * np.int32(size), size)
-
-
-class _Part(NamedTuple):
-    """Packed tokens start .. start + size - 1, which lie one request after the other."""
-
-    first: jax.Array  # [B] int32, position of the first token of each request that counts
-    lens: jax.Array  # [B] int32, how many tokens of each request count
-    start: Any  # [] int32, the packed token that the part begins with
-    size: int
-
-    def places(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns positions and requests of the tokens, [size], and which of them there are."""
-        index = self.start + jnp.arange(self.size, dtype=jnp.int32)
-        ends = jnp.cumsum(self.lens, dtype=jnp.int32)
-        request = jnp.sum(index[:, None] >= ends, axis=1, dtype=jnp.int32)
-        there = request < len(self.lens)
-        request = jnp.minimum(request, np.int32(len(self.lens) - 1))
-        return index - (ends - self.lens - self.first)[request], request, there
-
-    def problem(
-        self,
-        form: ExpandedForm,
-        call: _Call,
-        keys_and_values: tuple[jax.Array, jax.Array, jax.Array],
-        *,
-        causal: bool,
-    ) -> RaggedProblem:
-        """Returns the problem of all queries and the keys of these tokens."""
-        batch = len(self.lens)
-        # Padding behind the tokens of each request is a request of its own, without keys.
-        cu_q_lens = jnp.stack(call.bounds(), axis=1).ravel()
-        cu_q_lens = jnp.append(cu_q_lens, np.int32(len(call.q)))
-        ends = jnp.repeat(jnp.cumsum(self.lens, dtype=jnp.int32), 2, total_repeat_length=2 * batch)
-        ends = jnp.append(np.int32(0), ends) - self.start
-        cu_kv_lens = jnp.clip(ends, 0, np.int32(self.size))
-        scale = form.softmax_scale
-        return RaggedProblem(call.q, *keys_and_values, cu_q_lens, cu_kv_lens, scale, causal)
-
-
 def _over_parts(
-    form: ExpandedForm, compute_part: Callable[[RaggedProblem], Outputs], call: _Call
+    form: ExpandedForm, compute_part: Callable[[RaggedProblem], Outputs], call: Call
 ) -> Outputs:
     """Returns o [Tq, H, v_dim], 0 for padding, and lse [Tq, H]."""
 
-    def attend(part: _Part, causal: bool) -> Outputs:
+    def attend(part: Part, causal: bool) -> Outputs:
         positions, request, _ = part.places()
         rows = call.cache.rows(call.requests.block_tables, positions[:, None], request)[:, 0]
         keys_and_values = call.expansion.keys_and_values(rows.astype(call.q.dtype))
@@ -349,7 +232,7 @@ def _over_parts(
 
 
 class _Sums(NamedTuple):
-    """Gradients of a `_Call`, float32."""
+    """Gradients of a `Call`, float32."""
 
     q: jax.Array
     expansion: Expansion
@@ -357,8 +240,8 @@ class _Sums(NamedTuple):
 
 
 def _gradients(
-    form: ExpandedForm, wanted: _Call, call: _Call, out: Outputs, cotangents: Outputs
-) -> _Call:
+    form: ExpandedForm, wanted: Call, call: Call, out: Outputs, cotangents: Outputs
+) -> Call:
     """Returns the gradients; each part is expanded again, and its P is e^(scores - lse).
 
     Here lse and o are those of all keys, so that the gradients of the parts add up.
@@ -366,7 +249,7 @@ def _gradients(
     table, cache = call.requests.block_tables, call.cache
     pages = cache.pages if wanted.cache.pages else None
 
-    def add_part(sums: _Sums, part: _Part, causal: bool) -> _Sums:
+    def add_part(sums: _Sums, part: Part, causal: bool) -> _Sums:
         positions, request, there = part.places()
         rows = cache.rows(table, positions[:, None], request)[:, 0]
         # Rows behind the last token may be NaN, and the gradients of their keys are 0.
@@ -427,9 +310,3 @@ def _attend_short(
     )
     o_latent, _ = attend_paged(problem, form.absorbed_choice)
     return einsum("bshc,hcv->bshv", o_latent, expansion.w_uv)
-
-
-def _part_size(total: int, workspace_tokens: int) -> int:
-    """Returns the tokens of each of the equal parts into which up to `total` tokens are divided."""
-    equal = -(-total // -(-total // workspace_tokens))
-    return min(workspace_tokens, -(-equal // BLOCK_TOKENS) * BLOCK_TOKENS)
