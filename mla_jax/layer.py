@@ -131,7 +131,7 @@ def mla_layer(
     check_heads(config, cache)
     ragged = query_lens is not None or packed is not None
     lengths = block_tables, seq_lens, query_lens
-    x, requests = _requests_of(x, cache, lengths, packed, causal=causal, kv_axis=kv_axis)
+    x, requests = _requests_of("x", x, cache, lengths, packed, causal=causal, kv_axis=kv_axis)
     if kv_axis is not None:
         whole = {"params": params, "x": x, "seq_lens": seq_lens}
         whole |= {"query_lens": query_lens, "cu_q_lens": cu_q_lens}
@@ -170,6 +170,7 @@ def mla_layer(
 
 
 def _requests_of(
+    name: str,
     x: jax.Array,
     cache: PagedKVCache,
     lengths: tuple[jax.Array, jax.Array, jax.Array | None],
@@ -178,15 +179,18 @@ def _requests_of(
     causal: bool,
     kv_axis: str | None,
 ) -> tuple[jax.Array, Requests]:
-    """Returns x [N, S, hidden] and N requests: those of the call, or one for each packed token."""
+    """Returns x [N, S, ...] and N requests: those of the call, or one for each packed token.
+
+    name: of x, for messages.
+    """
     block_tables, seq_lens, query_lens = lengths
     if packed is None:
-        new = all_query_lens("x", x, seq_lens, query_lens)
+        new = all_query_lens(name, x, seq_lens, query_lens)
         return x, Requests(*map(checks.snapshot, (block_tables, seq_lens, new)))
     require_no_query_lens(query_lens)
     if not checks.require_bool("causal", causal):
         raise ValueError("causal must be True with cu_q_lens, got False")
-    tokens = PackedTokens.of("x", len(x), cache, *packed, kv_axis=kv_axis)
+    tokens = PackedTokens.of(name, len(x), cache, *packed, kv_axis=kv_axis)
     return x[:, None], Requests(*tokens)
 
 
@@ -226,6 +230,7 @@ def attend(
     seq_lens: jax.Array,
     *,
     query_lens: jax.Array | None = None,
+    cu_q_lens: jax.Array | None = None,
     donate: bool = True,
     causal: bool = True,
     implementation: str | Sequence[str] | None = None,
@@ -238,37 +243,40 @@ def attend(
 
     Args:
         config: shape of the layer; static under jit.
-        q: [B, S, H, D] absorbed queries, as `preprocess` returns them.
-        kv: [B, S, D] rows of the new tokens, which are cast to the dtype of the cache's rows.
+        q: [B, S, H, D] absorbed queries, as `preprocess` returns them. With cu_q_lens [T, H, D].
+        kv: [B, S, D], or [T, D], rows of the new tokens, which are cast to the dtype of the cache's
+            rows.
         cache: as in `mla_layer`.
-        block_tables, seq_lens, query_lens, donate: as in `mla_layer`.
+        block_tables, seq_lens, query_lens, cu_q_lens, donate: as in `mla_layer`.
         causal, implementation, plan, rescale, partial_dtype, kv_axis: as in `paged_mla_attention`.
 
     Returns:
-        o_latent: [B, S, H, kv_lora] of q.dtype.
+        o_latent: [B, S, H, kv_lora], or [T, H, kv_lora], of q.dtype.
         cache: as `mla_layer` returns it.
 
     Gradients reach q, kv and the pages of a cache of floats, as those of `paged_mla_attention`.
 
     Raises as `mla_layer` does, for q and kv instead of x.
     """
+    options: dict[str, Any] = {"implementation": implementation, "plan": plan, "rescale": rescale}
+    options |= {"causal": causal, "partial_dtype": partial_dtype, "kv_axis": kv_axis}
+    requests = block_tables, seq_lens, query_lens
+    if cu_q_lens is not None:
+        check_heads(config, cache)
+        checks.require_array("q", q)
+        checks.require_shape("q", q, "[T, H, D] with cu_q_lens", None, None, config.latent_dim)
+        checks.require_array("kv", kv)
+        checks.require_shape("kv", kv, "[T, D] with cu_q_lens", len(q), config.latent_dim)
+        packed = Packed(block_tables, seq_lens, cu_q_lens)
+        q, requests = _requests_of("q", q, cache, requests, packed, causal=causal, kv_axis=kv_axis)
+        kv = kv[:, None]
+    tables, lens, new = requests
     o_latent, lse, cache = _append_and_attend(
-        config,
-        q,
-        kv,
-        cache,
-        block_tables,
-        seq_lens,
-        query_lens=query_lens,
-        donate=donate,
-        causal=causal,
-        implementation=implementation,
-        plan=plan,
-        rescale=rescale,
-        partial_dtype=partial_dtype,
-        kv_axis=kv_axis,
+        config, q, kv, cache, tables, lens, query_lens=new, donate=donate, **options
     )
-    return (o_latent if kv_axis is None else merge_parts(o_latent, lse, kv_axis)[0]), cache
+    if kv_axis is not None:
+        o_latent, _ = merge_parts(o_latent, lse, kv_axis)
+    return (o_latent if cu_q_lens is None else o_latent[:, 0]), cache
 
 
 def _append_and_attend(

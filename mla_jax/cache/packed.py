@@ -18,6 +18,7 @@ from mla_jax import checks
 from mla_jax.cache.requests import valid_or_minus_one
 from mla_jax.ragged.requests import in_order, owners, require_rising
 from mla_jax.sharding.key_shards import KeyShard
+from mla_jax.splits.plan import require_lengths
 
 
 class PackedTokens(NamedTuple):
@@ -76,8 +77,12 @@ def _packed(
     request, owned = owners(cu_q_lens, count)
     seen = keys_seen(seq_lens, cu_q_lens, count) if causal else seq_lens[request]
     here = seq_lens if kv_axis is None else KeyShard.here(kv_axis, page_size).count(seq_lens)
-    valid = valid_or_minus_one(block_tables, here, None, page_size, num_pages, count) >= 0
-    valid &= in_order(cu_q_lens, count) & (jnp.diff(cu_q_lens) <= seq_lens)
+    has_pages = valid_or_minus_one(block_tables, here, None, page_size, num_pages, count) >= 0
+    valid = in_order(cu_q_lens, count) & (seq_lens >= 0) & (jnp.diff(cu_q_lens) <= seq_lens)
+    if kv_axis is None:
+        valid &= has_pages
+    else:  # Lengths stay equal along the axis. A token that sees a key here finds no page.
+        block_tables = jnp.where(has_pages[:, None], block_tables, -1)
     real = owned & valid[request]
     seen = jnp.where(real, seen, jnp.where(owned, -1, 0))
     return PackedTokens(block_tables[request], seen, real.astype(jnp.int32))
@@ -110,6 +115,7 @@ def check_lengths(
         checks.require_int32(argument, value)
     if kv_axis is not None or not checks.is_concrete(seq_lens, cu_q_lens):
         return
+    require_lengths(seq_lens)
     bounds, lengths = np.asarray(cu_q_lens), np.asarray(seq_lens)
     require_rising("cu_q_lens", bounds, name, count)
     queries = np.diff(bounds)
@@ -148,10 +154,9 @@ def rows_to_append(
     for argument, value in {"seq_lens": before, "cu_q_lens": cu_q_lens}.items():
         checks.require_int32(argument, value)
     if kv_axis is None and checks.is_concrete(block_tables, before, cu_q_lens):
+        require_lengths(before)
         require_rising("cu_q_lens", np.asarray(cu_q_lens), "kv", count)
         after = np.asarray(before).astype(np.int64) + np.diff(np.asarray(cu_q_lens))
-        for request in np.flatnonzero(np.asarray(before) < 0):
-            raise ValueError(f"seq_lens[{request}] must be at least 0, got {before[request]}")
         sizes = {"page_size": cache.page_size, "num_pages": cache.num_pages}
         checks.require_block_tables(block_tables, len(before))
         words = "seq_lens + the tokens of cu_q_lens"
