@@ -69,11 +69,11 @@ def mla_ragged_paged_attention(
     Raises:
         TypeError, ValueError: shapes, dtypes or options that do not fit.
     """
-    unsupported = {"sliding_window": sliding_window, "soft_cap": soft_cap}
+    unsupported: dict[str, Any] = {"sliding_window": sliding_window, "soft_cap": soft_cap}
     unsupported |= {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
-    for name, value in unsupported.items():
-        if value is not None:
-            raise ValueError(f"{name} must be None, got {value}")
+    for name, option in unsupported.items():
+        if option is not None:
+            raise ValueError(f"{name} must be None, got {option}")
     if mask_value is not None and not mask_value <= _HIDDEN:
         raise ValueError(f"mask_value must be None or at most {_HIDDEN}, got {mask_value}")
     checks.require_shape("ql_nope", ql_nope, "[T, H, kv_lora_rank]", None, None, None)
