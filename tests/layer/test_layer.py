@@ -26,8 +26,9 @@ from mla_jax.checkpoints.load import load_hf
 from mla_jax.checkpoints.read import Checkpoint
 from mla_jax.checkpoints.weights import rotate_latent
 from mla_jax.config.mla import MODEL_TYPES
-from mla_jax.layer import mla_layer, naive_mla_layer, preprocess, project_output
+from mla_jax.layer import mla_layer, preprocess, project_output
 from mla_jax.reference.layer import layer_float64
+from mla_jax.reference.naive import naive_mla_layer
 
 GOLDEN = sorted((Path(__file__).parents[1] / "data" / "golden").iterdir())
 

@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec
 from small_layer import SMALL, new_cache, random_layer, relative_error
 
 from mla_jax.cache import PagedKVCache
-from mla_jax.layer import mla_layer, naive_mla_layer
+from mla_jax.layer import mla_layer
 from mla_jax.prefill import form as layer_form
 from mla_jax.reference.layer import layer_float64
+from mla_jax.reference.naive import naive_mla_layer
 from mla_jax.sharding.specs import param_specs
 
 STEPS = np.array([(5, 0), (7, 7), (7, 3), (7, 7), (3, 1)], np.int32)  # tokens of 2 requests
