@@ -90,10 +90,12 @@ def mla_ragged_paged_attention(
             raise TypeError(f"{name} must be {cache_kv.dtype} as cache_kv is, got {rows.dtype}")
     checks.require_shape("kv_lens", kv_lens, "[B]", None)
     batch = checks.require_positive("B of kv_lens", len(kv_lens))
+    checks.require_shape("cu_q_lens", cu_q_lens, "[B + 1]", batch + 1)
     checks.require_shape("distribution", distribution, "[3]", 3)
     checks.require_shape("page_indices", page_indices, "[B * max_pages]", None)
     integers = {"kv_lens": kv_lens, "page_indices": page_indices}
-    for name, value in (integers | {"distribution": distribution}).items():
+    integers |= {"cu_q_lens": cu_q_lens, "distribution": distribution}
+    for name, value in integers.items():
         checks.require_int32(name, value)
     if len(page_indices) % batch:
         raise ValueError(
