@@ -109,7 +109,7 @@ def test_interpreted(races, seq_lens, program, options):
         ([60, 400, 60, 400], [2, 1, 0, 2], GATHERED, 4, False),
         ([60, 400, 60, 400], [2, 1, 0, 2], TRANSPOSED_GATHERED_IN_PAIRS, 4, False),
         # One of the two workers has the invalid page.
-        ([400], None, TRANSPOSED_GATHERED_IN_PAIRS, 2, True),
+        ([200], None, TRANSPOSED_GATHERED_IN_PAIRS, 2, True),
         ([400], None, GATHERED, 2, True),
     ],
 )
