@@ -192,9 +192,7 @@ def test_a_call_without_a_prefix_and_without_a_mask():
     params, x = random_layer(SMALL, length=16)
     cache, tables = new_cache(SMALL, 2, 16)
     lens = np.full(2, 16, np.int32)
-    layer = jax.jit(
-        functools.partial(mla_layer, form="expanded", causal=False), static_argnums=1
-    )
+    layer = jax.jit(functools.partial(mla_layer, form="expanded", causal=False), static_argnums=1)
     out = np.asarray(layer(params, SMALL, x, cache, tables, lens)[0])
     wanted = layer_float64(SMALL, params, x)
     assert relative_error(out[:, -1], wanted[:, -1]) < 2e-6
