@@ -145,12 +145,11 @@ def _show_dollars(picture: Any) -> None:
     ours: list[Any] = []
     for axes in picture.axes:
         for part in axes.get_children():
-            if not isinstance(
-                part, Axis
-            ):  # (asking an axis for its ticks makes them, which is slow)
+            if not isinstance(part, Axis):
                 ours += part.findobj(Text)
                 continue
             ours.append(part.label)
+            # An axis makes the ticks that it is asked for, which is slow.
             if isinstance(part.get_major_formatter(), FixedFormatter | FuncFormatter):
                 ours += part.get_ticklabels()
     for part in picture.get_children():
