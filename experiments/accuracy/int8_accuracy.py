@@ -220,10 +220,7 @@ def over_int8(case: Case, granularity: str) -> dict[str, tuple[Any, Any]]:
     scales = np.broadcast_to(scales, (len(case.kv), *scales.shape[1:]))
     for name, options in DATAFLOWS.items():
         found[f"{granularity}, {name}"] = attend_int8(
-            case.q,
-            latent,
-            scales,
-            k_rope,
+            *jax.device_put((case.q, latent, scales, k_rope)),
             softmax_scale=SOFTMAX_SCALE,
             **options,
         )
@@ -232,7 +229,7 @@ def over_int8(case: Case, granularity: str) -> dict[str, tuple[Any, Any]]:
 
 def filled(case: Case, dtype: Any, granularity: str | None = None) -> PagedKVCache:
     """Returns a cache with the keys of the case, which also calibrate a scale for all of them."""
-    kv = np.asarray(case.kv, np.float32 if granularity else dtype)
+    kv = jax.device_put(np.asarray(case.kv, np.float32 if granularity else dtype))
     cache = PagedKVCache.create(
         -(-len(kv) // PAGE_SIZE),
         page_size=PAGE_SIZE,
@@ -242,21 +239,21 @@ def filled(case: Case, dtype: Any, granularity: str | None = None) -> PagedKVCac
         scale_granularity=granularity,
         scale=scales_of(kv[:, :RANK], "tensor") if granularity == "tensor" else None,
     )
-    return cache.append(kv[None], table(case), np.zeros(1, np.int32))
+    return cache.append(kv[None], table(case), jax.device_put(np.zeros(1, np.int32)))
 
 
-def table(case: Case) -> np.ndarray:
+def table(case: Case) -> jax.Array:
     """Returns the block table [1, pages] of a case."""
-    return np.arange(-(-len(case.kv) // PAGE_SIZE), dtype=np.int32)[None]
+    return jax.device_put(np.arange(-(-len(case.kv) // PAGE_SIZE), dtype=np.int32)[None])
 
 
-def attend(case: Case, cache: PagedKVCache, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+def attend(case: Case, cache: PagedKVCache, dtype: Any) -> tuple[Any, Any]:
     """Returns o [R, RANK] and lse [R] of plain JAX; the rows are the heads of one token."""
     o, lse = paged_mla_attention(
-        np.asarray(case.q, dtype)[None, None],
+        jax.device_put(np.asarray(case.q, dtype)[None, None]),
         cache,
         table(case),
-        np.full(1, len(case.kv), np.int32),
+        jax.device_put(np.full(1, len(case.kv), np.int32)),
         softmax_scale=SOFTMAX_SCALE,
         implementation="xla",
     )
