@@ -60,6 +60,18 @@ def h200(monkeypatch):
     monkeypatch.setattr(device, "resident_ctas", lambda: 132)
 
 
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Pictures are drawn, but neither laid out nor rendered, which takes 0.3 to 3 s for each.
+
+    The small run of each experiment renders its picture, and TestPictures renders odd ones.
+    """
+    from experiments.framework import plotting
+
+    png = b"\x89PNG"
+    monkeypatch.setattr(plotting, "_write", lambda picture, path, dpi: path.write_bytes(png))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cheap_callbacks_and_lowering():
     from aot import version_of_ptxas_asked_once  # (after XLA_FLAGS)

@@ -172,7 +172,7 @@ def from_checkpoint(options: Options) -> Case:
         params = init_params(key, config, jnp.float32)
         return preprocess(params, config, x, jnp.arange(options.keys)[None])
 
-    x = jnp.asarray(rng.normal(size=(1, options.keys, config.hidden_size)), jnp.float32)
+    x = rng.normal(size=(1, options.keys, config.hidden_size)).astype(np.float32)
     q, kv = map(np.asarray, rows(jax.random.key(options.seed), x))
     q = q.reshape(-1, RANK + ROPE)[-options.rows :] * (config.softmax_scale / SOFTMAX_SCALE)
     return Case("the demo's checkpoint", False, in_bfloat16(q), kv[0])
@@ -180,7 +180,7 @@ def from_checkpoint(options: Options) -> Case:
 
 def in_bfloat16(x: Any) -> np.ndarray:
     """Rounds values to bfloat16 and returns them as float32."""
-    return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32)
+    return np.asarray(x, jnp.bfloat16).astype(np.float32)
 
 
 def measure(case: Case, granularities: tuple[str, ...] = GRANULARITIES) -> list[Row]:
@@ -212,17 +212,15 @@ def over_int8(case: Case, granularity: str) -> dict[str, tuple[Any, Any]]:
     """Returns (o [R, RANK], lse [R]) with the cache alone, and with each dataflow over it."""
     cache = filled(case, jnp.int8, granularity)
     found = {granularity: attend(case, cache, jnp.float32)}
-    stored = jax.jit(PagedKVCache.stored_rows)(cache, table(case), jnp.arange(len(case.kv))[None])
-    latent, k_rope = stored["pages"][0], stored["rope_pages"][0]
+    stored = jax.jit(PagedKVCache.stored_rows)(cache, table(case), np.arange(len(case.kv))[None])
+    latent, k_rope = (np.asarray(stored[name])[0] for name in ("pages", "rope_pages"))
     # One scale for all is given per token: then it shares the compiled program of those.
-    scales = np.asarray(stored["scales"][0] if stored["scales"].ndim else stored["scales"])
+    scales = np.asarray(stored["scales"])
+    scales = scales[0] if scales.ndim else scales
     scales = np.broadcast_to(scales, (len(case.kv), *scales.shape[1:]))
     for name, options in DATAFLOWS.items():
         found[f"{granularity}, {name}"] = attend_int8(
-            jnp.asarray(case.q),
-            latent,
-            jnp.asarray(scales),
-            k_rope,
+            *jax.device_put((case.q, latent, scales, k_rope)),
             softmax_scale=SOFTMAX_SCALE,
             **options,
         )
@@ -231,7 +229,7 @@ def over_int8(case: Case, granularity: str) -> dict[str, tuple[Any, Any]]:
 
 def filled(case: Case, dtype: Any, granularity: str | None = None) -> PagedKVCache:
     """Returns a cache with the keys of the case, which also calibrate a scale for all of them."""
-    kv = jnp.asarray(case.kv, jnp.float32 if granularity else dtype)
+    kv = jax.device_put(np.asarray(case.kv, np.float32 if granularity else dtype))
     cache = PagedKVCache.create(
         -(-len(kv) // PAGE_SIZE),
         page_size=PAGE_SIZE,
@@ -241,25 +239,25 @@ def filled(case: Case, dtype: Any, granularity: str | None = None) -> PagedKVCac
         scale_granularity=granularity,
         scale=scales_of(kv[:, :RANK], "tensor") if granularity == "tensor" else None,
     )
-    return cache.append(kv[None], table(case), jnp.zeros(1, jnp.int32))
+    return cache.append(kv[None], table(case), jax.device_put(np.zeros(1, np.int32)))
 
 
 def table(case: Case) -> jax.Array:
     """Returns the block table [1, pages] of a case."""
-    return jnp.arange(-(-len(case.kv) // PAGE_SIZE), dtype=jnp.int32)[None]
+    return jax.device_put(np.arange(-(-len(case.kv) // PAGE_SIZE), dtype=np.int32)[None])
 
 
-def attend(case: Case, cache: PagedKVCache, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def attend(case: Case, cache: PagedKVCache, dtype: Any) -> tuple[Any, Any]:
     """Returns o [R, RANK] and lse [R] of plain JAX; the rows are the heads of one token."""
     o, lse = paged_mla_attention(
-        jnp.asarray(case.q, dtype)[None, None],
+        jax.device_put(np.asarray(case.q, dtype)[None, None]),
         cache,
         table(case),
-        jnp.full(1, len(case.kv), jnp.int32),
+        jax.device_put(np.full(1, len(case.kv), np.int32)),
         softmax_scale=SOFTMAX_SCALE,
         implementation="xla",
     )
-    return o[0, 0], lse[0, 0]
+    return np.asarray(o)[0, 0], np.asarray(lse)[0, 0]
 
 
 def turn(case: Case, rotation: np.ndarray) -> Case:

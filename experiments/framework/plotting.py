@@ -128,21 +128,32 @@ def figure(
         heading = name(title, max(20, int(10 * size[0])))
         picture.suptitle(heading, x=0.01, ha="left", fontsize=13, fontweight="bold")
         yield picture.subplots(max(1, rows), max(1, columns))
-        _show_dollars(picture)
-        picture.savefig(path, dpi=min(150, MOST_PIXELS / max(size)))
+        _write(picture, path, min(150, MOST_PIXELS / max(size)))
+
+
+def _write(picture: Any, path: Path, dpi: float) -> None:
+    _show_dollars(picture)
+    picture.savefig(path, dpi=dpi)
 
 
 def _show_dollars(picture: Any) -> None:
     """Turns off mathematics in all texts except those that matplotlib writes, such as powers."""
+    from matplotlib.axis import Axis
     from matplotlib.text import Text
     from matplotlib.ticker import FixedFormatter, FuncFormatter
 
-    written = set()
+    ours: list[Any] = []
     for axes in picture.axes:
-        for axis in (axes.xaxis, axes.yaxis):
-            if not isinstance(axis.get_major_formatter(), FixedFormatter | FuncFormatter):
-                written |= set(axis.get_ticklabels())
-            written |= {*axis.get_ticklabels(minor=True), axis.get_offset_text()}
-    for text in picture.findobj(Text):
-        if text not in written:
-            text.set_parse_math(False)
+        for part in axes.get_children():
+            if not isinstance(part, Axis):
+                ours += part.findobj(Text)
+                continue
+            ours.append(part.label)
+            # An axis makes the ticks that it is asked for, which is slow.
+            if isinstance(part.get_major_formatter(), FixedFormatter | FuncFormatter):
+                ours += part.get_ticklabels()
+    for part in picture.get_children():
+        if part not in picture.axes:
+            ours += part.findobj(Text)
+    for text in ours:
+        text.set_parse_math(False)

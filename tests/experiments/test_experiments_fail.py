@@ -14,6 +14,8 @@ from experiments.framework.errors import lse_error, relative_error
 from experiments.serving import demo, soak
 from mla_jax.allocator import PageAllocator
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 
 def test_errors_are_loud():
     wanted = np.array([3.0, 4.0])

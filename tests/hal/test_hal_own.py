@@ -69,6 +69,7 @@ def test_the_number_of_stages_changes_what_is_loaded_ahead(tmp_path: Path) -> No
     assert (kernel.block_kv, kernel.matrix, kernel.merge) == (32, "wgmma", "merge")
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_the_experiments_take_a_file(tmp_path: Path) -> None:
     status = launch.main(["launch", "--experiment=pipeline", f"--schedule={EXAMPLE}",
                           f"--output_dir={tmp_path}", "--batch=16", "--kv_len=4096"])  # fmt: skip

@@ -20,6 +20,8 @@ from experiments.simulated.tables.predictions import (
 from mla_jax.hal import PROFILES
 from mla_jax.hal.profiles.sources import fitted_constants
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 
 def run(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
     """Exit status and result.json of an experiment."""

@@ -155,7 +155,7 @@ def test_never_faster_than_matrix_unit_or_memory(device: str, kernel: str) -> No
 @pytest.mark.parametrize(("device", "kernel"), CASES)
 def test_time_falls_as_each_part_of_the_machine_speeds_up(device: str, kernel: str) -> None:
     profile = PROFILES[device]
-    for batch, kv_len in ((1, 5000), (128, 5000)):
+    for batch, kv_len in ((1, 5000), (128, 1800)):  # (a short run has no steady state)
         problem = problem_for(kernel, kv_len, batch)
         start = simulate(profile, problem, kernel).seconds
         for field in profile.numbers:

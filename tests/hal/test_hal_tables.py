@@ -15,6 +15,8 @@ from experiments.simulated.tables.predictions import predict
 from experiments.simulated.tables.prefill_model import prefill_seconds, two_consumers
 from mla_jax.hal import PROFILES, Problem, simulate
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 H100, H200 = PROFILES["H100_SXM5"], PROFILES["H200_SXM"]
 TRT = "TensorRT-LLM 1.3.0rc20 MLA decode op"
 CONTEXT = "TensorRT-LLM 1.3.0rc20 MLA context op"

@@ -12,6 +12,7 @@ import pytest
 
 import mla_jax
 from experiments import launch
+from experiments.framework import plotting
 from experiments.framework.results import validate_result
 from experiments.speed import timing
 from experiments.speed.decode.runner import Runner
@@ -208,6 +209,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(timing, "ceilings", lambda **_: rates)
         monkeypatch.setattr(Runner, "_run_pool", time_nothing)
+        monkeypatch.setattr(plotting, "_write", lambda picture, path, dpi: path.write_bytes(b"PNG"))
         status = launch.main([
             "launch", "--experiment=benchmark", f"--output_dir={folder}", "--preset=bars",
             "--heads=16", "--batch=1", "--kv_len=1024", "--implementations=xla,jnp",

@@ -14,18 +14,16 @@ from fuzz.cases import CPU, INTERPRETED, INTERPRETER, Case, draw_case
 from fuzz.runner import Program, draw, run_call
 
 CALLS = 8  # of each program in plain JAX
-# A kernel each. The first call takes some 5 s, the others 1 to 2; so few have much in each. The
-# tests of the kernels with the race detector have no pages of 16 rows: it follows only one TMA copy
-# per barrier phase.
-KERNEL_CALLS, ODD = 2, 0.8
-KERNELS: tuple[dict, ...] = (
-    {"cache_dtype": "bfloat16", "rescale": "multiply", "rows_per_tile": 16, "page_size": 16},
-    # Two row tiles, in a plan that leaves out hidden blocks.
-    {
-        "cache_dtype": "int8", "rows_per_tile": 64, "tokens": 3, "heads": 33, "causal": True,
-        "ragged": True, "plan": "splits", "workers": 3, "in_pairs": False,
-    },
-)  # fmt: skip
+# One kernel, whose first call takes some 5 s; a GPU runs them all. Of two calls with more that is
+# odd, none showed a wrong causal limit. The tests of the kernels with the race detector have no
+# pages of 16 rows: it follows only one TMA copy per barrier phase. Two row tiles, in a plan that
+# leaves out hidden blocks.
+KERNEL_CALLS, ODD = 3, 0.5
+KERNEL: dict = {
+    "cache_dtype": "bfloat16", "rescale": "multiply", "rows_per_tile": 16, "page_size": 16,
+    "tokens": 3, "heads": 9, "causal": True, "ragged": True, "plan": "splits", "workers": 3,
+    "in_pairs": False,
+}  # fmt: skip
 PLAIN = (
     ("reference", "int8"),
     ("xla", "float32"), ("xla", "bfloat16"), ("xla", "int8"),
@@ -54,14 +52,10 @@ def test_plain(seed: int, implementation: str, dtype: str) -> None:
     check(case, seed, range(number * CALLS, (number + 1) * CALLS))
 
 
-@pytest.mark.parametrize(
-    "kernel", KERNELS, ids=lambda k: f"{k['cache_dtype']}-{k['rows_per_tile']}"
-)
-def test_kernels_interpreted(seed: int, kernel: dict) -> None:
-    number = 100 + KERNELS.index(kernel)
-    rng = np.random.default_rng([seed, 0, number])
-    case = draw_case(rng, INTERPRETED, INTERPRETER, batch=2, **kernel)
-    check(case, seed, range(number * KERNEL_CALLS, (number + 1) * KERNEL_CALLS), ODD)
+def test_a_kernel_interpreted(seed: int) -> None:
+    rng = np.random.default_rng([seed, 0, 100])
+    case = draw_case(rng, INTERPRETED, INTERPRETER, batch=2, **KERNEL)
+    check(case, seed, range(100 * KERNEL_CALLS, 101 * KERNEL_CALLS), ODD)
 
 
 def made(case: Case, call: Call) -> tuple:

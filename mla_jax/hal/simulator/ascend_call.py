@@ -25,7 +25,7 @@ from mla_jax.hal.simulator.ascend_costs import (
 )
 from mla_jax.hal.simulator.many_cores import makespan
 from mla_jax.hal.simulator.one_core import BlockTimes, Costs, Timeline, run_schedule
-from mla_jax.hal.tiling import FRACTAL, ascend_tiles
+from mla_jax.hal.tiling import FRACTAL, TilePlan, ascend_tiles
 from mla_jax.hal.work import ITEMSIZE, Problem, Work
 
 
@@ -238,11 +238,14 @@ def call_on_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendKer
     steady = fast or (resident and kept)
 
     @cache
+    def tiles(keys: int) -> TilePlan:
+        return ascend_tiles(profile, shape, block_kv=keys, widths=kernel.widths)
+
+    @cache
     def times(rows: int, alone: bool) -> _Times:
         def costs(keys: int, port: tuple[float, float]) -> Costs:
-            plan = ascend_tiles(profile, shape, block_kv=keys, widths=kernel.widths)
             return ascend_costs(
-                profile, kernel, plan, rows, math.inf if alone else share,
+                profile, kernel, tiles(keys), rows, math.inf if alone else share,
                 values_in_l2=resident if kernel.expanded else kept, keys_in_l2=resident, port=port,
             )  # fmt: skip
 

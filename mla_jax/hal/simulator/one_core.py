@@ -91,28 +91,29 @@ def _run(
     """
     schedule.check()
     shared = _shared_engines(schedule, of_kind)
+    work, latency = [cost.work for cost in of_kind], [cost.latency for cost in of_kind]
+    kinds = list(zip(shared, work, latency, strict=True))
     engine_free = dict.fromkeys((engine for held in shared for engine, _ in held), 0.0)
     unit_free = [0.0] * len(schedule.units)
-    work, latency = [cost.work for cost in of_kind], [cost.latency for cost in of_kind]
     starts: list[float] = []
-    ends: list[float] = []
-    available: list[float] = []
+    arrival: list[float] = []  # of each step's signals
     for kind, unit, waits in schedule.program:
         begin = unit_free[unit]
         for given in waits:
-            arrived = available[given] + signal
-            if arrived > begin:
-                begin = arrived
-        held = shared[kind]
+            if arrival[given] > begin:
+                begin = arrival[given]
+        held, occupied, late = kinds[kind]
         for engine, _ in held:
             if engine_free[engine] > begin:
                 begin = engine_free[engine]
         for engine, seconds in held:
             engine_free[engine] = begin + seconds
-        end = unit_free[unit] = begin + work[kind]
+        end = unit_free[unit] = begin + occupied
         starts.append(begin)
-        ends.append(end)
-        available.append(end + latency[kind])
+        arrival.append(end + late + signal)
+    order = [kind for kind, _, _ in schedule.program]
+    ends = [begin + work[kind] for begin, kind in zip(starts, order, strict=True)]
+    available = [end + latency[kind] for end, kind in zip(ends, order, strict=True)]
     return starts, ends, available
 
 
@@ -123,13 +124,15 @@ def _shared_engines(
 
     An engine that one unit alone holds is free again when the unit is, or earlier.
     """
-    users: dict[str, set[str]] = {}
+    only: dict[str, str] = {}  # the unit that alone holds an engine
+    shared: set[str] = set()
     for step, cost in zip(schedule.kinds, of_kind, strict=True):
         for engine in cost.busy:
-            users.setdefault(engine, set()).add(step.unit)
-    return [
-        tuple(held for held in cost.busy.items() if len(users[held[0]]) > 1) for cost in of_kind
-    ]
+            if only.setdefault(engine, step.unit) != step.unit:
+                shared.add(engine)
+    if not shared:
+        return [()] * len(of_kind)
+    return [tuple(held for held in cost.busy.items() if held[0] in shared) for cost in of_kind]
 
 
 class BlockTimes:

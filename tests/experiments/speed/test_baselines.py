@@ -12,7 +12,7 @@ from benchmark_runs import SMALL, run
 from experiments.speed import baselines as peers
 from mla_jax.reference.attention import attention_float64
 
-pytestmark = pytest.mark.usefixtures("small_ceilings")
+pytestmark = pytest.mark.usefixtures("small_ceilings", "unrendered")
 
 
 class TestPeers:

@@ -15,7 +15,7 @@ from experiments.speed.decode.programs import Work
 from experiments.speed.decode.runner import Journal, Runner
 from experiments.speed.shapes import shapes
 
-pytestmark = pytest.mark.usefixtures("small_ceilings")
+pytestmark = pytest.mark.usefixtures("small_ceilings", "unrendered")
 
 
 class TestRuns:

@@ -7,7 +7,7 @@ from experiments.framework.results import validate_result
 from experiments.speed import kernel_bench
 from experiments.speed.shapes import shapes
 
-pytestmark = pytest.mark.usefixtures("small_ceilings")
+pytestmark = pytest.mark.usefixtures("small_ceilings", "unrendered")
 
 
 class TestKernelBench:

@@ -10,6 +10,8 @@ from experiments.framework.experiment import InputError
 from experiments.speed import prefill
 from experiments.speed.prefill_batches import PRESETS, Batch
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 
 def run(tmp_path, *flags):
     """(exit status, the row of `xla`) of the experiment."""
