@@ -32,7 +32,7 @@ type AnyQueries = jax.Array | Queries
 
 def as_queries(q: Any) -> AnyQueries:
     """Returns q, or a pair of arrays as `Queries`; raises TypeError for anything else."""
-    if isinstance(q, tuple | list):
+    if isinstance(q, tuple):
         if len(q) != 2:
             raise TypeError(f"q must be an array or a pair of arrays, got {len(q)} of them")
         q = Queries(*q)
