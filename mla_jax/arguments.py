@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,7 +11,7 @@ from mla_jax.cache.layers import require_one_layer
 from mla_jax.checkpoints.weights import check_params, check_params_type
 from mla_jax.config import MLAConfig
 from mla_jax.online_softmax import RESCALES
-from mla_jax.ragged.queries import require_queries
+from mla_jax.ragged.queries import AnyQueries, require_queries
 from mla_jax.sharding.key_shards import KeyShard
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import SplitPlan
@@ -77,7 +76,7 @@ def check_cache(cache: Any) -> None:
 
 
 def check_options(
-    rescale: Any, partial_dtype: Any, plan: Any, q: jax.Array, shard: KeyShard | None
+    rescale: Any, partial_dtype: Any, plan: Any, q: AnyQueries, shard: KeyShard | None
 ) -> Any:
     """partial_dtype as a dtype, or None."""
     if not isinstance(rescale, str):

@@ -163,13 +163,13 @@ def paged_mla_attention(
             a plan for other lengths. Traced, such a request's rows are NaN.
     """
     return_lse = checks.require_bool("return_lse", return_lse)
-    q = as_queries(q)
+    queries = as_queries(q)
     if cu_q_lens is not None:
         require_no_query_lens(query_lens)
-        requests = block_tables, seq_lens, cu_q_lens
-        q, block_tables, seq_lens = _of_packed(q, cache, *requests, causal=causal, kv_axis=kv_axis)
+        call = queries, cache, block_tables, seq_lens, cu_q_lens
+        queries, block_tables, seq_lens = _of_packed(*call, causal=causal, kv_axis=kv_axis)
     problem, choice = prepare(
-        q,
+        queries,
         cache,
         block_tables,
         seq_lens,
@@ -184,7 +184,8 @@ def paged_mla_attention(
     )
     o, lse = attend(problem, choice)
     if kv_axis is not None:
-        o, lse = merge_parts(o.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3]), kv_axis)
+        heads = queries.shape[:3]
+        o, lse = merge_parts(o.reshape(*heads, -1), lse.reshape(heads), kv_axis)
     if cu_q_lens is not None:
         o, lse = o[:, 0], lse[:, 0]
     return (o, lse) if return_lse else o
@@ -218,7 +219,7 @@ def _of_packed(
 
 
 def prepare(
-    q: jax.Array | tuple[jax.Array, jax.Array],
+    q: AnyQueries,
     cache: PagedKVCache,
     block_tables: jax.Array,
     seq_lens: jax.Array,

@@ -263,19 +263,19 @@ def attend(
     options: dict[str, Any] = {"implementation": implementation, "plan": plan, "rescale": rescale}
     options |= {"causal": causal, "partial_dtype": partial_dtype, "kv_axis": kv_axis}
     requests = block_tables, seq_lens, query_lens
-    q = as_queries(q)
+    queries = as_queries(q)
     if cu_q_lens is not None:
         check_heads(config, cache)
-        widths = config.kv_lora_rank, config.qk_rope_head_dim
-        require_queries(q, "T, H", *widths, when=" with cu_q_lens")
+        widths, when = (config.kv_lora_rank, config.qk_rope_head_dim), " with cu_q_lens"
+        require_queries(queries, "T, H", *widths, when=when)
         checks.require_array("kv", kv)
-        checks.require_shape("kv", kv, "[T, D] with cu_q_lens", q.shape[0], config.latent_dim)
-        packed = Packed(block_tables, seq_lens, cu_q_lens)
-        q, requests = _requests_of("q", q, cache, requests, packed, causal=causal, kv_axis=kv_axis)
+        checks.require_shape("kv", kv, f"[T, D]{when}", queries.shape[0], config.latent_dim)
+        call = queries, cache, requests, Packed(block_tables, seq_lens, cu_q_lens)
+        queries, requests = _requests_of("q", *call, causal=causal, kv_axis=kv_axis)
         kv = kv[:, None]
     tables, lens, new = requests
     o_latent, lse, cache = _append_and_attend(
-        config, q, kv, cache, tables, lens, query_lens=new, donate=donate, **options
+        config, queries, kv, cache, tables, lens, query_lens=new, donate=donate, **options
     )
     if kv_axis is not None:
         o_latent, _ = merge_parts(o_latent, lse, kv_axis)

@@ -104,7 +104,7 @@ def _gradients(
 
 
 def _specs_of_gradients(problem: AttentionProblem, pages: jax.Array | None, *_: jax.Array) -> Any:
-    return jax.tree.map(lambda x: spec_of_dims(*dims_of(x)), Gradients(problem.q, pages))
+    return jax.tree.map(lambda x: spec_of_dims(*dims_of(x)), Gradients(whole(problem.q), pages))
 
 
 @on_auto_axes(_specs_of_gradients)
@@ -179,7 +179,7 @@ def _rows(
     visible = _take(problem.visible_keys().reshape(batch, tokens, heads), start, size)
     visible = jnp.where(fresh[:, None], visible, np.int32(0))
     q, o, d_o = (
-        _take(x, start, size).reshape(batch, size * heads, -1) for x in (problem.q, o, d_o)
+        _take(x, start, size).reshape(batch, size * heads, -1) for x in (whole(problem.q), o, d_o)
     )
     visible, lse, d_lse = (
         x.reshape(batch, size * heads)
