@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,6 +11,7 @@ from mla_jax.cache.layers import require_one_layer
 from mla_jax.checkpoints.weights import check_params, check_params_type
 from mla_jax.config import MLAConfig
 from mla_jax.online_softmax import RESCALES
+from mla_jax.ragged.queries import AnyQueries, require_queries
 from mla_jax.sharding.key_shards import KeyShard
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import SplitPlan
@@ -59,13 +59,7 @@ def check_arrays(
     q: Any, cache: Any, block_tables: Any, seq_lens: Any, query_lens: Any | None
 ) -> None:
     check_cache(cache)
-    checks.require_array("q", q)
-    checks.require_shape(
-        "q", q, "[B, S, H, kv_lora_rank + rope_dim]", None, None, None, cache.latent_dim
-    )
-    checks.require_float("q", q)
-    if 0 in q.shape:
-        raise ValueError(f"q must have no dim of 0, got shape {list(q.shape)}")
+    require_queries(q, "B, S, H", cache.kv_lora_rank, cache.rope_dim)
     checks.require_block_tables(block_tables, q.shape[0])
     lengths = {"seq_lens": seq_lens} | ({} if query_lens is None else {"query_lens": query_lens})
     for name, value in lengths.items():
@@ -82,7 +76,7 @@ def check_cache(cache: Any) -> None:
 
 
 def check_options(
-    rescale: Any, partial_dtype: Any, plan: Any, q: jax.Array, shard: KeyShard | None
+    rescale: Any, partial_dtype: Any, plan: Any, q: AnyQueries, shard: KeyShard | None
 ) -> Any:
     """partial_dtype as a dtype, or None."""
     if not isinstance(rescale, str):

@@ -22,6 +22,7 @@ from mla_jax.cache.requests import valid_or_minus_one
 from mla_jax.implementations.choice import Choice
 from mla_jax.implementations.gradients import attend
 from mla_jax.problem import AttentionProblem
+from mla_jax.ragged.queries import AnyQueries, as_queries, require_queries
 from mla_jax.registry import check_names, choose
 from mla_jax.sharding.key_shards import KeyShard, merge_parts
 from mla_jax.splits.decode_plan import DecodePlan
@@ -30,7 +31,7 @@ from mla_jax.splits.plan import SplitPlan
 
 @overload
 def paged_mla_attention(
-    q: jax.Array,
+    q: jax.Array | tuple[jax.Array, jax.Array],
     cache: PagedKVCache,
     block_tables: jax.Array,
     seq_lens: jax.Array,
@@ -50,7 +51,7 @@ def paged_mla_attention(
 
 @overload
 def paged_mla_attention(
-    q: jax.Array,
+    q: jax.Array | tuple[jax.Array, jax.Array],
     cache: PagedKVCache,
     block_tables: jax.Array,
     seq_lens: jax.Array,
@@ -69,7 +70,7 @@ def paged_mla_attention(
 
 
 def paged_mla_attention(
-    q: jax.Array,
+    q: jax.Array | tuple[jax.Array, jax.Array],
     cache: PagedKVCache,
     block_tables: jax.Array,
     seq_lens: jax.Array,
@@ -93,7 +94,8 @@ def paged_mla_attention(
 
     Args:
         q: [B, S, H, D] = [q_latent | q_rope], not scaled; float32, bfloat16 or float16. With
-            cu_q_lens [T, H, D]: the tokens of all requests, packed.
+            cu_q_lens [T, H, D]: the tokens of all requests, packed. Or a pair (q_latent, q_rope) of
+            arrays, as a layer's products make them: `hopper` reads them without a copy.
         cache: K is a row [c_kv | k_rope] of D values, V its first kv_lora_rank. The plain-JAX
             implementations read an int8 cache dequantized, in float32. A pool of several layers is
             passed as `cache.layer(i)`.
@@ -161,12 +163,13 @@ def paged_mla_attention(
             a plan for other lengths. Traced, such a request's rows are NaN.
     """
     return_lse = checks.require_bool("return_lse", return_lse)
+    queries = as_queries(q)
     if cu_q_lens is not None:
         require_no_query_lens(query_lens)
-        requests = block_tables, seq_lens, cu_q_lens
-        q, block_tables, seq_lens = _of_packed(q, cache, *requests, causal=causal, kv_axis=kv_axis)
+        call = queries, cache, block_tables, seq_lens, cu_q_lens
+        queries, block_tables, seq_lens = _of_packed(*call, causal=causal, kv_axis=kv_axis)
     problem, choice = prepare(
-        q,
+        queries,
         cache,
         block_tables,
         seq_lens,
@@ -181,14 +184,15 @@ def paged_mla_attention(
     )
     o, lse = attend(problem, choice)
     if kv_axis is not None:
-        o, lse = merge_parts(o.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3]), kv_axis)
+        heads = queries.shape[:3]
+        o, lse = merge_parts(o.reshape(*heads, -1), lse.reshape(heads), kv_axis)
     if cu_q_lens is not None:
         o, lse = o[:, 0], lse[:, 0]
     return (o, lse) if return_lse else o
 
 
 def _of_packed(
-    q: jax.Array,
+    q: AnyQueries,
     cache: PagedKVCache,
     block_tables: jax.Array,
     seq_lens: jax.Array,
@@ -196,13 +200,10 @@ def _of_packed(
     *,
     causal: Any,
     kv_axis: str | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[AnyQueries, jax.Array, jax.Array]:
     """Returns q [T, 1, H, D], block tables and lengths of packed tokens as requests of one."""
     check_cache(cache)
-    checks.require_array("q", q)
-    words = "[T, H, kv_lora_rank + rope_dim] with cu_q_lens"
-    checks.require_shape("q", q, words, None, None, cache.latent_dim)
-    checks.require_positive("T of q", q.shape[0])
+    require_queries(q, "T, H", cache.kv_lora_rank, cache.rope_dim, when=" with cu_q_lens")
     tokens = PackedTokens.of(
         "q",
         q.shape[0],
@@ -213,11 +214,12 @@ def _of_packed(
         causal=checks.require_bool("causal", causal),
         kv_axis=kv_axis,
     )
-    return q[:, None], tokens.block_tables, tokens.seq_lens
+    q = jax.tree.map(lambda part: part[:, None], q)
+    return q, tokens.block_tables, tokens.seq_lens
 
 
 def prepare(
-    q: jax.Array,
+    q: AnyQueries,
     cache: PagedKVCache,
     block_tables: jax.Array,
     seq_lens: jax.Array,
@@ -274,7 +276,7 @@ def prepare(
 
 def _of_tokens(problem: AttentionProblem, shard: KeyShard) -> AttentionProblem:
     """Returns the call with this device's keys, in which every query token is a request."""
-    batch, tokens, *row = problem.q.shape
+    batch, tokens, heads, _ = problem.q.shape
     cache, tables = problem.cache, problem.block_tables
     seen = shard.visible(problem.seq_lens, problem.query_lens, tokens, causal=problem.causal)
     if tokens > 1:
@@ -286,7 +288,7 @@ def _of_tokens(problem: AttentionProblem, shard: KeyShard) -> AttentionProblem:
         tables = jnp.repeat(tables, tokens, axis=0)
     return dataclasses.replace(
         problem,
-        q=problem.q.reshape(batch * tokens, 1, *row),
+        q=jax.tree.map(lambda part: part.reshape(batch * tokens, 1, heads, -1), problem.q),
         block_tables=tables,
         seq_lens=seen.reshape(-1),
         query_lens=None,

@@ -39,6 +39,7 @@ from mla_jax.projections import (
     queries_and_latents,
     specs_of_hidden,
 )
+from mla_jax.ragged.queries import AnyQueries, as_queries, require_queries, whole
 from mla_jax.rope import check_positions
 from mla_jax.sharding.axes import on_auto_axes
 from mla_jax.sharding.key_shards import KeyShard, merge_parts, weights_of_parts
@@ -171,14 +172,14 @@ def mla_layer(
 
 def _requests_of(
     name: str,
-    x: jax.Array,
+    x: Any,
     cache: PagedKVCache,
     lengths: tuple[jax.Array, jax.Array, jax.Array | None],
     packed: Packed | None,
     *,
     causal: bool,
     kv_axis: str | None,
-) -> tuple[jax.Array, Requests]:
+) -> tuple[Any, Requests]:
     """Returns x [N, S, ...] and N requests: those of the call, or one for each packed token.
 
     name: of x, for messages.
@@ -190,8 +191,8 @@ def _requests_of(
     require_no_query_lens(query_lens)
     if not checks.require_bool("causal", causal):
         raise ValueError("causal must be True with cu_q_lens, got False")
-    tokens = PackedTokens.of(name, len(x), cache, *packed, kv_axis=kv_axis)
-    return x[:, None], Requests(*tokens)
+    tokens = PackedTokens.of(name, x.shape[0], cache, *packed, kv_axis=kv_axis)
+    return jax.tree.map(lambda part: part[:, None], x), Requests(*tokens)
 
 
 def preprocess(
@@ -218,12 +219,12 @@ def preprocess(
     check_positions(positions)
     checks.require_shape("positions", positions, "[B, S]", *x.shape[:2])
     q_nope, q_rope, kv = queries_and_latents(params, x, positions, config=config)
-    return absorbed(params, q_nope, q_rope), kv
+    return whole(absorbed(params, q_nope, q_rope)), kv
 
 
 def attend(
     config: MLAConfig,
-    q: jax.Array,
+    q: jax.Array | tuple[jax.Array, jax.Array],
     kv: jax.Array,
     cache: PagedKVCache,
     block_tables: jax.Array,
@@ -243,7 +244,8 @@ def attend(
 
     Args:
         config: shape of the layer; static under jit.
-        q: [B, S, H, D] absorbed queries, as `preprocess` returns them. With cu_q_lens [T, H, D].
+        q: [B, S, H, D] absorbed queries, as `preprocess` returns them, or a pair of arrays, as in
+            `paged_mla_attention`. With cu_q_lens [T, H, D].
         kv: [B, S, D], or [T, D], rows of the new tokens, which are cast to the dtype of the cache's
             rows.
         cache: as in `mla_layer`.
@@ -261,18 +263,19 @@ def attend(
     options: dict[str, Any] = {"implementation": implementation, "plan": plan, "rescale": rescale}
     options |= {"causal": causal, "partial_dtype": partial_dtype, "kv_axis": kv_axis}
     requests = block_tables, seq_lens, query_lens
+    queries = as_queries(q)
     if cu_q_lens is not None:
         check_heads(config, cache)
-        checks.require_array("q", q)
-        checks.require_shape("q", q, "[T, H, D] with cu_q_lens", None, None, config.latent_dim)
+        widths, when = (config.kv_lora_rank, config.qk_rope_head_dim), " with cu_q_lens"
+        require_queries(queries, "T, H", *widths, when=when)
         checks.require_array("kv", kv)
-        checks.require_shape("kv", kv, "[T, D] with cu_q_lens", len(q), config.latent_dim)
-        packed = Packed(block_tables, seq_lens, cu_q_lens)
-        q, requests = _requests_of("q", q, cache, requests, packed, causal=causal, kv_axis=kv_axis)
+        checks.require_shape("kv", kv, f"[T, D]{when}", queries.shape[0], config.latent_dim)
+        call = queries, cache, requests, Packed(block_tables, seq_lens, cu_q_lens)
+        queries, requests = _requests_of("q", *call, causal=causal, kv_axis=kv_axis)
         kv = kv[:, None]
     tables, lens, new = requests
     o_latent, lse, cache = _append_and_attend(
-        config, q, kv, cache, tables, lens, query_lens=new, donate=donate, **options
+        config, queries, kv, cache, tables, lens, query_lens=new, donate=donate, **options
     )
     if kv_axis is not None:
         o_latent, _ = merge_parts(o_latent, lse, kv_axis)
@@ -281,7 +284,7 @@ def attend(
 
 def _append_and_attend(
     config: MLAConfig,
-    q: jax.Array,
+    q: AnyQueries,
     kv: jax.Array,
     cache: PagedKVCache,
     block_tables: jax.Array,
@@ -295,8 +298,7 @@ def _append_and_attend(
     """Computes `attend`, with kv_axis over this device's keys; returns lse [B, S, H] too."""
     check_heads(config, cache)
     donate = checks.require_bool("donate", donate)
-    checks.require_array("q", q)
-    checks.require_shape("q", q, "[B, S, H, D]", None, None, None, config.latent_dim)
+    require_queries(q, "B, S, H", config.kv_lora_rank, config.qk_rope_head_dim)
     checks.require_array("kv", kv)
     checks.require_float("kv", kv)
     checks.require_shape("kv", kv, "[B, S, D]", *q.shape[:2], config.latent_dim)

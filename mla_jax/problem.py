@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from mla_jax.cache import PagedKVCache
 from mla_jax.cache.requests import valid_or_minus_one
+from mla_jax.ragged.queries import AnyQueries, whole
 from mla_jax.splits.decode_plan import DecodePlan
 
 
@@ -25,7 +26,7 @@ class AttentionProblem:
     an implementation may do so itself.
     """
 
-    q: jax.Array  # [B, S, H, D]
+    q: AnyQueries  # [B, S, H, D]
     cache: PagedKVCache
     block_tables: jax.Array  # [B, max_pages] int32
     seq_lens: jax.Array  # [B] int32
@@ -50,7 +51,7 @@ class AttentionProblem:
 
     def query_rows(self) -> jax.Array:
         """Returns q as [B, R, D]: all heads of all tokens share one K and V."""
-        return self.q.reshape(self.q.shape[0], self.num_rows, self.q.shape[3])
+        return whole(self.q).reshape(self.q.shape[0], self.num_rows, self.q.shape[3])
 
     def visible_keys(self) -> jax.Array:
         """Returns [B, R] int32: a row sees keys 0 .. visible - 1; 0 or less: none."""

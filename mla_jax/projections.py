@@ -1,11 +1,14 @@
 """The layer's products with its weights: queries and latents of hidden states."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mla_jax.checkpoints.weights import MLAParams
 from mla_jax.config import MLAConfig
+from mla_jax.ragged.queries import Queries
 from mla_jax.rope import apply_rope
 from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims
 
@@ -22,9 +25,10 @@ def queries_of(
     return q_nope, apply_rope(q_rope, positions, config)
 
 
-def absorbed_queries(w_uk: jax.Array, q_nope: jax.Array, q_rope: jax.Array) -> jax.Array:
-    """Returns [q_nope . W_UK | q_rope], [B, S, H, kv_lora + rope]."""
-    return jnp.concatenate([einsum("bshn,hnc->bshc", q_nope, w_uk), q_rope], -1)
+def absorbed_queries(w_uk: jax.Array, q_nope: jax.Array, q_rope: jax.Array) -> Queries:
+    """Returns [q_nope . W_UK | q_rope] in two arrays, [B, S, H, kv_lora] and [B, S, H, rope]."""
+    latent = einsum("bshn,hnc->bshc", q_nope, w_uk)
+    return Queries(latent, q_rope.astype(latent.dtype))
 
 
 def latents_of(
@@ -87,13 +91,14 @@ def queries_and_latents(
     return q_nope, q_rope, latents_of(params, config, x, positions)
 
 
-def _specs_of_absorbed(_: MLAParams, q_nope: jax.Array, *__: jax.Array) -> PartitionSpec:
-    return spec_of_dims(*dims_of(q_nope)[:3], None)
+def _specs_of_absorbed(_: MLAParams, q_nope: jax.Array, *__: jax.Array) -> Queries:
+    spec: Any = spec_of_dims(*dims_of(q_nope)[:3], None)
+    return Queries(spec, spec)
 
 
 @on_auto_axes(_specs_of_absorbed)
 @jax.named_scope("mla_absorb")
-def absorbed(params: MLAParams, q_nope: jax.Array, q_rope: jax.Array) -> jax.Array:
+def absorbed(params: MLAParams, q_nope: jax.Array, q_rope: jax.Array) -> Queries:
     """Returns absorbed queries, sharded over explicit mesh axes as q_nope is."""
     return absorbed_queries(params.w_uk, q_nope, q_rope)
 

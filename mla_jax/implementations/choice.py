@@ -19,6 +19,7 @@ from jax.sharding import ManualAxisType, PartitionSpec
 
 from mla_jax import checks
 from mla_jax.implementations.implementation import Implementation, Problem, runs_anywhere
+from mla_jax.ragged.queries import first_part
 from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims
 from mla_jax.sharding.target import Target
 from mla_jax.splits.plan import SlowPlanWarning
@@ -137,7 +138,7 @@ def compute(problem: Problem, choice: Choice) -> tuple[jax.Array, jax.Array]:
 
 def specs_of_outputs(problem: Problem) -> tuple[PartitionSpec, PartitionSpec]:
     """Returns the PartitionSpecs of o and lse: as q's."""
-    rows = dims_of(problem.q)[:-1]
+    rows = dims_of(first_part(problem.q))[:-1]
     return spec_of_dims(*rows, None), spec_of_dims(*rows)
 
 

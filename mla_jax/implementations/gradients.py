@@ -35,6 +35,7 @@ from mla_jax.implementations.choice import Choice, compute, specs_of_outputs
 from mla_jax.implementations.scores import finite_or_zero, product, scores_of
 from mla_jax.online_softmax import common_dtype
 from mla_jax.problem import AttentionProblem
+from mla_jax.ragged.queries import like, whole
 from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims, vary_like
 
 BLOCK_TOKENS = 256  # keys per block; a block has at least one page
@@ -96,13 +97,14 @@ def _gradients(
     wanted: AttentionProblem, problem: AttentionProblem, out: Outputs, cotangents: Outputs
 ) -> AttentionProblem:
     pages = problem.cache.pages if wanted.cache.pages else None
-    found = paged_gradients(problem, pages, *out, *cotangents)
+    in_one = dataclasses.replace(problem, q=whole(problem.q))
+    found = paged_gradients(in_one, pages, *out, *cotangents)
     cache = dataclasses.replace(problem.cache, pages=found.pages)
-    return dataclasses.replace(problem, q=found.q, cache=cache)
+    return dataclasses.replace(problem, q=like(problem.q, found.q), cache=cache)
 
 
 def _specs_of_gradients(problem: AttentionProblem, pages: jax.Array | None, *_: jax.Array) -> Any:
-    return jax.tree.map(lambda x: spec_of_dims(*dims_of(x)), Gradients(problem.q, pages))
+    return jax.tree.map(lambda x: spec_of_dims(*dims_of(x)), Gradients(whole(problem.q), pages))
 
 
 @on_auto_axes(_specs_of_gradients)
@@ -118,7 +120,7 @@ def paged_gradients(
     """Returns the gradients in the dtypes of q and the pages; 0 for invalid requests.
 
     Args:
-        problem: the call.
+        problem: the call, with q in one array.
         pages: those of the cache; None: only the gradient of q is asked for.
         o, lse: its results.
         d_o: cotangent of o, [B, S, H, kv_lora_rank].
@@ -177,7 +179,7 @@ def _rows(
     visible = _take(problem.visible_keys().reshape(batch, tokens, heads), start, size)
     visible = jnp.where(fresh[:, None], visible, np.int32(0))
     q, o, d_o = (
-        _take(x, start, size).reshape(batch, size * heads, -1) for x in (problem.q, o, d_o)
+        _take(x, start, size).reshape(batch, size * heads, -1) for x in (whole(problem.q), o, d_o)
     )
     visible, lse, d_lse = (
         x.reshape(batch, size * heads)

@@ -16,7 +16,10 @@ from mla_jax.splits.decode_plan import DecodePlan
 def _attend(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
     from pallas_kernels.hopper import attention
 
-    cache = problem.cache
+    cache, batch = problem.cache, len(problem.seq_lens)
+    # The parts of q stay apart.
+    q = jax.tree.map(lambda part: part.reshape(batch, problem.num_rows, -1), problem.q)
+    q = q if isinstance(q, jax.Array) else tuple(q)
     work = problem.block_tables, problem.seq_lens, problem.query_lens, problem.plan
     options: dict[str, Any] = {
         "num_heads": problem.q.shape[2],
@@ -27,11 +30,11 @@ def _attend(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
     if cache.rope_pages is None or cache.scales is None:
         rank, rescale = cache.kv_lora_rank, problem.rescale
         o, lse = attention.attend(
-            problem.query_rows(), cache.pages, *work, kv_lora_rank=rank, rescale=rescale, **options
+            q, cache.pages, *work, kv_lora_rank=rank, rescale=rescale, **options
         )
     else:
         o, lse = attention.attend_int8(
-            problem.query_rows(), cache.pages, cache.rope_pages, cache.scales, *work, **options
+            q, cache.pages, cache.rope_pages, cache.scales, *work, **options
         )
     shape = problem.q.shape[:3]
     return o.reshape(*shape, cache.kv_lora_rank), lse.reshape(shape)

@@ -8,6 +8,7 @@ import jax
 
 from mla_jax.cache import PagedKVCache
 from mla_jax.hal import HardwareProfile
+from mla_jax.ragged.queries import AnyQueries
 from mla_jax.sharding.target import Target
 from mla_jax.splits.decode_plan import DecodePlan
 
@@ -16,7 +17,7 @@ class Problem(Protocol):
     """One checked call of an op; a pytree of arrays, its options static."""
 
     @property
-    def q(self) -> jax.Array:
+    def q(self) -> AnyQueries:
         """The queries [..., D]: o and lse have the other dims of q, and are sharded as they are."""
 
 

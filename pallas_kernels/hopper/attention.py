@@ -24,6 +24,7 @@ from pallas_kernels.hopper.kernels.decode_transposed import decode_transposed
 from pallas_kernels.hopper.kernels.decode_transposed_int8 import decode_transposed_int8
 from pallas_kernels.hopper.kernels.merge import merge
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
+from pallas_kernels.hopper.parts.queries import Queries
 from pallas_kernels.hopper.planning import (
     finish_of,
     plan_decode,
@@ -46,7 +47,7 @@ OPTIONS = ("num_heads", "softmax_scale", "causal", "partial_dtype", "tiles", "in
 
 @jit_with_defaults(*OPTIONS, "kv_lora_rank", "rescale")
 def attend(
-    q: jax.Array,
+    q: jax.Array | tuple[jax.Array, jax.Array],
     pages: jax.Array,
     block_tables: jax.Array,
     seq_lens: jax.Array,
@@ -65,7 +66,8 @@ def attend(
     """Computes attention of R = S_q * num_heads rows per request over a cache of 16-bit latents.
 
     Args:
-        q: [B, R, D] bfloat16 or float16, not scaled; row r is query token r // num_heads.
+        q: [B, R, D] bfloat16 or float16, not scaled; row r is query token r // num_heads. Or two
+            arrays, [B, R, kv_lora_rank] and [B, R, rope_dim].
         pages: [num_pages, page_size, D] of q's dtype, D = kv_lora_rank + rope_dim.
         block_tables: [B, max_pages] int32.
         seq_lens: [B] int32, keys per request. A request with an invalid length or page gets NaN.
@@ -82,7 +84,8 @@ def attend(
     Returns:
         o [B, R, kv_lora_rank] of q's dtype and lse [B, R] float32, natural log.
     """
-    tokens = _QueryTokens(q.shape[1] // num_heads, num_heads, causal)
+    queries = Queries.of(q)
+    tokens = _QueryTokens(queries.rows // num_heads, num_heads, causal)
     requests = block_tables, seq_lens, query_lens
     plan, requests = _planned(
         plan,
@@ -93,14 +96,14 @@ def attend(
         cache="float",
         rescale=rescale,
         kv_lora_rank=kv_lora_rank,
-        rope_dim=q.shape[2] - kv_lora_rank,
+        rope_dim=queries.width - kv_lora_rank,
     )
     if partial_dtype is None:
-        exact = isinstance(plan.tiles, DecodeTransposedConfig) or q.dtype == jnp.float16
+        exact = isinstance(plan.tiles, DecodeTransposedConfig) or queries.dtype == jnp.float16
         partial_dtype = jnp.float32 if exact else jnp.float16
     return launch(
         KERNELS["float"][type(plan.tiles)],
-        q,
+        queries,
         (pages,),
         requests,
         plan,
@@ -116,7 +119,7 @@ def attend(
 
 @jit_with_defaults(*OPTIONS)
 def attend_int8(
-    q: jax.Array,
+    q: jax.Array | tuple[jax.Array, jax.Array],
     pages: jax.Array,
     rope_pages: jax.Array,
     scales: jax.Array,
@@ -135,8 +138,8 @@ def attend_int8(
     """Computes attention as `attend` does, over a cache of int8 latents with a scale per token.
 
     Args:
-        q: [B, R, kv_lora_rank + rope_dim] bfloat16. The kernel quantizes its latent part to 14
-            bits with a step per row (parts/quantize_q.py).
+        q: [B, R, kv_lora_rank + rope_dim] bfloat16, or two arrays. The kernel quantizes its latent
+            part to 14 bits with a step per row (parts/quantize_q.py).
         pages: [num_pages, page_size, kv_lora_rank] int8.
         rope_pages: [num_pages, page_size, rope_dim] bfloat16.
         scales: [num_pages, page_size] float32; the latent of a token is its int8 times its scale.
@@ -146,7 +149,8 @@ def attend_int8(
     Returns:
         o [B, R, kv_lora_rank] bfloat16 and lse [B, R] float32, natural log.
     """
-    tokens = _QueryTokens(q.shape[1] // num_heads, num_heads, causal)
+    queries = Queries.of(q)
+    tokens = _QueryTokens(queries.rows // num_heads, num_heads, causal)
     requests = block_tables, seq_lens, query_lens
     plan, requests = _planned(
         plan,
@@ -161,7 +165,7 @@ def attend_int8(
     )
     return launch(
         KERNELS["int8"][type(plan.tiles)],
-        q,
+        queries,
         (pages, rope_pages, scales),
         requests,
         plan,
@@ -241,7 +245,7 @@ def _planned(
 
 def launch(
     kernel: Kernel,
-    q: jax.Array,
+    q: Queries,
     cache: tuple[jax.Array, ...],
     requests: _Requests,
     plan: DecodePlan,
@@ -255,7 +259,7 @@ def launch(
 
     Args:
         kernel: a function of `pallas_kernels.hopper.kernels`.
-        q: [B, R, D].
+        q: of R rows.
         cache: the cache's arrays.
         requests: block_tables, seq_lens and query_lens.
         plan: with tiles.
@@ -264,14 +268,14 @@ def launch(
     Returns:
         o and lse as `attend` does.
     """
-    batch, rows, _ = q.shape
+    batch, rows = q.batch, q.rows
     split, config = plan.split, plan.tiles
     o, lse = new_outputs(batch, rows, options["kv_lora_rank"], q.dtype)
     combines = split.num_partials > 0 and interpret is None and _run_at_once(plan)
     work = work_of(plan, finish_of(config, workers_may_wait=combines or interpret is not None))
     partials = kernel(
         DecodeCall(
-            q=pad_rows(q, config.q_row_multiple),
+            q=q.padded(config.q_row_multiple),
             cache=cache,
             requests=Requests(*requests, work),
             outputs=Outputs(o, lse),
@@ -295,12 +299,6 @@ def launch(
 def _run_at_once(plan: DecodePlan) -> bool:
     """Whether all CTAs of a launch certainly run at the same time, so that they may wait."""
     return plan.tiles.num_ctas(plan.split.num_workers) <= device.resident_ctas()
-
-
-def pad_rows(q: jax.Array, multiple: int) -> jax.Array:
-    """Returns q [B, R, D] with rows of zeros behind it, up to a multiple."""
-    spare = -q.shape[1] % multiple
-    return jnp.pad(q, ((0, 0), (0, spare), (0, 0))) if spare else q
 
 
 def new_outputs(batch: int, rows: int, kv_lora_rank: int, dtype: Any) -> tuple[Any, Any]:

@@ -100,6 +100,7 @@ def test_a_plan_for_other_query_lens_is_loud():
 
 
 CACHE = PagedKVCache.create(4, page_size=16, kv_lora_rank=RANK, rope_dim=ROPE, dtype="float32")
+LATENT, OF_ROPE = np.ones((2, 1, 4, RANK), np.float32), np.ones((2, 1, 4, ROPE), np.float32)
 GOOD = {
     "q": np.ones((2, 1, 4, 48), np.float32),
     "cache": CACHE,
@@ -158,6 +159,15 @@ GOOD = {
         ({"partial_dtype": 3}, TypeError, "partial_dtype must be one of .* got 3"),
         ({"implementation": []}, ValueError, "implementation must name at least one of"),
         ({"implementation": [3]}, TypeError, r"implementation must be .*got \[3\]"),
+        ({"q": (LATENT, OF_ROPE, OF_ROPE)}, TypeError, "q must be an array or a pair of arrays"),
+        ({"q": (LATENT, 3)}, TypeError, r"q\[1\] must be an array, got 3"),
+        ({"q": (OF_ROPE, LATENT)}, ValueError, r"q\[0\] must be \[B, S, H, kv_lora_rank\]"),
+        ({"q": (LATENT, OF_ROPE[:1])}, ValueError, r"q\[1\] must be \[B, S, H, rope_dim\] = \[2, "),
+        (
+            {"q": (LATENT, OF_ROPE.astype(np.float16))},
+            TypeError,
+            r"q\[1\] must have the dtype of q\[0\], float32, got float16",
+        ),
         ({"implementation": 3}, TypeError, "implementation must be .*got 3"),
         ({"implementation": {"xla"}}, TypeError, "implementation must be .*got {'xla'}"),
         ({"implementation": ["no such"]}, ValueError, r"implementation must be .*\['no such'\]"),

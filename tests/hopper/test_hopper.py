@@ -31,11 +31,11 @@ TRANSPOSED = (  # two row tiles, which share a token's heads
 )
 GATHERED = (
     {"heads": 24, "num_queries": 2, "requests": 6, "page_size": 8, "kv_lora_rank": 128},
-    {"rows_per_tile": 64},
+    {"rows_per_tile": 64, "apart": True},
 )
 TRANSPOSED_GATHERED_IN_PAIRS = (
     {"heads": 11, "num_queries": 2, "dtype": F16, "requests": 4, "page_size": 1},
-    {"rows_per_tile": 24, "tiles": config_of_height(24, num_tiles=50)},
+    {"rows_per_tile": 24, "tiles": config_of_height(24, num_tiles=50), "apart": True},
 )
 EXPONENT_ADD = (  # row tiles of tokens 0 .. 2, 2 .. 4 and 4, partials of float32
     {"heads": 31, "num_queries": 5, "dtype": F16, "kv_lora_rank": 128},
@@ -64,12 +64,16 @@ def plan_for(batch, *, workers, rows_per_tile, seq_lens=None, hides=False, **_):
     return even_plan(seq_lens, workers=workers, **sizes)
 
 
-def run(batch, *, tiles=None, rescale="multiply", partial_dtype=None, **planned):
-    """Runs the kernels in the interpreter, on `plan_for(batch, **planned)`; outputs have guards."""
+def run(batch, *, tiles=None, rescale="multiply", partial_dtype=None, apart=False, **planned):
+    """Runs the kernels in the interpreter, on `plan_for(batch, **planned)`; outputs have guards.
+
+    apart: whether the latent part and the rope part of q are arrays of their own.
+    """
     requests, tokens, heads, width = batch.q.shape
+    q, rank = np.asarray(batch.q).reshape(requests, tokens * heads, width), batch.cache.kv_lora_rank
     return run_guarded(
         attention.attend,
-        np.asarray(batch.q).reshape(requests, tokens * heads, width),
+        (q[..., :rank], q[..., rank:]) if apart else q,
         batch.cache.pages,
         batch.block_tables,
         batch.seq_lens,

@@ -52,7 +52,7 @@ SIXTEEN = (  # two row tiles
 )
 SIXTY_FOUR = (
     {"heads": 24, "num_queries": 2, "requests": 6, "page_size": 128},
-    {"rows_per_tile": 64},
+    {"rows_per_tile": 64, "apart": True},
 )
 
 

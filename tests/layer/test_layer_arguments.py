@@ -144,7 +144,12 @@ def test_refuses_arguments_of_another_type():
         ("kv", [1], TypeError, r"kv must be an array, got \[1\]"),
         ("kv", kv.astype(int), TypeError, "kv must be an array of float32, .* got int32"),
         ("kv", kv[:, :3], ValueError, r"kv must be \[B, S, D\] = \[2, 9, 22\], got .*2, 3, 22"),
-        ("q", q[..., :9], ValueError, r"q must be \[B, S, H, D\] = .* got shape \[2, 9, 3, 9\]"),
+        (
+            "q",
+            q[..., :9],
+            ValueError,
+            r"q must be \[B, S, H, .* got shape \[2, 9, 3, 9\]",
+        ),
         ("seq_lens", lens - 1, ValueError, r"seq_lens\[0\] must be at least 9: .* q count, got 8"),
     ):
         arguments = {"config": SMALL, "q": q, "kv": kv} | good

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from paged_batch import SCALE, TOLERANCE, make_batch
+from paged_batch import RANK, SCALE, TOLERANCE, make_batch
 from small_layer import SMALL, new_cache, random_layer, relative_error
 
 from mla_jax import PagedKVCache, mla_layer, paged_mla_attention, plan_decode
@@ -32,7 +32,10 @@ def packed(padded, query_lens, padding=PADDING, fill=np.nan):
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_op(implementation):
-    """One program serves a valid batch, and one in which every kind of request is invalid."""
+    """One program serves a valid batch, and one in which every kind of request is invalid.
+
+    With xla, q comes in two arrays.
+    """
     batch = make_batch(np.random.default_rng(1), SEQ_LENS, QUERY_LENS)
     count = sum(QUERY_LENS) + PADDING
 
@@ -43,6 +46,8 @@ def test_op(implementation):
         return paged_mla_attention(q, batch.cache, *requests, cu_q_lens=cu_q_lens, **options)
 
     q, cu_q_lens = packed(batch.q, QUERY_LENS), bounds(QUERY_LENS)
+    if implementation == "xla":
+        q = q[..., :RANK], q[..., RANK:]
     o, lse = attend(q, batch.block_tables, batch.seq_lens, cu_q_lens)
     wanted_o, wanted_lse = (packed(x, QUERY_LENS, fill=0) for x in batch.oracle())
     tolerance = {"atol": TOLERANCE["float32"], "rtol": 0}

@@ -16,9 +16,9 @@ GUARD = 7.25  # which no result is
 def run_guarded(attend: Any, q: Any, *args: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
     """What a kernel's `attend(q, *args, **options)` gives, from outputs that have guards.
 
-    Raises AssertionError where anything but the rows of q [B, R, D] was written.
+    Raises AssertionError where anything but the rows of q [B, R, D] was written, or of its parts.
     """
-    batch, rows, _ = q.shape
+    batch, rows, _ = jax.tree.leaves(q)[0].shape
     new_outputs = attention.new_outputs
     attention.new_outputs = _guarded_outputs
     try:

@@ -83,8 +83,20 @@ class Int8Batch:
         queries = query_lengths(lens, num_queries, query_lens)
         self.query_lens = jnp.asarray(queries, jnp.int32)
 
-    def jitted(self, plan=None, *, causal=True, requests=slice(None), interpret=None, **options):
-        """Returns a function that attends; in the interpreter its outputs have guards."""
+    def jitted(
+        self,
+        plan=None,
+        *,
+        causal=True,
+        requests=slice(None),
+        interpret=None,
+        apart=False,
+        **options,
+    ):
+        """Returns a function that attends; in the interpreter its outputs have guards.
+
+        apart: whether the latent part and the rope part of q are arrays of their own.
+        """
         attend = attention.attend_int8
         if interpret is not None:
             attend = functools.partial(run_guarded, attend, interpret=interpret)
@@ -94,9 +106,10 @@ class Int8Batch:
             jnp.asarray(np.asarray(array)[requests])  # NumPy does not compile a program per shape.
             for array in (q, self.block_tables, self.seq_lens, self.query_lens)
         ]
+        q = of_requests[0]
         return functools.partial(
             attend,
-            of_requests[0],
+            (q[..., :512], q[..., 512:]) if apart else q,
             *self.cache.arrays().values(),
             *of_requests[1:],
             plan,

@@ -70,8 +70,8 @@ def decode(call: DecodeCall[DecodeConfig]) -> tuple[jax.Array, ...]:
     of a cluster combine by themselves and, if the call combines, all other split tiles.
 
     Args:
-        call: with q [B, R or more, D] of bfloat16 or float16, its rows a multiple of 8, and a cache
-            of one array of pages [num_pages, page_size, D] of q's dtype.
+        call: with q of bfloat16 or float16, its rows a multiple of 8, and a cache of one array of
+            pages [num_pages, page_size, D] of q's dtype.
 
     Returns:
         The partial results of split tiles, as `Partials` describes them: o and lse, and the scales
@@ -219,12 +219,14 @@ class Loader:
     def load_q(self, request: Any, row: Any, stamps: Stamps) -> None:
         """Loads 64 rows of q, or all of them where there are fewer."""
         cta = self.cta
-        rows = min(BLOCK, cta.inputs.q.shape[1])
+        q = cta.inputs.q
+        rows = min(BLOCK, q.rows)
         plgpu.barrier_wait(cta.scratch.q_empty)
         stamps.item(at.LOAD_Q)
         for columns in cta.columns:
+            part, start = q.column(columns.start)
             plgpu.copy_gmem_to_smem(
-                cta.inputs.q.at[request, pl.ds(row, rows), pl.ds(columns.start, columns.width)],
+                part.at[request, pl.ds(row, rows), pl.ds(start, columns.width)],
                 columns.q.at[0] if rows == BLOCK else columns.q.at[0, pl.ds(0, rows)],
                 cta.scratch.q_full,
             )

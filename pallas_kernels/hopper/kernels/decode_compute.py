@@ -89,7 +89,7 @@ class ComputingWarpgroup:
         cta = self.cta
         for stage in range(STAGES):
             self.release(stage)  # Every stage starts free.
-        if cta.inputs.q.shape[1] < BLOCK:
+        if cta.inputs.q.rows < BLOCK:
             self.clear_q()
         plgpu.barrier_arrive(cta.scratch.q_empty)
 

@@ -172,10 +172,10 @@ def decode_int8(call: DecodeCall[DecodeInt8Config]) -> Partials:
     Raises:
         ValueError: q does not have a multiple of 64 rows, or rope keys are not 64 wide.
     """
-    if call.q.shape[1] % QUERIES or call.rope_dim != BLOCK:
+    if call.q.rows % QUERIES or call.rope_dim != BLOCK:
         raise ValueError(
             f"q must have a multiple of {QUERIES} rows and rope_pages {BLOCK} columns, got "
-            f"{call.q.shape} and {call.cache[1].shape}"
+            f"{call.q.rows} rows and {call.cache[1].shape}"
         )
     g = DequantizingBackend(interpreting=call.interpreting)
 

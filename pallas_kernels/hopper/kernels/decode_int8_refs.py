@@ -13,6 +13,7 @@ from pallas_kernels.hopper.mosaic.primitives import WGMMA_OPERAND
 from pallas_kernels.hopper.mosaic.transposed import WARPS
 from pallas_kernels.hopper.mosaic.values import opaque_zero
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
+from pallas_kernels.hopper.parts.queries import Queries
 from pallas_kernels.hopper.parts.transposed import Partials, Results, Write
 from pallas_kernels.hopper.work_items import BLOCK, range_of
 
@@ -45,7 +46,7 @@ class Int8Cache(NamedTuple):
 class Inputs(NamedTuple):
     """What the kernel reads."""
 
-    q: Any  # [B, R or more, kv_lora_rank + rope_dim] bfloat16
+    q: Queries  # bfloat16
     cache: Int8Cache
     requests: Requests
 

@@ -162,8 +162,9 @@ class Loader:
         rows = self.cta.sizes.rows
         for part in self.cta.parts:
             of_tile = pl.ds(item.row_tile * rows, rows)
+            q, column = self.cta.inputs.q.column(part.column)
             plgpu.copy_gmem_to_smem(
-                self.cta.inputs.q.at[item.request, of_tile, pl.ds(part.column, part.width)],
+                q.at[item.request, of_tile, pl.ds(column, part.width)],
                 part.q.at[q_stage],
                 self.cta.scratch.q_full.at[q_stage],
             )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from mla_jax.splits.plan import SplitPlan
 from pallas_kernels.hopper.config import KernelConfig
 from pallas_kernels.hopper.mosaic.rows import Rows
+from pallas_kernels.hopper.parts.queries import Queries
 from pallas_kernels.hopper.work_items import LOG2E, WorkList, valid_lengths
 
 
@@ -33,7 +34,7 @@ class DecodeCall[Config: KernelConfig]:
     """Attention of R = num_queries * num_heads rows per request over a paged latent cache.
 
     Attributes:
-        q: [B, R or more, kv_lora_rank + rope_dim]; rows past R are padding.
+        q: of R or more rows; those past R are padding.
         cache: the cache's arrays: (pages,), or (pages, rope_pages, scales) with an int8 latent.
         num_queries: query tokens per request.
         config: the kernel's own.
@@ -45,7 +46,7 @@ class DecodeCall[Config: KernelConfig]:
         interpret: `plgpu.InterpretGPUParams()` runs the kernel on a CPU; None: on the GPU.
     """
 
-    q: jax.Array
+    q: Queries
     cache: tuple[jax.Array, ...]
     requests: Requests
     outputs: Outputs
@@ -69,7 +70,7 @@ class DecodeCall[Config: KernelConfig]:
 
     @property
     def rope_dim(self) -> int:
-        return self.q.shape[2] - self.kv_lora_rank
+        return self.q.width - self.kv_lora_rank
 
     @property
     def page_size(self) -> int:

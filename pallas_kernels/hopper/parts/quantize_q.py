@@ -20,6 +20,7 @@ from mla_jax import quantize
 from pallas_kernels.hopper.mosaic.int8 import high_and_low
 from pallas_kernels.hopper.mosaic.primitives import Backend
 from pallas_kernels.hopper.mosaic.values import per_row
+from pallas_kernels.hopper.parts.queries import Queries
 
 ROW_GROUP = 8  # rows that a warpgroup quantizes at a time: those of a swizzled tile
 # Adding this number rounds to a whole number, because float32 has no fractions between 2^23 and
@@ -41,7 +42,7 @@ _LATENT, _ROPE = _row_layout(128), _row_layout(64)
 
 def fetch_q(
     g: Backend,
-    q_ref: Any,
+    q: Queries,
     place: tuple[Any, Any],
     into: tuple[Any, Any, Any],
     begin: int,
@@ -54,7 +55,7 @@ def fetch_q(
     The caller runs `commit_smem` and then arrives at the barrier that the reader waits for.
 
     Args:
-        q_ref: bfloat16 GMEM [B, R, D + E], D a multiple of 128 and E of 64.
+        q: bfloat16 GMEM of D + E columns, D a multiple of 128 and E of 64.
         place: the request and its first row.
         into: three SMEM refs with room for n rows: int8 [1, 2 * n, D], the high parts of n rows
             and then the low parts, tiled as `int8.INT8_OPERAND`; bfloat16 [1, n, E], the rope
@@ -66,6 +67,8 @@ def fetch_q(
     """
     halves, ropes, steps = into
     _, twice, latent = halves.shape
+    q_latent, _ = q.column(0)
+    q_rope, first_of_rope = q.column(latent)
     request, row = place
     groups = rows // ROW_GROUP
 
@@ -73,9 +76,9 @@ def fetch_q(
         return pl.ds(first + pl.multiple_of(group * ROW_GROUP, ROW_GROUP), ROW_GROUP)
 
     def fetch(group):
-        ref = q_ref.at[request, group_at(row, group)]
+        ref, ref_of_rope = (part.at[request, group_at(row, group)] for part in (q_latent, q_rope))
         x = g.load_strided(ref.at[:, pl.ds(0, latent)], _LATENT)
-        return x, g.load_strided(ref.at[:, pl.ds(latent, ref.shape[1] - latent)], _ROPE)
+        return x, g.load_strided(ref_of_rope.at[:, pl.ds(first_of_rope, q.width - latent)], _ROPE)
 
     def write(group, x, rope):
         target = group_at(begin, group)

@@ -63,7 +63,7 @@ class Mask(NamedTuple):
 
 def require_whole_tiles(call: DecodeCall) -> None:
     """Raises ValueError if the rows of q are not a multiple of a tile's."""
-    have, rows = call.q.shape[1], call.config.rows_per_tile
+    have, rows = call.q.rows, call.config.rows_per_tile
     if have % rows:
         raise ValueError(f"q must have a multiple of {rows} rows (rows_per_tile), got {have}")
 
