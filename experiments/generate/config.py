@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.generate.model import ModelConfig, Routing
-from mla_jax import CheckpointError, MLAConfig, checks
+from mla_jax import PRESETS, CheckpointError, MLAConfig, checks
 from mla_jax.checkpoints.config_json import (
     config_json_path,
     language_model_config,
@@ -112,6 +112,20 @@ def _read(raw: Mapping[str, Any], attention: MLAConfig) -> ModelConfig:
 
 
 NO_ROUTING = Routing("softmax", 1, 1, 1, 1, False, 1.0)  # of a model without experts
+
+
+# DeepSeek-V2-Lite, with the numbers of its published config.json.
+LITE = ModelConfig(
+    attention=PRESETS["deepseek-v2-lite"],
+    vocab_size=102400,
+    num_layers=27,
+    num_dense_layers=1,
+    dense_width=10944,
+    expert_width=1408,
+    shared_width=2 * 1408,
+    routing=Routing("softmax", 64, 6, 1, 1, normalize=False, scale=1.0),
+    norm_eps=1e-6,
+)
 
 
 def _routing(raw: Mapping[str, Any], is_v3: bool) -> Routing:

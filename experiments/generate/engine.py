@@ -155,16 +155,11 @@ class Engine:
         config: ModelConfig,
         sizes: Sizes,
         drafter: Drafter = lookup_drafter,
+        pool: PagedKVCache | None = None,
     ) -> None:
+        """Makes an engine without requests; it takes over the memory of `pool` if there is one."""
         self.params, self.config, self.sizes, self.drafter = params, config, sizes, drafter
-        self.pool = PagedKVCache.create(
-            sizes.num_pages,
-            page_size=sizes.page_size,
-            kv_lora_rank=config.attention.kv_lora_rank,
-            rope_dim=config.attention.qk_rope_head_dim,
-            dtype=params.embedding.dtype,
-            num_layers=config.num_layers,
-        )
+        self.pool = new_pool(params, config, sizes) if pool is None else pool
         self.allocator = PageAllocator(sizes.num_pages, sizes.page_size)
         self.slots: list[_Running | None] = [None] * sizes.slots
         self.waiting: collections.deque[_Running] = collections.deque()
@@ -188,9 +183,14 @@ class Engine:
         """Submits requests, steps until all have ended, and returns `finished`."""
         for request in requests:
             self.submit(request)
-        while self.waiting or any(self.slots):
+        while self.is_busy:
             self.step()
         return self.finished
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self.waiting) or any(self.slots)
 
     def step(self) -> None:
         """Fills free slots, then runs a prefill step and a decode step, if a request needs them."""
@@ -201,13 +201,15 @@ class Engine:
         self._decode()
 
     def _prefill(self) -> None:
-        rows = []
+        rows: list[tuple[_Running, np.ndarray]] = []
+        is_full = False  # then younger requests do not start either, but those that run go on
         for running in self._by_arrival():
             if len(rows) == self.sizes.prefill_rows:
                 break
             if not running.has_pages:  # not before now: others may have committed its prefix
-                if not self._has_room(running):
-                    break
+                is_full = is_full or not self._has_room(running)
+                if is_full:
+                    continue
                 running.done = self.allocator.allocate(running.request.id, 0, running.known)
                 running.has_pages = True
                 self.counts["tokens from the prefix cache"] += running.done
@@ -306,6 +308,18 @@ class Engine:
             request = running.request
             sampling[:, i], seeds[i] = (request.temperature, request.top_p), request.seed
         return Batch(tokens, tables, lengths, counts, *sampling, seeds)
+
+
+def new_pool(params: ModelParams, config: ModelConfig, sizes: Sizes) -> PagedKVCache:
+    """Returns an empty cache of all layers, in the dtype of the model."""
+    return PagedKVCache.create(
+        sizes.num_pages,
+        page_size=sizes.page_size,
+        kv_lora_rank=config.attention.kv_lora_rank,
+        rope_dim=config.attention.qk_rope_head_dim,
+        dtype=params.embedding.dtype,
+        num_layers=config.num_layers,
+    )
 
 
 def hopper_runs(config: ModelConfig, pool: PagedKVCache, sizes: Sizes) -> bool:
