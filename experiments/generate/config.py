@@ -26,23 +26,27 @@ from mla_jax.config.rope_json import required
 # Model types, and whether their experts are V3's. Kimi-K2 is published with V3's code.
 IS_V3 = {"deepseek_v2": False, "deepseek_v3": True, "kimi_k2": True}
 
-_READ = frozenset(
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_READ = _names(
     """
     vocab_size intermediate_size moe_intermediate_size first_k_dense_replace n_routed_experts
-    num_local_experts n_shared_experts num_experts_per_tok scoring_func topk_method n_group
-    topk_group norm_topk_prob routed_scaling_factor rms_norm_eps tie_word_embeddings hidden_act
-    moe_layer_freq mlp_bias
-    """.split()
+    n_shared_experts num_experts_per_tok scoring_func topk_method n_group topk_group norm_topk_prob
+    routed_scaling_factor rms_norm_eps tie_word_embeddings hidden_act moe_layer_freq mlp_bias
+    """
 )
 # Keys whose names are about these parts but that change nothing in inference. The layers of
 # multi-token prediction come after the model's own and are not loaded.
-_LEFT_ALONE = frozenset(
+_LEFT_ALONE = _names(
     """
     num_nextn_predict_layers num_nextn_predict_heads aux_loss_alpha seq_aux router_aux_loss_coef
     output_router_logits router_dtype moe_router_dtype ep_size moe_backend experts_implementation
     output_hidden_states return_hidden_states initializer_range hidden_dropout embd_pdrop
     resid_pdrop num_logits_to_keep output_logits expert_parallel expert_capacity_factor
-    """.split()
+    """
 )
 _STEMS = re.compile(
     "moe|expert|router|routed|top_?k_(?!$)|mlp|ffn|feed_forward|hidden_act|activation|(^|_)act_fn"
@@ -84,16 +88,15 @@ def _read(raw: Mapping[str, Any], attention: MLAConfig) -> ModelConfig:
         if raw.get(key, neutral) != neutral:
             raise ValueError(f"{key} must be {neutral!r}, got {shown(raw[key])}")
     layers = positive_int("num_hidden_layers", required(raw, "num_hidden_layers"))
-    dense_layers = checks.require_int(
-        "first_k_dense_replace", raw.get("first_k_dense_replace", 0), 0
-    )
-    if raw.get("n_routed_experts", raw.get("num_local_experts")) is None:  # a dense model
-        dense_layers = layers
-    dense_layers = min(dense_layers, layers)
-    has_moe = dense_layers < layers
-    width = positive_int("moe_intermediate_size", required(raw, "moe_intermediate_size")) if (
-        has_moe
-    ) else 1
+    dense_layers = layers  # of a model without experts
+    if raw.get("n_routed_experts") is not None:
+        given = checks.require_int(
+            "first_k_dense_replace", required(raw, "first_k_dense_replace"), 0
+        )
+        dense_layers = min(given, layers)
+    has_moe, width = dense_layers < layers, 1
+    if has_moe:
+        width = positive_int("moe_intermediate_size", required(raw, "moe_intermediate_size"))
     shared = checks.require_int("n_shared_experts", raw.get("n_shared_experts") or 0, 0)
     return ModelConfig(
         attention=attention,
@@ -129,9 +132,7 @@ LITE = ModelConfig(
 
 
 def _routing(raw: Mapping[str, Any], is_v3: bool) -> Routing:
-    experts = positive_int(
-        "n_routed_experts", raw.get("n_routed_experts", raw.get("num_local_experts"))
-    )
+    experts = positive_int("n_routed_experts", raw["n_routed_experts"])
     chosen = positive_int("num_experts_per_tok", required(raw, "num_experts_per_tok"))
     scoring = raw.get("scoring_func", "sigmoid" if is_v3 else "softmax")
     method = raw.get("topk_method", "noaux_tc" if is_v3 else "greedy")
@@ -145,15 +146,19 @@ def _routing(raw: Mapping[str, Any], is_v3: bool) -> Routing:
     if experts % groups or kept > groups or chosen > experts // groups * kept:
         raise ValueError(
             f"n_group = {groups} and topk_group = {kept} must divide {experts} experts and leave "
-            f"{chosen} of them for a token"
+            f"num_experts_per_tok = {chosen} of them for a token"
         )
     if is_v3 and groups > 1 and experts // groups < 2:
         raise ValueError(f"n_group = {groups} must leave two experts per group, of {experts}")
-    normalize = checks.require_bool("norm_topk_prob", raw.get("norm_topk_prob", is_v3))
+    normalize = checks.require_bool("norm_topk_prob", required(raw, "norm_topk_prob"))
     scale = bounded_number(
-        "routed_scaling_factor", raw.get("routed_scaling_factor", 1.0), "a positive number",
+        "routed_scaling_factor", required(raw, "routed_scaling_factor"), "a positive number",
         1e-6, 1e6,
     )  # fmt: skip
+    if normalize and not is_v3:
+        # DeepSeek's code of V2 normalizes instead of scaling. transformers ignores norm_topk_prob
+        # there, and scales. All published models have False, where the two agree.
+        scale = 1.0
     return Routing(scoring, experts, chosen, groups, kept, normalize, scale)
 
 

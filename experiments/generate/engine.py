@@ -69,7 +69,7 @@ class Batch:
 def prefill_step(
     params: ModelParams, config: ModelConfig, pool: PagedKVCache, batch: Batch
 ) -> tuple[jax.Array, PagedKVCache]:
-    """Computes chunks of prompts; returns the token after each row's last one, [B], and the pool."""
+    """Computes chunks of prompts; returns the token after each row's last, [B], and the pool."""
     TRACES["prefill", config, batch.tokens.shape, batch.block_tables.shape, pool.num_pages] += 1
     tables = batch.block_tables, batch.seq_lens, batch.query_lens
     hidden, pool = forward(params, config, batch.tokens, pool, *tables)
@@ -238,9 +238,7 @@ class Engine:
         if not rows:
             return
         batch = self._batch(rows, self.sizes.slots, 1 + self.sizes.drafts)
-        chosen, self.pool = decode_step(
-            self.params, self.config, self.pool, batch, self.with_plan
-        )
+        chosen, self.pool = decode_step(self.params, self.config, self.pool, batch, self.with_plan)
         self.counts["decode steps"] += 1
         for (running, tokens), row in zip(rows, np.asarray(chosen), strict=False):
             drafts = tokens[1:]
@@ -291,9 +289,7 @@ class Engine:
     def _by_arrival(self) -> list[_Running]:
         return sorted((r for r in self.slots if r is not None), key=lambda r: r.arrival)
 
-    def _batch(
-        self, rows: Sequence[tuple[_Running, np.ndarray]], height: int, width: int
-    ) -> Batch:
+    def _batch(self, rows: Sequence[tuple[_Running, np.ndarray]], height: int, width: int) -> Batch:
         """Returns new arrays for rows of (request, its tokens of this step)."""
         tokens = np.zeros((height, width), np.int32)
         lengths, counts = np.zeros((2, height), np.int32)
@@ -324,6 +320,8 @@ def new_pool(params: ModelParams, config: ModelConfig, sizes: Sizes) -> PagedKVC
 
 def hopper_runs(config: ModelConfig, pool: PagedKVCache, sizes: Sizes) -> bool:
     """Whether the Hopper kernels take the decode step here, so that a plan helps."""
+    if jax.default_backend() != "gpu":
+        return False
     shape = (sizes.slots, 1 + sizes.drafts, config.attention.num_heads, config.attention.latent_dim)
     lengths = jnp.zeros(sizes.slots, jnp.int32)
     problem = AttentionProblem(

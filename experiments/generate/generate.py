@@ -90,9 +90,8 @@ def run(options: Options, output: Output) -> Outcome:
     dtype = params.embedding.dtype.name
     count = sum(x.size for x in jax.tree.leaves(params))
     say(f"{config.num_layers} layers, {count:,} weights in {dtype}, on {jax.devices()[0]}")
-    with reading("max_prompt"):
-        requests = drawn_requests(options, load, config)
-        served, timeline = serve(params, config, load.sizes, requests)
+    requests = drawn_requests(options, load, config)
+    served, timeline = serve(params, config, load.sizes, requests)
     rows: list[Row] = [{"event": name, "times": n} for name, n in sorted(served.counts.items())]
     show_table("What happened", rows)
 
@@ -111,7 +110,9 @@ def run(options: Options, output: Output) -> Outcome:
     draw(output, timeline, parts, f"{config.num_layers} layers, {dtype}")
     # In bfloat16 two products of different shapes may round two close logits differently.
     passed = golden is not False and (differ == 0 or dtype != "float32")
-    words = "" if golden is None else f" transformers' tokens: {'equal' if golden else 'DIFFERENT'}."
+    words = (
+        "" if golden is None else f" transformers' tokens: {'equal' if golden else 'DIFFERENT'}."
+    )
     return Outcome(
         passed=passed,
         summary=(
@@ -135,12 +136,11 @@ def load_of(options: Options, preset: Load) -> Load:
     page_size = given(o.page_size, preset.sizes.page_size)
     slots = given(o.slots, preset.sizes.slots)
     longest = max(preset.sizes.max_tokens, prompt + new)
-    pages = preset.sizes.num_pages * preset.sizes.page_size / preset.sizes.slots
-    pages = max(pages, longest) * slots / page_size
+    per_slot = preset.sizes.num_pages * preset.sizes.page_size // preset.sizes.slots
     sizes = dataclasses.replace(
-        preset.sizes, slots=slots, max_tokens=longest, num_pages=int(np.ceil(pages)),
-        page_size=page_size, drafts=given(o.drafts, preset.sizes.drafts),
-        chunk=given(o.chunk, preset.sizes.chunk),
+        preset.sizes, slots=slots, max_tokens=longest,
+        num_pages=slots * -(-max(per_slot, longest) // page_size), page_size=page_size,
+        drafts=given(o.drafts, preset.sizes.drafts), chunk=given(o.chunk, preset.sizes.chunk),
     )  # fmt: skip
     return Load(sizes, given(o.requests, preset.requests), prompt, new, preset.context)
 

@@ -134,9 +134,7 @@ def dense(params: FeedForward, x: jax.Array) -> jax.Array:
 
 
 @jax.named_scope("moe_router")
-def route(
-    params: Experts, routing: Routing, x: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def route(params: Experts, routing: Routing, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the experts of each token and their weights: [T, K] int32 and float32.
 
     The router is computed in float32, as in all published code: a choice between two experts is not
@@ -177,9 +175,7 @@ def grouped_product(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.A
 
 
 @jax.named_scope("moe")
-def mixture(
-    params: Experts, routing: Routing, x: jax.Array, is_real: jax.Array
-) -> jax.Array:
+def mixture(params: Experts, routing: Routing, x: jax.Array, is_real: jax.Array) -> jax.Array:
     """Computes a mixture of experts on tokens [T, hidden], of which `is_real` [T] are no padding.
 
     The rows of all (token, expert) pairs are sorted by expert, so that each expert has one product

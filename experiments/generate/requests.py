@@ -32,7 +32,9 @@ class Request:
         if not len(self.prompt):
             raise ValueError(f"prompt of request {self.id!r} must have a token, got none")
         if not all(0 <= token < vocab_size for token in self.prompt):
-            raise ValueError(f"prompt of request {self.id!r} must have ids in 0 .. {vocab_size - 1}")
+            raise ValueError(
+                f"prompt of request {self.id!r} must have ids in 0 .. {vocab_size - 1}"
+            )
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
         if len(self.prompt) + self.max_new_tokens > max_tokens:

@@ -40,7 +40,7 @@ def weight_dtype(dtype: DTypeLike) -> Any:
     return found
 
 
-# -------------------------------------------------------------------------------- from a checkpoint
+# ------------------------------------------------------------------------------- from a checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +67,9 @@ def load(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[ModelConfi
         MOE: range(config.num_dense_layers, config.num_layers),
     }
     with Checkpoint(folder) as checkpoint:
-        before, after = checkpoint.layer_prefix(0).rsplit("layers.0.", 1)
-        assert after == "self_attn."
+        for layer in range(config.num_layers):
+            checkpoint.layer_prefix(layer)  # raises for a layer that is missing
+        before = checkpoint.layer_prefix(0).removesuffix("layers.0.self_attn.")
         tensors = list(_tensors(config, kinds, before))
         for layer in range(config.num_layers):
             prefix = f"{before}layers.{layer}.mlp."
@@ -77,7 +78,9 @@ def load(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[ModelConfi
         for tensor in tensors:
             checkpoint.check(tensor.name, tensor.shape)
         attention = {
-            kind: load_hf_layers(folder, layers, dtype)[1] for kind, layers in kinds.items() if layers
+            kind: load_hf_layers(folder, layers, dtype)[1]
+            for kind, layers in kinds.items()
+            if layers
         }
         stacks = {
             name: jnp.zeros(shape, _dtype_of(name, dtype))
@@ -144,7 +147,7 @@ def _feed_forward(
     yield _Tensor(f"{name}.down_proj.weight", (hidden, width), f"{stack}.down", start)
 
 
-# ------------------------------------------------------------------------------------ random weights
+# ---------------------------------------------------------------------------------- random weights
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -182,7 +185,7 @@ def random_params(key: jax.Array, config: ModelConfig, dtype: Any) -> ModelParam
     return _assembled(config, attention, stacks)
 
 
-# ---------------------------------------------------------------------------------------- both
+# -------------------------------------------------------------------------------------------- both
 
 
 def _stack_shapes(config: ModelConfig) -> dict[str, Shape]:

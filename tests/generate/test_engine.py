@@ -9,18 +9,14 @@ import pytest
 from experiments.generate.engine import TRACES, Engine, Sizes
 from experiments.generate.requests import Request, lookup_drafter, no_drafter
 
-# Three requests of the golden file take 9 pages, so that one of them is preempted.
-SIZES = Sizes(
-    slots=3, drafts=2, prefill_rows=2, chunk=8, max_tokens=64, num_pages=8, page_size=16
-)
+# Three requests of the golden file take 9 pages together, so that some are preempted.
+SIZES = Sizes(slots=3, drafts=2, prefill_rows=2, chunk=8, max_tokens=64, num_pages=6, page_size=16)
 
 
 def requests_of(want):
     return [
         Request(i, prompt[:length].tolist(), want["tokens"].shape[1])
-        for i, (prompt, length) in enumerate(
-            zip(want["prompts"], want["prompt_lens"], strict=True)
-        )
+        for i, (prompt, length) in enumerate(zip(want["prompts"], want["prompt_lens"], strict=True))
     ]
 
 
@@ -57,7 +53,7 @@ def test_each_step_is_traced_once(golden):
 
 def test_right_and_wrong_drafts(golden):
     """Drafts are right, wrong, or wrong after a right one; they change steps, not tokens."""
-    config, params, want = golden("deepseek_v3")
+    config, _, want = golden("deepseek_v3")
     request, tokens = requests_of(want)[0], want["tokens"][0].tolist()
     start = len(request.prompt)
 
