@@ -66,7 +66,7 @@ MODELS = {
     # Two groups of four, so that the sum of a group's two best is not that of all.
     "deepseek_v3": DIMS
     | {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
-    | {"q_lora_rank": 40, "n_shared_experts": 1, "rms_norm_eps": 1e-4}
+    | {"q_lora_rank": 40, "n_shared_experts": 1, "rms_norm_eps": 1e-2}
     | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
     | {"n_group": 2, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5}
     | {"num_nextn_predict_layers": 0}

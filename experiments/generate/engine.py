@@ -91,10 +91,11 @@ def decode_step(
     tables = batch.block_tables, batch.seq_lens, batch.query_lens
     hidden, pool = forward(params, config, batch.tokens, pool, *tables, plan=plan)
     logits = logits_of(params, config, hidden.reshape(rows * width, -1))
-    sampling = (jnp.repeat(x, width) for x in (batch.temperatures, batch.top_ps, batch.seeds))
+    sampling = [jnp.repeat(x, width) for x in (batch.temperatures, batch.top_ps, batch.seeds)]
     first = batch.seq_lens - batch.query_lens + 1  # position of the token after a row's first
     positions = first[:, None] + jnp.arange(width)
-    return next_tokens(logits, *sampling, positions.reshape(-1)).reshape(rows, width), pool
+    chosen = next_tokens(logits, sampling[0], sampling[1], sampling[2], positions.reshape(-1))
+    return chosen.reshape(rows, width), pool
 
 
 def decode_plan(config: ModelConfig, pool: PagedKVCache, batch: Batch) -> Any:
@@ -241,10 +242,10 @@ class Engine:
         chosen, self.pool = decode_step(self.params, self.config, self.pool, batch, self.with_plan)
         self.counts["decode steps"] += 1
         for (running, tokens), row in zip(rows, np.asarray(chosen), strict=False):
-            drafts = tokens[1:]
-            is_wrong = drafts != row[: len(drafts)]
-            kept = int(is_wrong.argmax()) if is_wrong.any() else len(drafts)
-            self.counts["drafts"] += len(drafts)
+            guessed = tokens[1:]
+            is_wrong = guessed != row[: len(guessed)]
+            kept = int(is_wrong.argmax()) if is_wrong.any() else len(guessed)
+            self.counts["drafts"] += len(guessed)
             self.counts["drafts kept"] += kept
             self.counts["decoded tokens"] += kept + 1
             running.done += 1 + kept
@@ -294,16 +295,16 @@ class Engine:
         tokens = np.zeros((height, width), np.int32)
         lengths, counts = np.zeros((2, height), np.int32)
         tables = np.full((height, self.sizes.max_pages), -1, np.int32)
-        sampling = np.zeros((2, height), np.float32)
+        temperatures, top_ps = np.zeros((2, height), np.float32)
         seeds = np.zeros(height, np.uint32)
         ids = [running.request.id for running, _ in rows]
         tables[: len(rows)] = self.allocator.block_tables(ids, self.sizes.max_pages)
         for i, (running, new) in enumerate(rows):
             tokens[i, : len(new)], counts[i] = new, len(new)
             lengths[i] = running.done + len(new)
-            request = running.request
-            sampling[:, i], seeds[i] = (request.temperature, request.top_p), request.seed
-        return Batch(tokens, tables, lengths, counts, *sampling, seeds)
+            temperatures[i], top_ps[i] = running.request.temperature, running.request.top_p
+            seeds[i] = running.request.seed
+        return Batch(tokens, tables, lengths, counts, temperatures, top_ps, seeds)
 
 
 def new_pool(params: ModelParams, config: ModelConfig, sizes: Sizes) -> PagedKVCache:

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments.generate.grouped import ALIGN, grouped_product, num_rows
 from mla_jax import DecodePlan, MLAConfig, MLAParams, PagedKVCache, mla_layer
 from mla_jax.projections import einsum
 
@@ -84,7 +85,7 @@ class Experts:
 
     router: jax.Array  # [hidden, E]
     bias: jax.Array | None  # [E] float32, added to the scores for the choice; None in V2
-    routed: FeedForward
+    routed: Any  # a FeedForward; None inside of a scan over layers, which does not slice it
     shared: FeedForward | None
 
 
@@ -159,42 +160,36 @@ def route(params: Experts, routing: Routing, x: jax.Array) -> tuple[jax.Array, j
     return experts, weights * r.scale
 
 
-def grouped_product(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Multiplies rows that are sorted by expert by the matrix of their expert.
-
-    Args:
-        x: [N, K]. The rows of expert 0 come first, then those of expert 1, and so on.
-        weights: [E, K, M].
-        sizes: [E] int32, rows per expert. Rows after the last expert's have no defined result.
-
-    Returns:
-        [N, M] of x.dtype.
-    """
-    precision = "highest" if x.dtype == jnp.float32 else None
-    return jax.lax.ragged_dot(x, weights, sizes, precision=precision)
-
-
 @jax.named_scope("moe")
-def mixture(params: Experts, routing: Routing, x: jax.Array, is_real: jax.Array) -> jax.Array:
+def mixture(
+    params: Experts, routing: Routing, x: jax.Array, is_real: jax.Array, layer: jax.Array
+) -> jax.Array:
     """Computes a mixture of experts on tokens [T, hidden], of which `is_real` [T] are no padding.
 
     The rows of all (token, expert) pairs are sorted by expert, so that each expert has one product
-    with its own rows. Padding sorts behind the last expert and is in no product.
+    with its own rows. Padding is in no product. `params.routed` is that of all layers, and `layer`
+    says which to take: a scan would copy a layer's experts.
     """
     experts, weights = route(params, routing, x)
     with jax.named_scope("moe_gather"):
         pairs = jnp.where(is_real[:, None], experts, routing.num_experts).reshape(-1)  # [T * K]
+        counts = jnp.zeros(routing.num_experts, jnp.int32).at[pairs].add(1, mode="drop")
+        sizes = -(-counts // ALIGN) * ALIGN
+        # The row of a pair: where its expert's rows begin, and its rank among them.
         order = jnp.argsort(pairs)
-        sizes = jnp.zeros(routing.num_experts, jnp.int32).at[pairs].add(1, mode="drop")
-        rows = x[order // routing.experts_per_token]
+        before = jnp.cumsum(counts) - counts
+        starts = jnp.append(jnp.cumsum(sizes) - sizes - before, 0)
+        rank = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
+        num = num_rows(len(order), routing.num_experts)
+        row = jnp.where(pairs < routing.num_experts, starts[pairs] + rank, num)
+        token = jnp.arange(len(order)) // routing.experts_per_token
+        rows = x[jnp.zeros(num, jnp.int32).at[row].set(token, mode="drop")]
     with jax.named_scope("moe_experts"):
-        hidden = swiglu(grouped_product(rows, params.routed.gate_up, sizes))
-        out = grouped_product(hidden, params.routed.down, sizes)
+        hidden = swiglu(grouped_product(rows, params.routed.gate_up, layer, sizes))
+        out = grouped_product(hidden, params.routed.down, layer, sizes)
     with jax.named_scope("moe_scatter"):
-        place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))  # inverts the sort
-        of_token = out[place].reshape(*weights.shape, -1).astype(jnp.float32)
-        of_token = jnp.where(is_real[:, None, None], of_token, 0.0)
-        mixed = (of_token * weights[..., None]).sum(1).astype(x.dtype)
+        of_token = out.at[row].get(mode="fill", fill_value=0).reshape(*weights.shape, -1)
+        mixed = (of_token.astype(jnp.float32) * weights[..., None]).sum(1).astype(x.dtype)
     return mixed if params.shared is None else mixed + dense(params.shared, x)
 
 
@@ -230,12 +225,13 @@ def forward(
         pool: with the new tokens.
     """
     is_real = jnp.arange(tokens.shape[1]) < query_lens[:, None]
+    routed = None if params.moe is None else split_routed(params.moe)[0]
 
     def layer(
-        carry: tuple[jax.Array, PagedKVCache], stacked: tuple[Layers, jax.Array]
+        carry: tuple[jax.Array, PagedKVCache], stacked: tuple[Layers, jax.Array, jax.Array]
     ) -> tuple[tuple[jax.Array, PagedKVCache], None]:
         x, pool = carry
-        mine, index = stacked
+        mine, index, of_kind = stacked
         out, pool = mla_layer(
             mine.attention,
             config.attention,
@@ -251,22 +247,29 @@ def forward(
         normed = rms_norm(x, mine.feed_forward_norm, config.norm_eps)
         flat = normed.reshape(-1, x.shape[-1])
         if isinstance(mine.feed_forward, Experts):
-            out = mixture(mine.feed_forward, config.routing, flat, is_real.reshape(-1))
+            experts = dataclasses.replace(mine.feed_forward, routed=routed)
+            out = mixture(experts, config.routing, flat, is_real.reshape(-1), of_kind)
         else:
             out = dense(mine.feed_forward, flat)
         return (x + out.reshape(x.shape), pool), None
 
     carry = params.embedding[tokens], pool
-    first = 0
-    for stack, count in (
-        (params.dense, config.num_dense_layers),
-        (params.moe, config.num_moe_layers),
-    ):
-        if stack is not None:
-            indices = jnp.arange(first, first + count)
-            carry, _ = jax.lax.scan(layer, carry, (stack, indices))
-        first += count
+    first = jnp.arange(config.num_dense_layers)
+    if params.dense is not None:
+        carry, _ = jax.lax.scan(layer, carry, (params.dense, first, first))
+    if params.moe is not None:
+        _, layers = split_routed(params.moe)
+        of_kind = jnp.arange(config.num_moe_layers)
+        index = config.num_dense_layers + of_kind
+        carry, _ = jax.lax.scan(layer, carry, (layers, index, of_kind))
     return carry
+
+
+def split_routed(moe: Layers) -> tuple[FeedForward, Layers]:
+    """Returns the routed experts of all layers, and the layers without them, for a scan."""
+    assert isinstance(moe.feed_forward, Experts)
+    rest = dataclasses.replace(moe.feed_forward, routed=None)
+    return moe.feed_forward.routed, dataclasses.replace(moe, feed_forward=rest)
 
 
 @jax.named_scope("head")

@@ -5,6 +5,7 @@ in the attention layers, and the routed experts are in the mixtures. Nothing is 
 step, so that "everything else" is a difference: the step less the parts that cover it.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,17 +17,17 @@ import numpy as np
 from experiments.framework.console import track
 from experiments.framework.experiment import Row
 from experiments.generate.engine import Batch, Sizes, decode_plan, decode_step
+from experiments.generate.grouped import ALIGN, grouped_product, num_rows
 from experiments.generate.model import (
-    Experts,
     Layers,
     ModelConfig,
     ModelParams,
     dense,
-    grouped_product,
     logits_of,
     mixture,
     next_tokens,
     route,
+    split_routed,
     swiglu,
 )
 from experiments.speed import timing
@@ -119,8 +120,8 @@ def _programs(
     shape = (rows, width, c.attention.num_heads, c.attention.latent_dim)
     q = jax.random.normal(jax.random.key(2), shape, dtype)
     tables = batch.block_tables, batch.seq_lens
-    sampling = (jnp.repeat(a, width) for a in (batch.temperatures, batch.top_ps, batch.seeds))
-    sampling = (*sampling, jnp.zeros(rows * width, jnp.int32))
+    a_row = batch.temperatures, batch.top_ps, batch.seeds
+    sampling = (*(jnp.repeat(a, width) for a in a_row), jnp.zeros(rows * width, jnp.int32))
 
     def plan_of(pool: PagedKVCache) -> Any:
         return decode_plan(c, pool, batch) if with_plan else None
@@ -156,28 +157,35 @@ def _programs(
         return jax.lax.scan(layer, q, jnp.arange(c.num_layers))[0], pool
 
     def feed_forward(params: Layers, x: jax.Array) -> jax.Array:
-        real = jnp.ones(len(x), bool)
-
         def layer(x: jax.Array, one: Any) -> Any:
-            is_moe = isinstance(one, Experts)
-            out = mixture(one, c.routing, x, real) if is_moe else dense(one, x)
-            return _after(x, out), None
+            return _after(x, dense(one, x)), None
 
         return jax.lax.scan(layer, x, params.feed_forward)[0]
 
+    def mixtures(params: Layers, x: jax.Array) -> jax.Array:
+        real = jnp.ones(len(x), bool)
+        routed, rest = split_routed(params)
+
+        def layer(x: jax.Array, stacked: Any) -> Any:
+            one = dataclasses.replace(stacked[0], routed=routed)
+            return _after(x, mixture(one, c.routing, x, real, stacked[1])), None
+
+        return jax.lax.scan(layer, x, (rest.feed_forward, jnp.arange(c.num_moe_layers)))[0]
+
     def experts(params: Layers, x: jax.Array) -> jax.Array:
         """Multiplies the experts' rows, as many per expert as the first layer's router says."""
-        assert isinstance(params.feed_forward, Experts)
-        first = jax.tree.map(lambda a: a[0], params.feed_forward)
+        routed, rest = split_routed(params)
+        first = jax.tree.map(lambda a: a[0], rest.feed_forward)
         chosen, _ = route(first, c.routing, x)
-        sizes = jnp.zeros(c.routing.num_experts, jnp.int32).at[chosen.reshape(-1)].add(1)
+        counts = jnp.zeros(c.routing.num_experts, jnp.int32).at[chosen.reshape(-1)].add(1)
+        sizes = -(-counts // ALIGN) * ALIGN
+        x = jnp.resize(x, (num_rows(chosen.size, c.routing.num_experts), x.shape[-1]))
 
-        def layer(x: jax.Array, one: Any) -> Any:
-            hidden = swiglu(grouped_product(x, one.gate_up, sizes))
-            return _after(x, grouped_product(hidden, one.down, sizes)), None
+        def layer(x: jax.Array, index: jax.Array) -> Any:
+            hidden = swiglu(grouped_product(x, routed.gate_up, index, sizes))
+            return _after(x, grouped_product(hidden, routed.down, index, sizes)), None
 
-        x = jnp.repeat(x, c.routing.experts_per_token, axis=0)
-        return jax.lax.scan(layer, x, params.feed_forward.routed)[0]
+        return jax.lax.scan(layer, x, jnp.arange(c.num_moe_layers))[0]
 
     def head(params: ModelParams, x: jax.Array) -> jax.Array:
         return next_tokens(logits_of(params, c, x), *sampling)
@@ -188,7 +196,7 @@ def _programs(
         OP: _with_pool(op, params, q),
     }
     if params.moe is not None:
-        found[MIXTURES] = _without_pool(feed_forward, params.moe, flat)
+        found[MIXTURES] = _without_pool(mixtures, params.moe, flat)
         found[EXPERTS] = _without_pool(experts, params.moe, flat)
     if params.dense is not None:
         found[DENSE] = _without_pool(feed_forward, params.dense, flat)
