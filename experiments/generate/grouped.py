@@ -112,7 +112,7 @@ def hopper_product(
 
 
 def _tiles(sizes: jax.Array, num_tiles: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns expert, first row and rows of each tile, [num_tiles] int32; with 0 rows it is none."""
+    """Returns expert, first row and rows of each tile, [num_tiles] int32; 0 rows: no tile."""
     of_expert = -(-sizes // TILE_ROWS)
     ends = jnp.cumsum(of_expert)
     tile = jnp.arange(num_tiles, dtype=jnp.int32)
