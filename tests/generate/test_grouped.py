@@ -46,7 +46,9 @@ def test_plain_jax():
 def test_the_kernel_interpreted(races):
     races.in_global = False  # of two CTAs that store to rows of their own
     arguments = case(SIZES, 128, 256)
-    got = hopper_product(*arguments, num_sms=3, interpret=plgpu.InterpretGPUParams())
+    got = hopper_product(
+        *arguments, num_sms=3, interpret=plgpu.InterpretGPUParams(detect_races=True)
+    )
     check(got, *arguments)
     assert not races.found
 
