@@ -10,6 +10,7 @@ model and the engine.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -256,16 +257,16 @@ def kernel_error(params: ModelParams, config: ModelConfig) -> float | None:
         return None
     stack = split_routed(params.moe)[0].gate_up
     sizes = np.full(config.routing.num_experts, ALIGN, np.int32)
-    sizes[:2] = 0, 80  # none, and more than one tile
-    shape = sizes.sum() + TILE_ROWS, stack.shape[2]
+    sizes[0], sizes[1:2] = 80, 0  # more than one tile, and none
+    rows = int(sizes.sum())
+    shape = rows + TILE_ROWS, stack.shape[2]
     x = jax.random.normal(jax.random.key(0), shape, stack.dtype)
     if not takes(x, stack):
         return None
     layer = jnp.int32(config.num_moe_layers - 1)
-    got = jax.jit(grouped_product)(x, stack, layer, sizes)[: sizes.sum()]
-    want = jax.jit(
-        lambda x, w: jax.lax.ragged_dot(x, w, sizes, preferred_element_type=jnp.float32)
-    )(x, stack[layer])[: sizes.sum()]
+    got = jax.jit(grouped_product)(x, stack, layer, jnp.asarray(sizes))[:rows]
+    dense = functools.partial(jax.lax.ragged_dot, preferred_element_type=jnp.float32)
+    want = jax.jit(dense)(x, stack[layer], jnp.asarray(sizes))[:rows]
     return relative_error(np.asarray(got, np.float64), np.asarray(want, np.float64))
 
 

@@ -120,7 +120,8 @@ def _tiles(sizes: jax.Array, num_tiles: int) -> tuple[jax.Array, jax.Array, jax.
     within = (tile - (ends - of_expert)[expert]) * TILE_ROWS
     start = (jnp.cumsum(sizes) - sizes)[expert] + within
     count = jnp.where(tile < ends[-1], jnp.clip(sizes[expert] - within, 0, TILE_ROWS), 0)
-    return tuple(a.astype(jnp.int32) for a in (expert, jnp.where(count > 0, start, 0), count))
+    start = jnp.where(count > 0, start, 0)
+    return expert.astype(jnp.int32), start.astype(jnp.int32), count.astype(jnp.int32)
 
 
 def _tile_product(x_ref: Any, w_ref: Any, block: Any, depth: int) -> Any:
