@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from experiments.framework.console import track
@@ -82,24 +83,27 @@ def load(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[ModelConfi
             for kind, layers in kinds.items()
             if layers
         }
-        stacks = {
-            name: jnp.zeros(shape, _dtype_of(name, dtype))
-            for name, shape in _stack_shapes(config).items()
-        }
+        stacks = _empty_stacks(config, dtype)
         tensors.sort(key=lambda tensor: checkpoint.place(tensor.name))
         for tensor in track(tensors, "loading weights"):
-            value = jnp.asarray(checkpoint.read(tensor.name, [(0, n) for n in tensor.shape]))
+            value = checkpoint.read(tensor.name, [(0, n) for n in tensor.shape])
             stack = stacks[tensor.stack]
             if value.ndim == 2 and tensor.stack not in ("embedding", "head"):
-                value = value.T
+                value = np.ascontiguousarray(value.T)
             start = [*tensor.start, *[0] * (stack.ndim - len(tensor.start))]
             start[-1] += tensor.offset
             stacks[tensor.stack] = _write(stack, value, tuple(start))
     return config, _assembled(config, attention, stacks)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _empty_stacks(config: ModelConfig, dtype: Any) -> dict[str, jax.Array]:
+    shapes = _stack_shapes(config)
+    return {name: jnp.zeros(shape, _dtype_of(name, dtype)) for name, shape in shapes.items()}
+
+
 @functools.partial(jax.jit, donate_argnums=0)
-def _write(stack: jax.Array, value: jax.Array, start: tuple[int, ...]) -> jax.Array:
+def _write(stack: jax.Array, value: Any, start: tuple[int, ...]) -> jax.Array:
     value = value.reshape((1,) * (stack.ndim - value.ndim) + value.shape).astype(stack.dtype)
     return jax.lax.dynamic_update_slice(stack, value, start)
 
