@@ -103,6 +103,7 @@ def test_the_lookup_drafter():
     tokens = np.array([5, 1, 2, 3, 9, 8, 1, 2, 3])
     assert lookup_drafter(tokens, 2) == [9, 8]
     assert lookup_drafter(np.array([7, 4, 7]), 2) == [4, 7]
+    assert lookup_drafter(np.array([1, 2, 9, 1, 2, 7, 1, 2]), 2) == [7, 1]  # the last time
     assert lookup_drafter(np.array([1, 2, 3]), 2) == []
 
 
