@@ -150,8 +150,8 @@ def route(params: Experts, routing: Routing, x: jax.Array) -> tuple[jax.Array, j
         best = jax.lax.top_k(grouped, 1 if r.scoring == "softmax" else 2)[0].sum(-1)
         _, groups = jax.lax.top_k(best, r.groups_per_token)  # [T, groups_per_token]
         allowed = (groups[..., None] == jnp.arange(r.num_groups)).any(-2)
-        # V2's code writes 0 here, which no softmax is below. With V3's bias a score may be
-        # negative, and a 0 would win.
+        # transformers writes 0 here in V2, as DeepSeek's code does: no softmax is below it. With
+        # V3's bias a score may be negative and a 0 would win, so that both write -inf there.
         choice = jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(choice.shape)
     _, experts = jax.lax.top_k(choice, r.experts_per_token)
     weights = jnp.take_along_axis(scores, experts, axis=-1)  # without the bias
