@@ -44,10 +44,13 @@ GPU_JOBS = $(if $(and $(XDIST),$(GPU_JOBS_$*)),-n $(GPU_JOBS_$*) --dist workstea
 # What the API reference documents; kernels and their parts are described in docs/hopper_decode.md.
 API := mla_jax mla_jax.hal pallas_kernels.hopper '!pallas_kernels.hopper.(kernels|parts|mosaic)'
 
-.PHONY: demo test test-cpu test-gpu $(SHARDS:%=test-gpu-%) fuzz docs lint format clean
+.PHONY: demo generate test test-cpu test-gpu $(SHARDS:%=test-gpu-%) fuzz docs lint format clean
 
 demo: $(ENVIRONMENT)  ## the main job: load a layer, prefill, decode, compare with float64
 	$(PYTHON) -m experiments.launch --experiment=demo --output_dir=$(OUTPUT) $(ARGS)
+
+generate: $(ENVIRONMENT)  ## a whole model generates tokens; ARGS=--folder=DIR takes yours
+	$(PYTHON) -m experiments.launch --experiment=generate --output_dir=$(OUTPUT) $(ARGS)
 
 # Compiling for the CPU takes most of the tests' time, running hardly any. These options halve it.
 # (Where bits are compared, tests ask for optimised code.) Without source locations lowering is faster.

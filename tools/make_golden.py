@@ -9,8 +9,10 @@ own; from the root of the repository:
     python3 -m venv golden-env
     golden-env/bin/pip install torch transformers safetensors
     golden-env/bin/python tools/make_golden.py --output=tests/data/golden
+    golden-env/bin/python tools/make_golden.py --models=tests/data/models
 
-The shipped files were made with torch 2.13.0 and transformers 5.23.0.
+The second command writes whole tiny models (`golden_models.py`). The shipped layers were made with
+torch 2.13.0 and transformers 5.23.0, the shipped models with torch 2.14.1 and transformers 5.24.0.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from golden_models import write_models
 from safetensors.torch import save_file
 from transformers import (
     AXK1Config,
@@ -242,8 +245,14 @@ def write(folder: Path, case: Case, seed: int, batch: int, length: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder for the cases")
-    output = parser.parse_args().output
+    parser.add_argument("--output", type=Path, help="folder for the cases, which have one layer")
+    parser.add_argument("--models", type=Path, help="folder for whole tiny models")
+    arguments = parser.parse_args()
+    if arguments.models is not None:
+        write_models(arguments.models)
+    if arguments.output is None:
+        return
+    output = arguments.output
     for seed, (name, case) in enumerate(CASES.items()):
         write(output / name, case, seed, batch=2, length=40)
         print(f"wrote {output / name}")

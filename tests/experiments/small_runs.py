@@ -7,6 +7,7 @@ from experiments import launch
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 V2_LITE = GOLDEN / "v2_lite"
+MODELS = GOLDEN.parent / "models"
 PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "published"
 SMALL = {
     "demo": (
@@ -36,6 +37,11 @@ SMALL = {
     ),
     "prefill": ("--batches=2x9+5", "--heads=2", "--rounds=3", "--dtype=float32"),
     "sharded": ("--splits=keys", "--rounds=1", "--page_size=16"),
+    "generate": (
+        f"--folder={MODELS / 'deepseek_v2'}",
+        *("--requests=3", "--max_prompt=20", "--new_tokens=4", "--slots=2", "--alone=1"),
+        *("--rounds=1", "--drafts=2"),
+    ),
     "layer_step": ("--rounds=1", "--sustained_ms=5", "--steps=1", "--page_size=16"),
 }
 

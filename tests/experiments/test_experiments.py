@@ -128,7 +128,7 @@ class TestResult:
 
     @pytest.mark.parametrize("name", [name for name in launch.EXPERIMENTS if name in SMALL])
     def test_every_experiment_in_small(self, tmp_path, request, name):
-        asks_for_devices = {*ON_A_GPU, "demo", "sharded", "portrait", "layer_step"}
+        asks_for_devices = {*ON_A_GPU, "demo", "sharded", "portrait", "layer_step", "generate"}
         if name not in asks_for_devices:
             request.getfixturevalue("fake_gpu")
         request.getfixturevalue("little_data")

@@ -1,0 +1,76 @@
+"""Grouped products: plain JAX and the Hopper kernel, compared with float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from aot import compile_sm90a
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from experiments.framework.errors import relative_error
+from experiments.generate.grouped import ALIGN, grouped_product, hopper_product, num_rows, takes
+
+BOUND = 4e-3  # of sums that are rounded to bfloat16 once
+
+
+def case(sizes, depth, columns, dtype=jnp.bfloat16, layers=2):
+    """Rows, a stack of which the last layer is meant and the others are NaN, and sizes."""
+    rng = np.random.default_rng()
+    rows = num_rows(sum(sizes), len(sizes))
+    x = rng.normal(size=(rows, depth))
+    stack = np.full((layers, len(sizes), depth, columns), np.nan)
+    stack[-1] = rng.normal(size=stack.shape[1:])
+    aligned = -(-np.array(sizes, np.int32) // ALIGN) * ALIGN
+    return jnp.asarray(x, dtype), jnp.asarray(stack, dtype), np.int32(layers - 1), aligned
+
+
+def check(got, x, stack, layer, sizes):
+    rows = np.asarray(x, np.float64)
+    start = 0
+    for expert, size in enumerate(sizes):
+        mine = slice(start, start + size)
+        want = rows[mine] @ np.asarray(stack[layer, expert], np.float64)
+        assert relative_error(np.asarray(got[mine], np.float64), want) < BOUND, expert
+        start += size
+
+
+# An expert without rows, one with two tiles, one whose last tile is full.
+SIZES = (3, 0, 70, 64, 1)
+
+
+def test_plain_jax():
+    arguments = case(SIZES, 64, 128)
+    check(jax.jit(grouped_product)(*arguments), *arguments)
+
+
+def test_the_kernel_interpreted(races):
+    races.in_global = False  # of two CTAs that store to rows of their own
+    arguments = case(SIZES, 128, 256)
+    got = hopper_product(
+        *arguments, num_sms=3, interpret=plgpu.InterpretGPUParams(detect_races=True)
+    )
+    check(got, *arguments)
+    assert not races.found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2048, 2816), (1408, 2048)])
+def test_the_kernel_on_a_gpu(shape):
+    """V2-Lite's widths; a batch of 64 requests, and a chunk of a prompt."""
+    rng = np.random.default_rng()
+    for pairs in (384, 6144):
+        sizes = rng.multinomial(pairs, np.full(64, 1 / 64)).tolist()
+        arguments = case(sizes, *shape)
+        assert takes(*arguments[:2])
+        check(jax.jit(grouped_product)(*arguments), *arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.compile
+def test_the_kernel_compiles_without_spills():
+    x = jax.ShapeDtypeStruct((num_rows(384, 64), 2048), jnp.bfloat16)
+    stack = jax.ShapeDtypeStruct((26, 64, 2048, 2816), jnp.bfloat16)
+    layer, sizes = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((64,), jnp.int32)
+    [report] = compile_sm90a(lambda *a: hopper_product(*a, num_sms=132), x, stack, layer, sizes)
+    assert report.spill_stores == report.spill_loads == 0
+    assert not report.serialized

@@ -1,0 +1,225 @@
+"""The whole model: logits of transformers, routing in float64, and what is refused."""
+
+import dataclasses
+import functools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+from experiments.framework.errors import relative_error
+from experiments.generate import weights
+from experiments.generate.config import read_config
+from experiments.generate.model import (
+    Experts,
+    FeedForward,
+    Routing,
+    forward,
+    logits_of,
+    mixture,
+    next_tokens,
+)
+from mla_jax import CheckpointError, PageAllocator, PagedKVCache
+
+NAMES = ("deepseek_v2", "deepseek_v3")
+BOUND = 2e-5  # relative; the errors are about 2e-6
+CHUNK = 16
+
+
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=3)
+def step(params, config, tokens, pool, block_tables, seq_lens, query_lens):
+    hidden, pool = forward(params, config, tokens, pool, block_tables, seq_lens, query_lens)
+    return logits_of(params, config, hidden), pool
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_transformers(golden, name):
+    """Prompts of different lengths in chunks, then every decode step; unused pages hold NaN."""
+    config, params, want = golden(name)
+    lengths, steps = want["prompt_lens"], want["decode"].shape[1]
+    texts = [
+        np.concatenate([prompt[:length], tokens])
+        for prompt, length, tokens in zip(want["prompts"], lengths, want["tokens"], strict=True)
+    ]
+    pool = PagedKVCache.create(
+        16, page_size=16, kv_lora_rank=32, rope_dim=8, dtype=jnp.float32, num_layers=4
+    )
+    pool = dataclasses.replace(pool, pages=jnp.full_like(pool.pages, jnp.nan))
+    allocator = PageAllocator(16, 16)
+    for i, text in enumerate(texts):
+        allocator.allocate(i, len(text))
+    tables = allocator.block_tables(range(len(texts)), 4)
+    done = np.zeros(len(texts), np.int32)
+    got = [[] for _ in texts]
+    for number in range(-(-max(lengths) // CHUNK) + steps):
+        is_prefill = number * CHUNK < max(lengths)
+        counts = np.minimum(CHUNK, lengths - done) if is_prefill else np.ones_like(done)
+        counts = counts.astype(np.int32)
+        tokens = np.full((len(texts), CHUNK), 127, np.int32)  # padding is a token, too
+        for i, text in enumerate(texts):
+            tokens[i, : counts[i]] = text[done[i] : done[i] + counts[i]]
+        done = done + counts
+        logits, pool = step(params, config, tokens, pool, tables, done, counts)
+        for i, count in enumerate(counts):
+            got[i].extend(np.asarray(logits[i, :count]))
+    prefill = np.concatenate([rows[:length] for rows, length in zip(got, lengths, strict=True)])
+    assert relative_error(prefill, want["prefill"]) < BOUND
+    for i, length in enumerate(lengths):
+        for j in range(steps):
+            assert relative_error(got[i][length + j], want["decode"][i, j]) < BOUND, (i, j)
+        tokens = np.argmax(got[i][length - 1 : length + steps], axis=-1)
+        np.testing.assert_array_equal(tokens, want["tokens"][i])
+
+
+ROUTINGS = {
+    "greedy": Routing("softmax", 8, 3, 1, 1, False, 16.0),
+    "group_limited_greedy": Routing("softmax", 8, 2, 4, 2, False, 2.0),
+    "noaux_tc": Routing("sigmoid", 8, 3, 2, 1, True, 2.5),
+}
+
+
+def mixture_float64(params, r, x):
+    """Each token by itself, with loops over groups and experts."""
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    silu = lambda a: a / (1 + np.exp(-a))  # noqa: E731
+    out = np.zeros_like(x, np.float64)
+    for row, token in zip(out, np.asarray(x, np.float64), strict=True):
+        scores = token @ p.router
+        if r.scoring == "softmax":
+            scores = np.exp(scores - scores.max())
+            scores, best_of_group = scores / scores.sum(), 1
+        else:
+            scores, best_of_group = 1 / (1 + np.exp(-scores)), 2
+        choice = scores if p.bias is None else scores + p.bias
+        groups = np.split(np.arange(r.num_experts), r.num_groups)
+        worth = [np.sort(choice[group])[-best_of_group:].sum() for group in groups]
+        kept = np.argsort(worth)[-r.groups_per_token :]
+        candidates = sorted((e for g in kept for e in groups[g]), key=lambda e: -choice[e])
+        chosen = candidates[: r.experts_per_token]
+        total = sum(scores[e] for e in chosen) if r.normalize else 1.0
+        for e in chosen:
+            gate, up = np.split(token @ p.routed.gate_up[e], 2)
+            row += r.scale * scores[e] / total * (silu(gate) * up @ p.routed.down[e])
+        if p.shared is not None:
+            gate, up = np.split(token @ p.shared.gate_up, 2)
+            row += silu(gate) * up @ p.shared.down
+    return out
+
+
+@pytest.mark.parametrize("method", ROUTINGS)
+def test_mixtures_of_experts(method):
+    """Padding is NaN and must not reach the other tokens; some biased scores are negative."""
+    routing = ROUTINGS[method]
+    rng = np.random.default_rng()
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    params = Experts(
+        router=normal(16, 8) / 3,
+        bias=normal(8) - 0.5 if routing.scoring == "sigmoid" else None,
+        routed=FeedForward(normal(8, 16, 24) / 4, normal(8, 12, 16) / 4),
+        shared=None if method == "greedy" else FeedForward(normal(16, 24), normal(12, 16)),
+    )
+    # Two layers, of which the second is computed.
+    routed = jax.tree.map(lambda a: np.stack([np.full_like(a, np.nan), a]), params.routed)
+    x, real = normal(40, 16), rng.random(40) < 0.7
+    padded = np.where(real[:, None], x, np.nan)
+    got = jax.jit(mixture, static_argnums=1)(
+        dataclasses.replace(params, routed=routed), routing, padded, real, np.int32(1)
+    )
+    assert relative_error(np.asarray(got)[real], mixture_float64(params, routing, x[real])) < 1e-5
+
+
+def test_sampling():
+    """Rows of one distribution: none leaves the nucleus, and shares are those of float64."""
+    rng = np.random.default_rng()
+    logits = rng.permutation(np.log([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])).astype(np.float32)
+    rows, temperature, top_p = 4000, 0.7, 0.8
+    tiled = np.tile(logits, (rows + 1, 1))
+    temperatures = np.full(rows + 1, temperature, np.float32)
+    temperatures[rows] = 0
+    seeds = np.full(rows + 1, rng.integers(2**32), np.uint32)
+    top_ps = np.full(rows + 1, top_p, np.float32)
+    got = np.asarray(jax.jit(next_tokens)(tiled, temperatures, top_ps, seeds, np.arange(rows + 1)))
+    shares = np.exp(logits.astype(np.float64) / temperature)
+    shares /= shares.sum()
+    order = np.argsort(-shares)
+    nucleus = order[: 1 + np.searchsorted(np.cumsum(shares[order]), top_p)]
+    want = np.where(np.isin(np.arange(6), nucleus), shares, 0)
+    counts = np.bincount(got[:rows], minlength=6) / rows
+    assert not counts[want == 0].any()
+    assert np.abs(counts - want / want.sum()).max() < 5 * (0.25 / rows) ** 0.5
+    assert got[rows] == logits.argmax()
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("model_type", "glm4_moe_lite"),
+            ("hidden_act", "gelu"),
+            ("scoring_func", "softmax"),
+            ("topk_method", "greedy"),
+            ("moe_layer_freq", 2),
+            ("mlp_bias", True),
+            ("n_group", 3),
+            ("num_experts_per_tok", 5),
+            ("routed_scaling_factor", None),
+            ("residual_multiplier", 0.5),
+            ("final_logit_softcapping", 30.0),
+            ("moe_router_activation", "tanh"),
+            ("sliding_window", 16),
+        ],
+    )
+    def test_configs(self, models, key, value):
+        raw = json.loads((models / "deepseek_v3" / "config.json").read_text())
+        with pytest.raises(CheckpointError, match=key):
+            read_config(raw | {key: value})
+
+    def test_harmless_keys_are_not(self, models):
+        raw = json.loads((models / "deepseek_v3" / "config.json").read_text())
+        more = {"aux_loss_alpha": 0.001, "torch_dtype": "bfloat16", "ep_size": 1, "use_cache": True}
+        more |= {"pretraining_tp": 1, "initializer_range": 0.02, "bos_token_id": 0, "seq_aux": True}
+        assert read_config(raw | more) == read_config(raw)
+
+    def test_normalized_weights_of_v2_have_no_scale(self, models):
+        raw = json.loads((models / "deepseek_v2" / "config.json").read_text())
+        routing = read_config(raw | {"norm_topk_prob": True}).routing
+        assert (routing.normalize, routing.scale) == (True, 1.0)
+
+    @pytest.fixture
+    def tensors(self, models):
+        """All tensors of a model, by name."""
+        with safetensors.safe_open(models / "deepseek_v3" / "model.safetensors", "np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    @pytest.mark.parametrize(
+        ("missing", "named"),
+        [
+            ("lm_head.weight", "lm_head.weight is missing"),
+            ("model.norm.weight", "model.norm.weight is missing"),
+            ("model.layers.2.mlp.experts.5.up_proj.weight", r"experts.5.up_proj.weight is missing"),
+            ("model.layers.1.mlp.gate.e_score_correction_bias", "correction_bias is missing"),
+            ("model.layers.3.", "layer 3 must exist"),
+            ("model.layers.2.post_attention", "post_attention_layernorm.weight is missing"),
+        ],
+    )
+    def test_missing_tensors(self, models, tensors, tmp_path, missing, named):
+        shutil.copy(models / "deepseek_v3" / "config.json", tmp_path)
+        kept = {name: value for name, value in tensors.items() if not name.startswith(missing)}
+        assert len(kept) < len(tensors)
+        safetensors.numpy.save_file(kept, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=named):
+            weights.load(tmp_path)
+
+    def test_other_widths_and_unknown_tensors(self, models, tensors, tmp_path):
+        shutil.copy(models / "deepseek_v3" / "config.json", tmp_path)
+        name = "model.layers.1.mlp.shared_experts.down_proj.weight"
+        unknown = {"model.layers.1.mlp.gate.bias": tensors[name]}
+        for more, named in (({name: tensors[name][1:]}, name), (unknown, "ask for: gate.bias")):
+            safetensors.numpy.save_file(tensors | more, tmp_path / "model.safetensors")
+            with pytest.raises(CheckpointError, match=named):
+                weights.load(tmp_path)
