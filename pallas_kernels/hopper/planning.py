@@ -14,7 +14,7 @@ from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import SlowPlanWarning, SplitPlan
 from mla_jax.splits.planner import plan_splits
 from pallas_kernels.hopper import device
-from pallas_kernels.hopper.config import KernelConfig
+from pallas_kernels.hopper.config import KernelConfig, finish_of
 from pallas_kernels.hopper.plan.where_lowered import plan_where_lowered
 from pallas_kernels.hopper.tuned import choose_config, config_of_height, tile_heights
 from pallas_kernels.hopper.work_items import BLOCK, WorkList, new_counters, work_list
@@ -181,17 +181,6 @@ def plan_decode(
     )
     counters = new_counters(split.num_tiles, tiles.ctas_per_tile)
     return DecodePlan(split, tiles, sms, (*work, counters), finish)
-
-
-def finish_of(tiles: KernelConfig, *, workers_may_wait: bool) -> str:
-    """Returns how a kernel with these tiles combines split tiles, as `work_list` takes it.
-
-    A worker that waits for a partial needs the other worker to run at the same time. (The
-    interpreter runs one cluster after the other, the one that is waited for first.)
-    """
-    if tiles.ctas_per_tile > 1 and workers_may_wait:
-        return "by_first"
-    return "in_pairs" if tiles.in_pairs else "merge"
 
 
 def work_of(plan: DecodePlan, finish: str) -> WorkList:
