@@ -6,9 +6,10 @@ them in a straight line. These schedules are kept for the next problem on the sa
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ import numpy as np
 from mla_jax.hal.profiles.profile import HardwareProfile
 from mla_jax.hal.simulator.hopper import (
     BEFORE,
+    KEPT,
+    STORED,
     HopperKernel,
     Seconds,
     hopper_costs,
@@ -83,7 +86,9 @@ def fastest_tiles(
 
 
 def _seconds(profile: HardwareProfile, problem: Problem, kernel: HopperKernel) -> float:
-    times = hopper_times(profile, problem, kernel, quick_times)
+    # With many items per worker, that the last ones have the memory to themselves is a detail.
+    most = 8 * kernel.work.num_workers
+    times = hopper_times(profile, problem, kernel, quick_times, most)
     return profile["latency.launch"] + times.cores + times.merge
 
 
@@ -110,12 +115,23 @@ class QuickTimes:
 
     Our schedules repeat after fewer blocks, so that the result is that of `SharedBlockTimes` but
     for rounding. A test compares them.
+
+    times: of which the plain ones are used.
+    like: times of a kernel that differs only in how an item ends; None: these.
     """
 
     REACH = 8
 
-    def __init__(self, times: SharedBlockTimes, period: int, before: int = 0) -> None:
+    def __init__(
+        self,
+        times: SharedBlockTimes,
+        period: int,
+        *,
+        before: int = 0,
+        like: "QuickTimes | None" = None,
+    ) -> None:
         self._times, self._period, self._last = times, period, before + self.REACH
+        self._like = like or self
 
     def __call__(self, num_blocks: int) -> float:
         beyond = num_blocks - self._last
@@ -123,10 +139,13 @@ class QuickTimes:
             return self._times.plain(num_blocks)
         periods = -(-beyond // self._period)
         near = num_blocks - periods * self._period
-        return self._times.plain(near) + periods * self._per_period()
+        return self._times.plain(near) + periods * self._like.of_a_period
 
-    def _per_period(self) -> float:
-        return self._times.plain(self._last + self._period) - self._times.plain(self._last)
+    @cached_property
+    def of_a_period(self) -> float:
+        """Seconds of the blocks after which the schedule repeats."""
+        times, last = self._times, self._last
+        return times.plain(last + self._period) - times.plain(last)
 
 
 @dataclass(frozen=True)
@@ -142,8 +161,9 @@ class _Sizes:
 def quick_times(profile: HardwareProfile, kernel: HopperKernel, end: int) -> tuple[Seconds, Seconds]:
     """Returns times as `simulator.hopper.exact_times` does, from short schedules alone."""
     fields = (
-        *(kernel.kernel, kernel.rows_per_cta, kernel.ctas_per_tile, kernel.in_pairs),
-        *(kernel.partial_bytes, kernel.kv_stages, kernel.q_stages),
+        *(kernel.kernel, kernel.rows_per_cta, kernel.ctas_per_tile),
+        *(kernel.kv_stages, kernel.q_stages, end != STORED and kernel.partial_bytes),
+        end == KEPT and kernel.in_pairs,
     )
     return _quick_times(_Sizes(ProfileKey.of(profile), fields, end, _without_work(kernel)))
 
@@ -154,10 +174,12 @@ def _without_work(kernel: HopperKernel) -> HopperKernel:
 
 
 @lru_cache(maxsize=512)
-def _quick_times(sizes: _Sizes) -> tuple[Callable[[int], float], Callable[[int], float]]:
-    profile, kernel = sizes.profile.profile, sizes.kernel
-    costs, signal = hopper_costs(profile, kernel, sizes.end, np.inf), profile["latency.barrier"]
+def _quick_times(sizes: _Sizes) -> tuple[QuickTimes, QuickTimes]:
+    profile, kernel, end = sizes.profile.profile, sizes.kernel, sizes.end
+    costs, signal = hopper_costs(profile, kernel, end, math.inf), profile["latency.barrier"]
     period = kernel.order(1).period
-    first = SharedBlockTimes(kernel.order, costs, signal)
-    later = SharedBlockTimes(partial(kernel.order, before=BEFORE), costs, signal)
-    return QuickTimes(first, period), QuickTimes(later, period, BEFORE)
+    like = None if end == STORED else quick_times(profile, kernel, STORED)[0]
+    first = QuickTimes(SharedBlockTimes(kernel.order, costs, signal), period, like=like)
+    order = partial(kernel.order, before=BEFORE)
+    later = SharedBlockTimes(order, costs, signal)
+    return first, QuickTimes(later, period, before=BEFORE, like=like or first)

@@ -14,6 +14,7 @@ from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import SlowPlanWarning, SplitPlan
 from mla_jax.splits.planner import plan_splits
 from pallas_kernels.hopper import device
+from pallas_kernels.hopper.choice import tiles_for
 from pallas_kernels.hopper.config import KernelConfig, finish_of
 from pallas_kernels.hopper.plan.where_lowered import plan_where_lowered
 from pallas_kernels.hopper.tuned import choose_config, config_of_height, tile_heights
@@ -142,21 +143,22 @@ def plan_decode(
             get other tiles.
         cache: "float" (16 bits) or "int8".
         rescale: "multiply" or "exponent_add".
-        tiles: config of the kernel; None: the tuned one.
+        tiles: config of the kernel; None: that of `choice.tiles_for` for the profile.
         profile: of the GPU; None: of this machine's Hopper GPU, or else of an H200.
         query_lens, num_heads: as in `plan_splits`.
         clip: whether a length that is not in 0 .. capacity counts as the nearest that is.
     """
-    tiles = tiles or choose_config(
-        rows,
-        batch=seq_lens.shape[0],
-        capacity=capacity,
-        cache=cache,
-        rescale=rescale,
-        profile=profile or device.profile(),
-        kv_lora_rank=kv_lora_rank,
-        rope_dim=rope_dim,
-    )
+    if tiles is None:
+        tiles, _ = tiles_for(
+            rows,
+            batch=seq_lens.shape[0],
+            capacity=capacity,
+            cache=cache,
+            rescale=rescale,
+            profile=profile or device.profile(),
+            kv_lora_rank=kv_lora_rank,
+            rope_dim=rope_dim,
+        )
     sms = device.num_sms() if profile is None else profile.cores
     longest = min(capacity, _MOST_KEYS) if capacity is not None and clip else _MOST_KEYS
     finish = finish_of(tiles, workers_may_wait=True)  # they may on the GPU that the plan is for
@@ -223,10 +225,11 @@ def warn_if_slow(
     not depend on the batch. Arguments as in `plan_decode`.
     """
     batch = plan.num_tiles // plan.num_row_tiles
-    choose = functools.partial(choose_config, rows, cache=cache, rescale=rescale)
-    best = choose(batch=batch, capacity=capacity)
+    kind = {"cache": cache, "rescale": rescale}
+    profile = device.profile()
+    best, _ = tiles_for(rows, batch=batch, capacity=capacity, profile=profile, **kind)
     if plan.fixed and plan.rows_per_tile != best.rows_per_tile:
-        best = choose()
+        best = choose_config(rows, **kind)
     workers = best.num_workers(device.num_sms())
     if (plan.rows_per_tile, plan.num_workers) == (best.rows_per_tile, workers):
         return

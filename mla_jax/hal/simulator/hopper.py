@@ -23,6 +23,7 @@ from importlib.resources import files
 import numpy as np
 
 from mla_jax.hal.hopper_orders import STAGES, hopper_decode, hopper_transposed
+from mla_jax.hal.profiles.nvidia import H200_SXM
 from mla_jax.hal.profiles.profile import HardwareProfile
 from mla_jax.hal.schedule import Schedule, Step
 from mla_jax.hal.simulator import many_cores as machine
@@ -35,6 +36,11 @@ from mla_jax.hal.work import Problem, Work
 BLOCK = 64  # tokens per KV block
 BEFORE = 8  # blocks of the item that precedes one that is not a worker's first
 SOFTMAX_OPS = 8  # scale, maximum, subtract, exponent's multiply, sum, convert, store, vote
+# Fitted numbers that do not depend on the memory, the clock and the number of SMs.
+OF_THE_CHIP = (
+    *("engine.cuda_efficiency", "engine.shared_efficiency", "engine.copy", "engine.store"),
+    *("latency.memory", "latency.barrier", "latency.l2"),
+)
 KERNELS = ("decode", "decode_transposed")
 STORED, PARTIAL, KEPT = 0, 1, 2  # where the result of a work item goes
 
@@ -116,10 +122,18 @@ def hopper_constants() -> dict:
 def tuned_for_hopper(
     profile: HardwareProfile, constants: Mapping[str, float] | None = None
 ) -> HardwareProfile:
-    """Returns the profile with the constants that are fitted on our own kernels."""
+    """Returns the profile with the constants that are fitted on our own kernels.
+
+    Constants of the chip that were fitted on another Hopper GPU than an H200, and on another
+    harness, are replaced by those of an H200: the chip is the same.
+    """
     fit = hopper_constants()
-    values = fit["constants"] if constants is None else constants
-    return profile.with_values(dict(values), f"fitted on {fit['rows']}")
+    values = dict(fit["constants"] if constants is None else constants)
+    if profile.fitted_on != H200_SXM.name and 9.0 <= profile["core.compute_capability"] < 10.0:
+        for field in OF_THE_CHIP:
+            if profile.numbers[field].source.startswith("fitted on"):
+                values.setdefault(field, H200_SXM[field])
+    return profile.with_values(values, f"fitted on {fit['rows']}")
 
 
 def fixed_costs(profile: HardwareProfile, kernel: str) -> Mapping[str, float]:
@@ -308,8 +322,13 @@ def hopper_times(
     problem: Problem,
     kernel: HopperKernel,
     alone_times: AloneTimes = exact_times,
+    most_items: float = math.inf,
 ) -> HopperTimes:
-    """Returns the times of one call. profile: with our own constants (`tuned_for_hopper`)."""
+    """Returns the times of one call.
+
+    profile: with our own constants (`tuned_for_hopper`).
+    most_items: above so many work items, all cores count as working until the end.
+    """
     if problem.kv_dtype not in ("bf16", "fp16"):
         raise ValueError(
             f"{kernel.name}: kv_dtype = {problem.kv_dtype!r}, wanted bf16 or fp16: there is no "
@@ -326,6 +345,8 @@ def hopper_times(
     times = {e: _ItemTimes(profile, kernel, e, share, q_bytes, alone_times) for e in set(end.tolist())}
     seconds = np.array([times[e](n, bool(after)) for n, e, after in kinds.T.tolist()])
     crowded, alone = seconds[which.reshape(-1)].T
+    if len(crowded) > most_items:
+        alone = crowded
     seconds_of_cores = machine.makespan(crowded, alone, plan.worker, plan.num_workers)
     longest = int(np.argmax(plan.blocks))
     return HopperTimes(seconds_of_cores, merge_seconds(profile, kernel), times[int(end[longest])],
