@@ -132,7 +132,6 @@ class _Line:
         middle = start + (stop - start) // 2
         tile = np.searchsorted(self.cost_start, middle, side="right") - 1
         before, after = cost_at[tile] - start, stop - cost_at[tile + 1]
-        # The planner rounds this quotient towards negative numbers, as `//` does.
         places = self.place_in(tile, (after - before + self.blocks[tile]) // 2)
         halves = np.stack([begin, np.where(begin < end, places, begin)], axis=1)
         return np.append(halves.ravel(), self.length)

@@ -27,9 +27,8 @@ from mla_jax.hal.choice import (
     quick_times,
     values_of,
 )
-from mla_jax.hal.simulator.hopper import STORED, tuned_for_hopper
+from mla_jax.hal.simulator.hopper import STORED, HopperKernel, tuned_for_hopper
 from mla_jax.splits.numpy_planner import plan_in_numpy
-from mla_jax.splits.plan import SplitPlan
 from pallas_kernels.hopper.config import (
     DecodeTransposedConfig,
     KernelConfig,
@@ -117,18 +116,11 @@ def _choose(
         for tiles in legal_configs(profile, rescale=rescale)
     ]
     tall = max(tiles.rows_per_tile for tiles in configs)
-    kernels, splits = {}, {}
-    for tiles in configs:
-        height = tiles.rows_per_tile
-        # One kernel plans up to MOST_TILES tiles on the GPU; more take JAX far longer.
-        if height < tall and problem.batch * -(-problem.rows // height) > MOST_TILES:
-            continue
-        overheads = tiles.split_overhead, tiles.merge_overhead
-        key = height, tiles.in_pairs, *overheads
-        if key not in splits:
-            splits[key] = _split(tiles, profile, problem)
-        finish = finish_of(tiles, workers_may_wait=True)
-        kernels[tiles] = kernel_of(tiles, splits[key], problem, finish)
+    kernels = [
+        (tiles, planned_kernel(tiles, profile, problem))
+        for tiles in configs
+        if tiles.rows_per_tile == tall or _num_tiles(tiles, problem) <= MOST_TILES
+    ]
     usual = None
     with contextlib.suppress(TilePlanError):
         usual = choose_config(
@@ -136,11 +128,18 @@ def _choose(
         )
         usual = with_split_costs(usual, profile, problem.rows)
     measured = is_measured(profile)
-    return fastest_tiles(profile, problem, kernels.items(), usual=usual, measured=measured)
+    return fastest_tiles(profile, problem, kernels, usual=usual, measured=measured)
 
 
-def _split(tiles: KernelConfig, profile: HardwareProfile, problem: Problem) -> SplitPlan:
-    return plan_in_numpy(
+def _num_tiles(tiles: KernelConfig, problem: Problem) -> int:
+    return problem.batch * -(-problem.rows // tiles.rows_per_tile)
+
+
+def planned_kernel(
+    tiles: KernelConfig, profile: HardwareProfile, problem: Problem
+) -> HopperKernel:
+    """Returns the kernel with these tiles as it is simulated, with the plan for these lengths."""
+    split = plan_in_numpy(
         problem.kv_lens,
         num_workers=tiles.num_workers(profile.cores),
         rows=problem.rows,
@@ -149,6 +148,7 @@ def _split(tiles: KernelConfig, profile: HardwareProfile, problem: Problem) -> S
         merge_overhead=tiles.merge_overhead,
         in_pairs=tiles.in_pairs,
     )
+    return kernel_of(tiles, split, problem, finish_of(tiles, workers_may_wait=True))
 
 
 def legal_configs(

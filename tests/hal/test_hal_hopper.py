@@ -1,6 +1,7 @@
 """Our own Hopper kernels in the simulator: their schedules, their plans, and what they cost."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -39,7 +40,10 @@ def seconds(kernel: HopperKernel, heads: int = 64) -> float:
     return simulate(H200, problem, kernel).seconds
 
 
-@pytest.mark.parametrize("order", [hopper_decode, hopper_transposed])
+few_stages = functools.partial(hopper_transposed, kv_stages=(3, 1, 2), q_stages=1)
+
+
+@pytest.mark.parametrize("order", [hopper_decode, hopper_transposed, few_stages])
 @pytest.mark.parametrize(("blocks", "before"), [(5, 0), (5, 2), (4, 3), (1, 0)])
 def test_each_wait_of_a_schedule_is_needed(order, blocks: int, before: int) -> None:
     schedule = order(blocks, before=before)
