@@ -33,6 +33,7 @@ FOLDERS = {
     "simulated": ("published", "pipeline", "compare", "sweep", "best", "portrait"),
     "speed": ("benchmark", "kernel_bench", "prefill", "sharded"),
     "speed.layer": ("layer_step",),
+    "speed.tiles": ("choices",),
     "report": ("report",),
 }
 FOLDER_OF = {name: folder for folder, names in FOLDERS.items() for name in names}

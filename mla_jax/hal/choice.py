@@ -158,7 +158,9 @@ class _Sizes:
     kernel: HopperKernel = field(compare=False)
 
 
-def quick_times(profile: HardwareProfile, kernel: HopperKernel, end: int) -> tuple[Seconds, Seconds]:
+def quick_times(
+    profile: HardwareProfile, kernel: HopperKernel, end: int
+) -> tuple[Seconds, Seconds]:
     """Returns times as `simulator.hopper.exact_times` does, from short schedules alone."""
     fields = (
         *(kernel.kernel, kernel.rows_per_cta, kernel.ctas_per_tile),

@@ -134,7 +134,9 @@ def _finish(
                   writes=(Access("sum", i, last),))  # fmt: skip
     sums = tuple(Access("sum", i, last) for i in range(2))
     for half, unit in zip("LR", units, strict=True):
-        build.add(unit, f"STORE_{half}", last, reads=(Access(f"O_{half}", 0, last), *of_store, *sums))
+        build.add(
+            unit, f"STORE_{half}", last, reads=(Access(f"O_{half}", 0, last), *of_store, *sums)
+        )
 
 
 @lru_cache(maxsize=1024)

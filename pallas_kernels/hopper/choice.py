@@ -121,23 +121,36 @@ def _choose(
         for tiles in configs
         if tiles.rows_per_tile == tall or _num_tiles(tiles, problem) <= MOST_TILES
     ]
-    usual = None
-    with contextlib.suppress(TilePlanError):
-        usual = choose_config(
-            problem.rows, batch=problem.batch, capacity=capacity, rescale=rescale, profile=profile
-        )
-        usual = with_split_costs(usual, profile, problem.rows)
+    usual = _table_tiles(profile, problem, capacity, rescale)
     measured = is_measured(profile)
     return fastest_tiles(profile, problem, kernels, usual=usual, measured=measured)
+
+
+def table_tiles(profile: HardwareProfile, problem: Problem) -> KernelConfig | None:
+    """Returns the tiles that the table has for a problem; None where they do not fit the device.
+
+    Block tables reach as far as the longest request.
+    """
+    return _table_tiles(profile, problem, max(*problem.kv_lens, 1), "multiply")
+
+
+def _table_tiles(
+    profile: HardwareProfile, problem: Problem, capacity: int | None, rescale: str
+) -> KernelConfig | None:
+    try:
+        tiles = choose_config(
+            problem.rows, batch=problem.batch, capacity=capacity, rescale=rescale, profile=profile
+        )
+    except TilePlanError:
+        return None
+    return with_split_costs(tiles, profile, problem.rows)
 
 
 def _num_tiles(tiles: KernelConfig, problem: Problem) -> int:
     return problem.batch * -(-problem.rows // tiles.rows_per_tile)
 
 
-def planned_kernel(
-    tiles: KernelConfig, profile: HardwareProfile, problem: Problem
-) -> HopperKernel:
+def planned_kernel(tiles: KernelConfig, profile: HardwareProfile, problem: Problem) -> HopperKernel:
     """Returns the kernel with these tiles as it is simulated, with the plan for these lengths."""
     split = plan_in_numpy(
         problem.kv_lens,

@@ -21,9 +21,7 @@ FLOAT16, FLOAT32 = 2, 4  # bytes
 WARPGROUPS = 2  # per CTA that combine
 
 
-def kernel_of(
-    tiles: KernelConfig, split: SplitPlan, problem: Problem, finish: str
-) -> HopperKernel:
+def kernel_of(tiles: KernelConfig, split: SplitPlan, problem: Problem, finish: str) -> HopperKernel:
     """Returns the kernel with these tiles, which runs a split plan of concrete arrays.
 
     finish: how split tiles are combined (`work_items.work_list`).

@@ -310,7 +310,9 @@ Seconds = Callable[[int], float]
 AloneTimes = Callable[[HardwareProfile, HopperKernel, int], tuple[Seconds, Seconds]]
 
 
-def exact_times(profile: HardwareProfile, kernel: HopperKernel, end: int) -> tuple[Seconds, Seconds]:
+def exact_times(
+    profile: HardwareProfile, kernel: HopperKernel, end: int
+) -> tuple[Seconds, Seconds]:
     """Returns times that are simulated until they repeat."""
     alone, signal = hopper_costs(profile, kernel, end, math.inf), profile["latency.barrier"]
     first = SharedBlockTimes(kernel.order, alone, signal)
@@ -342,7 +344,9 @@ def hopper_times(
     cores = active(plan)
     q_bytes = problem.batch * problem.rows * KEY * 2 / cores
     q_bytes = min(q_bytes, kernel.rows_per_cta * KEY * 2)
-    times = {e: _ItemTimes(profile, kernel, e, share, q_bytes, alone_times) for e in set(end.tolist())}
+    times = {
+        e: _ItemTimes(profile, kernel, e, share, q_bytes, alone_times) for e in set(end.tolist())
+    }
     seconds = np.array([times[e](n, bool(after)) for n, e, after in kinds.T.tolist()])
     crowded, alone = seconds[which.reshape(-1)].T
     if len(crowded) > most_items:
