@@ -162,12 +162,16 @@ def quick_times(
     profile: HardwareProfile, kernel: HopperKernel, end: int
 ) -> tuple[Seconds, Seconds]:
     """Returns times as `simulator.hopper.exact_times` does, from short schedules alone."""
+    return _quick_times(_sizes(profile, kernel, end))
+
+
+def _sizes(profile: HardwareProfile, kernel: HopperKernel, end: int) -> _Sizes:
     fields = (
         *(kernel.kernel, kernel.rows_per_cta, kernel.ctas_per_tile),
         *(kernel.kv_stages, kernel.q_stages, end != STORED and kernel.partial_bytes),
         end == KEPT and kernel.in_pairs,
     )
-    return _quick_times(_Sizes(ProfileKey.of(profile), fields, end, _without_work(kernel)))
+    return _Sizes(ProfileKey.of(profile), fields, end, _without_work(kernel))
 
 
 def _without_work(kernel: HopperKernel) -> HopperKernel:
@@ -180,7 +184,7 @@ def _quick_times(sizes: _Sizes) -> tuple[QuickTimes, QuickTimes]:
     profile, kernel, end = sizes.profile.profile, sizes.kernel, sizes.end
     costs, signal = hopper_costs(profile, kernel, end, math.inf), profile["latency.barrier"]
     period = kernel.order(1).period
-    like = None if end == STORED else quick_times(profile, kernel, STORED)[0]
+    like = None if end == STORED else _quick_times(_sizes(profile, kernel, STORED))[0]
     first = QuickTimes(SharedBlockTimes(kernel.order, costs, signal), period, like=like)
     order = partial(kernel.order, before=BEFORE)
     later = SharedBlockTimes(order, costs, signal)

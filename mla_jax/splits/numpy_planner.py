@@ -34,9 +34,10 @@ def plan_in_numpy(
     best = _boundaries(line, num_workers, merge_overhead, in_pairs)
     inside = best[1:][line.inside_tiles(best)[1:]]
     starts = np.sort(np.append(line.edge, inside))
+    arrays: dict[str, Any] = line.items(starts, len(lengths), num_workers)
+    arrays["worker_start"] = np.searchsorted(starts, best).astype(np.int32)
     return SplitPlan(
-        **line.items(starts, len(lengths), num_workers),
-        worker_start=np.searchsorted(starts, best).astype(np.int32),
+        **arrays,
         block_size=block_size,
         rows_per_tile=rows_per_tile,
         num_row_tiles=num_row_tiles,

@@ -225,7 +225,7 @@ def warn_if_slow(
     not depend on the batch. Arguments as in `plan_decode`.
     """
     batch = plan.num_tiles // plan.num_row_tiles
-    kind = {"cache": cache, "rescale": rescale}
+    kind: dict[str, Any] = {"cache": cache, "rescale": rescale}
     profile = device.profile()
     best, _ = tiles_for(rows, batch=batch, capacity=capacity, profile=profile, **kind)
     if plan.fixed and plan.rows_per_tile != best.rows_per_tile:

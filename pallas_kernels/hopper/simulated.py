@@ -73,7 +73,8 @@ def sizes_of(tiles: KernelConfig) -> HopperKernel:
 def kept_items(split: SplitPlan, finish: str) -> np.ndarray:
     """Returns [P] bool: which items of `work_items.work_list` keep their partial."""
     request, partial = np.asarray(split.request), np.asarray(split.partial)
-    tile = split.tile_of(np.maximum(request, 0), np.asarray(split.row_tile))
+    batch = split.num_tiles // split.num_row_tiles
+    tile = np.asarray(split.row_tile) * batch + np.maximum(request, 0)
     starts = np.asarray(split.tile_partial_start)
     kept = np.zeros(len(request), bool)
     if finish == "merge" or split.fixed:
