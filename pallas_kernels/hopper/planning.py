@@ -95,6 +95,20 @@ def refuses_sms(plan: DecodePlan, num_sms: int) -> str | None:
     )
 
 
+def refuses_shared_memory(plan: DecodePlan, bytes_of_gpu: int | None) -> str | None:
+    """Returns why a plan's tiles do not fit a GPU; None where they do, or it is not known.
+
+    bytes_of_gpu: shared memory that a CTA can have.
+    """
+    needed = 0 if plan.tiles is None else plan.tiles.shared_memory_bytes
+    if not bytes_of_gpu or needed <= bytes_of_gpu:
+        return None
+    return (
+        f"the plan's tiles (profile {plan.profile}) take {needed} bytes of shared memory, and the "
+        f"GPU that the program is for has {bytes_of_gpu}"
+    )
+
+
 def _refuses_tiles(plan: DecodePlan, kind: str, kv_lora_rank: int, rope_dim: int) -> str | None:
     """Returns why a plan's tiles are not for a cache of this kind and these widths, or None.
 
