@@ -204,7 +204,7 @@ def _configs_of(entry: Mapping[str, Any], profile: HardwareProfile) -> list[Kern
         except TilePlanError as error:
             lacking = error
             continue
-        if not any(_adds_to(other, tiles) for other in found[1:]):
+        if not any(_adds_to(other, tiles) for other in found):
             found.append(tiles)
     if not found:
         raise lacking

@@ -47,6 +47,7 @@ few_stages = functools.partial(hopper_transposed, kv_stages=(3, 1, 2), q_stages=
 @pytest.mark.parametrize(("blocks", "before"), [(5, 0), (5, 2), (4, 3), (1, 0)])
 def test_each_wait_of_a_schedule_is_needed(order, blocks: int, before: int) -> None:
     schedule = order(blocks, before=before)
+    schedule.check()
     stages = {"LOAD_L", "LOAD_R", "LOAD_ROPE", "QK", "SM", "PV_L", "PV_R"}
     for stage in stages:
         assert schedule.blocks_of(stage) == set(range(blocks)), stage

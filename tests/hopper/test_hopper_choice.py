@@ -239,6 +239,18 @@ def test_tiles_for_more_shared_memory_are_refused_on_a_gpu_with_less(card) -> No
     assert "shared memory, and the GPU that the program is for has 232448" in reason
 
 
+def test_stages_are_the_tables_and_the_most_that_fit() -> None:
+    for profile, rows, wanted in (
+        (H200, 16, {(2, 2, 2, 2), (3, 2, 3, 2)}),
+        (H200, 32, {(2, 2, 2, 2), (2, 2, 3, 1)}),
+        (changed(shared=300), 8, {(2, 2, 2, 2), (3, 3, 3, 2)}),
+        (changed(shared=164), 32, {(2, 1, 2, 1), (1, 1, 1, 2)}),
+    ):
+        configs = [t for t in legal_configs(profile) if t.rows_per_tile == rows]
+        assert {(*tiles.kv_stages, tiles.q_stages) for tiles in configs} == wanted
+        assert {tiles.in_pairs for tiles in configs} == {False, True}
+
+
 def test_one_sm_runs_no_pairs() -> None:
     assert not any(tiles.in_pairs for tiles in legal_configs(changed(sms=1)))
     with pytest.raises(TilePlanError, match=r"core\.count = 1, wanted at least 2"):
