@@ -29,7 +29,9 @@ from mla_jax.hal.simulator.shared_engines import SharedBlockTimes
 from mla_jax.hal.work import Problem, Work
 
 MEASURED, SIMULATED, TABLE = "measured", "simulated", "table"
-MARGIN = 0.03  # a simulated gain that is smaller does not replace the usual tiles
+# A smaller simulated gain does not replace the usual tiles: it is the mean error of the simulator on
+# measured rows of our kernels.
+MARGIN = 0.05
 
 
 class TimedTiles(NamedTuple):
