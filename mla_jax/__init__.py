@@ -24,10 +24,11 @@ from mla_jax.checkpoints.read import CheckpointError
 from mla_jax.checkpoints.weights import MLAParams, init_params, rotate_latent, save_hf
 from mla_jax.config import PRESETS, MLAConfig, YarnScaling
 from mla_jax.export.pytrees import register_pytrees as _register_pytrees
-from mla_jax.layer import attend, mla_layer, naive_mla_layer, preprocess, project_output
+from mla_jax.layer import attend, mla_layer, preprocess, project_output
 from mla_jax.online_softmax import merge_states
 from mla_jax.planning import plan_decode
 from mla_jax.prefill.attention import ragged_mla_attention
+from mla_jax.reference.naive import naive_mla_layer
 from mla_jax.registry import available_implementations
 from mla_jax.sharding.specs import cache_specs, param_specs
 from mla_jax.splits.decode_plan import DecodePlan

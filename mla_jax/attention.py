@@ -6,15 +6,21 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mla_jax import checks
+from mla_jax.arguments import (
+    check_arrays,
+    check_cache,
+    check_mask_of_plan,
+    check_options,
+    check_values,
+)
 from mla_jax.cache import PagedKVCache
-from mla_jax.cache.layers import merged, pool_tables, require_one_layer
+from mla_jax.cache.layers import merged, pool_tables
+from mla_jax.cache.packed import PackedTokens, require_no_query_lens
 from mla_jax.cache.requests import valid_or_minus_one
 from mla_jax.implementations.choice import Choice
 from mla_jax.implementations.gradients import attend
-from mla_jax.online_softmax import RESCALES
 from mla_jax.problem import AttentionProblem
 from mla_jax.registry import check_names, choose
 from mla_jax.sharding.key_shards import KeyShard, merge_parts
@@ -31,6 +37,7 @@ def paged_mla_attention(
     *,
     softmax_scale: float,
     query_lens: jax.Array | None = None,
+    cu_q_lens: jax.Array | None = None,
     causal: bool = True,
     implementation: str | Sequence[str] | None = None,
     plan: DecodePlan | SplitPlan | None = None,
@@ -50,6 +57,7 @@ def paged_mla_attention(
     *,
     softmax_scale: float,
     query_lens: jax.Array | None = None,
+    cu_q_lens: jax.Array | None = None,
     causal: bool = True,
     implementation: str | Sequence[str] | None = None,
     plan: DecodePlan | SplitPlan | None = None,
@@ -68,6 +76,7 @@ def paged_mla_attention(
     *,
     softmax_scale: float,
     query_lens: jax.Array | None = None,
+    cu_q_lens: jax.Array | None = None,
     causal: bool = True,
     implementation: str | Sequence[str] | None = None,
     plan: DecodePlan | SplitPlan | None = None,
@@ -83,7 +92,8 @@ def paged_mla_attention(
     as `PagedKVCache.append` writes them; `mla_layer` and `attend` do so themselves.
 
     Args:
-        q: [B, S, H, D] = [q_latent | q_rope], not scaled; float32, bfloat16 or float16.
+        q: [B, S, H, D] = [q_latent | q_rope], not scaled; float32, bfloat16 or float16. With
+            cu_q_lens [T, H, D]: the tokens of all requests, packed.
         cache: K is a row [c_kv | k_rope] of D values, V its first kv_lora_rank. The plain-JAX
             implementations read an int8 cache dequantized, in float32. A pool of several layers is
             passed as `cache.layer(i)`.
@@ -94,14 +104,18 @@ def paged_mla_attention(
         query_lens: [B] int32, how many of the S tokens are real, left aligned; None: all S. Token i
             is at position seq_lens - query_lens + i. Without query_lens S may be more than
             seq_lens, which `mla_layer` refuses: tokens before position 0 see no key.
+        cu_q_lens: [B + 1] int32, from 0, rising, at most T. Request b has the packed tokens
+            cu_q_lens[b] .. cu_q_lens[b + 1] - 1, at most seq_lens[b], and they are its last ones.
+            A batch may mix chunks of prefills, decode steps and drafts. Tokens past the last bound
+            are padding. Keys are read once per token (`cache.packed`).
         causal: whether a token sees only the keys up to its own position.
         implementation: a name from `available_implementations()`, or a list or tuple of names: the
             first that can run the problem on the platform that the call is lowered for. None:
             ("hopper", "xla"). See "The choice" below.
-        plan: for these seq_lens, from `plan_decode`, or a SplitPlan of `plan_fixed` (results that
-            do not depend on the batch) or `plan_splits`. A plan that was made with query_lens is
-            for these, and for a causal mask. None: an implementation that splits the keys plans for
-            itself. Other implementations ignore it.
+        plan: for these seq_lens and cu_q_lens, from `plan_decode`, or a SplitPlan of `plan_fixed`
+            (results that do not depend on the batch) or `plan_splits`. A plan that was made with
+            query_lens is for these, and for a causal mask. None: an implementation that splits the
+            keys plans for itself. Other implementations ignore it.
         rescale: "multiply" or "exponent_add" (AMLA), see `online_softmax`.
         partial_dtype: of partial results, where the keys of a request are split. None selects
             float32. On Hopper, tiles of 64 or more bfloat16 rows use float16 with one power-of-two
@@ -118,9 +132,9 @@ def paged_mla_attention(
         return_lse: whether to return lse too.
 
     Returns:
-        o_latent: [B, S, H, kv_lora_rank], q.dtype.
-        lse: [B, S, H] float32, natural log of the sum of e^(scaled score).
-        Rows past query_lens and rows that see no key have o_latent = 0 and lse = -inf.
+        o_latent: [B, S, H, kv_lora_rank], or [T, H, kv_lora_rank]; q.dtype.
+        lse: [B, S, H], or [T, H], float32, natural log of the sum of e^(scaled score).
+        Padding, rows past query_lens and rows that see no key have o_latent = 0 and lse = -inf.
 
     The choice: what an implementation refuses about the problem (dtypes, layouts, sizes) is known
     when the call is traced. What it refuses about the machine is decided when the program is
@@ -142,10 +156,15 @@ def paged_mla_attention(
         ValueError: shapes, heads or options that don't fit, implementations of which none can run
             (when the call is traced, or when it is lowered if only the machine is the reason); and,
             unless they are traced, seq_lens that are negative or past the block table, query_lens
-            that are negative or above S or seq_lens, pages in use that the cache does not have, or
+            that are negative or above S or seq_lens, cu_q_lens that fall or exceed T or a length of
+            seq_lens, pages in use that the cache does not have, or
             a plan for other lengths. Traced, such a request's rows are NaN.
     """
     return_lse = checks.require_bool("return_lse", return_lse)
+    if cu_q_lens is not None:
+        require_no_query_lens(query_lens)
+        requests = block_tables, seq_lens, cu_q_lens
+        q, block_tables, seq_lens = _of_packed(q, cache, *requests, causal=causal, kv_axis=kv_axis)
     problem, choice = prepare(
         q,
         cache,
@@ -163,7 +182,38 @@ def paged_mla_attention(
     o, lse = attend(problem, choice)
     if kv_axis is not None:
         o, lse = merge_parts(o.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3]), kv_axis)
+    if cu_q_lens is not None:
+        o, lse = o[:, 0], lse[:, 0]
     return (o, lse) if return_lse else o
+
+
+def _of_packed(
+    q: jax.Array,
+    cache: PagedKVCache,
+    block_tables: jax.Array,
+    seq_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    *,
+    causal: Any,
+    kv_axis: str | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns q [T, 1, H, D], block tables and lengths of packed tokens as requests of one."""
+    check_cache(cache)
+    checks.require_array("q", q)
+    words = "[T, H, kv_lora_rank + rope_dim] with cu_q_lens"
+    checks.require_shape("q", q, words, None, None, cache.latent_dim)
+    checks.require_positive("T of q", q.shape[0])
+    tokens = PackedTokens.of(
+        "q",
+        q.shape[0],
+        cache,
+        block_tables,
+        seq_lens,
+        cu_q_lens,
+        causal=checks.require_bool("causal", causal),
+        kv_axis=kv_axis,
+    )
+    return q[:, None], tokens.block_tables, tokens.seq_lens
 
 
 def prepare(
@@ -187,17 +237,17 @@ def prepare(
     this device's keys, and each of the B * S query tokens is a request of its own. With a view of
     a layer the problem has all pages of the pool, and block tables with their numbers.
     """
-    _check_arrays(q, cache, block_tables, seq_lens, query_lens)
+    check_arrays(q, cache, block_tables, seq_lens, query_lens)
     causal = checks.require_bool("causal", causal)
     names = check_names(implementation)
     softmax_scale = checks.require_softmax_scale(softmax_scale)
     plan = DecodePlan.of(plan)
     shard = None if kv_axis is None else KeyShard.here(kv_axis, cache.page_size)
-    dtype = _check_options(rescale, partial_dtype, plan, q, shard)
+    dtype = check_options(rescale, partial_dtype, plan, q, shard)
     if plan is not None:
-        _check_mask_of_plan(plan.split, q.shape[2], causal, shard)
+        check_mask_of_plan(plan.split, q.shape[2], causal, shard)
     if shard is None:
-        _check_values(q, cache, block_tables, seq_lens, query_lens, plan)
+        check_values(q, cache, block_tables, seq_lens, query_lens, plan)
     else:
         whole = {"q": q, "seq_lens": seq_lens, "query_lens": query_lens}
         split = {"cache": cache.pages} | ({} if plan is None else {"plan": plan})
@@ -242,133 +292,3 @@ def _of_tokens(problem: AttentionProblem, shard: KeyShard) -> AttentionProblem:
         query_lens=None,
         causal=True,
     )
-
-
-def require_query_lens(count: int, of: str, seq_lens: Any, query_lens: Any) -> None:
-    """Raises ValueError where concrete query_lens are not in 0 .. min(count, seq_lens).
-
-    of: the array that has `count` tokens for each request.
-    """
-    queries, lengths = np.asarray(query_lens), np.asarray(seq_lens)
-    limit = np.minimum(lengths, count)
-    for request in np.flatnonzero((queries < 0) | (queries > limit)):
-        raise ValueError(
-            f"query_lens[{request}] must be in 0 .. {limit[request]} ({of} has {count} "
-            f"tokens, seq_lens[{request}] = {lengths[request]}), got {queries[request]}"
-        )
-
-
-def all_query_lens(name: str, tokens: Any, seq_lens: Any, query_lens: Any) -> Any:
-    """Returns query_lens [B], or S for each request if it is None, checked as far as it is known.
-
-    name: what the caller calls the array `tokens` [B, S, ...] of the new tokens.
-    """
-    batch, count = tokens.shape[:2]
-    lengths = {"seq_lens": seq_lens} | ({} if query_lens is None else {"query_lens": query_lens})
-    for argument, value in lengths.items():
-        checks.require_array(argument, value)
-        checks.require_shape(argument, value, "[B]", batch)
-        checks.require_int32(argument, value)
-    if query_lens is not None:
-        if checks.is_concrete(seq_lens, query_lens):
-            require_query_lens(count, name, seq_lens, query_lens)
-        return query_lens
-    if checks.is_concrete(seq_lens):
-        for request in np.flatnonzero(np.asarray(seq_lens) < count):
-            raise ValueError(
-                f"seq_lens[{request}] must be at least {count}: without query_lens all {count} "
-                f"tokens of {name} count, got {seq_lens[request]}"
-            )
-    return jnp.full(batch, count, jnp.int32)
-
-
-def _check_arrays(
-    q: Any, cache: Any, block_tables: Any, seq_lens: Any, query_lens: Any | None
-) -> None:
-    if not isinstance(cache, PagedKVCache):
-        raise TypeError(f"cache must be a PagedKVCache, got {type(cache).__name__}")
-    cache.check()
-    require_one_layer(cache)
-    checks.require_array("q", q)
-    checks.require_shape(
-        "q", q, "[B, S, H, kv_lora_rank + rope_dim]", None, None, None, cache.latent_dim
-    )
-    checks.require_float("q", q)
-    if 0 in q.shape:
-        raise ValueError(f"q must have no dim of 0, got shape {list(q.shape)}")
-    check_block_tables(block_tables, q.shape[0])
-    lengths = {"seq_lens": seq_lens} | ({} if query_lens is None else {"query_lens": query_lens})
-    for name, value in lengths.items():
-        checks.require_array(name, value)
-        checks.require_shape(name, value, "[B]", q.shape[0])
-        checks.require_int32(name, value)
-
-
-def check_block_tables(block_tables: Any, batch: int) -> None:
-    """Raises TypeError or ValueError unless block_tables can be that of `batch` requests."""
-    checks.require_array("block_tables", block_tables)
-    checks.require_shape("block_tables", block_tables, "[B, max_pages]", batch, None)
-    checks.require_int32("block_tables", block_tables)
-    checks.require_positive("max_pages of block_tables", block_tables.shape[1])
-
-
-def _check_options(
-    rescale: Any, partial_dtype: Any, plan: Any, q: jax.Array, shard: KeyShard | None
-) -> Any:
-    """partial_dtype as a dtype, or None."""
-    if not isinstance(rescale, str):
-        raise TypeError(f"rescale must be one of {', '.join(RESCALES)}, got {rescale!r}")
-    checks.require_one_of("rescale", rescale, RESCALES)
-    if plan is not None:
-        batch, tokens, heads, _ = q.shape
-        if shard is None:
-            _check_plan(plan, batch, tokens * heads, "S * H")
-        else:
-            _check_plan(plan, batch * tokens, heads, "H, with kv_axis one for each query token")
-    if partial_dtype is None:
-        return None
-    try:
-        dtype = jnp.dtype(partial_dtype)
-    except TypeError:
-        options = ", ".join(checks.FLOAT_DTYPES)
-        # An unknown name of a dtype is a wrong value, anything else that is no dtype a wrong type.
-        kind = ValueError if isinstance(partial_dtype, str) else TypeError
-        raise kind(f"partial_dtype must be one of {options}, got {partial_dtype!r}") from None
-    checks.require_one_of("partial_dtype", dtype.name, checks.FLOAT_DTYPES)
-    return dtype
-
-
-def _check_plan(plan: DecodePlan, batch: int, rows: int, words: str) -> None:
-    plan.check()
-    split = plan.split
-    row_tiles = -(-rows // split.rows_per_tile)
-    if (split.num_row_tiles, split.num_tiles) != (row_tiles, batch * row_tiles):
-        raise ValueError(
-            f"plan must be for {batch} requests of {rows} rows = {words}, got "
-            f"{split.num_tiles // split.num_row_tiles} requests of {split.num_row_tiles} tiles of "
-            f"{split.rows_per_tile} rows"
-        )
-
-
-def _check_mask_of_plan(split: SplitPlan, heads: int, causal: bool, shard: KeyShard | None) -> None:
-    if split.num_heads and (shard is not None or not causal or split.num_heads != heads):
-        raise ValueError(
-            f"plan must be for causal={causal} and {heads} heads: made with query_lens and no "
-            f"kv_axis, it is for causal=True, {split.num_heads} heads and no kv_axis"
-        )
-
-
-def _check_values(
-    q: Any, cache: PagedKVCache, block_tables: Any, seq_lens: Any, query_lens: Any, plan: Any
-) -> None:
-    """Raises ValueError for what `AttentionProblem.mark_invalid` finds, if it can be known now."""
-    given = [x for x in (block_tables, seq_lens, query_lens) if x is not None]
-    if not checks.is_concrete(*given):
-        return
-    checks.require_pages("seq_lens", seq_lens, block_tables, cache.page_size, cache.num_pages)
-    if query_lens is not None:
-        require_query_lens(q.shape[1], "q", seq_lens, query_lens)
-    if plan is not None:
-        if query_lens is None:
-            query_lens = np.full(q.shape[0], q.shape[1], np.int32)
-        plan.split.check_covers(seq_lens, query_lens)

@@ -147,6 +147,14 @@ def _described(value: Any) -> str:
     return f"{text} of type {type(value).__name__}"
 
 
+def require_block_tables(block_tables: Any, batch: int) -> None:
+    """Raises TypeError or ValueError unless block_tables can be that of `batch` requests."""
+    require_array("block_tables", block_tables)
+    require_shape("block_tables", block_tables, "[B, max_pages]", batch, None)
+    require_int32("block_tables", block_tables)
+    require_positive("max_pages of block_tables", block_tables.shape[1])
+
+
 def require_pages(
     lengths_name: str, lengths: Any, block_tables: Any, page_size: int, num_pages: int
 ) -> None:

@@ -19,20 +19,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from mla_jax import checks
-from mla_jax.attention import all_query_lens, prepare
+from mla_jax.arguments import all_query_lens, check_heads, check_input
+from mla_jax.attention import prepare
 from mla_jax.cache import PagedKVCache
-from mla_jax.cache.layers import merged, require_one_layer
-from mla_jax.checkpoints.weights import MLAParams, check_params, check_params_type
+from mla_jax.cache.layers import merged
+from mla_jax.cache.packed import PackedTokens, require_no_query_lens
+from mla_jax.checkpoints.weights import MLAParams, check_params_type
 from mla_jax.config import MLAConfig
 from mla_jax.implementations.gradients import attend as attend_paged
+from mla_jax.prefill.call import Expansion, Packed, Requests
 from mla_jax.prefill.form import FormOptions, Sizes, expanded_form
-from mla_jax.prefill.from_cache import Expansion, append_and_attend
-from mla_jax.projections import absorbed, add_bias, einsum, queries_and_latents
+from mla_jax.prefill.from_cache import append_and_attend
+from mla_jax.projections import (
+    absorbed,
+    add_bias,
+    einsum,
+    queries_and_latents,
+    specs_of_hidden,
+)
 from mla_jax.rope import check_positions
-from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims
+from mla_jax.sharding.axes import on_auto_axes
 from mla_jax.sharding.key_shards import KeyShard, merge_parts, weights_of_parts
 from mla_jax.sharding.specs import config_of_shard
 from mla_jax.splits.decode_plan import DecodePlan
@@ -48,6 +56,7 @@ def mla_layer(
     seq_lens: jax.Array,
     *,
     query_lens: jax.Array | None = None,
+    cu_q_lens: jax.Array | None = None,
     donate: bool = True,
     causal: bool = True,
     implementation: str | Sequence[str] | None = None,
@@ -66,13 +75,17 @@ def mla_layer(
     Args:
         params: weights of the layer.
         config: shape of the layer; static under jit.
-        x: [B, S, hidden] hidden states of the new tokens, left aligned.
+        x: [B, S, hidden] hidden states of the new tokens, left aligned. With cu_q_lens [T, hidden]:
+            the new tokens of all requests, packed.
         cache: holds the latents of the earlier tokens. Use the returned cache from here on. A pool
             of several layers is passed as `cache.layer(i)`.
         block_tables: [B, max_pages] int32, with pages for the new tokens.
         seq_lens: [B] int32, tokens of each request including the new ones.
         query_lens: [B] int32, how many of the S tokens are real, 0 .. min(S, seq_lens). None means
             all S, so that seq_lens must be at least S.
+        cu_q_lens: [B + 1] int32, where the packed tokens of each request start, and the end of the
+            last, as in `paged_mla_attention`; causal must be True. Requests with many new tokens
+            take the expanded form, and the others, e.g. those that decode, the absorbed form.
         donate: whether an eager call reuses the memory of `cache` for the returned cache. Its
             arrays are then deleted, and using them raises. False copies `cache`. Under an outer jit
             the argument has no effect: donate the cache there.
@@ -96,7 +109,7 @@ def mla_layer(
             over both axes; besides it only lse travels. None: the device has all keys.
 
     Returns:
-        out: [B, S, hidden] of x.dtype. Rows past query_lens are the output bias, or 0.
+        out: [B, S, hidden], or [T, hidden], of x.dtype. Padding is the output bias, or 0.
         cache: with the new tokens appended. For a view of one layer it is the pool of all layers.
 
     Gradients reach the weights, x and the pages of a cache of floats in both forms, with memory
@@ -113,41 +126,72 @@ def mla_layer(
         raise ValueError(f"kv_axis must be another axis than head_axis, got {kv_axis!r} for both")
     if head_axis is not None:
         config = config_of_shard(params, config, head_axis)
-    _check_input(params, config, x)
-    _check_heads(config, cache)
-    ragged = query_lens is not None
-    query_lens = all_query_lens("x", x, seq_lens, query_lens)
+    packed = None if cu_q_lens is None else Packed(block_tables, seq_lens, cu_q_lens)
+    check_input(params, config, x, packed=packed is not None)
+    check_heads(config, cache)
+    ragged = query_lens is not None or packed is not None
+    lengths = block_tables, seq_lens, query_lens
+    x, requests = _requests_of("x", x, cache, lengths, packed, causal=causal, kv_axis=kv_axis)
     if kv_axis is not None:
-        whole = {"params": params, "x": x, "seq_lens": seq_lens, "query_lens": query_lens}
+        whole = {"params": params, "x": x, "seq_lens": seq_lens}
+        whole |= {"query_lens": query_lens, "cu_q_lens": cu_q_lens}
         KeyShard.here(kv_axis, cache.page_size).require_split(whole, cache=cache.pages)
-    seq_lens, query_lens = map(checks.snapshot, (seq_lens, query_lens))
-    positions = (seq_lens - query_lens)[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
+    _, lens, new = requests
+    positions = (lens - new)[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
     q_nope, q_rope, kv = queries_and_latents(params, x, positions, config=config)
     dtype = jnp.promote_types(q_nope.dtype, params.w_uk.dtype)
-    sizes = Sizes.of(x, cache, block_tables, dtype, ragged)
+    sizes = Sizes.of(x, cache, block_tables, dtype, ragged=ragged, packed=packed is not None)
     options: dict[str, Any] = {"causal": causal, "implementation": implementation, "plan": plan}
     options |= {"rescale": rescale, "partial_dtype": partial_dtype, "kv_axis": kv_axis}
     asked = FormOptions(form, workspace_tokens, **options)
     expanded = expanded_form(asked, config, cache, sizes)
-    requests = cache, block_tables, seq_lens
     axes = tuple(axis for axis in (head_axis, kv_axis) if axis is not None)
     if expanded is None:
         o_latent, lse, cache = _append_and_attend(
             config,
             absorbed(params, q_nope, q_rope),
             kv,
-            *requests,
-            query_lens=query_lens,
+            cache,
+            requests.block_tables,
+            requests.seq_lens,
+            query_lens=requests.query_lens,
             donate=donate,
             **options,
         )
         weights = None if kv_axis is None else weights_of_parts(lse, kv_axis)
         out = _projected(params, o_latent, weights, sum_over=axes)
     else:
-        queries = q_nope, q_rope, kv, Expansion(params.w_uk, params.w_uv)
-        o, cache = append_and_attend(expanded, *queries, *requests, query_lens, donate=donate)
+        expansion = Expansion(params.w_uk, params.w_uv)
+        call = q_nope, q_rope, kv, expansion, cache, requests
+        o, cache = append_and_attend(expanded, *call, donate=donate, packed=packed)
         out = _projected_values(params, o, sum_over=axes)
-    return out.astype(x.dtype), cache
+    out = out.astype(x.dtype)
+    return (out if packed is None else out[:, 0]), cache
+
+
+def _requests_of(
+    name: str,
+    x: jax.Array,
+    cache: PagedKVCache,
+    lengths: tuple[jax.Array, jax.Array, jax.Array | None],
+    packed: Packed | None,
+    *,
+    causal: bool,
+    kv_axis: str | None,
+) -> tuple[jax.Array, Requests]:
+    """Returns x [N, S, ...] and N requests: those of the call, or one for each packed token.
+
+    name: of x, for messages.
+    """
+    block_tables, seq_lens, query_lens = lengths
+    if packed is None:
+        new = all_query_lens(name, x, seq_lens, query_lens)
+        return x, Requests(*map(checks.snapshot, (block_tables, seq_lens, new)))
+    require_no_query_lens(query_lens)
+    if not checks.require_bool("causal", causal):
+        raise ValueError("causal must be True with cu_q_lens, got False")
+    tokens = PackedTokens.of(name, len(x), cache, *packed, kv_axis=kv_axis)
+    return x[:, None], Requests(*tokens)
 
 
 def preprocess(
@@ -170,7 +214,7 @@ def preprocess(
         ValueError: params, x or positions of the wrong shape, or a negative position that is not
             traced.
     """
-    _check_input(params, config, x)
+    check_input(params, config, x)
     check_positions(positions)
     checks.require_shape("positions", positions, "[B, S]", *x.shape[:2])
     q_nope, q_rope, kv = queries_and_latents(params, x, positions, config=config)
@@ -186,6 +230,7 @@ def attend(
     seq_lens: jax.Array,
     *,
     query_lens: jax.Array | None = None,
+    cu_q_lens: jax.Array | None = None,
     donate: bool = True,
     causal: bool = True,
     implementation: str | Sequence[str] | None = None,
@@ -198,37 +243,40 @@ def attend(
 
     Args:
         config: shape of the layer; static under jit.
-        q: [B, S, H, D] absorbed queries, as `preprocess` returns them.
-        kv: [B, S, D] rows of the new tokens, which are cast to the dtype of the cache's rows.
+        q: [B, S, H, D] absorbed queries, as `preprocess` returns them. With cu_q_lens [T, H, D].
+        kv: [B, S, D], or [T, D], rows of the new tokens, which are cast to the dtype of the cache's
+            rows.
         cache: as in `mla_layer`.
-        block_tables, seq_lens, query_lens, donate: as in `mla_layer`.
+        block_tables, seq_lens, query_lens, cu_q_lens, donate: as in `mla_layer`.
         causal, implementation, plan, rescale, partial_dtype, kv_axis: as in `paged_mla_attention`.
 
     Returns:
-        o_latent: [B, S, H, kv_lora] of q.dtype.
+        o_latent: [B, S, H, kv_lora], or [T, H, kv_lora], of q.dtype.
         cache: as `mla_layer` returns it.
 
     Gradients reach q, kv and the pages of a cache of floats, as those of `paged_mla_attention`.
 
     Raises as `mla_layer` does, for q and kv instead of x.
     """
+    options: dict[str, Any] = {"implementation": implementation, "plan": plan, "rescale": rescale}
+    options |= {"causal": causal, "partial_dtype": partial_dtype, "kv_axis": kv_axis}
+    requests = block_tables, seq_lens, query_lens
+    if cu_q_lens is not None:
+        check_heads(config, cache)
+        checks.require_array("q", q)
+        checks.require_shape("q", q, "[T, H, D] with cu_q_lens", None, None, config.latent_dim)
+        checks.require_array("kv", kv)
+        checks.require_shape("kv", kv, "[T, D] with cu_q_lens", len(q), config.latent_dim)
+        packed = Packed(block_tables, seq_lens, cu_q_lens)
+        q, requests = _requests_of("q", q, cache, requests, packed, causal=causal, kv_axis=kv_axis)
+        kv = kv[:, None]
+    tables, lens, new = requests
     o_latent, lse, cache = _append_and_attend(
-        config,
-        q,
-        kv,
-        cache,
-        block_tables,
-        seq_lens,
-        query_lens=query_lens,
-        donate=donate,
-        causal=causal,
-        implementation=implementation,
-        plan=plan,
-        rescale=rescale,
-        partial_dtype=partial_dtype,
-        kv_axis=kv_axis,
+        config, q, kv, cache, tables, lens, query_lens=new, donate=donate, **options
     )
-    return (o_latent if kv_axis is None else merge_parts(o_latent, lse, kv_axis)[0]), cache
+    if kv_axis is not None:
+        o_latent, _ = merge_parts(o_latent, lse, kv_axis)
+    return (o_latent if cu_q_lens is None else o_latent[:, 0]), cache
 
 
 def _append_and_attend(
@@ -245,7 +293,7 @@ def _append_and_attend(
     **options: Any,
 ) -> tuple[jax.Array, jax.Array, PagedKVCache]:
     """Computes `attend`, with kv_axis over this device's keys; returns lse [B, S, H] too."""
-    _check_heads(config, cache)
+    check_heads(config, cache)
     donate = checks.require_bool("donate", donate)
     checks.require_array("q", q)
     checks.require_shape("q", q, "[B, S, H, D]", None, None, None, config.latent_dim)
@@ -294,11 +342,7 @@ def project_output(params: MLAParams, o_latent: jax.Array) -> jax.Array:
     return _projected(params, o_latent, None, sum_over=())
 
 
-def _specs_of_hidden(params: MLAParams, tokens: jax.Array, *_: jax.Array) -> PartitionSpec:
-    return spec_of_dims(*dims_of(tokens)[:2], dims_of(params.w_o)[2])
-
-
-@on_auto_axes(_specs_of_hidden)
+@on_auto_axes(specs_of_hidden)
 def _projected(
     params: MLAParams, o_latent: jax.Array, weights: jax.Array | None, *, sum_over: tuple[str, ...]
 ) -> jax.Array:
@@ -310,7 +354,7 @@ def _projected(
     return _projected_values(params, values, sum_over=sum_over)
 
 
-@on_auto_axes(_specs_of_hidden)
+@on_auto_axes(specs_of_hidden)
 @jax.named_scope("mla_w_o")
 def _projected_values(
     params: MLAParams, values: jax.Array, *, sum_over: tuple[str, ...]
@@ -320,76 +364,3 @@ def _projected_values(
     if sum_over:
         out = jax.lax.psum(out, sum_over)
     return add_bias(out, params.b_o)
-
-
-def naive_mla_layer(
-    params: MLAParams, config: MLAConfig, x: jax.Array, positions: jax.Array | None = None
-) -> jax.Array:
-    """Computes the layer with keys and values expanded per head: contiguous, causal, no cache.
-
-    Args:
-        params: weights of the layer.
-        config: shape of the layer; static under jit.
-        x: [B, S, hidden].
-        positions: [B, S] integers for RoPE; None is 0 .. S - 1. The causal mask ignores them: token
-            i sees tokens 0 .. i.
-
-    Returns:
-        Hidden states [B, S, hidden] of x.dtype.
-
-    Raises as `preprocess` does.
-    """
-    _check_input(params, config, x)
-    batch, length = x.shape[:2]
-    if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    check_positions(positions)
-    checks.require_shape("positions", positions, "[B, S]", batch, length)
-    return _expanded(params, x, positions, config=config)
-
-
-@on_auto_axes(_specs_of_hidden)
-def _expanded(
-    params: MLAParams, x: jax.Array, positions: jax.Array, *, config: MLAConfig
-) -> jax.Array:
-    """Computes `naive_mla_layer` for arguments that have been checked."""
-    length = x.shape[1]
-    q_nope, q_rope, kv = queries_and_latents(params, x, positions, config=config)
-    q = jnp.concatenate([q_nope, q_rope], -1)  # [B, S, H, nope + rope]
-    c_kv, k_rope = jnp.split(kv, [config.kv_lora_rank], -1)
-    k_nope = einsum("btc,hnc->bthn", c_kv, params.w_uk)
-    k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
-    k = jnp.concatenate([k_nope, k_rope], -1)  # [B, T, H, nope + rope]
-    v = einsum("btc,hcv->bthv", c_kv, params.w_uv)
-
-    scores = einsum("bshd,bthd->bhst", q, k).astype(jnp.float32) * config.softmax_scale
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1).astype(x.dtype)
-    values = einsum("bhst,bthv->bshv", weights, v)
-    out = add_bias(einsum("bshv,hvd->bsd", values, params.w_o), params.b_o)
-    return out.astype(x.dtype)
-
-
-def _check_input(params: Any, config: Any, x: Any) -> None:
-    if not isinstance(config, MLAConfig):
-        raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
-    check_params_type(params)
-    check_params(params, config)
-    checks.require_array("x", x)
-    checks.require_shape("x", x, "[B, S, hidden_size]", None, None, config.hidden_size)
-    checks.require_float("x", x)
-    if 0 in x.shape:
-        raise ValueError(f"x must have no dim of 0, got shape {list(x.shape)}")
-
-
-def _check_heads(config: Any, cache: Any) -> None:
-    """Raises unless config and cache have the right types and equal widths of c_kv and k_rope."""
-    if not isinstance(config, MLAConfig):
-        raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
-    if not isinstance(cache, PagedKVCache):
-        raise TypeError(f"cache must be a PagedKVCache, got {type(cache).__name__}")
-    widths = {"kv_lora_rank": config.kv_lora_rank, "rope_dim": config.qk_rope_head_dim}
-    require_one_layer(cache)
-    for name, wanted in widths.items():
-        if getattr(cache, name) != wanted:
-            raise ValueError(f"cache.{name} must be {wanted}, got {getattr(cache, name)}")

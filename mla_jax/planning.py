@@ -7,6 +7,7 @@ import jax
 
 from mla_jax import checks
 from mla_jax.cache import PagedKVCache
+from mla_jax.cache.packed import check_lengths, keys_seen, require_no_query_lens
 from mla_jax.hal import HardwareProfile, load_profile
 from mla_jax.implementations.implementation import PlanRequest
 from mla_jax.online_softmax import RESCALES
@@ -29,6 +30,7 @@ def plan_decode(
     rescale: str = "multiply",
     kv_axis: str | None = None,
     query_lens: jax.Array | None = None,
+    cu_q_lens: jax.Array | None = None,
 ) -> DecodePlan:
     """Plans a decode step: how its work is split over a device, and the tiles of the kernel.
 
@@ -46,7 +48,8 @@ def plan_decode(
         cache: the cache that is attended to. Its dtype, page size and widths count, not its values
             or its number of layers.
         num_heads: query heads.
-        num_query_tokens: query tokens per request, S of the op's q.
+        num_query_tokens: query tokens per request, S of the op's q. With cu_q_lens T, the packed
+            tokens of all requests.
         profile: a hardware profile or its name, e.g. "H100_SXM5" (`mla_jax.hal.PROFILES`). None:
             this machine's Hopper GPU, or where there is none an H200 with 132 SMs. It decides the
             tiles, the workers and what splitting costs (docs/hal.md). `hopper` refuses
@@ -65,6 +68,7 @@ def plan_decode(
             these alone and for a causal mask, and leaves out the blocks of keys that a tile of rows
             does not see. That pays for chunks and ragged batches. None: for any query_lens, or with
             kv_axis for a call without them.
+        cu_q_lens: [B + 1] int32, for packed tokens, as in the op. The plan is for these alone.
 
     Returns:
         The plan, a pytree: the arrays of its split and of its work list are data, all else is
@@ -92,6 +96,10 @@ def plan_decode(
     if query_lens is not None:
         check_query_lens(query_lens, len(seq_lens), tokens)
     seq_lens, query_lens = map(checks.snapshot, (seq_lens, query_lens))
+    if cu_q_lens is not None:
+        require_no_query_lens(query_lens)
+        check_lengths("num_query_tokens", tokens, seq_lens, cu_q_lens, kv_axis=kv_axis)
+        seq_lens, tokens = keys_seen(seq_lens, checks.snapshot(cu_q_lens), tokens), 1
     if kv_axis is None:
         rows *= tokens
     else:

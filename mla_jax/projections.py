@@ -96,3 +96,8 @@ def _specs_of_absorbed(_: MLAParams, q_nope: jax.Array, *__: jax.Array) -> Parti
 def absorbed(params: MLAParams, q_nope: jax.Array, q_rope: jax.Array) -> jax.Array:
     """Returns absorbed queries, sharded over explicit mesh axes as q_nope is."""
     return absorbed_queries(params.w_uk, q_nope, q_rope)
+
+
+def specs_of_hidden(params: MLAParams, tokens: jax.Array, *_: jax.Array) -> PartitionSpec:
+    """Returns how outputs [B, S, hidden] are sharded, over explicit mesh axes."""
+    return spec_of_dims(*dims_of(tokens)[:2], dims_of(params.w_o)[2])

@@ -61,9 +61,10 @@ def h200(monkeypatch):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _cheap_callbacks():
-    from interpreter import use_cheap_callbacks  # (after XLA_FLAGS)
+def _cheap_callbacks_and_lowering():
+    from aot import version_of_ptxas_asked_once  # (after XLA_FLAGS)
+    from interpreter import use_cheap_callbacks
 
-    with pytest.MonkeyPatch.context() as monkeypatch:
+    with pytest.MonkeyPatch.context() as monkeypatch, version_of_ptxas_asked_once():
         use_cheap_callbacks(monkeypatch)
         yield

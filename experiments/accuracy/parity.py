@@ -22,7 +22,8 @@ from mla_jax.cache import LAYOUTS, PAGE_SIZES, PagedKVCache
 from mla_jax.checkpoints.load import load_hf
 from mla_jax.checkpoints.weights import MLAParams
 from mla_jax.config import MLAConfig
-from mla_jax.layer import mla_layer, naive_mla_layer
+from mla_jax.layer import mla_layer
+from mla_jax.reference.naive import naive_mla_layer
 from mla_jax.registry import IMPLEMENTATIONS
 
 SUMMARY = "a checkpoint's layer, four ways, compared with the golden.npz in its folder"

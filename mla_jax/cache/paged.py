@@ -21,6 +21,7 @@ from mla_jax.cache.arguments import (
 from mla_jax.cache.int8 import ROPE_DTYPE, new_scales, scale_shape
 from mla_jax.cache.layers import check_layers, first_page_of, require_one_layer
 from mla_jax.cache.layout import LAYOUTS, PAGE_SIZES, page_shape
+from mla_jax.cache.packed import require_no_query_lens, rows_to_append
 from mla_jax.cache.writes import (
     append_in_place,
     append_to_copy,
@@ -233,6 +234,7 @@ class PagedKVCache:
         seq_lens: jax.Array,
         query_lens: jax.Array | None = None,
         *,
+        cu_q_lens: jax.Array | None = None,
         donate: bool = True,
         kv_axis: str | None = None,
     ) -> "PagedKVCache":
@@ -245,6 +247,7 @@ class PagedKVCache:
             block_tables: [B, max_pages] int32, with pages for the new tokens.
             seq_lens: [B] int32, tokens of each request BEFORE this call.
             query_lens: [B] int32, how many of the S tokens are real, left aligned; None is all S.
+            cu_q_lens: [B + 1] int32, the bounds of packed new tokens kv [T, D], as in the op.
             donate: whether an eager call reuses this cache's memory for the returned cache, after
                 which this one must not be used, nor another view of its pool. False copies it.
                 Under an outer jit the argument has no effect: donate the cache there.
@@ -259,6 +262,9 @@ class PagedKVCache:
         """
         write = append_in_place if checks.require_bool("donate", donate) else append_to_copy
         new = kv, block_tables, seq_lens, query_lens
+        if cu_q_lens is not None:
+            require_no_query_lens(query_lens)
+            new = rows_to_append(self, kv, block_tables, seq_lens, cu_q_lens, kv_axis)
         self._check_append(*new, kv_axis)
         return write(self.pool, self.first_page, *map(checks.snapshot, new), kv_axis=kv_axis)
 

@@ -10,6 +10,7 @@ from mla_jax import checks
 from mla_jax.prefill.backward import attend_ragged
 from mla_jax.prefill.registry import RAGGED_REGISTRY
 from mla_jax.ragged.problem import RaggedProblem
+from mla_jax.ragged.requests import require_rising
 
 
 @overload
@@ -152,7 +153,7 @@ def _check_bounds(q: Any, v: Any, cu_q_lens: Any, cu_kv_lens: Any, causal: bool)
     packed = {"cu_q_lens": ("q", q, cu_q_lens), "cu_kv_lens": ("v", v, cu_kv_lens)}
     for name, (of, array, bounds) in packed.items():
         if checks.is_concrete(bounds):
-            _check_rising(name, np.asarray(bounds), of, len(array))
+            require_rising(name, np.asarray(bounds), of, len(array))
     if causal and checks.is_concrete(cu_q_lens, cu_kv_lens):
         queries, keys = np.diff(np.asarray(cu_q_lens)), np.diff(np.asarray(cu_kv_lens))
         for request in np.flatnonzero(queries > keys):
@@ -161,13 +162,3 @@ def _check_bounds(q: Any, v: Any, cu_q_lens: Any, cu_kv_lens: Any, causal: bool)
                 f"causal, got {queries[request]} queries and {keys[request]} keys in request "
                 f"{request}"
             )
-
-
-def _check_rising(name: str, bounds: np.ndarray, of: str, total: int) -> None:
-    if bounds[0] != 0:
-        raise ValueError(f"{name}[0] must be 0, got {bounds[0]}")
-    for i in 1 + np.flatnonzero((bounds[1:] < bounds[:-1]) | (bounds[1:] > total)):
-        raise ValueError(
-            f"{name}[{i}] must be in {bounds[i - 1]} .. {total} (from {name}[{i - 1}] to the "
-            f"tokens of {of}), got {bounds[i]}"
-        )

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_jax import checks, registry
-from mla_jax.attention import check_block_tables
 from mla_jax.cache import PagedKVCache
 from mla_jax.config import MLAConfig
 from mla_jax.hal.forms import ABSORBED, EXPANDED, FORMS, choose_form
-from mla_jax.prefill.from_cache import ExpandedForm
+from mla_jax.prefill.call import ExpandedForm
 from mla_jax.prefill.registry import RAGGED_IMPLEMENTATIONS, RAGGED_REGISTRY
 from mla_jax.problem import AttentionProblem
 from mla_jax.ragged.problem import RaggedProblem
@@ -39,21 +38,35 @@ class Sizes(NamedTuple):
     """The sizes of one call, all static."""
 
     batch: int
-    tokens: int  # S, per request
+    tokens: int  # S, per request; T of packed tokens
+    packed: bool
     ragged: bool  # whether requests may have fewer
     table_tokens: int  # tokens that a block table reaches
     dtype: Any  # in which the attention is computed
 
     @staticmethod
     def of(
-        x: jax.Array, cache: PagedKVCache, block_tables: Any, dtype: Any, ragged: bool
+        x: jax.Array,
+        cache: PagedKVCache,
+        block_tables: Any,
+        dtype: Any,
+        *,
+        ragged: bool,
+        packed: bool,
     ) -> "Sizes":
-        """Returns the sizes of x [B, S, hidden] and of block tables, which it checks."""
+        """Returns the sizes of x [B, S, hidden], or packed [T, 1, hidden], and of block tables."""
         cache.check()
         batch, tokens = x.shape[:2]
-        check_block_tables(block_tables, batch)
+        if packed:
+            batch, tokens = len(block_tables), batch
+        checks.require_block_tables(block_tables, batch)
         table_tokens = block_tables.shape[1] * cache.page_size
-        return Sizes(batch, tokens, ragged, table_tokens, dtype)
+        return Sizes(batch, tokens, packed, ragged, table_tokens, dtype)
+
+    @property
+    def new_tokens(self) -> int:
+        """The new tokens of all requests, with their padding."""
+        return self.tokens if self.packed else self.batch * self.tokens
 
 
 def expanded_form(
@@ -145,7 +158,7 @@ def _absorbed_limit(config: MLAConfig, sizes: Sizes, causal: bool) -> int:
 
 def _ragged_shapes(config: MLAConfig, sizes: Sizes, causal: bool) -> Any:
     """Returns a problem of the ragged op that has shapes and dtypes alone."""
-    heads, tokens = config.num_heads, sizes.batch * sizes.tokens
+    heads, tokens = config.num_heads, sizes.new_tokens
     nope, rope, v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
 
     def array(*shape: int) -> Any:
@@ -167,12 +180,16 @@ def _ragged_shapes(config: MLAConfig, sizes: Sizes, causal: bool) -> Any:
 def _absorbed_shapes(
     cache: PagedKVCache, problem: RaggedProblem, sizes: Sizes, count: int
 ) -> AttentionProblem:
-    """Returns a problem of the paged op with `count` tokens per request, for its shapes."""
-    shape = sizes.batch, count, problem.q.shape[1], cache.latent_dim
+    """Returns a problem of the paged op with `count` tokens per request, for its shapes.
+
+    Of packed tokens each is a request.
+    """
+    batch, count = (sizes.tokens, 1) if sizes.packed else (sizes.batch, count)
+    shape = batch, count, problem.q.shape[1], cache.latent_dim
     q: Any = jax.ShapeDtypeStruct(shape, sizes.dtype)
-    lens: Any = jax.ShapeDtypeStruct((sizes.batch,), jnp.int32)
+    lens: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
     pages = -(-sizes.table_tokens // cache.page_size)
-    tables: Any = jax.ShapeDtypeStruct((sizes.batch, pages), jnp.int32)
+    tables: Any = jax.ShapeDtypeStruct((batch, pages), jnp.int32)
     scale, causal = problem.softmax_scale, problem.causal
     return AttentionProblem(q, cache, tables, lens, lens, None, scale, causal, "multiply", None)
 

@@ -33,58 +33,25 @@ from mla_jax.cache.layout import add
 from mla_jax.cache.reads import places
 from mla_jax.cache.requests import valid_or_minus_one
 from mla_jax.derivatives import differentiable
-from mla_jax.implementations.choice import Choice, compute
+from mla_jax.implementations.choice import compute
 from mla_jax.implementations.gradients import attend as attend_paged
 from mla_jax.implementations.gradients import constant_int8
 from mla_jax.online_softmax import merge_pair
 from mla_jax.prefill.backward import ragged_gradients
+from mla_jax.prefill.call import (
+    Call,
+    ExpandedForm,
+    Expansion,
+    Packed,
+    Part,
+    Requests,
+)
 from mla_jax.prefill.forward import Outputs, attend_ragged_xla
 from mla_jax.problem import AttentionProblem
 from mla_jax.projections import absorbed_queries, einsum
 from mla_jax.ragged.problem import RaggedProblem
+from mla_jax.ragged.requests import in_order, owners
 from mla_jax.sharding.axes import dims_of, on_auto_axes, spec_of_dims, vary_like
-
-BLOCK_TOKENS = 128  # parts of the prefix are multiples of it, where the workspace allows
-
-
-class Expansion(NamedTuple):
-    """The weights that expand a latent c_kv into the keys and values of all heads."""
-
-    w_uk: jax.Array  # [H, nope, kv_lora]
-    w_uv: jax.Array  # [H, kv_lora, v_dim]
-
-    def keys_and_values(self, rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns k_nope [T, H, nope], k_rope [T, rope] and v [T, H, v_dim] of rows [T, D]."""
-        c_kv, k_rope = jnp.split(rows, [self.w_uk.shape[2]], axis=-1)
-        k_nope = einsum("tc,hnc->thn", c_kv, self.w_uk)
-        v = einsum("tc,hcv->thv", c_kv, self.w_uv)
-        return k_nope.astype(rows.dtype), k_rope, v.astype(rows.dtype)
-
-
-class Requests(NamedTuple):
-    """The requests of a call."""
-
-    block_tables: jax.Array  # [B, max_pages] int32
-    seq_lens: jax.Array  # [B] int32, tokens with the new ones; -1: an invalid request
-    query_lens: jax.Array  # [B] int32, new tokens; 0 where invalid
-
-    def only(self, chosen: jax.Array) -> "Requests":
-        """Returns the requests with lengths of 0 where `chosen` [B] is False."""
-        lens = (jnp.where(chosen, x, 0) for x in (self.seq_lens, self.query_lens))
-        return Requests(self.block_tables, *lens)
-
-
-@dataclasses.dataclass(frozen=True)
-class ExpandedForm:
-    """How a call of the layer computes the expanded form; all of it is static."""
-
-    softmax_scale: float
-    causal: bool
-    choice: Choice  # of the implementations of the ragged op
-    workspace_tokens: int  # tokens of all prefixes that are expanded at a time, at most
-    longest_prefix: int  # tokens before the new ones in a request, at most
-    absorbed_tokens: int  # requests of up to so many new tokens take the absorbed form
-    absorbed_choice: Choice | None  # None: absorbed_tokens is 0
 
 
 def append_and_attend(
@@ -94,11 +61,10 @@ def append_and_attend(
     kv: jax.Array,
     expansion: Expansion,
     cache: PagedKVCache,
-    block_tables: jax.Array,
-    seq_lens: jax.Array,
-    query_lens: jax.Array,
+    requests: Requests,
     *,
     donate: bool,
+    packed: Packed | None = None,
 ) -> tuple[jax.Array, PagedKVCache]:
     """Appends the rows of new tokens to the cache and computes attention over all of it.
 
@@ -109,24 +75,33 @@ def append_and_attend(
         kv: [B, S, D], rows of the new tokens.
         expansion: the weights.
         cache: holds the rows of the earlier tokens; one layer.
-        block_tables, seq_lens, query_lens, donate: as in `mla_layer`.
+        requests: block_tables, seq_lens and query_lens, as in `mla_layer`. Of packed tokens each is
+            a request (`cache.packed`), with B = T and S = 1.
+        donate: as in `mla_layer`.
+        packed: the requests that packed tokens belong to.
 
     Returns:
         o: [B, S, H, v_dim]; 0 for padding, NaN for invalid requests.
         cache: with the new tokens appended; the pool of a view.
     """
     donate = checks.require_bool("donate", donate)
-    if checks.is_concrete(block_tables, seq_lens, query_lens):
-        checks.require_pages("seq_lens", seq_lens, block_tables, cache.page_size, cache.num_pages)
-    block_tables = checks.snapshot(block_tables)
+    if checks.is_concrete(*requests):
+        tables, lens, _ = requests
+        checks.require_pages("seq_lens", lens, tables, cache.page_size, cache.num_pages)
+    requests = Requests(*map(checks.snapshot, requests))
     attend = functools.partial(_attend, form=form)
     queries = q_nope, q_rope, expansion
-    requests = pool_tables(cache, block_tables), seq_lens, query_lens
+    call = _in_pool(cache, requests), None if packed is None else _in_pool(cache, packed)
     # Every check runs before anything is written and before the cache is donated.
-    jax.eval_shape(attend, *queries, merged(cache), *requests)
-    kv, before = kv.astype(cache.row_dtype), seq_lens - query_lens
-    cache = cache.append(kv, block_tables, before, query_lens, donate=donate)
-    return attend(*queries, merged(cache), *requests), cache
+    jax.eval_shape(attend, *queries, merged(cache), *call)
+    tables, lens, new = requests
+    kv = kv.astype(cache.row_dtype)
+    cache = cache.append(kv, tables, lens - new, new, donate=donate)
+    return attend(*queries, merged(cache), *call), cache
+
+
+def _in_pool[T: (Requests, Packed)](cache: PagedKVCache, requests: T) -> T:
+    return requests._replace(block_tables=pool_tables(cache, requests.block_tables))
 
 
 def _specs_of_output(q_nope: jax.Array, *_: jax.Array) -> PartitionSpec:
@@ -140,30 +115,61 @@ def _attend(
     q_rope: jax.Array,
     expansion: Expansion,
     cache: PagedKVCache,
-    block_tables: jax.Array,
-    seq_lens: jax.Array,
-    query_lens: jax.Array,
+    rows: Requests,
+    packed: Packed | None,
     *,
     form: ExpandedForm,
 ) -> jax.Array:
-    """Computes `append_and_attend` for a cache that has the rows of the new tokens."""
-    seq_lens = valid_or_minus_one(
-        block_tables, seq_lens, query_lens, cache.page_size, cache.num_pages, q_nope.shape[1]
-    )
+    """Computes `append_and_attend` for a cache that has the rows of the new tokens.
+
+    rows: the requests that the rows of q_nope and q_rope are of.
+    """
+    count = q_nope.shape[1]
+    tables, lens, new = rows if packed is None else (*packed[:2], jnp.diff(packed.cu_q_lens))
+    sizes = cache.page_size, cache.num_pages, count if packed is None else len(q_nope)
+    seq_lens = valid_or_minus_one(tables, lens, new, *sizes)
+    if packed is None:
+        starts = jnp.arange(len(q_nope), dtype=jnp.int32) * np.int32(count)
+    else:
+        seq_lens = jnp.where(in_order(packed.cu_q_lens, len(q_nope)), seq_lens, -1)
+        starts = jnp.clip(packed.cu_q_lens[:-1], 0, len(q_nope))
     invalid = seq_lens < 0
-    requests = Requests(block_tables, seq_lens, jnp.where(invalid, 0, query_lens))
+    requests = Requests(tables, seq_lens, jnp.where(invalid, 0, new))
+
+    def of_rows(flags: jax.Array) -> jax.Array:
+        """Returns the flags [B] of requests for the rows of q_nope, [B, S or 1, 1, 1]."""
+        if packed is not None:
+            request, owned = owners(packed.cu_q_lens, len(q_nope))
+            flags = flags[request] & owned
+        return flags[:, None, None, None]
+
     short = requests.query_lens <= np.int32(form.absorbed_tokens)
-    o = _attend_long(form, q_nope, q_rope, expansion, cache, requests.only(~short))
+    call = q_nope, q_rope, expansion, cache, requests.only(~short), starts
+    attend_long = functools.partial(_attend_long, form)
+    if packed is None:
+        o = attend_long(*call)
+    else:  # In most steps all requests decode.
+        result = jax.eval_shape(attend_long, *call)
+
+        def nothing(*call: Any) -> jax.Array:
+            return vary_like(jnp.zeros(result.shape, result.dtype), call)
+
+        o = lax.cond((~short).any(), attend_long, nothing, *call)
     if form.absorbed_choice is not None:
         short &= requests.query_lens > 0
-        requests = requests.only(short)
+        queries = q_nope, q_rope
+        if packed is None:
+            few = slice(form.absorbed_tokens)
+            queries = q_nope[:, few], q_rope[:, few]
+        chosen = rows.only(of_rows(short)[:, 0, 0, 0])
 
         def with_short(o: jax.Array) -> jax.Array:
-            mine = _attend_short(form, q_nope, q_rope, expansion, cache, requests).astype(o.dtype)
-            return jnp.where(short[:, None, None, None], mine, o)
+            mine = _attend_short(form, *queries, expansion, cache, chosen).astype(o.dtype)
+            mine = jnp.pad(mine, ((0, 0), (0, count - mine.shape[1]), (0, 0), (0, 0)))
+            return jnp.where(of_rows(short), mine, o)
 
         o = lax.cond(short.any(), with_short, lambda o: o, o)
-    return jnp.where(invalid[:, None, None, None], jnp.nan, o)
+    return jnp.where(of_rows(invalid), jnp.nan, o)
 
 
 def _attend_long(
@@ -173,12 +179,13 @@ def _attend_long(
     expansion: Expansion,
     cache: PagedKVCache,
     requests: Requests,
+    starts: jax.Array,
 ) -> jax.Array:
-    """Computes the expanded form, [B, S, H, v_dim]; 0 for padding."""
+    """Computes the expanded form, [B, S, H, v_dim]; 0 for padding. starts: see `Call`."""
     batch, count, heads, _ = q_nope.shape
     q = jnp.concatenate([q_nope, q_rope], -1).reshape(batch * count, heads, -1)
     q = q.astype(jnp.promote_types(q.dtype, expansion.w_uk.dtype))
-    call = _Call(q, expansion, constant_int8(cache), requests)
+    call = Call(q, expansion, constant_int8(cache), requests, starts)
     # With one type for all arrays in a shard_map, JAX sums the gradient of an array that is equal
     # on several devices.
     call = vary_like(call, call)
@@ -191,84 +198,12 @@ def _attend_long(
     return o.reshape(batch, count, heads, -1)
 
 
-class _Call(NamedTuple):
-    """What the expanded form is computed from."""
-
-    q: jax.Array  # [B * S, H, nope + rope]
-    expansion: Expansion
-    cache: PagedKVCache
-    requests: Requests
-
-    @property
-    def prefix_lens(self) -> jax.Array:
-        return self.requests.seq_lens - self.requests.query_lens
-
-    def tail(self, form: ExpandedForm) -> int:
-        """Returns how many tokens of each prefix, its last ones, join the new tokens, at most."""
-        batch = len(self.requests.seq_lens)
-        room = form.workspace_tokens // batch - len(self.q) // batch
-        return min(max(room, 0), form.longest_prefix)
-
-    def last_keys(self, tail: int) -> "_Part":
-        """Returns the part of the keys that are the new tokens and up to `tail` before each."""
-        first = jnp.maximum(self.prefix_lens - np.int32(tail), 0)
-        size = len(self.q) + len(first) * tail
-        return _Part(first, self.requests.seq_lens - first, np.int32(0), size)
-
-    def prefix(self, form: ExpandedForm) -> tuple[jax.Array, Callable[[jax.Array], "_Part"]]:
-        """Returns how many parts the keys before `last_keys` have, and part i of them."""
-        tail = self.tail(form)
-        lens = jnp.maximum(self.prefix_lens - np.int32(tail), 0)
-        size = _part_size(len(lens) * (form.longest_prefix - tail), form.workspace_tokens)
-        parts = -(-jnp.sum(lens, dtype=jnp.int32) // np.int32(size))
-        return parts, lambda i: _Part(jnp.zeros_like(lens), lens, i * np.int32(size), size)
-
-
-class _Part(NamedTuple):
-    """Packed tokens start .. start + size - 1, which lie one request after the other."""
-
-    first: jax.Array  # [B] int32, position of the first token of each request that counts
-    lens: jax.Array  # [B] int32, how many tokens of each request count
-    start: Any  # [] int32, the packed token that the part begins with
-    size: int
-
-    def places(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns positions and requests of the tokens, [size], and which of them there are."""
-        index = self.start + jnp.arange(self.size, dtype=jnp.int32)
-        ends = jnp.cumsum(self.lens, dtype=jnp.int32)
-        request = jnp.sum(index[:, None] >= ends, axis=1, dtype=jnp.int32)
-        there = request < len(self.lens)
-        request = jnp.minimum(request, np.int32(len(self.lens) - 1))
-        return index - (ends - self.lens - self.first)[request], request, there
-
-    def problem(
-        self,
-        form: ExpandedForm,
-        call: _Call,
-        keys_and_values: tuple[jax.Array, jax.Array, jax.Array],
-        *,
-        causal: bool,
-    ) -> RaggedProblem:
-        """Returns the problem of all queries and the keys of these tokens."""
-        batch = len(self.lens)
-        # Padding behind the tokens of each request is a request of its own, without keys.
-        count = np.int32(len(call.q) // batch)
-        starts = jnp.arange(batch, dtype=jnp.int32) * count
-        cu_q_lens = jnp.stack([starts, starts + call.requests.query_lens], axis=1).ravel()
-        cu_q_lens = jnp.append(cu_q_lens, np.int32(len(call.q)))
-        ends = jnp.repeat(jnp.cumsum(self.lens, dtype=jnp.int32), 2, total_repeat_length=2 * batch)
-        ends = jnp.append(np.int32(0), ends) - self.start
-        cu_kv_lens = jnp.clip(ends, 0, np.int32(self.size))
-        scale = form.softmax_scale
-        return RaggedProblem(call.q, *keys_and_values, cu_q_lens, cu_kv_lens, scale, causal)
-
-
 def _over_parts(
-    form: ExpandedForm, compute_part: Callable[[RaggedProblem], Outputs], call: _Call
+    form: ExpandedForm, compute_part: Callable[[RaggedProblem], Outputs], call: Call
 ) -> Outputs:
-    """Returns o [B * S, H, v_dim], 0 for padding, and lse [B * S, H]."""
+    """Returns o [Tq, H, v_dim], 0 for padding, and lse [Tq, H]."""
 
-    def attend(part: _Part, causal: bool) -> Outputs:
+    def attend(part: Part, causal: bool) -> Outputs:
         positions, request, _ = part.places()
         rows = call.cache.rows(call.requests.block_tables, positions[:, None], request)[:, 0]
         keys_and_values = call.expansion.keys_and_values(rows.astype(call.q.dtype))
@@ -282,9 +217,10 @@ def _over_parts(
     else:
         o, lse = without_prefix()
     # With a causal mask padding is invalid, because it has queries and no keys.
-    lens = call.requests.query_lens
-    token = jnp.arange(len(call.q) // len(lens), dtype=jnp.int32)
-    real = (token < lens[:, None]).ravel()[:, None]
+    starts, ends = call.bounds()
+    inside = jnp.zeros(len(call.q), jnp.int32).at[starts].add(1, mode="drop")
+    inside = inside.at[ends].add(-1, mode="drop")
+    real = (jnp.cumsum(inside, dtype=jnp.int32) > 0)[:, None]
     o, lse = jnp.where(real[..., None], o, 0), jnp.where(real, lse, -jnp.inf)
     if form.longest_prefix > tail:
         parts, part = call.prefix(form)
@@ -296,7 +232,7 @@ def _over_parts(
 
 
 class _Sums(NamedTuple):
-    """Gradients of a `_Call`, float32."""
+    """Gradients of a `Call`, float32."""
 
     q: jax.Array
     expansion: Expansion
@@ -304,8 +240,8 @@ class _Sums(NamedTuple):
 
 
 def _gradients(
-    form: ExpandedForm, wanted: _Call, call: _Call, out: Outputs, cotangents: Outputs
-) -> _Call:
+    form: ExpandedForm, wanted: Call, call: Call, out: Outputs, cotangents: Outputs
+) -> Call:
     """Returns the gradients; each part is expanded again, and its P is e^(scores - lse).
 
     Here lse and o are those of all keys, so that the gradients of the parts add up.
@@ -313,7 +249,7 @@ def _gradients(
     table, cache = call.requests.block_tables, call.cache
     pages = cache.pages if wanted.cache.pages else None
 
-    def add_part(sums: _Sums, part: _Part, causal: bool) -> _Sums:
+    def add_part(sums: _Sums, part: Part, causal: bool) -> _Sums:
         positions, request, there = part.places()
         rows = cache.rows(table, positions[:, None], request)[:, 0]
         # Rows behind the last token may be NaN, and the gradients of their keys are 0.
@@ -346,7 +282,8 @@ def _gradients(
     d_q, d_expansion, d_pages = jax.tree.map(
         lambda total, x: total.astype(x.dtype), sums, _Sums(call.q, call.expansion, pages)
     )
-    return _Call(d_q, d_expansion, dataclasses.replace(cache, pages=d_pages), call.requests)
+    cache = dataclasses.replace(cache, pages=d_pages)
+    return call._replace(q=d_q, expansion=d_expansion, cache=cache)
 
 
 def _attend_short(
@@ -357,11 +294,10 @@ def _attend_short(
     cache: PagedKVCache,
     requests: Requests,
 ) -> jax.Array:
-    """Computes the absorbed form of requests with few tokens, [B, S, H, v_dim]."""
+    """Computes the absorbed form, [B, S, H, v_dim]."""
     assert form.absorbed_choice is not None
-    tokens = form.absorbed_tokens
     problem = AttentionProblem(
-        q=absorbed_queries(expansion.w_uk, q_nope[:, :tokens], q_rope[:, :tokens]),
+        q=absorbed_queries(expansion.w_uk, q_nope, q_rope),
         cache=cache,
         block_tables=requests.block_tables,
         seq_lens=requests.seq_lens,
@@ -373,11 +309,4 @@ def _attend_short(
         partial_dtype=None,
     )
     o_latent, _ = attend_paged(problem, form.absorbed_choice)
-    o = einsum("bshc,hcv->bshv", o_latent, expansion.w_uv)
-    return jnp.pad(o, ((0, 0), (0, q_nope.shape[1] - tokens), (0, 0), (0, 0)))
-
-
-def _part_size(total: int, workspace_tokens: int) -> int:
-    """Returns the tokens of each of the equal parts into which up to `total` tokens are divided."""
-    equal = -(-total // -(-total // workspace_tokens))
-    return min(workspace_tokens, -(-equal // BLOCK_TOKENS) * BLOCK_TOKENS)
+    return einsum("bshc,hcv->bshv", o_latent, expansion.w_uv)

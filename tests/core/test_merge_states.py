@@ -73,7 +73,7 @@ def test_merge_of_one_part_with_empty_ones_keeps_its_bits():
     o = np.where(np.isneginf(lse)[..., None], 0, o)
     empty = np.full_like(o, np.nan), np.full_like(lse, -np.inf)
     for parts in ([(o, lse)], [(o, lse), empty], [empty, empty, (o, lse)]):
-        merged = merge_states(*(np.concatenate(pair) for pair in zip(*parts, strict=True)))
+        merged = jitted(*(np.concatenate(pair) for pair in zip(*parts, strict=True)))
         np.testing.assert_array_equal(merged[0], o[0])
         np.testing.assert_array_equal(merged[1], lse[0])
 

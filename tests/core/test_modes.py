@@ -22,9 +22,10 @@ from mla_jax import merge_states, quantize
 from mla_jax.attention import paged_mla_attention
 from mla_jax.cache import PagedKVCache
 from mla_jax.config import MLAConfig
-from mla_jax.layer import mla_layer, naive_mla_layer
+from mla_jax.layer import mla_layer
 from mla_jax.online_softmax import RESCALES, finalize, init_state, update
 from mla_jax.reference.int8_dataflow import QUERIES, WEIGHTS, attend_int8
+from mla_jax.reference.naive import naive_mla_layer
 from mla_jax.splits.planner import plan_splits
 from pallas_kernels.hopper import attention as attention_of_hopper
 

@@ -109,8 +109,8 @@ def test_interpreted(races, seq_lens, program, options):
         ([60, 400, 60, 400], [2, 1, 0, 2], GATHERED, 4, False),
         ([60, 400, 60, 400], [2, 1, 0, 2], TRANSPOSED_GATHERED_IN_PAIRS, 4, False),
         # One of the two workers has the invalid page.
-        ([400], None, TRANSPOSED_GATHERED_IN_PAIRS, 2, True),
-        ([400], None, GATHERED, 2, True),
+        ([200], None, TRANSPOSED_GATHERED_IN_PAIRS, 2, True),
+        ([330], None, GATHERED, 2, True),
     ],
 )
 def test_pairs_of_workers_interpreted(races, seq_lens, query_lens, program, workers, invalid_page):
@@ -171,10 +171,10 @@ def set_page(batch, request, place, page):
 def test_a_tile_in_two_work_items_interpreted(races, invalid_page):
     """The cluster of the first item adds the partial that another cluster has stored."""
     races.in_global = False
-    batch, options = drawn(2, [20, 450, 0], TWO_CTAS, workers=2, query_lens=[2, 1, 0])
+    batch, options = drawn(2, [20, 260, 0], TWO_CTAS, workers=2, query_lens=[2, 1, 0])
     assert kept_items(plan_for(batch, **options), "by_first") == 1
     if invalid_page:
-        set_page(batch, 1, 450 // batch.cache.page_size, -1)
+        set_page(batch, 1, 260 // batch.cache.page_size, -1)
     o, lse = run(batch, **options)
     if invalid_page:
         set_invalid(batch, slice(1, 2))
@@ -197,7 +197,7 @@ def test_scaled_float16_holds_any_row(largest):
     ("seq_lens", "program", "workers", "partials", "factor"),
     [
         ([120, 230], GATHERED, 4, 2, 2.0**60),  # not by the workers of one pair
-        ([450], TWO_CTAS, 3, 3, 2.0**-60),
+        ([260], TWO_CTAS, 3, 3, 2.0**-60),
     ],
 )
 def test_partials_of_any_size_interpreted(races, seq_lens, program, workers, partials, factor):

@@ -9,7 +9,8 @@ from random_layer import random_params
 
 from mla_jax.cache import PagedKVCache
 from mla_jax.config import MLAConfig, YarnScaling
-from mla_jax.layer import mla_layer, naive_mla_layer
+from mla_jax.layer import mla_layer
+from mla_jax.reference.naive import naive_mla_layer
 
 TOLERANCE = 2e-5  # relative Frobenius error, float32
 SMALL = MLAConfig(

@@ -10,8 +10,9 @@ import pytest
 from small_layer import CONFIGS, SMALL, TOLERANCE, new_cache, random_layer, relative_error, step
 
 from mla_jax.cache import PagedKVCache
-from mla_jax.layer import attend, mla_layer, naive_mla_layer, preprocess, project_output
+from mla_jax.layer import attend, mla_layer, preprocess, project_output
 from mla_jax.reference.layer import layer_float64
+from mla_jax.reference.naive import naive_mla_layer
 
 
 def test_refuses_what_does_not_fit():

@@ -10,8 +10,9 @@ import pytest
 from small_layer import new_cache, random_layer, relative_error
 
 from mla_jax.config import MLAConfig
-from mla_jax.layer import mla_layer, naive_mla_layer
+from mla_jax.layer import mla_layer
 from mla_jax.reference.layer import layer_float64
+from mla_jax.reference.naive import naive_mla_layer
 
 # DeepSeek-V3's widths per head, which the kernels are made for.
 WIDE = MLAConfig(hidden_size=256, num_heads=5, q_lora_rank=192, kv_lora_rank=512)
@@ -68,6 +69,33 @@ def test_chunks_on_the_gpu(form, cache_dtype):
             if count:
                 exact = wanted()[b, before[b] : lens[b]]
                 assert relative_error(out[b, :count], exact) < BOUND[cache_dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["absorbed", None])
+def test_packed_chunks_on_the_gpu(form):
+    """As above with `cu_q_lens`; padding behind the tokens is NaN."""
+    params, x = case("bfloat16")
+    cache, tables = new_cache(WIDE, 3, int(LENS.max()), page_size=64, dtype="bfloat16")
+    cache = dataclasses.replace(cache, pages=jnp.full_like(cache.pages, jnp.nan))
+    count = int(STEPS.sum(axis=1).max()) + 3
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(x, cache, lens, cu_q_lens):
+        options = {"cu_q_lens": cu_q_lens, "form": form, "workspace_tokens": 1500}
+        return mla_layer(params, WIDE, x, cache, tables, lens, **options)
+
+    lens = np.zeros(len(LENS), np.int32)
+    for counts in STEPS:
+        before, lens = lens, lens + counts
+        new = [x[b, before[b] : lens[b]] for b in range(len(LENS))]
+        new.append(np.full((count - counts.sum(), WIDE.hidden_size), np.nan, x.dtype))
+        cu_q_lens = np.append(0, np.cumsum(counts)).astype(np.int32)
+        out, cache = step(np.concatenate(new), cache, lens, cu_q_lens)
+        out = np.asarray(out, np.float32)
+        exact = np.concatenate([wanted()[b, before[b] : lens[b]] for b in range(len(LENS))])
+        assert relative_error(out[: len(exact)], exact) < BOUND["bfloat16"]
+        assert not out[len(exact) :].any()
 
 
 @pytest.mark.gpu

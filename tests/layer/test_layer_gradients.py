@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec
 from small_layer import SMALL, new_cache, random_layer, relative_error
 
 from mla_jax.cache import PagedKVCache
-from mla_jax.layer import mla_layer, naive_mla_layer
+from mla_jax.layer import mla_layer
 from mla_jax.prefill import form as layer_form
 from mla_jax.reference.layer import layer_float64
+from mla_jax.reference.naive import naive_mla_layer
 from mla_jax.sharding.specs import param_specs
 
 STEPS = np.array([(5, 0), (7, 7), (7, 3), (7, 7), (3, 1)], np.int32)  # tokens of 2 requests
@@ -69,31 +70,41 @@ def slope_float64(d_params, d_x):
     return (loss(1e-5) - loss(-1e-5)) / 2e-5
 
 
-@pytest.mark.parametrize("form", ["absorbed", None])
-def test_gradients_of_params_and_x(form, monkeypatch):
-    """None: the expanded form, and the absorbed form of requests of up to 2 tokens.
+def direction():
+    """Returns a direction of params and x."""
+    rng = np.random.default_rng(4)
+    return jax.tree.map(lambda at: rng.standard_normal(at.shape).astype(np.float32), case()[:2])
+
+
+def slope_forward(**options):
+    """Returns the jitted derivative of the loss along a direction, in forward mode."""
+    run = functools.partial(loss_of_steps, weights=jnp.asarray(case()[2]), **options)
+    return jax.jit(lambda d: jax.jvp(run, case()[:2], d)[1])
+
+
+def test_gradients_of_params_and_x(monkeypatch):
+    """Of the expanded form, and of the absorbed form of requests of up to 2 tokens.
 
     The last token of each prefix joins the new ones. Earlier ones are in parts of 16, which begin
     and end inside of requests.
     """
     monkeypatch.setattr(layer_form, "_cheaper", lambda count, *_: layer_form.FORMS[count > 2])
-    options = {"form": form, "workspace_tokens": 2 * (ROOM + 1)}
+    options = {"workspace_tokens": 2 * (ROOM + 1)}
     loss = functools.partial(loss_of_steps, **options)
     found = jax.jit(jax.grad(loss, argnums=(0, 1)))(*case())
     compared = jax.tree.map(relative_error, found, naive_gradients())
     assert max(jax.tree.leaves(compared)) < 1e-5, compared
-    rng = np.random.default_rng(4)
-    along = jax.tree.map(lambda at: rng.standard_normal(at.shape), found)
+    along = direction()
     products = jax.tree.map(lambda g, d: np.vdot(np.asarray(g, np.float64), d), found, along)
-    slope = sum(jax.tree.leaves(products))
+    assert sum(jax.tree.leaves(products)) == pytest.approx(slope_float64(*along), rel=1e-4)
+    assert slope_forward(**options).eval_shape(along).dtype == jnp.float32
+
+
+def test_the_slope_of_the_absorbed_form():
+    """In forward mode; the test above has its gradients, and so has test_key_shards."""
+    along = direction()
+    slope = slope_forward(form="absorbed")(along)
     assert slope == pytest.approx(slope_float64(*along), rel=1e-4)
-    run = functools.partial(loss, weights=jnp.asarray(case()[2]))
-    forward = jax.jit(lambda d: jax.jvp(run, case()[:2], d)[1])
-    along = jax.tree.map(np.float32, along)
-    if form is None:
-        assert forward.eval_shape(along).dtype == jnp.float32
-    else:
-        assert forward(along) == pytest.approx(slope, rel=1e-4)
 
 
 def test_memory_of_the_expanded_form_is_linear_in_length():

@@ -24,7 +24,7 @@ WITH_KERNELS = (
 )
 STOREYS = (
     *("problem", "implementations", "registry", "planning", "attention", "prefill", "layer"),
-    "export",
+    *("export", "adapters"),
 )
 
 

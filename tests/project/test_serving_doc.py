@@ -10,6 +10,7 @@ PAGES = [
     ("serving.md", 15),
     ("sharding.md", 5),
     ("prefill.md", 3),
+    ("packed.md", 2),
     ("gradients.md", 1),
 ]
 
