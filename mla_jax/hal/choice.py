@@ -29,7 +29,7 @@ from mla_jax.hal.simulator.shared_engines import SharedBlockTimes
 from mla_jax.hal.work import Problem, Work
 
 MEASURED, SIMULATED, TABLE = "measured", "simulated", "table"
-# A smaller simulated gain does not replace the usual tiles: it is the mean error of the simulator on
+# A smaller simulated gain does not replace the usual tiles: it is the simulator's mean error on
 # measured rows of our kernels.
 MARGIN = 0.05
 

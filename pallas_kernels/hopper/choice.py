@@ -33,11 +33,11 @@ from pallas_kernels.hopper.config import (
     DecodeTransposedConfig,
     KernelConfig,
     can_be_in_pairs,
-    finish_of,
 )
 from pallas_kernels.hopper.plan.call import MOST_TILES
 from pallas_kernels.hopper.simulated import kernel_of, sizes_of
 from pallas_kernels.hopper.tuned import choose_config, config_of, tuned
+from pallas_kernels.hopper.work_items import finish_of
 
 TUNED_ON = "H200_SXM"
 EXPECTED_LEN = 16384

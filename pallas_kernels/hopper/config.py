@@ -374,17 +374,6 @@ class DecodeTransposedInt8Config(KernelConfig):
         )
 
 
-def finish_of(tiles: KernelConfig, *, workers_may_wait: bool) -> str:
-    """Returns how a kernel with these tiles combines split tiles, as `work_list` takes it.
-
-    A worker that waits for a partial needs the other worker to run at the same time. (The
-    interpreter runs one cluster after the other, the one that is waited for first.)
-    """
-    if tiles.ctas_per_tile > 1 and workers_may_wait:
-        return "by_first"
-    return "in_pairs" if tiles.in_pairs else "merge"
-
-
 def can_be_in_pairs(rows_per_tile: int, kv_lora_rank: int) -> bool:
     """Whether half of a transposed tile is two parts of whole registers of a warpgroup.
 

@@ -15,10 +15,10 @@ from mla_jax.splits.plan import SlowPlanWarning, SplitPlan
 from mla_jax.splits.planner import plan_splits
 from pallas_kernels.hopper import device
 from pallas_kernels.hopper.choice import tiles_for
-from pallas_kernels.hopper.config import KernelConfig, finish_of
+from pallas_kernels.hopper.config import KernelConfig
 from pallas_kernels.hopper.plan.where_lowered import plan_where_lowered
 from pallas_kernels.hopper.tuned import choose_config, config_of_height, tile_heights
-from pallas_kernels.hopper.work_items import BLOCK, WorkList, new_counters, work_list
+from pallas_kernels.hopper.work_items import BLOCK, WorkList, finish_of, new_counters, work_list
 
 PAGE_SIZES = {  # by what the cache holds
     "float": (1, 2, 4, 8, 16, 32, 64, 128),
