@@ -30,16 +30,13 @@ from pallas_kernels.hopper import device
 SUMMARY = "the tiles that a profile chooses, beside all legal ones: simulated and timed"
 
 NEAR = 0.03  # a choice is near the best one if it is at most so much slower
-COLUMNS = {
+COLUMNS = {  # result.json has the names of the tiles, too
     "shape": "shape",
-    "chosen": "chosen",
-    "us": "us",
-    "best": "best",
-    "best_us": "its us",
+    "us": "us of the choice",
+    "best_us": "of the best",
     "distance": "slower by",
-    "simulated": "simulated best",
-    "simulated_gain": "gain",
-    "simulated_distance": "slower by",
+    "simulated_distance": "simulated best slower by",
+    "simulated_gain": "simulated gain over the choice",
     "rank_correlation": "rank correlation",
 }
 
