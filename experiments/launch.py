@@ -34,6 +34,7 @@ FOLDERS = {
     "speed": ("benchmark", "kernel_bench", "prefill", "sharded"),
     "speed.layer": ("layer_step",),
     "generate": ("generate",),
+    "speed.tiles": ("choices",),
     "report": ("report",),
 }
 FOLDER_OF = {name: folder for folder, names in FOLDERS.items() for name in names}

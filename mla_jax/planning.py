@@ -51,7 +51,8 @@ def plan_decode(
         num_query_tokens: query tokens per request, S of the op's q. With cu_q_lens T, the packed
             tokens of all requests.
         profile: a hardware profile or its name, e.g. "H100_SXM5" (`mla_jax.hal.PROFILES`). None:
-            this machine's Hopper GPU, or where there is none an H200 with 132 SMs. `hopper` refuses
+            this machine's Hopper GPU, or where there is none an H200 with 132 SMs. It decides the
+            tiles, the workers and what splitting costs (docs/hal.md). `hopper` refuses
             a plan for more SMs than the GPU has that a program is lowered for, or for a published
             profile with fewer: the op then runs the next implementation with a SlowPlanWarning, or
             raises if there is none.

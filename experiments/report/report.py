@@ -26,7 +26,9 @@ from experiments.speed.best_when import AXES, best_when
 SUMMARY = "one HTML page of all results in a folder: tables, pictures, what is best when"
 
 GROUPS = {  # in the order of the page, which ends with the results in none of them
-    "Speed": ("benchmark", "kernel_bench", "prefill", "sharded", "layer_step", "generate"),
+    "Speed": (
+        *("benchmark", "kernel_bench", "prefill", "sharded", "layer_step", "choices", "generate"),
+    ),
     "Accuracy": ("demo", "correctness", "parity", "soak", "int8_accuracy", "amla_accuracy"),
     "Machines": ("pipeline", "compare", "sweep", "best", "published"),
     "Sizes and plans": ("cache_size", "split_kv"),

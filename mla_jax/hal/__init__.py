@@ -12,6 +12,7 @@ which work is issued. The simulator computes the time that a schedule takes.
 import re
 from pathlib import Path
 
+from mla_jax.hal.choice import TileChoice, TimedTiles, fastest_tiles
 from mla_jax.hal.forms import FormCosts, choose_form
 from mla_jax.hal.orders import ASCEND_ORDERS, GPU_ORDERS, AscendOrder, schedule_named
 from mla_jax.hal.own_kernel import GpuScheduleBuilder, gpu_kernel
@@ -81,7 +82,8 @@ def profile_of_device(device_kind: str) -> HardwareProfile | None:
 __all__ = [
     "ASCEND_ORDERS", "GPU_ORDERS", "PROFILES", "Access", "AscendKernel", "AscendOrder",
     "FormCosts", "GpuScheduleBuilder", "HardwareProfile", "IllegalScheduleError", "Kernel",
-    "Number", "Problem", "Report", "Schedule", "ScheduleBuilder", "Signal", "Step", "TilePlan",
-    "TilePlanError", "choose_form", "gpu_kernel", "load_profile", "plan_tiles",
-    "profile_of_device", "read_profile", "save_profile", "schedule_named", "simulate",
+    "Number", "Problem", "Report", "Schedule", "ScheduleBuilder", "Signal", "Step", "TileChoice",
+    "TilePlan", "TilePlanError", "TimedTiles", "choose_form", "fastest_tiles", "gpu_kernel",
+    "load_profile", "plan_tiles", "profile_of_device", "read_profile", "save_profile",
+    "schedule_named", "simulate",
 ]  # fmt: skip

@@ -12,11 +12,12 @@ The stages have the names that the kernel's own time stamps have (`pallas_kernel
     SUM_L SUM_R STORE_L STORE_R       the end of a work item: row sums, then normalise and store
 """
 
+import math
 from functools import lru_cache
 
 from mla_jax.hal.schedule import Access, Schedule, ScheduleBuilder
 
-STAGES = 2  # of KV blocks in shared memory
+STAGES = 2  # of KV blocks in shared memory; `decode_transposed` may have others
 
 
 def _items(num_blocks: int, before: int) -> list[range]:
@@ -119,39 +120,65 @@ def _multiply(
     )
 
 
-def _finish(build: ScheduleBuilder, item: range, units: tuple[str, str]) -> None:
-    """Adds the end of an item: row sums are exchanged, then O is normalised and staged over q."""
-    last, q = item[-1], Access("q", _q_slot(build, item), item[0])
+def _finish(
+    build: ScheduleBuilder, item: range, units: tuple[str, str], stages_o: bool = True
+) -> None:
+    """Adds the end of an item: row sums are exchanged, then O is normalised and stored.
+
+    stages_o: whether O is staged over q. If not, q is free before.
+    """
+    last, q = item[-1], (Access("q", _q_slot(build, item), item[0]),)
+    of_sum, of_store = ((), q) if stages_o else (q, ())
     for i, (half, unit) in enumerate(zip("LR", units, strict=True)):
-        build.add(unit, f"SUM_{half}", last, reads=(Access("state", 0, last),),
+        build.add(unit, f"SUM_{half}", last, reads=(Access("state", 0, last), *of_sum),
                   writes=(Access("sum", i, last),))  # fmt: skip
     sums = tuple(Access("sum", i, last) for i in range(2))
     for half, unit in zip("LR", units, strict=True):
-        build.add(unit, f"STORE_{half}", last, reads=(Access(f"O_{half}", 0, last), q, *sums))
+        build.add(
+            unit, f"STORE_{half}", last, reads=(Access(f"O_{half}", 0, last), *of_store, *sums)
+        )
 
 
 @lru_cache(maxsize=1024)
 def hopper_transposed(
-    num_blocks: int, *, before: int = 0, name: str = "hopper-decode-transposed"
+    num_blocks: int,
+    *,
+    before: int = 0,
+    kv_stages: tuple[int, int, int] = (STAGES, STAGES, STAGES),
+    q_stages: int = 2,
+    name: str = "hopper-decode-transposed",
 ) -> Schedule:
     """Returns the order of `decode_transposed`: one warpgroup loads, and one computes in turn.
 
-    The rope part is free after the scores. q has a stage for each of two work items.
+    The rope part is free after the scores. q is free before an item's result is stored.
+
+    kv_stages: of the left half of the latent, of its right half and of the rope columns.
+    q_stages: work items whose q is in shared memory.
     """
-    build = _builder(name, num_blocks, 2, q=2)
-    parts = ("ROPE", "L", "R")
+    left, right, rope = kv_stages
+    build = _builder(name, num_blocks, math.lcm(*kv_stages), q=q_stages, kv_l=left, kv_r=right,
+                     kv_rope=rope)  # fmt: skip
+    stages = {"ROPE": rope, "L": left, "R": right}
     items = _items(num_blocks, before)
     first_of = {item[0]: item for item in items}
+    loads = iter([(block, part) for block in range(num_blocks) for part in stages])
+    following = next(loads, None)
 
-    def load(block: int) -> None:
-        if block < num_blocks:
-            if block in first_of:
+    def load_after(computed: int, stored: int) -> None:
+        """Loads what has a stage when so many blocks are computed and so many items stored."""
+        nonlocal following
+        while following is not None:
+            block, part = following
+            number = sum(block >= first for first in first_of) - 1
+            if block - stages[part] >= computed or number - q_stages >= stored:
+                return
+            if part == "ROPE" and block in first_of:
                 _load_q(build, first_of[block], _q_slot(build, first_of[block]))
-            _load(build, block, parts)
+            _load(build, block, (part,))
+            following = next(loads, None)
 
-    for block in range(STAGES):
-        load(block)
-    for item in items:
+    load_after(0, 0)
+    for number, item in enumerate(items):
         for block in item:
             _score(build, "wg0", item, block)
             p, state = build.slot("P", block), Access("state", 0, block)
@@ -163,6 +190,7 @@ def hopper_transposed(
                 o = (Access(kept, 0, block - 1),) if block > item[0] else ()
                 build.add("wg0", f"PV_{half}", block, reads=(p, kv, *o),
                           writes=(Access(kept, 0, block),))  # fmt: skip
-            load(block + STAGES)
-        _finish(build, item, ("wg0", "wg0"))
+            load_after(block + 1, number)
+        _finish(build, item, ("wg0", "wg0"), stages_o=False)
+        load_after(item[-1] + 1, number + 1)
     return build.build()

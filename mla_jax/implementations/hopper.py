@@ -81,7 +81,10 @@ def _refuses_plan(problem: AttentionProblem, target: Target) -> str | None:
         return None
     from pallas_kernels.hopper import planning
 
-    return planning.refuses_sms(problem.plan, num_sms)
+    memory = getattr(target.device, "shared_memory_per_block_optin", None)
+    return planning.refuses_sms(problem.plan, num_sms) or planning.refuses_shared_memory(
+        problem.plan, memory
+    )
 
 
 def _plan(request: PlanRequest) -> DecodePlan | str:

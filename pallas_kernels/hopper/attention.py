@@ -25,14 +25,8 @@ from pallas_kernels.hopper.kernels.decode_transposed_int8 import decode_transpos
 from pallas_kernels.hopper.kernels.merge import merge
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
 from pallas_kernels.hopper.parts.queries import Queries
-from pallas_kernels.hopper.planning import (
-    finish_of,
-    plan_decode,
-    warn_if_slow,
-    with_tiles,
-    work_of,
-)
-from pallas_kernels.hopper.work_items import BLOCK
+from pallas_kernels.hopper.planning import plan_decode, warn_if_slow, with_tiles, work_of
+from pallas_kernels.hopper.work_items import BLOCK, finish_of
 from pallas_kernels.modes import jit_with_defaults
 
 Kernel = Callable[[DecodeCall], tuple[jax.Array, ...]]

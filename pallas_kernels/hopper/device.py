@@ -5,6 +5,10 @@ import jax
 from mla_jax.hal import HardwareProfile, profile_of_device
 from mla_jax.splits.residency import for_any_gpu
 
+_OWN_NUMBERS = {  # of a profile, by the attributes of JAX's devices
+    "core.count": "core_count",
+    "buffer.shared": "shared_memory_per_block_optin",
+}
 ASSUMED_SMS = 132  # of an H100 or H200 SXM
 
 
@@ -39,12 +43,18 @@ def machine_lacks() -> str | None:
 def profile() -> HardwareProfile | None:
     """Returns the profile of this machine's Hopper GPU; None without one, or of an unknown model.
 
-    Its number of SMs is that of the model. A part of the GPU or another variant may have fewer.
+    Its numbers are those of the model, but for SMs and shared memory, which are the GPU's own: a
+    part of the GPU or another variant may have fewer.
     """
     device = card()
     if device is None or machine_lacks() is not None:
         return None
-    return profile_of_device(getattr(device, "device_kind", ""))
+    model = profile_of_device(getattr(device, "device_kind", ""))
+    if model is None:
+        return None
+    own = {field: getattr(device, name, None) for field, name in _OWN_NUMBERS.items()}
+    differing = {f: value for f, value in own.items() if value and value != model[f]}
+    return model.with_values(differing, "read from the device") if differing else model
 
 
 def num_sms() -> int:

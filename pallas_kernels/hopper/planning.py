@@ -14,10 +14,11 @@ from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import SlowPlanWarning, SplitPlan
 from mla_jax.splits.planner import plan_splits
 from pallas_kernels.hopper import device
+from pallas_kernels.hopper.choice import tiles_for
 from pallas_kernels.hopper.config import KernelConfig
 from pallas_kernels.hopper.plan.where_lowered import plan_where_lowered
 from pallas_kernels.hopper.tuned import choose_config, config_of_height, tile_heights
-from pallas_kernels.hopper.work_items import BLOCK, WorkList, new_counters, work_list
+from pallas_kernels.hopper.work_items import BLOCK, WorkList, finish_of, new_counters, work_list
 
 PAGE_SIZES = {  # by what the cache holds
     "float": (1, 2, 4, 8, 16, 32, 64, 128),
@@ -94,6 +95,20 @@ def refuses_sms(plan: DecodePlan, num_sms: int) -> str | None:
     )
 
 
+def refuses_shared_memory(plan: DecodePlan, bytes_of_gpu: int | None) -> str | None:
+    """Returns why a plan's tiles do not fit a GPU; None where they do, or it is not known.
+
+    bytes_of_gpu: shared memory that a CTA can have.
+    """
+    needed = 0 if plan.tiles is None else plan.tiles.shared_memory_bytes
+    if not bytes_of_gpu or needed <= bytes_of_gpu:
+        return None
+    return (
+        f"the plan's tiles (profile {plan.profile}) take {needed} bytes of shared memory, and the "
+        f"GPU that the program is for has {bytes_of_gpu}"
+    )
+
+
 def _refuses_tiles(plan: DecodePlan, kind: str, kv_lora_rank: int, rope_dim: int) -> str | None:
     """Returns why a plan's tiles are not for a cache of this kind and these widths, or None.
 
@@ -142,21 +157,22 @@ def plan_decode(
             get other tiles.
         cache: "float" (16 bits) or "int8".
         rescale: "multiply" or "exponent_add".
-        tiles: config of the kernel; None: the tuned one.
+        tiles: config of the kernel; None: that of `choice.tiles_for` for the profile.
         profile: of the GPU; None: of this machine's Hopper GPU, or else of an H200.
         query_lens, num_heads: as in `plan_splits`.
         clip: whether a length that is not in 0 .. capacity counts as the nearest that is.
     """
-    tiles = tiles or choose_config(
-        rows,
-        batch=seq_lens.shape[0],
-        capacity=capacity,
-        cache=cache,
-        rescale=rescale,
-        profile=profile or device.profile(),
-        kv_lora_rank=kv_lora_rank,
-        rope_dim=rope_dim,
-    )
+    if tiles is None:
+        tiles, _ = tiles_for(
+            rows,
+            batch=seq_lens.shape[0],
+            capacity=capacity,
+            cache=cache,
+            rescale=rescale,
+            profile=profile or device.profile(),
+            kv_lora_rank=kv_lora_rank,
+            rope_dim=rope_dim,
+        )
     sms = device.num_sms() if profile is None else profile.cores
     longest = min(capacity, _MOST_KEYS) if capacity is not None and clip else _MOST_KEYS
     finish = finish_of(tiles, workers_may_wait=True)  # they may on the GPU that the plan is for
@@ -181,17 +197,6 @@ def plan_decode(
     )
     counters = new_counters(split.num_tiles, tiles.ctas_per_tile)
     return DecodePlan(split, tiles, sms, (*work, counters), finish)
-
-
-def finish_of(tiles: KernelConfig, *, workers_may_wait: bool) -> str:
-    """Returns how a kernel with these tiles combines split tiles, as `work_list` takes it.
-
-    A worker that waits for a partial needs the other worker to run at the same time. (The
-    interpreter runs one cluster after the other, the one that is waited for first.)
-    """
-    if tiles.ctas_per_tile > 1 and workers_may_wait:
-        return "by_first"
-    return "in_pairs" if tiles.in_pairs else "merge"
 
 
 def work_of(plan: DecodePlan, finish: str) -> WorkList:
@@ -234,10 +239,11 @@ def warn_if_slow(
     not depend on the batch. Arguments as in `plan_decode`.
     """
     batch = plan.num_tiles // plan.num_row_tiles
-    choose = functools.partial(choose_config, rows, cache=cache, rescale=rescale)
-    best = choose(batch=batch, capacity=capacity)
+    kind: dict[str, Any] = {"cache": cache, "rescale": rescale}
+    profile = device.profile()
+    best, _ = tiles_for(rows, batch=batch, capacity=capacity, profile=profile, **kind)
     if plan.fixed and plan.rows_per_tile != best.rows_per_tile:
-        best = choose()
+        best = choose_config(rows, **kind)
     workers = best.num_workers(device.num_sms())
     if (plan.rows_per_tile, plan.num_workers) == (best.rows_per_tile, workers):
         return

@@ -105,6 +105,19 @@ def work_list(plan: Any, finish: str = "merge", ctas_per_tile: int = 1) -> WorkL
     return WorkList(jnp.column_stack([items[start], start, stop]), items, counters)
 
 
+def finish_of(tiles: Any, *, workers_may_wait: bool) -> str:
+    """Returns how a kernel with these tiles combines split tiles, as `work_list` takes it.
+
+    tiles: the kernel's config.
+
+    A worker that waits for a partial needs the other worker to run at the same time. (The
+    interpreter runs one cluster after the other, the one that is waited for first.)
+    """
+    if tiles.ctas_per_tile > 1 and workers_may_wait:
+        return "by_first"
+    return "in_pairs" if tiles.in_pairs else "merge"
+
+
 def _in_pairs(plan: Any, items: Any, tile: Any) -> tuple[Any, Any]:
     """Returns ranges and items of a `work_list` whose workers share clusters."""
     worker_start = plan.worker_start

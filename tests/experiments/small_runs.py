@@ -31,6 +31,7 @@ SMALL = {
     "sweep": ("--profile=Ascend910B1", "--schedule=chunk4"),
     "best": ("--profile=L40",),
     "portrait": ("--shapes=16x3x640",),
+    "choices": ("--shapes=3", "--most=4"),
     "benchmark": (
         *("--preset=tiny", "--heads=4", "--s_q=1", "--batch=1", "--implementations=xla,jnp"),
         *("--kv_lora_rank=32", "--rope_dim=16"),

@@ -1,6 +1,7 @@
 """Our own Hopper kernels in the simulator: their schedules, their plans, and what they cost."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from mla_jax.hal.simulator.hopper import (
     Merging,
     hopper_constants,
     merge_seconds,
+    tuned_for_hopper,
 )
 from mla_jax.hal.simulator.one_core import StageCost, run_schedule
 from mla_jax.hal.simulator.shared_engines import run_shared
@@ -39,10 +41,14 @@ def seconds(kernel: HopperKernel, heads: int = 64) -> float:
     return simulate(H200, problem, kernel).seconds
 
 
-@pytest.mark.parametrize("order", [hopper_decode, hopper_transposed])
+few_stages = functools.partial(hopper_transposed, kv_stages=(3, 1, 2), q_stages=1)
+
+
+@pytest.mark.parametrize("order", [hopper_decode, hopper_transposed, few_stages])
 @pytest.mark.parametrize(("blocks", "before"), [(5, 0), (5, 2), (4, 3), (1, 0)])
 def test_each_wait_of_a_schedule_is_needed(order, blocks: int, before: int) -> None:
     schedule = order(blocks, before=before)
+    schedule.check()
     stages = {"LOAD_L", "LOAD_R", "LOAD_ROPE", "QK", "SM", "PV_L", "PV_R"}
     for stage in stages:
         assert schedule.blocks_of(stage) == set(range(blocks)), stage
@@ -152,3 +158,16 @@ def test_measured_rows_are_predicted() -> None:
     least = 128 * 4096 * 1152 / bandwidth
     cores = simulate(H200, Problem((4096,) * 128, 16), few).cores
     assert least < cores < 1.05 * least
+
+
+def test_the_chip_of_an_h100_is_that_of_an_h200() -> None:
+    """Its own constants were fitted to another kernel. What the user changes is kept."""
+    h100 = PROFILES["H100_SXM5"]
+    assert h100["latency.barrier"] > 10 * H200["latency.barrier"]
+    tuned = tuned_for_hopper(h100)
+    for field in ("latency.barrier", "engine.store", "engine.copy"):
+        assert tuned[field] == H200[field]
+    for field in ("memory.hbm_bandwidth", "core.count"):
+        assert tuned[field] == h100[field]
+    changed = tuned_for_hopper(h100.with_values({"latency.barrier": 3e-8}))
+    assert (changed["latency.barrier"], changed["engine.copy"]) == (3e-8, H200["engine.copy"])

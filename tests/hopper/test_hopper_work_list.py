@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mla_jax.splits.planner import plan_fixed, plan_splits
+from pallas_kernels.hopper.simulated import kept_items
 from pallas_kernels.hopper.work_items import (
     FIRST_PARTIAL,
     ITEM_FIELDS,
@@ -27,6 +28,7 @@ lengths_strategy = st.lists(st.integers(0, 3000), min_size=5, max_size=5)
 def schedules(plan, finish):
     """Returns per worker the indices of its items, in its order, and all items."""
     ranges, items, _ = map(np.asarray, jitted(plan, finish))
+    np.testing.assert_array_equal(kept_items(plan, finish), items[:, PARTIAL] < -1)
     found = []
     for row in ranges:
         first, stop = row[ITEM_FIELDS], row[ITEM_FIELDS + 1]

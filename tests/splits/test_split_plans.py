@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from split_plans import ROWS, WORKERS, check_plan, i32, lengths_strategy
+from split_plans import ROWS, ROWS_PER_TILE, WORKERS, check_plan, i32, lengths_strategy
 
+from mla_jax.splits.numpy_planner import plan_in_numpy
 from mla_jax.splits.planner import covered_requests, plan_fixed, plan_loads, plan_splits
 
 
@@ -196,9 +197,18 @@ def test_cutting_at_all_has_its_price(length, whole):
     lens = i32(*[length] * 64)
     plan = plan_splits(lens, **SERVER, merge_overhead=8)
     check_plan(plan, lens, 16)
+    check_in_numpy(plan, lens, **SERVER, merge_overhead=8)
     assert (int(np.asarray(plan.tile_partial_start)[-1]) == 0) == whole
     free = plan_splits(lens, **SERVER)
     assert int(np.asarray(free.tile_partial_start)[-1]) > 0
+
+
+def check_in_numpy(plan, seq_lens, **options):
+    """The planner in NumPy makes the same plan."""
+    in_numpy = plan_in_numpy(seq_lens, **options)
+    for name, array in plan.arrays().items():
+        np.testing.assert_array_equal(in_numpy.arrays()[name], array, name)
+    assert in_numpy.num_partials == plan.num_partials
 
 
 @given(lengths_strategy)
@@ -206,6 +216,8 @@ def test_pairs_cost_no_more_than_workers_apart(seq_lens):
     def largest(**options):
         plan = plan_splits(i32(*seq_lens), num_workers=WORKERS, rows=ROWS, **options)
         check_plan(plan, seq_lens, ROWS)
+        options |= {"rows_per_tile": ROWS_PER_TILE}
+        check_in_numpy(plan, seq_lens, num_workers=WORKERS, rows=ROWS, **options)
         return float(np.asarray(plan_loads(plan, i32(*seq_lens), rows=ROWS)).max())
 
     assert largest(merge_overhead=8, in_pairs=True) <= largest() + 8

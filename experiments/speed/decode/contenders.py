@@ -17,6 +17,7 @@ class Contender:
     separated: bool = False  # whether it is also timed with a kernel between launches
     most_layers: int | None = None  # layers that it is timed on at most, if it is slow
     most_tokens: int | None = None  # KV tokens per batch up to which it is timed
+    tiles: Any = None  # config of the Hopper kernel; None: that which a plan gets
 
     @property
     def implementation(self) -> str | None:

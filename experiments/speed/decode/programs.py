@@ -110,6 +110,7 @@ class Work:
             rescale=rescale,
             kv_lora_rank=self.setup.kv_lora_rank,
             rope_dim=self.setup.rope_dim,
+            tiles=who.tiles,
         )
 
     def step(self, who: Contender) -> Callable[..., tuple[jax.Array, jax.Array]]:

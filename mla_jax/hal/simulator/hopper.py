@@ -15,7 +15,7 @@ profile.
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -23,6 +23,7 @@ from importlib.resources import files
 import numpy as np
 
 from mla_jax.hal.hopper_orders import STAGES, hopper_decode, hopper_transposed
+from mla_jax.hal.profiles.nvidia import H200_SXM
 from mla_jax.hal.profiles.profile import HardwareProfile
 from mla_jax.hal.schedule import Schedule, Step
 from mla_jax.hal.simulator import many_cores as machine
@@ -35,7 +36,12 @@ from mla_jax.hal.work import Problem, Work
 BLOCK = 64  # tokens per KV block
 BEFORE = 8  # blocks of the item that precedes one that is not a worker's first
 SOFTMAX_OPS = 8  # scale, maximum, subtract, exponent's multiply, sum, convert, store, vote
-ORDERS = {"decode": hopper_decode, "decode_transposed": hopper_transposed}
+# Fitted numbers that do not depend on the memory, the clock and the number of SMs.
+OF_THE_CHIP = (
+    *("engine.cuda_efficiency", "engine.shared_efficiency", "engine.copy", "engine.store"),
+    *("latency.memory", "latency.barrier", "latency.l2"),
+)
+KERNELS = ("decode", "decode_transposed")
 STORED, PARTIAL, KEPT = 0, 1, 2  # where the result of a work item goes
 
 
@@ -62,6 +68,7 @@ class HopperKernel:
     ctas_per_tile: CTAs of a cluster that share every KV block.
     partial_bytes: per value of a partial.
     merging: by the number of partials of a tile.
+    kv_stages, q_stages: of `decode_transposed`, as in `hopper_transposed`.
     """
 
     kernel: str
@@ -72,10 +79,12 @@ class HopperKernel:
     in_pairs: bool
     partial_bytes: int
     merging: Mapping[int, Merging]
+    kv_stages: tuple[int, int, int] = (STAGES, STAGES, STAGES)
+    q_stages: int = 2
 
     def __post_init__(self) -> None:
-        if self.kernel not in ORDERS:
-            raise ValueError(f"kernel = {self.kernel!r}, wanted one of {', '.join(ORDERS)}")
+        if self.kernel not in KERNELS:
+            raise ValueError(f"kernel = {self.kernel!r}, wanted one of {', '.join(KERNELS)}")
 
     @property
     def name(self) -> str:
@@ -90,9 +99,18 @@ class HopperKernel:
         """Bytes of a KV block that one CTA loads."""
         return BLOCK * KEY * 2 / self.ctas_per_tile
 
+    @property
+    def stage_bytes(self) -> float:
+        """Bytes of KV that one CTA has in flight: all of its stages."""
+        left, right, rope = self.kv_stages
+        return BLOCK * 2 * ((left + right) * LATENT / 2 + rope * ROPE) / self.ctas_per_tile
+
     def order(self, num_blocks: int, before: int = 0) -> Schedule:
         """Returns the schedule of so many blocks, of which an earlier item has `before`."""
-        return ORDERS[self.kernel](num_blocks, before=before)
+        if self.kernel == "decode":
+            return hopper_decode(num_blocks, before=before)
+        stages = self.kv_stages, self.q_stages
+        return hopper_transposed(num_blocks, before=before, kv_stages=stages[0], q_stages=stages[1])
 
 
 @functools.cache
@@ -104,10 +122,18 @@ def hopper_constants() -> dict:
 def tuned_for_hopper(
     profile: HardwareProfile, constants: Mapping[str, float] | None = None
 ) -> HardwareProfile:
-    """Returns the profile with the constants that are fitted on our own kernels."""
+    """Returns the profile with the constants that are fitted on our own kernels.
+
+    Constants of the chip that were fitted on another Hopper GPU than an H200, and on another
+    harness, are replaced by those of an H200: the chip is the same.
+    """
     fit = hopper_constants()
-    values = fit["constants"] if constants is None else constants
-    return profile.with_values(dict(values), f"fitted on {fit['rows']}")
+    values = dict(fit["constants"] if constants is None else constants)
+    if profile.fitted_on != H200_SXM.name and 9.0 <= profile["core.compute_capability"] < 10.0:
+        for field in OF_THE_CHIP:
+            if profile.numbers[field].source.startswith("fitted on"):
+                values.setdefault(field, H200_SXM[field])
+    return profile.with_values(values, f"fitted on {fit['rows']}")
 
 
 def fixed_costs(profile: HardwareProfile, kernel: str) -> Mapping[str, float]:
@@ -225,19 +251,21 @@ class _ItemTimes:
         end: int,
         share: float,
         q_bytes: float,
+        alone_times: "AloneTimes",
     ) -> None:
         self._costs_at = partial(hopper_costs, profile, kernel, end)
         self._kernel, self._share = kernel, share
         self._bytes = kernel.block_bytes / share
         self._signal = profile["latency.barrier"]
         alone = self._costs_at(math.inf)
-        self._first = SharedBlockTimes(kernel.order, alone, self._signal)
-        self._later = SharedBlockTimes(partial(kernel.order, before=BEFORE), alone, self._signal)
+        self._first, self._later = alone_times(profile, kernel, end)
         steps = {step.stage: alone(step).work for step in kernel.order(1).steps}
         load = steps["LOAD_L"] + steps["LOAD_R"] + steps["LOAD_ROPE"]
         self._around = self._first(1) - load
-        together = (q_bytes + STAGES * kernel.block_bytes) / share
-        self._startup = max(together - steps["LOAD_Q"] - STAGES * load, 0.0)
+        together = (q_bytes + kernel.stage_bytes) / share
+        loads = zip(("LOAD_L", "LOAD_R", "LOAD_ROPE"), kernel.kv_stages, strict=True)
+        alone_too = steps["LOAD_Q"] + sum(number * steps[part] for part, number in loads)
+        self._startup = max(together - alone_too, 0.0)
 
     def __call__(self, num_blocks: int, later: bool) -> tuple[float, float]:
         """Returns seconds with all cores working, and with the memory to itself.
@@ -276,24 +304,53 @@ class HopperTimes:
         return self.longest.timeline(min(self.longest_blocks, most))
 
 
-def hopper_times(profile: HardwareProfile, problem: Problem, kernel: HopperKernel) -> HopperTimes:
-    """Returns the times of one call. profile: with our own constants (`tuned_for_hopper`)."""
+# Seconds of so many blocks with the memory to itself.
+Seconds = Callable[[int], float]
+# profile, kernel, end -> those of a first item, and of two items of which the first has BEFORE.
+AloneTimes = Callable[[HardwareProfile, HopperKernel, int], tuple[Seconds, Seconds]]
+
+
+def exact_times(
+    profile: HardwareProfile, kernel: HopperKernel, end: int
+) -> tuple[Seconds, Seconds]:
+    """Returns times that are simulated until they repeat."""
+    alone, signal = hopper_costs(profile, kernel, end, math.inf), profile["latency.barrier"]
+    first = SharedBlockTimes(kernel.order, alone, signal)
+    return first, SharedBlockTimes(partial(kernel.order, before=BEFORE), alone, signal)
+
+
+def hopper_times(
+    profile: HardwareProfile,
+    problem: Problem,
+    kernel: HopperKernel,
+    alone_times: AloneTimes = exact_times,
+    most_items: float = math.inf,
+) -> HopperTimes:
+    """Returns the times of one call.
+
+    profile: with our own constants (`tuned_for_hopper`).
+    most_items: above so many work items, all cores count as working until the end.
+    """
     if problem.kv_dtype not in ("bf16", "fp16"):
         raise ValueError(
             f"{kernel.name}: kv_dtype = {problem.kv_dtype!r}, wanted bf16 or fp16: there is no "
             "model of the kernels over an int8 cache"
         )
     plan = kernel.work
-    share = fair_share(profile, plan, STAGES * kernel.block_bytes, kernel.ctas_per_tile)
+    share = fair_share(profile, plan, kernel.stage_bytes, kernel.ctas_per_tile)
     end = np.where(kernel.kept, KEPT, np.where(plan.split, PARTIAL, STORED))
     later = np.diff(plan.worker, prepend=-1) == 0
     kinds, which = np.unique(np.stack([plan.blocks, end, later]), axis=1, return_inverse=True)
     cores = active(plan)
     q_bytes = problem.batch * problem.rows * KEY * 2 / cores
     q_bytes = min(q_bytes, kernel.rows_per_cta * KEY * 2)
-    times = {e: _ItemTimes(profile, kernel, e, share, q_bytes) for e in set(end.tolist())}
+    times = {
+        e: _ItemTimes(profile, kernel, e, share, q_bytes, alone_times) for e in set(end.tolist())
+    }
     seconds = np.array([times[e](n, bool(after)) for n, e, after in kinds.T.tolist()])
     crowded, alone = seconds[which.reshape(-1)].T
+    if len(crowded) > most_items:
+        alone = crowded
     seconds_of_cores = machine.makespan(crowded, alone, plan.worker, plan.num_workers)
     longest = int(np.argmax(plan.blocks))
     return HopperTimes(seconds_of_cores, merge_seconds(profile, kernel), times[int(end[longest])],
