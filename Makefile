@@ -95,6 +95,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --n
 $(VENV)/.made: pyproject.toml constraints.txt
 	@test -n "$(BASE_PYTHON)" || { echo "Python 3.12 was not found: set BASE_PYTHON=/path/to/python3.12"; exit 1; }
 	$(BASE_PYTHON) -m venv --clear $(VENV)
+	$(PIP) --upgrade pip  # Python's own is older, and reads the index at two thirds of the speed.
 	touch $@
 
 $(VENV)/.ready: $(VENV)/.made
