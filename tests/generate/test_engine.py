@@ -9,6 +9,8 @@ import pytest
 from experiments.generate.engine import TRACES, Engine, Sizes
 from experiments.generate.requests import Request, lookup_drafter, no_drafter
 
+# The model has layers of one kind, so that XLA compiles one layer per step.
+NAME = "deepseek_v2"
 # Three requests of the golden file take 9 pages together, so that some are preempted.
 SIZES = Sizes(slots=3, drafts=2, prefill_rows=2, chunk=8, max_tokens=64, num_pages=6, page_size=16)
 
@@ -22,7 +24,7 @@ def requests_of(want):
 
 def serve(golden, requests, drafter=lookup_drafter, every=1):
     """Serves requests of which one arrives every so many steps; checks that all pages are free."""
-    config, params, _ = golden("deepseek_v3")
+    config, params, _ = golden(NAME)
     engine = Engine(params, config, SIZES, drafter)
     arriving = list(requests)
     for number in itertools.count():
@@ -38,7 +40,7 @@ def serve(golden, requests, drafter=lookup_drafter, every=1):
 
 def test_tokens_are_those_of_transformers(golden):
     """Requests arrive while others decode, prompts are cut, and a request is preempted."""
-    want = golden("deepseek_v3")[2]
+    want = golden(NAME)[2]
     for every in (1, 4):
         engine = serve(golden, requests_of(want), every=every)
         assert engine.finished == dict(enumerate(want["tokens"].tolist()))
@@ -46,7 +48,7 @@ def test_tokens_are_those_of_transformers(golden):
 
 
 def test_each_step_is_traced_once(golden):
-    serve(golden, requests_of(golden("deepseek_v3")[2]), every=3)
+    serve(golden, requests_of(golden(NAME)[2]), every=3)
     mine = {key: n for key, n in TRACES.items() if key[-1] == SIZES.num_pages}
     assert sorted(key[0] for key in mine) == ["decode", "prefill"]
     assert set(mine.values()) == {1}
@@ -54,7 +56,7 @@ def test_each_step_is_traced_once(golden):
 
 def test_right_and_wrong_drafts(golden):
     """Drafts are right, wrong, or wrong after a right one; they change steps, not tokens."""
-    config, _, want = golden("deepseek_v3")
+    config, _, want = golden(NAME)
     request, tokens = requests_of(want)[0], want["tokens"][0].tolist()
     start = len(request.prompt)
 
@@ -73,7 +75,7 @@ def test_right_and_wrong_drafts(golden):
 
 
 def test_shared_prefixes_and_sampling_do_not_depend_on_the_batch(golden):
-    want = golden("deepseek_v3")[2]
+    want = golden(NAME)[2]
     prompt = want["prompts"][0, :36].tolist()
     requests = [
         Request(i, prompt + [i] * (i % 3), 10, temperature=1.0 + i / 4, top_p=0.9, seed=i // 2)
@@ -89,7 +91,7 @@ def test_shared_prefixes_and_sampling_do_not_depend_on_the_batch(golden):
 
 
 def test_stop_tokens_and_lengths(golden):
-    want = golden("deepseek_v3")[2]
+    want = golden(NAME)[2]
     request, tokens = requests_of(want)[1], want["tokens"][1].tolist()
     stop = tokens[4]
     stopped = dataclasses.replace(request, stop_tokens=frozenset([stop]))
@@ -120,7 +122,7 @@ def test_the_lookup_drafter():
     ],
 )
 def test_refused_requests(golden, changes, named):
-    config, params, _ = golden("deepseek_v3")
+    config, params, _ = golden(NAME)
     engine = Engine(params, config, SIZES)
     with pytest.raises(ValueError, match=named):
         engine.submit(dataclasses.replace(Request(0, [1], 1), **changes))

@@ -47,7 +47,8 @@ def test_logits_are_those_of_transformers(golden, name):
         for prompt, length, tokens in zip(want["prompts"], lengths, want["tokens"], strict=True)
     ]
     pool = PagedKVCache.create(
-        16, page_size=16, kv_lora_rank=32, rope_dim=8, dtype=jnp.float32, num_layers=4
+        16, page_size=16, kv_lora_rank=32, rope_dim=8, dtype=jnp.float32,
+        num_layers=config.num_layers,
     )
     pool = dataclasses.replace(pool, pages=jnp.full_like(pool.pages, jnp.nan))
     allocator = PageAllocator(16, 16)
@@ -65,8 +66,8 @@ def test_logits_are_those_of_transformers(golden, name):
             tokens[i, : counts[i]] = text[done[i] : done[i] + counts[i]]
         done = done + counts
         logits, pool = step(params, config, tokens, pool, tables, done, counts)
-        for i, count in enumerate(counts):
-            got[i].extend(np.asarray(logits[i, :count]))
+        for row, logits_of_row, count in zip(got, np.asarray(logits), counts, strict=True):
+            row.extend(logits_of_row[:count])
     prefill = np.concatenate([rows[:length] for rows, length in zip(got, lengths, strict=True)])
     assert relative_error(prefill, want["prefill"]) < BOUND
     for i, length in enumerate(lengths):
