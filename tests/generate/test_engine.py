@@ -79,7 +79,7 @@ def test_tokens_are_those_of_transformers(golden):
 
 
 def test_logits_are_those_of_transformers(golden):
-    """Of the decode step, which here gets the prompts, too, as drafts."""
+    """They are those of the decode step, which here gets the prompts as drafts, too."""
     config, params, want = golden(NAME)
 
     def step(tokens, pool, tables, seq_lens, query_lens):

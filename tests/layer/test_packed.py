@@ -88,7 +88,7 @@ def test_layer_in_steps(form, monkeypatch):
 
     None: requests of up to four tokens in the absorbed form, the others in the expanded form, and
     steps that have only the ones or the others. (The expanded form alone is in test_gradients.)
-    In a last step a request of each form is invalid: it is NaN and writes nothing.
+    Then one request per form is invalid: its rows are NaN, and it writes nothing.
     """
     monkeypatch.setattr(layer_form, "_cheaper", lambda count, *_: layer_form.FORMS[count > 4])
     steps = np.array([(9, 0, 1, 4), (0, 5, 4, 2), (1, 1, 1, 1), (7, 3, 6, 0), (6, 6, 5, 1)])
@@ -148,7 +148,7 @@ def test_layer_in_steps(form, monkeypatch):
 
 
 def test_gradients():
-    """Of the expanded form with packed tokens, behind a condition, against the naive layer.
+    """Compares the expanded form with packed tokens, behind a condition, with the naive layer.
 
     Outputs are those of float64.
     """
