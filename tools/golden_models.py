@@ -56,8 +56,10 @@ YARN = {
     "beta_slow": 1,
 }
 MODELS = {
-    # No low-rank query, as V2-Lite; groups as V2. YaRN's mscale is that of both.
+    # No low-rank query, as V2-Lite; groups as V2. YaRN's mscale is that of both. All layers have
+    # experts, so that XLA compiles one layer; the dense one is V3's.
     "deepseek_v2": DIMS
+    | {"num_hidden_layers": 3, "first_k_dense_replace": 0}
     | {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"]}
     | {"q_lora_rank": None, "n_shared_experts": 2, "rms_norm_eps": 1e-6}
     | {"scoring_func": "softmax", "topk_method": "group_limited_greedy"}

@@ -115,13 +115,16 @@ def _programs(
     """Returns a function of the pool per part, which returns a result and the pool."""
     c, dtype = config, params.embedding.dtype
     rows, width = batch.tokens.shape
-    x = jax.random.normal(jax.random.key(1), (rows, width, c.attention.hidden_size), dtype)
-    flat = x.reshape(rows * width, -1)
     shape = (rows, width, c.attention.num_heads, c.attention.latent_dim)
-    q = jax.random.normal(jax.random.key(2), shape, dtype)
+    # NumPy makes all arrays: each eager operation of JAX would be a program.
+    rng = np.random.default_rng(1)
+    host_x = rng.standard_normal((rows, width, c.attention.hidden_size)).astype(dtype)
+    x, flat = jax.device_put((host_x, host_x.reshape(rows * width, -1)))
+    q = jax.device_put(rng.standard_normal(shape).astype(dtype))
     tables = batch.block_tables, batch.seq_lens
     a_row = batch.temperatures, batch.top_ps, batch.seeds
-    sampling = (*(jnp.repeat(a, width) for a in a_row), jnp.zeros(rows * width, jnp.int32))
+    flat_rows = *(np.repeat(a, width) for a in a_row), np.zeros(rows * width, np.int32)
+    sampling = jax.device_put(flat_rows)
 
     def plan_of(pool: PagedKVCache) -> Any:
         return decode_plan(c, pool, batch) if with_plan else None

@@ -1,5 +1,7 @@
 """Grouped products: plain JAX and the Hopper kernel, compared with float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,21 +18,22 @@ BOUND = 4e-3  # of sums that are rounded to bfloat16 once
 def case(sizes, depth, columns, dtype=jnp.bfloat16, layers=2):
     """Rows, a stack of which the last layer is meant and the others are NaN, and sizes."""
     rng = np.random.default_rng()
-    rows = num_rows(sum(sizes), len(sizes))
-    x = rng.normal(size=(rows, depth))
+    count = num_rows(sum(sizes), len(sizes))
+    x = rng.normal(size=(count, depth))
     stack = np.full((layers, len(sizes), depth, columns), np.nan)
     stack[-1] = rng.normal(size=stack.shape[1:])
     aligned = -(-np.array(sizes, np.int32) // ALIGN) * ALIGN
-    return jnp.asarray(x, dtype), jnp.asarray(stack, dtype), np.int32(layers - 1), aligned
+    rows, stack = jax.device_put((x.astype(dtype), stack.astype(dtype)))
+    return rows, stack, np.int32(layers - 1), aligned
 
 
 def check(got, x, stack, layer, sizes):
-    rows = np.asarray(x, np.float64)
+    rows, stack, got = (np.asarray(a, np.float64) for a in (x, stack, got))
     start = 0
     for expert, size in enumerate(sizes):
         mine = slice(start, start + size)
-        want = rows[mine] @ np.asarray(stack[layer, expert], np.float64)
-        assert relative_error(np.asarray(got[mine], np.float64), want) < BOUND, expert
+        want = rows[mine] @ stack[layer, expert]
+        assert relative_error(got[mine], want) < BOUND, expert
         start += size
 
 
@@ -46,10 +49,9 @@ def test_plain_jax():
 def test_the_kernel_interpreted(races):
     races.in_global = False  # of two CTAs that store to rows of their own
     arguments = case(SIZES, 128, 256)
-    got = hopper_product(
-        *arguments, num_sms=3, interpret=plgpu.InterpretGPUParams(detect_races=True)
-    )
-    check(got, *arguments)
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    product = functools.partial(hopper_product, num_sms=3, interpret=interpret)
+    check(jax.jit(product)(*arguments), *arguments)
     assert not races.found
 
 

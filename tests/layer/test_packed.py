@@ -30,24 +30,21 @@ def packed(padded, query_lens, padding=PADDING, fill=np.nan):
     return np.concatenate([*rows, np.full((padding, *rows[0].shape[1:]), fill, rows[0].dtype)])
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_op(implementation):
+def test_op():
     """One program serves a valid batch, and one in which every kind of request is invalid.
 
-    With xla, q comes in two arrays.
+    q comes in two arrays; in test_keys_over_devices it is one.
     """
     batch = make_batch(np.random.default_rng(1), SEQ_LENS, QUERY_LENS)
     count = sum(QUERY_LENS) + PADDING
 
     @jax.jit
     def attend(q, block_tables, seq_lens, cu_q_lens):
-        options = {"softmax_scale": SCALE, "implementation": implementation}
-        requests = block_tables, seq_lens
-        return paged_mla_attention(q, batch.cache, *requests, cu_q_lens=cu_q_lens, **options)
+        options = {"softmax_scale": SCALE, "cu_q_lens": cu_q_lens}
+        return paged_mla_attention(q, batch.cache, block_tables, seq_lens, **options)
 
     q, cu_q_lens = packed(batch.q, QUERY_LENS), bounds(QUERY_LENS)
-    if implementation == "xla":
-        q = q[..., :RANK], q[..., RANK:]
+    q = q[..., :RANK], q[..., RANK:]
     o, lse = attend(q, batch.block_tables, batch.seq_lens, cu_q_lens)
     wanted_o, wanted_lse = (packed(x, QUERY_LENS, fill=0) for x in batch.oracle())
     tolerance = {"atol": TOLERANCE["float32"], "rtol": 0}
@@ -85,12 +82,13 @@ def test_plan():
         check_plan(plan.split, seen + 64 * (np.arange(count) == 4).astype(np.int32))
 
 
-@pytest.mark.parametrize("form", ["absorbed", "expanded", None])
+@pytest.mark.parametrize("form", ["absorbed", None])
 def test_layer_in_steps(form, monkeypatch):
     """Chunks behind prefixes, decode steps and requests without tokens, traced once.
 
     None: requests of up to four tokens in the absorbed form, the others in the expanded form, and
-    steps that have only the ones or the others.
+    steps that have only the ones or the others. (The expanded form alone is in test_gradients.)
+    Then one request per form is invalid: its rows are NaN, and it writes nothing.
     """
     monkeypatch.setattr(layer_form, "_cheaper", lambda count, *_: layer_form.FORMS[count > 4])
     steps = np.array([(9, 0, 1, 4), (0, 5, 4, 2), (1, 1, 1, 1), (7, 3, 6, 0), (6, 6, 5, 1)])
@@ -98,7 +96,8 @@ def test_layer_in_steps(form, monkeypatch):
     params, x = random_layer(SMALL, batch=4, length=int(total.max()))
     wanted, x = layer_float64(SMALL, params, x), np.asarray(x)
     cache, tables = new_cache(SMALL, 4, int(total.max()), num_layers=2)
-    cache = PagedKVCache(**vars(cache) | {"pages": jnp.full_like(cache.pages, jnp.nan)})
+    nan = jax.device_put(np.full(cache.pages.shape, np.nan, np.float32))
+    cache = PagedKVCache(**vars(cache) | {"pages": nan})
     width, traces = 18, []
 
     @functools.partial(jax.jit, donate_argnums=1)
@@ -119,32 +118,42 @@ def test_layer_in_steps(form, monkeypatch):
         out, cache = step(tokens, cache, *call)
         exact = [row[a:b] for row, a, b in zip(wanted, before, lens, strict=True)]
         exact = np.concatenate(exact)
+        out = np.asarray(out)
         assert relative_error(out[: len(exact)], exact) < 2e-6
-        assert not np.asarray(out)[len(exact) :].any()
+        assert not out[len(exact) :].any()
+
+    before, pages = lens, np.array(cache.pages)
+    counts, lens = np.array([7, 3, 6, 1]), before + np.array([10, 3, 6, 1], np.int32)
+    assert lens[0] == 33  # a table has 32 tokens
+    new = np.zeros((4, width, x.shape[2]), np.float32)
+    for b in (2, 3):
+        new[b, : counts[b]] = x[b, before[b] : lens[b]]
+    places = [
+        (len(tables) * 2 + np.asarray(tables)[b, t // cache.page_size], t % cache.page_size)
+        for b in (2, 3)
+        for t in range(before[b], lens[b])
+    ]  # the second layer's pages come after the first's
+    wrong = np.array(tables)
+    wrong[1, 1] = 10**6
+    out, cache = step(packed(new, counts, 1), cache, wrong, lens, bounds(counts))
+    out = np.asarray(out)
+    assert np.isnan(out[:10]).all()
+    assert relative_error(out[10:16], wanted[2, before[2] : lens[2]]) < 2e-6
+    assert relative_error(out[16], wanted[3, before[3]]) < 2e-6
+    assert not out[17].any()
+    after = np.asarray(cache.pages)
+    is_same = (after == pages) | (np.isnan(after) & np.isnan(pages))
+    assert sorted(zip(*np.nonzero(~is_same.all(-1)), strict=True)) == sorted(places)
     assert len(traces) == 1
 
 
-def test_invalid_requests_of_the_layer_write_nothing():
-    params, x = random_layer(SMALL, batch=3, length=16)
-    cache, tables = new_cache(SMALL, 3, 16)
-    lens = np.array([17, 16, 17], np.int32)  # a table has 16 tokens
-    cu_q_lens, tokens = bounds([16, 16, 14]), x.reshape(48, -1)  # two of padding
-    step = jax.jit(mla_layer, static_argnames=("config", "form"))
-    options = {"cu_q_lens": cu_q_lens, "form": "expanded"}
-    out, cache = step(params, SMALL, tokens, cache, tables, lens, **options)
-    assert relative_error(out[16:32], layer_float64(SMALL, params, x)[1]) < 2e-6
-    assert np.isnan(np.asarray(out)).all(axis=1).nonzero()[0].tolist() == [
-        *range(16),
-        *range(32, 46),
-    ]
-    assert not np.asarray(out)[46:].any()
-    written = np.flatnonzero(np.any(np.asarray(cache.pages), axis=(1, 2)))
-    assert written.tolist() == np.ravel(tables[1]).tolist()
-
-
 def test_gradients():
-    """Of the expanded form with packed tokens, behind a condition, against the naive layer."""
+    """Compares the expanded form with packed tokens, behind a condition, with the naive layer.
+
+    Outputs are those of float64.
+    """
     params, x = random_layer(SMALL, batch=2, length=11)
+    x = np.asarray(x)
     cache, tables = new_cache(SMALL, 2, 11)
     lens, cu_q_lens = np.array([11, 7], np.int32), bounds([11, 7])
     weights = np.random.default_rng(0).standard_normal((18, 20)).astype(np.float32)
@@ -152,15 +161,19 @@ def test_gradients():
     def loss(params, x):
         options = {"cu_q_lens": cu_q_lens, "form": "expanded", "donate": False}
         out, _ = mla_layer(params, SMALL, x, cache, tables, lens, **options)
-        return jnp.vdot(out, weights)
+        return jnp.vdot(out, weights), out
 
     def exact(params, x):
         out = naive_mla_layer(params, SMALL, x)
         return jnp.vdot(out[0], weights[:11]) + jnp.vdot(out[1, :7], weights[11:])
 
-    tokens = jnp.concatenate([x[0], x[1, :7]])
-    of_params, of_x = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, tokens)
+    tokens = jax.device_put(np.concatenate([x[0], x[1, :7]]))
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    (of_params, of_x), out = gradients(params, tokens)
+    wanted = layer_float64(SMALL, params, x)
+    assert relative_error(out, np.concatenate([wanted[0], wanted[1, :7]])) < 2e-6
     exact_of_params, exact_of_x = jax.jit(jax.grad(exact, argnums=(0, 1)))(params, x)
+    exact_of_x = np.asarray(exact_of_x)
     assert relative_error(of_x, np.concatenate([exact_of_x[0], exact_of_x[1, :7]])) < 1e-5
     for got, wanted in zip(*map(jax.tree.leaves, (of_params, exact_of_params)), strict=True):
         assert relative_error(got, wanted) < 1e-5
@@ -198,19 +211,19 @@ def test_keys_over_devices():
     assert np.flatnonzero(bad).tolist() == list(range(5, 38))
 
 
-def test_append_and_attend():
-    """`attend` and `append` take packed rows; the cache is as after a padded call."""
+def test_append():
+    """The rows of packed tokens are where the block tables say; nothing else is written."""
     batch = make_batch(np.random.default_rng(3), SEQ_LENS, QUERY_LENS)
     rows = np.random.default_rng(4).standard_normal((6, 33, 48)).astype(np.float32)
-    before = batch.seq_lens - batch.query_lens
-    padded = batch.cache.append(
-        jax.device_put(rows), batch.block_tables, before, batch.query_lens, donate=False
-    )
+    before, wanted = batch.seq_lens - batch.query_lens, np.array(batch.cache.pages)
+    for b, count in enumerate(QUERY_LENS):
+        t = before[b] + np.arange(count)
+        wanted[batch.block_tables[b, t // 16], t % 16] = rows[b, :count]
     got = batch.cache.append(
         packed(rows, QUERY_LENS), batch.block_tables, before,
         cu_q_lens=bounds(QUERY_LENS), donate=False,
     )  # fmt: skip
-    np.testing.assert_array_equal(got.pages, padded.pages)
+    np.testing.assert_array_equal(got.pages, wanted)
 
 
 def test_bad_arguments():
@@ -224,7 +237,9 @@ def test_bad_arguments():
     falls, past = good.copy(), good.copy()
     falls[2], past[-1] = 3, 62
     many = bounds([5, 0, 33, 1, 2, 17])
-    plan = plan_decode(batch.seq_lens, cache=batch.cache, num_heads=4, implementation="split_kv")
+    # Of nine requests, as in test_plan.
+    lens = np.ones(9, np.int32)
+    plan = plan_decode(lens, cache=batch.cache, num_heads=4, implementation="split_kv")
     for call, error, message in (
         (lambda: op(cu_q_lens=falls), ValueError, r"cu_q_lens\[2\] must be in 5 .. 61 .*, got 3"),
         (lambda: op(cu_q_lens=past), ValueError, r"cu_q_lens\[6\] must be in 41 .. 61 .*, got 62"),
