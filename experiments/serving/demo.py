@@ -290,12 +290,12 @@ def _continues(runner: Runner) -> bool:
 
 
 def compile_all(runners: Sequence[Runner], jobs: Sequence[Any]) -> dict[Any, Any]:
-    """Compiles all programs in threads; returns them by (runner, phase) or by job."""
+    """Compiles all programs in threads; returns them by (runner, width of the step) or by job."""
     work: dict[Any, Callable[[], Any]] = {}
     for runner in runners:
-        for phase in runner.batch.first_steps:
+        for phase, step in runner.batch.first_steps.items():
             if phase not in runner.refused:
-                work[runner, phase] = functools.partial(runner.compile, phase)
+                work[runner, step.width] = functools.partial(runner.compile, phase)
     work |= {job: demo_served.compiling(job) for job in jobs}
     with ThreadPoolExecutor(os.cpu_count() or 1) as executor:
         futures = {key: executor.submit(compile_one) for key, compile_one in work.items()}
@@ -320,6 +320,6 @@ def serve(
             if behind[runner]:  # copied before any runner writes the tokens of this step
                 runner.cache = jax.tree.map(jnp.copy, whole[runner.cache_dtype].cache)
         for runner in ready:
-            measured.append(runner.run(programs[runner, step.phase], index, step, wanted))
+            measured.append(runner.run(programs[runner, step.width], index, step, wanted))
         behind = {runner: step.phase in runner.refused for runner in runners}
     return measured

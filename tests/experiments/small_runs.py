@@ -12,7 +12,7 @@ PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "published"
 SMALL = {
     "demo": (
         f"--checkpoint={V2_LITE}",
-        *("--requests=3", "--max_prompt=9", "--chunk=4", "--page_size=16"),
+        *("--requests=3", "--max_prompt=7", "--chunk=2", "--page_size=16"),
         *("--decode_steps=2", "--mtp_steps=1", "--implementations=xla"),
     ),
     "correctness": (
@@ -27,7 +27,7 @@ SMALL = {
     "split_kv": ("--workers=12",),
     "published": (f"--table={PUBLISHED / 'ascend_int8_v11_over_v0.csv'}",),
     "pipeline": ("--schedule=seesaw",),
-    "compare": ("--profile=Ascend910B1",),
+    "compare": ("--profile=L40",),
     "sweep": ("--profile=Ascend910B1", "--schedule=chunk4"),
     "best": ("--profile=L40",),
     "portrait": ("--shapes=16x3x640",),

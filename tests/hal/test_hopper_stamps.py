@@ -17,8 +17,9 @@ from pallas_kernels.hopper import attention, planning, portrait
 from pallas_kernels.hopper.parts import stamps as at
 
 
-def program(attend, heads: int) -> str:
-    """The whole program of a launch, its kernel included, which alone decides the machine code."""
+@functools.cache
+def arguments(heads: int):
+    """The shapes of q, pages, tables, lens and plan."""
 
     def ints(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -28,7 +29,12 @@ def program(attend, heads: int) -> str:
     )
     q = jax.ShapeDtypeStruct((40, heads, 576), jnp.bfloat16)
     pages = jax.ShapeDtypeStruct((1000, 64, 576), jnp.bfloat16)
-    traced = jax.make_jaxpr(attend)(q, pages, ints(40, 50), ints(40), plan)
+    return q, pages, ints(40, 50), ints(40), plan
+
+
+def program(attend, heads: int) -> str:
+    """The whole program of a launch, its kernel included, which alone decides the machine code."""
+    traced = jax.make_jaxpr(attend)(*arguments(heads))
     return re.sub(r" at 0x[0-9a-f]+", "", str(traced))
 
 

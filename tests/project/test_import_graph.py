@@ -54,8 +54,9 @@ def statements(module: str) -> list[tuple[ast.Import | ast.ImportFrom, bool]]:
         node, inside = queue.pop()
         if isinstance(node, ast.Import | ast.ImportFrom):
             found.append((node, inside))
-        inside |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        queue += [(child, inside) for child in ast.iter_child_nodes(node)]
+        inside |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        children = ast.iter_child_nodes(node)
+        queue += [(child, inside) for child in children if not isinstance(child, ast.expr)]
     return found
 
 
@@ -121,7 +122,7 @@ def test_matplotlib_loads_only_where_a_picture_is_drawn():
 
 
 SCRIPT = """
-import os, sys, traceback
+import os, sys, traceback, warnings
 import absl, importlib.resources.readers, jax, numpy, rich.live, rich.progress, rich.table
 import safetensors.numpy, scipy.optimize, statistics
 from jax.experimental.pallas import mosaic_gpu
@@ -135,6 +136,7 @@ for module in sys.argv[1:]:
     child = os.fork()
     if child == 0:
         try:
+            warnings.simplefilter("error")
             __import__(module)
             assert "matplotlib" not in loaded(), "matplotlib is loaded"
             if module.startswith("mla_jax"):
