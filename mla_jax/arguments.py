@@ -85,7 +85,8 @@ def check_options(
     if plan is not None:
         batch, tokens, heads, _ = q.shape
         if shard is None:
-            _check_plan(plan, batch, tokens * heads, "S * H")
+            words = "S * H; S is 1, and each token is a request, with cu_q_lens"
+            _check_plan(plan, batch, tokens * heads, words)
         else:
             _check_plan(plan, batch * tokens, heads, "H, with kv_axis one for each query token")
     if partial_dtype is None:

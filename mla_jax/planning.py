@@ -98,7 +98,7 @@ def plan_decode(
     seq_lens, query_lens = map(checks.snapshot, (seq_lens, query_lens))
     if cu_q_lens is not None:
         require_no_query_lens(query_lens)
-        check_lengths("num_query_tokens", tokens, seq_lens, cu_q_lens, kv_axis=kv_axis)
+        check_lengths("T = num_query_tokens", tokens, seq_lens, cu_q_lens, kv_axis=kv_axis)
         seq_lens, tokens = keys_seen(seq_lens, checks.snapshot(cu_q_lens), tokens), 1
     if kv_axis is None:
         rows *= tokens

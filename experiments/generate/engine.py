@@ -46,6 +46,12 @@ class Sizes:
     num_pages: int = 64
     page_size: int = 16
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 0 if field.name == "drafts" else 1
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{field.name} must be an integer from {least} on, got {value!r}")
+
     @property
     def max_pages(self) -> int:
         return -(-self.max_tokens // self.page_size)
@@ -279,7 +285,7 @@ class Engine:
                     return False
 
     def _has_room(self, running: _Running) -> bool:
-        """Whether a request can start, so that it is not preempted before its first new token."""
+        """Whether a request can start: the pages that are free now have room for its prompt."""
         others = any(r is not None and r.has_pages for r in self.slots)
         return not others or self.allocator.num_free * self.sizes.page_size > running.left
 

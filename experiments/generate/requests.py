@@ -28,13 +28,17 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()
 
     def check(self, vocab_size: int, max_tokens: int) -> None:
-        """Raises ValueError that names the field which is out of range."""
+        """Raises ValueError that names the field which is not an integer or out of range."""
         if not len(self.prompt):
             raise ValueError(f"prompt of request {self.id!r} must have a token, got none")
-        if not all(0 <= token < vocab_size for token in self.prompt):
-            raise ValueError(
-                f"prompt of request {self.id!r} must have ids in 0 .. {vocab_size - 1}"
-            )
+        for token in self.prompt:
+            if not isinstance(token, int | np.integer) or not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"prompt of request {self.id!r} must have integer ids in "
+                    f"0 .. {vocab_size - 1}, got {token!r}"
+                )
+        if not isinstance(self.max_new_tokens, int | np.integer):
+            raise ValueError(f"max_new_tokens must be an integer, got {self.max_new_tokens!r}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
         if len(self.prompt) + self.max_new_tokens > max_tokens:

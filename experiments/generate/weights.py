@@ -1,7 +1,8 @@
 """The weights of a whole model: from a Hugging Face folder, or random ones of given sizes.
 
 `mla_jax.load_hf_layers` reads the attention. The library's `Checkpoint` reads the other tensors by
-name, dequantized if they are fp8. Every name and shape is checked before the first weight is read.
+name, dequantized if they are fp8. Names and shapes are checked before weights are read,
+those of the attention for one kind of layers after the other.
 The host holds one tensor at a time, which is written in place into the stack of its layers.
 """
 

@@ -60,7 +60,7 @@ def mla_ragged_paged_attention(
         sm_scale: multiplies the scores; known at trace time.
         sliding_window, soft_cap, q_scale, k_scale, v_scale: must be None.
         mask_value: None, or a score of at most -1e30. Hidden keys have no weight in any case.
-        implementation: as in `paged_mla_attention`.
+        implementation: as in `paged_mla_attention`; several names are a tuple.
 
     Returns:
         o: [T, H, kv_lora_rank] of ql_nope's dtype; 0 for tokens of no request.
@@ -71,6 +71,15 @@ def mla_ragged_paged_attention(
     """
     unsupported: dict[str, Any] = {"sliding_window": sliding_window, "soft_cap": soft_cap}
     unsupported |= {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+    arrays = {"ql_nope": ql_nope, "q_pe": q_pe, "new_kv_c": new_kv_c, "new_k_pe": new_k_pe}
+    arrays |= {"cache_kv": cache_kv, "kv_lens": kv_lens, "page_indices": page_indices}
+    arrays |= {"cu_q_lens": cu_q_lens, "distribution": distribution}
+    for name, array in arrays.items():
+        checks.require_array(name, array)
+    for name in ("ql_nope", "q_pe", "cache_kv"):
+        checks.require_float(name, arrays[name])
+    if q_pe.dtype != ql_nope.dtype:
+        raise TypeError(f"q_pe must be {ql_nope.dtype} as ql_nope is, got {q_pe.dtype}")
     for name, option in unsupported.items():
         if option is not None:
             raise ValueError(f"{name} must be None, got {option}")

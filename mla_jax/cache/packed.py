@@ -47,6 +47,8 @@ class PackedTokens(NamedTuple):
         Raises TypeError or ValueError for arguments that do not fit. Values are checked unless they
         are traced, or split over kv_axis.
         """
+        if kv_axis is not None:
+            KeyShard.here(kv_axis, cache.page_size)  # It checks the axis.
         requests = block_tables, seq_lens, cu_q_lens
         sizes = {"page_size": cache.page_size, "num_pages": cache.num_pages}
         check_lengths(name, count, seq_lens, cu_q_lens, kv_axis=kv_axis)
@@ -150,6 +152,8 @@ def rows_to_append(
     count = checks.require_positive("T of kv", kv.shape[0])
     checks.require_array("cu_q_lens", cu_q_lens)
     checks.require_shape("cu_q_lens", cu_q_lens, "[B + 1]", None)
+    checks.require_int("B + 1, the size of cu_q_lens,", len(cu_q_lens), 2)
+    checks.require_array("seq_lens", before)
     checks.require_shape("seq_lens", before, "[B]", len(cu_q_lens) - 1)
     for argument, value in {"seq_lens": before, "cu_q_lens": cu_q_lens}.items():
         checks.require_int32(argument, value)
@@ -159,7 +163,7 @@ def rows_to_append(
         after = np.asarray(before).astype(np.int64) + np.diff(np.asarray(cu_q_lens))
         sizes = {"page_size": cache.page_size, "num_pages": cache.num_pages}
         checks.require_block_tables(block_tables, len(before))
-        words = "seq_lens + the tokens of cu_q_lens"
+        words = "new tokens + seq_lens"
         checks.require_pages(words, after, block_tables, **sizes)
     after = _after(*map(checks.snapshot, (before, cu_q_lens)))
     tokens = PackedTokens.of("kv", count, cache, block_tables, after, cu_q_lens, kv_axis=kv_axis)
