@@ -35,9 +35,9 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def seed_flag(help: str) -> Any:
+def seed_flag(help: str, default: int = 0) -> Any:
     """Returns the flag of a random seed, in the range that every generator accepts."""
-    return flag(0, help, lower_bound=0, upper_bound=2**31 - 1)
+    return flag(default, help, lower_bound=0, upper_bound=2**31 - 1)
 
 
 def define_flags(options: type, values: flags.FlagValues) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from experiments.framework.console import say, show_table, track
 from experiments.framework.experiment import Outcome, Output, Row
 from experiments.framework.journal import Journal
-from experiments.framework.options import flag
+from experiments.framework.options import flag, seed_flag
 from experiments.framework.results import write_whole
 from experiments.speed.benchmark import collected, measured_ceilings
 from experiments.speed.decode.runner import Runner, Task
@@ -44,7 +44,7 @@ COLUMNS = {  # result.json has the names of the tiles, too
 @dataclasses.dataclass(frozen=True)
 class Options:
     shapes: int = flag(60, "random shapes", lower_bound=1)
-    seed: int = flag(SEED, "of the shapes", lower_bound=0)
+    seed: int = seed_flag("of the shapes", SEED)
     most: int = flag(0, "configs per shape, the simulated favourites; 0: all", lower_bound=0)
     seconds: float = flag(0.0, "time after which no work starts; 0: no limit", lower_bound=0)
     memory_gib: float = flag(0.0, "for caches; 0 is 60 % of the device's", lower_bound=0)
