@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import golden_models
 import numpy as np
 import torch
-from golden_models import write_models
 from safetensors.torch import save_file
 from transformers import (
     AXK1Config,
@@ -61,15 +61,7 @@ ODD_DIMS = DIMS | {
     "qk_rope_head_dim": 12,
     "v_head_dim": 14,
 }
-YARN = {
-    "type": "yarn",
-    "factor": 4,
-    "original_max_position_embeddings": 16,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-}
+YARN = golden_models.YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}
 
 
 @dataclass
@@ -249,7 +241,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="folder for whole tiny models")
     arguments = parser.parse_args()
     if arguments.models is not None:
-        write_models(arguments.models)
+        golden_models.write_models(arguments.models)
     if arguments.output is None:
         return
     output = arguments.output

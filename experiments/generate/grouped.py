@@ -3,7 +3,7 @@
 `jax.lax.ragged_dot` computes them anywhere. With jax 0.11.2 it is a product of all rows with all
 experts on a CPU and on an NVIDIA GPU: XLA copies the rows once per expert, with zeros in place of
 the rows of the others. With 64 experts that is 64 times the work. `jax.lax.scan` over layers
-besides copies a layer's experts out of their stack before the product.
+also copies the experts of each layer out of their stack before the product.
 
 On a Hopper GPU a Pallas kernel computes the product instead. It reads each expert's matrix where it
 is, in the stack of all layers, and only the experts that have rows. Every matrix is read once if

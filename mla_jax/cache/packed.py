@@ -98,7 +98,8 @@ def keys_seen(seq_lens: jax.Array, cu_q_lens: jax.Array, count: int) -> jax.Arra
     """
     request, owned = owners(cu_q_lens, count)
     behind = cu_q_lens[request + 1] - jnp.arange(count, dtype=jnp.int32) - 1
-    return jnp.where(owned, jnp.maximum(seq_lens[request] - behind, 0), 0)
+    keys = jnp.maximum(jnp.maximum(seq_lens[request], 0) - behind, 0)
+    return jnp.where(owned & (behind >= 0), keys, 0)
 
 
 def check_lengths(

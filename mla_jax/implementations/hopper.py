@@ -9,6 +9,7 @@ from mla_jax.hal import TilePlanError
 from mla_jax.implementations.implementation import Implementation, PlanRequest
 from mla_jax.implementations.kernels import kernels_missing
 from mla_jax.problem import AttentionProblem
+from mla_jax.ragged.queries import Queries
 from mla_jax.sharding.target import Target
 from mla_jax.splits.decode_plan import DecodePlan
 
@@ -19,7 +20,7 @@ def _attend(problem: AttentionProblem) -> tuple[jax.Array, jax.Array]:
     cache, batch = problem.cache, len(problem.seq_lens)
     # The parts of q stay apart.
     q = jax.tree.map(lambda part: part.reshape(batch, problem.num_rows, -1), problem.q)
-    q = q if isinstance(q, jax.Array) else tuple(q)
+    q = tuple(q) if isinstance(q, Queries) else q
     work = problem.block_tables, problem.seq_lens, problem.query_lens, problem.plan
     options: dict[str, Any] = {
         "num_heads": problem.q.shape[2],

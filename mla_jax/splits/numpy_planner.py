@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from mla_jax.splits.plan import SplitPlan, num_blocks
+from mla_jax.splits.planner import PAIR_OVERHEAD
 
-PAIR_OVERHEAD = 1  # as in `planner`
 _BEYOND = np.int64(2**62)  # sorts after every place on the line
 
 

@@ -24,7 +24,7 @@ from pallas_kernels.hopper.kernels.decode_transposed import decode_transposed
 from pallas_kernels.hopper.kernels.decode_transposed_int8 import decode_transposed_int8
 from pallas_kernels.hopper.kernels.merge import merge
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
-from pallas_kernels.hopper.parts.queries import Queries
+from pallas_kernels.hopper.parts.query_parts import QueryParts
 from pallas_kernels.hopper.planning import plan_decode, warn_if_slow, with_tiles, work_of
 from pallas_kernels.hopper.work_items import BLOCK, finish_of
 from pallas_kernels.modes import jit_with_defaults
@@ -78,7 +78,7 @@ def attend(
     Returns:
         o [B, R, kv_lora_rank] of q's dtype and lse [B, R] float32, natural log.
     """
-    queries = Queries.of(q)
+    queries = QueryParts.of(q)
     tokens = _QueryTokens(queries.rows // num_heads, num_heads, causal)
     requests = block_tables, seq_lens, query_lens
     plan, requests = _planned(
@@ -143,7 +143,7 @@ def attend_int8(
     Returns:
         o [B, R, kv_lora_rank] bfloat16 and lse [B, R] float32, natural log.
     """
-    queries = Queries.of(q)
+    queries = QueryParts.of(q)
     tokens = _QueryTokens(queries.rows // num_heads, num_heads, causal)
     requests = block_tables, seq_lens, query_lens
     plan, requests = _planned(
@@ -239,7 +239,7 @@ def _planned(
 
 def launch(
     kernel: Kernel,
-    q: Queries,
+    q: QueryParts,
     cache: tuple[jax.Array, ...],
     requests: _Requests,
     plan: DecodePlan,

@@ -10,7 +10,7 @@ from mla_jax.splits.decode_plan import DecodePlan
 from pallas_kernels.hopper.attention import KERNELS, launch
 from pallas_kernels.hopper.config import DecodeConfig
 from pallas_kernels.hopper.parts import stamps as at
-from pallas_kernels.hopper.parts.queries import Queries
+from pallas_kernels.hopper.parts.query_parts import QueryParts
 
 
 @functools.partial(jax.jit, static_argnames=("num_heads", "softmax_scale"))
@@ -36,7 +36,7 @@ def attend_with_stamps(
     options: dict[str, Any] = {"partial_dtype": jnp.float16 if is_decode else jnp.float32}
     o, lse = launch(
         KERNELS["float"][type(plan.tiles)],
-        Queries.of(q),
+        QueryParts.of(q),
         (pages,),
         (block_tables, seq_lens, None),
         plan,

@@ -11,7 +11,7 @@ MODELS = Path(__file__).parents[1] / "data" / "models"
 
 @pytest.fixture(scope="session")
 def golden():
-    """Of a model's name: its config, its params, and the arrays of its golden.npz."""
+    """Returns a function from a model's name to its config, its params and its golden arrays."""
     from experiments.generate import weights  # (after XLA_FLAGS)
 
     @functools.cache

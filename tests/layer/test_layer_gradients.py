@@ -83,7 +83,7 @@ def slope_forward(**options):
 
 
 def test_gradients_of_params_and_x(monkeypatch):
-    """Of the expanded form, and of the absorbed form of requests of up to 2 tokens.
+    """Requests of up to 2 tokens take the absorbed form, the others the expanded form.
 
     The last token of each prefix joins the new ones. Earlier ones are in parts of 16, which begin
     and end inside of requests.

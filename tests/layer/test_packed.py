@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from paged_batch import RANK, SCALE, TOLERANCE, make_batch
+from paged_batch import RANK, ROPE, SCALE, TOLERANCE, make_batch
 from small_layer import SMALL, new_cache, random_layer, relative_error
 
-from mla_jax import PagedKVCache, mla_layer, paged_mla_attention, plan_decode
+from mla_jax import MLAConfig, PagedKVCache, attend, mla_layer, paged_mla_attention, plan_decode
 from mla_jax.prefill import form as layer_form
 from mla_jax.reference.layer import layer_float64
 from mla_jax.reference.naive import naive_mla_layer
@@ -39,13 +39,13 @@ def test_op():
     count = sum(QUERY_LENS) + PADDING
 
     @jax.jit
-    def attend(q, block_tables, seq_lens, cu_q_lens):
+    def run(q, block_tables, seq_lens, cu_q_lens):
         options = {"softmax_scale": SCALE, "cu_q_lens": cu_q_lens}
         return paged_mla_attention(q, batch.cache, block_tables, seq_lens, **options)
 
     q, cu_q_lens = packed(batch.q, QUERY_LENS), bounds(QUERY_LENS)
     q = q[..., :RANK], q[..., RANK:]
-    o, lse = attend(q, batch.block_tables, batch.seq_lens, cu_q_lens)
+    o, lse = run(q, batch.block_tables, batch.seq_lens, cu_q_lens)
     wanted_o, wanted_lse = (packed(x, QUERY_LENS, fill=0) for x in batch.oracle())
     tolerance = {"atol": TOLERANCE["float32"], "rtol": 0}
     real = np.arange(count) < cu_q_lens[-1]
@@ -56,14 +56,14 @@ def test_op():
 
     lens, tables = batch.seq_lens.copy(), batch.block_tables.copy()
     lens[0], lens[2], tables[4, 1] = 10**6, 32, 10**6  # past the table; fewer than tokens; a page
-    o, lse = attend(q, tables, lens, cu_q_lens)
+    o, lse = run(q, tables, lens, cu_q_lens)
     bad = np.repeat([True, False, True, False, True, False, False], [*QUERY_LENS, PADDING])
     assert np.isnan(np.asarray(o)[bad]).all()
     assert np.isnan(np.asarray(lse)[bad]).all()
     np.testing.assert_allclose(np.asarray(o)[real & ~bad], wanted_o[real & ~bad], **tolerance)
     falls = cu_q_lens.copy()
     falls[3] = 0  # request 2 ends before it starts, and request 3 starts in an earlier one
-    o, _ = attend(q, batch.block_tables, batch.seq_lens, falls)
+    o, _ = run(q, batch.block_tables, batch.seq_lens, falls)
     bad = np.repeat([False, False, True, True, False, False, False], [*QUERY_LENS, PADDING])
     assert np.isnan(np.asarray(o)[bad]).all()
     np.testing.assert_allclose(np.asarray(o)[real & ~bad], wanted_o[real & ~bad], **tolerance)
@@ -195,18 +195,18 @@ def test_keys_over_devices():
         in_specs=(PartitionSpec(), split, split),
         out_specs=PartitionSpec(),
     )
-    def attend(q, pages, tables):
+    def run(q, pages, tables):
         cache = PagedKVCache(**vars(batch.cache) | {"pages": pages})
         lens = jnp.asarray(batch.seq_lens), jnp.asarray(bounds(QUERY_LENS))
         options = {"softmax_scale": SCALE, "kv_axis": "cp", "cu_q_lens": lens[1]}
         return paged_mla_attention(q, cache, tables[0], lens[0], **options)
 
-    o, lse = attend(packed(batch.q, QUERY_LENS), pages, tables)
+    o, lse = run(packed(batch.q, QUERY_LENS), pages, tables)
     for got, wanted in zip((o, lse), batch.oracle(), strict=True):
         real = packed(wanted, QUERY_LENS, padding=0)
         np.testing.assert_allclose(np.asarray(got)[: len(real)], real, atol=2e-5)
     tables[1, 2, 1] = -1  # a page of request 2 on one device, which its first tokens do not see
-    o, _ = attend(packed(batch.q, QUERY_LENS), pages, tables)
+    o, _ = run(packed(batch.q, QUERY_LENS), pages, tables)
     bad = np.isnan(np.asarray(o)).all(axis=(1, 2))
     assert np.flatnonzero(bad).tolist() == list(range(5, 38))
 
@@ -224,6 +224,30 @@ def test_append():
         cu_q_lens=bounds(QUERY_LENS), donate=False,
     )  # fmt: skip
     np.testing.assert_array_equal(got.pages, wanted)
+
+
+def test_attend():
+    """The new tokens' rows are NaN in the cache until `attend` appends them; q is a pair."""
+    batch = make_batch(np.random.default_rng(6), SEQ_LENS, QUERY_LENS)
+    config = MLAConfig(
+        hidden_size=8, num_heads=4, q_lora_rank=None, kv_lora_rank=RANK, qk_nope_head_dim=8,
+        qk_rope_head_dim=ROPE, v_head_dim=8,
+    )  # fmt: skip
+    rows = []
+    pages = np.array(batch.cache.pages)
+    for b, count in enumerate(QUERY_LENS):
+        t = SEQ_LENS[b] - count + np.arange(count)
+        place = batch.block_tables[b, t // 16], t % 16
+        rows.append(pages[place])
+        pages[place] = np.nan
+    cache = PagedKVCache(**vars(batch.cache) | {"pages": jnp.asarray(pages)})
+    q, cu_q_lens = packed(batch.q, QUERY_LENS, padding=0), bounds(QUERY_LENS)
+    call = (q[..., :RANK], q[..., RANK:]), np.concatenate(rows), cache, batch.block_tables
+    step = jax.jit(attend, static_argnames="config")
+    o, cache = step(config, *call, batch.seq_lens, cu_q_lens=cu_q_lens)
+    wanted, _ = batch.oracle(softmax_scale=config.softmax_scale)
+    np.testing.assert_allclose(o, packed(wanted, QUERY_LENS, padding=0), atol=2e-5)
+    np.testing.assert_array_equal(cache.pages, batch.cache.pages)
 
 
 def test_bad_arguments():

@@ -14,8 +14,8 @@ from fuzz.cases import CPU, INTERPRETED, INTERPRETER, Case, draw_case
 from fuzz.runner import Program, draw, run_call
 
 CALLS = 8  # of each program in plain JAX
-# One kernel, whose first call takes some 5 s; a GPU runs them all. Of two calls with more that is
-# odd, none showed a wrong causal limit. The tests of the kernels with the race detector have no
+# One kernel, whose first call takes some 5 s; a GPU runs them all. Two calls with more that is odd
+# did not show a wrong causal limit. The tests of the kernels with the race detector have no
 # pages of 16 rows: it follows only one TMA copy per barrier phase. Two row tiles, in a plan that
 # leaves out hidden blocks.
 KERNEL_CALLS, ODD = 3, 0.5

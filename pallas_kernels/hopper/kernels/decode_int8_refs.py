@@ -13,7 +13,7 @@ from pallas_kernels.hopper.mosaic.primitives import WGMMA_OPERAND
 from pallas_kernels.hopper.mosaic.transposed import WARPS
 from pallas_kernels.hopper.mosaic.values import opaque_zero
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
-from pallas_kernels.hopper.parts.queries import Queries
+from pallas_kernels.hopper.parts.query_parts import QueryParts
 from pallas_kernels.hopper.parts.transposed import Partials, Results, Write
 from pallas_kernels.hopper.work_items import BLOCK, range_of
 
@@ -46,7 +46,7 @@ class Int8Cache(NamedTuple):
 class Inputs(NamedTuple):
     """What the kernel reads."""
 
-    q: Queries  # bfloat16
+    q: QueryParts  # bfloat16
     cache: Int8Cache
     requests: Requests
 

@@ -14,7 +14,7 @@ from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
 from pallas_kernels.hopper.parts.combine import CombineRefs, OutputRows, TileCounter
 from pallas_kernels.hopper.parts.kv_load import arrivals, blocks
-from pallas_kernels.hopper.parts.queries import Queries
+from pallas_kernels.hopper.parts.query_parts import QueryParts
 from pallas_kernels.hopper.parts.stamps import Stamps
 from pallas_kernels.hopper.work_items import BLOCK, range_of
 
@@ -45,7 +45,7 @@ FIELD = Descriptor(*range(len(Descriptor._fields)))  # the index of each field
 
 
 class Inputs(NamedTuple):
-    q: Queries
+    q: QueryParts
     pages: Any  # [num_pages, page_size, D]
     requests: Requests
     exchange: Any  # stands for the other CTA's shared memory in the interpreter; else None

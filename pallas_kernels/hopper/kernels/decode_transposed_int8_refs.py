@@ -14,7 +14,7 @@ from pallas_kernels.hopper.mosaic.primitives import WGMMA_OPERAND
 from pallas_kernels.hopper.mosaic.transposed import WARPS
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
 from pallas_kernels.hopper.parts.quantize_q import ROW_GROUP
-from pallas_kernels.hopper.parts.queries import Queries
+from pallas_kernels.hopper.parts.query_parts import QueryParts
 from pallas_kernels.hopper.parts.transposed import Partials, Results
 from pallas_kernels.hopper.work_items import BLOCK, WorkItem, range_of, run_items
 
@@ -81,7 +81,7 @@ class Int8Cache(NamedTuple):
 class Inputs(NamedTuple):
     """What the kernel reads: arrays outside, references inside."""
 
-    q: Queries  # bfloat16, a multiple of rows_per_tile rows
+    q: QueryParts  # bfloat16, a multiple of rows_per_tile rows
     cache: Int8Cache
     requests: Requests
 

@@ -14,7 +14,7 @@ from pallas_kernels.hopper.mosaic.primitives import WGMMA_OPERAND
 from pallas_kernels.hopper.mosaic.transposed import WARPS, TransposedBackend
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
 from pallas_kernels.hopper.parts.kv_load import arrivals, blocks
-from pallas_kernels.hopper.parts.queries import Queries
+from pallas_kernels.hopper.parts.query_parts import QueryParts
 from pallas_kernels.hopper.parts.stamps import Stamps
 from pallas_kernels.hopper.parts.transposed import Partials, Results
 from pallas_kernels.hopper.work_items import BLOCK, WorkItem, range_of, run_items
@@ -86,7 +86,7 @@ class Sizes:
 class Inputs(NamedTuple):
     """What the kernel reads: arrays outside, references inside."""
 
-    q: Queries  # a multiple of rows_per_tile rows
+    q: QueryParts  # a multiple of rows_per_tile rows
     cache: Any  # [num_pages, page_size, kv_lora_rank + rope_dim]
     requests: Requests
     # [clusters, 2, kv_lora_rank + 2, rows_per_tile] float32. In the interpreter it replaces the

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from mla_jax.splits.plan import SplitPlan
 from pallas_kernels.hopper.config import KernelConfig
 from pallas_kernels.hopper.mosaic.rows import Rows
-from pallas_kernels.hopper.parts.queries import Queries
+from pallas_kernels.hopper.parts.query_parts import QueryParts
 from pallas_kernels.hopper.work_items import LOG2E, WorkList, valid_lengths
 
 
@@ -46,7 +46,7 @@ class DecodeCall[Config: KernelConfig]:
         interpret: `plgpu.InterpretGPUParams()` runs the kernel on a CPU; None: on the GPU.
     """
 
-    q: Queries
+    q: QueryParts
     cache: tuple[jax.Array, ...]
     requests: Requests
     outputs: Outputs

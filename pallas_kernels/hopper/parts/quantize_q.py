@@ -20,7 +20,7 @@ from mla_jax import quantize
 from pallas_kernels.hopper.mosaic.int8 import high_and_low
 from pallas_kernels.hopper.mosaic.primitives import Backend
 from pallas_kernels.hopper.mosaic.values import per_row
-from pallas_kernels.hopper.parts.queries import Queries
+from pallas_kernels.hopper.parts.query_parts import QueryParts
 
 ROW_GROUP = 8  # rows that a warpgroup quantizes at a time: those of a swizzled tile
 # Adding this number rounds to a whole number, because float32 has no fractions between 2^23 and
@@ -42,7 +42,7 @@ _LATENT, _ROPE = _row_layout(128), _row_layout(64)
 
 def fetch_q(
     g: Backend,
-    q: Queries,
+    q: QueryParts,
     place: tuple[Any, Any],
     into: tuple[Any, Any, Any],
     begin: int,

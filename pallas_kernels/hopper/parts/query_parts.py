@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 
-class Queries(NamedTuple):
+class QueryParts(NamedTuple):
     """Arrays outside of a kernel, references inside; they have equal rows and dtypes.
 
     A layer's products make the two parts apart. To put them side by side would copy them.
@@ -15,8 +15,8 @@ class Queries(NamedTuple):
     parts: tuple[Any, ...]  # [B, R or more, columns] each: (q,) or (latent, rope)
 
     @staticmethod
-    def of(q: jax.Array | tuple[jax.Array, jax.Array]) -> "Queries":
-        return Queries(q if isinstance(q, tuple) else (q,))
+    def of(q: jax.Array | tuple[jax.Array, jax.Array]) -> "QueryParts":
+        return QueryParts(q if isinstance(q, tuple) else (q,))
 
     @property
     def dtype(self) -> Any:
@@ -41,9 +41,9 @@ class Queries(NamedTuple):
         first = self.parts[0].shape[2]
         return (self.parts[0], start) if start < first else (self.parts[1], start - first)
 
-    def padded(self, multiple: int) -> "Queries":
+    def padded(self, multiple: int) -> "QueryParts":
         """Returns q with rows of zeros behind it, up to a multiple."""
         spare = -self.rows % multiple
         if not spare:
             return self
-        return Queries(tuple(jnp.pad(part, ((0, 0), (0, spare), (0, 0))) for part in self.parts))
+        return QueryParts(tuple(jnp.pad(part, ((0, 0), (0, spare), (0, 0))) for part in self.parts))
