@@ -183,9 +183,13 @@ def _h200() -> jax.Device:
 def version_of_ptxas_asked_once() -> Iterator[None]:
     """Keeps Mosaic GPU from starting ptxas for its version at each conversion of a boolean.
 
-    A decode kernel has 660 of them, which take a third of the time of its lowering.
+    A decode kernel has 660 of them, which take a third of the time of its lowering. Without JAX's
+    plugin for CUDA there is nothing to keep.
     """
     library = fragmented_array.mgpu_lib
+    if library is None:
+        yield
+        return
     asked = library._mosaic_gpu_ext
     answer = functools.cache(asked._get_ptxas_isa_version)
     once = types.SimpleNamespace(_get_ptxas_isa_version=answer)
