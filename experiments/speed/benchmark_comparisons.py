@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from experiments.framework.experiment import Row
 from experiments.framework.journal import Journal
-from experiments.simulated.tables.predictions import FOLDER, read_table
+from experiments.simulated.tables.predictions import FOLDER, MEASURED, read_table
 from experiments.speed import timing
 from experiments.speed.decode.setup import Setup
 from experiments.speed.shapes import (
@@ -19,7 +19,6 @@ from experiments.speed.shapes import (
 from mla_jax.hal import Problem, profile_of_device, simulate
 
 DEEPSEEK_WIDTHS = (512, 64)  # kv_lora_rank and rope_dim of rates, baselines and predictions
-MEASURED = FOLDER.parent / "measured"  # CARD_decode.json: hopper and baselines of one process
 SIMULATED = {  # implementation -> the simulator's kernel of the same structure
     "hopper": "flashmla_dense",
     "hopper multiply": "flashmla_dense",

@@ -134,7 +134,7 @@ def test_prefill_has_causal_work_and_a_peak() -> None:
     long = prefill_seconds(H200, 1, 128, 16384, 16384)
     assert H200["engine.tensor_efficiency"] > flops / long / H200.matrix_peak > 0.4
     faster = H200.with_values({"engine.sfu": 32, "engine.cuda": 256, "engine.tensor_bf16": 8192})
-    assert prefill_seconds(faster, 1, 128, 16384, 16384) < 0.85 * long
+    assert prefill_seconds(faster, 1, 128, 16384, 16384) < 0.9 * long
     assert prefill_seconds(H200, 1, 128, 16384, 16384, "fp8") < 0.9 * long
     new = prefill_seconds(H200, 1, 128, 8192, 16384)  # 3/4 of the pairs of a query and a key
     assert 0.70 < new / long < 0.80
@@ -148,7 +148,7 @@ def test_8_bit_operands_are_multiplied_at_their_rate() -> None:
         call = Problem((8192,) * 132, 128, kv_dtype=dtype)
         seconds = simulate(H200, call, kernel).seconds
         faster = H200.with_values({"engine.tensor_int8": 16384, "engine.shared_pipe": 256})
-        assert simulate(faster, call, kernel).seconds < 0.85 * seconds
+        assert simulate(faster, call, kernel).seconds < 0.9 * seconds
         bf16 = dataclasses.replace(call, kv_dtype="bf16")
         assert simulate(H200, bf16, "flashmla_dense").seconds > 1.5 * seconds
         with pytest.raises(ValueError, match=f"kv_dtype = 'bf16', wanted {dtype}, since it mult"):

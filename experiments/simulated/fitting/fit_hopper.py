@@ -16,7 +16,7 @@ import numpy as np
 
 import mla_jax.hal
 from experiments.simulated.fitting.fit_profiles import Bounds, mape
-from experiments.simulated.tables.predictions import lengths_of
+from experiments.simulated.tables.predictions import MEASURED, lengths_of
 from mla_jax.hal import Problem, load_profile
 from mla_jax.hal.simulator.hopper import (
     HopperKernel,
@@ -26,7 +26,7 @@ from mla_jax.hal.simulator.hopper import (
 )
 from pallas_kernels.hopper.model import simulated_kernel
 
-MEASURED = Path(__file__).parents[3] / "benchmarks" / "measured" / "h200_decode.json"
+MEASURED_ROWS = MEASURED / "h200_decode.json"
 DEVICE = "H200_SXM"
 BOUNDS: Bounds = {
     "memory.hbm_efficiency": (0.8, 0.93, 1.0),
@@ -37,7 +37,7 @@ BOUNDS: Bounds = {
 Case = tuple[float, Problem, HopperKernel]  # measured seconds
 
 
-def cases(path: Path = MEASURED) -> list[Case]:
+def cases(path: Path = MEASURED_ROWS) -> list[Case]:
     """Returns the rows of our kernels over a 16-bit cache, each with its plan."""
     profile = load_profile(DEVICE)
     found = []

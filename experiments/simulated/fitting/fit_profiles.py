@@ -2,60 +2,95 @@
 
     python -m experiments.simulated.fitting.fit_profiles
 
-Every second row is used for the fit, and the others only for a report. The constants are those that
-a datasheet does not give: efficiencies, latencies, and how fast one core copies. They are the same
-for all rows and variants of a device. The result is written to mla_jax/hal/profiles/fitted.json,
-which the profiles read. scipy, which jax depends on, computes the least squares of log errors.
+The constants are those that a datasheet does not give: efficiencies, latencies, and how fast one
+core copies. H100 and H200 are the same chip with other memory. So all constants on the chip are the
+same for both, and each card has three of its own. One more belongs to a table whose kernels were
+timed one call at a time.
+
+Every second row of each table is used, and the others only for a report; each table counts the
+same. The result is written to mla_jax/hal/profiles/fitted.json, which the profiles read. scipy,
+which jax depends on, computes the least squares of log errors.
 """
 
 import dataclasses
 import json
 import math
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 import mla_jax.hal
 from experiments.simulated.tables.predictions import (
-    FOLDER,
     Row,
+    of_others,
+    path_of,
     predict,
     published_quantity,
     read_table,
 )
 from mla_jax.hal import HardwareProfile, Number, load_profile
+from mla_jax.hal.profiles.nvidia import CHIP
 
 Bounds = dict[str, tuple[float, float, float]]  # field -> (lowest, start, highest)
 
-GPU: Bounds = {
-    "memory.hbm_efficiency": (0.7, 0.9, 0.95),
-    "engine.tensor_efficiency": (0.5, 0.75, 0.9),
-    "engine.cuda_efficiency": (0.3, 0.8, 1.0),
-    "engine.shared_efficiency": (0.5, 0.85, 1.0),
-    "engine.copy": (1e10, 7e10, 1.5e11),
-    "engine.store": (5e9, 4e10, 1e11),
-    "latency.launch": (1e-6, 4e-6, 1e-5),
+LINK = 64 * 1.98e9  # bytes per second between L2 and an SM: 64 per cycle
+ON_CHIP: Bounds = {
+    "engine.cuda_efficiency": (0.3, 0.9, 1.0),
+    "engine.shared_efficiency": (0.5, 0.8, 1.0),
+    "engine.copy": (1e10, 8e10, LINK),
+    "engine.store": (5e9, 6e10, LINK),
     "latency.memory": (3e-7, 5e-7, 1.2e-6),
-    "latency.barrier": (1e-8, 2.5e-8, 3e-7),
+    "latency.barrier": (1e-8, 3e-8, 3e-7),
     "latency.l2": (1e-7, 2.2e-7, 6e-7),
-    "latency.grid_sync": (5e-7, 2.5e-6, 1.5e-5),
+    "latency.grid_sync": (5e-7, 3e-6, 1.5e-5),
+    "latency.second_launch": (1e-6, 4e-6, 1e-5),
+    "engine.widen": (1.0, 3.4, 16.0),
 }
-DEVICES: dict[str, tuple[str, Bounds]] = {
-    "H200_SXM": (
-        "h200_mla_decode.csv",
-        GPU
-        | {
-            "latency.second_launch": (1e-6, 3e-6, 1e-5),
-            "engine.widen": (1.0, 3.4, 16.0),
-        },
-    ),
-    "H100_SXM5": ("flashinfer_mla_decode.csv", GPU),
+OF_CARD: Bounds = {
+    "memory.hbm_efficiency": (0.7, 0.85, 0.95),
+    "engine.tensor_efficiency": (0.5, 0.75, 0.9),  # the clock under load is in it
+    "latency.launch": (1e-6, 5e-6, 1e-5),
 }
+SINGLE_CALL = (5e-7, 8e-6, 2e-5)
+TABLES = {
+    "h200_mla_decode.csv": "H200_SXM",
+    "flashinfer_mla_decode.csv": "H100_SXM5",
+    "h100_decode.json": "H100_SXM5",
+}
+CARDS = tuple(dict.fromkeys(TABLES.values()))
 
 
-def changed(profile: HardwareProfile, values: dict[str, float]) -> HardwareProfile:
+@dataclasses.dataclass(frozen=True)
+class Constants:
+    """What is fitted: by field, by card and field, and the seconds of `SINGLE_CALL`."""
+
+    on_chip: Mapping[str, float]
+    by_card: Mapping[str, Mapping[str, float]]
+    single_call: float
+
+    @staticmethod
+    def of(x: np.ndarray) -> "Constants":
+        """Takes the logarithms in the order of `bounds`."""
+        values = iter([float(f"{value:.4g}") for value in np.exp(x)])
+        return Constants(
+            {field: next(values) for field in ON_CHIP},
+            {card: {field: next(values) for field in OF_CARD} for card in CARDS},
+            next(values),
+        )
+
+    def profile(self, card: str) -> HardwareProfile:
+        return changed(load_profile(card), {**self.on_chip, **self.by_card[card]})
+
+    def log_errors(self, table: str, rows: Sequence[Row]) -> np.ndarray:
+        return log_errors(self.profile(TABLES[table]), rows, self.single_call)
+
+
+def bounds() -> list[tuple[float, float, float]]:
+    return [*ON_CHIP.values(), *list(OF_CARD.values()) * len(CARDS), SINGLE_CALL]
+
+
+def changed(profile: HardwareProfile, values: Mapping[str, float]) -> HardwareProfile:
     """Returns a profile with other constants."""
     numbers = dict(profile.numbers)
     for field, value in values.items():
@@ -63,28 +98,42 @@ def changed(profile: HardwareProfile, values: dict[str, float]) -> HardwareProfi
     return dataclasses.replace(profile, numbers=numbers)
 
 
-def log_errors(profile: HardwareProfile, rows: Sequence[Row]) -> np.ndarray:
+def log_errors(
+    profile: HardwareProfile, rows: Sequence[Row], single_call: float | None = None
+) -> np.ndarray:
     """Returns ln(model / published) of each row."""
-    pairs = ((predict(row, profile), float(row[published_quantity(row)])) for row in rows)
+    pairs = (
+        (predict(row, profile, single_call), float(row[published_quantity(row)])) for row in rows
+    )
     return np.array([math.log(model / published) for model, published in pairs])
 
 
-def fit(device: str, rows: Sequence[Row], bounds: Bounds) -> dict[str, float]:
-    """Returns the constants that fit `rows` best; large errors count less than their squares."""
+def weight(rows: Sequence[Row], most: int) -> float:
+    """Returns the factor of a table's errors with which each table counts the same."""
+    return math.sqrt(most / len(rows))
+
+
+def fit(tables: Mapping[str, Sequence[Row]]) -> Constants:
+    """Returns the constants that fit these rows best; large errors count less than their squares."""
     # This takes a second to import, and `published` imports this module for other functions.
     from scipy.optimize import least_squares
 
-    start = load_profile(device)
+    most = max(len(rows) for rows in tables.values())
 
     def residuals(x: np.ndarray) -> np.ndarray:
-        profile = changed(start, dict(zip(bounds, np.exp(x).tolist(), strict=True)))
-        return log_errors(profile, rows)
+        constants = Constants.of(x)
+        return np.concatenate(
+            [
+                constants.log_errors(table, rows) * weight(rows, most)
+                for table, rows in tables.items()
+            ]
+        )
 
-    low, first, high = (np.log(column) for column in zip(*bounds.values(), strict=True))
+    low, first, high = (np.log(column) for column in zip(*bounds(), strict=True))
     found = least_squares(residuals, first, bounds=(low, high), loss="soft_l1", f_scale=0.08,
-                          diff_step=1e-2 / np.maximum(np.abs(first), 1), max_nfev=25,
+                          diff_step=1e-2 / np.maximum(np.abs(first), 1), max_nfev=15,
                           x_scale=0.3)  # fmt: skip
-    return {field: float(f"{math.exp(v):.4g}") for field, v in zip(bounds, found.x, strict=True)}
+    return Constants.of(found.x)
 
 
 def mape(errors: np.ndarray) -> float:
@@ -92,24 +141,29 @@ def mape(errors: np.ndarray) -> float:
     return float(np.mean(np.abs(np.exp(errors) - 1))) * 100
 
 
-def main(devices: Sequence[str]) -> None:
+def main() -> None:
+    rows = {table: of_others(read_table(path_of(table))) for table in TABLES}
+    constants = fit({table: of_table[::2] for table, of_table in rows.items()})
+    errors = {table: constants.log_errors(table, of_table) for table, of_table in rows.items()}
+    found = {
+        "rows": f"every second row of others' kernels in {', '.join(TABLES)}",
+        "constants": constants.on_chip,
+        "by_card": constants.by_card,
+        "single_call": constants.single_call,
+        "mape_by_table": {
+            table: {
+                "fitted_rows": round(mape(both[::2]), 2),
+                "other_rows": round(mape(both[1::2]), 2),
+            }
+            for table, both in errors.items()
+        },
+    }
     path = Path(mla_jax.hal.__file__).parent / "profiles" / "fitted.json"
     fitted = json.loads(path.read_text())
-    for device in devices or DEVICES:
-        table, bounds = DEVICES[device]
-        rows = read_table(FOLDER / table)
-        half, other = rows[::2], rows[1::2]
-        constants = fit(device, half, bounds)
-        profile = changed(load_profile(device), constants)
-        fitted[device] = {
-            "rows": f"every second row of benchmarks/published/{table}",
-            "constants": constants,
-            "mape_fitted_rows": round(mape(log_errors(profile, half)), 2),
-            "mape_other_rows": round(mape(log_errors(profile, other)), 2),
-        }
-        print(device, json.dumps(fitted[device], indent=2))
-        path.write_text(json.dumps(fitted, indent=2) + "\n")
+    kept = {name: fit for name, fit in fitted.items() if name.startswith("Ascend")}
+    print(json.dumps(found, indent=2))
+    path.write_text(json.dumps(kept | {CHIP: found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -4,13 +4,15 @@ A table is recognized by its columns: `us` (time of a kernel), `gb_per_s` withou
 bandwidth reached), or `speedup_v11_over_v0` (one int8 kernel on Ascend relative to another). The
 kernel is in the column `variant` or in `kernel`. A table without `lengths` has requests of equal
 lengths, a row without a page size has a contiguous cache, and one without `dtype` has bf16 unless
-the kernel's name says otherwise. `fia_rows` has the tables of CANN's operator.
+the kernel's name says otherwise. `fia_rows` has the tables of CANN's operator. A table is a CSV
+file, or a JSON file of rows that this project measured.
 """
 
 import csv
+import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from experiments.simulated.kernels import OURS, simulate_named
@@ -20,14 +22,18 @@ from experiments.simulated.tables.fia_rows import TABLES as FIA_TABLES
 from experiments.simulated.tables.models import PREFILL, dtype_of, kernel_for, model_of, profile_of
 from experiments.simulated.tables.prefill_model import prefill_seconds
 from mla_jax.hal import HardwareProfile, Problem, load_profile, simulate
+from mla_jax.hal.profiles.nvidia import CHIP
+from mla_jax.hal.profiles.sources import fitted_constants
 from mla_jax.hal.simulator.simulate import Report
 
 FOLDER = Path(__file__).parents[3] / "benchmarks" / "published"
+MEASURED = FOLDER.parent / "measured"
 TABLES = (
     "h200_mla_decode.csv",
     "flashinfer_mla_decode.csv",
     "ascend_int8_v11_over_v0.csv",
     *FIA_TABLES,
+    "h100_decode.json",
 )
 ASCEND_HEADS = 128  # assumed: those of DeepSeek-V3, with one query token
 QUANTITIES = ("us", "gb_per_s", "speedup_v11_over_v0")  # published quantities, by precedence
@@ -39,11 +45,20 @@ _NEEDED = {
     "speedup_v11_over_v0": ("batch", "kv_len", "cores"),
 }
 
+_MEASURED = (*_NEEDED["us"][1:], "lengths", "us")
+
 Row = Mapping[str, str]
+
+
+def path_of(table: str) -> Path:
+    """Returns where a table of `TABLES` is."""
+    return (MEASURED if table.endswith(".json") else FOLDER) / table
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """Reads the rows of a table. Raises ValueError unless its columns are those of one."""
+    if path.suffix == ".json":
+        return _measured_rows(path)
     with path.open(newline="", encoding="utf-8") as file:
         try:
             rows = list(csv.DictReader(file))
@@ -62,6 +77,20 @@ def read_table(path: Path) -> list[dict[str, str]]:
                 f"{path.name} has no column {column}{also}, which a table of {quantity} needs"
             )
     return rows
+
+
+def _measured_rows(path: Path) -> list[dict[str, str]]:
+    """Returns the rows of a file in benchmarks/measured as the rows of a table."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        device, rows = data["device"], data["rows"]
+        columns = [*_MEASURED, *(["capacity"] if all("capacity" in row for row in rows) else [])]
+        found = [{"device": device, **{c: str(row[c]) for c in columns}} for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path.name} has no measured rows: {error!r}") from error
+    if not found:
+        raise ValueError(f"{path.name} has no rows")
+    return found
 
 
 def published_quantity(row: Row) -> str:
@@ -87,6 +116,11 @@ def published_value(row: Row) -> float:
 def kernel_of(row: Row) -> str:
     """Returns the name of a row's kernel."""
     return row["variant"] if "variant" in row else row["kernel"]
+
+
+def of_others[T: Row](rows: Iterable[T]) -> list[T]:
+    """Returns the rows of other people's kernels, which have fitted constants of their own."""
+    return [row for row in rows if row.get("variant") not in (OURS, f"{OURS}_int8")]
 
 
 def label_of(row: Row) -> str:
@@ -158,15 +192,24 @@ def report_of(row: Row, profile: HardwareProfile | None = None) -> Report:
     return simulate(profile, problem, kernel_for(profile, name))
 
 
-def predict(row: Row, profile: HardwareProfile | None = None) -> float:
-    """Returns the model's prediction of a row's published quantity, in the same unit."""
+def predict(
+    row: Row, profile: HardwareProfile | None = None, single_call: float | None = None
+) -> float:
+    """Returns the model's prediction of a row's published quantity, in the same unit.
+
+    single_call: the seconds that a call takes longer after the L2 cache was flushed and nothing
+        ran before it, as in tables of bandwidth. By default it is the fitted time.
+    """
     quantity = published_quantity(row)
     if is_fia(row):
         return fia_report(row, profile).seconds * 1e6
     if quantity == "us":
         return _seconds(row, profile or profile_of(row["device"])) * 1e6
     if quantity == "gb_per_s":
-        return report_of(row, profile).gb_per_s
+        if single_call is None:
+            single_call = fitted_constants()[CHIP]["single_call"]
+        report = report_of(row, profile)
+        return report.gb_per_s * report.seconds / (report.seconds + single_call)
     profile = profile or load_profile(ASCEND_DEVICE)
     profile = profile.with_values({"core.count": float(whole_number(row, "cores"))})
     problem = Problem(lengths_of(row), ASCEND_HEADS, kv_dtype="int8")

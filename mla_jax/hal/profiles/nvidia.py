@@ -6,6 +6,7 @@ Clocks are boost clocks. The fitted efficiencies account for the lower sustained
 from mla_jax.hal.profiles.profile import HardwareProfile
 from mla_jax.hal.profiles.sources import Entry, build
 
+CHIP = "Hopper"  # the fit that all devices here take their constants from
 _SHEET = "datasheet"
 _GUIDE = "CUDA programming guide, throughput and limits by compute capability"
 
@@ -54,7 +55,7 @@ def _hopper(
         "engine.tensor_int8": (2 * tensor[0], "twice the bf16 rate", "derived"),
         "engine.mma_sync_share": mma_sync,
     }
-    return build(name, "nvidia", entries, fitted_on, note)
+    return build(name, "nvidia", entries, fitted_on, note, CHIP)
 
 
 def _older(
@@ -84,7 +85,7 @@ def _older(
         "engine.tensor_int8": (2 * tensor, "twice the bf16 rate", "derived"),
         "engine.mma_sync_share": (1.0, "no wgmma on this chip", "official"),
     }
-    return build(name, "nvidia", entries, "H100_SXM5", note)
+    return build(name, "nvidia", entries, "H100_SXM5", note, CHIP)
 
 
 _NO_ROWS = "no rows of its own: datasheet numbers with the efficiencies of "

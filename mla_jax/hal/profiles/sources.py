@@ -12,21 +12,31 @@ Entry = tuple[float, str, Certainty]
 
 @functools.cache
 def fitted_constants() -> dict[str, dict]:
-    """Returns the constants that `fit_profiles` wrote, per device, and how they were fitted."""
+    """Returns the constants that the fits wrote, per chip, and how they were fitted."""
     return json.loads(files("mla_jax.hal.profiles").joinpath("fitted.json").read_text())
 
 
 def build(
-    name: str, family: str, entries: Mapping[str, Entry], fitted_on: str, note: str = ""
+    name: str,
+    family: str,
+    entries: Mapping[str, Entry],
+    fitted_on: str,
+    note: str = "",
+    chip: str = "",
 ) -> HardwareProfile:
-    """Builds a profile from (value, source, certainty) entries and constants fitted on a device."""
+    """Builds a profile from (value, source, certainty) entries and fitted constants.
+
+    fitted_on: the device whose rows were fitted. chip: the name of the fit, if several devices
+    share it; they have the same constants but for those that belong to one card.
+    """
     units = FIELDS[family]
     numbers = {
         f: Number(v, units.get(f, ""), source, sure) for f, (v, source, sure) in entries.items()
     }
-    fit = fitted_constants().get(fitted_on, {})
+    fit = fitted_constants().get(chip or fitted_on, {})
     own = name == fitted_on
-    for field, value in fit.get("constants", {}).items():
+    of_card = fit.get("by_card", {}).get(fitted_on, {})
+    for field, value in (fit.get("constants", {}) | of_card).items():
         source = f"fitted on {fit['rows']}" + (
             "" if own else f" of {fitted_on}, the nearest relative"
         )

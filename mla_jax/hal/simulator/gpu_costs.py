@@ -18,6 +18,7 @@ from mla_jax.hal.tiling import KEY, LATENT, ROPE
 from mla_jax.hal.work import ITEMSIZE, Problem, Work
 
 SOFTMAX_OPS = 8  # scale, mask, maximum, subtract, exponent's multiply, sum, convert, store
+PERMUTED_VALUES = 4  # 8-bit values of a word, which one instruction permutes
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,12 @@ def gpu_costs(
                 )
             case "PV_L" | "PV_R":
                 products = 2.0 * m * keys * LATENT / 2
-                return StageCost({"tensor": products * flop, "shared": operands(False) * shared})
+                busy = {"tensor": products * flop, "shared": operands(False) * shared}
+                # wgmma takes 8-bit values only if the keys of a column lie side by side. So each
+                # value is read, permuted with its neighbours and written before the product.
+                values = keys * LATENT / 2 if narrow else 0.0
+                transposed = values * (2 * shared + cuda / PERMUTED_VALUES)
+                return StageCost(busy, hold=transposed)
             case "WIDEN":
                 return StageCost({"cuda": keys * KEY * cycle / profile["engine.widen"]})
             case "STORE_L" | "STORE_R":

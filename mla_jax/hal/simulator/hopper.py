@@ -23,7 +23,6 @@ from importlib.resources import files
 import numpy as np
 
 from mla_jax.hal.hopper_orders import STAGES, hopper_decode, hopper_transposed
-from mla_jax.hal.profiles.nvidia import H200_SXM
 from mla_jax.hal.profiles.profile import HardwareProfile
 from mla_jax.hal.schedule import Schedule, Step
 from mla_jax.hal.simulator import many_cores as machine
@@ -36,11 +35,6 @@ from mla_jax.hal.work import Problem, Work
 BLOCK = 64  # tokens per KV block
 BEFORE = 8  # blocks of the item that precedes one that is not a worker's first
 SOFTMAX_OPS = 8  # scale, maximum, subtract, exponent's multiply, sum, convert, store, vote
-# Fitted numbers that do not depend on the memory, the clock and the number of SMs.
-OF_THE_CHIP = (
-    *("engine.cuda_efficiency", "engine.shared_efficiency", "engine.copy", "engine.store"),
-    *("latency.memory", "latency.barrier", "latency.l2"),
-)
 KERNELS = ("decode", "decode_transposed")
 STORED, PARTIAL, KEPT = 0, 1, 2  # where the result of a work item goes
 
@@ -122,17 +116,9 @@ def hopper_constants() -> dict:
 def tuned_for_hopper(
     profile: HardwareProfile, constants: Mapping[str, float] | None = None
 ) -> HardwareProfile:
-    """Returns the profile with the constants that are fitted on our own kernels.
-
-    Constants of the chip that were fitted on another Hopper GPU than an H200, and on another
-    harness, are replaced by those of an H200: the chip is the same.
-    """
+    """Returns the profile with the constants that are fitted on our own kernels."""
     fit = hopper_constants()
-    values = dict(fit["constants"] if constants is None else constants)
-    if profile.fitted_on != H200_SXM.name and 9.0 <= profile["core.compute_capability"] < 10.0:
-        for field in OF_THE_CHIP:
-            if profile.numbers[field].source.startswith("fitted on"):
-                values.setdefault(field, H200_SXM[field])
+    values = fit["constants"] if constants is None else constants
     return profile.with_values(values, f"fitted on {fit['rows']}")
 
 
