@@ -1,10 +1,12 @@
-"""The errors of the simulator's predictions in docs/hal.md, as the fits wrote them."""
+"""The errors of the simulator's predictions in docs/hal.md, from committed results."""
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
-from tables_common import table
+from tables_common import Row, read, table
 
+CARDS = {"h200": "H200", "h100": "H100"}
 PROFILES = Path("mla_jax") / "hal" / "profiles"
 # Name in the page, and the largest error that the project wants, in percent.
 TABLES = {
@@ -20,17 +22,46 @@ OURS = ("H200, our float kernels", 8.0)
 
 def errors(root: Path) -> str:
     """The mean absolute percentage error of each table, over its fitted rows and the others."""
-    fits = json.loads((root / PROFILES / "fitted.json").read_text(encoding="utf-8"))
+    fits = read(root / PROFILES / "fitted.json")
     found = {name: both for fit in fits.values() for name, both in fit["mape_by_table"].items()}
-    ours = json.loads((root / PROFILES / "hopper.json").read_text(encoding="utf-8"))
+    ours = read(root / PROFILES / "hopper.json")
     lines = [
-        _line(*TABLES[name], found[name]["fitted_rows"], found[name]["other_rows"])
+        _line_of_table(*TABLES[name], found[name]["fitted_rows"], found[name]["other_rows"])
         for name in TABLES
     ]
-    lines.insert(1, _line(*OURS, ours["mape_fitted_rows"], ours["mape_other_rows"]))
+    lines.insert(1, _line_of_table(*OURS, ours["mape_fitted_rows"], ours["mape_other_rows"]))
     return table(["table", "fitted half", "other half", "target"], lines, words=1)
 
 
-def _line(name: str, target: float, fitted: float, other: float) -> list[str]:
+def hopper_errors(root: Path) -> str:
+    """The mean absolute errors by GPU and kernel, of rows that constants were fitted on or not."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in read(root / "benchmarks" / "hopper_model.json")["rows"]:
+        groups.setdefault((row["card"], row["kernel"]), []).append(row)
+    lines = [
+        [
+            CARDS[card],
+            f"`{kernel}`",
+            *_number_and_error([row for row in rows if row["rows"] == "fitted"]),
+            *_number_and_error([row for row in rows if row["rows"] == "other"]),
+            _error(rows, "earlier_us"),
+        ]
+        for (card, kernel), rows in groups.items()
+    ]
+    header = ["GPU", "kernel", "fitted rows", "error", "other rows", "error", "earlier model"]
+    return table(header, lines, words=2)
+
+
+def _number_and_error(rows: Sequence[Row]) -> list[str]:
+    return [str(len(rows)), _error(rows, "model_us")]
+
+
+def _error(rows: Sequence[Row], column: str) -> str:
+    if not rows:
+        return "-"
+    return f"{100 * mean(abs(row[column] / row['us'] - 1) for row in rows):.1f} %"
+
+
+def _line_of_table(name: str, target: float, fitted: float, other: float) -> list[str]:
     missed = other > target
     return [name, f"{fitted:.1f} %", f"{other:.1f} %", f"{target:g} %" + ", missed" * missed]

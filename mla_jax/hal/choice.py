@@ -16,15 +16,13 @@ import numpy as np
 
 from mla_jax.hal.profiles.profile import HardwareProfile
 from mla_jax.hal.simulator.hopper import (
-    BEFORE,
     KEPT,
     STORED,
     HopperKernel,
-    Seconds,
     hopper_costs,
-    hopper_times,
     tuned_for_hopper,
 )
+from mla_jax.hal.simulator.hopper_times import BEFORE, Seconds, hopper_times
 from mla_jax.hal.simulator.shared_engines import SharedBlockTimes
 from mla_jax.hal.work import Problem, Work
 
@@ -163,14 +161,19 @@ class _Sizes:
 def quick_times(
     profile: HardwareProfile, kernel: HopperKernel, end: int
 ) -> tuple[Seconds, Seconds]:
-    """Returns times as `simulator.hopper.exact_times` does, from short schedules alone."""
+    """Returns times as `simulator.hopper_times.exact_times` does, from short schedules alone."""
     return _quick_times(_sizes(profile, kernel, end))
 
 
 def _sizes(profile: HardwareProfile, kernel: HopperKernel, end: int) -> _Sizes:
     fields = (
         *(kernel.kernel, kernel.rows_per_cta, kernel.ctas_per_tile),
-        *(kernel.kv_stages, kernel.q_stages, end != STORED and kernel.partial_bytes),
+        *(
+            kernel.kv_stages,
+            kernel.q_stages,
+            kernel.computing,
+            end != STORED and kernel.partial_bytes,
+        ),
         end == KEPT and kernel.in_pairs,
     )
     return _Sizes(ProfileKey.of(profile), fields, end, _without_work(kernel))

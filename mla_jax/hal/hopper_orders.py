@@ -10,6 +10,12 @@ The stages have the names that the kernel's own time stamps have (`pallas_kernel
     LOAD_Q LOAD_L LOAD_R LOAD_ROPE    the loader copies q, and the three parts of a KV block
     QK SM PV_L PV_R                   scores, softmax, and both halves of O += P V
     SUM_L SUM_R STORE_L STORE_R       the end of a work item: row sums, then normalise and store
+
+Over an int8 cache a block has one barrier, and there are four more stages:
+
+    ITEM LOAD                         the loader checks a work item, and copies a KV block
+    LOAD_Q                            warpgroups that compute read q and quantize it
+    QK_ROPE PUBLISH                   the bfloat16 part of the scores, and the signal of P
 """
 
 import math
@@ -193,4 +199,135 @@ def hopper_transposed(
             load_after(block + 1, number)
         _finish(build, item, ("wg0", "wg0"), stages_o=False)
         load_after(item[-1] + 1, number + 1)
+    return build.build()
+
+
+@lru_cache(maxsize=1024)
+def hopper_int8(
+    num_blocks: int, *, before: int = 0, kv_stages: int = 3, name: str = "hopper-decode-int8"
+) -> Schedule:
+    """Returns the order of `decode_int8`, whose four warpgroups have a role each.
+
+    Warpgroup 2 quantizes q and computes scores and P. It starts the scores of the next block before
+    it signals P (PUBLISH), and the signal is given when only their rope part is left. Warpgroups 0
+    and 1 multiply a half of V each. The loader copies an item's second block when q is there, and
+    begins the next item when the sums of this one are known.
+
+    kv_stages: KV blocks in shared memory, each with its P.
+    """
+    build = ScheduleBuilder(name, num_blocks, kv_stages, {
+        "item": 1, "q": 1, "kv": kv_stages, "P": kv_stages, "S": 1, "S_ROPE": 1, "P_registers": 1,
+        "state": 1, "O_L": 1, "O_R": 1, "sum": 1,
+    })  # fmt: skip
+    loaded = 0
+
+    def load_until(stop: int, q: tuple[Access, ...]) -> None:
+        nonlocal loaded
+        for block in range(loaded, stop):
+            build.add("load", "LOAD", block, reads=q, writes=(build.slot("kv", block),))
+        loaded = max(loaded, stop)
+
+    for item in _items(num_blocks, before):
+        first, last = item[0], item[-1]
+        described, q = Access("item", 0, first), Access("q", 0, first)
+        build.add("load", "ITEM", first, writes=(described,))
+        load_until(first + 1, ())
+        build.add("wg2", "LOAD_Q", first, reads=(described,), writes=(q,))
+        load_until(min(first + kv_stages, last + 1), (q,))
+        _int8_scores(build, q, first, "QK")
+        _int8_scores(build, q, first, "QK_ROPE")
+        for block in item:
+            old = (Access("state", 0, block - 1),) if block > first else ()
+            in_registers = Access("P_registers", 0, block)
+            scores = Access("S", 0, block), Access("S_ROPE", 0, block)
+            build.add("wg2", "SM", block, reads=(*scores, *old),
+                      writes=(in_registers, Access("state", 0, block)))  # fmt: skip
+            if block < last:
+                _int8_scores(build, q, block + 1, "QK")
+            build.add("wg2", "PUBLISH", block, reads=(in_registers,),
+                      writes=(build.slot("P", block),))  # fmt: skip
+            if block < last:
+                _int8_scores(build, q, block + 1, "QK_ROPE")
+            for unit, half in (("wg0", "L"), ("wg1", "R")):
+                before_it = (Access(f"O_{half}", 0, block - 1),) if block > first else ()
+                build.add(unit, f"PV_{half}", block,
+                          reads=(build.slot("P", block), build.slot("kv", block), *before_it),
+                          writes=(Access(f"O_{half}", 0, block),))  # fmt: skip
+            load_until(min(block + 1 + kv_stages, last + 1), (q,))
+        sums = Access("sum", 0, last)
+        build.add("wg2", "SUM", last, reads=(Access("state", 0, last), described), writes=(sums,))
+        for unit, half in (("wg0", "L"), ("wg1", "R")):
+            build.add(unit, f"STORE_{half}", last, reads=(Access(f"O_{half}", 0, last), sums))
+    return build.build()
+
+
+def _int8_scores(build: ScheduleBuilder, q: Access, block: int, stage: str) -> None:
+    """Adds the int8 part (QK) or the rope part (QK_ROPE) of the scores of a block."""
+    build.add("wg2", stage, block, reads=(q, build.slot("kv", block)),
+              writes=(Access(stage.replace("QK", "S"), 0, block),))  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def hopper_transposed_int8(
+    num_blocks: int,
+    *,
+    before: int = 0,
+    kv_stages: int = 4,
+    computing: int = 2,
+    quantizing: int = 2,
+    name: str = "hopper-decode-transposed-int8",
+) -> Schedule:
+    """Returns the order of `decode_transposed_int8`: one or two warpgroups compute, and one loads.
+
+    Two take turns with the blocks of a CTA, each with an O of its own. At the end of an item each
+    gives half of its O to the other one (SUM), and adds up and stores the other half.
+
+    kv_stages: KV blocks in shared memory.
+    computing: warpgroups that compute. quantizing: those of them that quantize q, in equal shares.
+    """
+    own = dict.fromkeys(("S", "P", "state", "O", "given"), computing)
+    build = ScheduleBuilder(name, num_blocks, math.lcm(kv_stages, computing),
+                            {"item": 2, "q": quantizing, "kv": kv_stages} | own)  # fmt: skip
+    items = _items(num_blocks, before)
+    first_of = {item[0]: number for number, item in enumerate(items)}
+    loaded = 0
+
+    def load_after(computed: int) -> None:
+        """Loads what has a stage when so many blocks are computed."""
+        nonlocal loaded
+        while loaded < min(computed + kv_stages, num_blocks):
+            if loaded in first_of:
+                build.add("load", "ITEM", loaded,
+                          writes=(Access("item", first_of[loaded] % 2, loaded),))  # fmt: skip
+            build.add("load", "LOAD", loaded, writes=(build.slot("kv", loaded),))
+            loaded += 1
+
+    load_after(0)
+    for number, item in enumerate(items):
+        first, last = item[0], item[-1]
+        q = tuple(Access("q", share, first) for share in range(quantizing))
+        for share in range(quantizing):
+            build.add(f"wg{share}", f"LOAD_Q_{'LR'[share]}", first, writes=(q[share],))
+        of_warpgroup: dict[int, int] = {}  # the last block of each that has any
+        for block in item:
+            w, kv = block % computing, build.slot("kv", block)
+            s, p, state, o = (Access(buffer, w, block) for buffer in ("S", "P", "state", "O"))
+            old = of_warpgroup.get(w)
+            old_state, old_o = (
+                () if old is None else (Access(buffer, w, old),) for buffer in ("state", "O")
+            )
+            build.add(f"wg{w}", "QK", block, reads=(*q, kv), writes=(s,))
+            build.add(f"wg{w}", "SM", block, reads=(s, *old_state), writes=(p, state))
+            build.add(f"wg{w}", "PV", block, reads=(p, kv, *old_o), writes=(o,))
+            of_warpgroup[w] = block
+            load_after(block + 1)
+        given = tuple(Access("given", w, last) for w in range(computing))
+        for w in range(computing):
+            reads = () if w not in of_warpgroup else tuple(
+                Access(buffer, w, of_warpgroup[w]) for buffer in ("state", "O")
+            )  # fmt: skip
+            build.add(f"wg{w}", f"SUM_{'LR'[w]}", last, reads=reads, writes=(given[w],))
+        for half in range(2):
+            build.add(f"wg{half % computing}", f"STORE_{'LR'[half]}", last,
+                      reads=(*given, Access("item", number % 2, first)))  # fmt: skip
     return build.build()

@@ -2,8 +2,8 @@
 
 On an H200 they are those of `tuned.json`, which was tuned there ("measured"). For another profile
 they are the fastest of the legal configs by the simulator, or those of the table where these are
-about as fast ("simulated"). What the simulator has no model of, an int8 cache or other widths than
-512 + 64, gets the table's ("table").
+about as fast ("simulated"). An int8 cache, and other widths than 512 + 64, get the table's
+("table").
 
 Only sizes count, since lengths are not known when a program is traced: every request is assumed to
 be as long as its block table, or EXPECTED_LEN keys where that is not known.

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mla_jax.checks import require_one_of
 from mla_jax.hal import HardwareProfile, Problem
 from mla_jax.hal.simulator.hopper import HopperKernel
 from mla_jax.splits.decode_plan import DecodePlan
@@ -30,18 +31,14 @@ def simulated_kernel(
 
     Args:
         profile: of a Hopper GPU.
-        problem: over a cache of bf16 or fp16.
+        problem: over a cache of bf16, fp16 or int8.
         capacity: tokens that block tables reach; None: those of the longest request.
         plan: with tiles; None: `plan_decode` makes it.
 
     Raises:
-        ValueError: a problem that the model does not cover, such as one over an int8 cache.
+        ValueError: a problem that no kernel takes, such as one over an fp8 cache.
     """
-    if problem.kv_dtype not in ("bf16", "fp16"):
-        raise ValueError(
-            f"kv_dtype = {problem.kv_dtype!r}, wanted bf16 or fp16: there is no model of the "
-            "Hopper kernels over an int8 cache"
-        )
+    require_one_of("kv_dtype", problem.kv_dtype, ("bf16", "fp16", "int8"))
     if plan is None:
         plan = _plan(profile, problem, capacity or max(*problem.kv_lens, 1))
     return kernel_of(plan.tiles, plan.split, problem, plan.finish or "merge")
@@ -50,5 +47,11 @@ def simulated_kernel(
 def _plan(profile: HardwareProfile, problem: Problem, capacity: int) -> DecodePlan:
     lengths = np.asarray(problem.kv_lens, np.int32)
     with jax.default_device(jax.devices("cpu")[0]):
-        make = functools.partial(plan_decode, rows=problem.rows, capacity=capacity, profile=profile)
+        make = functools.partial(
+            plan_decode,
+            rows=problem.rows,
+            capacity=capacity,
+            cache="int8" if problem.kv_dtype == "int8" else "float",
+            profile=profile,
+        )
         return jax.device_get(make(jnp.asarray(lengths)))

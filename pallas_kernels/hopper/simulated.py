@@ -12,7 +12,14 @@ from mla_jax.hal import Problem
 from mla_jax.hal.simulator.hopper import HopperKernel, Merging
 from mla_jax.hal.work import Work, split_plan_work
 from mla_jax.splits.plan import SplitPlan
-from pallas_kernels.hopper.config import DecodeConfig, DecodeTransposedConfig, KernelConfig
+from pallas_kernels.hopper.config import (
+    DecodeConfig,
+    DecodeInt8Config,
+    DecodeTransposedConfig,
+    DecodeTransposedInt8Config,
+    KernelConfig,
+)
+from pallas_kernels.hopper.kernels.decode_int8_refs import COMBINE_REGISTERS
 from pallas_kernels.hopper.mosaic.primitives import Backend
 from pallas_kernels.hopper.parts.combine import Divisions, divide_into_columns, divide_into_rows
 from pallas_kernels.hopper.work_items import BLOCK
@@ -30,10 +37,14 @@ def kernel_of(tiles: KernelConfig, split: SplitPlan, problem: Problem, finish: s
     """
     work, kernel = split_plan_work(split, problem), sizes_of(tiles)
     backend, width = Backend(interpreting=True), tiles.kv_lora_rank
+    warpgroups = kernel.computing if kernel.kernel == "decode_transposed_int8" else WARPGROUPS
     if kernel.kernel == "decode":
-        divisions = divide_into_columns(backend, split, width, WARPGROUPS)
+        divisions = divide_into_columns(backend, split, width, warpgroups)
     else:
-        divisions = divide_into_rows(backend, split, tiles.rows_per_tile, width, WARPGROUPS)
+        in_flight = COMBINE_REGISTERS if kernel.kernel == "decode_int8" else None
+        divisions = divide_into_rows(
+            backend, split, tiles.rows_per_tile, width, warpgroups, in_flight
+        )
     return dataclasses.replace(
         kernel,
         work=dataclasses.replace(
@@ -42,7 +53,7 @@ def kernel_of(tiles: KernelConfig, split: SplitPlan, problem: Problem, finish: s
             sharers=work.sharers * tiles.ctas_per_tile,  # of the same KV, 64 rows each
         ),
         kept=kept_items(split, finish)[: len(work.blocks)],
-        merging={int(n): _merging(divisions, int(n)) for n in np.unique(work.parts)},
+        merging={int(n): _merging(divisions, int(n), warpgroups) for n in np.unique(work.parts)},
     )
 
 
@@ -67,7 +78,19 @@ def sizes_of(tiles: KernelConfig) -> HopperKernel:
             q_stages=tiles.q_stages,
             **fields,
         )
-    raise ValueError(f"plan.tiles = {tiles!r:.60}, wanted those of a kernel of 16-bit caches")
+    fields["partial_bytes"] = FLOAT32
+    if isinstance(tiles, DecodeInt8Config):
+        stages = (tiles.kv_stages,) * 3
+        return HopperKernel("decode_int8", rows_per_cta=BLOCK, kv_stages=stages, **fields)
+    if isinstance(tiles, DecodeTransposedInt8Config):
+        return HopperKernel(
+            "decode_transposed_int8",
+            rows_per_cta=tiles.rows_per_tile,
+            kv_stages=(tiles.kv_stages,) * 3,
+            computing=tiles.computing,
+            **fields,
+        )
+    raise ValueError(f"plan.tiles = {tiles!r:.60}, wanted the config of a Hopper kernel")
 
 
 def kept_items(split: SplitPlan, finish: str) -> np.ndarray:
@@ -93,7 +116,7 @@ def kept_items(split: SplitPlan, finish: str) -> np.ndarray:
     return kept
 
 
-def _merging(divisions: Divisions, partials: int) -> Merging:
+def _merging(divisions: Divisions, partials: int, warpgroups: int) -> Merging:
     """Returns how a tile of so many partials is combined."""
     division = divisions.usual if partials <= divisions.most else divisions.many
-    return Merging(division.number, division.partials_at_once, WARPGROUPS)
+    return Merging(division.number, division.partials_at_once, warpgroups)

@@ -18,12 +18,8 @@ import mla_jax.hal
 from experiments.simulated.fitting.fit_profiles import Bounds, mape
 from experiments.simulated.tables.predictions import MEASURED, lengths_of
 from mla_jax.hal import Problem, load_profile
-from mla_jax.hal.simulator.hopper import (
-    HopperKernel,
-    hopper_constants,
-    hopper_times,
-    tuned_for_hopper,
-)
+from mla_jax.hal.simulator.hopper import HopperKernel, hopper_constants, tuned_for_hopper
+from mla_jax.hal.simulator.hopper_times import hopper_times
 from pallas_kernels.hopper.model import simulated_kernel
 
 MEASURED_ROWS = MEASURED / "h200_decode.json"

@@ -33,7 +33,7 @@ class Model:
 MODELS = (
     Model("flashmla", {"bf16": "flashmla_dense"}, "its own model"),
     Model("hopper", {"bf16": "hopper"}, "its own model and plan"),
-    Model("hopper_int8", {"int8": "flashmla_int8"}, "ours, as FlashMLA's order on int8"),
+    Model("hopper_int8", {"int8": "hopper"}, "its own model and plan"),
     Model(
         r"TensorRT-LLM \S+ MLA decode op",
         {"bf16": "flashmla_dense", "fp8": "flashmla_fp8"},

@@ -1,41 +1,46 @@
-"""The time of our own Hopper kernels, from the plan that they really run.
+"""Our own Hopper decode kernels in the simulator: what their stages cost.
 
-`pallas_kernels.hopper.model` makes a `HopperKernel` of `plan_decode`'s plan. A worker runs its work
-items one after the other. The first begins with an idle memory pipe, and each later one with its
-first block and its queries loaded while the item before was computed. At the end the workers of
-split tiles combine their partials in the same launch.
+`pallas_kernels.hopper.model` makes a `HopperKernel` of `plan_decode`'s plan, and
+`simulator.hopper_times` has the time of its call.
 
 Three constants are fitted on rows of our own kernels (profiles/hopper.json): the share of the
 memory's bandwidth, the share of the tensor cores' rate, and the time of an empty launch. What a
 stage takes besides its counted work (latencies of dependent instructions, barriers, fences) was
 measured by the time stamps of `decode` (`stages` in that file). All others are those of the
-profile.
+profile, or count instructions of the kernel.
 """
 
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from importlib.resources import files
 
 import numpy as np
 
-from mla_jax.hal.hopper_orders import STAGES, hopper_decode, hopper_transposed
+from mla_jax.hal.hopper_orders import (
+    STAGES,
+    hopper_decode,
+    hopper_int8,
+    hopper_transposed,
+    hopper_transposed_int8,
+)
 from mla_jax.hal.profiles.profile import HardwareProfile
 from mla_jax.hal.schedule import Schedule, Step
-from mla_jax.hal.simulator import many_cores as machine
-from mla_jax.hal.simulator.loaded_times import active, fair_share
-from mla_jax.hal.simulator.one_core import Costs, StageCost, Timeline
-from mla_jax.hal.simulator.shared_engines import SharedBlockTimes, run_shared
+from mla_jax.hal.simulator.one_core import Costs, StageCost
 from mla_jax.hal.tiling import KEY, LATENT, ROPE
-from mla_jax.hal.work import Problem, Work
+from mla_jax.hal.work import Work
 
 BLOCK = 64  # tokens per KV block
-BEFORE = 8  # blocks of the item that precedes one that is not a worker's first
 SOFTMAX_OPS = 8  # scale, maximum, subtract, exponent's multiply, sum, convert, store, vote
-KERNELS = ("decode", "decode_transposed")
+# Over an int8 cache, instructions per score: two integer sums are combined and converted, and the
+# scales of a token and of a row are multiplied too.
+INT8_SOFTMAX_OPS = 13
+DEQUANTIZE_OPS = 5 / 4  # per value of V: xor, and, prmt and two fma for four of them
+QUANTIZED_ROWS = 8  # of q at a time, by a warpgroup
+QUANTIZE_OPS = 250 * 128 / QUANTIZED_ROWS  # per row of q: 250 instructions of 128 threads
+KERNELS = ("decode", "decode_transposed", "decode_int8", "decode_transposed_int8")
 STORED, PARTIAL, KEPT = 0, 1, 2  # where the result of a work item goes
 
 
@@ -55,14 +60,17 @@ class Merging:
 class HopperKernel:
     """One of our kernels with the plan of one call.
 
-    kernel: "decode" or "decode_transposed".
+    kernel: one of KERNELS.
     work: the plan's work items.
     kept: which of them keep their result and combine it with one other item of their tile.
     rows_per_cta: rows of the tile that one CTA has, with padding.
     ctas_per_tile: CTAs of a cluster that share every KV block.
     partial_bytes: per value of a partial.
     merging: by the number of partials of a tile.
-    kv_stages, q_stages: of `decode_transposed`, as in `hopper_transposed`.
+    kv_stages: of the left half of the latent, of its right half and of the rope columns. Over an
+        int8 cache all three are the same.
+    q_stages: of `decode_transposed`, as in `hopper_transposed`.
+    computing: of `decode_transposed_int8`, the warpgroups that compute.
     """
 
     kernel: str
@@ -75,6 +83,7 @@ class HopperKernel:
     merging: Mapping[int, Merging]
     kv_stages: tuple[int, int, int] = (STAGES, STAGES, STAGES)
     q_stages: int = 2
+    computing: int = 2
 
     def __post_init__(self) -> None:
         if self.kernel not in KERNELS:
@@ -89,22 +98,52 @@ class HopperKernel:
         return BLOCK
 
     @property
+    def is_int8(self) -> bool:
+        """Whether it reads an int8 cache."""
+        return self.kernel.endswith("int8")
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether it has up to 32 rows per tile."""
+        return self.kernel.startswith("decode_transposed")
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes per token that it loads, an int8 token's scale included."""
+        return LATENT + ROPE * 2 + 4 if self.is_int8 else KEY * 2
+
+    @property
     def block_bytes(self) -> float:
         """Bytes of a KV block that one CTA loads."""
-        return BLOCK * KEY * 2 / self.ctas_per_tile
+        return BLOCK * self.token_bytes / self.ctas_per_tile
 
     @property
     def stage_bytes(self) -> float:
         """Bytes of KV that one CTA has in flight: all of its stages."""
         left, right, rope = self.kv_stages
+        if self.is_int8:
+            return left * self.block_bytes
         return BLOCK * 2 * ((left + right) * LATENT / 2 + rope * ROPE) / self.ctas_per_tile
+
+    @property
+    def quantizing(self) -> int:
+        """The warpgroups that quantize q: all that compute, if they can have equal shares."""
+        computing = self.computing if self.is_transposed else 1
+        return computing if self.rows_per_cta % (computing * QUANTIZED_ROWS) == 0 else 1
 
     def order(self, num_blocks: int, before: int = 0) -> Schedule:
         """Returns the schedule of so many blocks, of which an earlier item has `before`."""
-        if self.kernel == "decode":
-            return hopper_decode(num_blocks, before=before)
-        stages = self.kv_stages, self.q_stages
-        return hopper_transposed(num_blocks, before=before, kv_stages=stages[0], q_stages=stages[1])
+        match self.kernel:
+            case "decode":
+                return hopper_decode(num_blocks, before=before)
+            case "decode_transposed":
+                return hopper_transposed(num_blocks, before=before, kv_stages=self.kv_stages,
+                                         q_stages=self.q_stages)  # fmt: skip
+            case "decode_int8":
+                return hopper_int8(num_blocks, before=before, kv_stages=self.kv_stages[0])
+        return hopper_transposed_int8(num_blocks, before=before, kv_stages=self.kv_stages[0],
+                                      computing=self.computing,
+                                      quantizing=self.quantizing)  # fmt: skip
 
 
 @functools.cache
@@ -125,10 +164,11 @@ def tuned_for_hopper(
 def fixed_costs(profile: HardwareProfile, kernel: str) -> Mapping[str, float]:
     """Returns what stages take besides their counted work, in seconds.
 
-    Those of `decode` were measured. `decode_transposed` has no measured stages, so it gets the
-    profile's latencies: its rows are few, and so are its instructions.
+    Those of `decode` were measured, and the kernels over an int8 cache get the same. Their stages
+    are chains of dependent instructions and barriers too. `decode_transposed` has no measured
+    stages, so it gets the profile's latencies: its rows are few, and so are its instructions.
     """
-    if kernel == "decode":
+    if kernel != "decode_transposed":
         return hopper_constants()["stages"]
     barrier, l2 = profile["latency.barrier"], profile["latency.l2"]
     return {
@@ -150,52 +190,88 @@ def hopper_costs(
     share: bytes per second of the device's memory for this core while all cores are working.
     startup: seconds that q comes later at the start of a launch.
     """
-    cycle, rows = profile.cycle, kernel.rows_per_cta
-    flop = cycle / (profile["engine.tensor_bf16"] * profile["engine.tensor_efficiency"])
-    shared = cycle / (profile["engine.shared_pipe"] * profile["engine.shared_efficiency"])
-    cuda = cycle / (profile["engine.cuda"] * profile["engine.cuda_efficiency"])
-    sfu = cycle / profile["engine.sfu"]
-    copy = 1.0 / (min(profile["engine.copy"], share) * kernel.ctas_per_tile)
-    one_copy = 1.0 / min(profile["engine.copy"], share)
-    store = 1.0 / profile["engine.store"]  # to L2
-    memory = profile["latency.memory"]
+    rates = _Rates.of(profile, kernel, share)
+    if kernel.is_int8:
+        return _int8_costs(profile, kernel, end, rates, startup)
+    return _float_costs(profile, kernel, end, rates, startup)
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """Seconds per operation of an SM's engines, and per byte."""
+
+    flop: float  # of bfloat16
+    int8_flop: float
+    shared: float
+    cuda: float
+    sfu: float
+    copy: float  # of KV, which the CTAs of a cluster load together
+    one_copy: float  # of what a CTA loads for itself
+    store: float  # to L2
+
+    @staticmethod
+    def of(profile: HardwareProfile, kernel: HopperKernel, share: float) -> "_Rates":
+        cycle, efficiency = profile.cycle, profile["engine.tensor_efficiency"]
+        copy = min(profile["engine.copy"], share)
+        return _Rates(
+            flop=cycle / (profile["engine.tensor_bf16"] * efficiency),
+            int8_flop=cycle / (profile["engine.tensor_int8"] * efficiency),
+            shared=cycle / (profile["engine.shared_pipe"] * profile["engine.shared_efficiency"]),
+            cuda=cycle / (profile["engine.cuda"] * profile["engine.cuda_efficiency"]),
+            sfu=cycle / profile["engine.sfu"],
+            copy=1.0 / (copy * kernel.ctas_per_tile),
+            one_copy=1.0 / copy,
+            store=1.0 / profile["engine.store"],
+        )
+
+    def product(self, m: int, n: int, k: int, hold: float) -> StageCost:
+        """One bfloat16 product; wgmma reads A of each 64 rows, and B once for them."""
+        operands = math.ceil(m / 64) * (64 + n) * k * 2
+        busy = {"tensor": 2.0 * max(m, 64) * n * k * self.flop, "shared": operands * self.shared}
+        return StageCost(busy, hold=hold)
+
+
+def _float_costs(
+    profile: HardwareProfile, kernel: HopperKernel, end: int, rates: _Rates, startup: float
+) -> Costs:
+    """Returns `hopper_costs` of a kernel over a 16-bit cache."""
+    rows, memory = kernel.rows_per_cta, profile["latency.memory"]
     fixed = fixed_costs(profile, kernel.kernel)
-    transposed = kernel.kernel == "decode_transposed"
+    transposed = kernel.is_transposed
     half = rows * LATENT / 2
 
     def load(columns: int) -> StageCost:
-        return StageCost({"copy": BLOCK * columns * 2 * copy}, latency=memory)
+        return StageCost({"copy": BLOCK * columns * 2 * rates.copy}, latency=memory)
 
     def product(m: int, n: int, k: int) -> StageCost:
-        """One product; wgmma reads A of each 64 rows, and B once for them."""
-        operands = math.ceil(m / 64) * (64 + n) * k * 2
-        busy = {"tensor": 2.0 * max(m, 64) * n * k * flop, "shared": operands * shared}
-        return StageCost(busy, hold=fixed["product"])
+        return rates.product(m, n, k, fixed["product"])
 
     def softmax(second: bool) -> StageCost:
         elements = rows * BLOCK
-        busy = {"cuda": elements * SOFTMAX_OPS * cuda, "sfu": elements * sfu}
+        busy = {"cuda": elements * SOFTMAX_OPS * rates.cuda, "sfu": elements * rates.sfu}
         if transposed:  # O^T is rescaled always, and warps exchange their maxima
-            busy["cuda"] += rows * LATENT * cuda
+            busy["cuda"] += rows * LATENT * rates.cuda
             return StageCost(busy, hold=fixed["softmax"])
         return StageCost(busy, hold=fixed["softmax_second" if second else "softmax"])
 
     def stored() -> StageCost:
         """Normalises half of O and stores it."""
-        normalise = {"cuda": 3 * half * cuda}
+        normalise = {"cuda": 3 * half * rates.cuda}
         if end == STORED:
-            return StageCost(normalise | {"copy": half * 2 * store}, hold=fixed["store"])
+            return StageCost(normalise | {"copy": half * 2 * rates.store}, hold=fixed["store"])
         if end == PARTIAL:
-            copy_partial = {"copy": half * kernel.partial_bytes * store}
+            copy_partial = {"copy": half * kernel.partial_bytes * rates.store}
             return StageCost(normalise | copy_partial, hold=fixed["store_partial"])
         # Maxima and sums are exchanged, then half of O.
-        exchange = half * (4 if kernel.in_pairs else kernel.partial_bytes) * one_copy
+        exchange = half * (4 if kernel.in_pairs else kernel.partial_bytes) * rates.one_copy
         return StageCost(normalise | {"copy": exchange}, hold=fixed["store_partial"])
 
     def stage(step: Step) -> StageCost:
         match step.stage:
             case "LOAD_Q":
-                return StageCost({"copy": rows * KEY * 2 * one_copy}, latency=memory + startup)
+                return StageCost(
+                    {"copy": rows * KEY * 2 * rates.one_copy}, latency=memory + startup
+                )
             case "LOAD_L" | "LOAD_R":
                 return load(LATENT // 2)
             case "LOAD_ROPE":
@@ -217,152 +293,86 @@ def hopper_costs(
     return stage
 
 
-class _ItemTimes:
-    """Times of work items that end in one way.
+def _int8_costs(
+    profile: HardwareProfile, kernel: HopperKernel, end: int, rates: _Rates, startup: float
+) -> Costs:
+    """Returns `hopper_costs` of a kernel over an int8 cache.
 
-    The loads of many cores are out of step, so the memory is never idle while it is what bounds
-    them. So an item takes the longer of two times: its schedule's with the memory to itself, and
-    that in which its share of the memory's bandwidth brings its bytes. At the start of a launch all
-    cores load q and their first blocks at once, so that these come later than for one core alone.
-
-    q_bytes: of a core's q, those that no other core reads.
+    Products over K are of 8-bit operands, twice as many as there are rows, and V becomes bfloat16
+    in registers. q is read and quantized by warpgroups that compute.
     """
+    rows, memory, l2 = kernel.rows_per_cta, profile["latency.memory"], profile["latency.l2"]
+    fixed, transposed = fixed_costs(profile, kernel.kernel), kernel.is_transposed
+    half = rows * LATENT / 2
 
-    RATES = (1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, math.inf)  # of loads, in shares
+    def quantize() -> StageCost:
+        """Each group of rows waits for the loads of the next one, if it computes no longer."""
+        own = rows / kernel.quantizing
+        computing = own * QUANTIZE_OPS * rates.cuda
+        waiting = max(own / QUANTIZED_ROWS * l2 - computing, 0.0)
+        return StageCost({"cuda": computing}, hold=memory + startup + waiting)
 
-    def __init__(
-        self,
-        profile: HardwareProfile,
-        kernel: HopperKernel,
-        end: int,
-        share: float,
-        q_bytes: float,
-        alone_times: "AloneTimes",
-    ) -> None:
-        self._costs_at = partial(hopper_costs, profile, kernel, end)
-        self._kernel, self._share = kernel, share
-        self._bytes = kernel.block_bytes / share
-        self._signal = profile["latency.barrier"]
-        alone = self._costs_at(math.inf)
-        self._first, self._later = alone_times(profile, kernel, end)
-        steps = {step.stage: alone(step).work for step in kernel.order(1).steps}
-        load = steps["LOAD_L"] + steps["LOAD_R"] + steps["LOAD_ROPE"]
-        self._around = self._first(1) - load
-        together = (q_bytes + kernel.stage_bytes) / share
-        loads = zip(("LOAD_L", "LOAD_R", "LOAD_ROPE"), kernel.kv_stages, strict=True)
-        alone_too = steps["LOAD_Q"] + sum(number * steps[part] for part, number in loads)
-        self._startup = max(together - alone_too, 0.0)
+    def int8_scores(rope: bool) -> StageCost:
+        operands = (BLOCK + 2 * rows) * LATENT
+        flop = 2.0 * BLOCK * 2 * rows * LATENT * rates.int8_flop
+        latent = {"tensor": flop, "shared": operands * rates.shared}
+        if not rope:
+            return StageCost(latent)
+        both = rates.product(BLOCK, rows, ROPE, fixed["product"])
+        busy = {engine: seconds + latent[engine] for engine, seconds in both.busy.items()}
+        return StageCost(busy, hold=both.hold)
 
-    def __call__(self, num_blocks: int, later: bool) -> tuple[float, float]:
-        """Returns seconds with all cores working, and with the memory to itself.
+    def softmax() -> StageCost:
+        elements = rows * BLOCK
+        busy = {"cuda": elements * INT8_SOFTMAX_OPS * rates.cuda, "sfu": elements * rates.sfu}
+        if transposed:
+            busy["cuda"] += rows * LATENT * rates.cuda  # O^T is rescaled always
+            return StageCost(busy, hold=fixed["softmax"])
+        return StageCost(busy, hold=fixed["softmax_second"])  # beside products, as that one is
 
-        later: whether another item is before it, so that its first block is there in time.
-        """
-        if later:
-            alone = self._later(BEFORE + num_blocks) - self._first(BEFORE)
-            return max(alone, num_blocks * self._bytes), alone
-        alone = self._first(num_blocks)
-        crowded = max(alone + self._startup, self._around + num_blocks * self._bytes)
-        return crowded, alone
+    def values(columns: int) -> StageCost:
+        """V^T P^T of so many columns of V, which is operand A in registers."""
+        bytes_ = columns * BLOCK + math.ceil(columns / 64) * BLOCK * rows * 2
+        busy = {
+            "tensor": 2.0 * columns * rows * BLOCK * rates.flop,
+            "cuda": columns * BLOCK * DEQUANTIZE_OPS * rates.cuda,
+            "shared": bytes_ * rates.shared,
+        }
+        return StageCost(busy, hold=fixed["product"])
 
-    def timeline(self, num_blocks: int) -> Timeline:
-        """Returns the timeline of a first item, with loads at the rate that its time implies."""
-        wanted = self(num_blocks, False)[0]
-        schedule = self._kernel.order(num_blocks)
-        lines = (
-            run_shared(schedule, self._costs_at(self._share * rate, self._startup), self._signal)
-            for rate in self.RATES
-        )
-        return min(lines, key=lambda line: abs(line.total - wanted))
+    def stored() -> StageCost:
+        """Normalises half of O and stores it."""
+        copied, what = (2, "store") if end == STORED else (kernel.partial_bytes, "store_partial")
+        busy = {"cuda": 3 * half * rates.cuda, "copy": half * copied * rates.store}
+        if transposed and kernel.computing == 2:
+            busy["shared"] = half * 4 * rates.shared
+        return StageCost(busy, hold=fixed[what])
 
+    def stage(step: Step) -> StageCost:
+        match step.stage:
+            case "ITEM":
+                return StageCost({}, hold=l2)
+            case "LOAD":
+                return StageCost({"copy": BLOCK * kernel.token_bytes * rates.copy}, latency=memory)
+            case "LOAD_Q" | "LOAD_Q_L" | "LOAD_Q_R":
+                return quantize()
+            case "QK":
+                return int8_scores(rope=transposed)
+            case "QK_ROPE":
+                return rates.product(BLOCK, rows, ROPE, fixed["product"])
+            case "SM":
+                return softmax()
+            case "PUBLISH":  # a fence and an arrival
+                return StageCost({}, hold=profile["latency.barrier"])
+            case "PV":
+                return values(LATENT)
+            case "PV_L" | "PV_R":
+                return values(LATENT // 2)
+            case "SUM" | "SUM_L" | "SUM_R":
+                given = {"shared": half * 4 * rates.shared} if kernel.computing == 2 else {}
+                return StageCost(given if transposed else {}, hold=fixed["sum"])
+            case "STORE_L" | "STORE_R":
+                return stored()
+        raise ValueError(f"{kernel.name}: no cost for stage {step.stage}")
 
-@dataclass(frozen=True)
-class HopperTimes:
-    """The seconds of a call without its launch, and how its longest item runs."""
-
-    cores: float
-    merge: float
-    longest: _ItemTimes
-    longest_blocks: int
-
-    def timeline(self, most: int) -> Timeline:
-        """Returns the timeline of the longest item, or of its first `most` blocks."""
-        return self.longest.timeline(min(self.longest_blocks, most))
-
-
-# Seconds of so many blocks with the memory to itself.
-Seconds = Callable[[int], float]
-# profile, kernel, end -> those of a first item, and of two items of which the first has BEFORE.
-AloneTimes = Callable[[HardwareProfile, HopperKernel, int], tuple[Seconds, Seconds]]
-
-
-def exact_times(
-    profile: HardwareProfile, kernel: HopperKernel, end: int
-) -> tuple[Seconds, Seconds]:
-    """Returns times that are simulated until they repeat."""
-    alone, signal = hopper_costs(profile, kernel, end, math.inf), profile["latency.barrier"]
-    first = SharedBlockTimes(kernel.order, alone, signal)
-    return first, SharedBlockTimes(partial(kernel.order, before=BEFORE), alone, signal)
-
-
-def hopper_times(
-    profile: HardwareProfile,
-    problem: Problem,
-    kernel: HopperKernel,
-    alone_times: AloneTimes = exact_times,
-    most_items: float = math.inf,
-) -> HopperTimes:
-    """Returns the times of one call.
-
-    profile: with our own constants (`tuned_for_hopper`).
-    most_items: above so many work items, all cores count as working until the end.
-    """
-    if problem.kv_dtype not in ("bf16", "fp16"):
-        raise ValueError(
-            f"{kernel.name}: kv_dtype = {problem.kv_dtype!r}, wanted bf16 or fp16: there is no "
-            "model of the kernels over an int8 cache"
-        )
-    plan = kernel.work
-    share = fair_share(profile, plan, kernel.stage_bytes, kernel.ctas_per_tile)
-    end = np.where(kernel.kept, KEPT, np.where(plan.split, PARTIAL, STORED))
-    later = np.diff(plan.worker, prepend=-1) == 0
-    kinds, which = np.unique(np.stack([plan.blocks, end, later]), axis=1, return_inverse=True)
-    cores = active(plan)
-    q_bytes = problem.batch * problem.rows * KEY * 2 / cores
-    q_bytes = min(q_bytes, kernel.rows_per_cta * KEY * 2)
-    times = {
-        e: _ItemTimes(profile, kernel, e, share, q_bytes, alone_times) for e in set(end.tolist())
-    }
-    seconds = np.array([times[e](n, bool(after)) for n, e, after in kinds.T.tolist()])
-    crowded, alone = seconds[which.reshape(-1)].T
-    if len(crowded) > most_items:
-        alone = crowded
-    seconds_of_cores = machine.makespan(crowded, alone, plan.worker, plan.num_workers)
-    longest = int(np.argmax(plan.blocks))
-    return HopperTimes(seconds_of_cores, merge_seconds(profile, kernel), times[int(end[longest])],
-                       int(plan.blocks[longest]))  # fmt: skip
-
-
-def merge_seconds(profile: HardwareProfile, kernel: HopperKernel) -> float:
-    """Returns the seconds from a worker's last partial to its last combined row.
-
-    It publishes its partial and sees those of the others. Then its warpgroups combine their parts
-    of each of its tiles, in rounds of loads that wait for one another.
-    """
-    plan, fixed = kernel.work, fixed_costs(profile, kernel.kernel)
-    writes = plan.split & ~kernel.kept
-    # A tile that one of its two workers combines by itself is done when that item is.
-    kept_tiles = np.unique(plan.tile[kernel.kept])
-    writes &= ~np.isin(plan.tile, kept_tiles)
-    if not writes.any():
-        return 0.0
-    parts = plan.parts
-    rounds = np.zeros(plan.num_workers)
-    for worker, tile in zip(plan.worker[writes].tolist(), plan.tile[writes].tolist(), strict=True):
-        merging = kernel.merging[int(parts[tile])]
-        of_a_warpgroup = math.ceil(merging.parts / (parts[tile] * merging.warpgroups))
-        rounds[worker] += of_a_warpgroup * math.ceil(parts[tile] / merging.at_once)
-    values = float(plan.rows[writes].sum()) * LATENT
-    traffic = values * kernel.partial_bytes / profile["memory.l2_bandwidth"]
-    waiting = fixed["wait_for_partials"]
-    return waiting + max(float(rounds.max()) * fixed["combine_round"], traffic)
+    return stage

@@ -25,7 +25,8 @@ from mla_jax.hal.simulator.gpu_costs import (
     gpu_costs,
     merge_seconds,
 )
-from mla_jax.hal.simulator.hopper import HopperKernel, hopper_times, tuned_for_hopper
+from mla_jax.hal.simulator.hopper import HopperKernel, tuned_for_hopper
+from mla_jax.hal.simulator.hopper_times import hopper_times
 from mla_jax.hal.simulator.loaded_times import LoadedTimes, fair_share
 from mla_jax.hal.simulator.one_core import Timeline
 from mla_jax.hal.tiling import KEY, LATENT, ROPE
