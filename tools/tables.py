@@ -75,7 +75,7 @@ PAGES: dict[str, dict[str, Writer]] = {
         "prediction_scores": predictions.scores,
     },
     "docs/adding_a_profile.md": {"profile_fields": profiles.fields},
-    "docs/hal.md": {"hal_errors": hal.errors, "hopper_errors": hal.hopper_errors},
+    "docs/hal.md": {"hopper_errors": hal.hopper_errors, "hal_errors": hal.errors},
     "docs/hopper_prefill.md": {"prefill_widths": prefill_widths},
     "docs/int8.md": {
         "int8_output": accuracy.int8_output,
