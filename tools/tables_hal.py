@@ -57,7 +57,7 @@ def _number_and_error(rows: Sequence[Row]) -> list[str]:
 
 
 def _error(rows: Sequence[Row], column: str) -> str:
-    if not rows:
+    if not rows or column not in rows[0]:
         return "-"
     return f"{100 * mean(abs(row[column] / row['us'] - 1) for row in rows):.1f} %"
 

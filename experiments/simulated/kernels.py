@@ -4,6 +4,9 @@ from experiments.simulated.own_files import errors_of, load_kernel
 from mla_jax.hal import HardwareProfile, Problem, Report, simulate
 
 OURS = "hopper"  # the kernel that `pallas_kernels.hopper` runs for a problem, with its plan
+OUR_PREFILL = (
+    "hopper-prefill"  # that of `pallas_kernels.hopper.prefill`, causal, with its work list
+)
 
 
 def simulate_named(
@@ -20,5 +23,9 @@ def simulate_named(
         from pallas_kernels.hopper.model import simulated_kernel
 
         return simulate(profile, problem, simulated_kernel(profile, problem, capacity=capacity))
+    if name == OUR_PREFILL:
+        from pallas_kernels.hopper.prefill.model import simulated_prefill
+
+        return simulate(profile, problem, simulated_prefill(profile, problem))
     with errors_of(name):
         return simulate(profile, problem, load_kernel(profile, name, problem.kv_dtype))

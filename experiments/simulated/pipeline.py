@@ -19,7 +19,8 @@ SUMMARY = "a schedule on a device: Gantt chart, Perfetto trace, what bounds it"
 class Options(MachineOptions):
     schedule: str = flag(
         "seesaw",
-        "an order (seesaw, chunk4, ...), a kernel (flashmla_dense, hopper, ...), or FILE.py",
+        "an order (seesaw, chunk4, ...), a kernel (flashmla_dense, hopper, hopper-prefill, ...) or "
+        "FILE.py",
     )
 
 

@@ -87,7 +87,7 @@ def test_a_table_of_measured_rows(tmp_path: Path) -> None:
     (tmp_path / "odd.json").write_text(json.dumps({"device": "H100_SXM5", "rows": [{"us": 1}]}))
     found = read_table(tmp_path / "mine.json")
     assert found == read_table(tmp_path / "mine.csv") == rows
-    with pytest.raises(ValueError, match="odd.json has no measured rows"):
+    with pytest.raises(ValueError, match=r"odd.json has no measured rows"):
         read_table(tmp_path / "odd.json")
 
 

@@ -12,8 +12,9 @@ from experiments import launch
 from experiments.simulated import foretell
 from experiments.simulated.tables.models import kernel_for
 from experiments.simulated.tables.predictions import predict
-from experiments.simulated.tables.prefill_model import prefill_seconds, two_consumers
+from experiments.simulated.tables.prefill_model import prefill_seconds
 from mla_jax.hal import PROFILES, Problem, simulate
+from mla_jax.hal.prefill_orders import two_consumers
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 

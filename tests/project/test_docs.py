@@ -228,7 +228,8 @@ class TestTakingABenchmark:
     def copy(self, tables, tmp_path):
         """The folder of the copy."""
         root = tmp_path / "copy"
-        shutil.copytree(ROOT / "benchmarks", root / "benchmarks")
+        for folder in ("benchmarks", "mla_jax/hal/profiles"):
+            shutil.copytree(ROOT / folder, root / folder)
         for name in (*tables.PAGES, tables.speed_picture.PATH):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, root / name)

@@ -114,7 +114,7 @@ def weight(rows: Sequence[Row], most: int) -> float:
 
 
 def fit(tables: Mapping[str, Sequence[Row]]) -> Constants:
-    """Returns the constants that fit these rows best; large errors count less than their squares."""
+    """Returns the constants that fit rows best; large errors count less than their squares."""
     # This takes a second to import, and `published` imports this module for other functions.
     from scipy.optimize import least_squares
 

@@ -26,10 +26,15 @@ from mla_jax.hal.simulator.gpu_costs import (
     merge_seconds,
 )
 from mla_jax.hal.simulator.hopper import HopperKernel, tuned_for_hopper
+from mla_jax.hal.simulator.hopper_prefill import (
+    HopperPrefill,
+    prefill_times,
+    tuned_for_prefill,
+)
 from mla_jax.hal.simulator.hopper_times import hopper_times
 from mla_jax.hal.simulator.loaded_times import LoadedTimes, fair_share
 from mla_jax.hal.simulator.one_core import Timeline
-from mla_jax.hal.tiling import KEY, LATENT, ROPE
+from mla_jax.hal.tiling import KEY, LATENT, ROPE, BufferUse, require_fits
 from mla_jax.hal.work import ITEMSIZE, Problem, Work
 
 ENGINE_KIND = {
@@ -91,12 +96,13 @@ class Report:
 def simulate(
     profile: HardwareProfile,
     problem: Problem,
-    kernel: str | Kernel | AscendKernel | AscendOrder | HopperKernel,
+    kernel: str | Kernel | AscendKernel | AscendOrder | HopperKernel | HopperPrefill,
 ) -> Report:
     """Simulates one call.
 
     kernel: a kernel, its name, the name of an order, or an Ascend order. `HopperKernel` is one of
-        our own kernels with the plan that it gets (`pallas_kernels.hopper.model`).
+        our own kernels with the plan that it gets (`pallas_kernels.hopper.model`), and
+        `HopperPrefill` our prefill kernel (`pallas_kernels.hopper.prefill.model`).
 
     Raises IllegalScheduleError for an illegal or incomplete schedule, TilePlanError for a tile that
     does not fit, and ValueError for what the device or the kernel can not run. TypeError is raised
@@ -106,16 +112,18 @@ def simulate(
         kernel = named_kernel(profile, kernel, problem.kv_dtype)
     if isinstance(kernel, AscendOrder):
         kernel = AscendKernel(kernel.name, kernel, problem.kv_dtype)
-    if not isinstance(kernel, Kernel | AscendKernel | HopperKernel):
+    if not isinstance(kernel, Kernel | AscendKernel | HopperKernel | HopperPrefill):
         raise TypeError(
-            "kernel must be a name, a Kernel, a HopperKernel, an AscendKernel or an AscendOrder, "
-            f"got {kernel!r:.60}"
+            "kernel must be a name, a Kernel, a HopperKernel, a HopperPrefill, an AscendKernel or "
+            f"an AscendOrder, got {kernel!r:.60}"
         )
-    if isinstance(kernel, Kernel | HopperKernel):
+    if isinstance(kernel, Kernel | HopperKernel | HopperPrefill):
         if profile.family != "nvidia":
             raise ValueError(f"kernel {kernel.name} does not run on family {profile.family!r}")
         if isinstance(kernel, HopperKernel):
             return _simulate_hopper(profile, problem, kernel)
+        if isinstance(kernel, HopperPrefill):
+            return _simulate_prefill(profile, problem, kernel)
         return _simulate_gpu(profile, problem, kernel)
     if profile.family != "ascend":
         raise ValueError(f"kernel {kernel.name} does not run on family {profile.family!r}")
@@ -183,16 +191,36 @@ def _simulate_gpu(profile: HardwareProfile, problem: Problem, kernel: Kernel) ->
 
 def _simulate_hopper(profile: HardwareProfile, problem: Problem, kernel: HopperKernel) -> Report:
     limits.require_memory(profile, problem)
-    capability = profile["core.compute_capability"]
-    if not 9.0 <= capability < 10.0:
-        raise ValueError(
-            f"kernel {kernel.name} on {profile.name}: core.compute_capability = {capability:g}, "
-            "wanted at least 9 and below 10 for wgmma"
-        )
+    _require_hopper(profile, kernel.name)
     profile = tuned_for_hopper(profile)
     times = hopper_times(profile, problem, kernel)
     cores, merge, timeline = times.cores, times.merge, times.timeline(SHOWN_BLOCKS)
     return _report(profile, problem, kernel.name, timeline, kernel.work, cores, merge)
+
+
+def _simulate_prefill(profile: HardwareProfile, problem: Problem, kernel: HopperPrefill) -> Report:
+    _require_hopper(profile, kernel.name)
+    uses = [BufferUse("hbm", "q, K, V and o", int(kernel.bytes))]
+    require_fits(profile.name, uses, (), {"hbm": profile.bytes("memory.hbm_bytes")})
+    profile = tuned_for_prefill(profile)
+    times = prefill_times(profile, problem, kernel, SHOWN_BLOCKS)
+    report = _report(profile, problem, kernel.name, times.timeline, kernel.work, times.cores, 0.0)
+    return _expanded(report, kernel.flops, kernel.bytes, profile.peak("bf16"))
+
+
+def _expanded(report: Report, flops: float, bytes_: float, peak: float) -> Report:
+    """Returns the report with the operations and bytes of the expanded form of attention."""
+    share = flops / peak / report.seconds
+    return dataclasses.replace(report, flops=flops, bytes=bytes_, utilisation=share)
+
+
+def _require_hopper(profile: HardwareProfile, name: str) -> None:
+    capability = profile["core.compute_capability"]
+    if not 9.0 <= capability < 10.0:
+        raise ValueError(
+            f"kernel {name} on {profile.name}: core.compute_capability = {capability:g}, "
+            "wanted at least 9 and below 10 for wgmma"
+        )
 
 
 def _simulate_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendKernel) -> Report:
@@ -201,10 +229,7 @@ def _simulate_ascend(profile: HardwareProfile, problem: Problem, kernel: AscendK
     report = _report(profile, problem, kernel.name, timeline, call.work, call.cores, call.merge)
     if not kernel.expanded:
         return report
-    at_peak = call.flops / profile.peak(kernel.kv_dtype)
-    return dataclasses.replace(
-        report, flops=call.flops, bytes=call.bytes, utilisation=at_peak / report.seconds
-    )
+    return _expanded(report, call.flops, call.bytes, profile.peak(kernel.kv_dtype))
 
 
 def _report(
