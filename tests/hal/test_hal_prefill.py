@@ -115,7 +115,7 @@ def test_measured_rows_are_predicted_and_causal() -> None:
         for problem in (Problem((n,) * 8, 16, 1024) for n in (1024, 4096))
     )
     assert behind > 4 * short
-    worse = {"engine.sfu": 2, "engine.cuda": 8, "engine.copy": 1e10,
+    worse = {"engine.sfu": 2, "engine.cuda": 8, "memory.hbm_bandwidth": 1e10, "engine.copy": 1e10,
              "engine.tensor_efficiency": 0.3, "engine.shared_efficiency": 0.2}  # fmt: skip
     problem = Problem((1024,) * 8, 16, 1024)
     kernel = simulated_prefill(H200, problem)

@@ -269,7 +269,8 @@ def _seconds_at_peak(profile: HardwareProfile, problem: Problem) -> float:
     """Returns the seconds of the call's products at the peaks of their dtypes.
 
     An Ascend core multiplies an int8 cache in int8, except for the 64 rope values. GPU kernels
-    multiply in bf16, also with an fp8 cache.
+    multiply in bf16, also with an fp8 cache. Our own over an int8 cache multiply K twice, at twice
+    the rate, which takes as long.
     """
     if profile.family == "nvidia" or problem.kv_dtype != "int8":
         return problem.flops / profile.peak("bf16")
