@@ -2,8 +2,8 @@
 
     python -m experiments.simulated.fitting.fit_profiles
 
-The constants are those that a datasheet does not give: efficiencies, latencies, and how fast one
-core copies. H100 and H200 are the same chip with other memory. So all constants on the chip are the
+The constants are those that neither a datasheet nor `calibrate` gives: efficiencies, some latencies,
+and how fast one core loads. H100 and H200 are the same chip with other memory. So all constants on the chip are the
 same for both, and each card has three of its own. One more belongs to a table whose kernels were
 timed one call at a time.
 
@@ -35,14 +35,11 @@ from mla_jax.hal.profiles.nvidia import CHIP, H200_SXM
 
 Bounds = dict[str, tuple[float, float, float]]  # field -> (lowest, start, highest)
 
-LINK = 64 * 1.98e9  # bytes per second between L2 and an SM: 64 per cycle
+LINK = 128 * 1.98e9  # bytes per second into the shared memory of an SM: 128 per cycle
 ON_CHIP: Bounds = {
     "engine.cuda_efficiency": (0.3, 0.9, 1.0),
     "engine.shared_efficiency": (0.5, 0.8, 1.0),
     "engine.copy": (1e10, 8e10, LINK),
-    "engine.store": (5e9, 6e10, LINK),
-    "latency.memory": (3e-7, 5e-7, 1.2e-6),
-    "latency.barrier": (1e-8, 3e-8, 3e-7),
     "latency.l2": (1e-7, 2.2e-7, 6e-7),
     "latency.grid_sync": (5e-7, 3e-6, 1.5e-5),
     "latency.second_launch": (1e-6, 4e-6, 1e-5),

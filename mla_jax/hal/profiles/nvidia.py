@@ -4,9 +4,12 @@ Clocks are boost clocks. The fitted efficiencies account for the lower sustained
 """
 
 from mla_jax.hal.profiles.profile import HardwareProfile
-from mla_jax.hal.profiles.sources import Entry, build
+from mla_jax.hal.profiles.sources import Entry, build, measured_constants
 
 CHIP = "Hopper"  # the fit that all devices here take their constants from
+# Of the chip, by `calibrate` on an H200. What else it measures, a kernel does not reach.
+MEASURED = ("latency.barrier", "latency.memory", "engine.store", "memory.l2_bandwidth")
+_SAME_CHIP = ", on an H200, which has the same chip"
 _SHEET = "datasheet"
 _GUIDE = "CUDA programming guide, throughput and limits by compute capability"
 
@@ -48,13 +51,13 @@ def _hopper(
         "core.clock": (1.98e9, "boost clock, nvidia-smi", "official"),
         "memory.hbm_bytes": (memory, _SHEET, "document"),
         "memory.hbm_bandwidth": (bandwidth, _SHEET, "document"),
-        "memory.l2_bandwidth": (7e12, "microbenchmarks of H100: 5.5e12 to 7e12", "community"),
         "buffer.l2": (50e6, _SHEET, "document"),
         "buffer.shared": (227 * 1024, _GUIDE, "official"),
         "engine.tensor_bf16": tensor,
         "engine.tensor_int8": (2 * tensor[0], "twice the bf16 rate", "derived"),
         "engine.mma_sync_share": mma_sync,
     }
+    entries |= measured_constants("H200_SXM", MEASURED, "" if name == "H200_SXM" else _SAME_CHIP)
     return build(name, "nvidia", entries, fitted_on, note, CHIP)
 
 

@@ -16,6 +16,20 @@ def fitted_constants() -> dict[str, dict]:
     return json.loads(files("mla_jax.hal.profiles").joinpath("fitted.json").read_text())
 
 
+@functools.cache
+def measured_constants(device: str, fields: tuple[str, ...], note: str = "") -> dict[str, Entry]:
+    """Returns numbers that the experiment `calibrate` measured on a device.
+
+    device: H200_SXM. note: what the source says after the method.
+    """
+    path = files("mla_jax.hal.profiles").joinpath(f"{device.split('_')[0].lower()}_measured.json")
+    numbers = json.loads(path.read_text())["numbers"]
+    return {
+        field: (numbers[field]["value"], f"{numbers[field]['source']}{note}", "measured")
+        for field in fields
+    }
+
+
 def build(
     name: str,
     family: str,
