@@ -12,26 +12,24 @@ import numpy as np
 from experiments.generate.model import (
     Experts,
     FeedForward,
-    Layers,
     ModelConfig,
-    ModelParams,
     Routing,
 )
 from mla_jax.reference.layer import layer_float64
 
 
-def logits_float64(params: ModelParams, config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
+def logits_float64(params: Any, config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
     """Returns the logits after each token of a request: [T] integers -> [T, vocab] float64.
 
-    params: `in_float64`.
+    params: a `ModelParams` from `in_float64`.
     """
-    p = params
-    x = p.embedding[tokens]
-    for stack in (p.dense, p.moe):
+    x = params.embedding[tokens]
+    for stack in (params.dense, params.moe):
         if stack is not None:
             for i in range(len(stack.attention_norm)):
                 x = _layer(jax.tree.map(lambda a, i=i: a[i], stack), config, x)
-    return _norm(x, p.norm, config) @ (p.embedding if p.head is None else p.head).T
+    head = params.embedding if params.head is None else params.head
+    return _norm(x, params.norm, config) @ head.T
 
 
 def in_float64(tree: Any) -> Any:
@@ -39,7 +37,7 @@ def in_float64(tree: Any) -> Any:
     return jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
 
 
-def _layer(p: Layers, config: ModelConfig, x: np.ndarray) -> np.ndarray:
+def _layer(p: Any, config: ModelConfig, x: np.ndarray) -> np.ndarray:
     normed = _norm(x, p.attention_norm, config)
     x = x + layer_float64(config.attention, p.attention, normed[None])[0]
     normed = _norm(x, p.feed_forward_norm, config)
@@ -48,7 +46,7 @@ def _layer(p: Layers, config: ModelConfig, x: np.ndarray) -> np.ndarray:
     return x + _network(p.feed_forward, normed)
 
 
-def mixture_float64(p: Experts, r: Routing, x: np.ndarray) -> np.ndarray:
+def mixture_float64(p: Any, r: Routing, x: np.ndarray) -> np.ndarray:
     """Computes a mixture of experts of one layer on tokens: [T, hidden] -> [T, hidden]."""
     out = np.zeros_like(x)
     for row, token in zip(out, x, strict=True):
@@ -72,10 +70,10 @@ def mixture_float64(p: Experts, r: Routing, x: np.ndarray) -> np.ndarray:
     return out if p.shared is None else out + _network(p.shared, x)
 
 
-def _network(p: FeedForward, x: np.ndarray) -> np.ndarray:
+def _network(p: Any, x: np.ndarray) -> np.ndarray:
     gate, up = np.split(x @ p.gate_up, 2, axis=-1)
     return gate / (1 + np.exp(-gate)) * up @ p.down
 
 
-def _norm(x: np.ndarray, weight: np.ndarray, config: ModelConfig) -> np.ndarray:
+def _norm(x: np.ndarray, weight: Any, config: ModelConfig) -> np.ndarray:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * weight
