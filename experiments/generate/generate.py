@@ -102,6 +102,7 @@ def run(options: Options, output: Output) -> Outcome:
     show_table("What happened", rows)
 
     again = requests[: options.alone]
+    say(f"serving {len(again)} of them again, alone")
     differ = served_alone(params, config, load.sizes, again, served)
     golden = None if folder is None else golden_tokens(params, config, load.sizes, folder)
     error = kernel_error(params, config)
@@ -210,11 +211,13 @@ def serve(
     and decoded so far. The programs are compiled before the first step.
     """
     drafter = lookup_drafter if sizes.drafts else no_drafter
+    say("compiling the steps")
     warm = Engine(params, config, sizes, drafter)
     most = min(2 + sizes.chunk, sizes.max_tokens - 3)
     warm.run([Request("warm-up", [0] * most, 3)])
     pool, warm.pool = warm.pool, None  # type: ignore[assignment]
     engine = Engine(params, config, sizes, drafter, pool=pool)
+    say(f"serving {len(requests)} requests")
     waiting, timeline = list(requests), [(0.0, 0, 0)]
     start = time.perf_counter()
     while waiting or engine.is_busy:

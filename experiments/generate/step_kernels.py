@@ -2,7 +2,7 @@
 
 The model and the library name their parts with `jax.named_scope`. XLA keeps these names for each
 instruction, and `experiments.speed.layer.parts` finds the instruction of a kernel. Within a part,
-kernels of matrix products are told apart from the others, so that nothing hides behind a product.
+the kernels of matrix products have a row of their own, so that the time of the others shows.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,14 @@ from experiments.speed.timing import Kernel
 PRODUCTS, ATTENTION, EXCHANGE, OTHER = (
     "matrix products", "attention", "gather and scatter", "other"
 )  # fmt: skip
-REST = "norms, sums, copies"  # what has no name
+REST = "sums, copies, counters"  # what has no name
 # Parts by the innermost scope.
 PARTS = {
     "mla_projections": "projections, norms, RoPE",
     "mla_absorb": "absorption of W_UK",
     "mla_append": "append",
+    "jit(_append)": "append",
+    "jit(_pool_tables)": "block tables of a layer",
     "mla_attention": "attention",
     "mla_decode_plan": "plan of the attention",
     "mla_w_uv": "W_UV",
@@ -29,6 +31,7 @@ PARTS = {
     "moe_gather": "experts' gather and scatter",
     "moe_experts": "experts",
     "moe_scatter": "experts' gather and scatter",
+    "norm": "norms",
     "head": "head",
     "sampling": "next token",
 }

@@ -49,14 +49,14 @@ def test_kernels_by_part_and_kind():
         ("dense and shared feed-forward", "matrix products"): 30,
         ("W_O", "matrix products"): 20, ("W_O", "other"): 6,
         ("experts' gather and scatter", "gather and scatter"): 7,
-        ("norms, sums, copies", "other"): 8,
+        ("sums, copies, counters", "other"): 8,
     })  # fmt: skip
     assert attention_us(rows) == pytest.approx(30)
     assert sum(row["of_gpu_time"] for row in rows) == pytest.approx(1)
     # 3 % of 200 us are 6: one part is above, one is not.
-    assert [row["part"] for row in rows if row["above_3_percent"]] == ["norms, sums, copies"]
+    assert [row["part"] for row in rows if row["above_3_percent"]] == ["sums, copies, counters"]
     assert found["experts' gather and scatter", "gather and scatter"]["kernels"] == 2
-    assert part_and_kind("") == ("norms, sums, copies", "other")
+    assert part_and_kind("") == ("sums, copies, counters", "other")
 
 
 def test_a_gpu_also_has_kernels(golden, monkeypatch):
@@ -91,7 +91,7 @@ def test_a_gpu_also_has_kernels(golden, monkeypatch):
     assert found.parts[0] == {"part": parts.STEP, "us": 100, "of_step": 1, "us_per_layer": None}
     assert found.parts[1]["us_per_layer"] == 100
     # The names of these kernels are not those of this program.
-    assert [row["part"] for row in found.kernels] == ["norms, sums, copies"]
+    assert [row["part"] for row in found.kernels] == ["sums, copies, counters"]
     assert found.over_alone == 0
     assert not found.failed
     again = measured()
