@@ -30,7 +30,7 @@ from experiments.generate.config import LITE
 from experiments.generate.engine import Engine, Sizes
 from experiments.generate.grouped import ALIGN, TILE_ROWS, grouped_product, takes
 from experiments.generate.model import ModelConfig, ModelParams, split_routed
-from experiments.generate.parts import WHOLE_PARTS, measured_parts
+from experiments.generate.parts import STEP, WHOLE_PARTS, Found, measured_parts
 from experiments.generate.requests import Request, lookup_drafter, no_drafter
 from mla_jax.cache import PAGE_SIZES
 from pallas_kernels.hopper import device
@@ -102,6 +102,7 @@ def run(options: Options, output: Output) -> Outcome:
     show_table("What happened", rows)
 
     again = requests[: options.alone]
+    say(f"serving {len(again)} of them again, alone")
     differ = served_alone(params, config, load.sizes, again, served)
     golden = None if folder is None else golden_tokens(params, config, load.sizes, folder)
     error = kernel_error(params, config)
@@ -114,8 +115,16 @@ def run(options: Options, output: Output) -> Outcome:
         "served_alone": len(again), "differ_when_alone": differ, "golden_tokens_equal": golden,
         "grouped_kernel_error": error, "counts": dict(served.counts),
     }  # fmt: skip
-    parts = time_parts(options, load, params, config, served) if options.parts else []
-    draw(output, timeline, parts, f"{config.num_layers} layers, {dtype}")
+    found = Found([], [])
+    if options.parts:
+        found = time_parts(options, load, params, config, served)
+        headline["step"] = {
+            "requests": load.sizes.slots, "context": load.context,
+            "new_tokens_per_request": 1 + load.sizes.drafts,
+            "attention_over_op_alone": found.over_alone, "kernels": found.kernels,
+            "kernels_failed": found.failed,
+        }  # fmt: skip
+    draw(output, timeline, found.parts, f"{config.num_layers} layers, {dtype}")
     # In bfloat16 two products of different shapes may round two close logits differently.
     passed = dtype != "float32" or (golden is not False and differ == 0)
     passed = passed and (error is None or error < KERNEL_BOUND)
@@ -127,9 +136,9 @@ def run(options: Options, output: Output) -> Outcome:
         summary=(
             f"{len(requests)} requests, {new} new tokens in {seconds:.2f} s, "
             f"{new / seconds:.4g} per second; {differ} of {len(again)} differ when served "
-            f"alone.{words}" + step_in_words(parts)
+            f"alone.{words}" + step_in_words(found)
         ),
-        rows=rows + parts,
+        rows=rows + found.parts,
         headline=headline,
     )
 
@@ -202,11 +211,13 @@ def serve(
     and decoded so far. The programs are compiled before the first step.
     """
     drafter = lookup_drafter if sizes.drafts else no_drafter
+    say("compiling the steps")
     warm = Engine(params, config, sizes, drafter)
     most = min(2 + sizes.chunk, sizes.max_tokens - 3)
     warm.run([Request("warm-up", [0] * most, 3)])
     pool, warm.pool = warm.pool, None  # type: ignore[assignment]
     engine = Engine(params, config, sizes, drafter, pool=pool)
+    say(f"serving {len(requests)} requests")
     waiting, timeline = list(requests), [(0.0, 0, 0)]
     start = time.perf_counter()
     while waiting or engine.is_busy:
@@ -273,8 +284,8 @@ def kernel_error(params: ModelParams, config: ModelConfig) -> float | None:
 
 def time_parts(
     options: Options, load: Load, params: ModelParams, config: ModelConfig, served: Engine
-) -> list[Row]:
-    rows = measured_parts(
+) -> Found:
+    found = measured_parts(
         params, config, load.sizes, served.pool, load.context,
         with_plan=served.with_plan, rounds=options.rounds,
     )  # fmt: skip
@@ -283,15 +294,28 @@ def time_parts(
         f"{1 + load.sizes.drafts} new ones each; parts are programs of their own"
     )
     columns = {"part": "part", "us": "us", "us_per_layer": "us per layer", "of_step": "of step"}
-    show_table(title, rows, columns)
-    return rows
+    show_table(title, found.parts, columns)
+    if found.kernels:
+        show_table("The kernels of that step, as the profiler saw them", found.kernels)
+    if found.failed:
+        say(f"The kernels of the step have no names: {found.failed}")
+    return found
 
 
-def step_in_words(parts: Sequence[Row]) -> str:
-    if not parts:
+def step_in_words(found: Found) -> str:
+    """Returns the time of a step, and what of the targets on a GPU it misses."""
+    if not found.parts:
         return ""
-    us = {row["part"]: row["us"] for row in parts}
-    return f" A decode step takes {us['whole decode step'] / 1e3:.4g} ms."
+    us = {row["part"]: row["us"] for row in found.parts}
+    words = f" A decode step takes {us[STEP] / 1e3:.4g} ms."
+    if found.over_alone is None:
+        return words
+    above = [f"{r['part']} ({r['of_gpu_time']:.1%})" for r in found.kernels if r["above_3_percent"]]
+    return (
+        f"{words} Its attention takes {found.over_alone:.3f} times the op alone. Above 3 % of its "
+        "GPU time, beside matrix products, attention, and the experts' gather and scatter: "
+        f"{', '.join(above) or 'nothing'}."
+    )
 
 
 def draw(

@@ -115,6 +115,7 @@ class ModelParams:
 # ------------------------------------------------------------------------------------- one layer
 
 
+@jax.named_scope("norm")
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Returns x / rms(x) * weight, with statistics in float32."""
     wide = x.astype(jnp.float32)
