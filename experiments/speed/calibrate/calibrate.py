@@ -12,7 +12,7 @@ from experiments.framework.console import say, show_table
 from experiments.framework.experiment import InputError, Outcome, Output, Row, reading
 from experiments.framework.options import flag
 from experiments.speed.calibrate.constants import Constant, profile_data, rows_of, write_profile
-from mla_jax.hal import load_profile
+from mla_jax.hal import HardwareProfile, load_profile
 from pallas_kernels.hopper import device
 
 SUMMARY = "measures the constants of a profile on an H100 or H200, and writes a profile file"
@@ -55,7 +55,7 @@ def run(options: Options, output: Output) -> Outcome:
         start = time.monotonic()
         try:
             constants.extend(getattr(bench, name)())
-        except Exception as error:  # noqa: BLE001  one that fails must not lose the others
+        except Exception as error:  # one that fails must not lose the others
             text = " ".join(f"{type(error).__name__}: {error}".split())
             failures.append({"name": name, "status": f"failed: {text[:500]}"})
             say(f"{name} failed: {text[:500]}", style="red")
@@ -63,7 +63,9 @@ def run(options: Options, output: Output) -> Outcome:
     return report(output, profile, constants, failures)
 
 
-def report(output: Output, profile, constants: list[Constant], failures: list[Row]) -> Outcome:
+def report(
+    output: Output, profile: HardwareProfile, constants: list[Constant], failures: list[Row]
+) -> Outcome:
     """Writes the profile file, shows the table, and returns the outcome."""
     note = "; ".join(f"{c.name} {c.value:.4g} {c.unit}" for c in constants
                      if not c.field and not c.problem)  # fmt: skip

@@ -114,13 +114,17 @@ def write_profile(path: Path, data: dict[str, Any]) -> None:
 
 def rows_of(profile: HardwareProfile, constants: Sequence[Constant]) -> list[dict[str, Any]]:
     """Returns a row per constant, with the shipped profile's value where it has one."""
+
+    def finite(x: float) -> float | None:
+        return x if np.isfinite(x) else None
+
     rows = []
     for c in constants:
         shipped = profile[c.field] if c.field else None
         rows.append({
-            "name": c.name, "value": c.value, "low": c.low, "high": c.high, "unit": c.unit,
-            "field": c.field, "shipped": shipped,
-            "ratio": c.value / shipped if shipped else None,
+            "name": c.name, "value": finite(c.value), "low": finite(c.low),
+            "high": finite(c.high), "unit": c.unit, "field": c.field, "shipped": shipped,
+            "ratio": finite(c.value / shipped) if shipped else None,
             "status": f"failed: {c.problem}" if c.problem else "measured", "how": c.how,
         })  # fmt: skip
     return rows
