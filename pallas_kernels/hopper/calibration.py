@@ -8,6 +8,7 @@ Every function takes `params`, int32 [3], and returns (result, stamps). The stam
 [CTAs, warpgroups, 1, rows, 2, 2]: start and end, each as (clock, timer in ns), modulo 2^32.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,7 +60,6 @@ def _launch(
 ) -> tuple[jax.Array, jax.Array]:
     """Runs body(*inputs, stamps, out, *scratch) in every warpgroup."""
     stamps = jax.new_ref(jnp.zeros((ctas, warpgroups, 1, rows, 2, 2), jnp.int32))
-    shared = {"cluster": (2,), "cluster_names": ("cluster",)} if cluster else {}
     kernel = plgpu.kernel(
         body,
         out_type=out,
@@ -69,7 +69,8 @@ def _launch(
         num_threads=warpgroups,
         thread_name="wg",
         compiler_params=parameters,
-        **shared,
+        cluster=(2,) if cluster else (),
+        cluster_names=("cluster",) if cluster else (),
     )
     result = kernel(*inputs, stamps)
     return result, stamps[...]
@@ -101,7 +102,7 @@ def reads(params: jax.Array, source: jax.Array, *, ctas: int) -> tuple[jax.Array
 
         stamp_clock(stamps, (0, 0), 0, rows=1, timer=True)
         for slot in range(SLOTS):
-            pl.when(slot < count)(lambda slot=slot: start(jnp.int32(slot), slot))
+            pl.when(slot < count)(functools.partial(start, jnp.int32(slot), slot))
         zeros = plgpu.layout_cast(jnp.zeros((128,), jnp.int32), THREADS)
         total = lax.fori_loop(0, count, step, zeros)
         stamp_clock(stamps, (0, 0), 1, rows=1, timer=True)
