@@ -26,8 +26,10 @@ from pallas_kernels.hopper import calibration as kernels
 TILE_BYTES = 4 * kernels.TILE[0] * kernels.TILE[1]
 TILES = 1 << 15  # 1 GiB, far more than L2
 L2_TILES = 512  # 16 MiB, which L2 has room for
+ALONE = 4000  # tiles of one SM: 125 MiB, so that the next run does not find them in L2
 REPEATS = 7
 SLACK = 1.05  # a measured number may be so much above a datasheet's peak
+L2_BYTES_PER_CYCLE = 64  # that an SM takes from L2 or gives to it at most
 SHORT, LONG = 1e-9, 1e-4  # seconds, between which every latency is
 
 
@@ -52,6 +54,11 @@ def _source() -> jax.Array:
     return jnp.broadcast_to(tile * 3 + lane, (TILES, *kernels.TILE)) + jnp.int32(1)
 
 
+@functools.cache
+def _products(ctas: int, warpgroups: int) -> Any:
+    return jax.jit(functools.partial(kernels.matrix_products, ctas=ctas, warpgroups=warpgroups))
+
+
 def _first_rows(tiles: np.ndarray) -> np.ndarray:
     """Returns the first row (int64) of each tile of `_source`."""
     return tiles[..., None] * 3 + np.arange(kernels.TILE[1]) + 1
@@ -68,6 +75,11 @@ class Bench:
     profile: HardwareProfile
     sms: int
 
+    @property
+    def _sm_peak(self) -> float:
+        """B/s between an SM and L2."""
+        return L2_BYTES_PER_CYCLE * self.profile["core.clock"] * SLACK
+
     def _spans(self, run: Callable, count: int, active: int, tiles: int) -> list[float]:
         """Returns seconds of `count` tiles per CTA: twice as many take so much longer."""
         seconds = []
@@ -80,12 +92,15 @@ class Bench:
     def read(self) -> Iterator[Constant]:
         source = _source()
         run = jax.jit(functools.partial(kernels.reads, ctas=self.sms))
+
+        def read(params: jax.Array) -> Any:
+            return run(params, source)
+
         for name, count, active, tiles in (
             ("HBM read", 120, self.sms, TILES),
-            ("HBM read of one SM", 600, 1, TILES),
+            ("HBM read of one SM", ALONE, 1, TILES),
             ("L2 read", 400, self.sms, L2_TILES),
         ):
-            read = functools.partial(self._read, run, source)
             places = np.arange(count)[:, None] * active + np.arange(active)
             wanted = _wrapped(_first_rows(places % tiles).sum(0))
             got = np.asarray(read(_ints(count, active, tiles))[0])
@@ -95,18 +110,22 @@ class Bench:
             found = rates(seconds, count * active * TILE_BYTES)
             peak = self.profile["memory.hbm_bandwidth"]
             if name == "L2 read":
-                yield Constant(name, found, "B/s", how, peak / 2, 2e13, "memory.l2_bandwidth")
+                yield Constant(
+                    name,
+                    found,
+                    "B/s",
+                    how,
+                    peak / 2,
+                    self.sms * self._sm_peak,
+                    "memory.l2_bandwidth",
+                )
             elif active == 1:
-                yield Constant(name, found, "B/s", how, 1e9, 4e11, "engine.copy")
+                yield Constant(name, found, "B/s", how, 1e9, self._sm_peak, "engine.copy")
             else:
                 yield Constant(name, found, "B/s", how, peak / 4, peak * SLACK)
                 share = scaled(found, 1 / peak)
                 yield Constant("HBM read over its peak", share, "1", how, 0.25, 1.0,
                                "memory.hbm_efficiency")  # fmt: skip
-
-    @staticmethod
-    def _read(run: Callable, source: jax.Array, params: jax.Array) -> Any:
-        return run(params, source)
 
     def write(self) -> Iterator[Constant]:
         tile = jnp.arange(kernels.TILE[0] * kernels.TILE[1], dtype=jnp.int32).reshape(kernels.TILE)
@@ -118,7 +137,7 @@ class Bench:
         peak = self.profile["memory.hbm_bandwidth"]
         for name, count, active, most, field in (
             ("HBM write", 120, self.sms, peak * SLACK, ""),
-            ("HBM write of one SM", 600, 1, 4e11, "engine.store"),
+            ("HBM write of one SM", ALONE, 1, self._sm_peak, "engine.store"),
         ):
             got = write(_ints(count, active, TILES))[0]
             _require((got[: count * active] == tile).all(), f"the tiles of {name}")
@@ -165,8 +184,7 @@ class Bench:
 
     def _products(self, name: str, dtype: Any, n: int, warpgroups: int) -> list[float]:
         a, b = self._operands(dtype, n)
-        run = jax.jit(functools.partial(
-            kernels.matrix_products, ctas=self.sms, warpgroups=warpgroups))  # fmt: skip
+        run = _products(self.sms, warpgroups)
         # The tensor core keeps about 14 bits of a sum of fp8 products, so few of them are checked.
         is_fp8 = dtype == jnp.float8_e4m3fn
         count = 64
@@ -182,7 +200,7 @@ class Bench:
         draw = np.random.default_rng(0)
         a, b = (jnp.asarray(draw.normal(size=(m, kernels.PRODUCT_K)), jnp.bfloat16)
                 for m in (64, 256))  # fmt: skip
-        run = jax.jit(functools.partial(kernels.matrix_products, ctas=self.sms, warpgroups=2))
+        run = _products(self.sms, 2)
         # About 2 * 4096 cycles per product: 24 * 2000 of them take 0.2 s. Clocks settle first.
         found = [run(_ints(2000), a, b) for _ in range(8)]
         _require(jnp.isfinite(found[-1][0]).all(), "the sustained products")
@@ -215,7 +233,7 @@ class Bench:
                        "by four warpgroups of one SM", 1, 128)  # fmt: skip
 
     def _meetings(self, name: str, run: Callable, count: int) -> list[float]:
-        """Returns seconds per meeting, of a kernel that counts its meetings."""
+        """Returns ns per meeting, of a kernel that counts its meetings."""
         samples: list[float] = []
         for _ in range(REPEATS):
             got, stamps = run(_ints(count))
@@ -225,14 +243,14 @@ class Bench:
 
     def warpgroups(self) -> Iterator[Constant]:
         name = "mbarrier between two warpgroups"
-        seconds = self._meetings(name, jax.jit(kernels.barrier_exchanges), 5000)
-        yield Constant(name, scaled(seconds, NS / 2), "s", "half a round trip", SHORT, LONG,
+        ns = self._meetings(name, jax.jit(kernels.barrier_exchanges), 5000)
+        yield Constant(name, scaled(ns, NS / 2), "s", "half a round trip", SHORT, LONG,
                        "latency.barrier")  # fmt: skip
 
     def cluster(self) -> Iterator[Constant]:
         name = "cluster barrier"
-        seconds = self._meetings(name, jax.jit(kernels.cluster_exchanges), 2000)
-        yield Constant(name, scaled(seconds, NS), "s", "two CTAs, each thread arrives", SHORT, LONG)
+        ns = self._meetings(name, jax.jit(kernels.cluster_exchanges), 2000)
+        yield Constant(name, scaled(ns, NS), "s", "two CTAs, each thread arrives", SHORT, LONG)
 
     def grid(self) -> Iterator[Constant]:
         name = "grid barrier"

@@ -200,3 +200,154 @@ def test_on_a_gpu(tmp_path):
     assert status == 0, result["summary"]
     assert result["duration_s"] < 60
     assert load_profile(tmp_path / "calibrate" / "profile.json").name == "H200_SXM_measured"
+
+
+SMS = 132
+PER_TILE = {SMS: 1000, 1: 500}  # ns, by the SMs that work; L2 is as fast as HBM here
+
+
+def fake_stamps(count, cycles, ns, *, ctas=1, warpgroups=1, rows=kernels.ROWS):
+    """Stamps of a device on which each repetition takes so long, and a row 300 more."""
+    times = count * (1 + jnp.arange(rows) % 2)
+    ends = jnp.stack([300 + times * cycles, 300 + times * ns], -1)
+    of_row = jnp.stack([jnp.zeros_like(ends), ends], 1)
+    return jnp.broadcast_to(of_row, (ctas, warpgroups, 1, rows, 2, 2)).astype(jnp.int32)
+
+
+class FakeKernels:
+    """Kernels of `calibration` by plain JAX, with stamps of a device of even speed."""
+
+    TILE, ROWS, PRODUCT_K, PER_WARPGROUP = (
+        *(kernels.TILE, kernels.ROWS),
+        *(kernels.PRODUCT_K, kernels.PER_WARPGROUP),
+    )
+    wrong = ""  # the kernel that returns another result than it should
+
+    def _spoil(self, name, result):
+        return result + (name == self.wrong)
+
+    @staticmethod
+    def _tile_stamps(params, ctas):
+        ns = jnp.where(params[1] == 1, PER_TILE[1], PER_TILE[SMS])
+        return fake_stamps(params[0], 2 * ns, ns, ctas=ctas, rows=1)
+
+    def reads(self, params, source, *, ctas):
+        count, active, tiles = params
+        cta = jnp.arange(ctas)
+
+        def add(i, total):
+            return total + source[(i * active + cta) % tiles, 0] * (cta < active)[:, None]
+
+        total = jax.lax.fori_loop(0, count, add, jnp.zeros((ctas, 128), jnp.int32))
+        return self._spoil("reads", total), self._tile_stamps(params, ctas)
+
+    def writes(self, params, tile, *, ctas, tiles):
+        out = jnp.broadcast_to(self._spoil("writes", tile), (tiles, *tile.shape))
+        return out, self._tile_stamps(params, ctas)
+
+    def nothing(self, x):
+        return self._spoil("nothing", x)
+
+    def matrix_products(self, params, a, b, *, ctas, warpgroups):
+        dtype = jnp.int32 if a.dtype == jnp.int8 else jnp.float32
+        product = a.astype(jnp.float32) @ b.astype(jnp.float32).T
+        total = product * (params[0] * kernels.ROWS * 3 // 2)
+        out = jnp.broadcast_to(total.astype(dtype), (ctas * warpgroups, *product.shape))
+        peak = 4096 if a.dtype == jnp.bfloat16 else 8192
+        cycles = 2 * warpgroups * product.size * kernels.PRODUCT_K // peak * 2  # half of the peak
+        stamps = fake_stamps(params[0], cycles, cycles, ctas=ctas, warpgroups=warpgroups)
+        return self._spoil("matrix_products", out), stamps
+
+    def exponentials(self, params, x):
+        x = jax.lax.fori_loop(0, 40, lambda _, x: jnp.exp2(-x), x)
+        return self._spoil("exponentials", x), fake_stamps(params[0], 1024, 512, warpgroups=4)
+
+    def conversions(self, params, x):
+        return self._spoil("conversions", x), fake_stamps(params[0], 512, 256, warpgroups=4)
+
+    def _met(self, name, params, shape, ns):
+        count = params[0] * kernels.ROWS * 3 // 2
+        result = jnp.broadcast_to(count, (*shape, 128))
+        return self._spoil(name, result), fake_stamps(params[0], 2 * ns, ns, ctas=shape[0])
+
+    def barrier_exchanges(self, params):
+        return self._met("barrier_exchanges", params, (2,), 40)
+
+    def cluster_exchanges(self, params):
+        return self._met("cluster_exchanges", params, (2,), 300)
+
+    def grid_barriers(self, params, *, ctas):
+        return self._met("grid_barriers", params, (ctas,), 1500)
+
+    def copy_latency(self, params, source):
+        count, stride, tiles = params
+
+        def add(i, total):
+            return total + source[i * stride % tiles, 0]
+
+        total = jax.lax.fori_loop(0, count * kernels.ROWS * 3 // 2, add, jnp.zeros(128, jnp.int32))
+        ns = jnp.where(stride == 0, 300, 700)
+        return self._spoil("copy_latency", total), fake_stamps(count, 2 * ns, ns)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(microbenchmarks, "kernels", fake := FakeKernels())
+    monkeypatch.setattr(microbenchmarks, "TILES", 64)
+    monkeypatch.setattr(microbenchmarks, "L2_TILES", 16)
+    monkeypatch.setattr(microbenchmarks, "ALONE", 40)
+    taken = microbenchmarks.timing.Timing(2.0, 1.5, 2.5, False)
+    monkeypatch.setattr(microbenchmarks.timing, "measure", lambda bursts, **_: {"launch": taken})
+    caches = microbenchmarks._source, microbenchmarks._products
+    for cache in caches:
+        cache.cache_clear()
+    yield fake
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_every_benchmark_on_a_device_of_known_speed(fake):
+    bench = microbenchmarks.Bench(H200, SMS)
+    found = [c for name in microbenchmarks.BENCHES for c in getattr(bench, name)()]
+    values = {c.name: c.value for c in found}
+    bandwidth = SMS * 32768 / 1000e-9
+    wanted = {
+        "HBM read": bandwidth,
+        "HBM read over its peak": bandwidth / 4.8e12,
+        "HBM read of one SM": 32768 / 500e-9,
+        "L2 read": bandwidth,
+        "HBM write": bandwidth,
+        "HBM write of one SM": 32768 / 500e-9,
+        "launch after another": 2e-6,
+        "wgmma bfloat16 64x64, 1 warpgroups": 2048,
+        "wgmma bfloat16 64x256, 2 warpgroups": 2048,
+        "wgmma int8 64x256, 2 warpgroups": 4096,
+        "exp2": 8,
+        "float32 to bfloat16 and back, and a subtraction": 16,
+        "mbarrier between two warpgroups": 20e-9,
+        "cluster barrier": 300e-9,
+        "TMA copy from L2": 300e-9,
+        "TMA copy from HBM": 700e-9,
+        "grid barrier": 1500e-9,
+        "sustained clock": 1e9,
+        "sustained bf16 products over the peak at boost clock": 0.5 / 1.98,
+    }
+    assert {name: values[name] for name in wanted} == pytest.approx(wanted, rel=1e-3)
+    assert not [c for c in found if c.problem]
+
+
+@pytest.mark.parametrize(
+    ("bench", "kernel"),
+    [
+        ("read", "reads"), ("write", "writes"), ("launch", "nothing"),
+        ("elementwise", "exponentials"), ("elementwise", "conversions"),
+        ("warpgroups", "barrier_exchanges"), ("latency", "copy_latency"),
+        ("wgmma", "matrix_products"),
+    ],
+)  # fmt: skip
+def test_wrong_output_is_refused(fake, bench, kernel):
+    fake.wrong = kernel
+    if kernel == "matrix_products":
+        fake._spoil = lambda name, result: result * 2
+    with pytest.raises(microbenchmarks.WrongOutputError, match="wrong output"):
+        list(getattr(microbenchmarks.Bench(H200, SMS), bench)())
