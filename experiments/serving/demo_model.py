@@ -36,7 +36,7 @@ def model_config(attention: MLAConfig) -> ModelConfig:
     )
     return ModelConfig(
         attention=narrow,
-        vocab_size=1024,
+        vocab_size=128,  # few, so that tokens repeat and there are drafts
         num_layers=4,
         num_dense_layers=0,  # layers of one kind, so that each step compiles one
         dense_width=1,
