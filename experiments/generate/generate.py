@@ -12,7 +12,7 @@ model and the engine.
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from experiments.generate.grouped import ALIGN, TILE_ROWS, grouped_product, take
 from experiments.generate.model import ModelConfig, ModelParams, split_routed
 from experiments.generate.parts import STEP, WHOLE_PARTS, Found, measured_parts
 from experiments.generate.requests import Request, lookup_drafter, no_drafter
+from experiments.generate.sharded import mesh_of, placed
 from mla_jax.cache import PAGE_SIZES
 from pallas_kernels.hopper import device
 
@@ -82,8 +83,9 @@ class Options:
     shared: float = flag(0.5, "share of the prompts that begin alike", lower_bound=0, upper_bound=1)
     temperature: float = flag(0.8, "of every second request; the others are greedy", lower_bound=0)
     top_p: float = flag(0.95, "of every second request", lower_bound=1e-3, upper_bound=1)
+    tensor_parallel: int = flag(1, "devices over which heads and experts are split", lower_bound=1)
     alone: int = flag(4, "requests that are served again, alone", lower_bound=0)
-    parts: bool = flag(True, "whether to time a decode step by part")
+    parts: bool = flag(True, "whether to time a decode step by part, on one device")
     rounds: int = flag(5, "bursts whose median counts", lower_bound=1)
     seed: int = seed_flag("of random weights, prompts and sampling")
 
@@ -97,26 +99,33 @@ def run(options: Options, output: Output) -> Outcome:
     count = sum(x.size for x in jax.tree.leaves(params))
     say(f"{config.num_layers} layers, {count:,} weights in {dtype}, on {jax.devices()[0]}")
     requests = drawn_requests(options, load, config)
-    served, timeline = serve(params, config, load.sizes, requests)
+    mesh = None
+    if options.tensor_parallel > 1:
+        with reading("tensor_parallel"):
+            mesh = mesh_of(config, options.tensor_parallel)
+        params = placed(params, config, mesh)
+    new_engine = functools.partial(Engine, params, config, mesh=mesh)
+    served, timeline = serve(new_engine, load.sizes, requests)
     rows: list[Row] = [{"event": name, "times": n} for name, n in sorted(served.counts.items())]
     show_table("What happened", rows)
 
     again = requests[: options.alone]
     say(f"serving {len(again)} of them again, alone")
-    differ = served_alone(params, config, load.sizes, again, served)
-    golden = None if folder is None else golden_tokens(params, config, load.sizes, folder)
-    error = kernel_error(params, config)
+    differ = served_alone(new_engine, load.sizes, again, served)
+    golden = None if folder is None else golden_tokens(new_engine, load.sizes, folder)
+    error = kernel_error(params, config) if mesh is None else None
     seconds = timeline[-1][0]
     new = sum(map(len, served.finished.values()))
     headline = {
-        "preset": preset, "dtype": dtype, "weights": count, "seconds": seconds,
+        "preset": preset, "dtype": dtype, "devices": options.tensor_parallel,
+        "weights": count, "seconds": seconds,
         "new_tokens_per_second": new / seconds, "tokens": new,
         "prefilled_tokens": served.counts["prefilled tokens"],
         "served_alone": len(again), "differ_when_alone": differ, "golden_tokens_equal": golden,
         "grouped_kernel_error": error, "counts": dict(served.counts),
     }  # fmt: skip
     found = Found([], [])
-    if options.parts:
+    if options.parts and mesh is None:
         found = time_parts(options, load, params, config, served)
         headline["step"] = {
             "requests": load.sizes.slots, "context": load.context,
@@ -203,7 +212,7 @@ def drawn_requests(options: Options, load: Load, config: ModelConfig) -> list[Re
 
 
 def serve(
-    params: ModelParams, config: ModelConfig, sizes: Sizes, requests: Sequence[Request]
+    new_engine: Callable[..., Engine], sizes: Sizes, requests: Sequence[Request]
 ) -> tuple[Engine, list[tuple[float, int, int]]]:
     """Serves requests that arrive a few per step.
 
@@ -212,11 +221,11 @@ def serve(
     """
     drafter = lookup_drafter if sizes.drafts else no_drafter
     say("compiling the steps")
-    warm = Engine(params, config, sizes, drafter)
+    warm = new_engine(sizes, drafter)
     most = min(2 + sizes.chunk, sizes.max_tokens - 3)
     warm.run([Request("warm-up", [0] * most, 3)])
     pool, warm.pool = warm.pool, None  # type: ignore[assignment]
-    engine = Engine(params, config, sizes, drafter, pool=pool)
+    engine = new_engine(sizes, drafter, pool=pool)
     say(f"serving {len(requests)} requests")
     waiting, timeline = list(requests), [(0.0, 0, 0)]
     start = time.perf_counter()
@@ -231,21 +240,18 @@ def serve(
 
 
 def served_alone(
-    params: ModelParams, config: ModelConfig, sizes: Sizes, requests: Sequence[Request],
-    served: Engine,
-) -> int:  # fmt: skip
+    new_engine: Callable[..., Engine], sizes: Sizes, requests: Sequence[Request], served: Engine
+) -> int:
     """Serves requests one by one, without drafts and shared prefixes; counts other results."""
     differ = 0
     for request in requests:
-        alone = Engine(params, config, sizes, no_drafter, pool=served.pool)
+        alone = new_engine(sizes, no_drafter, pool=served.pool)
         differ += alone.run([request])[request.id] != served.finished[request.id]
         served.pool = alone.pool
     return differ
 
 
-def golden_tokens(
-    params: ModelParams, config: ModelConfig, sizes: Sizes, folder: Path
-) -> bool | None:
+def golden_tokens(new_engine: Callable[..., Engine], sizes: Sizes, folder: Path) -> bool | None:
     """Whether the greedy tokens are those of golden.npz; None if the folder has no such file."""
     path = folder / "golden.npz"
     if not path.is_file():
@@ -257,7 +263,7 @@ def golden_tokens(
         for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
     ]
     try:
-        found = Engine(params, config, sizes).run(requests)
+        found = new_engine(sizes).run(requests)
     except ValueError as error:
         raise InputError(f"--folder: {path}: {error}") from error
     return all(found[i] == row.tolist() for i, row in enumerate(tokens))

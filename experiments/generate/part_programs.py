@@ -74,7 +74,8 @@ class Parts:
         return self.normal(self.batch.tokens.size, self.config.attention.hidden_size)
 
     def plan(self, pool: PagedKVCache) -> Any:
-        return decode_plan(self.config, pool, self.batch) if self.with_plan else None
+        heads = self.config.attention.num_heads
+        return decode_plan(pool, self.batch, heads) if self.with_plan else None
 
     def attention(self) -> Program:
         """The attention layers: projections, append and the op."""

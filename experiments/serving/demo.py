@@ -38,9 +38,7 @@ from mla_jax.problem import AttentionProblem
 from mla_jax.reference.layer import layer_float64
 from mla_jax.registry import IMPLEMENTATIONS
 
-SUMMARY = (
-    "load a layer, prefill a batch, decode, MTP; a model generates; all is compared with float64"
-)
+SUMMARY = "prefill and decode with a layer, generate with a model, compared with float64"
 
 FILLER = "xla"  # fills the cache if no chosen implementation can
 
