@@ -107,6 +107,14 @@ def test_warpgroups_meet(interpreted):
     assert (got == kernels.ROWS * 3 // 2).all()
 
 
+def test_elements_are_computed_again_and_again(interpreted):
+    x = jnp.linspace(-2, 2, 4 * 64 * 32).reshape(4, *kernels.PER_WARPGROUP)
+    once = jnp.asarray([1, 0, 0], jnp.int32)
+    np.testing.assert_allclose(kernels.exponentials(once, x)[0], 0.6411857, rtol=1e-4)
+    converted = np.asarray(kernels.conversions(once, x)[0])  # 24 times: back, but for rounding
+    assert 1e-4 < np.abs(converted - x).max() < 0.02
+
+
 def stamps_of(cycles, ns, *, ctas=3, warpgroups=2, count=10, fixed=100, start=2**32 - 700):
     """Stamps of rows of `count` and 2 * count repetitions; both counters wrap."""
     stamps = np.zeros((ctas, warpgroups, 1, kernels.ROWS, 2, 2), np.uint32)
@@ -123,6 +131,8 @@ def test_arithmetic_of_stamps():
     stamps = stamps_of(cycles=50, ns=25)
     assert constants.slopes(stamps, 10) == [50.0] * (kernels.ROWS // 2 - 1)
     assert constants.slopes(stamps, 10, constants.TIMER) == [25.0] * (kernels.ROWS // 2 - 1)
+    long = stamps_of(cycles=150_000_000, ns=25)  # 3e9 cycles, more than int32 has
+    assert constants.slopes(long, 10) == [150e6] * (kernels.ROWS // 2 - 1)
     # From the first start to the end of the last long row.
     assert constants.span(stamps) == pytest.approx((7 * 15 + 100 + 20 * 25) * 1e-9)
     assert constants.clock_rate(stamps_of(cycles=40, ns=20, fixed=0))[0] == pytest.approx(2e9)
