@@ -213,7 +213,8 @@ def test_on_a_gpu(tmp_path):
 
 
 SMS = 132
-PER_TILE = {SMS: 1000, 1: 500}  # ns, by the SMs that work; L2 is as fast as HBM here
+HBM_NS, L2_NS, ALONE_NS = 1000, 600, 500  # per tile, of all SMs or of one
+L2_TILES = 16
 
 
 def fake_stamps(count, cycles, ns, *, ctas=1, warpgroups=1, rows=kernels.ROWS):
@@ -238,7 +239,8 @@ class FakeKernels:
 
     @staticmethod
     def _tile_stamps(params, ctas):
-        ns = jnp.where(params[1] == 1, PER_TILE[1], PER_TILE[SMS])
+        of_all = jnp.where(params[2] == L2_TILES, L2_NS, HBM_NS)
+        ns = jnp.where(params[1] == 1, ALONE_NS, of_all)
         return fake_stamps(params[0], 2 * ns, ns, ctas=ctas, rows=1)
 
     def reads(self, params, source, *, ctas):
@@ -304,7 +306,7 @@ class FakeKernels:
 def fake(monkeypatch):
     monkeypatch.setattr(microbenchmarks, "kernels", fake := FakeKernels())
     monkeypatch.setattr(microbenchmarks, "TILES", 64)
-    monkeypatch.setattr(microbenchmarks, "L2_TILES", 16)
+    monkeypatch.setattr(microbenchmarks, "L2_TILES", L2_TILES)
     monkeypatch.setattr(microbenchmarks, "ALONE", 40)
     taken = microbenchmarks.timing.Timing(2.0, 1.5, 2.5, False)
     monkeypatch.setattr(microbenchmarks.timing, "measure", lambda bursts, **_: {"launch": taken})
@@ -325,7 +327,7 @@ def test_every_benchmark_on_a_device_of_known_speed(fake):
         "HBM read": bandwidth,
         "HBM read over its peak": bandwidth / 4.8e12,
         "HBM read of one SM": 32768 / 500e-9,
-        "L2 read": bandwidth,
+        "L2 read": SMS * 32768 / 600e-9,
         "HBM write": bandwidth,
         "HBM write of one SM": 32768 / 500e-9,
         "launch after another": 2e-6,
