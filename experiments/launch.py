@@ -33,6 +33,7 @@ FOLDERS = {
     "simulated": ("published", "pipeline", "compare", "sweep", "best", "portrait"),
     "speed": ("benchmark", "kernel_bench", "prefill", "sharded"),
     "speed.layer": ("layer_step",),
+    "speed.calibrate": ("calibrate",),
     "generate": ("generate",),
     "speed.tiles": ("choices",),
     "report": ("report",),

@@ -60,8 +60,10 @@ def check_positions(positions: Any) -> None:
     checks.require_array("positions", positions)
     if not jnp.issubdtype(positions.dtype, jnp.integer):
         raise TypeError(f"positions must be an array of integers, got {positions.dtype}")
-    if checks.is_concrete(positions) and positions.size and np.min(positions) < 0:
-        raise ValueError(f"positions must be at least 0, got {np.min(positions)}")
+    if checks.is_concrete(positions) and positions.size:
+        lowest = np.min(np.asarray(positions))  # np.min of a JAX array may be traced
+        if lowest < 0:
+            raise ValueError(f"positions must be at least 0, got {lowest}")
 
 
 def apply_rope(x: jax.Array, positions: jax.Array, config: MLAConfig) -> jax.Array:

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the other files of t
 import speed_picture
 import tables_accuracy as accuracy
 import tables_hal as hal
+import tables_generate as generate
 import tables_layer as layer
 import tables_predictions as predictions
 import tables_prefill as prefill
@@ -76,6 +77,7 @@ PAGES: dict[str, dict[str, Writer]] = {
     },
     "docs/adding_a_profile.md": {"profile_fields": profiles.fields},
     "docs/hal.md": {"hopper_errors": hal.hopper_errors, "hal_errors": hal.errors},
+    "docs/generate.md": {"h200_generate": _of(generate.kernels, "h200")},
     "docs/hopper_prefill.md": {"prefill_widths": prefill_widths},
     "docs/int8.md": {
         "int8_output": accuracy.int8_output,

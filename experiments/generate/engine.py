@@ -27,6 +27,7 @@ import numpy as np
 
 from experiments.generate.model import ModelConfig, ModelParams, forward, logits_of, next_tokens
 from experiments.generate.requests import Drafter, Request, lookup_drafter
+from experiments.generate.sharded import on_mesh
 from mla_jax import OutOfPagesError, PageAllocator, PagedKVCache, plan_decode
 from mla_jax.problem import AttentionProblem
 from mla_jax.registry import available_implementations
@@ -71,45 +72,63 @@ class Batch:
     seeds: Any  # [B] uint32
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="pool")
+@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="pool")
 def prefill_step(
-    params: ModelParams, config: ModelConfig, pool: PagedKVCache, batch: Batch
+    params: ModelParams,
+    config: ModelConfig,
+    pool: PagedKVCache,
+    batch: Batch,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[jax.Array, PagedKVCache]:
     """Computes chunks of prompts; returns the token after each row's last, [B], and the pool."""
     TRACES["prefill", config, batch.tokens.shape, batch.block_tables.shape, pool.num_pages] += 1
-    tables = batch.block_tables, batch.seq_lens, batch.query_lens
-    hidden, pool = forward(params, config, batch.tokens, pool, *tables)
-    last = jnp.maximum(batch.query_lens - 1, 0)
-    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    logits = logits_of(params, config, hidden)
-    sampling = batch.temperatures, batch.top_ps, batch.seeds
-    return next_tokens(logits, *sampling, batch.seq_lens), pool
+
+    def step(params: ModelParams, pool: PagedKVCache, batch: Batch, axis: str | None) -> Any:
+        tables = batch.block_tables, batch.seq_lens, batch.query_lens
+        hidden, pool = forward(params, config, batch.tokens, pool, *tables, axis=axis)
+        last = jnp.maximum(batch.query_lens - 1, 0)
+        hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        logits = logits_of(params, config, hidden)
+        sampling = batch.temperatures, batch.top_ps, batch.seeds
+        return next_tokens(logits, *sampling, batch.seq_lens), pool
+
+    return on_mesh(mesh, step, params, config, pool, batch)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "with_plan"), donate_argnames="pool")
+@functools.partial(jax.jit, static_argnames=("config", "with_plan", "mesh"), donate_argnames="pool")
 def decode_step(
-    params: ModelParams, config: ModelConfig, pool: PagedKVCache, batch: Batch, with_plan: bool
+    params: ModelParams,
+    config: ModelConfig,
+    pool: PagedKVCache,
+    batch: Batch,
+    with_plan: bool,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[jax.Array, PagedKVCache]:
     """Decodes tokens and drafts; returns the token after each of them, [B, S], and the pool."""
     TRACES["decode", config, batch.tokens.shape, batch.block_tables.shape, pool.num_pages] += 1
     rows, width = batch.tokens.shape
-    plan = decode_plan(config, pool, batch) if with_plan else None
-    tables = batch.block_tables, batch.seq_lens, batch.query_lens
-    hidden, pool = forward(params, config, batch.tokens, pool, *tables, plan=plan)
-    logits = logits_of(params, config, hidden.reshape(rows * width, -1))
-    sampling = [jnp.repeat(x, width) for x in (batch.temperatures, batch.top_ps, batch.seeds)]
-    first = batch.seq_lens - batch.query_lens + 1  # position of the token after a row's first
-    positions = first[:, None] + jnp.arange(width)
-    chosen = next_tokens(logits, sampling[0], sampling[1], sampling[2], positions.reshape(-1))
-    return chosen.reshape(rows, width), pool
+
+    def step(params: ModelParams, pool: PagedKVCache, batch: Batch, axis: str | None) -> Any:
+        heads = config.attention.num_heads // (1 if mesh is None else mesh.size)
+        plan = decode_plan(pool, batch, heads) if with_plan else None
+        tables = batch.block_tables, batch.seq_lens, batch.query_lens
+        hidden, pool = forward(params, config, batch.tokens, pool, *tables, plan=plan, axis=axis)
+        logits = logits_of(params, config, hidden.reshape(rows * width, -1))
+        sampling = [jnp.repeat(x, width) for x in (batch.temperatures, batch.top_ps, batch.seeds)]
+        first = batch.seq_lens - batch.query_lens + 1  # position of the token after a row's first
+        positions = (first[:, None] + jnp.arange(width)).reshape(-1)
+        chosen = next_tokens(logits, sampling[0], sampling[1], sampling[2], positions)
+        return chosen.reshape(rows, width), pool
+
+    return on_mesh(mesh, step, params, config, pool, batch)
 
 
-def decode_plan(config: ModelConfig, pool: PagedKVCache, batch: Batch) -> Any:
-    """Returns one plan for the attention of all layers of a decode step."""
+def decode_plan(pool: PagedKVCache, batch: Batch, num_heads: int) -> Any:
+    """Returns one plan for the attention of all layers of a decode step, with heads of a device."""
     return plan_decode(
         batch.seq_lens,
         cache=pool,
-        num_heads=config.attention.num_heads,
+        num_heads=num_heads,
         num_query_tokens=batch.tokens.shape[1],
         max_seq_len=batch.block_tables.shape[1] * pool.page_size,
         query_lens=batch.query_lens,
@@ -163,16 +182,21 @@ class Engine:
         sizes: Sizes,
         drafter: Drafter = lookup_drafter,
         pool: PagedKVCache | None = None,
+        mesh: jax.sharding.Mesh | None = None,
     ) -> None:
-        """Makes an engine without requests; it takes over the memory of `pool` if there is one."""
+        """Makes an engine without requests; it takes over the memory of `pool` if there is one.
+
+        mesh: over which `params` are split, by `sharded.placed`.
+        """
+        self.mesh = mesh
         self.params, self.config, self.sizes, self.drafter = params, config, sizes, drafter
-        self.pool = new_pool(params, config, sizes) if pool is None else pool
+        self.pool = new_pool(params, config, sizes, mesh) if pool is None else pool
         self.allocator = PageAllocator(sizes.num_pages, sizes.page_size)
         self.slots: list[_Running | None] = [None] * sizes.slots
         self.waiting: collections.deque[_Running] = collections.deque()
         self.finished: dict[Hashable, list[int]] = {}
         self.counts: collections.Counter[str] = collections.Counter()
-        self.with_plan = hopper_runs(config, self.pool, sizes)
+        self.with_plan = hopper_runs(config, self.pool, sizes, 1 if mesh is None else mesh.size)
         self._ids: set[Hashable] = set()
 
     def submit(self, request: Request) -> None:
@@ -227,7 +251,7 @@ class Engine:
         if not rows:
             return
         batch = self._batch(rows, self.sizes.prefill_rows, self.sizes.chunk)
-        chosen, self.pool = prefill_step(self.params, self.config, self.pool, batch)
+        chosen, self.pool = prefill_step(self.params, self.config, self.pool, batch, self.mesh)
         self.counts["prefill steps"] += 1
         for (running, tokens), token in zip(rows, np.asarray(chosen), strict=False):
             self.counts["prefilled tokens"] += len(tokens)
@@ -245,7 +269,9 @@ class Engine:
         if not rows:
             return
         batch = self._batch(rows, self.sizes.slots, 1 + self.sizes.drafts)
-        chosen, self.pool = decode_step(self.params, self.config, self.pool, batch, self.with_plan)
+        chosen, self.pool = decode_step(
+            self.params, self.config, self.pool, batch, self.with_plan, self.mesh
+        )
         self.counts["decode steps"] += 1
         for (running, tokens), row in zip(rows, np.asarray(chosen), strict=False):
             guessed = tokens[1:]
@@ -313,9 +339,14 @@ class Engine:
         return Batch(tokens, tables, lengths, counts, temperatures, top_ps, seeds)
 
 
-def new_pool(params: ModelParams, config: ModelConfig, sizes: Sizes) -> PagedKVCache:
-    """Returns an empty cache of all layers, in the dtype of the model."""
-    return PagedKVCache.create(
+def new_pool(
+    params: ModelParams,
+    config: ModelConfig,
+    sizes: Sizes,
+    mesh: jax.sharding.Mesh | None = None,
+) -> PagedKVCache:
+    """Returns an empty cache of all layers, in the dtype of the model; whole on each device."""
+    pool = PagedKVCache.create(
         sizes.num_pages,
         page_size=sizes.page_size,
         kv_lora_rank=config.attention.kv_lora_rank,
@@ -323,13 +354,17 @@ def new_pool(params: ModelParams, config: ModelConfig, sizes: Sizes) -> PagedKVC
         dtype=params.embedding.dtype,
         num_layers=config.num_layers,
     )
+    if mesh is None:
+        return pool
+    return jax.device_put(pool, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
-def hopper_runs(config: ModelConfig, pool: PagedKVCache, sizes: Sizes) -> bool:
+def hopper_runs(config: ModelConfig, pool: PagedKVCache, sizes: Sizes, devices: int) -> bool:
     """Whether the Hopper kernels take the decode step here, so that a plan helps."""
     if jax.default_backend() != "gpu":
         return False
-    shape = (sizes.slots, 1 + sizes.drafts, config.attention.num_heads, config.attention.latent_dim)
+    heads = config.attention.num_heads // devices
+    shape = (sizes.slots, 1 + sizes.drafts, heads, config.attention.latent_dim)
     lengths = jnp.zeros(sizes.slots, jnp.int32)
     problem = AttentionProblem(
         q=jnp.zeros(shape, pool.dtype),

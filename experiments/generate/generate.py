@@ -12,7 +12,7 @@ model and the engine.
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from experiments.generate.config import LITE
 from experiments.generate.engine import Engine, Sizes
 from experiments.generate.grouped import ALIGN, TILE_ROWS, grouped_product, takes
 from experiments.generate.model import ModelConfig, ModelParams, split_routed
-from experiments.generate.parts import WHOLE_PARTS, measured_parts
+from experiments.generate.parts import STEP, WHOLE_PARTS, Found, measured_parts
 from experiments.generate.requests import Request, lookup_drafter, no_drafter
+from experiments.generate.sharded import mesh_of, placed
 from mla_jax.cache import PAGE_SIZES
 from pallas_kernels.hopper import device
 
@@ -82,8 +83,9 @@ class Options:
     shared: float = flag(0.5, "share of the prompts that begin alike", lower_bound=0, upper_bound=1)
     temperature: float = flag(0.8, "of every second request; the others are greedy", lower_bound=0)
     top_p: float = flag(0.95, "of every second request", lower_bound=1e-3, upper_bound=1)
+    tensor_parallel: int = flag(1, "devices over which heads and experts are split", lower_bound=1)
     alone: int = flag(4, "requests that are served again, alone", lower_bound=0)
-    parts: bool = flag(True, "whether to time a decode step by part")
+    parts: bool = flag(True, "whether to time a decode step by part, on one device")
     rounds: int = flag(5, "bursts whose median counts", lower_bound=1)
     seed: int = seed_flag("of random weights, prompts and sampling")
 
@@ -97,25 +99,41 @@ def run(options: Options, output: Output) -> Outcome:
     count = sum(x.size for x in jax.tree.leaves(params))
     say(f"{config.num_layers} layers, {count:,} weights in {dtype}, on {jax.devices()[0]}")
     requests = drawn_requests(options, load, config)
-    served, timeline = serve(params, config, load.sizes, requests)
+    mesh = None
+    if options.tensor_parallel > 1:
+        with reading("tensor_parallel"):
+            mesh = mesh_of(config, options.tensor_parallel)
+        params = placed(params, config, mesh)
+    new_engine = functools.partial(Engine, params, config, mesh=mesh)
+    served, timeline = serve(new_engine, load.sizes, requests)
     rows: list[Row] = [{"event": name, "times": n} for name, n in sorted(served.counts.items())]
     show_table("What happened", rows)
 
     again = requests[: options.alone]
-    differ = served_alone(params, config, load.sizes, again, served)
-    golden = None if folder is None else golden_tokens(params, config, load.sizes, folder)
-    error = kernel_error(params, config)
+    say(f"serving {len(again)} of them again, alone")
+    differ = served_alone(new_engine, load.sizes, again, served)
+    golden = None if folder is None else golden_tokens(new_engine, load.sizes, folder)
+    error = kernel_error(params, config) if mesh is None else None
     seconds = timeline[-1][0]
     new = sum(map(len, served.finished.values()))
     headline = {
-        "preset": preset, "dtype": dtype, "weights": count, "seconds": seconds,
+        "preset": preset, "dtype": dtype, "devices": options.tensor_parallel,
+        "weights": count, "seconds": seconds,
         "new_tokens_per_second": new / seconds, "tokens": new,
         "prefilled_tokens": served.counts["prefilled tokens"],
         "served_alone": len(again), "differ_when_alone": differ, "golden_tokens_equal": golden,
         "grouped_kernel_error": error, "counts": dict(served.counts),
     }  # fmt: skip
-    parts = time_parts(options, load, params, config, served) if options.parts else []
-    draw(output, timeline, parts, f"{config.num_layers} layers, {dtype}")
+    found = Found([], [])
+    if options.parts and mesh is None:
+        found = time_parts(options, load, params, config, served)
+        headline["step"] = {
+            "requests": load.sizes.slots, "context": load.context,
+            "new_tokens_per_request": 1 + load.sizes.drafts,
+            "attention_over_op_alone": found.over_alone, "kernels": found.kernels,
+            "kernels_failed": found.failed,
+        }  # fmt: skip
+    draw(output, timeline, found.parts, f"{config.num_layers} layers, {dtype}")
     # In bfloat16 two products of different shapes may round two close logits differently.
     passed = dtype != "float32" or (golden is not False and differ == 0)
     passed = passed and (error is None or error < KERNEL_BOUND)
@@ -127,9 +145,9 @@ def run(options: Options, output: Output) -> Outcome:
         summary=(
             f"{len(requests)} requests, {new} new tokens in {seconds:.2f} s, "
             f"{new / seconds:.4g} per second; {differ} of {len(again)} differ when served "
-            f"alone.{words}" + step_in_words(parts)
+            f"alone.{words}" + step_in_words(found)
         ),
-        rows=rows + parts,
+        rows=rows + found.parts,
         headline=headline,
     )
 
@@ -194,7 +212,7 @@ def drawn_requests(options: Options, load: Load, config: ModelConfig) -> list[Re
 
 
 def serve(
-    params: ModelParams, config: ModelConfig, sizes: Sizes, requests: Sequence[Request]
+    new_engine: Callable[..., Engine], sizes: Sizes, requests: Sequence[Request]
 ) -> tuple[Engine, list[tuple[float, int, int]]]:
     """Serves requests that arrive a few per step.
 
@@ -202,11 +220,13 @@ def serve(
     and decoded so far. The programs are compiled before the first step.
     """
     drafter = lookup_drafter if sizes.drafts else no_drafter
-    warm = Engine(params, config, sizes, drafter)
+    say("compiling the steps")
+    warm = new_engine(sizes, drafter)
     most = min(2 + sizes.chunk, sizes.max_tokens - 3)
     warm.run([Request("warm-up", [0] * most, 3)])
     pool, warm.pool = warm.pool, None  # type: ignore[assignment]
-    engine = Engine(params, config, sizes, drafter, pool=pool)
+    engine = new_engine(sizes, drafter, pool=pool)
+    say(f"serving {len(requests)} requests")
     waiting, timeline = list(requests), [(0.0, 0, 0)]
     start = time.perf_counter()
     while waiting or engine.is_busy:
@@ -220,21 +240,18 @@ def serve(
 
 
 def served_alone(
-    params: ModelParams, config: ModelConfig, sizes: Sizes, requests: Sequence[Request],
-    served: Engine,
-) -> int:  # fmt: skip
+    new_engine: Callable[..., Engine], sizes: Sizes, requests: Sequence[Request], served: Engine
+) -> int:
     """Serves requests one by one, without drafts and shared prefixes; counts other results."""
     differ = 0
     for request in requests:
-        alone = Engine(params, config, sizes, no_drafter, pool=served.pool)
+        alone = new_engine(sizes, no_drafter, pool=served.pool)
         differ += alone.run([request])[request.id] != served.finished[request.id]
         served.pool = alone.pool
     return differ
 
 
-def golden_tokens(
-    params: ModelParams, config: ModelConfig, sizes: Sizes, folder: Path
-) -> bool | None:
+def golden_tokens(new_engine: Callable[..., Engine], sizes: Sizes, folder: Path) -> bool | None:
     """Whether the greedy tokens are those of golden.npz; None if the folder has no such file."""
     path = folder / "golden.npz"
     if not path.is_file():
@@ -246,7 +263,7 @@ def golden_tokens(
         for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
     ]
     try:
-        found = Engine(params, config, sizes).run(requests)
+        found = new_engine(sizes).run(requests)
     except ValueError as error:
         raise InputError(f"--folder: {path}: {error}") from error
     return all(found[i] == row.tolist() for i, row in enumerate(tokens))
@@ -273,8 +290,8 @@ def kernel_error(params: ModelParams, config: ModelConfig) -> float | None:
 
 def time_parts(
     options: Options, load: Load, params: ModelParams, config: ModelConfig, served: Engine
-) -> list[Row]:
-    rows = measured_parts(
+) -> Found:
+    found = measured_parts(
         params, config, load.sizes, served.pool, load.context,
         with_plan=served.with_plan, rounds=options.rounds,
     )  # fmt: skip
@@ -283,15 +300,28 @@ def time_parts(
         f"{1 + load.sizes.drafts} new ones each; parts are programs of their own"
     )
     columns = {"part": "part", "us": "us", "us_per_layer": "us per layer", "of_step": "of step"}
-    show_table(title, rows, columns)
-    return rows
+    show_table(title, found.parts, columns)
+    if found.kernels:
+        show_table("The kernels of that step, as the profiler saw them", found.kernels)
+    if found.failed:
+        say(f"The kernels of the step have no names: {found.failed}")
+    return found
 
 
-def step_in_words(parts: Sequence[Row]) -> str:
-    if not parts:
+def step_in_words(found: Found) -> str:
+    """Returns the time of a step, and what of the targets on a GPU it misses."""
+    if not found.parts:
         return ""
-    us = {row["part"]: row["us"] for row in parts}
-    return f" A decode step takes {us['whole decode step'] / 1e3:.4g} ms."
+    us = {row["part"]: row["us"] for row in found.parts}
+    words = f" A decode step takes {us[STEP] / 1e3:.4g} ms."
+    if found.over_alone is None:
+        return words
+    above = [f"{r['part']} ({r['of_gpu_time']:.1%})" for r in found.kernels if r["above_3_percent"]]
+    return (
+        f"{words} Its attention takes {found.over_alone:.3f} times the op alone. Above 3 % of its "
+        "GPU time, beside matrix products, attention, and the experts' gather and scatter: "
+        f"{', '.join(above) or 'nothing'}."
+    )
 
 
 def draw(

@@ -115,6 +115,7 @@ class ModelParams:
 # ------------------------------------------------------------------------------------- one layer
 
 
+@jax.named_scope("norm")
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Returns x / rms(x) * weight, with statistics in float32."""
     wide = x.astype(jnp.float32)
@@ -162,26 +163,38 @@ def route(params: Experts, routing: Routing, x: jax.Array) -> tuple[jax.Array, j
 
 @jax.named_scope("moe")
 def mixture(
-    params: Experts, routing: Routing, x: jax.Array, is_real: jax.Array, layer: jax.Array
+    params: Experts,
+    routing: Routing,
+    x: jax.Array,
+    is_real: jax.Array,
+    layer: jax.Array,
+    axis: str | None = None,
 ) -> jax.Array:
     """Computes a mixture of experts on tokens [T, hidden], of which `is_real` [T] are no padding.
 
     The rows of all (token, expert) pairs are sorted by expert, so that each expert has one product
     with its own rows. Padding is in no product. `params.routed` is that of all layers, and `layer`
     says which to take: a scan would copy a layer's experts.
+
+    axis: of a `jax.shard_map` whose devices each have some experts and a part of the shared ones.
+    The result is then the part of this device, which the caller sums over the axis.
     """
     experts, weights = route(params, routing, x)
+    num_experts = params.routed.gate_up.shape[1]  # on this device
     with jax.named_scope("moe_gather"):
-        pairs = jnp.where(is_real[:, None], experts, routing.num_experts).reshape(-1)  # [T * K]
-        counts = jnp.zeros(routing.num_experts, jnp.int32).at[pairs].add(1, mode="drop")
+        if axis is not None:
+            experts = experts - jax.lax.axis_index(axis) * num_experts
+        is_mine = is_real[:, None] & (experts >= 0) & (experts < num_experts)
+        pairs = jnp.where(is_mine, experts, num_experts).reshape(-1)  # [T * K]
+        counts = jnp.zeros(num_experts, jnp.int32).at[pairs].add(1, mode="drop")
         sizes = -(-counts // ALIGN) * ALIGN
         # The row of a pair: where its expert's rows begin, and its rank among them.
         order = jnp.argsort(pairs)
         before = jnp.cumsum(counts) - counts
         starts = jnp.append(jnp.cumsum(sizes) - sizes - before, 0)
         rank = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
-        num = num_rows(len(order), routing.num_experts)
-        row = jnp.where(pairs < routing.num_experts, starts[pairs] + rank, num)
+        num = num_rows(len(order), num_experts)
+        row = jnp.where(pairs < num_experts, starts[pairs] + rank, num)
         token = jnp.arange(len(order)) // routing.experts_per_token
         rows = x[jnp.zeros(num, jnp.int32).at[row].set(token, mode="drop")]
     with jax.named_scope("moe_experts"):
@@ -207,6 +220,7 @@ def forward(
     *,
     plan: DecodePlan | None = None,
     implementation: Any = None,
+    axis: str | None = None,
 ) -> tuple[jax.Array, PagedKVCache]:
     """Runs all layers on the new tokens of a batch of requests.
 
@@ -219,6 +233,7 @@ def forward(
         query_lens: [B] int32, how many of the S tokens are real.
         plan: of a decode step, from `mla_jax.plan_decode`: all layers share it.
         implementation: of the attention, as in `mla_layer`.
+        axis: of a `jax.shard_map` whose devices each have a share of the weights (`sharded.py`).
 
     Returns:
         hidden: [B, S, hidden], after the last layer and before the last norm.
@@ -242,15 +257,18 @@ def forward(
             query_lens=query_lens,
             plan=plan,
             implementation=implementation,
+            head_axis=axis,
         )
         x = x + out
         normed = rms_norm(x, mine.feed_forward_norm, config.norm_eps)
         flat = normed.reshape(-1, x.shape[-1])
         if isinstance(mine.feed_forward, Experts):
             experts = dataclasses.replace(mine.feed_forward, routed=routed)
-            out = mixture(experts, config.routing, flat, is_real.reshape(-1), of_kind)
+            out = mixture(experts, config.routing, flat, is_real.reshape(-1), of_kind, axis)
         else:
             out = dense(mine.feed_forward, flat)
+        if axis is not None:
+            out = jax.lax.psum(out, axis)
         return (x + out.reshape(x.shape), pool), None
 
     carry = params.embedding[tokens], pool

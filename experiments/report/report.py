@@ -28,6 +28,7 @@ SUMMARY = "one HTML page of all results in a folder: tables, pictures, what is b
 GROUPS = {  # in the order of the page, which ends with the results in none of them
     "Speed": (
         *("benchmark", "kernel_bench", "prefill", "sharded", "layer_step", "choices", "generate"),
+        "calibrate",
     ),
     "Accuracy": ("demo", "correctness", "parity", "soak", "int8_accuracy", "amla_accuracy"),
     "Machines": ("pipeline", "compare", "sweep", "best", "published"),

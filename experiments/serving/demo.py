@@ -3,8 +3,9 @@
 It loads a layer from a Hugging Face folder and prefills prompts of different lengths in chunks into
 a paged cache. Then it decodes one token at a time, and two at a time as multi-token prediction
 (MTP) does. Each implementation has its own cache, of the layer's dtype and of int8. The output of
-every step is compared with the whole layer in float64. On a GPU the attention of a larger batch, as
-servers have it, is also timed. `demo_plan` says which implementations run on which machine.
+every step is compared with the whole layer in float64. Meanwhile a small whole model generates
+tokens (`demo_model`). On a GPU the attention of a larger batch, as servers have it, is also timed.
+`demo_plan` says which implementations run on which machine.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from experiments.framework.errors import LAYER_BOUND, layer_bound, relative_erro
 from experiments.framework.experiment import Outcome, Output, reading
 from experiments.framework.implementations import chosen, implementations_flag
 from experiments.framework.options import flag, seed_flag
-from experiments.serving import demo_plan, demo_served
+from experiments.serving import demo_model, demo_plan, demo_served
 from experiments.serving.demo_batch import Batch, Step
 from experiments.serving.demo_results import Measurement, Result, draw, show
 from mla_jax import checks
@@ -37,7 +38,7 @@ from mla_jax.problem import AttentionProblem
 from mla_jax.reference.layer import layer_float64
 from mla_jax.registry import IMPLEMENTATIONS
 
-SUMMARY = "load a layer, prefill a batch, decode, MTP; every step compared with float64"
+SUMMARY = "prefill and decode with a layer, generate with a model, compared with float64"
 
 FILLER = "xla"  # fills the cache if no chosen implementation can
 
@@ -61,6 +62,7 @@ class Options:
     implementations: tuple[str, ...] = implementations_flag()
     int8: bool = flag(True, "whether to serve from an int8 cache, too")
     served: bool = flag(True, "whether to time a larger batch if there is a GPU")
+    model: bool = flag(True, "whether a small whole model generates tokens")
     seed: int = seed_flag("of the checkpoint, the prompts' lengths and the hidden states")
 
 
@@ -97,7 +99,13 @@ def run(options: Options, output: Output) -> Outcome:
     setup = demo_plan.served_setup(machine.memory)
     steps = demo_served.jobs_of(plan.served, plan.timed, setup)
     prompts = demo_served.prefill_jobs(plan.prefilled, demo_plan.PREFILL_HEADS, plan.timed)
-    programs = compile_all(runners, [*steps, *prompts])
+    # The model's programs are compiled beside those of the layer.
+    with ThreadPoolExecutor(1) as beside:
+        generating = None
+        if options.model:
+            generating = beside.submit(demo_model.run, small_config(), plan.dtype, options.seed)
+        programs = compile_all(runners, [*steps, *prompts])
+    generated = [] if generating is None else [generating.result()]
     wanted = [
         layer_float64(config, params, np.asarray(x)[None])[0]
         for x in track(batch.hidden, "the whole layer in float64")
@@ -115,19 +123,31 @@ def run(options: Options, output: Output) -> Outcome:
     if served:
         demo_served.show(served, machine.kind)
         demo_served.draw(output.path("served.png"), served, machine.kind)
-    verdicts = [row["passed"] for row in [*rows, *served] if row.get("passed") is not None]
+    for row in generated:
+        say(demo_model.in_words(row))
+    verdicts = [
+        row["passed"] for row in [*rows, *served, *generated] if row.get("passed") is not None
+    ]
     return Outcome(
         passed=any(result.row()["passed"] for result in results) and all(verdicts),
         summary=" ".join(
-            [summary(batch, results, config, plan), demo_served.summary(served)]
-        ).strip(),
+            filter(
+                None,
+                [
+                    summary(batch, results, config, plan),
+                    demo_served.summary(served),
+                    *map(demo_model.in_words, generated),
+                ],
+            )
+        ),
         rows=rows,
         headline={
             "bounds": {result.cache: LAYER_BOUND[result.cache] for result in results},
             "prompts": batch.prompts,
             "dtype": plan.dtype,
         }
-        | ({"served": served} if served else {}),
+        | ({"served": served} if served else {})
+        | ({"generated": generated[0]} if generated else {}),
     )
 
 

@@ -49,6 +49,8 @@ _STEMS = re.compile(
     "attn|attention|rotary|sliding|window|softcap|alibi|causal|bidirectional|qkv|softmax"
     "|^index_(?!token)|^indexer|^k_|(^|_)k_(norm|layernorm|proj|bias|scale)"
     "|^(layer|block|mixer)s?_(block_)?types?$|^is_encoder_decoder$|^layer_group_size$"
+    "|llama_?4|^sm_scale$|^floor_scale$|^cross_layer|^topk_tokens$|^use_bias$"
+    "|^mscale|^beta_(fast|slow)$"
 )
 _OTHER_MODELS = _names("vision visual image images video audio media")
 _WORDS = _names(
@@ -98,6 +100,7 @@ _NEUTRAL: dict[str, Callable[[Any], bool]] = {
             *("use_mla", "is_mla", "is_causal", "causal", "use_causal_mask", "causal_attention"),
             *("use_rope", "apply_rope", "use_rotary_embedding", "use_rotary_position_embeddings"),
             *("use_rotary", "scale_attn_weights", "scale_attention", "qk_latent_layernorm"),
+            *("multi_latent_attention", "kv_norm"),
         ),
         _is_true,
     ),

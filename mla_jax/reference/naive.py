@@ -55,6 +55,9 @@ def _expanded(
     scores = einsum("bshd,bthd->bhst", q, k).astype(jnp.float32) * config.softmax_scale
     causal = jnp.tril(jnp.ones((length, length), bool))
     weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1).astype(x.dtype)
-    values = einsum("bhst,bthv->bshv", weights, v)
+    values = einsum("bhst,bthv->bshv", weights, jnp.where(jnp.isfinite(v), v, 0))
+    # A weight of 0 times NaN would be NaN: only rows that may see such a value get it.
+    spoils = einsum("st,bthv->bshv", causal.astype(x.dtype), (~jnp.isfinite(v)).astype(x.dtype))
+    values = jnp.where(spoils > 0, jnp.nan, values)
     out = add_bias(einsum("bshv,hvd->bsd", values, params.w_o), params.b_o)
     return out.astype(x.dtype)

@@ -199,6 +199,15 @@ FOREIGN = {
     "head_dim": 100,
     "qk_head_dim": 576,
     "rotary_dim": 32,
+    "llama_4_scaling": {"original_max_position_embeddings": 8192, "beta": 0.1},
+    "floor_scale": 8192,
+    "sm_scale": 0.1,
+    "topk_tokens": 2048,
+    "cross_layer_sharing": 2,
+    "use_bias": True,
+    "mscale": 1.0,
+    "multi_latent_attention": False,
+    "kv_norm": False,
 }
 
 

@@ -103,6 +103,13 @@ def test_keeps_the_dtype_and_computes_in_float32():
     chex.assert_trees_all_equal(got, wanted)
 
 
+def test_a_traced_function_may_close_over_the_positions():
+    x, positions = jnp.ones((1, 2, 64)), jnp.array([[3, -1]], jnp.int32)
+    with pytest.raises(ValueError, match="positions must be at least 0, got -1"):
+        jax.jit(lambda: apply_rope(x, positions, V3))()
+    assert jax.jit(lambda: apply_rope(x, abs(positions), V3))().shape == x.shape
+
+
 def test_refuses_wrong_shapes():
     x = jnp.zeros((2, 3, 64))
     with pytest.raises(ValueError, match="x must end in qk_rope_head_dim = 64"):

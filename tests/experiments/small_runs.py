@@ -13,7 +13,7 @@ SMALL = {
     "demo": (
         f"--checkpoint={V2_LITE}",
         *("--requests=3", "--max_prompt=7", "--chunk=2", "--page_size=16"),
-        *("--decode_steps=2", "--mtp_steps=1", "--implementations=xla"),
+        *("--decode_steps=2", "--mtp_steps=1", "--implementations=xla", "--nomodel"),
     ),
     "correctness": (
         *("--page_sizes=16", "--dtypes=bfloat16", "--layouts=NZ", "--heads=2"),

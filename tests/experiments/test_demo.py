@@ -34,7 +34,7 @@ A100 = demo_plan.Machine(
 )
 TINY = (
     *("--checkpoint=tests/data/golden/v2_lite", "--requests=2", "--max_prompt=5", "--chunk=4"),
-    *("--page_size=16", "--decode_steps=2", "--mtp_steps=1"),
+    *("--page_size=16", "--decode_steps=2", "--mtp_steps=1", "--nomodel"),
 )
 
 

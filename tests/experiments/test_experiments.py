@@ -26,7 +26,7 @@ ON_A_GPU = {  # those that ask for devices or implementations; the demo is in te
     "benchmark": ("--preset=quick", "--heads=128", "--s_q=1"),
     "kernel_bench": ("--preset=quick", "--variants=multiply"),
 }
-NEED_A_GPU = {"kernel_bench"}
+NEED_A_GPU = {"kernel_bench", "calibrate"}
 NEED_RESULTS = {"report"}  # tests/experiments/test_report.py
 STARTS = {".png": b"\x89PNG", ".json": b"{", ".jsonl": b"{", ".csv": b"batch,", ".md": b"|"}
 

@@ -44,7 +44,7 @@ def serve(golden, requests, drafter=lookup_drafter, every=1):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 4), donate_argnums=2)
-def decode_with_logits(params, config, pool, batch, with_plan):
+def decode_with_logits(params, config, pool, batch, with_plan, mesh=None):
     """The engine's decode step; also returns its logits, [B * S, vocab]. One program has both."""
     found = []
 

@@ -15,6 +15,7 @@ from golden_logits import check_logits
 from experiments.framework.errors import relative_error
 from experiments.generate import weights
 from experiments.generate.config import read_config
+from experiments.generate.float64 import in_float64, logits_float64, mixture_float64
 from experiments.generate.model import (
     Experts,
     FeedForward,
@@ -39,19 +40,6 @@ def test_logits_are_those_of_transformers(golden):
     check_logits(config, want, step, rows=3, width=16, num_pages=16, wave=3)
 
 
-def mixture_float64(params, r, x):
-    """Each token by itself, with a loop over its experts."""
-    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
-    out = np.zeros_like(x, np.float64)
-    for row, token in zip(out, np.asarray(x, np.float64), strict=True):
-        scores = np.exp(token @ p.router)
-        scores /= scores.sum()
-        for e in np.argsort(-scores)[: r.experts_per_token]:
-            gate, up = np.split(token @ p.routed.gate_up[e], 2)
-            row += r.scale * scores[e] * (gate / (1 + np.exp(-gate)) * up @ p.routed.down[e])
-    return out
-
-
 def test_a_mixture_of_experts():
     """Padding is NaN and must not reach the other tokens. There are no groups, nor shared experts.
 
@@ -69,7 +57,20 @@ def test_a_mixture_of_experts():
     got = jax.jit(mixture, static_argnums=1)(
         dataclasses.replace(params, routed=stack), routing, padded, real, np.int32(1)
     )
-    assert relative_error(np.asarray(got)[real], mixture_float64(params, routing, x[real])) < 1e-5
+    want = mixture_float64(in_float64(params), routing, x[real].astype(np.float64))
+    assert relative_error(np.asarray(got)[real], want) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
+def test_the_float64_model_is_that_of_transformers(golden, name):
+    """The demo compares with it. Its greedy tokens are theirs, of V2 and of V3."""
+    config, params, want = golden(name)
+    exact = in_float64(params)
+    length, tokens = want["prompt_lens"][0], want["tokens"][0]
+    whole = np.concatenate([want["prompts"][0, :length], tokens[:-1]])
+    logits = logits_float64(exact, config, whole)[length - 1 :]
+    assert (logits.argmax(-1) == tokens).all()
+    assert relative_error(want["decode"][0], logits[1:]) < 2e-5
 
 
 def test_sampling():

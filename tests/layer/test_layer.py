@@ -307,3 +307,14 @@ def test_layers_under_64_bits_strict_promotion_and_debug_nans():
     for out in (got, paged):
         assert out.dtype == jnp.float32
         assert relative_error(out, layer_float64(SMALL, params, x)) < 2e-6
+
+
+def test_in_the_naive_layer_no_later_token_reaches_an_earlier_one():
+    params, x = random_layer(SMALL, batch=2, length=6)
+    spoiled = np.array(x)
+    spoiled[0, 4, 3] = np.nan
+    run = jax.jit(naive_mla_layer, static_argnums=1)
+    clean, rows = (np.asarray(run(params, SMALL, values)) for values in (x, spoiled))
+    assert np.isnan(rows[0, 4:]).all()
+    np.testing.assert_array_equal(rows[1], clean[1])
+    np.testing.assert_array_equal(rows[0, :4], clean[0, :4])

@@ -82,12 +82,12 @@ def test_plan():
         check_plan(plan.split, seen + 64 * (np.arange(count) == 4).astype(np.int32))
 
 
-@pytest.mark.parametrize("form", ["absorbed", None])
+@pytest.mark.parametrize("form", ["absorbed", "expanded", None])
 def test_layer_in_steps(form, monkeypatch):
     """Chunks behind prefixes, decode steps and requests without tokens, traced once.
 
     None: requests of up to four tokens in the absorbed form, the others in the expanded form, and
-    steps that have only the ones or the others. (The expanded form alone is in test_gradients.)
+    steps that have only the ones or the others.
     Then one request per form is invalid: its rows are NaN, and it writes nothing.
     """
     monkeypatch.setattr(layer_form, "_cheaper", lambda count, *_: layer_form.FORMS[count > 4])

@@ -32,6 +32,14 @@ def test_plans_trace_once_whatever_the_lengths(make, options):
         check_plan(plan(seq_lens), seq_lens, 64)
 
 
+def test_a_traced_function_may_close_over_the_lengths():
+    """They are known while it is traced, so they are checked."""
+    lens, options = jax.device_put(i32(5, 70)), {"num_workers": 4, "rows": 16}
+    check_plan(jax.jit(lambda: plan_splits(lens, max_seq_len=128, **options))(), lens, 16)
+    with pytest.raises(ValueError, match="at most max_seq_len = 64, got 70"):
+        jax.jit(lambda: plan_splits(lens, max_seq_len=64, **options))()
+
+
 LONGEST = ([2**31 - 1] * 5, {"block_size": 1, "rows": 150, "overhead": 2, "in_pairs": True})
 
 
