@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the other files of t
 
 import speed_picture
 import tables_accuracy as accuracy
-import tables_hal as hal
 import tables_generate as generate
+import tables_hal as hal
 import tables_layer as layer
 import tables_predictions as predictions
 import tables_prefill as prefill

@@ -104,10 +104,10 @@ def test_the_work_list_is_the_kernels_own() -> None:
 
 
 def test_measured_rows_are_predicted_and_causal() -> None:
-    """Rows of benchmarks/measured/h200_prefill.json, bursts."""
+    """Rows of benchmarks/measured/h200_prefill.json, bursts, within the error of docs/hal.md."""
     for lens, s_q, heads, ms in ((4096, 4096, 16, 0.1415), (16384, 2048, 16, 0.4942)):
         report = simulate_named(H200, Problem((lens,), heads, s_q), "hopper-prefill")
-        assert report.seconds * 1e3 == pytest.approx(ms, rel=0.06)
+        assert report.seconds * 1e3 == pytest.approx(ms, rel=0.09)
         assert report.bound_by == "matrix"
     # A query behind a prefix sees that much more.
     short, behind = (

@@ -2,10 +2,10 @@
 
     python -m experiments.simulated.fitting.fit_profiles
 
-The constants are those that neither a datasheet nor `calibrate` gives: efficiencies, some latencies,
-and how fast one core loads. H100 and H200 are the same chip with other memory. So all constants on the chip are the
-same for both, and each card has three of its own. One more belongs to a table whose kernels were
-timed one call at a time.
+The constants are those that neither a datasheet nor `calibrate` gives: efficiencies, some
+latencies, and how fast one core loads. H100 and H200 are the same chip with other memory. So all
+constants on the chip are the same for both, and each card has three of its own. One more belongs to
+a table whose kernels were timed one call at a time.
 
 Every second row of each table is used, and the others only for a report; each table counts the
 same. The result is written to mla_jax/hal/profiles/fitted.json, which the profiles read. scipy,

@@ -29,7 +29,7 @@ L2_TILES = 512  # 16 MiB, which L2 has room for
 ALONE = 4000  # tiles of one SM: 125 MiB, so that the next run does not find them in L2
 REPEATS = 7
 SLACK = 1.05  # a measured number may be so much above a datasheet's peak
-L2_BYTES_PER_CYCLE = 64  # that an SM takes from L2 or gives to it at most
+SM_BYTES_PER_CYCLE = 128  # that the shared memory of an SM takes or gives at most
 SHORT, LONG = 1e-9, 1e-4  # seconds, between which every latency is
 
 
@@ -77,8 +77,8 @@ class Bench:
 
     @property
     def _sm_peak(self) -> float:
-        """B/s between an SM and L2."""
-        return L2_BYTES_PER_CYCLE * self.profile["core.clock"] * SLACK
+        """B/s between the shared memory of an SM and L2."""
+        return SM_BYTES_PER_CYCLE * self.profile["core.clock"] * SLACK
 
     def _spans(self, run: Callable, count: int, active: int, tiles: int) -> list[float]:
         """Returns seconds of `count` tiles per CTA: twice as many take so much longer."""
