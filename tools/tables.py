@@ -56,6 +56,7 @@ PAGES: dict[str, dict[str, Writer]] = {
         "h200_decode_sustained": _of(speed.decode, "h200", "us_sustained"),
         "h200_prefill": _of(prefill.prefill, "h200", "ms_burst"),
         "h200_prefill_sustained": _of(prefill.prefill, "h200", "ms_sustained"),
+        "h200_prefill_bursts": _of(prefill.beside_flashinfer, "h200"),
         "h200_latents": _of(prefill.latents, "h200"),
         "h200_layer": _of(prefill.layer, "h200"),
         "h200_layer_step": _of(layer.steps, "h200"),

@@ -30,6 +30,27 @@ def prefill(root: Path, card: str, column: str) -> str:
     return f"{wrapped(caption)}\n\n{table(header, lines, words=0)}"
 
 
+def beside_flashinfer(root: Path, card: str) -> str:
+    """The rates that the experiment `prefill` measured beside FlashInfer."""
+    result = read(root / "benchmarks" / "measured" / f"{card}_prefill_bursts.json")
+    shapes: dict[tuple, dict[str, Row]] = {}
+    for row in result["rows"]:
+        shapes.setdefault((row["heads"], row["batch"]), {})[row["implementation"]] = row
+    lines = []
+    for (heads, batch), found in shapes.items():
+        ours, theirs = (found[name]["tflops"] for name in ("hopper", "flashinfer"))
+        error = found["hopper"]["error"]
+        lines.append([f"{heads}", batch, f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.2f}",
+                      f"{error:.1e}"])  # fmt: skip
+    header = ["heads", "batch", "ours", "FlashInfer", "speed over FlashInfer", "our error"]
+    versions = result["environment"]["versions"]
+    caption = (
+        f"TFLOPS in bursts: bfloat16, causal, {CARDS[card]}, {result['started'][:10]}, jax "
+        f"{versions['jax']}, our code at {versions['commit']}."
+    )
+    return f"{wrapped(caption)}\n\n{table(header, lines, words=0)}"
+
+
 def latents(root: Path, card: str) -> str:
     """The time from latents to the output of attention."""
     lines = []
