@@ -77,7 +77,11 @@ PAGES: dict[str, dict[str, Writer]] = {
         "prediction_scores": predictions.scores,
     },
     "docs/adding_a_profile.md": {"profile_fields": profiles.fields},
-    "docs/hal.md": {"hopper_errors": hal.hopper_errors, "hal_errors": hal.errors},
+    "docs/hal.md": {
+        "hopper_errors": hal.hopper_errors,
+        "h200_portrait": _of(hal.portrait, "h200"),
+        "hal_errors": hal.errors,
+    },
     "docs/generate.md": {"h200_generate": _of(generate.kernels, "h200")},
     "docs/hopper_prefill.md": {"prefill_widths": prefill_widths},
     "docs/int8.md": {

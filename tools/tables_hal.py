@@ -52,6 +52,18 @@ def hopper_errors(root: Path) -> str:
     return table(header, lines, words=2)
 
 
+def portrait(root: Path, card: str) -> str:
+    """The errors of the stages that time stamps showed, by shape."""
+    result = read(root / "benchmarks" / "measured" / f"{card}_portrait.json")
+    errors = (result["mean_error_percent"], result["weighted_error_percent"])
+    lines = [
+        [shape.replace("x", " x "), *(f"{error[shape]:.1f} %" for error in errors)]
+        for shape in errors[0]
+    ]
+    found = table(["heads x requests x tokens", "mean error", "weighted error"], lines, words=1)
+    return f"{result['gpu']}, {result['date']}, our kernels at {result['commit']}.\n\n{found}"
+
+
 def _number_and_error(rows: Sequence[Row]) -> list[str]:
     return [str(len(rows)), _error(rows, "model_us")]
 
