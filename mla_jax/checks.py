@@ -59,6 +59,20 @@ def require_float(name: str, value: Any) -> None:
         )
 
 
+def require_float_dtype(name: str, dtype: Any) -> np.dtype:
+    """Returns the dtype; raises TypeError or ValueError unless it is one of FLOAT_DTYPES."""
+    try:
+        if dtype is None:  # numpy would read None as float64
+            raise TypeError
+        found = jax.numpy.dtype(dtype)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be one of {', '.join(FLOAT_DTYPES)}, got {_described(dtype)}"
+        ) from None
+    require_one_of(name, found.name, FLOAT_DTYPES)
+    return found
+
+
 def require_one_of(name: str, value: Any, options: tuple[Any, ...]) -> None:
     """Raises ValueError unless value equals one of the options and has its type."""
     kinds = (str,) if isinstance(options[0], str) else (int, np.integer)

@@ -11,10 +11,17 @@ from typing import Any
 
 import numpy as np
 
+from mla_jax import checks
+
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention call: `kv_lens` tokens per request, s_q * heads query rows per request."""
+    """One attention call: `kv_lens` tokens per request, s_q * heads query rows per request.
+
+    kv_lens may also be a list or an [N] array of numpy; the field is a tuple of ints.
+
+    Raises TypeError or ValueError that names the field.
+    """
 
     kv_lens: tuple[int, ...]
     heads: int
@@ -24,14 +31,10 @@ class Problem:
 
     def __post_init__(self) -> None:
         for field in ("heads", "s_q", "page_size"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"Problem: {field} = {getattr(self, field)}, wanted at least 1")
-        if not self.kv_lens or min(self.kv_lens) < 0:
-            raise ValueError(f"Problem: kv_lens = {self.kv_lens}, wanted lengths of 0 and more")
-        if self.kv_dtype not in ITEMSIZE:
-            raise ValueError(
-                f"Problem: kv_dtype = {self.kv_dtype!r}, wanted one of {set(ITEMSIZE)}"
-            )
+            size = checks.require_positive(f"Problem: {field}", getattr(self, field))
+            object.__setattr__(self, field, size)
+        object.__setattr__(self, "kv_lens", _lengths(self.kv_lens))
+        checks.require_one_of("Problem: kv_dtype", self.kv_dtype, tuple(ITEMSIZE))
 
     @property
     def rows(self) -> int:
@@ -62,6 +65,21 @@ class Problem:
     def bytes(self) -> float:
         """Bytes of KV, read once, plus q and o."""
         return sum(self.kv_lens) * self.token_bytes + self.query_bytes
+
+
+def _lengths(kv_lens: Any) -> tuple[int, ...]:
+    """Returns kv_lens as a tuple of ints; raises TypeError or ValueError that names it."""
+    is_array = isinstance(kv_lens, np.ndarray) and kv_lens.ndim == 1
+    if not is_array and not isinstance(kv_lens, tuple | list):
+        raise TypeError(
+            "Problem: kv_lens must be a tuple, a list or an [N] numpy array of lengths, "
+            f"got {kv_lens!r:.60} of type {type(kv_lens).__name__}"
+        )
+    checks.require_positive("Problem: the number of kv_lens", len(kv_lens))
+    return tuple(
+        checks.require_int(f"Problem: kv_lens[{request}]", length, 0)
+        for request, length in enumerate(kv_lens)
+    )
 
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}

@@ -28,7 +28,7 @@ from mla_jax.hal.simulator.gpu_costs import (
 from mla_jax.hal.simulator.hopper import HopperKernel, hopper_times, tuned_for_hopper
 from mla_jax.hal.simulator.loaded_times import LoadedTimes, fair_share
 from mla_jax.hal.simulator.one_core import Timeline
-from mla_jax.hal.tiling import KEY, LATENT, ROPE
+from mla_jax.hal.tiling import KEY, LATENT, ROPE, require_call
 from mla_jax.hal.work import ITEMSIZE, Problem, Work
 
 ENGINE_KIND = {
@@ -99,8 +99,9 @@ def simulate(
 
     Raises IllegalScheduleError for an illegal or incomplete schedule, TilePlanError for a tile that
     does not fit, and ValueError for what the device or the kernel can not run. TypeError is raised
-    for a kernel of another type.
+    for an argument of another type.
     """
+    require_call(profile, problem)
     if isinstance(kernel, str):
         kernel = named_kernel(profile, kernel, problem.kv_dtype)
     if isinstance(kernel, AscendOrder):
