@@ -110,13 +110,18 @@ def require_positive(name: str, value: Any) -> int:
 
 
 def require_number(
-    name: str, value: Any, *, low: float | None = None, above: float | None = None
+    name: str,
+    value: Any,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    finite: bool = True,
 ) -> float:
-    """Returns the value as a finite Python float.
+    """Returns the value as a Python float.
 
     Accepts Python and numpy numbers and arrays of shape [] of a real dtype, unless they are traced.
-    Raises TypeError for anything else, also for bool, complex and str. Raises ValueError for NaN,
-    infinity, and values that are below `low` or not above `above`.
+    Raises TypeError for anything else, also for bool, complex and str. Raises ValueError for
+    values that are below `low` or not above `above`, and if `finite` for NaN and infinity.
     """
     if isinstance(value, jax.core.Tracer):
         raise TypeError(f"{name} must be a number that is known at trace time, got a traced value")
@@ -124,7 +129,7 @@ def require_number(
     if not (jax.numpy.issubdtype(dtype, np.floating) or jax.numpy.issubdtype(dtype, np.integer)):
         raise TypeError(f"{name} must be a real number, got {_described(value)}")
     number = float(value)
-    if not np.isfinite(number):
+    if finite and not np.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value}")
     if low is not None and number < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
@@ -133,24 +138,24 @@ def require_number(
     return number
 
 
-def require_softmax_scale(softmax_scale: Any) -> float:
+def require_softmax_scale(softmax_scale: Any, name: str = "softmax_scale") -> float:
     """Returns the softmax scale as a Python float, above 0 and in the range of float32.
+
+    name: what the caller calls it.
 
     Raises TypeError unless it is a real number that is not traced, and ValueError for another one.
     """
     try:
-        number = require_number("softmax_scale", softmax_scale, above=0)
+        number = require_number(name, softmax_scale, above=0)
     except TypeError:
         got = "a traced one" if not is_concrete(softmax_scale) else None
         got = got or f"{type(softmax_scale).__name__} {softmax_scale!r}"
         raise TypeError(
-            f"softmax_scale must be a number, got {got}; it must be real and known at trace time"
+            f"{name} must be a number, got {got}; it must be real and known at trace time"
         ) from None
     low, high = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
     if not low <= number <= high:
-        raise ValueError(
-            f"softmax_scale must be in {low} .. {high}, what float32 holds, got {number}"
-        )
+        raise ValueError(f"{name} must be in {low} .. {high}, what float32 holds, got {number}")
     return number
 
 
