@@ -22,6 +22,14 @@ def snapshot(value: Any) -> Any:
     return value.copy() if isinstance(value, np.ndarray) else value
 
 
+def require_type(name: str, value: Any, kind: type) -> None:
+    """Raises TypeError unless value is an instance of the class."""
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIO" else "a"
+        got = type(value).__name__
+        raise TypeError(f"{name} must be {article} {kind.__name__}, got {got}")
+
+
 def require_array(name: str, value: Any) -> None:
     """Raises TypeError unless value is a JAX or numpy array, traced or not."""
     if not isinstance(value, jax.Array | np.ndarray):
@@ -102,6 +110,20 @@ def require_int(name: str, value: Any, low: int, high: int | None = None) -> int
         wanted = "a positive integer" if (low, high) == (1, None) else wanted
         raise ValueError(f"{name} must be {wanted}, got {value}")
     return int(value)
+
+
+def require_ints(name: str, values: Any, low: int) -> tuple[int, ...]:
+    """Returns a tuple, a list or an [N] numpy array of integers as a tuple of Python ints.
+
+    Raises TypeError for anything else, and ValueError for an integer below `low`.
+    """
+    is_array = isinstance(values, np.ndarray) and values.ndim == 1
+    if not is_array and not isinstance(values, tuple | list):
+        raise TypeError(
+            f"{name} must be a tuple, a list or an [N] numpy array of integers, "
+            f"got {_described(values)}"
+        )
+    return tuple(require_int(f"{name}[{at}]", value, low) for at, value in enumerate(values))
 
 
 def require_positive(name: str, value: Any) -> int:

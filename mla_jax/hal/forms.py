@@ -104,8 +104,7 @@ def choose_form(
     rope = checks.require_int("qk_rope_head_dim", qk_rope_head_dim, 0)
     causal = checks.require_bool("causal", causal)
     dtype = checks.require_float_dtype("dtype", dtype)
-    if not isinstance(profile, HardwareProfile):
-        raise TypeError(f"profile must be a HardwareProfile, got {type(profile).__name__}")
+    checks.require_type("profile", profile, HardwareProfile)
 
     rates = _PLAIN if dtype == jnp.float32 else _KERNELS
     tokens = min(tokens, keys)

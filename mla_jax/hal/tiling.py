@@ -131,10 +131,8 @@ def require_fits(
 
 def require_call(profile: Any, problem: Any) -> None:
     """Raises TypeError unless these are a HardwareProfile and a Problem."""
-    if not isinstance(profile, HardwareProfile):
-        raise TypeError(f"profile must be a HardwareProfile, got {type(profile).__name__}")
-    if not isinstance(problem, Problem):
-        raise TypeError(f"problem must be a Problem, got {type(problem).__name__}")
+    checks.require_type("profile", profile, HardwareProfile)
+    checks.require_type("problem", problem, Problem)
 
 
 def plan_tiles(

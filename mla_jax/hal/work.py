@@ -33,7 +33,9 @@ class Problem:
         for field in ("heads", "s_q", "page_size"):
             size = checks.require_positive(f"Problem: {field}", getattr(self, field))
             object.__setattr__(self, field, size)
-        object.__setattr__(self, "kv_lens", _lengths(self.kv_lens))
+        lengths = checks.require_ints("Problem: kv_lens", self.kv_lens, 0)
+        checks.require_positive("Problem: the number of kv_lens", len(lengths))
+        object.__setattr__(self, "kv_lens", lengths)
         checks.require_one_of("Problem: kv_dtype", self.kv_dtype, tuple(ITEMSIZE))
 
     @property
@@ -65,21 +67,6 @@ class Problem:
     def bytes(self) -> float:
         """Bytes of KV, read once, plus q and o."""
         return sum(self.kv_lens) * self.token_bytes + self.query_bytes
-
-
-def _lengths(kv_lens: Any) -> tuple[int, ...]:
-    """Returns kv_lens as a tuple of ints; raises TypeError or ValueError that names it."""
-    is_array = isinstance(kv_lens, np.ndarray) and kv_lens.ndim == 1
-    if not is_array and not isinstance(kv_lens, tuple | list):
-        raise TypeError(
-            "Problem: kv_lens must be a tuple, a list or an [N] numpy array of lengths, "
-            f"got {kv_lens!r:.60} of type {type(kv_lens).__name__}"
-        )
-    checks.require_positive("Problem: the number of kv_lens", len(kv_lens))
-    return tuple(
-        checks.require_int(f"Problem: kv_lens[{request}]", length, 0)
-        for request, length in enumerate(kv_lens)
-    )
 
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}

@@ -172,6 +172,24 @@ def test_is_a_pytree():
     assert "plan_decode" in mla_jax.__all__
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"split": None}, TypeError, r"plan\.split must be a SplitPlan, got NoneType"),
+        ({"tiles": "x"}, TypeError, r"plan\.tiles must be the config of a Hopper .* got str"),
+        ({"num_sms": -3}, ValueError, r"plan\.num_sms must be at least 0, got -3"),
+        ({"finish": 3}, TypeError, r"plan\.finish must be a str, got int"),
+    ],
+)
+def test_the_op_refuses_bad_fields_of_a_plan(change, error, message):
+    batch = make_batch(np.random.default_rng(0), [40, 7], [1, 1], dtype="float32")
+    plan = plan_decode(batch.seq_lens, cache=batch.cache, num_heads=batch.q.shape[2])
+    with pytest.raises(error, match=message):
+        paged_mla_attention(
+            *batch.args, softmax_scale=SCALE, plan=dataclasses.replace(plan, **change)
+        )
+
+
 def test_a_work_list_of_another_split_is_refused():
     lens = np.array([700, 90], np.int32)
     plan_of = jax.jit(functools.partial(plan_decode, cache=CACHE, num_heads=16))
