@@ -22,6 +22,14 @@ def snapshot(value: Any) -> Any:
     return value.copy() if isinstance(value, np.ndarray) else value
 
 
+def require_type(name: str, value: Any, kind: type) -> None:
+    """Raises TypeError unless value is an instance of the class."""
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIO" else "a"
+        got = type(value).__name__
+        raise TypeError(f"{name} must be {article} {kind.__name__}, got {got}")
+
+
 def require_array(name: str, value: Any) -> None:
     """Raises TypeError unless value is a JAX or numpy array, traced or not."""
     if not isinstance(value, jax.Array | np.ndarray):
@@ -59,6 +67,20 @@ def require_float(name: str, value: Any) -> None:
         )
 
 
+def require_float_dtype(name: str, dtype: Any) -> np.dtype:
+    """Returns the dtype; raises TypeError or ValueError unless it is one of FLOAT_DTYPES."""
+    try:
+        if dtype is None:  # numpy would read None as float64
+            raise TypeError
+        found = jax.numpy.dtype(dtype)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be one of {', '.join(FLOAT_DTYPES)}, got {_described(dtype)}"
+        ) from None
+    require_one_of(name, found.name, FLOAT_DTYPES)
+    return found
+
+
 def require_one_of(name: str, value: Any, options: tuple[Any, ...]) -> None:
     """Raises ValueError unless value equals one of the options and has its type."""
     kinds = (str,) if isinstance(options[0], str) else (int, np.integer)
@@ -90,19 +112,38 @@ def require_int(name: str, value: Any, low: int, high: int | None = None) -> int
     return int(value)
 
 
+def require_ints(name: str, values: Any, low: int) -> tuple[int, ...]:
+    """Returns a tuple, a list or an [N] numpy array of integers as a tuple of Python ints.
+
+    Raises TypeError for anything else, and ValueError for an integer below `low`.
+    """
+    is_array = isinstance(values, np.ndarray) and values.ndim == 1
+    if not is_array and not isinstance(values, tuple | list):
+        raise TypeError(
+            f"{name} must be a tuple, a list or an [N] numpy array of integers, "
+            f"got {_described(values)}"
+        )
+    return tuple(require_int(f"{name}[{at}]", value, low) for at, value in enumerate(values))
+
+
 def require_positive(name: str, value: Any) -> int:
     """Returns the value as a Python int of 1 or more; raises as `require_int` does."""
     return require_int(name, value, 1)
 
 
 def require_number(
-    name: str, value: Any, *, low: float | None = None, above: float | None = None
+    name: str,
+    value: Any,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    finite: bool = True,
 ) -> float:
-    """Returns the value as a finite Python float.
+    """Returns the value as a Python float.
 
     Accepts Python and numpy numbers and arrays of shape [] of a real dtype, unless they are traced.
-    Raises TypeError for anything else, also for bool, complex and str. Raises ValueError for NaN,
-    infinity, and values that are below `low` or not above `above`.
+    Raises TypeError for anything else, also for bool, complex and str. Raises ValueError for
+    values that are below `low` or not above `above`, and if `finite` for NaN and infinity.
     """
     if isinstance(value, jax.core.Tracer):
         raise TypeError(f"{name} must be a number that is known at trace time, got a traced value")
@@ -110,7 +151,7 @@ def require_number(
     if not (jax.numpy.issubdtype(dtype, np.floating) or jax.numpy.issubdtype(dtype, np.integer)):
         raise TypeError(f"{name} must be a real number, got {_described(value)}")
     number = float(value)
-    if not np.isfinite(number):
+    if finite and not np.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value}")
     if low is not None and number < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
@@ -119,24 +160,24 @@ def require_number(
     return number
 
 
-def require_softmax_scale(softmax_scale: Any) -> float:
+def require_softmax_scale(softmax_scale: Any, name: str = "softmax_scale") -> float:
     """Returns the softmax scale as a Python float, above 0 and in the range of float32.
+
+    name: what the caller calls it.
 
     Raises TypeError unless it is a real number that is not traced, and ValueError for another one.
     """
     try:
-        number = require_number("softmax_scale", softmax_scale, above=0)
+        number = require_number(name, softmax_scale, above=0)
     except TypeError:
         got = "a traced one" if not is_concrete(softmax_scale) else None
         got = got or f"{type(softmax_scale).__name__} {softmax_scale!r}"
         raise TypeError(
-            f"softmax_scale must be a number, got {got}; it must be real and known at trace time"
+            f"{name} must be a number, got {got}; it must be real and known at trace time"
         ) from None
     low, high = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
     if not low <= number <= high:
-        raise ValueError(
-            f"softmax_scale must be in {low} .. {high}, what float32 holds, got {number}"
-        )
+        raise ValueError(f"{name} must be in {low} .. {high}, what float32 holds, got {number}")
     return number
 
 

@@ -64,6 +64,8 @@ class SoftmaxState:
 
 def init_state(rows_shape: tuple[int, ...], value_dim: int) -> SoftmaxState:
     """Returns the state before the first key, for rows [..., R] and value_dim D_v."""
+    rows_shape = checks.require_ints("rows_shape", rows_shape, 0)
+    value_dim = checks.require_positive("value_dim", value_dim)
     ones = jnp.ones(rows_shape, jnp.float32)
     return SoftmaxState(
         m=jnp.full(rows_shape, -jnp.inf, jnp.float32),
@@ -205,6 +207,7 @@ def rescale_output(o: jax.Array, factor: jax.Array) -> jax.Array:
 
 def finalize(state: SoftmaxState) -> tuple[jax.Array, jax.Array]:
     """Returns o [..., R, D_v] and lse [..., R], float32; o is 0 and lse -inf without a key."""
+    checks.require_type("state", state, SoftmaxState)
     seen = state.l != 0  # NaN stays NaN
     sums = jnp.where(seen, state.l, 1.0)
     o = jnp.where(seen[..., None], state.o / (sums * state.residual)[..., None], 0.0)
@@ -375,8 +378,7 @@ def _float_array(name: str, value: Any) -> jax.Array:
 
 def _check_block(state: Any, scores: Any, values: Any) -> tuple[jax.Array, jax.Array]:
     """Returns scores and values as JAX arrays; raises as `update` does."""
-    if not isinstance(state, SoftmaxState):
-        raise TypeError(f"state must be a SoftmaxState, got {type(state).__name__}")
+    checks.require_type("state", state, SoftmaxState)
     scores, values = _float_array("scores", scores), _float_array("values", values)
     if scores.dtype != jnp.float32:
         raise TypeError(f"scores must be an array of float32, got {scores.dtype}")

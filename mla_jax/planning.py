@@ -13,8 +13,10 @@ from mla_jax.implementations.implementation import PlanRequest
 from mla_jax.online_softmax import RESCALES
 from mla_jax.registry import IMPLEMENTATIONS, check_names
 from mla_jax.sharding.key_shards import KeyShard
+from mla_jax.splits.costs import MOST_ROWS
 from mla_jax.splits.decode_plan import DecodePlan
 from mla_jax.splits.plan import require_lengths
+from mla_jax.splits.planner import check_max_seq_len
 from mla_jax.splits.tile_keys import check_query_lens
 
 
@@ -86,13 +88,15 @@ def plan_decode(
     if not isinstance(cache, PagedKVCache):
         raise TypeError(f"cache must be a PagedKVCache, got {type(cache).__name__}")
     cache.check()
-    rows = checks.require_positive("num_heads", num_heads)
+    num_heads = checks.require_positive("num_heads", num_heads)
+    if num_heads > MOST_ROWS:
+        raise ValueError(f"num_heads must be at most {MOST_ROWS}, got {num_heads}")
     tokens = checks.require_positive("num_query_tokens", num_query_tokens)
     if not isinstance(rescale, str):
         raise TypeError(f"rescale must be one of {', '.join(RESCALES)}, got {rescale!r}")
     checks.require_one_of("rescale", rescale, RESCALES)
     if max_seq_len is not None:
-        checks.require_positive("max_seq_len", max_seq_len)
+        max_seq_len = check_max_seq_len(max_seq_len)
     if query_lens is not None:
         check_query_lens(query_lens, len(seq_lens), tokens)
     seq_lens, query_lens = map(checks.snapshot, (seq_lens, query_lens))
@@ -100,8 +104,14 @@ def plan_decode(
         require_no_query_lens(query_lens)
         check_lengths("T = num_query_tokens", tokens, seq_lens, cu_q_lens, kv_axis=kv_axis)
         seq_lens, tokens = keys_seen(seq_lens, checks.snapshot(cu_q_lens), tokens), 1
+    rows = num_heads
     if kv_axis is None:
         rows *= tokens
+        if rows > MOST_ROWS:
+            raise ValueError(
+                f"num_heads * num_query_tokens must be at most {MOST_ROWS}, "
+                f"got {num_heads} * {tokens}"
+            )
     else:
         seq_lens = _keys_of_tokens(seq_lens, query_lens, tokens, cache, kv_axis)
         query_lens = None  # Each token is a request.

@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from mla_jax import checks
 from mla_jax.implementations.blockwise import BLOCKWISE
 from mla_jax.implementations.blockwise_scan import attend_xla
 from mla_jax.implementations.choice import Choice, Registry, warn_of_plan
@@ -40,7 +41,11 @@ def available_implementations(problem: AttentionProblem | None = None) -> dict[s
     Args:
         problem: an `mla_jax.problem.AttentionProblem`, for which dtypes, layouts and sizes count
             too. None: only what this machine lacks counts.
+
+    Raises TypeError for a problem of another type.
     """
+    if problem is not None:
+        checks.require_type("problem", problem, AttentionProblem)
     return {name: one.unavailable(problem) for name, one in IMPLEMENTATIONS.items()}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from mla_jax import checks
 from mla_jax.allocator.arguments import is_sequence, require_cache, require_hashable
 from mla_jax.allocator.pool import PagePool
-from mla_jax.allocator.tokens import FIRST, page_keys, require_tokens
+from mla_jax.allocator.tokens import FIRST, page_keys, token_ids
 from mla_jax.cache import PagedKVCache
 
 _INT32 = np.iinfo(np.int32)
@@ -110,9 +110,9 @@ class PageAllocator:
         Raises TypeError unless `tokens` is a sequence of integers, and ValueError for a negative
         token id.
         """
-        count = require_tokens(tokens)
+        ids = token_ids(tokens)
         with self._lock:
-            pages, _ = self._find(tokens, count // self.page_size)
+            pages, _ = self._find(ids, len(ids) // self.page_size)
         return CachedPrefix(len(pages) * self.page_size, tuple(pages))
 
     def allocate(
@@ -137,10 +137,10 @@ class PageAllocator:
         """
         require_hashable(request_id)
         num_tokens = checks.require_int("num_tokens", num_tokens, 0)
-        count = 0 if tokens is None else require_tokens(tokens)
+        ids = token_ids(() if tokens is None else tokens)
         with self._lock:
             self._require_new("request_id", request_id)
-            cached, keys = self._find(tokens, max(count - 1, 0) // self.page_size)
+            cached, keys = self._find(ids, max(len(ids) - 1, 0) // self.page_size)
             found = len(cached) * self.page_size
             num_tokens = max(num_tokens, found)
             needed = self._pages_for(num_tokens) - len(cached)
@@ -224,7 +224,7 @@ class PageAllocator:
         Args:
             request_id: a live request.
             tokens: the ids of the request's tokens from the first one on, all of which have been
-                written. Only those of full pages that are not committed yet are read.
+                written. All are checked, and those of full pages that are not committed yet count.
 
         If a lookup finds the same tokens in another page already, it continues to do so.
 
@@ -233,7 +233,8 @@ class PageAllocator:
         other than those that another request committed the page with. After an error the allocator
         is unchanged.
         """
-        count = require_tokens(tokens)
+        ids = token_ids(tokens)
+        count = len(ids)
         with self._lock:
             request = self._live(request_id)
             if count > request.num_tokens:
@@ -244,7 +245,7 @@ class PageAllocator:
             first = len(request.keys)
             last = max(first, count // self.page_size)
             before = request.keys[-1] if first else FIRST
-            keys = page_keys(before, tokens, first, last, self.page_size)
+            keys = page_keys(before, ids, first, last, self.page_size)
             new = list(zip(request.pages[first:last], keys, strict=True))
             for page, key in new:
                 if self._pool.key_of_page.get(page, key) != key:
@@ -349,9 +350,9 @@ class PageAllocator:
         self.__dict__.update(state)
         self._lock = threading.RLock()
 
-    def _find(self, tokens: Any, most: int) -> tuple[list[int], list[bytes]]:
+    def _find(self, ids: np.ndarray, most: int) -> tuple[list[int], list[bytes]]:
         """Returns the cached pages of a prefix, at most that many, and their keys."""
-        keys = page_keys(FIRST, tokens, 0, most, self.page_size)
+        keys = page_keys(FIRST, ids, 0, most, self.page_size)
         pages = []
         for key in keys:
             page = self._pool.page_of_key.get(key)

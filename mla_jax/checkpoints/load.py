@@ -14,7 +14,7 @@ from mla_jax.checkpoints.config_json import shown
 from mla_jax.checkpoints.placement import Placement, placements
 from mla_jax.checkpoints.read import Checkpoint, CheckpointError
 from mla_jax.checkpoints.sources import hf_shapes, hf_sources
-from mla_jax.checkpoints.weights import MLAParams, float_dtype, layer_number, params_of
+from mla_jax.checkpoints.weights import MLAParams, layer_number, params_of
 from mla_jax.config import MLAConfig, config_from_json
 
 Progress = Callable[[int, int], object]
@@ -47,7 +47,7 @@ def load_hf(
         TypeError, ValueError: an invalid argument. Every message names what is wrong.
     """
     layer = None if layer is None else layer_number(layer)
-    dtype = float_dtype("dtype", dtype)
+    dtype = checks.require_float_dtype("dtype", dtype)
     _require_prefix(prefix)
     with Checkpoint(folder) as checkpoint:
         config = config_from_json(checkpoint.config, str(checkpoint.config_path))
@@ -117,7 +117,7 @@ def load_hf_layers(
         TypeError, ValueError: an invalid argument. Every message names what is wrong.
     """
     numbers = _layer_numbers(layers)
-    dtype = float_dtype("dtype", dtype)
+    dtype = checks.require_float_dtype("dtype", dtype)
     stacked = checks.require_bool("stacked", stacked)
     _require_prefix(prefix)
     if progress is not None and not callable(progress):

@@ -104,20 +104,6 @@ def _require_config(config: MLAConfig) -> None:
         raise TypeError(f"config must be an MLAConfig, got {shown(config)}")
 
 
-def float_dtype(name: str, dtype: DTypeLike) -> np.dtype:
-    """Returns the dtype; raises TypeError or ValueError unless it is one of FLOAT_DTYPES."""
-    try:
-        if dtype is None:  # numpy would read None as float64
-            raise TypeError
-        found = jnp.dtype(dtype).name
-    except TypeError:
-        raise TypeError(
-            f"{name} must be one of {', '.join(checks.FLOAT_DTYPES)}, got {shown(dtype)}"
-        ) from None
-    checks.require_one_of(name, found, checks.FLOAT_DTYPES)
-    return jnp.dtype(found)
-
-
 def layer_number(layer: int, name: str = "layer") -> int:
     """Returns a layer number as a Python int; raises TypeError or ValueError unless it is one."""
     if not isinstance(layer, int | np.integer) or isinstance(layer, bool):
@@ -136,7 +122,7 @@ def init_params(key: jax.Array, config: MLAConfig, dtype: DTypeLike = jnp.float3
         dtype: float32, bfloat16 or float16.
     """
     _require_config(config)
-    dtype = float_dtype("dtype", dtype)
+    dtype = checks.require_float_dtype("dtype", dtype)
     kind, shape = getattr(key, "dtype", None), np.shape(key)
     if not (
         (kind is not None and jnp.issubdtype(kind, jax.dtypes.prng_key) and shape == ())

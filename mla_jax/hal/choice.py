@@ -24,6 +24,7 @@ from mla_jax.hal.simulator.hopper import (
 )
 from mla_jax.hal.simulator.hopper_times import BEFORE, Seconds, hopper_times
 from mla_jax.hal.simulator.shared_engines import SharedBlockTimes
+from mla_jax.hal.tiling import require_call
 from mla_jax.hal.work import Problem, Work
 
 MEASURED, SIMULATED, TABLE = "measured", "simulated", "table"
@@ -72,7 +73,10 @@ def fastest_tiles(
         usual: the config that is taken unless another is more than MARGIN faster; None: there is
             none.
         measured: whether `usual` is taken in any case, because it was measured on this device.
+
+    Raises TypeError for a profile or a problem of another type.
     """
+    require_call(profile, problem)
     own = tuned_for_hopper(profile)
     timed = [TimedTiles(tiles, _seconds(own, problem, kernel)) for tiles, kernel in kernels]
     timed.sort(key=lambda each: each.seconds)  # stable, so that the order of kernels breaks ties

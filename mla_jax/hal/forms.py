@@ -103,11 +103,10 @@ def choose_form(
     )
     rope = checks.require_int("qk_rope_head_dim", qk_rope_head_dim, 0)
     causal = checks.require_bool("causal", causal)
-    checks.require_one_of("dtype", jnp.dtype(dtype).name, checks.FLOAT_DTYPES)
-    if not isinstance(profile, HardwareProfile):
-        raise TypeError(f"profile must be a HardwareProfile, got {type(profile).__name__}")
+    dtype = checks.require_float_dtype("dtype", dtype)
+    checks.require_type("profile", profile, HardwareProfile)
 
-    rates = _PLAIN if jnp.dtype(dtype) == jnp.float32 else _KERNELS
+    rates = _PLAIN if dtype == jnp.float32 else _KERNELS
     tokens = min(tokens, keys)
     pairs = tokens * keys - (tokens * (tokens - 1) // 2 if causal else 0)
     weights = rank * (nope + v_dim)

@@ -7,7 +7,9 @@ itself when it is made. A plan that does not fit raises an error with the buffer
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from mla_jax import checks
 from mla_jax.hal.profiles.profile import HardwareProfile
 from mla_jax.hal.work import ITEMSIZE, Problem
 
@@ -127,6 +129,12 @@ def require_fits(
         )
 
 
+def require_call(profile: Any, problem: Any) -> None:
+    """Raises TypeError unless these are a HardwareProfile and a Problem."""
+    checks.require_type("profile", profile, HardwareProfile)
+    checks.require_type("problem", problem, Problem)
+
+
 def plan_tiles(
     profile: HardwareProfile,
     problem: Problem,
@@ -135,7 +143,14 @@ def plan_tiles(
     block_kv: int | None = None,
     kv_stages: int | None = None,
 ) -> TilePlan:
-    """Returns the best plan that fits, or the one asked for; raises TilePlanError if none fits."""
+    """Returns the best plan that fits, or the one asked for.
+
+    Raises TilePlanError if none fits, and TypeError or ValueError that names the argument.
+    """
+    require_call(profile, problem)
+    for name, size in {"block_q": block_q, "block_kv": block_kv, "kv_stages": kv_stages}.items():
+        if size is not None:
+            checks.require_positive(name, size)
     if profile.family == "ascend":
         return ascend_tiles(profile, problem, block_q=block_q, block_kv=block_kv)
     return gpu_tiles(profile, problem, block_q=block_q, block_kv=block_kv, kv_stages=kv_stages)

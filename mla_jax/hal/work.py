@@ -11,10 +11,17 @@ from typing import Any
 
 import numpy as np
 
+from mla_jax import checks
+
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention call: `kv_lens` tokens per request, s_q * heads query rows per request."""
+    """One attention call: `kv_lens` tokens per request, s_q * heads query rows per request.
+
+    kv_lens may also be a list or an [N] array of numpy; the field is a tuple of ints.
+
+    Raises TypeError or ValueError that names the field.
+    """
 
     kv_lens: tuple[int, ...]
     heads: int
@@ -24,14 +31,12 @@ class Problem:
 
     def __post_init__(self) -> None:
         for field in ("heads", "s_q", "page_size"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"Problem: {field} = {getattr(self, field)}, wanted at least 1")
-        if not self.kv_lens or min(self.kv_lens) < 0:
-            raise ValueError(f"Problem: kv_lens = {self.kv_lens}, wanted lengths of 0 and more")
-        if self.kv_dtype not in ITEMSIZE:
-            raise ValueError(
-                f"Problem: kv_dtype = {self.kv_dtype!r}, wanted one of {set(ITEMSIZE)}"
-            )
+            size = checks.require_positive(f"Problem: {field}", getattr(self, field))
+            object.__setattr__(self, field, size)
+        lengths = checks.require_ints("Problem: kv_lens", self.kv_lens, 0)
+        checks.require_positive("Problem: the number of kv_lens", len(lengths))
+        object.__setattr__(self, "kv_lens", lengths)
+        checks.require_one_of("Problem: kv_dtype", self.kv_dtype, tuple(ITEMSIZE))
 
     @property
     def rows(self) -> int:

@@ -20,6 +20,7 @@ COST_MODELS = ("blocks", "fia")
 # which leaves room for the sums that the planner makes.
 MOST_WORK = 2**29
 _MOST_ROW_TILES = 2**20
+MOST_ROWS = 64 * _MOST_ROW_TILES  # per request, in tiles of 64 rows
 _LARGEST = 2**31 - 1
 
 

@@ -42,11 +42,19 @@ class DecodePlan:
     finish: str | None = None
 
     def check(self) -> None:
-        """Raises TypeError or ValueError where split or work are not what they should be.
+        """Raises TypeError or ValueError where a field is not what it should be.
 
         That `work` is of this split is checked unless it is traced.
         """
+        checks.require_type("plan.split", self.split, SplitPlan)
         self.split.check()
+        # The configs are a class of the kernels, which may not be installed.
+        if self.tiles is not None and not isinstance(getattr(self.tiles, "profile", None), str):
+            got = type(self.tiles).__name__
+            raise TypeError(f"plan.tiles must be the config of a Hopper kernel or None, got {got}")
+        checks.require_int("plan.num_sms", self.num_sms, 0)
+        if self.finish is not None:
+            checks.require_type("plan.finish", self.finish, str)
         if self.work is None:
             return
         if not isinstance(self.work, tuple) or len(self.work) != len(WORK):

@@ -167,7 +167,7 @@ def plan_splits(
         overhead=overhead,
     )
     if max_seq_len is not None:
-        max_seq_len = _check_max_seq_len(max_seq_len)
+        max_seq_len = check_max_seq_len(max_seq_len)
     num_workers = _check(seq_lens, num_workers, costs, max_seq_len)
     merge_overhead = checks.require_int("merge_overhead", merge_overhead, 0)
     if merge_overhead > MOST_WORK // 2:
@@ -210,7 +210,7 @@ def plan_fixed(
     Raises TypeError or ValueError that names the invalid argument.
     """
     split_size = checks.require_positive("split_size", split_size)
-    max_seq_len = _check_max_seq_len(max_seq_len)
+    max_seq_len = check_max_seq_len(max_seq_len)
     costs = split_costs(
         "blocks", rows=rows, rows_per_tile=rows_per_tile, block_size=block_size, overhead=overhead
     )
@@ -357,7 +357,8 @@ def _check(seq_lens: Any, num_workers: Any, costs: SplitCosts, max_seq_len: int 
     return num_workers
 
 
-def _check_max_seq_len(max_seq_len: Any) -> int:
+def check_max_seq_len(max_seq_len: Any) -> int:
+    """Returns max_seq_len as a Python int; raises unless it is a positive int32."""
     max_seq_len = checks.require_positive("max_seq_len", max_seq_len)
     if max_seq_len > LARGEST:
         raise ValueError(f"max_seq_len must be at most {LARGEST}, got {max_seq_len}")

@@ -125,9 +125,17 @@ def test_hits_that_no_request_has_are_not_counted_as_room():
         (
             lambda a: a.commit("a", [[1]] * 5),
             TypeError,
-            r"tokens must be integers, got .* \[4, 1\]",
+            r"tokens must be integers, got .* \[5, 1\]",
         ),
         (lambda a: a.commit("a", [-1] * 5), ValueError, "tokens must be ids of at least 0, got -1"),
+        (lambda a: a.commit("z", [1, 2, 3, 4, 1.5]), TypeError, "tokens must be .* of float64"),
+        (lambda a: a.commit("z", [1] * 4 + [None]), TypeError, "tokens must be .* of object"),
+        (lambda a: a.commit("z", [1, [2, 3]]), TypeError, "tokens must be integers, got .* object"),
+        (lambda a: a.lookup([1.5]), TypeError, r"tokens must be .* array \[1\] of float64"),
+        (lambda a: a.lookup([None]), TypeError, r"tokens must be .* array \[1\] of object"),
+        (lambda a: a.allocate("b", 1, tokens=[1.5]), TypeError, "tokens must be .* of float64"),
+        (lambda a: a.allocate("b", 1, tokens=[None]), TypeError, "tokens must be .* of object"),
+        (lambda a: a.lookup([-1]), ValueError, "tokens must be ids of at least 0, got -1"),
         (lambda a: a.commit("a", 5), TypeError, "tokens must be a sequence of token ids .* got 5"),
         (lambda a: a.lookup("abcd"), TypeError, "tokens must be a sequence .* got 'abcd'"),
         (lambda a: a.lookup({1, 2}), TypeError, "tokens must be a sequence .* of type set"),
@@ -144,6 +152,7 @@ def test_errors_are_clear_and_change_nothing(call, error, message):
     allocator.allocate("a", 5)
     allocator.fork("a", "z")
     allocator.extend("z", 6)  # a copy
+    allocator.commit("z", [1, 2, 3, 4])
 
     def state():
         names = "requests", "num_free", "cached_pages"

@@ -34,6 +34,11 @@ def test_blockwise_refuses_large_problems():
         attend(*batch.args, implementation="blockwise")
 
 
+def test_implementations_are_asked_about_a_problem_only():
+    with pytest.raises(TypeError, match="problem must be an AttentionProblem, got str"):
+        available_implementations("x")
+
+
 def test_int8_cache_goes_to_an_implementation_that_has_it():
     batch = make_batch(np.random.default_rng(14), [40, 7], [1, 1], dtype="int8")
     assert_matches(attend(*batch.args), batch.oracle(), 1e-2, 5e-2)

@@ -342,3 +342,18 @@ def test_update_refuses(change, error, message):
     }
     with pytest.raises(error, match=message):
         update(**(good | change))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: finalize(None), TypeError, "state must be a SoftmaxState, got NoneType"),
+        (lambda: finalize((1, 2)), TypeError, "state must be a SoftmaxState, got tuple"),
+        (lambda: init_state(2, 4), TypeError, "rows_shape must be a tuple, .* got 2 of type int"),
+        (lambda: init_state((-1,), 4), ValueError, r"rows_shape\[0\] must be at least 0, got -1"),
+        (lambda: init_state((2,), 1.5), TypeError, "value_dim must be an integer, got 1.5"),
+    ],
+)
+def test_states_are_checked(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -123,7 +123,14 @@ def test_falls_back_to_plain_jax():
         ({"num_heads": 0}, ValueError, "num_heads"),
         ({"num_heads": 1.5}, TypeError, "num_heads"),
         ({"num_query_tokens": 0}, ValueError, "num_query_tokens"),
+        ({"num_heads": 2**31}, ValueError, "num_heads must be at most 67108864, got 2147483648"),
+        (
+            {"num_heads": 2**16, "num_query_tokens": 2**16},
+            ValueError,
+            r"num_heads \* num_query_tokens must be at most 67108864, got 65536 \* 65536",
+        ),
         ({"max_seq_len": 0}, ValueError, "max_seq_len"),
+        ({"max_seq_len": 2**40}, ValueError, "max_seq_len must be at most 2147483647, got 10995"),
         ({"query_lens": LENS}, ValueError, r"query_lens\[0\] must be in 0 .. 1, got 300"),
         ({"query_lens": LENS[:2]}, ValueError, r"query_lens must be \[B\]"),
         ({"rescale": "add"}, ValueError, "rescale must be one of"),
@@ -170,6 +177,24 @@ def test_is_a_pytree():
     assert (again.tiles, again.num_sms) == (plan.tiles, plan.num_sms)
     chex.assert_trees_all_equal(again.split.arrays(), plan.split.arrays())
     assert "plan_decode" in mla_jax.__all__
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"split": None}, TypeError, r"plan\.split must be a SplitPlan, got NoneType"),
+        ({"tiles": "x"}, TypeError, r"plan\.tiles must be the config of a Hopper .* got str"),
+        ({"num_sms": -3}, ValueError, r"plan\.num_sms must be at least 0, got -3"),
+        ({"finish": 3}, TypeError, r"plan\.finish must be a str, got int"),
+    ],
+)
+def test_the_op_refuses_bad_fields_of_a_plan(change, error, message):
+    batch = make_batch(np.random.default_rng(0), [40, 7], [1, 1], dtype="float32")
+    plan = plan_decode(batch.seq_lens, cache=batch.cache, num_heads=batch.q.shape[2])
+    with pytest.raises(error, match=message):
+        paged_mla_attention(
+            *batch.args, softmax_scale=SCALE, plan=dataclasses.replace(plan, **change)
+        )
 
 
 def test_a_work_list_of_another_split_is_refused():

@@ -11,7 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_jax.hal import PROFILES, Problem, schedule_named, simulate
+from mla_jax.hal import (
+    PROFILES,
+    Problem,
+    fastest_tiles,
+    plan_tiles,
+    schedule_named,
+    simulate,
+)
 from mla_jax.hal.orders import ASCEND_ORDERS, GPU_ORDERS, AscendOrder
 from mla_jax.hal.schedule import Schedule, Step
 from mla_jax.hal.simulator.ascend_costs import (
@@ -298,9 +305,11 @@ def test_amla_on_the_package_of_two_dies() -> None:
         (lambda: AscendKernel("x", AscendOrder(), kv_dtype="fp4"), "kv_dtype = 'fp4'"),
         (lambda: AscendKernel("x", AscendOrder(signals=2)), "signals = 2 needs kv_dtype"),
         (lambda: AscendKernel("x", ASCEND_ORDERS["amla"], kv_dtype="int8"), "AMLA"),
-        (lambda: Problem((1, -1), 16), "kv_lens"),
-        (lambda: Problem((1,), 0), "heads = 0"),
-        (lambda: Problem((1,), 1, kv_dtype="int3"), "kv_dtype = 'int3'"),
+        (lambda: Problem((1, -1), 16), r"kv_lens\[1\] must be at least 0, got -1"),
+        (lambda: Problem((), 16), "the number of kv_lens must be a positive integer, got 0"),
+        (lambda: Problem((1,), 0), "Problem: heads must be a positive integer, got 0"),
+        (lambda: Problem((1,), 1, kv_dtype="int3"), "kv_dtype must be one of bf16, .* got 'int3'"),
+        (lambda: plan_tiles(H200, TINY, block_kv=0), "block_kv must be a positive integer, got 0"),
         (lambda: simulate(H200, TINY, "amla"), "kernel = 'amla'.*seesaw"),
         (lambda: simulate(PROFILES["Ascend910B1"], TINY, "fa2"), "kernel = 'fa2'.*chunk4"),
         (lambda: simulate(H200, TINY, ASCEND_KERNELS["amla"]), "does not run"),
@@ -309,6 +318,37 @@ def test_amla_on_the_package_of_two_dies() -> None:
 def test_bad_input_is_named(make, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Problem((64.5,), 16), r"kv_lens\[0\] must be an integer, got 64.5 of type float"),
+        (lambda: Problem((True,), 16), r"kv_lens\[0\] must be an integer, got True"),
+        (lambda: Problem(np.array([math.nan]), 16), r"kv_lens\[0\] must be an integer, got .*nan"),
+        (lambda: Problem("64", 16), "kv_lens must be a tuple, .* got '64' of type str"),
+        (lambda: Problem(3, 16), "kv_lens must be a tuple, .* got 3 of type int"),
+        (lambda: Problem((64,), True), "Problem: heads must be an integer, got True"),
+        (lambda: Problem((64,), "16"), "Problem: heads must be an integer, got '16'"),
+        (lambda: Problem((64,), None), "Problem: heads must be an integer, got None"),
+        (lambda: Problem((64,), 16, s_q=1.5), "Problem: s_q must be an integer, got 1.5"),
+        (lambda: simulate("H200", TINY, "seesaw"), "profile must be a HardwareProfile, got str"),
+        (lambda: simulate(H200, None, "seesaw"), "problem must be a Problem, got NoneType"),
+        (lambda: plan_tiles("H200_SXM", TINY), "profile must be a HardwareProfile, got str"),
+        (lambda: plan_tiles(H200, None), "problem must be a Problem, got NoneType"),
+        (lambda: plan_tiles(H200, TINY, block_q=1.5), "block_q must be an integer, got 1.5"),
+        (lambda: fastest_tiles(H200, None, ()), "problem must be a Problem, got NoneType"),
+    ],
+)
+def test_bad_types_are_named(make, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_lengths_may_be_a_numpy_array() -> None:
+    problem = Problem(np.array([64, 3], np.int32), np.int64(16))
+    assert problem == Problem((64, 3), 16)
+    assert {type(n) for n in (*problem.kv_lens, problem.heads)} == {int}
 
 
 def test_empty_and_odd_lengths() -> None:

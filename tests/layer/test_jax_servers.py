@@ -58,7 +58,8 @@ def arguments(rng, dtype=np.float32):
 def test_mixed_batch():
     rows, tables, call = arguments(np.random.default_rng(5))
     q = np.concatenate([call["ql_nope"], call["q_pe"]], -1)
-    o, cache = mla_ragged_paged_attention(**call, sm_scale=SCALE)
+    options = {"sm_scale": jnp.float32(SCALE), "implementation": ["xla"], "mask_value": -np.inf}
+    o, cache = mla_ragged_paged_attention(**call, **options)
     assert call["cache_kv"].is_deleted()
     o, cache = np.asarray(o), np.asarray(cache).reshape(16, PAGE, WIDTH)
     start = 0
@@ -80,11 +81,23 @@ def test_mixed_batch():
     assert np.isnan(cache[~used]).all()
 
 
+def counts(last):
+    return np.array([0, 0, last], np.int32)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"soft_cap": 3.0}, ValueError, "soft_cap must be None, got 3.0"),
         ({"mask_value": 0.0}, ValueError, "mask_value must be None or at most -1e.30, got 0.0"),
+        ({"mask_value": "x"}, TypeError, "mask_value must be a real number, got 'x' of type str"),
+        ({"k_scale": 2.0}, ValueError, "k_scale must be None, got 2.0"),
+        ({"sm_scale": "x"}, TypeError, "sm_scale must be a number, got str 'x'"),
+        ({"sm_scale": -1}, ValueError, "sm_scale must be above 0, got -1"),
+        ({"implementation": ["cuda"]}, ValueError, r"implementation must be .* got \['cuda'\]"),
+        ({"distribution": counts(-1)}, ValueError, r"distribution\[2\] must be in 0 .. 5, got -1"),
+        ({"distribution": counts(6)}, ValueError, r"distribution\[2\] must be in 0 .. 5, got 6"),
+        ({"kv_lens": [1]}, TypeError, r"kv_lens must be an array, got \[1\] of type list"),
         ({"q_pe": np.zeros((36, 2, 24))}, ValueError, r"q_pe must be \[T, H, rope\]"),
         ({"page_indices": np.zeros(7, np.int32)}, ValueError, "page_indices must be .* got 7 val"),
         ({"new_kv_c": np.zeros((36, RANK), np.float16)}, TypeError, "new_kv_c must be float32 as"),

@@ -166,6 +166,7 @@ def test_the_model_of_deepseek_v3():
         ({"num_query_tokens": 0}, ValueError, "num_query_tokens must be a positive integer, got 0"),
         ({"qk_rope_head_dim": -1}, ValueError, "qk_rope_head_dim must be at least 0, got -1"),
         ({"dtype": "int8"}, ValueError, "dtype must be one of float32, .* got 'int8'"),
+        ({"dtype": "x"}, TypeError, "dtype must be one of float32, .* got 'x'"),
         ({"causal": None}, TypeError, "causal must be True or False, got None"),
         ({"profile": "H200"}, TypeError, "profile must be a HardwareProfile, got str"),
     ):

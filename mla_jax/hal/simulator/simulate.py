@@ -34,7 +34,7 @@ from mla_jax.hal.simulator.hopper_prefill import (
 from mla_jax.hal.simulator.hopper_times import hopper_times
 from mla_jax.hal.simulator.loaded_times import LoadedTimes, fair_share
 from mla_jax.hal.simulator.one_core import Timeline
-from mla_jax.hal.tiling import KEY, LATENT, ROPE, BufferUse, require_fits
+from mla_jax.hal.tiling import KEY, LATENT, ROPE, BufferUse, require_call, require_fits
 from mla_jax.hal.work import ITEMSIZE, Problem, Work
 
 ENGINE_KIND = {
@@ -106,8 +106,9 @@ def simulate(
 
     Raises IllegalScheduleError for an illegal or incomplete schedule, TilePlanError for a tile that
     does not fit, and ValueError for what the device or the kernel can not run. TypeError is raised
-    for a kernel of another type.
+    for an argument of another type.
     """
+    require_call(profile, problem)
     if isinstance(kernel, str):
         kernel = named_kernel(profile, kernel, problem.kv_dtype)
     if isinstance(kernel, AscendOrder):
