@@ -4,6 +4,8 @@ The same calls, of other sizes, run on a GPU in test_fuzz_gpu. With `--seed=rand
 """
 
 import dataclasses
+import itertools
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ CALLS = 8  # of each program in plain JAX
 # pages of 16 rows: it follows only one TMA copy per barrier phase. Two row tiles, in a plan that
 # leaves out hidden blocks.
 KERNEL_CALLS, ODD = 3, 0.5
+FINITE = 1 / 3  # of the rows of each call, at least
 KERNEL: dict = {
     "cache_dtype": "bfloat16", "rescale": "multiply", "rows_per_tile": 16, "page_size": 16,
     "tokens": 3, "heads": 9, "causal": True, "ragged": True, "plan": "splits", "workers": 3,
@@ -37,7 +40,7 @@ def seed(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--seed"))
 
 
-def check(case: Case, seed: int, calls: range, odd: float = 0.3) -> None:
+def check(case: Case, seed: int, calls: Iterable[int], odd: float = 0.3) -> None:
     program = Program(case, on_device=False)
     outcomes = [run_call(program, f"{seed}.{i}", draw(case, seed, i, odd)) for i in calls]
     failed = [outcome.line() for outcome in outcomes if outcome.failures]
@@ -55,7 +58,19 @@ def test_plain(seed: int, implementation: str, dtype: str) -> None:
 def test_a_kernel_interpreted(seed: int) -> None:
     rng = np.random.default_rng([seed, 0, 100])
     case = draw_case(rng, INTERPRETED, INTERPRETER, batch=2, **KERNEL)
-    check(case, seed, range(100 * KERNEL_CALLS, 101 * KERNEL_CALLS), ODD)
+    drawn = range(100 * KERNEL_CALLS, 110 * KERNEL_CALLS)
+    telling = (i for i in drawn if finite_share(case, draw(case, seed, i, ODD)) >= FINITE)
+    calls = list(itertools.islice(telling, KERNEL_CALLS))
+    assert len(calls) == KERNEL_CALLS
+    check(case, seed, calls, ODD)
+
+
+def finite_share(case: Case, call: Call) -> float:
+    """Returns the share of rows with a finite result; the others hardly tell kernels apart."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = reference(case, call, *made(case, call))
+    finite = np.isfinite(found["o"].astype(np.float32)).all(-1) & np.isfinite(found["lse"])
+    return float(finite.mean())
 
 
 def made(case: Case, call: Call) -> tuple:
