@@ -42,6 +42,8 @@ EXPONENT_ADD = (  # row tiles of tokens 0 .. 2, 2 .. 4 and 4, partials of float3
     {"rows_per_tile": 64, "rescale": "exponent_add"},
 )
 TWO_CTAS = {"heads": 33, "num_queries": 2, "requests": 3}, {"rows_per_tile": 128}
+# The second tile has two rows, fewer than one warpgroup.
+TWO_ROWS_LEFT = {"heads": 65, "num_queries": 2, "requests": 2}, {"rows_per_tile": 128}
 
 
 def drawn(seed, seq_lens, program, **options):
@@ -95,6 +97,7 @@ def run(batch, *, tiles=None, rescale="multiply", partial_dtype=None, apart=Fals
     [
         ([70, 0, 200, -1, 65, 1], TRANSPOSED, {"workers": 3, "query_lens": [2, 0, 1, 0, 2, 1]}),
         ([330, -1, 0, 20], GATHERED, {"workers": 2}),
+        ([20, 260], TWO_ROWS_LEFT, {"workers": 3}),  # split, and whole
     ],
 )
 def test_interpreted(races, seq_lens, program, options):
@@ -299,6 +302,23 @@ def test_a_nan_query_changes_no_other_row_interpreted():
     assert np.isnan(lse[0, 3])
     batch.q = clean
     o[0, 3], lse[0, 3] = (x[0, 0, 3] for x in batch.reference())
+    batch.check(o, lse)
+
+
+@pytest.mark.parametrize("program", [TRANSPOSED, GATHERED])
+def test_a_nan_reaches_only_the_rows_that_may_see_it_interpreted(program):
+    """The last key of two requests is NaN. Of two query tokens only the last one may see it."""
+    lengths, heads = [70, 200], program[0]["heads"]
+    batch, options = drawn(1, lengths, program, workers=2)
+    clean, pages = batch.cache, np.array(batch.cache.pages)
+    for table, length in zip(np.asarray(batch.block_tables), lengths, strict=False):
+        pages[table[(length - 1) // clean.page_size], (length - 1) % clean.page_size] = np.nan
+    batch.cache = dataclasses.replace(clean, pages=jnp.asarray(pages))
+    o, lse = map(np.array, run(batch, **options))
+    batch.cache = clean
+    for found, expected in zip((o, lse), batch.reference(), strict=True):
+        assert np.isnan(found[:2, heads:].astype(np.float32)).all()
+        found[:2, heads:] = expected[:2, 1]
     batch.check(o, lse)
 
 

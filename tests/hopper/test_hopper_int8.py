@@ -1,5 +1,6 @@
 """The Hopper kernels over an int8 cache: interpreted, compiled for sm_90a, and on an H200."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -156,6 +157,39 @@ def test_a_query_that_is_not_finite_changes_no_other_row_interpreted(program, ba
     right = batch.reference(0, causal=True)
     o[0, 3], lse[0, 3] = (x[0, 3] for x in right)
     batch.check(o, lse)
+
+
+@pytest.mark.parametrize("program", [SIXTEEN, SIXTY_FOUR])
+def test_a_nan_reaches_only_the_rows_that_may_see_it_interpreted(program):
+    """The scale of the last key is NaN. Of two query tokens only the last one may see it."""
+    (shape, options), length = program, 70
+    batch = Int8Batch(np.random.default_rng(1), [length], **shape)
+    scales, size = np.array(batch.cache.scales), batch.cache.page_size
+    page = np.asarray(batch.block_tables)[0, (length - 1) // size]
+    scales[page, (length - 1) % size] = np.nan
+    batch.cache = dataclasses.replace(batch.cache, scales=jnp.asarray(scales))
+    o, lse = map(np.array, interpreted(batch, 1, **options))
+    for found, expected in zip((o, lse), batch.reference(0, causal=True), strict=True):
+        assert np.isnan(found[0, batch.heads :].astype(np.float32)).all()
+        found[0, batch.heads :] = expected[1]
+    batch.check(o, lse)
+
+
+def test_blocks_whose_scores_are_all_minus_infinity_interpreted(races):
+    """No key of the first block counts. Later scores are far below 0, which is no maximum."""
+    shape, options = SIXTY_FOUR
+    batch = Int8Batch(np.random.default_rng(0), [200, 150], **shape)
+    q, rope = np.array(batch.q), np.array(batch.cache.rope_pages)
+    q[..., 515] = 10
+    batch.q, batch.expected_q = jnp.asarray(q), np.asarray(q, np.float64)
+    size = batch.cache.page_size
+    for table, keys in zip(np.asarray(batch.block_tables), batch.kv, strict=True):
+        for t in range(len(keys)):
+            low = -np.inf if t < 64 else -200.0
+            keys[t, 515] = rope[table[t // size], t % size, 3] = low
+    batch.cache = dataclasses.replace(batch.cache, rope_pages=jnp.asarray(rope))
+    batch.check(*interpreted(batch, 2, **options))
+    assert not races.found
 
 
 def test_the_check_fails_what_is_wrong():
