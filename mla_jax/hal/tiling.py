@@ -15,6 +15,7 @@ from mla_jax.hal.work import ITEMSIZE, Problem
 
 LATENT, ROPE, KEY = 512, 64, 576
 FRACTAL = 16  # rows of the cube unit's fractal, and of an mma.sync tile
+ASCEND_STAGES = 3  # buffers of keys in L1, in rotation
 WGMMA_ROWS = 64
 
 
@@ -152,6 +153,11 @@ def plan_tiles(
         if size is not None:
             checks.require_positive(name, size)
     if profile.family == "ascend":
+        if kv_stages not in (None, ASCEND_STAGES):
+            raise TilePlanError(
+                f"kv_stages = {kv_stages}, wanted None or {ASCEND_STAGES}, the buffers of keys in "
+                f"L1 of {profile.name}"
+            )
         return ascend_tiles(profile, problem, block_q=block_q, block_kv=block_kv)
     return gpu_tiles(profile, problem, block_q=block_q, block_kv=block_kv, kv_stages=kv_stages)
 
@@ -255,7 +261,7 @@ def ascend_tiles(
         block_kv = _largest(powers, profile["buffer.ub"] / rows_bytes) or FRACTAL
     l1 = profile["buffer.l1"]
     q_bytes = block_q * key * item
-    k1 = _largest(_divisors(key), (l1 - q_bytes) / (3 * side * item)) or FRACTAL
+    k1 = _largest(_divisors(key), (l1 - q_bytes) / (ASCEND_STAGES * side * item)) or FRACTAL
     buffer_bytes = side * k1 * item
     v1 = _largest(_divisors(block_kv), k1)
     k0 = _largest(_divisors(k1), profile["buffer.l0a"] / (2 * side * item))
@@ -266,7 +272,7 @@ def ascend_tiles(
         profile=profile.name,
         block_q=block_q,
         block_kv=block_kv,
-        kv_stages=3,
+        kv_stages=ASCEND_STAGES,
         num_workers=profile.cores,
         tiles=(
             Tile("task", "QK", block_q, key, block_kv),

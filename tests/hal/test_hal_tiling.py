@@ -84,6 +84,8 @@ def test_what_does_not_fit_is_refused_with_buffer_and_excess() -> None:
         TilePlanError, match=r"registers holds 65536.*\(255, 255, 24\).*2816 too many"
     ):
         dataclasses.replace(plan, registers=(255, 255, 24))
+    with pytest.raises(TilePlanError, match="kv_stages = 2, wanted None or 3"):
+        plan_tiles(PROFILES["Ascend910B1"], CALL, kv_stages=2)
     with pytest.raises(TilePlanError, match="texture is not a buffer"):
         dataclasses.replace(plan, uses=(BufferUse("texture", "q", 1),))
 
