@@ -17,12 +17,12 @@ from experiments.simulated.tables.predictions import (
     device_of,
     label_of,
     note_of,
-    of_others,
     path_of,
     predict,
     published_quantity,
     published_value,
     read_table,
+    without_ours,
 )
 from mla_jax.hal import PROFILES, Problem, load_profile, simulate
 from mla_jax.hal.profiles.profile import FIELDS
@@ -58,7 +58,7 @@ def run(options: Options, output: Output) -> Outcome:
         with reading("table"):
             table = read_table(path)
         if not options.table:
-            table = of_others(table)  # docs/hal.md has the errors of our kernels
+            table = without_ours(table)  # docs/hal.md has the errors of our kernels
         predicted = [
             predicted_row(path.name, i, row) for i, row in enumerate(track(table, path.name))
         ]

@@ -350,7 +350,7 @@ def _check(seq_lens: Any, num_workers: Any, costs: SplitCosts, max_seq_len: int 
         raise ValueError(f"num_workers must be at most {_MOST_WORKERS}, got {num_workers}")
     costs.require_work(len(seq_lens))
     require_lengths(seq_lens)
-    # (In a function that is being traced, np.max of a JAX array would be traced.)
+    # In a function that is being traced, np.max of a JAX array would be traced.
     longest = np.max(np.asarray(seq_lens)) if checks.is_concrete(seq_lens) else 0
     if max_seq_len is not None and longest > max_seq_len:
         raise ValueError(f"seq_lens must be at most max_seq_len = {max_seq_len}, got {longest}")

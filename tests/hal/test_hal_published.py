@@ -14,10 +14,10 @@ from experiments.simulated.tables.predictions import (
     FOLDER,
     TABLES,
     lengths_of,
-    of_others,
     path_of,
     predict,
     read_table,
+    without_ours,
 )
 from mla_jax.hal import PROFILES
 from mla_jax.hal.profiles.sources import fitted_constants
@@ -42,7 +42,7 @@ def test_published_meets_its_bars(tmp_path: Path) -> None:
     for name, bar in BARS.items():
         assert tables[name]["mape"] <= bar
         assert tables[name]["other_half"] <= bar
-        assert tables[name]["rows"] == len(of_others(read_table(path_of(name))))
+        assert tables[name]["rows"] == len(without_ours(read_table(path_of(name))))
     assert tables["flashinfer_mla_decode.csv"]["pairs_right"] == 30
     h200 = tables["h200_mla_decode.csv"]
     assert h200["pairs_right"] >= 0.96 * h200["pairs"]
@@ -78,7 +78,7 @@ def test_a_table_from_a_file(tmp_path: Path, table: str) -> None:
 
 def test_a_table_of_measured_rows(tmp_path: Path) -> None:
     """The rows of a JSON file are those of a CSV file with the same columns."""
-    rows = of_others(read_table(path_of("h100_decode.json")))[::9]
+    rows = without_ours(read_table(path_of("h100_decode.json")))[::9]
     with (tmp_path / "mine.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

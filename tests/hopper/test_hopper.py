@@ -307,7 +307,7 @@ def test_a_nan_query_changes_no_other_row_interpreted():
 
 @pytest.mark.parametrize("program", [TRANSPOSED, GATHERED])
 def test_a_nan_reaches_only_the_rows_that_may_see_it_interpreted(program):
-    """The last key of two requests is NaN. Of two query tokens only the last one may see it."""
+    """The last key of two requests is NaN. Only the last of two query tokens may see it."""
     lengths, heads = [70, 200], program[0]["heads"]
     batch, options = drawn(1, lengths, program, workers=2)
     clean, pages = batch.cache, np.array(batch.cache.pages)

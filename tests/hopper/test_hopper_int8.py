@@ -161,7 +161,7 @@ def test_a_query_that_is_not_finite_changes_no_other_row_interpreted(program, ba
 
 @pytest.mark.parametrize("program", [SIXTEEN, SIXTY_FOUR])
 def test_a_nan_reaches_only_the_rows_that_may_see_it_interpreted(program):
-    """The scale of the last key is NaN. Of two query tokens only the last one may see it."""
+    """The scale of the last key is NaN. Only the last of two query tokens may see it."""
     (shape, options), length = program, 70
     batch = Int8Batch(np.random.default_rng(1), [length], **shape)
     scales, size = np.array(batch.cache.scales), batch.cache.page_size

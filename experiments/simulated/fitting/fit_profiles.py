@@ -24,11 +24,11 @@ import mla_jax.hal
 from experiments.simulated.tables.predictions import (
     MEASURED,
     Row,
-    of_others,
     path_of,
     predict,
     published_quantity,
     read_table,
+    without_ours,
 )
 from mla_jax.hal import HardwareProfile, Number, load_profile
 from mla_jax.hal.profiles.nvidia import CHIP, H200_SXM
@@ -143,7 +143,7 @@ def mape(errors: np.ndarray) -> float:
 
 
 def main() -> None:
-    rows = {table: of_others(read_table(path_of(table))) for table in TABLES}
+    rows = {table: without_ours(read_table(path_of(table))) for table in TABLES}
     constants = fit({table: of_table[::2] for table, of_table in rows.items()})
     errors = {table: constants.log_errors(table, of_table) for table, of_table in rows.items()}
     found = {

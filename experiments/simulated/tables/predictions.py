@@ -118,7 +118,7 @@ def kernel_of(row: Row) -> str:
     return row["variant"] if "variant" in row else row["kernel"]
 
 
-def of_others[T: Row](rows: Iterable[T]) -> list[T]:
+def without_ours[T: Row](rows: Iterable[T]) -> list[T]:
     """Returns the rows of other people's kernels, which have fitted constants of their own."""
     return [row for row in rows if row.get("variant") not in (OURS, f"{OURS}_int8")]
 

@@ -7,7 +7,8 @@ from mla_jax.hal.profiles.profile import HardwareProfile
 from mla_jax.hal.profiles.sources import Entry, build, measured_constants
 
 CHIP = "Hopper"  # the fit that all devices here take their constants from
-# Of the chip, by `calibrate` on an H200. What else it measures, a kernel does not reach.
+# What `calibrate` measured of the chip on an H200. No kernel reaches the other numbers that it
+# measures.
 MEASURED = ("latency.barrier", "latency.memory", "engine.store", "memory.l2_bandwidth")
 _SAME_CHIP = ", on an H200, which has the same chip"
 _SHEET = "datasheet"
