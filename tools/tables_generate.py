@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tables_common import CARDS, read, table, wrapped
 
-STEP, OP = "whole decode step", "- of these, the attention op, alone"  # as generate/parts.py has
+from experiments.generate.parts import OP, STEP
 
 
 def kernels(root: Path, card: str) -> str:
