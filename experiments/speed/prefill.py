@@ -3,8 +3,10 @@
     python -m experiments.launch --experiment=prefill --output_dir=out
 
 A burst runs the attention of several layers with keys and values of their own, as a model's prefill
-does. The layers share a work list. On a GPU with FlashInfer, --peers=flashinfer times its ragged
-prefill in the same process.
+does. The layers share a work list. They share k_rope, too: the timing writes an element of it
+between launches, and XLA may copy what is written, once per burst. A copy of q would take as long
+as half a launch. On a GPU with FlashInfer, --peers=flashinfer times its ragged prefill in the same
+process.
 """
 
 import dataclasses
@@ -88,22 +90,22 @@ class Job:
         return layers, min(max(1, round(BURST_SECONDS / seconds / layers)), MOST_LAUNCHES // layers)
 
     def shapes(self) -> tuple[Any, list[Any], Any]:
-        """Returns q, the layers and what they share, as shapes."""
+        """Returns k_rope, (k_nope, v) of each layer, and (q, cu_q_lens, cu_kv_lens), as shapes."""
 
         def array(*shape: int) -> Any:
             return jax.ShapeDtypeStruct(shape, self.options.dtype)
 
         keys, heads, layers = self.batch.num_keys, self.heads, self.launches[0]
-        layer = array(keys, heads, NOPE), array(keys, ROPE), array(keys, heads, V_DIM)
+        layer = array(keys, heads, NOPE), array(keys, heads, V_DIM)
         bounds = jax.ShapeDtypeStruct((self.batch.requests + 1,), jnp.int32)
         q = array(self.batch.num_queries, heads, NOPE + ROPE)
-        return q, [layer] * layers, (bounds, bounds)
+        return array(keys, ROPE), [layer] * layers, (q, bounds, bounds)
 
     @property
     def refused(self) -> str | None:
         """Why the implementation can't compute this batch, or None."""
-        q, (layer, *_), bounds = self.shapes()
-        problem = RaggedProblem(*(q, *layer, *bounds, SCALE, True))
+        k_rope, ((k_nope, v), *_), (q, *bounds) = self.shapes()
+        problem = RaggedProblem(*(q, k_nope, k_rope, v, *bounds, SCALE, True))
         return RAGGED_IMPLEMENTATIONS[self.name].refuses(problem)
 
     def compile(self) -> timing.ModelProgram | str:
@@ -111,9 +113,13 @@ class Job:
         if (reason := self.refused) is not None:
             return f"refused: {reason}"
 
-        def attend(q: jax.Array, layer: tuple, bounds: tuple) -> Any:
+        def attend(k_rope: jax.Array, layer: tuple, shared: tuple) -> Any:
+            (k_nope, v), (q, *bounds) = layer, shared
             return ragged_mla_attention(
-                q, *layer, *bounds, softmax_scale=SCALE, return_lse=True, implementation=self.name
+                *(q, k_nope, k_rope, v, *bounds),
+                softmax_scale=SCALE,
+                return_lse=True,
+                implementation=self.name,
             )
 
         try:
@@ -194,8 +200,9 @@ def _time(
     base = {"batch": batch.text, "heads": heads}
     rows, bursts, checks = [], {}, {}
     most = max(jobs, key=lambda job: job.launches[0])
-    q, layers, bounds = _arrays(most, options.seed)
-    exact = _reference(batch, q, layers[0], options.dtype)
+    k_rope, layers, shared = _arrays(most, options.seed)
+    q = shared[0]
+    exact = _reference(batch, q, k_rope, layers[0])
     for job in jobs:
         program = programs[job]
         if isinstance(program, str):
@@ -203,12 +210,12 @@ def _time(
             rows.append(base | {"implementation": job.name, "status": program, "passed": passed})
             continue
         mine = layers[: job.launches[0]]
-        bursts[job.name] = program.burst(q, mine, bounds)
+        bursts[job.name] = program.burst(k_rope, mine, shared)
         # The last launch attends to the last layer, so the one that is checked goes to the end.
-        o, lse = program.last_output(q, [*mine[1:], mine[0]], bounds)
+        o, lse = program.last_output(k_rope, [*mine[1:], mine[0]], shared)
         checks[job.name] = _errors(o, lse, exact, options.dtype)
     if FLASHINFER in options.peers:
-        peer = FlashInfer(batch, q, layers, scale=SCALE)
+        peer = FlashInfer(batch, q, k_rope, layers, scale=SCALE)
         bursts[FLASHINFER] = timing.torch_burst(peer.launch, max(2, most.launches[0]))
         checks[FLASHINFER] = _errors(*peer.output(), exact, options.dtype)
     pause = 0.0 if jax.default_backend() == "cpu" else 0.03
@@ -222,19 +229,18 @@ def _time(
     return rows
 
 
-def _arrays(job: Job, seed: int) -> tuple[jax.Array, list[Any], tuple[jax.Array, jax.Array]]:
+def _arrays(job: Job, seed: int) -> tuple[jax.Array, list[Any], tuple[jax.Array, ...]]:
     """Returns normal values in the shapes of a job, and the bounds of its requests."""
-    q, layers, _ = job.shapes()
-    structs, tree = jax.tree.flatten((q, layers))
+    k_rope, layers, (q, *_) = job.shapes()
+    structs, tree = jax.tree.flatten((k_rope, layers, q))
     keys = jax.random.split(jax.random.key(seed), len(structs))
     draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
     values = [draw(key, x.shape, x.dtype) for key, x in zip(keys, structs, strict=True)]
-    q, layers = jax.tree.unflatten(tree, values)
-    bounds = tuple(jax.device_put(x) for x in job.batch.bounds)
-    return q, layers, (bounds[0], bounds[1])
+    k_rope, layers, q = jax.tree.unflatten(tree, values)
+    return k_rope, layers, (q, *(jax.device_put(x) for x in job.batch.bounds))
 
 
-def _reference(batch: Batch, q: jax.Array, layer: tuple, dtype: str) -> list[tuple]:
+def _reference(batch: Batch, q: jax.Array, k_rope: jax.Array, layer: tuple) -> list[tuple]:
     """Returns (row, head, o, lse) in float64 of a few rows of a few requests."""
     found = []
     heads = sorted({0, q.shape[1] // 2, q.shape[1] - 1})[:CHECKED_HEADS]
@@ -243,15 +249,15 @@ def _reference(batch: Batch, q: jax.Array, layer: tuple, dtype: str) -> list[tup
     for b in requests:
         rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_kv[b], cu_kv[b + 1])
         count, total = rows.stop - rows.start, keys.stop - keys.start
-        k_rope = np.asarray(layer[1][keys]).astype(np.float64)
+        rope_keys = np.asarray(k_rope[keys]).astype(np.float64)
         for head in heads:
-            k_nope, v = (np.asarray(layer[i][keys, head]).astype(np.float64) for i in (0, 2))
+            k_nope, v = (np.asarray(x[keys, head]).astype(np.float64) for x in layer)
             for i in sorted({0, count // 3, count // 2, count - 1})[:CHECKED_ROWS]:
                 row, seen = (
                     np.asarray(q[rows.start + i, head]).astype(np.float64),
                     total - count + i,
                 )
-                scores = k_nope[: seen + 1] @ row[:NOPE] + k_rope[: seen + 1] @ row[NOPE:]
+                scores = k_nope[: seen + 1] @ row[:NOPE] + rope_keys[: seen + 1] @ row[NOPE:]
                 scores *= SCALE
                 p = np.exp(scores - scores.max())
                 lse = np.log(p.sum()) + scores.max()

@@ -21,13 +21,15 @@ def unavailable() -> str | None:
 class FlashInfer:
     """FlashInfer's wrapper, planned for a batch."""
 
-    def __init__(self, batch: Batch, q: jax.Array, layers: list[Any], *, scale: float) -> None:
+    def __init__(
+        self, batch: Batch, q: jax.Array, k_rope: jax.Array, layers: list[Any], *, scale: float
+    ) -> None:
         import torch
         from flashinfer.prefill import BatchPrefillWithRaggedKVCacheWrapper
 
-        heads, v_dim = layers[0][2].shape[1:]
+        heads, v_dim = layers[0][1].shape[1:]
         self._q, self._layers = torch.from_dlpack(q), []
-        for k_nope, k_rope, v in layers:
+        for k_nope, v in layers:
             rope = jnp.broadcast_to(k_rope[:, None], (*k_nope.shape[:2], k_rope.shape[1]))
             k = jnp.concatenate([k_nope, rope], axis=-1)
             self._layers.append((torch.from_dlpack(k), torch.from_dlpack(v)))

@@ -13,9 +13,11 @@ from prefill_batch import BOUNDS, SCALE, PrefillBatch, random_bounds, random_len
 import mla_jax
 from mla_jax.hal import TilePlanError
 from pallas_kernels.hopper.prefill import attention
-from pallas_kernels.hopper.prefill.config import TILE_ROWS, PrefillConfig
+from pallas_kernels.hopper.prefill.config import L2_BYTES, TILE_ROWS, PrefillConfig
 from pallas_kernels.hopper.prefill.list_kernel import list_tiles
 from pallas_kernels.hopper.prefill.work_items import (
+    FEW_HEADS,
+    MOST_HEADS_BY_REQUEST,
     TILE_FIELDS,
     Tile,
     WorkList,
@@ -208,18 +210,54 @@ def test_tiles_cover_every_row_once(causal):
         assert (covered == 1).all()
 
 
+def test_large_batches_are_listed_by_request():
+    """Requests with the most blocks first, and the longest tiles of each first."""
+    lens = [(300, 300), (5, 900), (200, 330), (700, 700), (40, 0), (130, 900)]
+    cu_q, cu_kv = (np.cumsum([0, *x]).astype(np.int32) for x in zip(*lens, strict=True))
+    sizes = {"num_queries": int(cu_q[-1]) + 9, "num_keys": int(cu_kv[-1]), "num_heads": 20}
+
+    def make(bytes_per_key, causal):
+        work = work_list(cu_q, cu_kv, **sizes, bytes_per_key=bytes_per_key, causal=causal)
+        tiles = Tile._make(np.asarray(work.tiles)[: work.counts[0]].T)
+        return np.searchsorted(cu_q[1:], tiles.q_row, side="right"), tiles, int(work.counts[1])
+
+    keys = int(cu_kv[-1])
+    most = L2_BYTES // FEW_HEADS // (keys // 16 * 16)  # bytes per key with room for so many heads
+    for causal in (False, True):
+        requests, tiles, heads = make(most + 50, causal)
+        # Equal ones keep their order; the rows behind the last request see no key.
+        assert list(dict.fromkeys(requests)) == [1, 5, 3, 0, 2, 4, 6]
+        for b in range(len(lens)):
+            (own,) = np.nonzero(requests == b)
+            assert (np.diff(own) == 1).all()
+            assert (np.diff(tiles.num_blocks[own]) <= 0).all()
+            assert (np.diff(tiles.q_row[own]) < 0).all() or not causal or lens[b][1] == 0
+        assert heads == MOST_HEADS_BY_REQUEST
+        requests, tiles, heads = make(most - 50, causal)
+        assert (np.diff(tiles.num_blocks) <= 0).all()
+        assert heads == 5  # of 20, in four groups
+    # L2 has room for three heads of the longest request: 20 heads are in six groups of up to four.
+    assert make(L2_BYTES // 900 // 3, True)[2] == 4
+
+
 @pytest.mark.parametrize(
-    ("requests", "rows", "keys", "causal", "heads_at_once"),
-    [(5, 400, 3000, True, 3), (200, 5, 60_000, False, None)],
+    ("requests", "rows", "keys", "causal", "bytes_per_key", "heads_at_once"),
+    [
+        (5, 400, 3000, True, 2_560, None),  # longest first, and two groups of heads
+        (4, 1500, 3000, True, 51_200, 3),  # by request, with several tiles each
+        (200, 5, 60_000, False, 51_200, None),
+    ],
 )
-def test_one_kernel_makes_the_same_list_interpreted(requests, rows, keys, causal, heads_at_once):
+def test_one_kernel_makes_the_same_list_interpreted(
+    requests, rows, keys, causal, bytes_per_key, heads_at_once
+):
     """The kernel's list equals that of `work_list`, also for bounds that can't be."""
     options = {
         "num_queries": rows,
         "num_keys": keys,
         "causal": causal,
         "num_heads": 13,
-        "bytes_per_key": 51_200,  # so that the heads take several groups
+        "bytes_per_key": bytes_per_key,
         "heads_at_once": heads_at_once,
     }
     interpret = plgpu.InterpretGPUParams()

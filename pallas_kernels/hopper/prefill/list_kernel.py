@@ -8,9 +8,11 @@ list. A tile's place follows from numbers per request, so that no tiles are sort
     causal: a request has one tile of `blocks` KV blocks, one of `blocks` - 1, and so on. For any c,
     the number of its tiles with more than c blocks is `blocks` - c, clipped to 0 .. `tiles`.
     otherwise, or without keys: all tiles of a request see `blocks` KV blocks.
+    by request: all tiles of a request come before those of a request with fewer `blocks`.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +28,7 @@ from pallas_kernels.hopper.prefill.work_items import (
     Request,
     WorkList,
     heads_in_work,
+    is_by_request,
     most_tiles,
     tiles_in,
 )
@@ -56,6 +59,7 @@ class Scratch(NamedTuple):
     table: Any  # [fields of `Table` * requests with padding]
     maxima: Any  # [2 * 128] for `PerThread.scan`
     sums: Any  # [2 * 128] likewise
+    longest: Any  # [128] likewise
 
 
 class Inputs(NamedTuple):
@@ -132,6 +136,7 @@ def list_tiles(
                 table=plgpu.SMEM((len(Table._fields) * entries,), jnp.int32),
                 maxima=plgpu.SMEM((2 * THREADS,), jnp.int32),
                 sums=plgpu.SMEM((2 * THREADS,), jnp.int32),
+                longest=plgpu.SMEM((THREADS,), jnp.int32),
             ),
         ),
         grid=(-(-call.most_tiles // WARPS),),
@@ -162,14 +167,14 @@ class Lister:
         self.g.wait_for_previous_kernel()
         self.g.let_next_kernel_start()
         cta = lax.axis_index("cta")
-        num_tiles, num_keys = self.fill_table()
-        pl.when(cta == 0)(lambda: self.store_counts(num_tiles, num_keys))
+        num_tiles, num_keys, longest = self.fill_table()
+        pl.when(cta == 0)(lambda: self.store_counts(num_tiles, num_keys, longest))
         # The index of the warp's tile, in the order of requests.
         index = cta * WARPS + self.g.thread_index() // LANES
-        self.list_tile(index, index < num_tiles)
+        self.list_tile(index, index < num_tiles, is_by_request(num_keys, self.call.bytes_per_key))
 
-    def fill_table(self) -> tuple[Any, Any]:
-        """Writes `Table`, and returns how many tiles and how many keys all requests have."""
+    def fill_table(self) -> tuple[Any, Any, Any]:
+        """Writes `Table`, and returns the tiles and keys of all requests, and the most keys."""
         g, call = self.g, self.call
         own = range(call.per_thread)
         first_request = g.thread_index() * call.per_thread
@@ -195,13 +200,15 @@ class Lister:
         (end, _), (num_tiles, num_keys) = g.scan(
             [sum(tiles[1:], tiles[0]), sum(keys[1:], keys[0])], jnp.add, 0, self.scratch.sums
         )
+        most = functools.reduce(jnp.maximum, keys)
+        _, (longest,) = g.scan([most], jnp.maximum, 0, self.scratch.longest)
         for index, request, own_tiles in zip(indices[:-1], requests, tiles, strict=True):
             end = end + own_tiles
             entry = Table(*request, blocks=tiles_in(request.keys), tiles=own_tiles, tile_end=end)
             for field, value in zip(Table._fields, entry, strict=True):
                 g.store_indexed(self.scratch.table, self.table_index(field, index), value)
         g.wait_for_warpgroup()
-        return num_tiles, num_keys
+        return num_tiles, num_keys, longest
 
     def request(self, index: Any, begins: Any, ends: Any, tops: Any) -> Request:
         """Returns the request with this index, or one without tiles for padding.
@@ -234,8 +241,11 @@ class Lister:
             invalid=jnp.where(valid | (index >= call.num_requests), 0, 1),
         )
 
-    def list_tile(self, index: Any, exists: Any) -> None:
-        """Writes the tile of each warp to its place in the list."""
+    def list_tile(self, index: Any, exists: Any, by_request: Any) -> None:
+        """Writes the tile of each warp to its place in the list.
+
+        by_request: whether the list is in this order.
+        """
         g, call = self.g, self.call
 
         def ends_before(other: Any) -> Any:
@@ -247,17 +257,19 @@ class Lister:
         tiles, tile_end = self.load("tiles", request), self.load("tile_end", request)
         within = index - (tile_end - tiles)
         tile = fields.tile(within, call.causal)
+        blocks = self.load("blocks", request)
 
         def before(other: Any) -> Any:
-            """Returns how many tiles of another request come before this one."""
-            longer = self.load("blocks", other) - tile.num_blocks
+            """Returns how many tiles of a request come before this one."""
+            apart = by_request & (other != request)
+            longer = self.load("blocks", other) - jnp.where(apart, blocks, tile.num_blocks)
             longer = longer + jnp.where(other < request, 1, 0)  # Equal tiles keep their order.
             tiles = self.load("tiles", other)
             all_of_them = jnp.where(longer > 0, tiles, 0)
             if not call.causal:
                 return all_of_them
             some = jnp.minimum(jnp.maximum(longer, 0), tiles)
-            return jnp.where(tile.num_blocks > 0, some, all_of_them)
+            return jnp.where((tile.num_blocks > 0) & ~apart, some, all_of_them)
 
         position = g.sum_in_warp(self.sum_over_requests(before))
         # All tiles of a request are equal without a mask, and where they see no key.
@@ -278,9 +290,11 @@ class Lister:
         total = add(0, jnp.zeros_like(lane))
         return lax.fori_loop(1, self.call.per_thread, add, total)
 
-    def store_counts(self, num_tiles: Any, num_keys: Any) -> None:
+    def store_counts(self, num_tiles: Any, num_keys: Any, longest: Any) -> None:
         call = self.call
-        heads = heads_in_work(num_keys, call.num_heads, call.bytes_per_key, call.heads_at_once)
+        heads = heads_in_work(
+            num_keys, longest, call.num_heads, call.bytes_per_key, call.heads_at_once
+        )
         self.g.store_row_per_warp(
             self.outputs.counts, jnp.zeros_like(num_tiles), [num_tiles, heads]
         )

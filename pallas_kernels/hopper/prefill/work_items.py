@@ -1,8 +1,14 @@
 """The work list of a prefill launch, made on the device: which query rows see which keys.
 
 A work item is a tile of up to 128 query rows of one request, for one head. `work_list` lists the
-tiles, longest first. All heads have the same tiles, so an item's index says which tile and which
-head it is (`place_of_item`), and only the tiles are listed.
+tiles. All heads have the same tiles, so an item's index says which tile and which head it is
+(`place_of_item`), and only the tiles are listed.
+
+Tiles are in one of two orders:
+
+    longest first   where L2 holds the keys and values of several heads. CTAs then end together.
+    by request      elsewhere: requests with the most keys first, and longest first within each.
+                    Tiles that read the same keys and values follow each other, so L2 holds those.
 
     causal: tiles end where the positions of query tokens, counted as keys, are multiples of 128.
     KV blocks of 128 do too. So a row of the tile sees all keys of every block but the tile's last.
@@ -21,6 +27,10 @@ from mla_jax.ragged.requests import valid_requests
 from pallas_kernels.hopper.prefill.config import L2_BYTES, TILE_ROWS
 
 NO_ITEM = -1  # the head of an item that does not exist
+L2_KILOBYTES = L2_BYTES // 1024
+# Tiles are listed by request if L2 does not hold the keys and values of so many heads. Then no more
+# than so many heads are in work at the same time. docs/hopper_prefill.md has the measurements.
+FEW_HEADS, MOST_HEADS_BY_REQUEST = 4, 8
 
 
 class Tile(NamedTuple):
@@ -106,7 +116,7 @@ ITEM_FIELDS = len(Item._fields)
 
 
 class WorkList(NamedTuple):
-    """The tiles of a launch, longest first."""
+    """The tiles of a launch, in the order in which they are taken."""
 
     tiles: Any  # [most tiles, TILE_FIELDS] int32, as `Tile`; 0 behind the last
     counts: Any  # [2] int32: how many tiles there are, and heads in work at the same time
@@ -169,25 +179,41 @@ def work_list(
     request = jnp.minimum(request, len(tiles) - 1)
     within = index - (tile_end - tiles)[request]
     tile = jnp.stack(Request(*(x[request] for x in requests)).tile(within, causal), axis=1)
-    # Tiles that do not exist are last.
-    longest_first = jnp.argsort(jnp.where(exists, -tile[:, NUM_BLOCKS], 1), stable=True)
-    tile = jnp.where(exists[:, None], tile, 0)[longest_first]
-    heads = heads_in_work(jnp.sum(requests.keys), num_heads, bytes_per_key, heads_at_once)
+    total, longest = jnp.sum(requests.keys), jnp.max(requests.keys)
+    rank = jnp.stack([-tiles_in(requests.keys), jnp.arange(len(tiles))])[:, request]
+    rank = rank * is_by_request(total, bytes_per_key)
+    # The last key counts most. Tiles that do not exist are last.
+    order = jnp.lexsort((-tile[:, NUM_BLOCKS], rank[1], rank[0], ~exists))
+    tile = jnp.where(exists[:, None], tile, 0)[order]
+    heads = heads_in_work(total, longest, num_heads, bytes_per_key, heads_at_once)
     return WorkList(tile, jnp.stack([tile_end[-1], heads]))
 
 
+def is_by_request(num_keys: Any, bytes_per_key: int) -> Any:
+    """Whether tiles are listed by request, with so many keys of all valid requests, traced."""
+    return FEW_HEADS * _kilobytes(num_keys, bytes_per_key) > L2_KILOBYTES
+
+
 def heads_in_work(
-    num_keys: Any, num_heads: int, bytes_per_key: int, heads_at_once: int | None
+    num_keys: Any, longest: Any, num_heads: int, bytes_per_key: int, heads_at_once: int | None
 ) -> Any:
     """Returns of how many heads the tiles are in work at the same time.
 
-    num_keys: of all valid requests, traced. The others as for `work_list`.
+    num_keys: of all valid requests, traced. longest: of the one that has most. The others as for
+        `work_list`.
     """
     if heads_at_once is not None:
         return jnp.full_like(num_keys, min(heads_at_once, num_heads))
-    kilobytes = ((num_keys >> 4) * bytes_per_key) >> 6
-    groups = jnp.maximum(lax.div(num_heads * kilobytes, jnp.int32(L2_BYTES // 1024)), 1)
-    return lax.div(num_heads - 1 + groups, groups)
+    by_request = is_by_request(num_keys, bytes_per_key)
+    kilobytes = _kilobytes(jnp.where(by_request, longest, num_keys), bytes_per_key)
+    groups = jnp.maximum(lax.div(num_heads * kilobytes, jnp.int32(L2_KILOBYTES)), 1)
+    heads = lax.div(num_heads - 1 + groups, groups)
+    return jnp.where(by_request, jnp.minimum(heads, MOST_HEADS_BY_REQUEST), heads)
+
+
+def _kilobytes(num_keys: Any, bytes_per_key: int) -> Any:
+    """Returns the size of the keys and values of a head, without overflow."""
+    return ((num_keys >> 4) * bytes_per_key) >> 6
 
 
 def place_of_item(index: Any, num_tiles: Any, num_heads: int, heads_at_once: Any) -> Any:
