@@ -29,7 +29,7 @@ from pallas_kernels.hopper.prefill.config import L2_BYTES, TILE_ROWS
 NO_ITEM = -1  # the head of an item that does not exist
 L2_KILOBYTES = L2_BYTES // 1024
 # Tiles are listed by request if L2 does not hold the keys and values of so many heads. Then no more
-# than so many heads are in work at the same time. docs/hopper_prefill.md has the measurements.
+# than so many heads are in work at the same time. Both numbers were chosen on an H200.
 FEW_HEADS, MOST_HEADS_BY_REQUEST = 4, 8
 
 
