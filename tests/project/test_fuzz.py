@@ -55,6 +55,14 @@ def test_plain(seed: int, implementation: str, dtype: str) -> None:
     check(case, seed, range(number * CALLS, (number + 1) * CALLS))
 
 
+def test_packed_tokens_of_a_layer_in_a_pool(seed: int) -> None:
+    number = len(PLAIN)
+    forms = {"packed": True, "ragged": True, "num_layers": 3, "q_in_parts": True}
+    rng = np.random.default_rng([seed, 0, number])
+    case = draw_case(rng, "split_kv", CPU, cache_dtype="float16", plan="none", **forms)
+    check(case, seed, range(number * CALLS, (number + 1) * CALLS))
+
+
 def test_a_kernel_interpreted(seed: int) -> None:
     rng = np.random.default_rng([seed, 0, 100])
     case = draw_case(rng, INTERPRETED, INTERPRETER, batch=2, **KERNEL)
@@ -211,3 +219,5 @@ def test_draws_everything() -> None:
     assert {case.plan for case in cases} == {"none", "decode", "splits", "fixed"}
     assert {case.rescale for case in cases} == {"multiply", "exponent_add"}
     assert {case.page_size for case in cases} == {1, 16, 64, 128}
+    for form in ("q_in_parts", "packed", "num_layers"):
+        assert 5 < sum(getattr(case, form) > (form == "num_layers") for case in cases) < 40, form

@@ -193,7 +193,8 @@ def _spoil(
         length = int(seq_lens[request])
         ways = ["negative length", "length past the table"]
         ways += ["page out of range"] * 2 if length else []
-        ways += ["query_lens"] if case.ragged else []
+        # A bad bound of packed tokens would spoil other requests, too.
+        ways += ["query_lens"] if case.ragged and not case.packed else []
         way = rng.choice(ways)
         if way == "negative length":
             seq_lens[request] = rng.choice((-1, -7, -(2**31)))

@@ -71,6 +71,9 @@ class Case:
     split_size: int
     in_pairs: bool
     softmax_scale: float
+    q_in_parts: bool = False  # whether q is a pair of arrays, latent and rope
+    packed: bool = False  # whether the tokens are packed, with cu_q_lens
+    num_layers: int = 1  # of the pool whose layer the cache is; 1: it is no pool
 
     @property
     def rows(self) -> int:
@@ -112,9 +115,11 @@ class Case:
             self.rescale,
             f"partials {self.partial_dtype}",
             "causal" if self.causal else "not causal",
-            "ragged" if self.ragged else "all tokens",
+            "packed" if self.packed else "ragged" if self.ragged else "all tokens",
             f"plan {plan}",
         ]
+        words += ["q in parts"] if self.q_in_parts else []
+        words += [f"{self.num_layers} layers"] if self.num_layers > 1 else []
         return ", ".join(words)
 
 
@@ -188,7 +193,18 @@ def draw_case(rng: np.random.Generator, implementation: str, limits: Limits, **f
         "num_pages": num_pages, "longest": longest, "q_dtype": q_dtype,
         "cache_dtype": cache_dtype, "granularity": granularity, "layout": layout,
     }  # fmt: skip
-    return Case(**{**shape, **options, **plan, **fixed})
+    case = Case(**{**shape, **options, **plan, **fixed})
+    return dataclasses.replace(case, **(_forms(rng, case) | fixed))
+
+
+def _forms(rng: np.random.Generator, case: Case) -> dict[str, Any]:
+    """The forms of the arrays; the interpreted kernels have no packed tokens or pools."""
+    forms: dict[str, Any] = {"q_in_parts": bool(rng.random() < 0.3)}
+    if case.implementation != INTERPRETED:
+        forms["packed"] = bool(rng.random() < 0.5) and case.ragged and case.plan == "none"
+        is_pool = bool(rng.random() < 0.25) and case.granularity != "tensor"
+        forms["num_layers"] = int(rng.integers(2, 5)) if is_pool else 1
+    return forms
 
 
 def _dtype(rng: np.random.Generator, implementation: str) -> str:

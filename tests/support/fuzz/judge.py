@@ -99,6 +99,7 @@ def attend(
     counts), `spread`, `logit`, `steps`.
     """
     float64, position = xp.float64, xp.arange(case.longest)
+    given = queries  # Rows past these don't exist where tokens are packed.
     length, queries = xp.where(valid, length, 0), xp.where(valid, queries, 0)
     exists = position < length
     page = xp.where(exists, table[xp.minimum(position // case.page_size, case.max_pages - 1)], 0)
@@ -150,7 +151,8 @@ def attend(
         whole = xp.where(seen, (latent**2).sum(axis=1) / per_key**2, 0.0)
         steps = xp.sqrt(rounded**2 @ whole)
     sees_any = sees.any(axis=1)
-    nan = (nan_query & sees_any) | (sees & is_nan).any(axis=1) | ~valid
+    invalid = ~valid & ((token < given) if case.packed else xp.ones_like(sees_any))
+    nan = (nan_query & sees_any) | (sees & is_nan).any(axis=1) | invalid
     sizes = {"spread": spread, "logit": logit, "steps": steps}
     return {"o": o, "lse": lse, "nan": nan, "none": none & ~nan, **sizes}
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mla_jax import PagedKVCache, paged_mla_attention, plan_fixed, plan_splits
+from mla_jax import paged_mla_attention, plan_fixed, plan_splits
 
-from . import judge
+from . import forms, judge
 from .arrays import noise_shapes, operands
 from .calls import Call, draw_call
 from .cases import INTERPRETED, Case, Limits, draw_case
@@ -92,8 +92,10 @@ class Program:
                 q, arrays = operands(np, case, noise, **made)
         lengths = call.query_lens if case.ragged else None
         times = 1 if case.implementation == INTERPRETED else 2  # it takes seconds a call
+        layer = call.seed % case.num_layers
         results = [
-            self._op(q, arrays, call.block_tables, call.seq_lens, lengths) for _ in range(times)
+            self._op(q, arrays, call.block_tables, call.seq_lens, lengths, np.int32(layer))
+            for _ in range(times)
         ]
         if self.on_device:
             with jax.enable_x64(True):
@@ -106,24 +108,27 @@ class Program:
         return found, same
 
 
-def call_op(case: Case, q: Any, arrays: Any, tables: Any, seq_lens: Any, query_lens: Any) -> Any:
+def call_op(
+    case: Case, q: Any, arrays: Any, tables: Any, seq_lens: Any, query_lens: Any, layer: Any
+) -> Any:
     """{"o", "lse"} of one call with traced lengths, its plan made inside."""
-    cache = PagedKVCache(
-        arrays["pages"], case.rank, case.rope, case.page_size, case.layout,
-        rope_pages=arrays.get("rope_pages"), scales=arrays.get("scales"),
-    )  # fmt: skip
+    cache = forms.cache_of(case, arrays, layer)
     lengths = jnp.clip(seq_lens, 0, case.longest)  # as a caller who plans for them may do
     plan = make_plan(case, lengths, query_lens)
     partial_dtype = None if case.partial_dtype is None else jnp.dtype(case.partial_dtype)
     options = {"softmax_scale": case.softmax_scale, "causal": case.causal}
     if case.implementation == INTERPRETED:
         return _interpreted(case, q, cache, tables, seq_lens, query_lens, plan, partial_dtype)
+    lens = {"query_lens": query_lens}
+    if case.packed:
+        q, lens = forms.packed(case, q, query_lens)
     result = paged_mla_attention(
-        q, cache, tables, seq_lens, query_lens=query_lens, plan=plan, rescale=case.rescale,
+        forms.parts(case, q), cache, tables, seq_lens, plan=plan, rescale=case.rescale,
         partial_dtype=partial_dtype, implementation=case.implementation,
-        return_lse=case.return_lse, **options,
+        return_lse=case.return_lse, **lens, **options,
     )  # fmt: skip
-    return dict(zip(("o", "lse"), result, strict=True)) if case.return_lse else {"o": result}
+    results = dict(zip(("o", "lse"), result, strict=True)) if case.return_lse else {"o": result}
+    return forms.unpacked(case, results, query_lens) if case.packed else results
 
 
 def make_plan(case: Case, lengths: Any, query_lens: Any) -> Any:
@@ -162,7 +167,7 @@ def _interpreted(
 
     from pallas_kernels.hopper import attention
 
-    rows = q.reshape(case.batch, case.rows, case.width)
+    rows = forms.parts(case, q.reshape(case.batch, case.rows, case.width))
     work = (tables, seq_lens, query_lens, plan)
     options: dict[str, Any] = {
         "num_heads": case.heads, "softmax_scale": case.softmax_scale, "causal": case.causal,
