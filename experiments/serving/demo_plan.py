@@ -7,6 +7,7 @@ of a larger batch, as servers have it, is timed.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -157,5 +158,5 @@ def prefill_bytes(batch: Batch) -> int:
 def served_setup(memory: int | None) -> Setup:
     """Returns how the larger batch is timed: bursts of `LAYERS` launches, once or twice."""
     limit = 8 << 30 if memory is None else memory
-    layers = {"min_layers": 1, "usual_layers": LAYERS, "max_layers": LAYERS}
+    layers: dict[str, Any] = {"min_layers": 1, "usual_layers": LAYERS, "max_layers": LAYERS}
     return Setup(limit, rotate=0, launches=2 * LAYERS, rounds=7, **layers)

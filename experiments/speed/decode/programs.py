@@ -15,7 +15,7 @@ from jax import export
 from experiments.speed import timing
 from experiments.speed.decode.bursts import LONG_BURST, estimated_seconds
 from experiments.speed.decode.contenders import Contender
-from experiments.speed.decode.pools import Pool, array_struct, cache_struct
+from experiments.speed.decode.pools import GRAIN, Pool, array_struct, cache_struct
 from experiments.speed.decode.setup import SCALE, Setup
 from experiments.speed.shapes import Shape
 from mla_jax import paged_mla_attention
@@ -50,6 +50,8 @@ class Work:
         A few short requests have short tables, as in a server that groups steps by length. Kernels
         select their tile sizes by it.
         """
+        if self.setup.exact_tables:
+            return -(-max(self.row.seq_lens) // GRAIN) * GRAIN
         short = max(self.row.seq_lens) <= SHORT_TABLE
         short &= self.row.batch * SHORT_TABLE <= MOST_IN_SHORT_TABLES
         return min(SHORT_TABLE, self.pool.capacity) if short else self.pool.capacity
@@ -135,28 +137,54 @@ class Work:
         launches = min(self.setup.launches, LONG_BURST / longest)
         return max(1, round(launches / layers))
 
-    def compile(self, who: Contender, rows: Sequence[Shape]) -> "Programs":
-        """Compiles the programs; takes seconds, most of them outside Python, so use threads."""
-        count = min(self.pool.layers, who.most_layers or self.pool.layers)
-        layers = [self.pool.structs(self.setup)] * count
+    def lower(self, who: Contender) -> "Lowered":
+        """Traces and lowers a plan and a step, which is the part that runs in Python."""
         plan = jax.jit(self.planner(who))
         shared = self.tables, self.seq_lens, jax.eval_shape(plan, self.seq_lens)
-        # An exported kernel is lowered once for all bursts. Lowering runs in one thread of Python.
         checks = [export.DisabledSafetyCheck.custom_call(name) for name in MOSAIC_CALLS]
-        step = jax.jit(self.step(who))
-        exported = export.export(step, disabled_checks=checks)(self.q, layers[0], shared)
+
+        def exported(function: Any, *arguments: Any) -> bytes:
+            return bytes(export.export(function, disabled_checks=checks)(*arguments).serialize())
+
+        layer = self.pool.structs(self.setup)
+        step = exported(jax.jit(self.step(who)), self.q, layer, shared)
+        return Lowered(exported(plan, self.seq_lens), step)
+
+    def compile(
+        self, who: Contender, rows: Sequence[Shape], lowered: "Lowered | None" = None
+    ) -> "Programs":
+        """Compiles the programs; takes seconds, most of them outside Python, so use threads.
+
+        lowered: of this work and contender; None: it is made here.
+        """
+        lowered = lowered or self.lower(who)
+        count = min(self.pool.layers, who.most_layers or self.pool.layers)
+        layers = [self.pool.structs(self.setup)] * count
+        # An exported kernel is lowered once for all bursts.
+        plan, step = (
+            export.deserialize(bytearray(one)).call for one in (lowered.plan, lowered.step)
+        )
+        shared = self.tables, self.seq_lens, jax.eval_shape(plan, self.seq_lens)
         passes = 1 if who.most_layers else self.passes(rows, count)
         modes = {"us": False, "us_separated": True} if who.separated else {"us": False}
         return Programs(
             count,
-            plan.lower(self.seq_lens).compile(),
+            jax.jit(plan).lower(self.seq_lens).compile(),
             {
                 column: timing.compile_model(
-                    exported.call, self.q, layers, shared, passes=passes, separated=separated
+                    step, self.q, layers, shared, passes=passes, separated=separated
                 )
                 for column, separated in modes.items()
             },
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A plan and a step of one layer, exported and serialized, for the kind of device here."""
+
+    plan: bytes
+    step: bytes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""Runs rows of decode benchmarks: compiles in threads, checks and times them, and can resume.
+"""Runs rows of decode benchmarks: compiles, checks and times them, and can resume.
+
+XLA compiles in threads. What is lowered before is Python, so many programs need processes, too.
 
 Every row is written to `rows.jsonl` (see journal.py) as soon as it is known. If that file exists,
 its measured and failed rows are not run again, but skipped ones are. Pools of many rows run first,
@@ -8,10 +10,11 @@ page sizes, because the speed of a card changes from minute to minute.
 
 import dataclasses
 import functools
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
@@ -28,7 +31,7 @@ from experiments.speed.decode.contenders import Contender
 from experiments.speed.decode.inputs import Inputs
 from experiments.speed.decode.plain_jax import compile_jnp, lacks_contiguous_memory
 from experiments.speed.decode.pools import Pool, lacks_memory
-from experiments.speed.decode.programs import Programs, Work
+from experiments.speed.decode.programs import Lowered, Programs, Work
 from experiments.speed.decode.setup import SCALE, Setup
 from experiments.speed.shapes import Shape
 from mla_jax.reference.attention import attention_float64
@@ -50,9 +53,11 @@ class Runner:
     setup: Setup
     journal: Journal
     seconds: float  # time after which no work starts; 0 is no limit
+    processes: int = 0  # that lower programs; 0: this one does
 
     def __post_init__(self) -> None:
         self._end = time.monotonic() + self.seconds if self.seconds else float("inf")
+        self._lowering: ProcessPoolExecutor | None = None
 
     def run(self, tasks: Sequence[Task], peer_names: Sequence[str] = ()) -> int:
         """Runs the tasks without a row; returns how many were left for lack of time."""
@@ -64,6 +69,10 @@ class Runner:
         left = [task for task in tasks if not self._done(task[0], task[1].name)]
         todo = [task for task in left if not self._skips(task, pools)]
         say(f"{len(tasks)} tasks: {len(tasks) - len(left)} done before, {len(todo)} to run")
+        if self.processes:
+            self._lowering = ProcessPoolExecutor(
+                self.processes, multiprocessing.get_context("spawn"), _share_the_gpu
+            )
         try:
             for key, pool in sorted(pools.items(), key=lambda item: -len(shared[item[0]])):
                 mine = [t for t in todo if (t[0].batch, t[0].dtype) == key]
@@ -71,6 +80,9 @@ class Runner:
                     self._run_pool(pool, mine, peer_names)
         except DeviceLostError as error:
             say(f"stopped: {error}", style="red")
+        finally:
+            if self._lowering is not None:
+                self._lowering.shutdown(wait=False, cancel_futures=True)
         return sum((row, who.name) not in self.journal.rows for row, who in todo)
 
     def _late(self) -> bool:
@@ -139,7 +151,10 @@ class Runner:
                         jobs[who.name, row] = functools.partial(compile_jnp, row, self.setup)
                     continue
                 work = Work(rows[0], pool, self.setup)
-                jobs[who.name, work.key] = functools.partial(work.compile, who, rows)
+                lowered = None
+                if self._lowering is not None:
+                    lowered = self._lowering.submit(work.lower, who)
+                jobs[who.name, work.key] = functools.partial(_compile, work, who, rows, lowered)
         with ThreadPoolExecutor(os.cpu_count() or 1) as executor:
             futures = {key: executor.submit(job) for key, job in jobs.items()}
             try:
@@ -288,6 +303,17 @@ class Runner:
         reason = f"{type(error).__name__}: {error}".strip()[:500]
         say(f"failed: {row.label}, {name}: {reason}", style="red")
         self.journal.add(row, name, "failed", reason=reason)
+
+
+def _compile(
+    work: Work, who: Contender, rows: Sequence[Shape], lowered: "Future[Lowered] | None"
+) -> Programs:
+    return work.compile(who, rows, None if lowered is None else lowered.result())
+
+
+def _share_the_gpu() -> None:
+    """Keeps a process that only lowers programs from taking the memory of the GPU."""
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 
 def _enter_baseline(

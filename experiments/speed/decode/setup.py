@@ -1,6 +1,7 @@
 """The limits of a machine and a run of decode benchmarks, `Setup`."""
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -25,6 +26,7 @@ class Setup:
     page_rounds: int = 45  # for comparing page sizes, which differ by a few percent
     pause: float = 0.03
     seed: int = 0
+    exact_tables: bool = False  # whether a row's block tables reach no further than its requests
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -51,6 +53,6 @@ class Setup:
         memory = int(memory_gib * 2**30) or limit
         setup = Setup(memory, kv_lora_rank, rope_dim, seed=seed)
         if jax.default_backend() == "cpu":
-            few = {"min_layers": 2, "usual_layers": 2, "max_layers": 2, "launches": 2}
-            return dataclasses.replace(setup, **few, rounds=3, page_rounds=3, pause=0.0)
+            few: dict[str, Any] = {"min_layers": 2, "usual_layers": 2, "max_layers": 2}
+            return dataclasses.replace(setup, **few, launches=2, rounds=3, page_rounds=3, pause=0.0)
         return setup

@@ -10,6 +10,7 @@ simulates an H200 only.
 
 import dataclasses
 import json
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -53,6 +54,7 @@ class Options:
 
 def run(options: Options, output: Output) -> Outcome:
     setup = Setup.here(options.memory_gib, 512, 64, options.seed)
+    setup = dataclasses.replace(setup, exact_tables=True)
     profile = device.profile() or load_profile("H200_SXM")
     shapes = drawn(options.seed, options.shapes)
     fitting = capacities(shapes, setup)
@@ -100,7 +102,7 @@ def timed(
 ) -> tuple[Journal, int]:
     """Times the tasks; returns their rows, and how many were left for lack of time."""
     journal = Journal.open(output.rows_path())
-    runner = Runner(setup, journal, options.seconds)
+    runner = Runner(setup, journal, options.seconds, processes=os.cpu_count() or 1)
     journal.begin(measured_ceilings(), setup.widths)
     left = runner.run(tasks)
     journal.end()

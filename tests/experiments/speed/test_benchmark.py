@@ -247,7 +247,9 @@ class TestRuns:
         monkeypatch.setattr(
             Work,
             "compile",
-            lambda self, who, rows: compiled.append(rows) or compile_(self, who, rows),
+            lambda self, who, rows, lowered: (
+                compiled.append(rows) or compile_(self, who, rows, lowered)
+            ),
         )
         rows = list(shapes((2,), (1,), (2,), (32, 64), ("uniform", "varlen"), (16,)))
         journal = Journal(tmp_path / "rows.jsonl")
@@ -256,6 +258,16 @@ class TestRuns:
         assert left == 0
         assert [row["status"] for row in journal.rows.values()] == ["measured"] * 4
         assert [len(rows) for rows in compiled] == [4]
+
+    def test_processes_lower_what_threads_compile(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(Work, "step", None)  # in this process
+        (row,) = shapes((2,), (1,), (1,), (32,), page_size=(16,))
+        journal = Journal(tmp_path / "rows.jsonl")
+        journal.begin({"read": 1.0})
+        tasks = [(row, contender("xla"))]
+        assert Runner(SETUP, journal, 0, processes=1).run(tasks) == 0
+        (found,) = journal.rows.values()
+        assert found["status"] == "measured"
 
     def test_every_time_has_its_spread_and_says_if_it_is_the_hosts(self, tmp_path, monkeypatch):
         monkeypatch.setattr(
