@@ -29,7 +29,7 @@ from experiments.generate import weights
 from experiments.generate.config import LITE
 from experiments.generate.engine import Engine, Sizes
 from experiments.generate.grouped import ALIGN, TILE_ROWS, grouped_product, takes
-from experiments.generate.model import ModelConfig, ModelParams, split_routed
+from experiments.generate.model import Experts, ModelConfig, ModelParams
 from experiments.generate.parts import STEP, WHOLE_PARTS, Found, measured_parts
 from experiments.generate.requests import Request, lookup_drafter, no_drafter
 from experiments.generate.sharded import mesh_of, placed
@@ -271,20 +271,20 @@ def golden_tokens(new_engine: Callable[..., Engine], sizes: Sizes, folder: Path)
 
 def kernel_error(params: ModelParams, config: ModelConfig) -> float | None:
     """Returns the relative error of the kernel for grouped products; None where it does not run."""
-    if params.moe is None or device.card() is None:
+    inner = params.layers[-1].feed_forward
+    if not isinstance(inner, Experts) or device.card() is None:
         return None
-    stack = split_routed(params.moe)[0].gate_up
+    matrices = inner.routed.gate_up
     sizes = np.full(config.routing.num_experts, ALIGN, np.int32)
     sizes[0], sizes[1:2] = 80, 0  # more than one tile, and none
     rows = int(sizes.sum())
-    shape = rows + TILE_ROWS, stack.shape[2]
-    x = jax.random.normal(jax.random.key(0), shape, stack.dtype)
-    if not takes(x, stack):
+    shape = rows + TILE_ROWS, matrices.shape[1]
+    x = jax.random.normal(jax.random.key(0), shape, matrices.dtype)
+    if not takes(x, matrices):
         return None
-    layer = jnp.int32(config.num_moe_layers - 1)
-    got = jax.jit(grouped_product)(x, stack, layer, jnp.asarray(sizes))[:rows]
+    got = jax.jit(grouped_product)(x, matrices, jnp.asarray(sizes))[:rows]
     dense = functools.partial(jax.lax.ragged_dot, preferred_element_type=jnp.float32)
-    want = jax.jit(dense)(x, stack[layer], jnp.asarray(sizes))[:rows]
+    want = jax.jit(dense)(x, matrices, jnp.asarray(sizes))[:rows]
     return relative_error(np.asarray(got, np.float64), np.asarray(want, np.float64))
 
 

@@ -1,6 +1,5 @@
 """The whole model: logits of transformers, routing in float64, and what is refused."""
 
-import dataclasses
 import functools
 import json
 import shutil
@@ -50,13 +49,9 @@ def test_a_mixture_of_experts():
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     routed = FeedForward(normal(8, 16, 24) / 4, normal(8, 12, 16) / 4)
     params = Experts(router=normal(16, 8) / 3, bias=None, routed=routed, shared=None)
-    # Two layers, of which the second is computed.
-    stack = jax.tree.map(lambda a: np.stack([np.full_like(a, np.nan), a]), routed)
     x, real = normal(40, 16), rng.random(40) < 0.7
     padded = np.where(real[:, None], x, np.nan)
-    got = jax.jit(mixture, static_argnums=1)(
-        dataclasses.replace(params, routed=stack), routing, padded, real, np.int32(1)
-    )
+    got = jax.jit(mixture, static_argnums=1)(params, routing, padded, real)
     want = mixture_float64(in_float64(params), routing, x[real].astype(np.float64))
     assert relative_error(np.asarray(got)[real], want) < 1e-5
 
