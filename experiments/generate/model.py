@@ -325,16 +325,33 @@ def next_tokens(
     """
 
     def sampled() -> jax.Array:
-        scaled = logits / jnp.where(temperatures > 0, temperatures, 1.0)[:, None]
-        ordered = jnp.sort(scaled, axis=-1, descending=True)
-        shares = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(shares, axis=-1) - shares  # probability of all likelier tokens
-        kept = jnp.where(before < top_ps[:, None], ordered, jnp.inf)
-        least = kept.min(axis=-1, keepdims=True)
-        keys = jax.vmap(lambda s, p: jax.random.fold_in(jax.random.key(s), p))(seeds, positions)
-        draw = functools.partial(jax.random.gumbel, shape=logits.shape[-1:])
-        drawn = jnp.where(scaled >= least, scaled + jax.vmap(draw)(keys), -jnp.inf)
+        scaled, least, noise = draws(logits, temperatures, top_ps, seeds, positions)
+        drawn = jnp.where(scaled >= least, scaled + noise, -jnp.inf)
         return jnp.where(temperatures > 0, drawn.argmax(-1), greedy)
 
     greedy = logits.argmax(-1)
     return jax.lax.cond(jnp.any(temperatures > 0), sampled, lambda: greedy).astype(jnp.int32)
+
+
+def draws(
+    logits: jax.Array,
+    temperatures: jax.Array,
+    top_ps: jax.Array,
+    seeds: jax.Array,
+    positions: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns what a draw of `next_tokens` compares.
+
+    Returns:
+        scaled: [N, vocab], logits divided by the temperature, where that is not 0.
+        least: [N, 1], the least of them that may be drawn.
+        noise: [N, vocab], from the Gumbel distribution. The largest scaled + noise is drawn.
+    """
+    scaled = logits / jnp.where(temperatures > 0, temperatures, 1.0)[:, None]
+    ordered = jnp.sort(scaled, axis=-1, descending=True)
+    shares = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(shares, axis=-1) - shares  # probability of all likelier tokens
+    least = jnp.where(before < top_ps[:, None], ordered, jnp.inf).min(axis=-1, keepdims=True)
+    keys = jax.vmap(lambda s, p: jax.random.fold_in(jax.random.key(s), p))(seeds, positions)
+    noise = jax.vmap(functools.partial(jax.random.gumbel, shape=logits.shape[-1:]))(keys)
+    return scaled, least, noise
