@@ -79,8 +79,12 @@ def prefill_step(
     pool: PagedKVCache,
     batch: Batch,
     mesh: jax.sharding.Mesh | None = None,
-) -> tuple[jax.Array, PagedKVCache]:
-    """Computes chunks of prompts; returns the token after each row's last, [B], and the pool."""
+) -> tuple[jax.Array, jax.Array, PagedKVCache]:
+    """Computes chunks of prompts.
+
+    Returns the token after each row's last, [B], the hidden state that it is chosen from,
+    [B, hidden], and the pool.
+    """
     TRACES["prefill", config, batch.tokens.shape, batch.block_tables.shape, pool.num_pages] += 1
 
     def step(params: ModelParams, pool: PagedKVCache, batch: Batch, axis: str | None) -> Any:
@@ -90,7 +94,7 @@ def prefill_step(
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         logits = logits_of(params, config, hidden)
         sampling = batch.temperatures, batch.top_ps, batch.seeds
-        return next_tokens(logits, *sampling, batch.seq_lens), pool
+        return next_tokens(logits, *sampling, batch.seq_lens), hidden, pool
 
     return on_mesh(mesh, step, params, config, pool, batch)
 
@@ -251,7 +255,7 @@ class Engine:
         if not rows:
             return
         batch = self._batch(rows, self.sizes.prefill_rows, self.sizes.chunk)
-        chosen, self.pool = prefill_step(self.params, self.config, self.pool, batch, self.mesh)
+        chosen, _, self.pool = prefill_step(self.params, self.config, self.pool, batch, self.mesh)
         self.counts["prefill steps"] += 1
         for (running, tokens), token in zip(rows, np.asarray(chosen), strict=False):
             self.counts["prefilled tokens"] += len(tokens)

@@ -24,10 +24,8 @@ def logits_float64(params: Any, config: ModelConfig, tokens: np.ndarray) -> np.n
     params: a `ModelParams` from `in_float64`.
     """
     x = params.embedding[tokens]
-    for stack in (params.dense, params.moe):
-        if stack is not None:
-            for i in range(len(stack.attention_norm)):
-                x = _layer(jax.tree.map(lambda a, i=i: a[i], stack), config, x)
+    for layer in params.layers:
+        x = _layer(layer, config, x)
     head = params.embedding if params.head is None else params.head
     return _norm(x, params.norm, config) @ head.T
 

@@ -2,12 +2,10 @@
 
 `jax.lax.ragged_dot` computes them anywhere. With jax 0.11.2 it is a product of all rows with all
 experts on a CPU and on an NVIDIA GPU: XLA copies the rows once per expert, with zeros in place of
-the rows of the others. With 64 experts that is 64 times the work. `jax.lax.scan` over layers
-also copies the experts of each layer out of their stack before the product.
+the rows of the others. With 64 experts that is 64 times the work.
 
-On a Hopper GPU a Pallas kernel computes the product instead. It reads each expert's matrix where it
-is, in the stack of all layers, and only the experts that have rows. Every matrix is read once if
-no expert has more than 64 rows.
+On a Hopper GPU a Pallas kernel computes the product instead. It reads only the experts that have
+rows. Every matrix is read once if no expert has more than 64 rows.
 """
 
 import functools
@@ -33,29 +31,37 @@ def num_rows(pairs: int, num_experts: int) -> int:
     return -(-most // ALIGN) * ALIGN + TILE_ROWS
 
 
-def grouped_product(x: jax.Array, stack: jax.Array, layer: jax.Array, sizes: jax.Array) -> Any:
-    """Multiplies rows by the matrices of a layer's experts.
+def sums_before(values: jax.Array) -> jax.Array:
+    """Returns the sum of all earlier values, [E] -> [E].
+
+    XLA computes `jnp.cumsum` on a GPU by windows, which lose the name of the part that they are in.
+    """
+    index = jnp.arange(len(values))
+    return jnp.where(index < index[:, None], values, 0).sum(1, dtype=values.dtype)
+
+
+def grouped_product(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> Any:
+    """Multiplies rows by the matrices of experts.
 
     Args:
         x: [R, K]. The rows of expert 0 come first, then those of expert 1, and so on.
-        stack: [L, E, K, M], the experts of all layers.
-        layer: [] int32, which layer.
+        weights: [E, K, M].
         sizes: [E] int32, rows per expert, multiples of ALIGN.
 
     Returns:
         [R, M] of x.dtype. Rows after the last expert's have no defined value.
     """
-    if device.card() is not None and takes(x, stack):
-        return hopper_product(x, stack, layer, sizes, num_sms=device.num_sms())
+    if device.card() is not None and takes(x, weights):
+        return hopper_product(x, weights, sizes, num_sms=device.num_sms())
     precision = "highest" if x.dtype == jnp.float32 else None
-    return jax.lax.ragged_dot(x, stack[layer], sizes, precision=precision)
+    return jax.lax.ragged_dot(x, weights, sizes, precision=precision)
 
 
-def takes(x: jax.Array, stack: jax.Array) -> bool:
+def takes(x: jax.Array, weights: jax.Array) -> bool:
     """Whether the Hopper kernel takes arrays of these shapes and dtypes."""
-    _, _, depth, columns = stack.shape
+    _, depth, columns = weights.shape
     return (
-        x.dtype == stack.dtype
+        x.dtype == weights.dtype
         and x.dtype in (jnp.bfloat16, jnp.float16)
         and depth % TILE_DEPTH == 0
         and columns % TILE_COLUMNS == 0
@@ -63,13 +69,7 @@ def takes(x: jax.Array, stack: jax.Array) -> bool:
 
 
 def hopper_product(
-    x: jax.Array,
-    stack: jax.Array,
-    layer: jax.Array,
-    sizes: jax.Array,
-    *,
-    num_sms: int,
-    interpret: Any = None,
+    x: jax.Array, weights: jax.Array, sizes: jax.Array, *, num_sms: int, interpret: Any = None
 ) -> jax.Array:
     """Computes `grouped_product` with the kernel, which has one CTA per SM.
 
@@ -77,15 +77,14 @@ def hopper_product(
 
     interpret: `plgpu.InterpretGPUParams()` runs the kernel on a CPU; None: on the GPU.
     """
-    (rows, depth), (_, experts, _, columns) = x.shape, stack.shape
+    (rows, depth), (experts, _, columns) = x.shape, weights.shape
     num_tiles = -(-rows // TILE_ROWS) + min(experts, rows // ALIGN)
     blocks = columns // TILE_COLUMNS
     options = {} if interpret is None else {"interpret": interpret}
 
     def body(
-        layer_ref: Any, expert_ref: Any, start_ref: Any, count_ref: Any, x_ref: Any, w_ref: Any,
-        out_ref: Any,
-    ) -> None:  # fmt: skip
+        expert_ref: Any, start_ref: Any, count_ref: Any, x_ref: Any, w_ref: Any, out_ref: Any
+    ) -> None:
         @plgpu.nd_loop((num_tiles * blocks,), collective_axes="sm")
         def _(loop: Any) -> None:
             tile = jax.lax.div(loop.index[0], jnp.int32(blocks))
@@ -95,7 +94,7 @@ def hopper_product(
             @pl.when(count > 0)
             def _() -> None:
                 start = pl.multiple_of(start_ref[tile], ALIGN)
-                matrix = w_ref.at[layer_ref[0], expert_ref[tile]]
+                matrix = w_ref.at[expert_ref[tile]]
                 acc = _tile_product(x_ref.at[pl.ds(start, TILE_ROWS)], matrix, block, depth)
                 _store(acc, count, out_ref, start, block)
 
@@ -107,22 +106,22 @@ def hopper_product(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **options,
     )
-    return kernel(layer.reshape(1).astype(jnp.int32), *_tiles(sizes, num_tiles), x, stack)
+    return kernel(*_tiles(sizes, num_tiles), x, weights)
 
 
 def _tiles(sizes: jax.Array, num_tiles: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns expert, first row and rows of each tile, [num_tiles] int32; 0 rows: no tile."""
     of_expert = -(-sizes // TILE_ROWS)
-    ends = jnp.cumsum(of_expert)
+    before = sums_before(of_expert)
+    ends = before + of_expert
     tile = jnp.arange(num_tiles, dtype=jnp.int32)
-    # One kernel. The default method of searchsorted is a loop with kernels for each of its steps.
-    expert = jnp.searchsorted(ends, tile, side="right", method="compare_all")
+    expert = (ends <= tile[:, None]).sum(1, dtype=jnp.int32)
     expert = jnp.minimum(expert, len(sizes) - 1)
-    within = (tile - (ends - of_expert)[expert]) * TILE_ROWS
-    start = (jnp.cumsum(sizes) - sizes)[expert] + within
+    within = (tile - before[expert]) * TILE_ROWS
+    start = sums_before(sizes)[expert] + within
     count = jnp.where(tile < ends[-1], jnp.clip(sizes[expert] - within, 0, TILE_ROWS), 0)
     start = jnp.where(count > 0, start, 0)
-    return expert.astype(jnp.int32), start.astype(jnp.int32), count.astype(jnp.int32)
+    return expert, start, count
 
 
 def _tile_product(x_ref: Any, w_ref: Any, block: Any, depth: int) -> Any:

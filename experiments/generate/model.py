@@ -9,8 +9,10 @@ the choice of the next token. Attention is `mla_jax.mla_layer`; everything else 
         x = x + feed_forward(norm(x))       dense in the first layers, a mixture of experts after
     logits = head(norm(x))
 
-The layers of each kind are stacked along a leading axis, and `jax.lax.scan` runs over it: XLA
-compiles two layers, however many the model has. One cache holds the pages of all layers.
+Each layer has arrays of its own, and `forward` is a loop over the layers. `jax.lax.scan` over
+stacked weights would copy the weights of each layer out of their stack in every step. A layer is
+one function under `jax.jit`, so that each kind of layer is traced once, however many the model has.
+One cache holds the pages of all layers.
 
 DeepSeek-V2 is arXiv 2405.04434, DeepSeek-V3 arXiv 2412.19437. Where the papers leave a choice, this
 is the code of Hugging Face `transformers`; comments say where DeepSeek's own code differs.
@@ -22,8 +24,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from experiments.generate.grouped import ALIGN, grouped_product, num_rows
+from experiments.generate.grouped import ALIGN, grouped_product, num_rows, sums_before
 from mla_jax import DecodePlan, MLAConfig, MLAParams, PagedKVCache, mla_layer
 from mla_jax.projections import einsum
 
@@ -85,14 +88,14 @@ class Experts:
 
     router: jax.Array  # [hidden, E]
     bias: jax.Array | None  # [E] float32, added to the scores for the choice; None in V2
-    routed: Any  # a FeedForward; None inside of a scan over layers, which does not slice it
+    routed: FeedForward
     shared: FeedForward | None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Layers:
-    """Weights of layers of one kind; every array has a leading axis of layers."""
+class Layer:
+    """Weights of a layer: dense, or with a mixture of experts."""
 
     attention: MLAParams
     attention_norm: jax.Array  # [hidden]
@@ -103,11 +106,10 @@ class Layers:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ModelParams:
-    """Weights of a model. A kind of layer that the model does not have is None."""
+    """Weights of a model."""
 
     embedding: jax.Array  # [vocab, hidden]
-    dense: Layers | None
-    moe: Layers | None
+    layers: tuple[Layer, ...]  # the dense ones first
     norm: jax.Array  # [hidden]
     head: jax.Array | None  # [vocab, hidden]; None: the embedding
 
@@ -167,43 +169,86 @@ def mixture(
     routing: Routing,
     x: jax.Array,
     is_real: jax.Array,
-    layer: jax.Array,
     axis: str | None = None,
 ) -> jax.Array:
     """Computes a mixture of experts on tokens [T, hidden], of which `is_real` [T] are no padding.
 
     The rows of all (token, expert) pairs are sorted by expert, so that each expert has one product
-    with its own rows. Padding is in no product. `params.routed` is that of all layers, and `layer`
-    says which to take: a scan would copy a layer's experts.
+    with its own rows. Padding is in no product.
 
     axis: of a `jax.shard_map` whose devices each have some experts and a part of the shared ones.
     The result is then the part of this device, which the caller sums over the axis.
     """
     experts, weights = route(params, routing, x)
-    num_experts = params.routed.gate_up.shape[1]  # on this device
+    num_experts = len(params.routed.gate_up)  # on this device
     with jax.named_scope("moe_gather"):
         if axis is not None:
             experts = experts - jax.lax.axis_index(axis) * num_experts
         is_mine = is_real[:, None] & (experts >= 0) & (experts < num_experts)
         pairs = jnp.where(is_mine, experts, num_experts).reshape(-1)  # [T * K]
-        counts = jnp.zeros(num_experts, jnp.int32).at[pairs].add(1, mode="drop")
+        counts = (pairs == jnp.arange(num_experts)[:, None]).sum(1, dtype=jnp.int32)
         sizes = -(-counts // ALIGN) * ALIGN
-        # The row of a pair: where its expert's rows begin, and its rank among them.
-        order = jnp.argsort(pairs)
-        before = jnp.cumsum(counts) - counts
-        starts = jnp.append(jnp.cumsum(sizes) - sizes - before, 0)
-        rank = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
-        num = num_rows(len(order), num_experts)
-        row = jnp.where(pairs < num_experts, starts[pairs] + rank, num)
-        token = jnp.arange(len(order)) // routing.experts_per_token
-        rows = x[jnp.zeros(num, jnp.int32).at[row].set(token, mode="drop")]
+        # The row of a pair: where its expert's rows begin, and how many earlier pairs have that
+        # expert. Comparing all pairs is one kernel on a GPU; sorting them would be several.
+        index = jnp.arange(len(pairs))
+        is_before = (pairs == pairs[:, None]) & (index < index[:, None])
+        first = jnp.append(sums_before(sizes), 0)[pairs]
+        num = num_rows(len(pairs), num_experts)
+        row = jnp.where(pairs < num_experts, first + is_before.sum(1, dtype=jnp.int32), num)
+        # A row without a pair has the index of no token, which reads 0.
+        token_of_row = jnp.full(num, len(x), jnp.int32)
+        token_of_row = token_of_row.at[row].set(index // routing.experts_per_token, mode="drop")
+        rows = x.at[token_of_row].get(mode="fill", fill_value=0)
     with jax.named_scope("moe_experts"):
-        hidden = swiglu(grouped_product(rows, params.routed.gate_up, layer, sizes))
-        out = grouped_product(hidden, params.routed.down, layer, sizes)
+        hidden = swiglu(grouped_product(rows, params.routed.gate_up, sizes))
+        out = grouped_product(hidden, params.routed.down, sizes)
     with jax.named_scope("moe_scatter"):
         of_token = out.at[row].get(mode="fill", fill_value=0).reshape(*weights.shape, -1)
         mixed = (of_token.astype(jnp.float32) * weights[..., None]).sum(1).astype(x.dtype)
     return mixed if params.shared is None else mixed + dense(params.shared, x)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "implementation", "axis"))
+def run_layer(
+    layer: Layer,
+    config: ModelConfig,
+    index: jax.Array,
+    x: jax.Array,
+    pool: PagedKVCache,
+    block_tables: jax.Array,
+    seq_lens: jax.Array,
+    query_lens: jax.Array,
+    plan: DecodePlan | None,
+    *,
+    implementation: Any,
+    axis: str | None,
+) -> tuple[jax.Array, PagedKVCache]:
+    """Computes layer number `index` on x [B, S, hidden]; the other arguments are of `forward`.
+
+    The number is an array, so that layers of one kind share a trace. XLA inlines the function.
+    """
+    out, pool = mla_layer(
+        layer.attention,
+        config.attention,
+        rms_norm(x, layer.attention_norm, config.norm_eps),
+        pool.layer(index),
+        block_tables,
+        seq_lens,
+        query_lens=query_lens,
+        plan=plan,
+        implementation=implementation,
+        head_axis=axis,
+    )
+    x = x + out
+    flat = rms_norm(x, layer.feed_forward_norm, config.norm_eps).reshape(-1, x.shape[-1])
+    if isinstance(layer.feed_forward, Experts):
+        is_real = (jnp.arange(x.shape[1]) < query_lens[:, None]).reshape(-1)
+        out = mixture(layer.feed_forward, config.routing, flat, is_real, axis)
+    else:
+        out = dense(layer.feed_forward, flat)
+    if axis is not None:
+        out = jax.lax.psum(out, axis)
+    return x + out.reshape(x.shape), pool
 
 
 # --------------------------------------------------------------------------------- the whole model
@@ -239,55 +284,13 @@ def forward(
         hidden: [B, S, hidden], after the last layer and before the last norm.
         pool: with the new tokens.
     """
-    is_real = jnp.arange(tokens.shape[1]) < query_lens[:, None]
-    routed = None if params.moe is None else split_routed(params.moe)[0]
-
-    def layer(
-        carry: tuple[jax.Array, PagedKVCache], stacked: tuple[Layers, jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, PagedKVCache], None]:
-        x, pool = carry
-        mine, index, of_kind = stacked
-        out, pool = mla_layer(
-            mine.attention,
-            config.attention,
-            rms_norm(x, mine.attention_norm, config.norm_eps),
-            pool.layer(index),
-            block_tables,
-            seq_lens,
-            query_lens=query_lens,
-            plan=plan,
-            implementation=implementation,
-            head_axis=axis,
-        )
-        x = x + out
-        normed = rms_norm(x, mine.feed_forward_norm, config.norm_eps)
-        flat = normed.reshape(-1, x.shape[-1])
-        if isinstance(mine.feed_forward, Experts):
-            experts = dataclasses.replace(mine.feed_forward, routed=routed)
-            out = mixture(experts, config.routing, flat, is_real.reshape(-1), of_kind, axis)
-        else:
-            out = dense(mine.feed_forward, flat)
-        if axis is not None:
-            out = jax.lax.psum(out, axis)
-        return (x + out.reshape(x.shape), pool), None
-
-    carry = params.embedding[tokens], pool
-    first = jnp.arange(config.num_dense_layers)
-    if params.dense is not None:
-        carry, _ = jax.lax.scan(layer, carry, (params.dense, first, first))
-    if params.moe is not None:
-        _, layers = split_routed(params.moe)
-        of_kind = jnp.arange(config.num_moe_layers)
-        index = config.num_dense_layers + of_kind
-        carry, _ = jax.lax.scan(layer, carry, (layers, index, of_kind))
-    return carry
-
-
-def split_routed(moe: Layers) -> tuple[FeedForward, Layers]:
-    """Returns the routed experts of all layers, and the layers without them, for a scan."""
-    assert isinstance(moe.feed_forward, Experts)
-    rest = dataclasses.replace(moe.feed_forward, routed=None)
-    return moe.feed_forward.routed, dataclasses.replace(moe, feed_forward=rest)
+    x = params.embedding[tokens]
+    for index, layer in enumerate(params.layers):
+        x, pool = run_layer(
+            layer, config, np.int32(index), x, pool, block_tables, seq_lens, query_lens, plan,
+            implementation=implementation, axis=axis,
+        )  # fmt: skip
+    return x, pool
 
 
 @jax.named_scope("head")
@@ -322,16 +325,33 @@ def next_tokens(
     """
 
     def sampled() -> jax.Array:
-        scaled = logits / jnp.where(temperatures > 0, temperatures, 1.0)[:, None]
-        ordered = jnp.sort(scaled, axis=-1, descending=True)
-        shares = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(shares, axis=-1) - shares  # probability of all likelier tokens
-        kept = jnp.where(before < top_ps[:, None], ordered, jnp.inf)
-        least = kept.min(axis=-1, keepdims=True)
-        keys = jax.vmap(lambda s, p: jax.random.fold_in(jax.random.key(s), p))(seeds, positions)
-        draw = functools.partial(jax.random.gumbel, shape=logits.shape[-1:])
-        drawn = jnp.where(scaled >= least, scaled + jax.vmap(draw)(keys), -jnp.inf)
+        scaled, least, noise = draws(logits, temperatures, top_ps, seeds, positions)
+        drawn = jnp.where(scaled >= least, scaled + noise, -jnp.inf)
         return jnp.where(temperatures > 0, drawn.argmax(-1), greedy)
 
     greedy = logits.argmax(-1)
     return jax.lax.cond(jnp.any(temperatures > 0), sampled, lambda: greedy).astype(jnp.int32)
+
+
+def draws(
+    logits: jax.Array,
+    temperatures: jax.Array,
+    top_ps: jax.Array,
+    seeds: jax.Array,
+    positions: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns what a draw of `next_tokens` compares.
+
+    Returns:
+        scaled: [N, vocab], logits divided by the temperature, where that is not 0.
+        least: [N, 1], the least of them that may be drawn.
+        noise: [N, vocab], from the Gumbel distribution. The largest scaled + noise is drawn.
+    """
+    scaled = logits / jnp.where(temperatures > 0, temperatures, 1.0)[:, None]
+    ordered = jnp.sort(scaled, axis=-1, descending=True)
+    shares = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(shares, axis=-1) - shares  # probability of all likelier tokens
+    least = jnp.where(before < top_ps[:, None], ordered, jnp.inf).min(axis=-1, keepdims=True)
+    keys = jax.vmap(lambda s, p: jax.random.fold_in(jax.random.key(s), p))(seeds, positions)
+    noise = jax.vmap(functools.partial(jax.random.gumbel, shape=logits.shape[-1:]))(keys)
+    return scaled, least, noise

@@ -5,6 +5,7 @@ attention layers, and the routed experts are in the mixtures.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,8 @@ import numpy as np
 from experiments.generate.engine import Batch, Sizes, decode_plan
 from experiments.generate.grouped import ALIGN, grouped_product, num_rows
 from experiments.generate.model import (
-    Layers,
+    Experts,
+    FeedForward,
     ModelConfig,
     ModelParams,
     dense,
@@ -23,11 +25,10 @@ from experiments.generate.model import (
     mixture,
     next_tokens,
     route,
-    split_routed,
     swiglu,
 )
 from experiments.speed import timing
-from mla_jax import PagedKVCache, mla_layer, paged_mla_attention
+from mla_jax import MLAParams, PagedKVCache, mla_layer, paged_mla_attention
 
 Program = Callable[[PagedKVCache], Any]  # returns a result, and the pool that it got
 ALONE_LAYERS = 2  # whose caches the op reads in turn; one exceeds the L2 cache of a GPU
@@ -79,34 +80,23 @@ class Parts:
 
     def attention(self) -> Program:
         """The attention layers: projections, append and the op."""
-        stacks = [
-            (layers.attention, count)
-            for layers, count in (
-                (self.params.dense, self.config.num_dense_layers),
-                (self.params.moe, self.config.num_moe_layers),
-            )
-            if layers is not None
-        ]
         batch = self.batch
 
-        def run(stacks: Any, pool: PagedKVCache, x: jax.Array) -> Any:
+        @jax.jit
+        def one(mine: MLAParams, index: jax.Array, x: jax.Array, pool: PagedKVCache, plan: Any):
+            out, pool = mla_layer(
+                mine, self.config.attention, x, pool.layer(index), batch.block_tables,
+                batch.seq_lens, query_lens=batch.query_lens, plan=plan,
+            )  # fmt: skip
+            return _after(x, out), pool
+
+        def run(weights: list[MLAParams], pool: PagedKVCache, x: jax.Array) -> Any:
             plan = self.plan(pool)
+            for index, mine in enumerate(weights):
+                x, pool = one(mine, np.int32(index), x, pool, plan)
+            return x, pool
 
-            def layer(carry: Any, stacked: Any) -> Any:
-                x, pool = carry
-                out, pool = mla_layer(
-                    stacked[0], self.config.attention, x, pool.layer(stacked[1]),
-                    batch.block_tables, batch.seq_lens, query_lens=batch.query_lens, plan=plan,
-                )  # fmt: skip
-                return (_after(x, out), pool), None
-
-            first, carry = 0, (x, pool)
-            for weights, count in zip(stacks, counts, strict=True):
-                carry, _ = jax.lax.scan(layer, carry, (weights, jnp.arange(first, first + count)))
-                first += count
-            return carry
-
-        weights, counts = zip(*stacks, strict=True)
+        weights = [layer.attention for layer in self.params.layers]
         jitted = jax.jit(run, donate_argnums=1)
         x = self.normal(*batch.tokens.shape, self.config.attention.hidden_size)
         return lambda pool: jitted(weights, pool, x)
@@ -130,43 +120,50 @@ class Parts:
         arguments = self.q, layers, plan
         return timing.compile_model(op, *arguments, passes=passes).burst(*arguments)
 
-    def mixtures(self, moe: Layers) -> Program:
-        routed, rest = split_routed(moe)
+    def mixtures(self) -> Program:
         real = jax.device_put(np.ones(self.batch.tokens.size, bool))
 
-        def run(routed: Any, rest: Any, x: jax.Array) -> jax.Array:
-            def layer(x: jax.Array, stacked: Any) -> Any:
-                one = dataclasses.replace(stacked[0], routed=routed)
-                return _after(x, mixture(one, self.config.routing, x, real, stacked[1])), None
+        @jax.jit
+        def one(experts: Experts, x: jax.Array) -> jax.Array:
+            return _after(x, mixture(experts, self.config.routing, x, real))
 
-            return jax.lax.scan(layer, x, (rest, jnp.arange(self.config.num_moe_layers)))[0]
+        def run(layers: list[Experts], x: jax.Array) -> jax.Array:
+            return functools.reduce(lambda x, experts: one(experts, x), layers, x)
 
-        return _without_pool(run, routed, rest.feed_forward, self.flat)
+        return _without_pool(run, self.of_kind(Experts), self.flat)
 
-    def experts(self, moe: Layers) -> Program:
+    def experts(self) -> Program:
         """The experts' products, with as many rows per expert as the first layer's router says."""
-        routed, rest = split_routed(moe)
         routing = self.config.routing
 
-        def run(routed: Any, rest: Any, x: jax.Array) -> jax.Array:
-            chosen, _ = route(jax.tree.map(lambda a: a[0], rest), routing, x)
+        @jax.jit
+        def one(routed: FeedForward, x: jax.Array, sizes: jax.Array) -> jax.Array:
+            hidden = swiglu(grouped_product(x, routed.gate_up, sizes))
+            return _after(x, grouped_product(hidden, routed.down, sizes))
+
+        def run(layers: list[Experts], x: jax.Array) -> jax.Array:
+            chosen, _ = route(layers[0], routing, x)
             counts = jnp.zeros(routing.num_experts, jnp.int32).at[chosen.reshape(-1)].add(1)
             sizes = -(-counts // ALIGN) * ALIGN
             x = jnp.resize(x, (num_rows(chosen.size, routing.num_experts), x.shape[-1]))
+            return functools.reduce(lambda x, experts: one(experts.routed, x, sizes), layers, x)
 
-            def layer(x: jax.Array, index: jax.Array) -> Any:
-                hidden = swiglu(grouped_product(x, routed.gate_up, index, sizes))
-                return _after(x, grouped_product(hidden, routed.down, index, sizes)), None
+        return _without_pool(run, self.of_kind(Experts), self.flat)
 
-            return jax.lax.scan(layer, x, jnp.arange(self.config.num_moe_layers))[0]
+    def dense(self) -> Program:
+        @jax.jit
+        def one(network: FeedForward, x: jax.Array) -> jax.Array:
+            return _after(x, dense(network, x))
 
-        return _without_pool(run, routed, rest.feed_forward, self.flat)
+        def run(layers: list[FeedForward], x: jax.Array) -> jax.Array:
+            return functools.reduce(lambda x, network: one(network, x), layers, x)
 
-    def dense(self, layers: Layers) -> Program:
-        def run(stack: Any, x: jax.Array) -> jax.Array:
-            return jax.lax.scan(lambda x, one: (_after(x, dense(one, x)), None), x, stack)[0]
+        return _without_pool(run, self.of_kind(FeedForward), self.flat)
 
-        return _without_pool(run, layers.feed_forward, self.flat)
+    def of_kind(self, kind: type) -> list[Any]:
+        """Returns the feed-forward parts that are dense or of experts."""
+        found = [layer.feed_forward for layer in self.params.layers]
+        return [part for part in found if isinstance(part, kind)]
 
     def head(self) -> Program:
         batch, width = self.batch, self.batch.tokens.shape[1]

@@ -113,11 +113,11 @@ def measured_parts(
 
 def _programs(parts: Parts) -> dict[str, Program]:
     found = {ATTENTION: parts.attention()}
-    if parts.params.moe is not None:
-        found[MIXTURES] = parts.mixtures(parts.params.moe)
-        found[EXPERTS] = parts.experts(parts.params.moe)
-    if parts.params.dense is not None:
-        found[DENSE] = parts.dense(parts.params.dense)
+    if parts.config.num_moe_layers:
+        found[MIXTURES] = parts.mixtures()
+        found[EXPERTS] = parts.experts()
+    if parts.config.num_dense_layers:
+        found[DENSE] = parts.dense()
     found[HEAD] = parts.head()
     return found
 

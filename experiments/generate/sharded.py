@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.generate.model import Experts, FeedForward, Layers, ModelConfig, ModelParams
+from experiments.generate.model import Experts, FeedForward, Layer, ModelConfig, ModelParams
 from mla_jax import param_specs
 
 AXIS = "tp"
@@ -37,33 +37,26 @@ def mesh_of(config: ModelConfig, devices: int) -> Mesh:
 
 
 def specs_of(params: ModelParams, config: ModelConfig) -> ModelParams:
-    """Returns the PartitionSpecs of a model's weights, which have a leading axis of layers."""
-    attention = jax.tree.map(
-        lambda spec: P(None, *spec),
-        param_specs(config.attention, AXIS),
-        is_leaf=lambda node: isinstance(node, P),
-    )
-    network = FeedForward(gate_up=P(None, None, AXIS), down=P(None, AXIS, None))  # type: ignore[arg-type]
+    """Returns the PartitionSpecs of a model's weights."""
+    attention = param_specs(config.attention, AXIS)
+    network = FeedForward(gate_up=P(None, AXIS), down=P(AXIS, None))  # type: ignore[arg-type]
 
-    def layers(stack: Layers | None) -> Any:
-        if stack is None:
-            return None
+    def specs(layer: Layer) -> Layer:
         feed_forward: Any = network
-        if isinstance(stack.feed_forward, Experts):
-            experts = FeedForward(gate_up=P(None, AXIS), down=P(None, AXIS))  # type: ignore[arg-type]
-            given = stack.feed_forward
+        if isinstance(layer.feed_forward, Experts):
+            experts = FeedForward(gate_up=P(AXIS), down=P(AXIS))  # type: ignore[arg-type]
+            given = layer.feed_forward
             feed_forward = Experts(
                 router=P(),  # type: ignore[arg-type]
                 bias=None if given.bias is None else P(),  # type: ignore[arg-type]
                 routed=experts,
                 shared=None if given.shared is None else network,
             )
-        return Layers(attention, P(), feed_forward, P())  # type: ignore[arg-type]
+        return Layer(attention, P(), feed_forward, P())  # type: ignore[arg-type]
 
     return ModelParams(
         embedding=P(),  # type: ignore[arg-type]
-        dense=layers(params.dense),
-        moe=layers(params.moe),
+        layers=tuple(map(specs, params.layers)),
         norm=P(),  # type: ignore[arg-type]
         head=None if params.head is None else P(),  # type: ignore[arg-type]
     )
@@ -82,16 +75,14 @@ def placed(params: ModelParams, config: ModelConfig, mesh: Mesh) -> ModelParams:
         parts = matrix.reshape(*matrix.shape[:-1], 2, devices, -1)
         return dataclasses.replace(network, gate_up=parts.swapaxes(-3, -2).reshape(matrix.shape))
 
-    def layers(stack: Layers | None) -> Layers | None:
-        if stack is None:
-            return None
-        inner = stack.feed_forward
+    def with_order(layer: Layer) -> Layer:
+        inner = layer.feed_forward
         if isinstance(inner, FeedForward):
-            return dataclasses.replace(stack, feed_forward=reordered(inner))
+            return dataclasses.replace(layer, feed_forward=reordered(inner))
         shared = None if inner.shared is None else reordered(inner.shared)
-        return dataclasses.replace(stack, feed_forward=dataclasses.replace(inner, shared=shared))
+        return dataclasses.replace(layer, feed_forward=dataclasses.replace(inner, shared=shared))
 
-    params = dataclasses.replace(params, dense=layers(params.dense), moe=layers(params.moe))
+    params = dataclasses.replace(params, layers=tuple(map(with_order, params.layers)))
     shardings = jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
         specs_of(params, config),

@@ -9,7 +9,6 @@ import dataclasses
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.framework.experiment import Row
@@ -40,7 +39,7 @@ def model_config(attention: MLAConfig) -> ModelConfig:
         attention=narrow,
         vocab_size=128,  # few, so that tokens repeat and there are drafts
         num_layers=4,
-        num_dense_layers=0,  # layers of one kind, so that each step compiles one
+        num_dense_layers=0,  # layers of one kind, so that each step traces one
         dense_width=1,
         expert_width=128,
         shared_width=128,
@@ -52,9 +51,7 @@ def model_config(attention: MLAConfig) -> ModelConfig:
 def random_params(config: ModelConfig, dtype: str, seed: int) -> ModelParams:
     """Returns random weights, made by NumPy: JAX would compile for longer than the model runs."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(
-        lambda key: weights.random_params(key, config, jnp.dtype(dtype)), jax.random.key(0)
-    )
+    shapes = weights.shapes_of(config, dtype)
 
     def values(path: tuple, shape: jax.ShapeDtypeStruct) -> np.ndarray:
         name = jax.tree_util.keystr(path)
@@ -63,12 +60,12 @@ def random_params(config: ModelConfig, dtype: str, seed: int) -> ModelParams:
         drawn = rng.standard_normal(shape.shape, np.float32)
         if name.endswith(("embedding", "bias")):
             return (drawn * (1.0 if name.endswith("embedding") else 0.1)).astype(shape.dtype)
-        # The inner width of a product is the last but one axis, of W_UQ the first after layers.
-        inner = shape.shape[1] if name.endswith("w_uq") else shape.shape[-2]
+        # The inner width of a product is the last axis but one, of W_UQ the first.
+        inner = shape.shape[0] if name.endswith("w_uq") else shape.shape[-2]
         if name.endswith(("head", "w_uk")):
             inner = shape.shape[-1]
         if name.endswith("w_o"):
-            inner = shape.shape[1] * shape.shape[2]
+            inner = shape.shape[0] * shape.shape[1]
         return (drawn * inner**-0.5).astype(shape.dtype)
 
     return jax.device_put(jax.tree_util.tree_map_with_path(values, shapes))

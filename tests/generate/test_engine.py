@@ -14,7 +14,7 @@ from experiments.generate.engine import TRACES, Batch, Engine, Sizes, decode_ste
 from experiments.generate.model import next_tokens
 from experiments.generate.requests import Request, lookup_drafter, no_drafter
 
-# The model has layers of one kind, so that XLA compiles one layer per step.
+# The model has layers of one kind, so that each step traces one layer.
 NAME = "deepseek_v2"
 # Three requests of the golden file take 9 pages together, so that some are preempted.
 SIZES = Sizes(slots=3, drafts=2, prefill_rows=2, chunk=8, max_tokens=64, num_pages=6, page_size=16)

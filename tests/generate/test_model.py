@@ -1,6 +1,5 @@
 """The whole model: logits of transformers, routing in float64, and what is refused."""
 
-import dataclasses
 import functools
 import json
 import shutil
@@ -13,7 +12,7 @@ import safetensors.numpy
 from golden_logits import check_logits
 
 from experiments.framework.errors import relative_error
-from experiments.generate import weights
+from experiments.generate import model, weights
 from experiments.generate.config import read_config
 from experiments.generate.float64 import in_float64, logits_float64, mixture_float64
 from experiments.generate.model import (
@@ -25,7 +24,7 @@ from experiments.generate.model import (
     mixture,
     next_tokens,
 )
-from mla_jax import CheckpointError
+from mla_jax import CheckpointError, PagedKVCache, mla_layer
 
 
 def test_logits_are_those_of_transformers(golden):
@@ -40,6 +39,25 @@ def test_logits_are_those_of_transformers(golden):
     check_logits(config, want, step, rows=3, width=16, num_pages=16, wave=3)
 
 
+def test_a_layer_is_traced_once_per_kind(golden, monkeypatch):
+    """V3's four layers are one dense layer and three with experts."""
+    config, params, _ = golden("deepseek_v3")
+    traced = []
+
+    def layer(*arguments, **options):
+        traced.append(arguments)
+        return mla_layer(*arguments, **options)
+
+    monkeypatch.setattr(model, "mla_layer", layer)
+    pool = PagedKVCache.create(
+        5, page_size=16, kv_lora_rank=config.attention.kv_lora_rank,
+        rope_dim=config.attention.qk_rope_head_dim, num_layers=4, dtype="float32",
+    )  # fmt: skip
+    batch = np.zeros((1, 3), np.int32), pool, np.zeros((1, 5), np.int32), *np.full((2, 1), 3)
+    jax.eval_shape(lambda *batch: forward(params, config, *batch), *batch)
+    assert len(traced) == 2
+
+
 def test_a_mixture_of_experts():
     """Padding is NaN and must not reach the other tokens. There are no groups, nor shared experts.
 
@@ -50,13 +68,9 @@ def test_a_mixture_of_experts():
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     routed = FeedForward(normal(8, 16, 24) / 4, normal(8, 12, 16) / 4)
     params = Experts(router=normal(16, 8) / 3, bias=None, routed=routed, shared=None)
-    # Two layers, of which the second is computed.
-    stack = jax.tree.map(lambda a: np.stack([np.full_like(a, np.nan), a]), routed)
     x, real = normal(40, 16), rng.random(40) < 0.7
     padded = np.where(real[:, None], x, np.nan)
-    got = jax.jit(mixture, static_argnums=1)(
-        dataclasses.replace(params, routed=stack), routing, padded, real, np.int32(1)
-    )
+    got = jax.jit(mixture, static_argnums=1)(params, routing, padded, real)
     want = mixture_float64(in_float64(params), routing, x[real].astype(np.float64))
     assert relative_error(np.asarray(got)[real], want) < 1e-5
 

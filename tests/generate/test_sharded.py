@@ -28,9 +28,7 @@ SIZES = Sizes(slots=2, drafts=1, prefill_rows=1, chunk=8, max_tokens=32, num_pag
 
 def drawn_params(seed):
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(
-        lambda key: weights.random_params(key, CONFIG, np.dtype("float32")), jax.random.key(0)
-    )
+    shapes = weights.shapes_of(CONFIG, "float32")
     return jax.tree.map(lambda s: rng.normal(0, 0.4, s.shape).astype(s.dtype), shapes)
 
 
@@ -41,8 +39,9 @@ def test_tokens_are_those_of_float64():
     requests = [Request(i, rng.integers(0, 64, 9 + i).tolist(), 6) for i in range(3)]
     mesh = mesh_of(CONFIG, 2)
     split = placed(params, CONFIG, mesh)
-    assert split.moe.feed_forward.routed.down.addressable_shards[0].data.shape == (1, 4, 12, 16)
-    assert split.dense.attention.w_uq.addressable_shards[0].data.shape[2] == 1
+    dense, moe = split.layers
+    assert moe.feed_forward.routed.down.addressable_shards[0].data.shape == (4, 12, 16)
+    assert dense.attention.w_uq.addressable_shards[0].data.shape[1] == 1
     served = Engine(split, CONFIG, SIZES, mesh=mesh)
     found, exact = served.run(requests), in_float64(params)
     for request in requests:
