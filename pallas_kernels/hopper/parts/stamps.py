@@ -7,6 +7,7 @@ there. `pallas_kernels.hopper.portrait` makes stages of the stamps, with the nam
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from pallas_kernels.hopper.mosaic.control import stamp_clock
@@ -19,6 +20,7 @@ VALUES = 2  # int32 per stamp: the SM's clock, and what `Clock` names
 # of `decode` passes WAIT_P, PV and END of the first block of a pair around EXP and PUBLISHED of the
 # second.
 WAIT, QK, SM, WAIT_P, EXP, PUBLISHED, PV, END = range(8)
+TURN = WAIT_P  # of `prefill`: the warpgroup has the turn
 # Points in a block's row of the loader: before and after its three parts are waited for and issued.
 LOAD, LOADED_1, LOADED_2, LOADED_3 = range(4)
 # Points in an item's row, of a computing warpgroup. Those of COMBINE are in the first item's row.
@@ -45,6 +47,10 @@ class Stamps:
 
     def of_item(self, number: Any) -> "Stamps":
         return dataclasses.replace(self, number=number)
+
+    def of_counted_item(self, count: Callable[[], Any]) -> "Stamps":
+        """Returns the stamps of item count(), which is called only where stamps are written."""
+        return self if self.ref is None else self.of_item(count())
 
     def block(self, point: int, block: Any) -> None:
         """Stamps a point of a KV block, which is counted from the item's first one."""
