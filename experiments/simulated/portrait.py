@@ -20,7 +20,7 @@ from experiments.framework import plotting
 from experiments.framework.console import say, show_table, track
 from experiments.framework.experiment import InputError, Outcome, Output, Row, reading
 from experiments.framework.options import flag, seed_flag
-from experiments.framework.results import environment, write_whole
+from experiments.framework.results import environment, first_line, write_whole
 from experiments.simulated.portrait_lanes import (
     COMBINE,
     MOST_BLOCKS,
@@ -125,11 +125,12 @@ def run(options: Options, output: Output) -> Outcome:
             if isinstance(found, str):
                 raise InputError(found)
             portraits.append(portrait(profile, text, shape, found))
-        except InputError as error:
+        except Exception as error:
             if options.stamps or lacks:
                 raise
-            say(f"{text} is not measured: {error}")
-            failed[text] = str(error)
+            # What the other shapes' runs on the GPU have found must not be lost.
+            failed[text] = first_line(error)
+            say(f"{text} is not measured: {failed[text]}")
             portraits.append(portrait(profile, text, shape, None))
     rows = [row for p in portraits for row in rows_of(p)]
     draw(output, portraits)
@@ -150,7 +151,8 @@ def run(options: Options, output: Output) -> Outcome:
     }
     if made is not None:
         stages = [row for row in rows if "lane" in row]
-        write_whole(output.path("portrait.json"), kept(made | headline, stages))
+        about = {"device": options.profile} | made | headline
+        write_whole(output.path("portrait.json"), kept(about, stages))
     summary = f"mean stage error {mean:.1f} % ({parts})"
     if failed:
         summary += f"; not measured: {', '.join(failed)}"

@@ -162,8 +162,8 @@ def _of_stages(spans: list[Span]) -> list[Span]:
     QK has the wait for its block here, and that for the turn: a warpgroup passes the turn on when
     its products are issued, and the tensor cores are still at work. In `decode_int8` it also has
     what is between it and the softmax of its block: the signal of P and the part with rope. The
-    halves of a stage that one warpgroup runs are one stage. Of the warpgroups that combine
-    partials, the last one counts.
+    halves of a stage that one warpgroup runs are one stage. The last of the warpgroups that combine
+    partials counts.
     """
     groups: dict[tuple[str, str, int], list[Span]] = {}
     lanes_of: dict[tuple[str, int], set[str]] = {}
@@ -175,8 +175,6 @@ def _of_stages(spans: list[Span]) -> list[Span]:
             scores[s.lane, s.block] = s.stage
     for s in spans:
         lane, stage = s.lane, s.stage
-        if stage == "PUBLISH":
-            continue
         if stage in (WAIT_KV, WAIT_TURN, "QK_ROPE"):
             stage = scores[lane, s.block]
         if len(lanes_of.get((stage[:-2], s.block), ())) == 1:
