@@ -57,10 +57,15 @@ def portrait(root: Path, card: str) -> str:
     result = read(root / "benchmarks" / "measured" / f"{card}_portrait.json")
     errors = (result["mean_error_percent"], result["weighted_error_percent"])
     lines = [
-        [shape.replace("x", " x "), *(f"{error[shape]:.1f} %" for error in errors)]
+        [
+            f"`{result['kernels'][shape]}`",
+            shape.split(":")[-1].replace("x", " x "),
+            *(f"{error[shape]:.1f} %" for error in errors),
+        ]
         for shape in errors[0]
     ]
-    found = table(["heads x requests x tokens", "mean error", "weighted error"], lines, words=1)
+    header = ["kernel", "heads x requests x tokens", "mean error", "weighted error"]
+    found = table(header, lines, words=2)
     return f"{result['gpu']}, {result['date']}, our kernels at {result['commit']}.\n\n{found}"
 
 

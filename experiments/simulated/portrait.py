@@ -1,59 +1,66 @@
-"""Our decode kernel's own time stamps beside its simulated schedule, stage by stage.
+"""Our kernels' own time stamps beside their simulated schedules, stage by stage.
 
     python -m experiments.launch --experiment=portrait --output_dir=out
 
-On an H100 or H200 the kernel runs with time stamps: each warpgroup writes the SM's clock at the
-stages of its first work item. Elsewhere only the simulated lanes are drawn.
+On an H100 or H200 each kernel runs with time stamps: each warpgroup writes the SM's clock at the
+stages of its first work item. Elsewhere only the simulated lanes are drawn. `portrait.json` has
+what was measured, as benchmarks/measured keeps it.
 """
 
 import dataclasses
-import functools
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import datetime
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.framework import plotting
 from experiments.framework.console import say, show_table, track
 from experiments.framework.experiment import InputError, Outcome, Output, Row, reading
 from experiments.framework.options import flag, seed_flag
+from experiments.framework.results import environment, first_line, write_whole
 from experiments.simulated.portrait_lanes import (
     COMBINE,
     MOST_BLOCKS,
-    WAIT_KV,
-    WAIT_P,
+    OF_LOADERS,
     Span,
     StageError,
-    measured_spans,
     simulated_spans,
     stage_errors,
 )
-from mla_jax.hal import HardwareProfile, Problem, Report, load_profile, simulate
+from experiments.simulated.portrait_measured import measured_spans
+from experiments.simulated.portrait_runs import Shape, stamped_runs
+from mla_jax.hal import HardwareProfile, Report, load_profile, simulate
 from mla_jax.hal.simulator.hopper import HopperKernel
+from mla_jax.hal.simulator.hopper_prefill import HopperPrefill
 from mla_jax.hal.simulator.trace import OTHER_COLOUR, STAGE_COLOURS, stage_group
-from pallas_kernels.hopper import device, planning
-from pallas_kernels.hopper.model import simulated_kernel
-from pallas_kernels.hopper.portrait import attend_with_stamps
+from pallas_kernels.hopper import device
 
-SUMMARY = "the decode kernel's stages on an H100 or H200, beside the simulated ones"
+SUMMARY = "the stages of our kernels on an H100 or H200, beside the simulated ones"
 
 SMALL_SHARE = 0.02  # of the item's time; the mean error leaves smaller stages out
 WANTED = 15.0  # percent, the largest mean error of the stages
-WARM_UP, RUNS = 3, 4
-PAGE, WIDTH = 64, 576
-COLOURS = STAGE_COLOURS | {"WAIT": "#E4E6EA", "SUM": "#F0E442", COMBINE: "#000000"}
+LANES = (*OF_LOADERS, "wg0", "mma0", "wg1", "mma1", "wg2")
+COLOURS = STAGE_COLOURS | {"WAIT": "#E4E6EA", "SUM": "#F0E442", COMBINE: "#000000",
+                           "MAX": "#F2C879"}  # fmt: skip
+METHOD = (
+    "time stamps of one thread per warpgroup (pallas_kernels/hopper/parts/stamps.py) in the "
+    "first work item of three CTAs in four runs, uniform lengths, pages of 64 in random order; "
+    "made by the experiment portrait"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     shapes: tuple[str, ...] = flag(
-        ("128x64x4096", "128x1x16384", "64x32x2048", "16x64x4096"),
-        "heads x requests x tokens per request",
+        (
+            *("128x64x4096", "128x1x16384", "64x32x2048", "16x64x4096"),
+            *("int8:128x64x4096", "int8:16x64x4096", "prefill:16x1x4096"),
+        ),
+        "heads x requests x tokens per request, for decode; int8: before it is an int8 cache, and "
+        "prefill: is the prefill kernel",
         may_be_empty=False,
     )
     profile: str = flag("H200_SXM", "the simulated device, a name or a JSON file")
@@ -66,7 +73,7 @@ class Portrait:
     """One shape: the simulated item, and the measured ones if there is a GPU."""
 
     shape: str
-    kernel: HopperKernel
+    kernel: HopperKernel | HopperPrefill
     report: Report
     simulated: list[Span]
     measured: list[list[Span]]
@@ -97,73 +104,116 @@ class Portrait:
 def run(options: Options, output: Output) -> Outcome:
     with reading("profile"):
         profile = load_profile(options.profile)
-    shapes = [shape_of(text) for text in options.shapes]
-    problems = [Problem((tokens,) * batch, heads) for heads, batch, tokens in shapes]
+    shapes = [Shape.of(text) for text in options.shapes]
     lacks = device.machine_lacks()
-    stamps: Iterable[np.ndarray | None]
+    runs: Iterable[np.ndarray | str | None]
     if options.stamps:
-        stamps = (saved_stamps(options.stamps, shape) for shape in shapes)
+        runs = (saved_stamps(options.stamps, shape) for shape in shapes)
     elif lacks:
         say(f"simulated lanes only: {lacks}")
-        stamps = [None] * len(shapes)
+        runs = [None] * len(shapes)
     else:
-        stamps = stamped_runs(problems, options.seed)
-    portraits = []
-    inputs = zip(options.shapes, shapes, problems, stamps, strict=True)
-    for text, shape, problem, found in track(list(inputs), "shapes"):
-        portraits.append(portrait(profile, text, problem, found))
-        if found is not None and not options.stamps:
-            np.savez_compressed(output.path(_file_of(shape)), stamps=found)
+        runs = stamped_runs(shapes, options.seed)
+    portraits, failed = [], {}
+    made = _saved_about(options.stamps, shapes) if options.stamps else _about()
+    inputs = zip(options.shapes, shapes, runs, strict=True)
+    for text, shape, found in track(inputs, "shapes", total=len(shapes)):
+        if isinstance(found, np.ndarray) and not options.stamps:
+            path = output.path(_file_of(shape))
+            np.savez_compressed(path, stamps=found, about=json.dumps(made))
+        try:
+            if isinstance(found, str):
+                raise InputError(found)
+            portraits.append(portrait(profile, text, shape, found))
+        except Exception as error:
+            if options.stamps or lacks:
+                raise
+            # What the other shapes' runs on the GPU have found must not be lost.
+            failed[text] = first_line(error)
+            say(f"{text} is not measured: {failed[text]}")
+            portraits.append(portrait(profile, text, shape, None))
     rows = [row for p in portraits for row in rows_of(p)]
     draw(output, portraits)
     measured = [p for p in portraits if p.errors]
     if not measured:
         times = ", ".join(f"{p.shape} {p.report.seconds * 1e6:.1f} us" for p in portraits)
-        return Outcome(True, f"simulated only: {times}", rows, {"measured": []})
+        headline = {"measured": [], "failed": failed}
+        return Outcome(not failed, f"simulated only: {times}", rows, headline)
     show_table("Stages, mean microseconds per KV block or item", [r for r in rows if "lane" in r])
     mean = float(np.mean([p.mean_error for p in measured]))
     parts = ", ".join(f"{p.shape} {p.mean_error:.1f} %" for p in measured)
     headline = {
         "measured": [p.shape for p in measured],
+        "failed": failed,
+        "kernels": {p.shape: p.kernel.name.removeprefix("hopper ") for p in measured},
         "mean_error_percent": {p.shape: p.mean_error for p in measured},
         "weighted_error_percent": {p.shape: p.weighted_error for p in measured},
     }
-    return Outcome(mean <= WANTED, f"mean stage error {mean:.1f} % ({parts})", rows, headline)
+    if made is not None:
+        stages = [row for row in rows if "lane" in row]
+        about = {"device": options.profile} | made | headline
+        write_whole(output.path("portrait.json"), kept(about, stages))
+    summary = f"mean stage error {mean:.1f} % ({parts})"
+    if failed:
+        summary += f"; not measured: {', '.join(failed)}"
+    return Outcome(mean <= WANTED and not failed, summary, rows, headline)
 
 
-def shape_of(text: str) -> tuple[int, int, int]:
-    """Returns (heads, requests, tokens) of HEADSxREQUESTSxTOKENS; InputError for other text."""
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
-    sizes = tuple(int(n) for n in match.groups()) if match else ()
-    if len(sizes) != 3 or min(sizes) < 1:
-        raise InputError(f"--shapes: got {text!r}, wanted HEADSxREQUESTSxTOKENS, each at least 1")
-    heads, requests, tokens = sizes
-    return heads, requests, tokens
+def _about() -> dict[str, Any]:
+    """Returns by what and when this launch measures."""
+    found = environment()
+    return {
+        "gpu": found["devices"][0],
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": found["versions"]["commit"],
+        "method": METHOD,
+    }
+
+
+def _saved_about(folder: str, shapes: Sequence[Shape]) -> dict[str, Any] | None:
+    """Returns by what and when the saved stamps were measured, if their files say so."""
+    for path in (Path(folder) / _file_of(shape) for shape in shapes):
+        if path.exists():
+            with reading("stamps"), np.load(path) as saved:
+                return json.loads(str(saved["about"])) if "about" in saved else None
+    return None
+
+
+def kept(about: dict[str, Any], rows: Sequence[Row]) -> str:
+    """Returns the JSON of a result, a line for each stage."""
+    lines = ",\n".join(f"    {json.dumps(_rounded(row, 4))}" for row in rows)
+    headline = json.dumps({key: _rounded(value, 1) for key, value in about.items()}, indent=2)
+    return f'{headline.removesuffix("}").rstrip()},\n  "rows": [\n{lines}\n  ]\n}}\n'
+
+
+def _rounded(value: Any, digits: int) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {k: round(v, digits) if isinstance(v, float) else v for k, v in value.items()}
 
 
 def portrait(
-    profile: HardwareProfile, text: str, problem: Problem, stamps: np.ndarray | None
+    profile: HardwareProfile, text: str, shape: Shape, stamps: np.ndarray | None
 ) -> Portrait:
     """Returns the portrait of a batch of equal requests.
 
     stamps: [runs, CTAs, ...] as `attend_with_stamps` returns them; None: not measured.
     """
     with reading("shapes"):
-        kernel = simulated_kernel(profile, problem)
-        report = simulate(profile, problem, kernel)
+        kernel = shape.kernel(profile)
+        report = simulate(profile, shape.problem, kernel)
     simulated = simulated_spans(report.timeline, report.merge)
     measured = []
     for run_ in stamps if stamps is not None else ():
-        for worker in _workers(kernel):
-            blocks = int(kernel.work.blocks[np.flatnonzero(kernel.work.worker == worker)[0]])
-            with reading("stamps"):
-                of_cta = run_[worker * kernel.ctas_per_tile]
-                measured.append(measured_spans(of_cta, kernel.kernel, blocks))
+        with reading("stamps"):
+            for cta, blocks, trims in _items(kernel):
+                name = kernel.kernel if isinstance(kernel, HopperKernel) else "prefill"
+                measured.append(measured_spans(run_[cta], name, blocks, trims))
     errors = stage_errors(measured, simulated) if measured else []
     return Portrait(text, kernel, report, simulated, measured, errors)
 
 
-def saved_stamps(folder: str, shape: tuple[int, int, int]) -> np.ndarray | None:
+def saved_stamps(folder: str, shape: Shape) -> np.ndarray | None:
     """Returns the stamps of a shape that an earlier run has saved, or None."""
     path = Path(folder) / _file_of(shape)
     if not path.exists():
@@ -175,60 +225,28 @@ def saved_stamps(folder: str, shape: tuple[int, int, int]) -> np.ndarray | None:
         return saved["stamps"]
 
 
-def _file_of(shape: tuple[int, int, int]) -> str:
-    return f"stamps_{'_'.join(map(str, shape))}.npz"
+def _file_of(shape: Shape) -> str:
+    return f"stamps_{shape.label}.npz"
 
 
-def _workers(kernel: HopperKernel) -> list[int]:
-    """Returns a few workers whose first work item is as long as the longest one."""
-    items = np.flatnonzero(np.diff(kernel.work.worker, prepend=-1))
-    blocks = kernel.work.blocks[items]
-    longest = kernel.work.worker[items[blocks == blocks.max()]]
-    return [int(longest[i]) for i in sorted({0, len(longest) // 2, len(longest) - 1})]
+def _items(kernel: HopperKernel | HopperPrefill) -> list[tuple[int, int, bool]]:
+    """Returns a few CTAs whose first work item is as long as the longest one.
 
-
-def stamped_runs(problems: Sequence[Problem], seed: int) -> Iterator[np.ndarray]:
-    """Yields the stamps of some runs of each problem on this machine's GPU.
-
-    All programs are compiled first, at the same time: each takes most of ten seconds.
+    With each are the KV blocks of that item, and whether its first warpgroup sees half of one.
     """
-    with ThreadPoolExecutor(len(problems)) as pool:
-        compiled = list(pool.map(_compiled, problems))
-    for problem, (attend, plan, copies) in zip(problems, compiled, strict=True):
-        batch, pages = problem.batch, -(-problem.kv_lens[0] // PAGE)
-        order = np.random.default_rng(seed).permutation(copies * batch * pages).astype(np.int32)
-        tables = jnp.asarray(order.reshape(copies, batch, pages))
-        keys = jax.random.split(jax.random.key(seed))
-        cache = jax.random.normal(keys[1], (order.size, PAGE, WIDTH), jnp.bfloat16)
-        q = jax.random.normal(keys[0], (batch, problem.rows, WIDTH), jnp.bfloat16)
-        lengths = jnp.asarray(problem.kv_lens, jnp.int32)
-        found = []
-        for i in range(RUNS):
-            for j in range(WARM_UP + 1):
-                stamps = attend(q, cache, tables[(i + j) % copies], lengths, plan)[2]
-            found.append(np.asarray(stamps))
-        yield np.stack(found)
-
-
-def _compiled(problem: Problem) -> tuple[Any, Any, int]:
-    """Returns the compiled kernel of a problem, its plan, and how many caches take turns.
-
-    They take turns so that no run finds its keys in L2.
-    """
-    batch, tokens = problem.batch, problem.kv_lens[0]
-    pages = -(-tokens // PAGE)
-    copies = max(1, min(4, 1 + int(2e8 // (batch * pages * PAGE * WIDTH * 2))))
-    make = functools.partial(planning.plan_decode, rows=problem.rows, capacity=tokens)
-    plan = jax.jit(make)(jnp.asarray(problem.kv_lens, jnp.int32))
-    structs = (
-        jax.ShapeDtypeStruct((batch, problem.rows, WIDTH), jnp.bfloat16),
-        jax.ShapeDtypeStruct((copies * batch * pages, PAGE, WIDTH), jnp.bfloat16),
-        jax.ShapeDtypeStruct((batch, pages), jnp.int32),
-        jax.ShapeDtypeStruct((batch,), jnp.int32),
-    )
-    scale = WIDTH**-0.5
-    lowered = attend_with_stamps.lower(*structs, plan, num_heads=problem.heads, softmax_scale=scale)
-    return lowered.compile(), plan, copies
+    blocks, trims = kernel.work.blocks, np.zeros(len(kernel.work.blocks), bool)
+    if isinstance(kernel, HopperPrefill):
+        # CTA i begins with item i. Its rows see as much as those of the simulated item.
+        trims = kernel.trimmed
+        first = np.arange(min(len(blocks), kernel.work.num_workers))
+        first = first[trims[first] == trims[np.argmax(blocks)]]
+        ctas = first
+    else:
+        first = np.flatnonzero(np.diff(kernel.work.worker, prepend=-1))
+        ctas = kernel.work.worker[first] * kernel.ctas_per_tile
+    longest = np.flatnonzero(blocks[first] == blocks[first].max())
+    chosen = longest[sorted({0, len(longest) // 2, len(longest) - 1})]
+    return [(int(ctas[i]), int(blocks[first[i]]), bool(trims[first[i]])) for i in chosen]
 
 
 def rows_of(p: Portrait) -> list[Row]:
@@ -262,7 +280,7 @@ def draw(output: Output, portraits: Sequence[Portrait]) -> None:
             for s in spans
             if s.block < MOST_BLOCKS or blocks <= MOST_BLOCKS
         )
-        path = output.path(f"portrait_{p.shape}.png")
+        path = output.path(f"portrait_{p.shape.replace(':', '_')}.png")
         shown = min(blocks, MOST_BLOCKS)
         title = (
             f"{p.kernel.name}, {p.shape} (heads x requests x tokens): the first {shown} of "
@@ -278,7 +296,7 @@ def draw(output: Output, portraits: Sequence[Portrait]) -> None:
 
 
 def _draw_lanes(axes: Any, what: str, spans: list[Span], until: float) -> None:
-    lanes = [n for n in ("load", "wg0", "wg1", "mma1") if any(s.lane == n for s in spans)]
+    lanes = [n for n in LANES if any(s.lane == n for s in spans)]
     for s in spans:
         place = len(lanes) - 1 - lanes.index(s.lane)
         axes.barh(place, (s.end - s.start) * 1e6, left=s.start * 1e6, height=0.72, linewidth=0.4,
@@ -291,8 +309,6 @@ def _draw_lanes(axes: Any, what: str, spans: list[Span], until: float) -> None:
 
 
 def _colour(stage: str) -> str:
-    if stage in (WAIT_KV, WAIT_P):
-        return COLOURS["WAIT"]
     return COLOURS.get(stage_group(stage), OTHER_COLOUR)
 
 
@@ -300,5 +316,5 @@ def _draw_legend(axes: Any, items: list[tuple[str, list[Span]]]) -> None:
     from matplotlib.patches import Patch
 
     names = dict.fromkeys(stage_group(s.stage) for _, spans in items for s in spans)
-    handles = [Patch(color=_colour(WAIT_KV if n == "WAIT" else n), label=n) for n in names]
+    handles = [Patch(color=_colour(n), label=n) for n in names]
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)

@@ -1,21 +1,25 @@
-"""Lanes of a work item: from the kernel's own time stamps, and from a simulated timeline.
+"""Lanes of a work item, measured and simulated, and how far their stages are apart.
 
 A span is one stage of one KV block in one lane. Its time is from the moment at which the warpgroup
 may begin (it has nothing else to do, and what it waits for has arrived) until the stage is done. So
 a stage that shares the tensor cores with another warpgroup's is longer for that, in both. Waits for
-KV blocks and for the other warpgroup's P are spans of their own.
+KV blocks, for the other warpgroup's P and for the turn are spans of their own.
 """
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from mla_jax.hal.simulator.one_core import Timeline
+from mla_jax.hal.simulator.trace import stage_group
 from pallas_kernels.hopper.parts import stamps as at
 
-WAIT_KV, WAIT_P, COMBINE = "WAIT_KV", "WAIT_P", "COMBINE"
+WAIT_KV, WAIT_P, WAIT_TURN, COMBINE = "WAIT_KV", "WAIT_P", "WAIT_TURN", "COMBINE"
 MOST_BLOCKS = at.BLOCKS
+# Stages of which an item has one, at its end.
+AT_END = ("SUM", "STORE", COMBINE, "PV_0", "PV_1")
+OF_LOADERS = ("load", "load_k", "load_v", "check")
 
 
 class Span(NamedTuple):
@@ -28,138 +32,26 @@ class Span(NamedTuple):
     end: float
 
 
-class Clocks:
-    """The stamps of one CTA's work item in seconds from the start of its loader.
-
-    stamps: [warpgroups, ITEMS, BLOCKS + 1, POINTS, 2] int32 of one CTA, of which the first item
-    counts. The clock's period follows from the device's timer, which item points have, too.
-    """
-
-    def __init__(self, stamps: np.ndarray, loader: int) -> None:
-        self._values = stamps[:, 0].astype(np.int64) & 0xFFFFFFFF
-        self._first = self._values[loader, at.BLOCKS, at.LOAD_Q, 0]
-        begin, end = (self._values[0, at.BLOCKS, p] for p in (at.ITEM, at.KERNEL_END))
-        clocks, nanoseconds = (end - begin) & 0xFFFFFFFF
-        if not clocks or not nanoseconds:
-            raise ValueError("there are no stamps of the first work item of this CTA")
-        self.period = nanoseconds / clocks * 1e-9
-
-    def block(self, warpgroup: int, block: int, point: int) -> float:
-        return self._seconds(self._values[warpgroup, block, point, 0])
-
-    def item(self, warpgroup: int, point: int) -> float:
-        return self._seconds(self._values[warpgroup, at.BLOCKS, point, 0])
-
-    def has_item(self, warpgroup: int, point: int) -> bool:
-        return bool(self._values[warpgroup, at.BLOCKS, point].any())
-
-    def _seconds(self, clock: Any) -> float:
-        cycles = int(clock - self._first) & 0xFFFFFFFF
-        return (cycles - (1 << 32) * (cycles >> 31)) * self.period
-
-
-def measured_spans(stamps: np.ndarray, kernel: str, num_blocks: int) -> list[Span]:
-    """Returns the spans of a CTA's first work item, of blocks that no row's mask touches.
-
-    stamps: of the CTA, as `Clocks` takes them. kernel: "decode" or "decode_transposed".
-    """
-    blocks = min(num_blocks, MOST_BLOCKS)
-    ends: tuple[tuple[int, str], ...]
-    if kernel == "decode":
-        clocks = Clocks(stamps, loader=2)
-        spans = [*_decode_blocks(clocks, num_blocks, blocks)]
-        ends = (0, "L"), (1, "R")
-    else:
-        clocks = Clocks(stamps, loader=1)
-        spans = [*_transposed_blocks(clocks, blocks)]
-        ends = ((0, "LR"),)
-    loader = stamps.shape[0] - 1
-    spans.append(Span("load", "LOAD_Q", 0, 0.0, clocks.item(loader, at.LOADED_Q)))
-    for block in range(blocks):
-        start, end = (clocks.block(loader, block, p) for p in (at.LOAD, at.LOADED_3))
-        spans.append(Span("load", "ISSUE", block, start, end))
-    last = num_blocks - 1
-    for warpgroup, half in ends:
-        lane = f"wg{warpgroup}"
-        begin, store, end = (
-            clocks.item(warpgroup, point) for point in (at.SUM, at.STORE, at.ITEM_END)
-        )
-        spans.append(Span(lane, f"SUM_{half}", last, begin, store))
-        spans.append(Span(lane, f"STORE_{half}", last, store, end))
-        if clocks.has_item(warpgroup, at.COMBINE):
-            begin, end = (clocks.item(warpgroup, point) for point in (at.COMBINE, at.COMBINE_END))
-            spans.append(Span(lane, COMBINE, last, begin, end))
-    return sorted(spans, key=lambda span: span.start)
-
-
-def _decode_blocks(clocks: Clocks, num_blocks: int, blocks: int) -> Iterable[Span]:
-    """Yields the spans of both computing warpgroups; the last of an odd number has no pair."""
-    for block in range(blocks):
-        pair = block - block % 2
-        alone = pair + 1 >= num_blocks
-        scorer = 0 if alone else block % 2
-        if pair + 1 >= blocks and not alone:
-            return  # The second block of this pair has no stamps.
-        begin, first, scored, published = (
-            clocks.block(scorer, block, p) for p in (at.WAIT, at.QK, at.SM, at.PUBLISHED)
-        )
-        lane = f"wg{scorer}"
-        yield Span(lane, WAIT_KV, block, begin, first)
-        yield Span(lane, "QK", block, first, scored)
-        if scorer == 0:
-            yield Span(lane, "SM", block, scored, published)
-            yield Span(lane, "PV_L", block, published, clocks.block(0, block, at.END))
-            yield from _others(clocks, 1, block, "wg1" if alone else "mma1")
-            continue
-        # Between its maxima and its exponentials, warpgroup 1 starts the product with the other P.
-        wait, product = (clocks.block(1, block - 1, p) for p in (at.WAIT_P, at.PV))
-        yield Span(lane, WAIT_P, block, wait, product)
-        yield Span(lane, "SM", block, scored + product - wait, published)
-        freed = clocks.block(1, block - 1, at.END)
-        yield Span(lane, "PV_R", block, freed, clocks.block(1, block, at.END))
-        yield from _others(clocks, 0, block, "wg0")
-
-
-def _others(clocks: Clocks, warpgroup: int, block: int, lane: str) -> Iterable[Span]:
-    """Yields the product with a P of the other warpgroup."""
-    wait, product, end = (clocks.block(warpgroup, block, p) for p in (at.WAIT_P, at.PV, at.END))
-    if lane != "mma1":  # that wait is a part of the second block's softmax
-        yield Span(lane, WAIT_P, block, wait, product)
-    yield Span(lane, f"PV_{'LR'[warpgroup]}", block, product, end)
-
-
-def _transposed_blocks(clocks: Clocks, blocks: int) -> Iterable[Span]:
-    for block in range(blocks):
-        points = at.WAIT, at.QK, at.SM, at.PUBLISHED, at.END
-        times = [clocks.block(0, block, point) for point in points]
-        for i, stage in enumerate((WAIT_KV, "QK", "SM", "PV_LR")):
-            yield Span("wg0", stage, block, times[i], times[i + 1])
-
-
 def simulated_spans(timeline: Timeline, merge: float = 0.0) -> list[Span]:
     """Returns the spans of a simulated timeline, named like the measured ones.
 
     merge: seconds in which split tiles are combined after the item.
     """
+    if "load_k" in timeline.schedule.units:
+        return _simulated_prefill(timeline)
     schedule = timeline.schedule
     softmax_end = {
         step.block: end
         for step, end in zip(schedule.steps, timeline.end, strict=True)
         if step.stage == "SM"
     }
-    # Measured warpgroups wait for q before their first block, which is no stage here.
-    q_ready = max(
-        end + cost.latency
-        for step, end, cost in zip(schedule.steps, timeline.end, timeline.costs, strict=True)
-        if step.stage == "LOAD_Q"
-    )
+    q_ready = _q_ready(timeline)
     busy_until: dict[str, float] = {}
     spans: list[Span] = []
     for index, (_, _, waits) in enumerate(schedule.program):
         step, end = schedule.steps[index], timeline.end[index]
         free = busy_until.get(step.unit, 0.0 if step.unit == "load" else q_ready)
-        arrived = [timeline.end[given] + timeline.costs[given].latency for given in waits]
-        ready = min(max([free, *arrived]), timeline.start[index])
+        ready = _ready(timeline, index, waits, free)
         if step.unit == "load":
             ready = timeline.start[index]
         elif ready > free and step.stage == "QK":
@@ -177,6 +69,53 @@ def simulated_spans(timeline: Timeline, merge: float = 0.0) -> list[Span]:
         last = schedule.num_blocks - 1
         lanes = {s.lane for s in spans if s.stage.startswith("STORE")}
         spans += [Span(n, COMBINE, last, busy_until[n], busy_until[n] + merge) for n in lanes]
+    return sorted(spans, key=lambda span: span.start)
+
+
+def _q_ready(timeline: Timeline) -> float:
+    """Returns when q is there. Measured warpgroups wait for it before their first block."""
+    steps = zip(timeline.schedule.steps, timeline.end, timeline.costs, strict=True)
+    return max(end + cost.latency for step, end, cost in steps if step.stage.startswith("LOAD_Q"))
+
+
+def _ready(timeline: Timeline, index: int, waits: Sequence[int], free: float) -> float:
+    """Returns when a step may begin: its warpgroup is free, and what it waits for has arrived."""
+    arrived = [timeline.end[given] + timeline.costs[given].latency for given in waits]
+    return min(max([free, *arrived]), timeline.start[index])
+
+
+def _simulated_prefill(timeline: Timeline) -> list[Span]:
+    """Returns the spans of the prefill kernel, of which each warpgroup has two lanes.
+
+    A warpgroup sees that a product has ended after its latency. Only its last product of P and V is
+    one that it waits for and does nothing else.
+    """
+    schedule, last, q_ready = (
+        timeline.schedule,
+        timeline.schedule.num_blocks - 1,
+        _q_ready(timeline),
+    )
+    busy_until: dict[str, float] = {}
+    spans: list[Span] = []
+    for index, (_, _, waits) in enumerate(schedule.program):
+        step, start, end = schedule.steps[index], timeline.start[index], timeline.end[index]
+        lane, group = step.unit, stage_group(step.stage)
+        if lane not in OF_LOADERS:
+            warpgroup = f"wg{step.stage[-1]}"
+            free = busy_until.get(warpgroup, q_ready)
+            ready = _ready(timeline, index, waits, free)
+            if group in ("QK", "PV"):
+                end += timeline.costs[index].latency
+            if group == "QK":
+                spans.append(Span(lane, WAIT_KV, step.block, min(free, ready), ready))
+                spans.append(Span(lane, WAIT_TURN, step.block, ready, start))
+            elif group == "PV" and step.block == last:
+                lane, start = warpgroup, ready
+            elif group in ("SM", "STORE"):  # The softmax has the wait for O here.
+                start = ready = min(free, start)
+            if group != "PV" or step.block == last:
+                busy_until[warpgroup] = end
+        spans.append(Span(lane, step.stage, step.block, start, end))
     return sorted(spans, key=lambda span: span.start)
 
 
@@ -199,8 +138,8 @@ def stage_errors(measured: list[list[Span]], simulated: list[Span]) -> list[Stag
     totals: dict[tuple[str, str], list[list[float]]] = {}
     for which, items in ((0, measured), (1, [simulated])):
         for span in (s for item in items for s in _of_stages(item)):
-            at_end = span.stage.startswith(("SUM", "STORE", COMBINE))
-            if span.lane != "load" and (span.block < MOST_BLOCKS or at_end):
+            at_end = span.stage.startswith(AT_END)
+            if span.lane not in OF_LOADERS and (span.block < MOST_BLOCKS or at_end):
                 key = span.lane, span.stage
                 totals.setdefault(key, [[], []])[which].append(span.end - span.start)
     blocks = {s.block for item in measured for s in item if s.stage == "QK"}
@@ -220,16 +159,24 @@ def _of_stages(spans: list[Span]) -> list[Span]:
     """Returns the spans that are compared.
 
     The products of QK begin with the first part of a block, and wait for the others in between. So
-    QK has the wait for its block here. The halves of a stage that one warpgroup runs are one stage.
-    Of the warpgroups that combine partials, the last one counts.
+    QK has the wait for its block here, and that for the turn: a warpgroup passes the turn on when
+    its products are issued, and the tensor cores are still at work. In `decode_int8` it also has
+    what is between it and the softmax of its block: the signal of P and the part with rope. The
+    halves of a stage that one warpgroup runs are one stage. The last of the warpgroups that combine
+    partials counts.
     """
     groups: dict[tuple[str, str, int], list[Span]] = {}
     lanes_of: dict[tuple[str, int], set[str]] = {}
+    scores: dict[tuple[str, int], str] = {}
     for s in spans:
         if s.stage[-2:] in ("_L", "_R"):
             lanes_of.setdefault((s.stage[:-2], s.block), set()).add(s.lane)
+        if stage_group(s.stage) == "QK" and s.stage != "QK_ROPE":
+            scores[s.lane, s.block] = s.stage
     for s in spans:
-        lane, stage = s.lane, "QK" if s.stage == WAIT_KV else s.stage
+        lane, stage = s.lane, s.stage
+        if stage in (WAIT_KV, WAIT_TURN, "QK_ROPE"):
+            stage = scores[lane, s.block]
         if len(lanes_of.get((stage[:-2], s.block), ())) == 1:
             stage = f"{stage[:-2]}_LR"
         if stage == COMBINE:

@@ -30,7 +30,7 @@ SMALL = {
     "compare": ("--profile=L40",),
     "sweep": ("--profile=Ascend910B1", "--schedule=chunk4"),
     "best": ("--profile=L40",),
-    "portrait": ("--shapes=16x3x640",),
+    "portrait": ("--shapes=16x3x640,int8:16x3x640,prefill:2x1x300",),
     "choices": ("--shapes=3", "--most=4"),
     "benchmark": (
         *("--preset=tiny", "--heads=4", "--s_q=1", "--batch=1", "--implementations=xla,jnp"),

@@ -60,7 +60,9 @@ from pallas_kernels.hopper.kernels.decode_int8_refs import (
 )
 from pallas_kernels.hopper.mosaic.int8 import DequantizingBackend
 from pallas_kernels.hopper.mosaic.primitives import OWN_BARRIERS
+from pallas_kernels.hopper.parts import stamps as at
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs
+from pallas_kernels.hopper.parts.stamps import Stamps
 from pallas_kernels.hopper.parts.transposed import Partials
 from pallas_kernels.hopper.work_items import BLOCK, WorkItem, block_sources, fits
 
@@ -103,10 +105,14 @@ class Loader(Role):
         The second block has to wait for q, because the loads of q would queue behind its copy.
         """
         item = state.item
+        stamps = self.stamps.of_counted_item(lambda: state.index - self.item_range()[0])
+        stamps.item(at.ITEM)
         self._write_descriptor(state)
 
         def block(i: Any, stage: Any) -> Any:
+            stamps.block(at.LOAD, i)
             self._copy_block(state, item.block_start + i, stage)
+            stamps.block(at.LOADED_3, i)
             pl.when(i == 0)(lambda: plgpu.barrier_wait(self.q_ready(stage)))
             return self.stage_after(stage)
 
@@ -183,7 +189,7 @@ def decode_int8(call: DecodeCall[DecodeInt8Config]) -> Partials:
         g.wait_for_previous_kernel()
         g.let_next_kernel_start()
         warpgroup = lax.axis_index("wg")
-        refs = inputs, outputs, partials, scratch
+        refs = inputs, outputs, partials, scratch, Stamps(inputs.stamps)
         roles: list[Callable[[], None]] = [
             functools.partial(Output(call, g, *refs).run, warpgroup),
             Softmax(call, g, *refs).run,
@@ -204,5 +210,6 @@ def decode_int8(call: DecodeCall[DecodeInt8Config]) -> Partials:
         kernel_name="mla_decode_int8",
         compiler_params=OWN_BARRIERS,
     )
-    (partials,) = kernel(Inputs(call.q, Int8Cache(*call.cache), call.requests), call.outputs)
+    inputs = Inputs(call.q, Int8Cache(*call.cache), call.requests, call.stamps)
+    (partials,) = kernel(inputs, call.outputs)
     return partials

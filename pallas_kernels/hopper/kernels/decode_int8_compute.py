@@ -1,5 +1,6 @@
 """The computing warpgroups of `decode_int8`: one makes P^T, two make O^T."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -25,9 +26,11 @@ from pallas_kernels.hopper.mosaic.primitives import ROWS
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.mosaic.transposed import COLUMNS
 from pallas_kernels.hopper.mosaic.values import opaque_zero, per_column, per_row
+from pallas_kernels.hopper.parts import stamps as at
 from pallas_kernels.hopper.parts.call import Outputs
 from pallas_kernels.hopper.parts.normalize import divided, nan_if_invalid, natural_lse
 from pallas_kernels.hopper.parts.quantize_q import fetch_q
+from pallas_kernels.hopper.parts.stamps import Stamps
 from pallas_kernels.hopper.parts.transposed import Partials
 from pallas_kernels.hopper.parts.visible_keys import VisibleKeys
 from pallas_kernels.hopper.work_items import BLOCK, NO_KEY, WorkItem
@@ -57,6 +60,8 @@ class Softmax(Role):
     S^T, softmax and S^T of the next block are one chain. It takes longer than the output
     warpgroups need for a block, so they are ready when P^T is. The next S^T is started before P^T
     is signalled, ahead of the products of the output warpgroups.
+
+    It has no register left for time stamps. Each more makes it spill more, so there are few.
     """
 
     def run(self) -> None:
@@ -64,8 +69,13 @@ class Softmax(Role):
         self.scratch.descriptor[FIELD.repeats] = 0
 
         def run_item(items_left: Any) -> Any:
-            self._load_queries(items_left)
-            return self._compute_item()
+            def number() -> Any:
+                begin, end = self.item_range()
+                return end - begin - items_left
+
+            role = dataclasses.replace(self, stamps=self.stamps.of_counted_item(number))
+            role._load_queries(items_left)
+            return role._compute_item()
 
         first, stop = self.item_range()
         # The number of items left is in the descriptor, so it takes no register while one runs.
@@ -77,6 +87,7 @@ class Softmax(Role):
         """Writes q, the number of keys that each query sees, and unset maxima."""
         item, scratch = self.scratch.descriptor, self.scratch
         plgpu.barrier_wait(self.item_ready(items_left))
+        self.stamps.item(at.ITEM)
         request, row_tile = item[FIELD.request], item[FIELD.row_tile]
         targets = scratch.q_latent, scratch.q_rope, scratch.q_steps
         first = request, row_tile * QUERIES
@@ -91,6 +102,7 @@ class Softmax(Role):
             scratch.maxima.at[i][...] = self.g.full((QUERIES,), value, COLUMNS)
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.q_ready(row_tile))
+        self.stamps.item(at.Q_READY)
 
     def _query_fields(self) -> tuple[Any, Any, Any]:
         """Returns (row_tile, kv_len, query_len)."""
@@ -108,9 +120,13 @@ class Softmax(Role):
         return jnp.clip(jnp.where(some_absent, 0, fewest_keys) // BLOCK, start, end)
 
     # -- one block ------------------------------------------------------------------------------
-    def _start_scores(self, stage: Any, zero: Any) -> tuple[Any, Any]:
-        """Starts S^T of a block: one product for both int8 parts of q, one for the rope part."""
+    def _start_scores(self, block: Any, stage: Any, zero: Any) -> tuple[Any, Any]:
+        """Starts S^T of a block: one product for both int8 parts of q, one for the rope part.
+
+        block: counted from the item's first one.
+        """
         scratch = self.scratch
+        self.stamps.block(at.WAIT, block)
         plgpu.barrier_wait(scratch.full.at[stage])
         halves = self.g.product_t(scratch.latent.at[stage], scratch.q_latent.at[zero], jnp.int32)
         return halves, self.g.product_t(
@@ -126,6 +142,8 @@ class Softmax(Role):
         """Makes P^T of block i from its S^T, and S^T of the next block."""
         scratch, (sums, stage, products) = self.scratch, progress
         zero, next_stage = opaque_zero(i), self.stage_after(stage)
+        number = i - blocks.start
+        self.stamps.block(at.SM, number)
         above, scales = self._above_maxima(stage, zero, products)
 
         mask = functools.partial(self._mask, i, zero)
@@ -138,7 +156,7 @@ class Softmax(Role):
         sums = sums + self.g.column_parts(p, "add")
         scratch.rescales[stage] = raises.astype(jnp.int32)
         scratch.p.at[stage][...] = (p * per_row(scales, TILE)).astype(self.call.q.dtype)
-        started = () if is_last else self._start_scores(next_stage, zero)
+        started = () if is_last else self._start_scores(number + 1, next_stage, zero)
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.p_ready(stage))
         return Progress(sums, next_stage, self._finished(started))
@@ -197,7 +215,7 @@ class Softmax(Role):
         no_sums = self.g.full((QUERIES,), 0.0, COLUMNS)
 
         def all_blocks(_: Any, sums: Any) -> Any:
-            products = self._finished(self._start_scores(first_stage, opaque_zero(end)))
+            products = self._finished(self._start_scores(0, first_stage, opaque_zero(end)))
             progress = Progress(sums, first_stage, products)
             block = functools.partial(self._compute_block, blocks)
             progress = lax.fori_loop(start, end - 1, functools.partial(block, False), progress)
@@ -214,6 +232,7 @@ class Softmax(Role):
         discarded.
         """
         g, scratch, item = self.g, self.scratch, self.scratch.descriptor
+        self.stamps.item(at.SUM)
         planned = WorkItem.read(item)
         total = g.over_rows(sums, scratch.per_warp, "add")
         maxima = g.load_columns(scratch.maxima.at[zero])
@@ -268,7 +287,10 @@ class Output(Role):
         halves = [functools.partial(self._run_items, side) for side in range(OUTPUT_WARPGROUPS)]
         side = lax.switch(warpgroup, halves)
         if self.call.combines:
+            self.stamps.item(at.COMBINE)
             self.results.combine(self.item_range(), side)
+            self.stamps.item(at.COMBINE_END)
+        self.stamps.item(at.KERNEL_END)
 
     def _run_items(self, side: int) -> Any:
         """Computes the first (0) or the second (1) half of all items. Returns side as an array."""
@@ -291,11 +313,14 @@ class Output(Role):
     def _compute_item(self, side: int, state: OutputState, o_acc: Any) -> OutputState:
         """Computes and stores half of O^T of an item. Returns the state for the next one."""
         scratch, g = self.scratch, self.g
+        stamps = self.stamps.of_counted_item(lambda: state.index - self.item_range()[0])
+        stamps.item(at.ITEM)
         first_group = side * self.half // GROUP
         g.zero(o_acc)
-        add_block = functools.partial(self._add_block, first_group, o_acc)
+        add_block = functools.partial(self._add_block, stamps, first_group, o_acc)
         stage = lax.fori_loop(0, state.num_blocks, add_block, state.stage)
         plgpu.barrier_wait(self.sums_ready(state.num_blocks))
+        stamps.item(at.STORE)
         to = Destination.read(scratch.destination)
         next_index = state.index + jnp.where(to.partial == DISCARDED, 0, 1)
         next_num_blocks = self._num_blocks(self.listed_item(next_index))
@@ -307,9 +332,10 @@ class Output(Role):
             rows.store_dimensions(g, arrays.o, o.astype(arrays.o.dtype), first_group)
 
         self.store(to, write)
+        stamps.item(at.ITEM_END)
         return OutputState(next_index, stage, next_num_blocks)
 
-    def _add_block(self, first_group: int, o_acc: Any, _: Any, stage: Any) -> Any:
+    def _add_block(self, stamps: Stamps, first_group: int, o_acc: Any, i: Any, stage: Any) -> Any:
         """Adds V^T P^T of a block to O^T. Returns the next stage.
 
         The first tokens of V^T are dequantized before P^T is ready.
@@ -320,6 +346,7 @@ class Output(Role):
         part: dict[str, int] = {"first_group": first_group, "tokens": STEP_TOKENS}
         begun = g.begin_dequantizing(v, **part)
         plgpu.barrier_wait(self.p_ready(stage))
+        stamps.block(at.PV, i)
 
         @pl.when(scratch.rescales[stage] > 0)
         def _rescale() -> None:
@@ -328,4 +355,5 @@ class Output(Role):
         g.mma_dequantized((o_acc,), v, scratch.p.at[stage], begun, **part)
         g.wait_mma(0)
         plgpu.barrier_arrive(self.stage_free(stage))
+        stamps.block(at.END, i)
         return self.stage_after(stage)

@@ -14,6 +14,7 @@ from pallas_kernels.hopper.mosaic.transposed import WARPS
 from pallas_kernels.hopper.mosaic.values import opaque_zero
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
 from pallas_kernels.hopper.parts.query_parts import QueryParts
+from pallas_kernels.hopper.parts.stamps import Stamps
 from pallas_kernels.hopper.parts.transposed import Partials, Results, Write
 from pallas_kernels.hopper.work_items import BLOCK, range_of
 
@@ -49,6 +50,7 @@ class Inputs(NamedTuple):
     q: QueryParts  # bfloat16
     cache: Int8Cache
     requests: Requests
+    stamps: Any | None  # `DecodeCall.stamps`
 
 
 class Descriptor(NamedTuple):
@@ -175,6 +177,8 @@ class Role:
 
     Methods read a value from memory where they use it. A value that is read once and kept would
     take a register through all loops in between, and there are few.
+
+    stamps: of the work item in hand; outside of items, of the first one.
     """
 
     call: DecodeCall
@@ -183,6 +187,7 @@ class Role:
     outputs: Outputs
     partials: Partials
     scratch: Scratch
+    stamps: Stamps
 
     @property
     def stages(self) -> int:

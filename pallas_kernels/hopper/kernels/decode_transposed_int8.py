@@ -48,6 +48,7 @@ from pallas_kernels.hopper.kernels.decode_transposed_int8_refs import (
 )
 from pallas_kernels.hopper.mosaic.int8 import DequantizingBackend
 from pallas_kernels.hopper.mosaic.primitives import OWN_BARRIERS
+from pallas_kernels.hopper.parts import stamps as at
 from pallas_kernels.hopper.parts.call import DecodeCall
 from pallas_kernels.hopper.parts.transposed import Partials, require_whole_tiles
 from pallas_kernels.hopper.work_items import WorkItem, block_sources, fits
@@ -83,7 +84,7 @@ def decode_transposed_int8(call: DecodeCall[DecodeTransposedInt8Config]) -> Part
         kernel_name="mla_decode_transposed_int8",
         compiler_params=OWN_BARRIERS,
     )
-    inputs = Inputs(call.q, Int8Cache(*call.cache), call.requests)
+    inputs = Inputs(call.q, Int8Cache(*call.cache), call.requests, call.stamps)
     (partials,) = kernel(inputs, call.outputs)
     return partials
 
@@ -106,7 +107,8 @@ class Loader:
             plgpu.barrier_wait(scratch.empty.at[stage])
 
     def _load_item(self, number: Any, blocks_before: Any, item: WorkItem) -> None:
-        scratch = self.cta.scratch
+        scratch, stamps = self.cta.scratch, self.cta.stamps_of(number)
+        stamps.item(at.ITEM)
         item_stage = lax.rem(number, ITEM_STAGES)
         kv_len, _ = self.cta.lengths(item)
         plgpu.barrier_wait(scratch.item_done.at[item_stage])
@@ -115,7 +117,9 @@ class Loader:
         plgpu.barrier_arrive(scratch.item_checked.at[item_stage])
 
         def load_block(i, _):
+            stamps.block(at.LOAD, i)
             self._load_block(item, item_stage, kv_len, blocks_before, i)
+            stamps.block(at.LOADED_3, i)
             return ()
 
         lax.fori_loop(0, item.block_end - item.block_start, load_block, ())

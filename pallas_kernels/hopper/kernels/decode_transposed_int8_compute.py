@@ -16,9 +16,11 @@ from pallas_kernels.hopper.mosaic.int8 import DEQUANTIZED_STEP, GROUP
 from pallas_kernels.hopper.mosaic.rows import Rows
 from pallas_kernels.hopper.mosaic.transposed import COLUMNS
 from pallas_kernels.hopper.mosaic.values import opaque_zero, per_column, per_row
+from pallas_kernels.hopper.parts import stamps as at
 from pallas_kernels.hopper.parts.call import Outputs
 from pallas_kernels.hopper.parts.normalize import divided, nan_if_invalid, natural_lse
 from pallas_kernels.hopper.parts.quantize_q import fetch_q
+from pallas_kernels.hopper.parts.stamps import Stamps
 from pallas_kernels.hopper.parts.transposed import Mask, Partials
 from pallas_kernels.hopper.work_items import BLOCK, NO_KEY, WorkItem
 
@@ -34,6 +36,7 @@ class CurrentItem(NamedTuple):
     first_block: Any  # the warpgroup's first block of the item: 0 or 1
     o_left: Any  # O^T of the first half of the dimensions
     o_right: Any  # of the second half
+    stamps: Stamps
 
     @property
     def num_blocks(self) -> Any:
@@ -82,9 +85,12 @@ class Computer:
             plgpu.barrier_arrive(scratch.taken)
 
         def compute_item(*item):
+            stamps = cta.stamps_of(item[0])
+            stamps.item(at.ITEM)
             self._quantize_q(item[-1])
+            stamps.item(at.Q_READY)
             cta.g.with_accumulators(
-                functools.partial(self._compute_item, *item),
+                functools.partial(self._compute_item, stamps, *item),
                 scratch.accumulators,
                 self.warpgroup,
                 *sizes.output_halves,
@@ -94,7 +100,10 @@ class Computer:
         if self.shared:
             plgpu.barrier_wait(scratch.taken)
         if cta.call.combines:
+            cta.stamps.item(at.COMBINE)
             cta.results.combine(cta.items, self.warpgroup)
+            cta.stamps.item(at.COMBINE_END)
+        cta.stamps.item(at.KERNEL_END)
 
     def _quantize_q(self, item: WorkItem) -> None:
         """Quantizes the warpgroup's share of q, and waits for the other share.
@@ -118,7 +127,13 @@ class Computer:
         return self.cta.scratch.all_computing.at[opaque_zero(item.request)]
 
     def _compute_item(
-        self, number: Any, blocks_before: Any, item: WorkItem, o_left: Any, o_right: Any
+        self,
+        stamps: Stamps,
+        number: Any,
+        blocks_before: Any,
+        item: WorkItem,
+        o_left: Any,
+        o_right: Any,
     ) -> None:
         g, sizes = self.cta.g, self.cta.sizes
         kv_len, query_len = self.cta.lengths(item)
@@ -127,7 +142,9 @@ class Computer:
         # barriers.
         computing = sizes.computing
         first = lax.rem(self.warpgroup + blocks_before, 2) if self.shared else 0
-        current = CurrentItem(number, blocks_before, item, kv_len, mask, first, o_left, o_right)
+        current = CurrentItem(
+            number, blocks_before, item, kv_len, mask, first, o_left, o_right, stamps
+        )
         mine = (item.block_end - item.block_start - first + computing - 1) // computing
         g.zero(o_left)
         g.zero(o_right)
@@ -136,15 +153,18 @@ class Computer:
             g.full(sizes.score_tile, 0.0, plgpu.Layout.WGMMA),
         )
         m, norm = lax.fori_loop(0, mine, functools.partial(self._add_block, current), none)
+        stamps.item(at.SUM)
         total = g.reduce_rows(norm, self.cta.scratch.sums.at[self.warpgroup], "add")
         plgpu.commit_smem()  # Every warp has read `sums`: the next item may write there.
         halves = Half(0, o_left), Half(1, o_right)
         if self.shared:
-            m, total, half = self._add_up(m, total, halves)
+            m, total, half = self._add_up(current, m, total, halves)
             self._finish(current, m, total, [half])
         else:
+            stamps.item(at.STORE)
             values = [Half(half.number, g.read(half.o)) for half in halves]
             self._finish(current, m, total, values)
+        stamps.item(at.ITEM_END)
 
     # -- a block ------------------------------------------------------------------------------
     def _add_block(self, current: CurrentItem, turn: Any, softmax: Softmax) -> Softmax:
@@ -164,6 +184,7 @@ class Computer:
             g.scale_columns(o_half, alpha)
         norm = softmax.norm * per_column(alpha, tile) + p
         plgpu.commit_smem()  # wgmma must see P.
+        current.stamps.block(at.PUBLISHED, i)
         values = scratch.kv.latent.at[stage]
         begun = g.begin_dequantizing(values)
         g.mma_dequantized(
@@ -174,6 +195,7 @@ class Computer:
         plgpu.commit_smem()
         plgpu.barrier_arrive(scratch.empty.at[stage])
         g.wait_mma(0)
+        current.stamps.block(at.END, i)
         return Softmax(m, norm)
 
     def _scores(self, current: CurrentItem, i: Any, stage: Any) -> tuple[Any, Any]:
@@ -184,13 +206,16 @@ class Computer:
         g, tile = self.cta.g, self.cta.sizes.score_tile
         q, kv = self.cta.scratch.q, self.cta.scratch.kv
         zero = opaque_zero(current.num_blocks, varying=i)
+        current.stamps.block(at.WAIT, i)
         plgpu.barrier_wait(self.cta.scratch.full.at[stage])
+        current.stamps.block(at.QK, i)
         products = (
             g.product_t(kv.latent.at[stage], q.halves.at[zero], jnp.int32),
             g.product_t(kv.rope.at[stage], q.rope.at[zero], jnp.float32),
         )
         g.wait_mma(0)
         s_halves, s_rope = map(g.completed, products)
+        current.stamps.block(at.SM, i)
         token_scale = per_row(g.load_rows(kv.scales.at[stage]), tile)
         # Scales and scores that no row may see may be NaN. So they are replaced: multiplied by 0
         # they would stay NaN.
@@ -201,7 +226,9 @@ class Computer:
         return jnp.where(visible, s * row_scale, -jnp.inf), token_scale
 
     # -- the end of a work item ---------------------------------------------------------------
-    def _add_up(self, m: Any, total: Any, halves: tuple[Half, Half]) -> tuple[Any, Any, Half]:
+    def _add_up(
+        self, current: CurrentItem, m: Any, total: Any, halves: tuple[Half, Half]
+    ) -> tuple[Any, Any, Half]:
         """Adds the other warpgroup's results to those of this one.
 
         Returns the maxima, the sums, and the half of O^T that this warpgroup finishes.
@@ -214,6 +241,7 @@ class Computer:
         scratch.given_softmax.at[self.warpgroup, 1][...] = total
         plgpu.barrier_arrive(scratch.given)
         plgpu.barrier_wait(scratch.given)
+        current.stamps.item(at.STORE)
         other_m, other_total = (
             g.load_columns(scratch.given_softmax.at[other, i]) for i in range(2)
         )

@@ -15,6 +15,7 @@ from pallas_kernels.hopper.mosaic.transposed import WARPS
 from pallas_kernels.hopper.parts.call import DecodeCall, Outputs, Requests
 from pallas_kernels.hopper.parts.quantize_q import ROW_GROUP
 from pallas_kernels.hopper.parts.query_parts import QueryParts
+from pallas_kernels.hopper.parts.stamps import Stamps
 from pallas_kernels.hopper.parts.transposed import Partials, Results
 from pallas_kernels.hopper.work_items import BLOCK, WorkItem, range_of, run_items
 
@@ -84,6 +85,7 @@ class Inputs(NamedTuple):
     q: QueryParts  # bfloat16, a multiple of rows_per_tile rows
     cache: Int8Cache
     requests: Requests
+    stamps: Any | None  # `DecodeCall.stamps`
 
 
 class QScratch(NamedTuple):
@@ -206,6 +208,14 @@ class Cta:
         refs = self.inputs.requests, self.outputs, self.partials
         count = self.sizes.computing
         return Results(self.g, self.call, *refs, writers=count, combining=count)
+
+    @property
+    def stamps(self) -> Stamps:
+        return Stamps(self.inputs.stamps)
+
+    def stamps_of(self, number: Any) -> Stamps:
+        """Returns the stamps of an item of the work list with this number."""
+        return self.stamps.of_counted_item(lambda: number - self.items[0])
 
     def lengths(self, item: WorkItem) -> tuple[Any, Any]:
         """Returns (kv length, query length) of an item's request; a kv length of -1: invalid."""

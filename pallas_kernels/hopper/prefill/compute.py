@@ -23,7 +23,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper.mosaic.primitives import ROWS
 from pallas_kernels.hopper.mosaic.rows import CountedRows
 from pallas_kernels.hopper.mosaic.values import per_row
+from pallas_kernels.hopper.parts import stamps as at
 from pallas_kernels.hopper.parts.normalize import LAZY_GROWTH, divided, natural_lse
+from pallas_kernels.hopper.parts.stamps import Stamps
 from pallas_kernels.hopper.prefill.config import CHECKERS, TILE_ROWS
 from pallas_kernels.hopper.prefill.refs import Cta
 from pallas_kernels.hopper.prefill.work_items import Item
@@ -44,10 +46,14 @@ class Running(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ComputingWarpgroup:
-    """Warpgroup 0 or 1 of a CTA. index: its number, traced: both run the same code."""
+    """Warpgroup 0 or 1 of a CTA.
+
+    index: its number, traced: both run the same code. stamps: of the item in hand.
+    """
 
     cta: Cta
     index: Any
+    stamps: Stamps
 
     def run(self) -> None:
         """Computes the items of the CTA."""
@@ -59,13 +65,19 @@ class ComputingWarpgroup:
         plgpu.barrier_arrive(scratch.q_empty.at[self.index])
         if cta.config.in_turns:  # Warpgroup 0 begins.
             plgpu.barrier_arrive(scratch.turn.at[0], predicate=self.index == 1)
-        cta.run_items(self.run_item)
+        cta.run_items(
+            lambda k, n, item: dataclasses.replace(self, stamps=cta.stamps.of_item(k)).run_item(
+                n, item
+            )
+        )
         if cta.config.in_turns:
             pl.when(self.index == 0)(lambda: plgpu.barrier_wait(scratch.turn.at[0]))
+        cta.stamps.item(at.KERNEL_END)
 
     def run_item(self, n: Any, item: Item) -> None:
         """Computes an item, or its rows that see no key, and stores it."""
         g, v_dim = self.cta.g, self.cta.config.v_dim
+        self.stamps.item(at.ITEM)
 
         def nothing() -> tuple:
             zeros = g.full((HEIGHT, v_dim), 0.0, plgpu.Layout.WGMMA)
@@ -82,6 +94,7 @@ class ComputingWarpgroup:
         rows.store_tile_in_chunks(g, outputs.o.at[:, item.head], o.astype(self.cta.call.q.dtype), 0)
         lse = natural_lse(m, total, log2_sum=True)
         rows.store_values(g, outputs.lse.at[:, item.head], lse)
+        self.stamps.item(at.ITEM_END)
 
     # -- the schedule ---------------------------------------------------------------------------
     def attend(self, n: Any, item: Item) -> tuple[Any, Any, Any]:
@@ -95,6 +108,7 @@ class ComputingWarpgroup:
             step_masked = functools.partial(step, masked=True)
             carry = lax.fori_loop(first + 1, begin, step_masked, carry)
         carry = lax.fori_loop(begin, item.num_blocks, step, carry)
+        self.stamps.item(at.SUM)
         last = item.num_blocks - 1
         stage = cta.stage(n + last)
         pl.when(last >= masked)(lambda: plgpu.barrier_wait(scratch.v_full.at[stage]))
@@ -104,6 +118,7 @@ class ComputingWarpgroup:
         total = carry.total.sum(axis=1)
         g.wait_mma(0)
         o = g.completed(o)
+        self.stamps.item(at.STORE)
         plgpu.barrier_arrive(scratch.v_empty.at[stage])
         return carry.m, total, o
 
@@ -139,16 +154,20 @@ class ComputingWarpgroup:
         stage = cta.stage(n + j)
         limit, last_seen = self.limit(item, j)
         plgpu.barrier_wait(scratch.q_full.at[self.index])
+        self.stamps.block(at.WAIT, j)
         plgpu.barrier_wait(scratch.k_full.at[stage])
+        self.stamps.block(at.QK, j)
 
         def score(width: int) -> tuple[Any, Any, Any]:
             self.take_turn()
+            self.stamps.block(at.TURN, j)
             product = self.start_scores(stage, width)
             self.pass_turn()
             g.wait_mma(0)
             s = g.completed(product)
+            self.stamps.block(at.SM, j)
             self.release_k(stage, item.num_blocks == 1 + j)
-            m, p = self.softmax(self.masked(s, limit), g.full((HEIGHT,), NO_KEY, ROWS))
+            m, p = self.softmax(j, self.masked(s, limit), g.full((HEIGHT,), NO_KEY, ROWS))
             rounded = p.astype(cta.call.q.dtype)
             return m, partial_sums(p), g.with_zero_columns(rounded, keys)
 
@@ -159,7 +178,9 @@ class ComputingWarpgroup:
             m, total, p = score(keys)
         if self.passes_blocks:
             pl.when(j > 0)(functools.partial(self.release_unused_v, cta.stage(n)))
+        self.stamps.block(at.PUBLISHED, j)
         total = self.poisoned(total, stage, limit)
+        self.stamps.block(at.END, j)
         o = g.full((HEIGHT, cta.config.v_dim), 0.0, plgpu.Layout.WGMMA)
         return Running(m, total, o, p)
 
@@ -168,7 +189,9 @@ class ComputingWarpgroup:
         cta, g, scratch = self.cta, self.cta.g, self.cta.scratch
         stage, before = cta.stage(n + j), cta.stage(n + j - 1)
         plgpu.barrier_wait(scratch.k_full.at[stage])
+        self.stamps.block(at.QK, j)
         self.take_turn()
+        self.stamps.block(at.TURN, j)
         product = self.start_scores(stage, cta.config.block_keys)
         if not masked:  # The checkers have waited for the blocks with a mask.
             unchecked = j > cta.call.masked_blocks
@@ -177,11 +200,12 @@ class ComputingWarpgroup:
         self.pass_turn()
         g.wait_mma(1)
         s = g.completed(product)
+        self.stamps.block(at.SM, j)
         self.release_k(stage, j == item.num_blocks - 1)
         if masked:
             limit, _ = self.limit(item, j)
             s = self.masked(s, limit)
-        m, p = self.softmax(s, carry.m)
+        m, p = self.softmax(j, s, carry.m)
         factor = jnp.exp2(carry.m - m)
         total = carry.total * per_row(factor, carry.total.shape) + partial_sums(p)
         g.wait_mma(0)
@@ -192,6 +216,7 @@ class ComputingWarpgroup:
         o = lax.cond(grown, lambda o: o * per_row(factor, o.shape), lambda o: o, o)
         if masked:
             total = self.poisoned(total, stage, limit)
+        self.stamps.block(at.END, j)
         return Running(m, total, o, p.astype(cta.call.q.dtype))
 
     # -- the parts of a step --------------------------------------------------------------------
@@ -231,8 +256,8 @@ class ComputingWarpgroup:
         poison = jnp.where(self.limits(limit) >= changed, jnp.nan, 0.0)
         return total + per_row(poison, total.shape)
 
-    def softmax(self, s: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the new reference of each row, in log2 units, and P relative to it.
+    def softmax(self, j: Any, s: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the new reference of each row, in log2 units, and P of block j relative to it.
 
         The reference is a maximum that may lag behind the running one by `LAZY_GROWTH`. So O is
         rescaled only where scores rise far.
@@ -240,6 +265,8 @@ class ComputingWarpgroup:
         scale = self.cta.call.log2_scale
         top = s.max(axis=1) * scale
         m = jnp.where(top > m + LAZY_GROWTH, top, m)
+        # Not after the exponentials: ptxas moves those behind the wait for O, if no stamp is there.
+        self.stamps.block(at.EXP, j)
         return m, jnp.exp2(s * scale - per_row(m, s.shape))
 
     def release_k(self, stage: Any, is_last: Any) -> None:

@@ -24,6 +24,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.mosaic.primitives import OWN_BARRIERS, Backend
+from pallas_kernels.hopper.parts import stamps as at
+from pallas_kernels.hopper.parts.stamps import Stamps
 from pallas_kernels.hopper.prefill.compute import ComputingWarpgroup
 from pallas_kernels.hopper.prefill.config import CHECKERS, COMPUTING, ITEM_STAGES, PANEL
 from pallas_kernels.hopper.prefill.refs import LOADER, Cta, Inputs, Outputs, PrefillCall, Scratch
@@ -43,12 +45,12 @@ def prefill(call: PrefillCall) -> tuple[jax.Array, jax.Array]:
         cta = Cta(call, g, inputs, outputs, scratch, lax.axis_index("cta"))
         warpgroup = lax.axis_index("wg")
         # In a branch of its own, what one role needs takes no register in the other role.
-        compute = ComputingWarpgroup(cta, warpgroup).run
+        compute = ComputingWarpgroup(cta, warpgroup, cta.stamps).run
         lax.cond(warpgroup < LOADER, compute, lambda: load(cta))
 
     rows, heads = call.num_queries, call.num_heads
     counter = jnp.zeros(1, jnp.int32)
-    inputs = Inputs(call.q, call.k_nope, call.k_rope, call.v, call.work, counter)
+    inputs = Inputs(call.q, call.k_nope, call.k_rope, call.v, call.work, counter, call.stamps)
     outputs = plgpu.kernel(
         body,
         out_type=(
@@ -97,9 +99,10 @@ class Scheduler:
             item = Item(*fields)
             # The next item is known early, so that others can prepare it under this one.
             index, following = self.publish(k + 1, self.next_index(index, num_items), num_items)
-            pl.when(item.num_blocks > 0)(lambda: self.load_item(n, item))
+            pl.when(item.num_blocks > 0)(lambda: self.load_item(k, n, item))
             return k + 1, n + item.num_blocks, index, *following
 
+        cta.stamps.item(at.ITEM)
         index, first = self.publish(jnp.int32(0), cta.index, num_items)
         start = (jnp.int32(0), jnp.int32(0), index, *first)
         last, *_ = lax.while_loop(lambda carry: carry[3] != NO_ITEM, run_one, start)
@@ -146,10 +149,11 @@ class Scheduler:
         """Waits until all others have read the descriptor of the CTA's k-th item."""
         plgpu.barrier_wait(self.cta.scratch.item_done.at[lax.rem(k, ITEM_STAGES)])
 
-    def load_item(self, n: Any, item: Item) -> None:
+    def load_item(self, k: Any, n: Any, item: Item) -> None:
         """Loads q and all blocks of K."""
-        cta = self.cta
-        self.load_k(n, item, 0)
+        cta, stamps = self.cta, self.cta.stamps.of_item(k)
+        self.load_k(n, item, 0, stamps)
+        stamps.item(at.LOAD_Q)
         for w in range(COMPUTING):
             plgpu.barrier_wait(cta.scratch.q_empty.at[w])
             rows = pl.ds(item.q_row + 64 * w, 64)
@@ -159,12 +163,14 @@ class Scheduler:
                     cta.scratch.q.at[w, panel],
                     cta.scratch.q_full.at[w],
                 )
-        lax.fori_loop(1, item.num_blocks, lambda j, _: self.load_k(n, item, j), None)
+        stamps.item(at.LOADED_Q)
+        lax.fori_loop(1, item.num_blocks, lambda j, _: self.load_k(n, item, j, stamps), None)
 
-    def load_k(self, n: Any, item: Item, j: Any) -> None:
+    def load_k(self, n: Any, item: Item, j: Any, stamps: Stamps) -> None:
         """Loads K of the item's j-th block, when its stage is free."""
         cta, config = self.cta, self.cta.config
         stage, rows = cta.stage(n + j), block_rows(cta, item, j)
+        stamps.block(at.LOAD, j)
         plgpu.barrier_wait(cta.scratch.k_empty.at[stage])
         for panel in range(config.k_panels):
             if panel < config.nope_panels:
@@ -176,6 +182,7 @@ class Scheduler:
             plgpu.copy_gmem_to_smem(
                 source, cta.scratch.k.at[stage, panel], cta.scratch.k_full.at[stage]
             )
+        stamps.block(at.LOADED_3, j)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +196,7 @@ class ValueLoader:
         for i in range(self.cta.config.stages):
             plgpu.barrier_wait(self.cta.scratch.v_empty.at[i])
 
-    def load_item(self, n: Any, item: Item) -> None:
+    def load_item(self, _: Any, n: Any, item: Item) -> None:
         """Loads all blocks of V of an item. Those with a mask go to the checkers."""
         scratch, masked = self.cta.scratch, self.cta.call.masked_blocks
         for j in range(masked):
@@ -230,7 +237,7 @@ class Checker:
     def run(self) -> None:
         self.cta.run_items(self.check_item)
 
-    def check_item(self, n: Any, item: Item) -> None:
+    def check_item(self, _: Any, n: Any, item: Item) -> None:
         for j in range(self.cta.call.masked_blocks):
             pl.when(item.num_blocks > j)(functools.partial(self.check, n, item, j))
 

@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.mosaic.primitives import PANELS, Backend
+from pallas_kernels.hopper.parts.stamps import Stamps
 from pallas_kernels.hopper.prefill.config import (
     CHECKERS,
     COMPUTING,
@@ -31,6 +32,7 @@ class Inputs(NamedTuple):
     v: Any | None  # [Tk, H, v_dim]; None: in k_nope
     work: WorkList
     counter: Any  # [1] int32, 0 before and after the launch
+    stamps: Any | None  # `PrefillCall.stamps`
 
 
 class Outputs(NamedTuple):
@@ -98,6 +100,7 @@ class PrefillCall:
         q, k_nope, k_rope, v: as in `Inputs`, with at least 64 rows of q and a block of keys.
         num_queries: rows of the outputs, at most those of q.
         num_ctas: of the launch.
+        stamps: int32 ref of shape `stamps.shape` for the kernel's time stamps; None: no stamps.
         interpret: `plgpu.InterpretGPUParams()` runs the kernel on a CPU; None: on the GPU.
     """
 
@@ -111,6 +114,7 @@ class PrefillCall:
     causal: bool
     config: PrefillConfig
     num_ctas: int
+    stamps: Any = None
     interpret: Any = None
 
     @property
@@ -147,12 +151,16 @@ class Cta:
     def config(self) -> PrefillConfig:
         return self.call.config
 
+    @property
+    def stamps(self) -> Stamps:
+        return Stamps(self.inputs.stamps)
+
     def stage(self, block: Any) -> Any:
         """Returns the stage of a block, counted over all items of this CTA."""
         return lax.rem(block, self.config.stages)
 
-    def run_items(self, run: Callable[[Any, Item], None]) -> None:
-        """Calls run(n, item) for each item of the CTA, after n KV blocks of items before.
+    def run_items(self, run: Callable[[Any, Any, Item], None]) -> None:
+        """Calls run(k, n, item) for the CTA's k-th item, after n KV blocks of items before.
 
         The scheduler has written the items to shared memory.
         """
@@ -168,7 +176,7 @@ class Cta:
         def run_one(carry: tuple) -> tuple:
             k, n, *fields = carry
             item = Item(*fields)
-            run(n, item)
+            run(k, n, item)
             return k + 1, n + item.num_blocks, *read(k + 1)
 
         zero = jnp.int32(0)
