@@ -6,7 +6,6 @@ them in a straight line. These schedules are kept for the next problem on the sa
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
@@ -191,7 +190,7 @@ def _without_work(kernel: HopperKernel) -> HopperKernel:
 @lru_cache(maxsize=512)
 def _quick_times(sizes: _Sizes) -> tuple[QuickTimes, QuickTimes]:
     profile, kernel, end = sizes.profile.profile, sizes.kernel, sizes.end
-    costs, signal = hopper_costs(profile, kernel, end, math.inf), profile["latency.barrier"]
+    costs, signal = hopper_costs(profile, kernel, end), profile["latency.barrier"]
     period = kernel.order(1).period
     like = None if end == STORED else _quick_times(_sizes(profile, kernel, STORED))[0]
     first = QuickTimes(SharedBlockTimes(kernel.order, costs, signal), period, like=like)

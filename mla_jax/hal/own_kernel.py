@@ -41,6 +41,7 @@ class GpuScheduleBuilder(ScheduleBuilder):
         *,
         stages: int = 2,
         scores_in_flight: int = 1,
+        transposes: bool = False,
         period: int | None = None,
     ) -> None:
         """Starts a schedule.
@@ -50,6 +51,7 @@ class GpuScheduleBuilder(ScheduleBuilder):
             num_blocks: KV blocks.
             stages: KV blocks that shared memory holds.
             scores_in_flight: blocks whose S, and whose P, exist at a time.
+            transposes: whether `transpose` makes V of each block, in a buffer of its own.
             period: blocks after which the pattern repeats; None is the least common multiple of
                 the two numbers above.
 
@@ -63,6 +65,9 @@ class GpuScheduleBuilder(ScheduleBuilder):
                 raise ValueError(f"{name}: {field} = {count!r}, wanted a whole number above 0")
         slots = {"q": 1, "kv_l": stages, "kv_r": stages, "S": scores_in_flight,
                  "P": scores_in_flight, "state": 1, "O_L": 1, "O_R": 1}  # fmt: skip
+        if transposes:
+            slots["v_transposed"] = 1
+        self._transposes = transposes
         super().__init__(name, num_blocks, period or math.lcm(stages, scores_in_flight), slots)
         self._last = num_blocks - 1
         self.add("load", "LOAD_Q", -1, writes=(Access("q", 0, -1),))
@@ -76,6 +81,11 @@ class GpuScheduleBuilder(ScheduleBuilder):
         """Converts an fp8 block to bf16."""
         kv = (self.slot("kv_l", block), self.slot("kv_r", block))
         self.add(unit, "WIDEN", block, reads=kv, writes=kv)
+
+    def transpose(self, unit: str, block: int) -> None:
+        """Transposes V of a block, for a kernel that `transposes_apart`."""
+        kv = (self.slot("kv_l", block), self.slot("kv_r", block))
+        self.add(unit, "TRANSPOSE", block, reads=kv, writes=(self.slot("v_transposed", block),))
 
     def scores(self, unit: str, block: int) -> None:
         """Multiplies Q and the keys of a block: S."""
@@ -95,7 +105,8 @@ class GpuScheduleBuilder(ScheduleBuilder):
             raise IllegalScheduleError(f"{self._name}: half = {half!r}, wanted 'L' or 'R'")
         before = (Access(f"O_{half}", 0, block - 1),) if block else ()
         kv = self.slot(f"kv_{half.lower()}", block)
-        self.add(unit, f"PV_{half}", block, reads=(self.slot("P", block), kv, *before),
+        v = (self.slot("v_transposed", block),) if self._transposes else ()
+        self.add(unit, f"PV_{half}", block, reads=(self.slot("P", block), kv, *v, *before),
                  writes=(Access(f"O_{half}", 0, block),))  # fmt: skip
 
     def store(self, left: str, right: str | None = None) -> None:

@@ -111,7 +111,7 @@ def test_numbers_are_those_of_the_card(card) -> None:
 
 def test_the_measured_tiles_override_the_simulated_ones() -> None:
     """The table's are taken on an H200 whatever is faster, and elsewhere if nothing is by much."""
-    problem = Problem((1024,) * 64, 64)
+    problem = Problem((1024,) * 32, 64)
     measured = choose_tiles(H200, problem)
     assert (measured.source, measured.tiles.rows_per_tile) == ("measured", 64)
     fastest = measured.runners_up[0]
@@ -167,7 +167,7 @@ def test_the_simulated_favourite_is_near_the_measured_one() -> None:
 def test_tiles_follow_the_profile() -> None:
     """One number of an H200 changes at a time."""
     long, few_rows, few = (
-        Problem((4096,) * 128, 128), Problem((4096,) * 64, 16), Problem((1024,) * 16, 128),
+        Problem((4096,) * 128, 128), Problem((4096,) * 64, 16), Problem((512,) * 16, 128),
     )  # fmt: skip
 
     def stages(tiles):

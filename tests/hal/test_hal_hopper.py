@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.simulated.fitting import hopper_errors
+from experiments.simulated.fitting import hopper_errors, portrait_errors
 from experiments.simulated.fitting.hopper_errors import compared, decode_rows
 from experiments.simulated.kernels import simulate_named
 from mla_jax.hal import PROFILES, IllegalScheduleError, Problem, simulate
@@ -19,6 +19,7 @@ from mla_jax.hal.hopper_orders import (
 )
 from mla_jax.hal.schedule import Schedule, ScheduleBuilder, Step
 from mla_jax.hal.simulator.hopper import (
+    KEPT,
     PARTIAL,
     HopperKernel,
     Merging,
@@ -26,7 +27,7 @@ from mla_jax.hal.simulator.hopper import (
     hopper_costs,
     tuned_for_hopper,
 )
-from mla_jax.hal.simulator.hopper_times import merge_seconds
+from mla_jax.hal.simulator.hopper_times import hopper_times, merge_seconds
 from mla_jax.hal.simulator.one_core import StageCost, run_schedule
 from mla_jax.hal.simulator.shared_engines import run_shared
 from mla_jax.hal.work import Work
@@ -122,7 +123,7 @@ def test_each_stage_of_an_int8_kernel_takes_time(kernel: HopperKernel) -> None:
     """And nothing gets slower where a number of the machine gets better."""
     tuned = tuned_for_hopper(H200)
     schedules = [kernel.order(1), kernel.order(6, before=2)]
-    costs = [hopper_costs(tuned, kernel, PARTIAL, share) for share in (1e10, 1e12)]
+    costs = [hopper_costs(tuned, kernel, PARTIAL, queue) for queue in (4e-6, 0.0)]
 
     def totals(change=lambda step, cost: cost) -> list[float]:
         return [
@@ -231,6 +232,41 @@ def test_work_items_and_merges_cost_what_they_do() -> None:
     )
 
 
+@pytest.mark.parametrize(("name", "holds"), [("decode", 2), ("decode_transposed", 1)])
+def test_a_pair_exchanges_once_per_warpgroup(name: str, holds: int) -> None:
+    """One CTA sends half of O in float32, and stores the other half in 16 bits."""
+    pair = kernel_of([16, 16], [0, 1], [0, 0], kept=[True, True], name=name)
+    costs, tuned = hopper_costs(tuned_for_hopper(H200), pair, KEPT), tuned_for_hopper(H200)
+    stores = [costs(step) for step in pair.order(1).steps if step.stage.startswith("STORE")]
+    half = 64 * 512 / 2 / tuned["engine.store"]
+    assert [cost.busy["copy"] for cost in stores] == pytest.approx([4 * half, 2 * half])
+    exchange = hopper_constants()["stages"]["store_partial"]
+    assert sum(cost.hold for cost in stores) == pytest.approx(holds * exchange)
+
+
+def test_loads_wait_in_the_queue_of_the_memory() -> None:
+    """An item's lanes take the time of the item, and its loads come late by one time."""
+    kernel = kernel_of([64] * 128, range(128), range(128), name="decode_transposed")
+    problem = Problem((4096,) * 128, 16)
+    tuned = tuned_for_hopper(H200)
+    times = hopper_times(tuned, problem, kernel)
+    line = times.timeline(64)
+    assert line.total == pytest.approx(times.cores, rel=1e-3)
+    late = {
+        cost.latency
+        for step, cost in zip(line.schedule.steps, line.costs, strict=True)
+        if step.stage.startswith("LOAD")
+    }
+    (latency,) = late
+    assert latency > 3 * tuned["latency.memory"]
+    alone = dataclasses.replace(kernel, work=dataclasses.replace(kernel.work, sharers=128))
+    (latency,) = {
+        cost.latency for cost in hopper_times(tuned, problem, alone).timeline(8).costs
+        if cost.latency
+    }  # fmt: skip
+    assert latency == pytest.approx(tuned["latency.memory"], rel=0.05)
+
+
 def test_measured_rows_are_predicted() -> None:
     """Rows of benchmarks/measured/h200_decode.json and h200/benchmark whose plans split no tile."""
     worker = [*range(62), *range(62), *range(62, 66)]
@@ -266,6 +302,20 @@ def test_the_committed_comparison_is_the_models() -> None:
     for i in some.values():
         assert compared(*measured[i]) == committed[i]
     assert hopper_errors.compared_prefill(prefill[-1]) == committed[-1]
+
+
+def test_the_committed_stages_are_the_models() -> None:
+    """Of all shapes, as docs/hal.md shows them, and of a run on a GPU that has the same stages."""
+    text = portrait_errors.RESULT.read_text()
+    committed = json.loads(text)
+    assert portrait_errors.renewed(committed) == text
+    rows = [row for row in committed["rows"] if row["shape"] == "16x64x4096"]
+    assert max(abs(row["error_percent"]) for row in rows) < 25
+    run = {"gpu": "NVIDIA H200", "date": "2026-12-02", "commit": "abc1234", "rows": rows[:2]}
+    found = json.loads(portrait_errors.renewed(run))
+    assert run.items() <= found.items()
+    with pytest.raises(ValueError, match="gpu = 'NVIDIA H100', wanted 'NVIDIA H200'"):
+        portrait_errors.renewed(run | {"gpu": "NVIDIA H100"})
 
 
 def test_the_chip_of_an_h100_is_that_of_an_h200() -> None:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from experiments.simulated.tables.first_flashmla import first_flashmla_kernel
 from mla_jax.hal import HardwareProfile, load_profile
 from mla_jax.hal.simulator.ascend_costs import ASCEND_KERNELS
 from mla_jax.hal.simulator.gpu_costs import KERNELS, Kernel
@@ -36,8 +37,8 @@ MODELS = (
     Model("hopper_int8", {"int8": "hopper"}, "its own model and plan"),
     Model(
         r"TensorRT-LLM \S+ MLA decode op",
-        {"bf16": "flashmla_dense", "fp8": "flashmla_fp8"},
-        "FlashMLA, after a launch that rotates q and appends to the cache",
+        {"bf16": "first_flashmla_bf16", "fp8": "first_flashmla_fp8"},
+        "FlashMLA's first version, after a launch that rotates q and appends to the cache",
         prepares=True,
     ),
     Model(
@@ -61,7 +62,6 @@ MODELS = (
         "FlashAttention-3's order, after a launch that rotates or converts its operands",
     ),
 )  # fmt: skip
-EIGHT_BITS = {"flashmla_fp8": "fp8", "flashmla_int8": "int8"}  # FlashMLA with such operands
 DTYPES = {"bf16": "bf16", "fp8_kv": "fp8"}  # in tables, and in `Problem`
 # Devices by other names. Which 910B an Atlas 800T A2 has is not said; a 910B3 is assumed.
 DEVICES = {"Ascend 910B (Atlas 800T A2)": "Ascend910B3"}
@@ -73,14 +73,16 @@ def profile_of(device: str) -> HardwareProfile:
 
 
 def kernel_for(profile: HardwareProfile, name: str) -> Kernel | str:
-    """Returns what to simulate for a name in `Model.kernels`.
+    """Returns what to simulate for a name in `Model.kernels`, or for "flashmla_int8".
 
-    V is the transposed operand of 8-bit products; what its transposition costs is not modelled.
+    That is FlashMLA with operands of int8, which no library has.
     """
-    if name not in EIGHT_BITS:
+    if name.startswith("first_flashmla_"):
+        return first_flashmla_kernel(profile, name.removeprefix("first_flashmla_"))
+    if name != "flashmla_int8":
         return name
     flashmla = KERNELS["flashmla_dense"](profile)
-    return dataclasses.replace(flashmla, name=name, multiplies=EIGHT_BITS[name])
+    return dataclasses.replace(flashmla, name=name, multiplies="int8")
 
 
 def dtype_of(variant: str, cell: str | None) -> str:

@@ -19,6 +19,7 @@ from mla_jax.hal.work import ITEMSIZE, Problem, Work
 
 SOFTMAX_OPS = 8  # scale, mask, maximum, subtract, exponent's multiply, sum, convert, store
 PERMUTED_VALUES = 4  # 8-bit values of a word, which one instruction permutes
+COMBINING_CTAS = 16  # of 128 threads, per SM
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Kernel:
     barriers: block-wide barriers per KV block.
     merge: how partials are merged. "none" is not at all. "merge_first" and "merge" are FlashInfer's
         first and later version, in the same launch after a grid sync. "combine" and "stage2" are
-        second kernels, of FlashMLA and of SGLang's Triton decode.
+        second kernels, of FlashMLA and of SGLang's Triton decode. "combine_rows" is that of
+        FlashMLA's first version, with a CTA per row.
     partial_bytes: bytes per value of a partial output.
     value_loads: 2 if the values are loaded again after softmax.
     multicast: CTAs of a cluster that share the loading of every KV block.
@@ -46,6 +48,7 @@ class Kernel:
         block_kv.
     multiplies: the dtype of the operands in shared memory, "bf16", or "fp8" or "int8" for a kernel
         that multiplies an 8-bit cache as it is, at the rate `engine.tensor_int8`.
+    transposes_apart: whether the stage TRANSPOSE transposes V of 8 bits. If not, PV does.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Kernel:
     multicast: int = 1
     block_in_page: bool = False
     multiplies: str = "bf16"
+    transposes_apart: bool = False
 
     def __post_init__(self) -> None:
         for field, allowed in _CHOICES.items():
@@ -72,6 +76,10 @@ class Kernel:
                     f"{self.name}: {field} = {getattr(self, field)!r}, wanted one of "
                     f"{', '.join(map(str, allowed))}"
                 )
+        if self.transposes_apart and self.multiplies == "bf16":
+            raise ValueError(
+                f"{self.name}: transposes_apart = True, wanted False for operands of bf16"
+            )
         for field, lowest, step in (("block_q", 16, 16), ("block_kv", 16, 16), ("warps", 1, 1),
                                     ("barriers", 0, 1), ("multicast", 1, 1)):  # fmt: skip
             value = getattr(self, field)
@@ -86,11 +94,12 @@ _CHOICES = {
     "matrix": ("wgmma", "mma_sync"),
     "copy": ("tma", "cp_async", "gather"),
     "qk": ("whole", "sharded", "duplicated"),
-    "merge": ("none", "merge_first", "merge", "combine", "stage2"),
+    "merge": ("none", "merge_first", "merge", "combine", "combine_rows", "stage2"),
     "multiplies": ("bf16", "fp8", "int8"),
     "partial_bytes": (1, 2, 4),
     "value_loads": (1, 2),
     "block_in_page": (False, True),
+    "transposes_apart": (False, True),
 }
 
 
@@ -155,9 +164,13 @@ def gpu_costs(
                 busy = {"tensor": products * flop, "shared": operands(False) * shared}
                 # wgmma takes 8-bit values only if the keys of a column lie side by side. So each
                 # value is read, permuted with its neighbours and written before the product.
-                values = keys * LATENT / 2 if narrow else 0.0
+                values = keys * LATENT / 2 if narrow and not kernel.transposes_apart else 0.0
                 transposed = values * (2 * shared + cuda / PERMUTED_VALUES)
                 return StageCost(busy, hold=transposed)
+            case "TRANSPOSE":
+                values = keys * LATENT
+                permuted = values / PERMUTED_VALUES * cuda
+                return StageCost({"shared": 2 * values * shared, "cuda": permuted})
             case "WIDEN":
                 return StageCost({"cuda": keys * KEY * cycle / profile["engine.widen"]})
             case "STORE_L" | "STORE_R":
@@ -201,6 +214,11 @@ def merge_seconds(profile: HardwareProfile, kernel: Kernel, problem: Problem, pl
         rows = math.ceil(int(plan.rows.max()) * plan.cores_per_item / chunks)
         loads = math.ceil(rows / 4) * parts
         return profile["latency.grid_sync"] + max(loads * load, traffic)
+    if kernel.merge == "combine_rows":
+        # Each CTA reads the number of its row's partials, then their maxima, then one by one.
+        waves = math.ceil(problem.batch * problem.rows / (COMBINING_CTAS * profile.cores))
+        loads = 2 + parts if parts > 1 else 1
+        return profile["latency.memory"] + max(waves * loads * load, traffic)
     # A second kernel merges with one warp per row. FlashMLA's is already launched and waits on the
     # device (programmatic dependent launch), Triton's is launched in full.
     warps = problem.batch * problem.rows

@@ -165,15 +165,19 @@ def fixed_costs(profile: HardwareProfile, kernel: str) -> Mapping[str, float]:
     """Returns what stages take besides their counted work, in seconds.
 
     Those of `decode` were measured, and the kernels over an int8 cache get the same. Their stages
-    are chains of dependent instructions and barriers too. `decode_transposed` has no measured
-    stages, so it gets the profile's latencies: its rows are few, and so are its instructions.
+    are chains of dependent instructions and barriers too. `decode_transposed` gets two of them,
+    which its own time stamps confirm: that of softmax, whose maxima pass from warp to warp through
+    shared memory, and that of the exchange between the CTAs of a pair. Its products and sums take
+    the profile's latencies, by the stamps too. So do its other stores and its merge, which no
+    stamps show.
     """
+    measured = hopper_constants()["stages"]
+    measured = measured | {"exchange": measured["store_partial"]}
     if kernel != "decode_transposed":
-        return hopper_constants()["stages"]
+        return measured
     barrier, l2 = profile["latency.barrier"], profile["latency.l2"]
-    return {
+    return measured | {
         "product": 0.0,
-        "softmax": 3 * barrier,
         "sum": 2 * barrier,
         "store": 2 * barrier,
         "store_partial": 2 * barrier + l2,
@@ -183,17 +187,16 @@ def fixed_costs(profile: HardwareProfile, kernel: str) -> Mapping[str, float]:
 
 
 def hopper_costs(
-    profile: HardwareProfile, kernel: HopperKernel, end: int, share: float, startup: float = 0.0
+    profile: HardwareProfile, kernel: HopperKernel, end: int, queue: float = 0.0
 ) -> Costs:
     """Returns the cost function of stages. end: STORED, PARTIAL or KEPT.
 
-    share: bytes per second of the device's memory for this core while all cores are working.
-    startup: seconds that q comes later at the start of a launch.
+    queue: seconds that each load waits for those of other cores, in the queue of the memory.
     """
-    rates = _Rates.of(profile, kernel, share)
+    rates = _Rates.of(profile, kernel)
     if kernel.is_int8:
-        return _int8_costs(profile, kernel, end, rates, startup)
-    return _float_costs(profile, kernel, end, rates, startup)
+        return _int8_costs(profile, kernel, end, rates, queue)
+    return _float_costs(profile, kernel, end, rates, queue)
 
 
 @dataclass(frozen=True)
@@ -210,9 +213,9 @@ class _Rates:
     store: float  # to L2
 
     @staticmethod
-    def of(profile: HardwareProfile, kernel: HopperKernel, share: float) -> "_Rates":
+    def of(profile: HardwareProfile, kernel: HopperKernel) -> "_Rates":
         cycle, efficiency = profile.cycle, profile["engine.tensor_efficiency"]
-        copy = min(profile["engine.copy"], share)
+        copy = profile["engine.copy"]
         return _Rates(
             flop=cycle / (profile["engine.tensor_bf16"] * efficiency),
             int8_flop=cycle / (profile["engine.tensor_int8"] * efficiency),
@@ -232,10 +235,10 @@ class _Rates:
 
 
 def _float_costs(
-    profile: HardwareProfile, kernel: HopperKernel, end: int, rates: _Rates, startup: float
+    profile: HardwareProfile, kernel: HopperKernel, end: int, rates: _Rates, queue: float
 ) -> Costs:
     """Returns `hopper_costs` of a kernel over a 16-bit cache."""
-    rows, memory = kernel.rows_per_cta, profile["latency.memory"]
+    rows, memory = kernel.rows_per_cta, profile["latency.memory"] + queue
     fixed = fixed_costs(profile, kernel.kernel)
     transposed = kernel.is_transposed
     half = rows * LATENT / 2
@@ -254,24 +257,27 @@ def _float_costs(
             return StageCost(busy, hold=fixed["softmax"])
         return StageCost(busy, hold=fixed["softmax_second" if second else "softmax"])
 
-    def stored() -> StageCost:
-        """Normalises half of O and stores it."""
+    def stored(sends: bool) -> StageCost:
+        """Normalises half of O and stores it. sends: to the other CTA, if a pair has the tile."""
         normalise = {"cuda": 3 * half * rates.cuda}
         if end == STORED:
             return StageCost(normalise | {"copy": half * 2 * rates.store}, hold=fixed["store"])
         if end == PARTIAL:
             copy_partial = {"copy": half * kernel.partial_bytes * rates.store}
             return StageCost(normalise | copy_partial, hold=fixed["store_partial"])
-        # Maxima and sums are exchanged, then half of O.
-        exchange = half * (4 if kernel.in_pairs else kernel.partial_bytes) * rates.one_copy
-        return StageCost(normalise | {"copy": exchange}, hold=fixed["store_partial"])
+        if not kernel.in_pairs:  # The other item's partial is read and added.
+            copy_partial = {"copy": half * kernel.partial_bytes * rates.one_copy}
+            return StageCost(normalise | copy_partial, hold=fixed["exchange"])
+        # Maxima and sums are exchanged, then each CTA sends one half of O in float32 to the other's
+        # shared memory and stores the other half. If one warpgroup does both, it waits once.
+        copied = {"copy": half * (4 if sends else 2) * rates.store}
+        waits = not (transposed and sends)
+        return StageCost(normalise | copied, hold=fixed["exchange"] * waits)
 
     def stage(step: Step) -> StageCost:
         match step.stage:
             case "LOAD_Q":
-                return StageCost(
-                    {"copy": rows * KEY * 2 * rates.one_copy}, latency=memory + startup
-                )
+                return StageCost({"copy": rows * KEY * 2 * rates.one_copy}, latency=memory)
             case "LOAD_L" | "LOAD_R":
                 return load(LATENT // 2)
             case "LOAD_ROPE":
@@ -287,21 +293,22 @@ def _float_costs(
             case "SUM_L" | "SUM_R":
                 return StageCost({}, hold=fixed["sum"])
             case "STORE_L" | "STORE_R":
-                return stored()
+                return stored(step.stage == "STORE_L")
         raise ValueError(f"{kernel.name}: no cost for stage {step.stage}")
 
     return stage
 
 
 def _int8_costs(
-    profile: HardwareProfile, kernel: HopperKernel, end: int, rates: _Rates, startup: float
+    profile: HardwareProfile, kernel: HopperKernel, end: int, rates: _Rates, queue: float
 ) -> Costs:
     """Returns `hopper_costs` of a kernel over an int8 cache.
 
     Products over K are of 8-bit operands, twice as many as there are rows, and V becomes bfloat16
     in registers. q is read and quantized by warpgroups that compute.
     """
-    rows, memory, l2 = kernel.rows_per_cta, profile["latency.memory"], profile["latency.l2"]
+    rows, l2 = kernel.rows_per_cta, profile["latency.l2"]
+    memory = profile["latency.memory"] + queue
     fixed, transposed = fixed_costs(profile, kernel.kernel), kernel.is_transposed
     half = rows * LATENT / 2
 
@@ -310,7 +317,7 @@ def _int8_costs(
         own = rows / kernel.quantizing
         computing = own * QUANTIZE_OPS * rates.cuda
         waiting = max(own / QUANTIZED_ROWS * l2 - computing, 0.0)
-        return StageCost({"cuda": computing}, hold=memory + startup + waiting)
+        return StageCost({"cuda": computing}, hold=memory + waiting)
 
     def int8_scores(rope: bool) -> StageCost:
         operands = (BLOCK + 2 * rows) * LATENT

@@ -42,7 +42,7 @@ class _ItemTimes:
     q_bytes: of a core's q, those that no other core reads.
     """
 
-    RATES = (1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, math.inf)  # of loads, in shares
+    HALVINGS = 16  # in the search for the queue of the memory
 
     def __init__(
         self,
@@ -54,10 +54,10 @@ class _ItemTimes:
         alone_times: "AloneTimes",
     ) -> None:
         self._costs_at = partial(hopper_costs, profile, kernel, end)
-        self._kernel, self._share = kernel, share
+        self._kernel = kernel
         self._bytes = kernel.block_bytes / share
         self._signal = profile["latency.barrier"]
-        alone = self._costs_at(math.inf)
+        alone = self._costs_at()
         self._first, self._later = alone_times(profile, kernel, end)
         steps = {step.stage: alone(step) for step in kernel.order(1).steps}
         loads = {
@@ -88,14 +88,23 @@ class _ItemTimes:
         return crowded, alone
 
     def timeline(self, num_blocks: int) -> Timeline:
-        """Returns the timeline of a first item, with loads at the rate that its time implies."""
+        """Returns the timeline of a first item, whose loads wait in the memory's queue.
+
+        The memory serves the loads of all cores in turn, so that each is late by the same time, and
+        a block that was asked for soon after another one arrives soon after it. The queue's time is
+        the one with which the item takes its seconds.
+        """
         wanted = self(num_blocks, False)[0]
         schedule = self._kernel.order(num_blocks)
-        lines = (
-            run_shared(schedule, self._costs_at(self._share * rate, self._startup), self._signal)
-            for rate in self.RATES
-        )
-        return min(lines, key=lambda line: abs(line.total - wanted))
+
+        def line(queue: float) -> Timeline:
+            return run_shared(schedule, self._costs_at(queue), self._signal)
+
+        low, high = 0.0, wanted
+        for _ in range(self.HALVINGS):
+            queue = (low + high) / 2
+            low, high = (queue, high) if line(queue).total < wanted else (low, queue)
+        return line(low)
 
 
 @dataclass(frozen=True)
@@ -122,7 +131,7 @@ def exact_times(
     profile: HardwareProfile, kernel: HopperKernel, end: int
 ) -> tuple[Seconds, Seconds]:
     """Returns times that are simulated until they repeat."""
-    alone, signal = hopper_costs(profile, kernel, end, math.inf), profile["latency.barrier"]
+    alone, signal = hopper_costs(profile, kernel, end), profile["latency.barrier"]
     first = SharedBlockTimes(kernel.order, alone, signal)
     return first, SharedBlockTimes(partial(kernel.order, before=BEFORE), alone, signal)
 

@@ -44,6 +44,7 @@ _GPU_DATA: dict[str, tuple[str, str]] = {
     "LOAD_L": ("", "kv_l"),
     "LOAD_R": ("", "kv_r"),
     "WIDEN": ("kv_l kv_r", "kv_l kv_r"),
+    "TRANSPOSE": ("kv_l kv_r", "v_transposed"),
     "QK": ("q kv_l kv_r", "S"),
     "SM": ("S", "P"),
     "PV_L": ("P kv_l", "O_L"),
@@ -118,6 +119,9 @@ def require_whole_on_gpu(kernel: Kernel, schedule: Schedule) -> None:
     ctas = ["", *(f"@{cta}" for cta in range(1, kernel.multicast))]
     per_cta = ("QK", "SM", "PV_L", "PV_R")
     require_stages(schedule, ("LOAD_L", "LOAD_R", *(s + cta for cta in ctas for s in per_cta)))
+    if kernel.transposes_apart:
+        require_stages(schedule, ("TRANSPOSE",))
+        require_data(schedule, {f"PV_{half}": ("v_transposed", "") for half in "LR"})
     for stage in (s + cta for cta in ctas for s in ("LOAD_Q", "STORE_L", "STORE_R")):
         if not schedule.blocks_of(stage):
             raise IllegalScheduleError(f"{schedule.name}: there is no step {stage}, wanted one")
@@ -161,6 +165,7 @@ def gpu_uses(kernel: Kernel, slots: dict[str, int], item: int) -> list[BufferUse
         BufferUse("shared", "kv left and rope", keys * (LATENT // 2 + ROPE) * item, slots["kv_l"]),
         BufferUse("shared", "kv right", keys * (LATENT // 2) * item, slots["kv_r"]),
         BufferUse("shared", "P beside the rope keys", own),
+        BufferUse("shared", "V transposed", keys * LATENT * item, slots.get("v_transposed", 0)),
         BufferUse("shared", "row max and sum", 2 * m * 4, slots["state"]),
         BufferUse("registers", "O", m * LATENT * 4),
         BufferUse("registers", "S", m * keys * 4, slots["S"]),
