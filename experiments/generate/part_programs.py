@@ -1,6 +1,7 @@
 """Parts of a decode step as programs of their own, with the shapes that they have in the step.
 
-Each program runs its part for all layers that have it. Parts overlap: the attention op is in the
+Each program runs its part for all layers that have it. Its kernels run one after the other: a CUDA
+graph could run those of two layers side by side. Parts overlap: the attention op is in the
 attention layers, and the routed experts are in the mixtures.
 """
 
@@ -97,7 +98,7 @@ class Parts:
             return x, pool
 
         weights = [layer.attention for layer in self.params.layers]
-        jitted = jax.jit(run, donate_argnums=1)
+        jitted = jax.jit(run, donate_argnums=1, compiler_options=dict(timing.ONE_AFTER_THE_OTHER))
         x = self.normal(*batch.tokens.shape, self.config.attention.hidden_size)
         return lambda pool: jitted(weights, pool, x)
 
@@ -186,5 +187,5 @@ def _after(x: jax.Array, out: jax.Array) -> jax.Array:
 
 
 def _without_pool(function: Any, *arguments: Any) -> Program:
-    jitted = jax.jit(function)
+    jitted = jax.jit(function, compiler_options=dict(timing.ONE_AFTER_THE_OTHER))
     return lambda pool: (jitted(*arguments), pool)

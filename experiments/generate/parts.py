@@ -22,6 +22,7 @@ from experiments.speed.layer.step import NAMED_KERNELS
 from mla_jax import PagedKVCache
 
 STEP, REST = "whole decode step", "everything else (difference)"
+NO_GRAPHS = "whole decode step, without CUDA graphs"
 ATTENTION, OP = "attention layers", "- of these, the attention op, alone"
 MIXTURES, EXPERTS = "mixtures of experts", "- of these, the experts' products"
 DENSE, HEAD = "dense feed-forward", "head and next token"
@@ -87,6 +88,9 @@ def measured_parts(
 
     programs = _programs(parts) | {STEP: step}
     on_gpu = jax.default_backend() == "gpu"
+    if on_gpu:
+        compiled = _without_graphs(parts, pool)
+        programs[NO_GRAPHS] = lambda pool: compiled(params, pool, batch)
     bursts = {}
     for name, program in track(list(programs.items()), "compiling the parts"):
         state.call(program)
@@ -102,7 +106,7 @@ def measured_parts(
     if not on_gpu:
         return Found(rows, [])
     try:
-        kernels = _traced(parts, state)
+        kernels = _traced(state.burst(programs[NO_GRAPHS]), compiled)
     except Exception as error:  # of a profiler; what was timed is still shown
         return Found(rows, [], first_line(error) or type(error).__name__)
     if not kernels:
@@ -127,7 +131,7 @@ def _rows(config: ModelConfig, times: dict[str, float], of_op: float) -> list[Ro
     step = times[STEP]
     layers = {ATTENTION: config.num_layers, OP: config.num_layers, DENSE: config.num_dense_layers}
     layers |= dict.fromkeys((MIXTURES, EXPERTS), config.num_moe_layers)
-    order = (STEP, ATTENTION, OP, MIXTURES, EXPERTS, DENSE, HEAD, REST)
+    order = (STEP, NO_GRAPHS, ATTENTION, OP, MIXTURES, EXPERTS, DENSE, HEAD, REST)
     rest = step - sum(times[name] for name in WHOLE_PARTS if name in times)
     found = times | {OP: of_op * config.num_layers, REST: rest}
     return [
@@ -139,14 +143,13 @@ def _rows(config: ModelConfig, times: dict[str, float], of_op: float) -> list[Ro
     ]  # fmt: skip
 
 
-def _traced(parts: Parts, state: _State) -> list[Row]:
+def _without_graphs(parts: Parts, pool: PagedKVCache) -> Any:
+    """Compiles a step whose kernels are launched one by one, so that the profiler names them."""
+    step = decode_step.lower(parts.params, parts.config, pool, parts.batch, parts.with_plan)
+    return step.compile(compiler_options=dict(NAMED_KERNELS))
+
+
+def _traced(step: timing.Burst, compiled: Any) -> list[Row]:
     """Profiles some steps, without CUDA graphs, and returns rows of their kernels."""
-    config, batch = parts.config, parts.batch
-    lowered = decode_step.lower(parts.params, config, state.pool, batch, parts.with_plan)
-    compiled = lowered.compile(compiler_options=dict(NAMED_KERNELS))
-
-    def step(pool: PagedKVCache) -> Any:
-        return compiled(parts.params, pool, batch)
-
-    kernels = timing.traced_kernels(state.burst(step), TRACED)
+    kernels = timing.traced_kernels(step, TRACED)
     return rows_of_kernels(kernels, compiled.as_text() or "", TRACED)

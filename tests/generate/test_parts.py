@@ -89,7 +89,8 @@ def test_a_gpu_also_has_kernels(golden, monkeypatch):
 
     found = measured()
     assert found.parts[0] == {"part": parts.STEP, "us": 100, "of_step": 1, "us_per_layer": None}
-    assert found.parts[1]["us_per_layer"] == 100
+    assert [row["part"] for row in found.parts[1:3]] == [parts.NO_GRAPHS, parts.OP]
+    assert found.parts[2]["us_per_layer"] == 100
     # The names of these kernels are not those of this program.
     assert [row["part"] for row in found.kernels] == ["sums, copies, counters"]
     assert found.over_alone == 0
