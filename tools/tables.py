@@ -25,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the other files of t
 
 import speed_picture
 import tables_accuracy as accuracy
+import tables_choices as choices
 import tables_generate as generate
 import tables_hal as hal
 import tables_layer as layer
 import tables_predictions as predictions
 import tables_prefill as prefill
 import tables_profiles as profiles
-import tables_sharded as several
 import tables_speed as speed
 from tables_common import CARDS, ROOT, read
 from tables_support import prefill_widths, support
@@ -61,7 +61,7 @@ PAGES: dict[str, dict[str, Writer]] = {
         "h200_prefill_bursts": _of(prefill.beside_flashinfer, "h200"),
         "h200_layer_step": _of(layer.steps, "h200"),
         "h200_layer_parts": _of(layer.parts, "h200"),
-        "h200_sharded": _of(several.sharded, "h200"),
+        "h200_sharded": _of(layer.sharded, "h200"),
         "h200_targets": _of(speed.targets, "h200"),
         "h200_options": _of(speed.options, "h200"),
         "h200_benchmark": _of(speed.classes, "h200", "h200/"),
@@ -78,6 +78,7 @@ PAGES: dict[str, dict[str, Writer]] = {
     },
     "docs/adding_a_profile.md": {"profile_fields": profiles.fields},
     "docs/hal.md": {
+        "h200_choices": _of(choices.choices, "h200"),
         "hopper_errors": hal.hopper_errors,
         "h200_portrait": _of(hal.portrait, "h200"),
         "hal_errors": hal.errors,

@@ -13,6 +13,7 @@ import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from experiments.framework.console import say, show_table, track
 from experiments.framework.experiment import Outcome, Output, Row
@@ -84,7 +85,8 @@ def run(options: Options, output: Output) -> Outcome:
          "simulated_us": tilings[shape].simulated.get(name)}
         for shape, found in us.items() if shape in tilings for name, value in found.items()
     ]  # fmt: skip
-    content = {"device": profile.name, "seed": options.seed, "rows": measured}
+    made = [] if journal is None else [session_words(s) for s in journal.sessions]
+    content = {"device": profile.name, "seed": options.seed, "made": made, "rows": measured}
     write_whole(output.path("choices.json"), json.dumps(content, indent=1) + "\n")
     headline = headline_of(rows)
     return Outcome(
@@ -107,6 +109,16 @@ def timed(
     left = runner.run(tasks)
     journal.end()
     return journal, left
+
+
+def session_words(session: Mapping[str, Any]) -> dict[str, str]:
+    """Returns when, on which card and by which commit the rows of a session were made."""
+    environment = session["environment"]
+    return {
+        "date": session["started"][:10],
+        "gpu": environment["devices"][0],
+        "commit": environment["versions"]["commit"],
+    }
 
 
 def times(journal: Journal | None) -> tuple[dict[Shape, dict[str, float]], int]:

@@ -10,7 +10,13 @@ from experiments.speed.decode.pools import Pool
 from experiments.speed.decode.programs import Work
 from experiments.speed.decode.setup import Setup
 from experiments.speed.shapes import Shape
-from experiments.speed.tiles.choices import headline_of, rank_correlation, row_of, words
+from experiments.speed.tiles.choices import (
+    headline_of,
+    rank_correlation,
+    row_of,
+    session_words,
+    words,
+)
 from experiments.speed.tiles.drawn import MOST_TOKENS, SEED, Tilings, drawn
 from mla_jax.hal import PROFILES, Problem
 
@@ -70,6 +76,13 @@ def test_a_choice_is_compared_with_the_best_that_was_timed() -> None:
     assert "chosen: 1 of 2 within 3% of the best" in said
     assert "rank correlation of simulated and measured times -1.00" in said
     assert "nothing timed" in words(headline_of([nothing]), 1)
+
+
+def test_rows_are_committed_with_a_date_a_card_and_a_commit() -> None:
+    environment = {"versions": {"commit": "abc1234", "jax": "0"}, "devices": ["NVIDIA H200"]}
+    session = {"started": "2026-12-01T05:02:35+00:00", "environment": environment}
+    wanted = {"date": "2026-12-01", "gpu": "NVIDIA H200", "commit": "abc1234"}
+    assert session_words(session) == wanted
 
 
 def test_ranks() -> None:
