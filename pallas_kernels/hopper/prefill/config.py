@@ -54,8 +54,8 @@ class PrefillConfig:
         in_turns: whether the computing warpgroups issue their products in turns.
         trims: whether a warpgroup whose rows see none of the last 64 keys of a tile's last block
             leaves these keys out.
-        heads_at_once: heads whose tiles are in work at the same time; None: as many as have keys
-            and values that fit in L2.
+        heads_at_once: heads whose tiles are in work at the same time; None: as many as
+            `work_items.heads_in_work` says, by the sizes of keys and values.
 
     Raises:
         TilePlanError: an option that the kernel can't have, or more shared memory or registers than

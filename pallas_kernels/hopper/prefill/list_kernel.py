@@ -244,7 +244,7 @@ class Lister:
     def list_tile(self, index: Any, exists: Any, by_request: Any) -> None:
         """Writes the tile of each warp to its place in the list.
 
-        by_request: whether the list is in this order.
+        by_request: whether the list has the order "by request" (`work_items`).
         """
         g, call = self.g, self.call
 

@@ -28,8 +28,8 @@ from pallas_kernels.hopper.prefill.config import L2_BYTES, TILE_ROWS
 
 NO_ITEM = -1  # the head of an item that does not exist
 L2_KILOBYTES = L2_BYTES // 1024
-# Tiles are listed by request if L2 does not hold the keys and values of so many heads. Then no more
-# than so many heads are in work at the same time. Both numbers were chosen on an H200.
+# Tiles are listed by request if L2 does not hold the keys and values of FEW_HEADS heads. Then at
+# most MOST_HEADS_BY_REQUEST heads are in work at the same time. Both were chosen on an H200.
 FEW_HEADS, MOST_HEADS_BY_REQUEST = 4, 8
 
 
@@ -154,8 +154,7 @@ def work_list(
         causal: whether query i of n sees the keys up to num_keys_of_request - n + i.
         num_heads: of q.
         bytes_per_key: of K and V of one head.
-        heads_at_once: heads whose tiles are in work at the same time; None: as many as have keys
-            and values that fit in L2.
+        heads_at_once: heads whose tiles are in work at the same time; None: `heads_in_work`.
     """
     valid = valid_requests(
         cu_q_lens, cu_kv_lens, num_queries=num_queries, num_keys=num_keys, causal=causal
@@ -198,6 +197,10 @@ def heads_in_work(
     num_keys: Any, longest: Any, num_heads: int, bytes_per_key: int, heads_at_once: int | None
 ) -> Any:
     """Returns of how many heads the tiles are in work at the same time.
+
+    They are about as many as have keys and values that fit in L2; by request, those of the longest
+    request. The number of groups of heads is rounded down, so a group may need up to about twice
+    `L2_BYTES`, which are less than L2 has.
 
     num_keys: of all valid requests, traced. longest: of the one that has most. The others as for
         `work_list`.
