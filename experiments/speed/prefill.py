@@ -4,9 +4,9 @@
 
 A burst runs the attention of several layers with keys and values of their own, as a model's prefill
 does. The layers share a work list. They share k_rope, too: the timing writes an element of it
-between launches, and XLA may copy what is written, once per burst. A copy of q would take as long
-as half a launch. On a GPU with FlashInfer, --peers=flashinfer times its ragged prefill in the same
-process.
+between launches, and XLA may copy what is written, in every burst. A copy of q would take as long
+as a third of a launch. On a GPU with FlashInfer, --peers=flashinfer times its ragged prefill in the
+same process.
 """
 
 import dataclasses

@@ -175,8 +175,8 @@ def compile_model(
     Args:
         step: returns a pytree of arrays.
         q: floating point array. A kernel between launches reads the output and then writes q's
-            first element, always with the same value. This makes the launches dependent. A GPU
-            may copy q once per burst for that, so a large q does not belong here.
+            first element, always with the same value. This makes the launches dependent. XLA
+            may copy q in every burst for that, so a large array does not belong here.
         layers: pytrees of arrays or `jax.ShapeDtypeStruct`, as q is.
         shared: a pytree of the same kind.
         passes: how often the layers are run.
