@@ -32,7 +32,7 @@ class Pool:
     def of(rows: Sequence[Shape], setup: Setup) -> "Pool":
         """Returns a pool with tokens for the largest of the rows and layers for the smallest."""
         tokens, token_bytes = max(map(pool_tokens, rows)), setup.token_bytes(rows[0].dtype)
-        capacity = max(-(-max(row.seq_lens) // GRAIN) * GRAIN for row in rows)
+        capacity = max(map(reach, rows))
         smallest = min(sum(row.seq_lens) for row in rows) * token_bytes
         layers = min(
             max(setup.usual_layers, math.ceil(setup.rotate / max(1, smallest))),
@@ -73,6 +73,11 @@ def _random_layer(pool: Pool, setup: Setup, key: jax.Array) -> dict[str, jax.Arr
 def pool_tokens(row: Shape) -> int:
     """Returns the tokens of a row's pages, which are the same for every page size."""
     return sum(-(-length // GRAIN) for length in row.seq_lens) * GRAIN
+
+
+def reach(row: Shape) -> int:
+    """Returns the tokens of block tables that reach no further than a row's longest request."""
+    return -(-max(row.seq_lens) // GRAIN) * GRAIN
 
 
 def lacks_memory(row: Shape, setup: Setup) -> str | None:

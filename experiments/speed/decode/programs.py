@@ -15,7 +15,7 @@ from jax import export
 from experiments.speed import timing
 from experiments.speed.decode.bursts import LONG_BURST, estimated_seconds
 from experiments.speed.decode.contenders import Contender
-from experiments.speed.decode.pools import GRAIN, Pool, array_struct, cache_struct
+from experiments.speed.decode.pools import Pool, array_struct, cache_struct, reach
 from experiments.speed.decode.setup import SCALE, Setup
 from experiments.speed.shapes import Shape
 from mla_jax import paged_mla_attention
@@ -51,7 +51,7 @@ class Work:
         select their tile sizes by it.
         """
         if self.setup.exact_tables:
-            return -(-max(self.row.seq_lens) // GRAIN) * GRAIN
+            return reach(self.row)
         short = max(self.row.seq_lens) <= SHORT_TABLE
         short &= self.row.batch * SHORT_TABLE <= MOST_IN_SHORT_TABLES
         return min(SHORT_TABLE, self.pool.capacity) if short else self.pool.capacity
