@@ -13,7 +13,7 @@ from pallas_kernels.hopper.config import DecodeConfig
 from pallas_kernels.hopper.parts import stamps as at
 from pallas_kernels.hopper.parts.query_parts import QueryParts
 from pallas_kernels.hopper.prefill.attention import plan as plan_prefill
-from pallas_kernels.hopper.prefill.config import PrefillConfig
+from pallas_kernels.hopper.prefill.config import TILE_ROWS, PrefillConfig
 from pallas_kernels.hopper.prefill.kernel import prefill
 from pallas_kernels.hopper.prefill.refs import PrefillCall
 
@@ -71,8 +71,13 @@ def prefill_with_stamps(
 
     Arguments as in `attend_ragged`, in DeepSeek-V3's widths, with at least 128 rows of each. The
     stamps are as those of `attend_with_stamps`. A CTA's first item is that of its number.
+
+    Raises ValueError for fewer rows, which `attend_ragged` would pad.
     """
     num_queries, num_heads, _ = q.shape
+    for name, x in (("q", q), ("k_nope", k_nope)):
+        if len(x) < TILE_ROWS:
+            raise ValueError(f"{name} has {len(x)} rows, wanted at least {TILE_ROWS}")
     config, num_ctas = PrefillConfig(), device.num_sms()
     stamps = _no_stamps(num_ctas, len(config.warpgroup_registers))
     lengths = cu_q_lens, cu_kv_lens

@@ -119,6 +119,12 @@ def test_a_kernel_with_stamps_compiles_for_sm90a(h200, monkeypatch, kernel, spil
     assert not report.ignores_setmaxnreg
 
 
+def test_prefill_with_stamps_takes_a_tile_of_rows() -> None:
+    _, *keys = arguments("prefill")
+    with pytest.raises(ValueError, match="q has 127 rows, wanted at least 128"):
+        jax.eval_shape(stamped("prefill"), struct(127, 2, 192), *keys)
+
+
 ITEM_ROW = at.BLOCKS
 # Nanoseconds of an item of two blocks, by warpgroup, row and point.
 DECODE = {
