@@ -245,7 +245,7 @@ def test_large_batches_are_listed_by_request():
     [
         (5, 400, 3000, True, 2_560, None),  # longest first, and two groups of heads
         (4, 1500, 3000, True, 51_200, 3),  # by request, with several tiles each
-        (200, 5, 60_000, False, 51_200, None),
+        (200, 5, 60_000, False, 5_120, None),  # by request, and heads by the longest one
     ],
 )
 def test_one_kernel_makes_the_same_list_interpreted(

@@ -1,5 +1,6 @@
 """`choices`: which shapes and tiles are timed, and how near a choice is to the best."""
 
+import dataclasses
 import json
 
 import jax
@@ -55,6 +56,14 @@ def test_each_tiling_gets_its_own_plan() -> None:
         assert plan.split.rows_per_tile == who.tiles.rows_per_tile
     default = jax.eval_shape(work.planner(first.__class__("hopper", first.options)), work.seq_lens)
     assert name_of(default.tiles) == tilings.chosen
+
+
+def test_exact_block_tables_reach_no_further_than_the_requests() -> None:
+    setup, rows = Setup(1 << 30), [SHAPE, dataclasses.replace(SHAPE, kv_len=3000)]
+    pool = Pool.of(rows, setup)
+    assert [Work(row, pool, setup).capacity for row in rows] == [3072, 3072]
+    exact = dataclasses.replace(setup, exact_tables=True)
+    assert [Work(row, pool, exact).capacity for row in rows] == [384, 3072]
 
 
 def test_a_choice_is_compared_with_the_best_that_was_timed() -> None:
