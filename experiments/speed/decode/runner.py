@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import jax
@@ -151,9 +152,7 @@ class Runner:
                         jobs[who.name, row] = functools.partial(compile_jnp, row, self.setup)
                     continue
                 work = Work(rows[0], pool, self.setup)
-                lowered = None
-                if self._lowering is not None:
-                    lowered = self._lowering.submit(work.lower, who)
+                lowered = self._lower(work, who)
                 jobs[who.name, work.key] = functools.partial(_compile, work, who, rows, lowered)
         with ThreadPoolExecutor(os.cpu_count() or 1) as executor:
             futures = {key: executor.submit(job) for key, job in jobs.items()}
@@ -164,6 +163,15 @@ class Runner:
                 executor.shutdown(wait=False, cancel_futures=True)
                 raise
         return futures
+
+    def _lower(self, work: Work, who: Contender) -> "Future[Lowered] | None":
+        """Starts to lower a work in another process; None if `_compile` must do it."""
+        if self._lowering is None:
+            return None
+        try:
+            return self._lowering.submit(work.lower, who)
+        except BrokenProcessPool:
+            return None
 
     def _run_match(
         self,
@@ -308,7 +316,11 @@ class Runner:
 def _compile(
     work: Work, who: Contender, rows: Sequence[Shape], lowered: "Future[Lowered] | None"
 ) -> Programs:
-    return work.compile(who, rows, None if lowered is None else lowered.result())
+    try:
+        found = None if lowered is None else lowered.result()
+    except BrokenProcessPool:  # One that was killed, for its memory say, must not fail this row.
+        found = None
+    return work.compile(who, rows, found)
 
 
 def _share_the_gpu() -> None:

@@ -3,6 +3,9 @@
 import errno
 import json
 import os
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from unittest.mock import Mock
 
 import pytest
 from benchmark_runs import SETUP, SMALL, run
@@ -268,6 +271,23 @@ class TestRuns:
         assert Runner(SETUP, journal, 0, processes=1).run(tasks) == 0
         (found,) = journal.rows.values()
         assert found["status"] == "measured"
+
+    def test_a_killed_process_fails_no_row(self, tmp_path, monkeypatch):
+        """One is killed while it lowers the first work, and the pool takes no second one."""
+        given = Future()
+        given.set_exception(BrokenProcessPool())
+
+        class Killed:
+            submit = staticmethod(Mock(side_effect=[given, BrokenProcessPool()]))
+            shutdown = staticmethod(lambda **_: None)
+
+        monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda *_: Killed)
+        rows = list(shapes((2,), (1, 2), (1,), (32,), page_size=(16,)))
+        journal = Journal(tmp_path / "rows.jsonl")
+        journal.begin({"read": 1.0})
+        Runner(SETUP, journal, 0, processes=1).run([(row, contender("xla")) for row in rows])
+        assert [row["status"] for row in journal.rows.values()] == ["measured"] * 2
+        assert Killed.submit.call_count == 2
 
     def test_every_time_has_its_spread_and_says_if_it_is_the_hosts(self, tmp_path, monkeypatch):
         monkeypatch.setattr(
