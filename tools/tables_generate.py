@@ -20,8 +20,8 @@ def kernels(root: Path, card: str) -> str:
         f"{step['requests']} requests of {step['context']} tokens, {result['dtype']}, random "
         f"weights of {result['weights'] / 1e9:.1f} billion. {CARDS[card]}, "
         f"{result['started'][:10]}, jax {versions['jax']}, our code at {versions['commit']}. "
-        f"All of them take {sum(row['gpu_us'] for row in step['kernels']) / 1e3:.2f} ms. With CUDA "
-        f"graphs a step takes {us[STEP]['us'] / 1e3:.2f} ms from step to step. Serving "
+        f"All kernels take {sum(row['gpu_us'] for row in step['kernels']) / 1e3:.2f} ms. With CUDA "
+        f"graphs, {us[STEP]['us'] / 1e3:.2f} ms pass from step to step. Serving "
         f"{result['tokens']:,} new tokens, with prefill, makes "
         f"{result['new_tokens_per_second']:,.0f} of them per second."
     )
