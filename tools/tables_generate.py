@@ -20,14 +20,14 @@ def kernels(root: Path, card: str) -> str:
         f"{step['requests']} requests of {step['context']} tokens, {result['dtype']}, random "
         f"weights of {result['weights'] / 1e9:.1f} billion. {CARDS[card]}, "
         f"{result['started'][:10]}, jax {versions['jax']}, our code at {versions['commit']}. "
-        f"All kernels take {sum(row['gpu_us'] for row in step['kernels']) / 1e3:.2f} ms. With CUDA "
-        f"graphs, {us[STEP]['us'] / 1e3:.2f} ms pass from step to step. Serving "
+        f"With CUDA graphs, {us[STEP]['us'] / 1e3:.2f} ms pass from step to step. Serving "
         f"{result['tokens']:,} new tokens, with prefill, makes "
         f"{result['new_tokens_per_second']:,.0f} of them per second."
     )
     if not step["kernels"]:
         return wrapped(f"{caption} The kernels have no names: {step['kernels_failed']}.")
     caption += (
+        f" All kernels take {sum(row['gpu_us'] for row in step['kernels']) / 1e3:.2f} ms."
         f" The attention op alone takes {us[OP]['us_per_layer']:.1f} us per layer, in the step "
         f"{step['attention_over_op_alone']:.3f} times as long."
     )
