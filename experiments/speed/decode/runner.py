@@ -1,6 +1,7 @@
 """Runs rows of decode benchmarks: compiles, checks and times them, and can resume.
 
-XLA compiles in threads. What is lowered before is Python, so many programs need processes, too.
+XLA compiles in threads. What is lowered before is Python, so many programs need processes, too;
+then all programs are compiled before the first one is timed.
 
 Every row is written to `rows.jsonl` (see journal.py) as soon as it is known. If that file exists,
 its measured and failed rows are not run again, but skipped ones are. Pools of many rows run first,
@@ -74,11 +75,15 @@ class Runner:
             self._lowering = ProcessPoolExecutor(
                 self.processes, multiprocessing.get_context("spawn"), _share_the_gpu
             )
+        works = []
+        for key, pool in sorted(pools.items(), key=lambda item: -len(shared[item[0]])):
+            if mine := [t for t in todo if (t[0].batch, t[0].dtype) == key]:
+                works.append((pool, mine))
         try:
-            for key, pool in sorted(pools.items(), key=lambda item: -len(shared[item[0]])):
-                mine = [t for t in todo if (t[0].batch, t[0].dtype) == key]
-                if mine and not self._late():
-                    self._run_pool(pool, mine, peer_names)
+            ahead = self._compile_ahead(works) if self.processes else [None] * len(works)
+            for (pool, mine), programs in zip(works, ahead, strict=True):
+                if not self._late():
+                    self._run_pool(pool, mine, peer_names, programs)
         except DeviceLostError as error:
             say(f"stopped: {error}", style="red")
         finally:
@@ -106,12 +111,19 @@ class Runner:
             self.journal.add(row, who.name, "skipped", reason=reason)
         return reason is not None
 
-    def _run_pool(self, pool: Pool, tasks: list[Task], baseline_names: Sequence[str]) -> None:
+    def _run_pool(
+        self,
+        pool: Pool,
+        tasks: list[Task],
+        baseline_names: Sequence[str],
+        ahead: "dict[Any, Future] | None",
+    ) -> None:
+        """Runs the tasks of a pool. ahead: their programs; None: they are compiled here."""
         layers: list[Any] = []
         for chunk in self._chunks(pool, tasks):
             if self._late():
                 return
-            programs = self._compile(pool, chunk)
+            programs = self._compile(pool, chunk) if ahead is None else ahead
             layers = layers or pool.fill(self.setup)
             matches: dict[Shape, list[Task]] = {}
             for task in (task for group in chunk for task in group):
@@ -142,7 +154,21 @@ class Runner:
             yield chunk
 
     def _compile(self, pool: Pool, chunk: Sequence[Sequence[Task]]) -> dict[Any, Future]:
-        """Compiles in threads; returns programs by contender and `Work.key`, or row for `jnp`."""
+        """Compiles in threads; returns programs by the keys of `_jobs`."""
+        return _in_threads(self._jobs(pool, chunk))
+
+    def _compile_ahead(self, works: Sequence[tuple[Pool, list[Task]]]) -> list[dict[Any, Future]]:
+        """Compiles the programs of all pools, and returns those of each."""
+        of_pools = [
+            self._jobs(pool, [group for chunk in self._chunks(pool, tasks) for group in chunk])
+            for pool, tasks in works
+        ]
+        jobs = {(i, key): job for i, own in enumerate(of_pools) for key, job in own.items()}
+        futures = _in_threads(jobs)
+        return [{key: futures[i, key] for key in own} for i, own in enumerate(of_pools)]
+
+    def _jobs(self, pool: Pool, chunk: Sequence[Sequence[Task]]) -> dict[Any, Callable[[], Any]]:
+        """Returns what compiles, by contender and `Work.key`, or row for `jnp`."""
         jobs: dict[Any, Callable[[], Any]] = {}
         for group in chunk:
             for who in dict.fromkeys(who for _, who in group):
@@ -154,15 +180,7 @@ class Runner:
                 work = Work(rows[0], pool, self.setup)
                 lowered = self._lower(work, who)
                 jobs[who.name, work.key] = functools.partial(_compile, work, who, rows, lowered)
-        with ThreadPoolExecutor(os.cpu_count() or 1) as executor:
-            futures = {key: executor.submit(job) for key, job in jobs.items()}
-            try:
-                for _ in track(as_completed(futures.values()), "compiling", total=len(futures)):
-                    pass
-            except BaseException:  # an interrupt does not wait for programs
-                executor.shutdown(wait=False, cancel_futures=True)
-                raise
-        return futures
+        return jobs
 
     def _lower(self, work: Work, who: Contender) -> "Future[Lowered] | None":
         """Starts to lower a work in another process; None if `_compile` must do it."""
@@ -311,6 +329,19 @@ class Runner:
         reason = f"{type(error).__name__}: {error}".strip()[:500]
         say(f"failed: {row.label}, {name}: {reason}", style="red")
         self.journal.add(row, name, "failed", reason=reason)
+
+
+def _in_threads(jobs: Mapping[Any, Callable[[], Any]]) -> dict[Any, Future]:
+    """Runs the jobs, and returns their futures when all are done."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as executor:
+        futures = {key: executor.submit(job) for key, job in jobs.items()}
+        try:
+            for _ in track(as_completed(futures.values()), "compiling", total=len(futures)):
+                pass
+        except BaseException:  # an interrupt does not wait for programs
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+    return futures
 
 
 def _compile(

@@ -72,7 +72,7 @@ class TestRuns:
 
     def test_no_pool_is_begun_late_and_the_one_of_most_rows_is_first(self, tmp_path, monkeypatch):
         begun = []
-        monkeypatch.setattr(Runner, "_run_pool", lambda self, pool, mine, names: begun.append(mine))
+        monkeypatch.setattr(Runner, "_run_pool", lambda self, pool, mine, *_: begun.append(mine))
         rows = [*shapes((2,), (1,), (1,), (32,), page_size=(16,)),
                 *shapes((2,), (1,), (2,), (32, 64), page_size=(16,))]  # fmt: skip
         journal = Journal(tmp_path / "rows.jsonl")
@@ -264,13 +264,12 @@ class TestRuns:
 
     def test_processes_lower_what_threads_compile(self, tmp_path, monkeypatch):
         monkeypatch.setattr(Work, "step", None)  # in this process
-        (row,) = shapes((2,), (1,), (1,), (32,), page_size=(16,))
+        rows = list(shapes((1, 2), (1,), (1,), (32,), page_size=(16,)))  # two pools
         journal = Journal(tmp_path / "rows.jsonl")
         journal.begin({"read": 1.0})
-        tasks = [(row, contender("xla"))]
+        tasks = [(row, contender("xla")) for row in rows]
         assert Runner(SETUP, journal, 0, processes=1).run(tasks) == 0
-        (found,) = journal.rows.values()
-        assert found["status"] == "measured"
+        assert [found["status"] for found in journal.rows.values()] == ["measured"] * 2
 
     def test_a_killed_process_fails_no_row(self, tmp_path, monkeypatch):
         """One is killed while it lowers the first work, and the pool takes no second one."""
