@@ -1,7 +1,7 @@
 """Runs rows of decode benchmarks: compiles, checks and times them, and can resume.
 
-XLA compiles in threads. What is lowered before is Python, so many programs need processes, too;
-then all programs are compiled before the first one is timed.
+XLA compiles in threads. What is lowered before is Python, so many programs need processes, too.
+Those of several pools are then compiled before the first one is timed, so that no process waits.
 
 Every row is written to `rows.jsonl` (see journal.py) as soon as it is known. If that file exists,
 its measured and failed rows are not run again, but skipped ones are. Pools of many rows run first,
@@ -39,6 +39,7 @@ from experiments.speed.shapes import Shape
 from mla_jax.reference.attention import attention_float64
 
 WORKS_AT_A_TIME = 8  # groups of rows whose programs are compiled before they are timed
+TASKS_PER_PROCESS = 4  # at least, of the pools that are compiled together
 
 Task = tuple[Shape, Contender]
 Entry = tuple[dict[str, timing.Burst], Row]  # bursts by time column, and the columns known before
@@ -80,16 +81,36 @@ class Runner:
             if mine := [t for t in todo if (t[0].batch, t[0].dtype) == key]:
                 works.append((pool, mine))
         try:
-            ahead = self._compile_ahead(works) if self.processes else [None] * len(works)
-            for (pool, mine), programs in zip(works, ahead, strict=True):
-                if not self._late():
-                    self._run_pool(pool, mine, peer_names, programs)
+            for window in self._windows(works):
+                if self._late():
+                    break
+                ahead = self._compile_ahead(window) if self.processes else [None] * len(window)
+                for (pool, mine), programs in zip(window, ahead, strict=True):
+                    if not self._late():
+                        self._run_pool(pool, mine, peer_names, programs)
         except DeviceLostError as error:
             say(f"stopped: {error}", style="red")
         finally:
             if self._lowering is not None:
                 self._lowering.shutdown(wait=False, cancel_futures=True)
         return sum((row, who.name) not in self.journal.rows for row, who in todo)
+
+    def _windows(
+        self, works: Iterable[tuple[Pool, list[Task]]]
+    ) -> Iterator[list[tuple[Pool, list[Task]]]]:
+        """Yields pools whose programs are compiled together, with work for all processes.
+
+        Without processes it is one pool. If all pools were one window, a run that ends early would
+        have compiled programs and timed none.
+        """
+        window: list[tuple[Pool, list[Task]]] = []
+        for work in works:
+            window.append(work)
+            if sum(len(tasks) for _, tasks in window) >= TASKS_PER_PROCESS * self.processes:
+                yield window
+                window = []
+        if window:
+            yield window
 
     def _late(self) -> bool:
         return time.monotonic() > self._end
@@ -158,7 +179,7 @@ class Runner:
         return _in_threads(self._jobs(pool, chunk))
 
     def _compile_ahead(self, works: Sequence[tuple[Pool, list[Task]]]) -> list[dict[Any, Future]]:
-        """Compiles the programs of all pools, and returns those of each."""
+        """Compiles the programs of some pools, and returns those of each."""
         of_pools = [
             self._jobs(pool, [group for chunk in self._chunks(pool, tasks) for group in chunk])
             for pool, tasks in works

@@ -271,6 +271,24 @@ class TestRuns:
         assert Runner(SETUP, journal, 0, processes=1).run(tasks) == 0
         assert [found["status"] for found in journal.rows.values()] == ["measured"] * 2
 
+    def test_few_pools_are_compiled_before_they_are_timed(self, tmp_path, monkeypatch):
+        done = []
+
+        def compile_ahead(self, works):
+            done.append(len(works))
+            return [{}] * len(works)
+
+        monkeypatch.setattr(Runner, "_compile_ahead", compile_ahead)
+        monkeypatch.setattr(Runner, "_run_pool", lambda *_: done.append("timed"))
+        monkeypatch.setattr(runner, "TASKS_PER_PROCESS", 1)
+        rows = shapes((2,), (1,), (1, 2, 3), (32,), page_size=(16,))
+        tasks = [(row, contender("xla")) for row in rows]
+        journal = Journal(tmp_path / "rows.jsonl")
+        Runner(SETUP, journal, 0, processes=2).run(tasks)
+        assert done == [2, "timed", "timed", 1, "timed"]
+        assert Runner(SETUP, journal, 1e-9, processes=2).run(tasks) == 3
+        assert len(done) == 5  # nothing is compiled late
+
     def test_a_killed_process_fails_no_row(self, tmp_path, monkeypatch):
         """One is killed while it lowers the first work, and the pool takes no second one."""
         given = Future()
