@@ -203,7 +203,7 @@ class TestSupport:
 def folder(tmp_path_factory):
     """A benchmark as it writes itself, of times that nobody has measured."""
 
-    def time_nothing(self, pool, tasks, peer_names):
+    def time_nothing(self, pool, tasks, *_):
         for i, (row, who) in enumerate(tasks):
             self.journal.add(row, who.name, "measured", us=100.0 + i, error=1e-3)
 
