@@ -197,6 +197,7 @@ NUMBER = {"value": 1.0, "unit": "s", "source": "x", "certainty": "assumed"}
         ({"family": "ascend"}, "family is 'ascend', that of H200_SXM is 'nvidia'"),
         ({"color": 3}, "'color' is not a key, wanted name, numbers, family, like"),
         ({"numbers": {"engine.fixpipe": NUMBER}}, r"mine: engine\.fixpipe is not a field"),
+        ({"numbers": {"core.clok": NUMBER}}, r"core\.clok is not .*; the nearest is core\.clock$"),
         ({"numbers": {"latency.l2": NUMBER | {"unit": "us"}}}, r"latency\.l2 has unit 'us', want"),
         ({"numbers": {"latency.l2": NUMBER}}, r"latency\.l2 = 1\.0 s, wanted at least"),
         ({"numbers": {"core.count": NUMBER | {"unit": "1", "value": 2.5}}},
