@@ -12,7 +12,6 @@ The simulator computes the time of a schedule, the blockwise kernel executes it,
 draws it.
 """
 
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -204,10 +203,15 @@ def _check(schedule: Schedule) -> None:
             f"{len(schedule.steps)} steps, num_blocks = {schedule.num_blocks}, period = "
             f"{schedule.period}, wanted at least 1 of each"
         )
-    times = Counter(signal for step in schedule.steps for signal in step.gives)
-    for signal, count in times.items():
-        if count > 1:
-            raise IllegalScheduleError(f"signal {signal.stage}({signal.block}) is given {count}x")
+    givers: dict[Signal, int] = {}
+    for index, step in enumerate(schedule.steps):
+        for signal in step.gives:
+            first = givers.setdefault(signal, index)
+            if first != index:
+                raise IllegalScheduleError(
+                    f"step {index}, {step}: gives {signal.stage}({signal.block}), as step {first}, "
+                    f"{schedule.steps[first]} does; wanted one step of a stage per block"
+                )
     clocks = _Clocks()
     last_write: dict[tuple[str, int], tuple[int, int]] = {}
     readers: dict[tuple[str, int], list[int]] = {}
