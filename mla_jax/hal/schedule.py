@@ -143,10 +143,10 @@ class Schedule:
     def check(self) -> None:
         """Proves the schedule legal or raises IllegalScheduleError naming the first bad step.
 
-        Vector clocks record what certainly happened before what. Each step must wait only for
-        signals that are given, and each slot must exist. Each read must find the expected data,
-        written before it. Each write must come after everything that still needs the slot. The
-        proof is made once per schedule.
+        Vector clocks record what certainly happened before what. Each step must be of a block that
+        exists, and wait only for signals that are given. Each slot must exist. Each read must find
+        the expected data, written before it. Each write must come after everything that still needs
+        the slot. The proof is made once per schedule.
         """
         self._legal  # noqa: B018  the property raises the error
 
@@ -205,6 +205,11 @@ def _check(schedule: Schedule) -> None:
         )
     givers: dict[Signal, int] = {}
     for index, step in enumerate(schedule.steps):
+        if not -1 <= step.block < schedule.num_blocks:
+            raise IllegalScheduleError(
+                f"step {index}, {step}: no such block, wanted 0 to {schedule.num_blocks - 1}, or "
+                "-1 for a step before the first"
+            )
         for signal in step.gives:
             first = givers.setdefault(signal, index)
             if first != index:

@@ -109,6 +109,11 @@ def test_the_experiments_name_a_bad_file(
             "        build.softmax('warps', block)\n        build.softmax",
             r"mine\.py: .*step \d, SM\(0\) on warps: gives SM\(0\), as step \d, SM\(0\)",
         ),
+        (
+            "if block + STAGES < num_blocks",
+            "if True",
+            r"mine\.py: three-stages: .*LOAD_L\(3\) on load: no such block, wanted 0 to 0, or -1",
+        ),
         ("block_kv=32", "block_kv=64", r"mine\.py: H200_SXM, three_stages: shared holds 232448"),
         ("block_kv=32", "block_kv=30", r"mine\.py.*block_kv = 30, wanted .* multiple of 16"),
         ("block_kv=32", "blocks=32", r"mine\.py, line 23: 'blocks' is not a field"),
