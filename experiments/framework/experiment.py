@@ -27,7 +27,10 @@ def reading(flag_name: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise InputError(f"--{flag_name}: {error}") from error
+        what: object = error
+        if isinstance(error, OSError) and error.strerror:  # without "[Errno 2]"
+            what = f"{error.filename}: {error.strerror}"
+        raise InputError(f"--{flag_name}: {what}") from error
 
 
 @dataclasses.dataclass

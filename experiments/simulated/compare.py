@@ -9,6 +9,7 @@ from experiments.framework.machine_options import MachineOptions, machine_and_pr
 from experiments.framework.options import flag
 from experiments.simulated.kernels import simulate_named
 from experiments.simulated.own_files import name_of
+from mla_jax.hal.simulator.simulate import SHOWN_BLOCKS
 from mla_jax.hal.simulator.trace import caption, draw_gantt, draw_legend
 
 SUMMARY = "schedules compared on one device: Gantt charts and a table"
@@ -55,14 +56,14 @@ def run(options: Options, output: Output) -> Outcome:
             "gb_per_s": "GB/s",
             "utilisation": "busy",
             "bubble_head": "idle: head",
-            "bubble_steady": "between",
+            "bubble_steady": "steady",
             "bubble_tail": "tail",
             "bubble_in_steps": "in steps",
         },
     )
     until = max(report.timeline.total for report in reports)
     lanes = sum(len(report.timeline.schedule.units) for report in reports)
-    title = f"Schedules on {profile.name}, the longest work item of a core"
+    title = f"Schedules on {profile.name}, the longest work item or {SHOWN_BLOCKS} KV blocks of it"
     size = (15.0, 1.1 * len(reports) + 0.42 * lanes)
     path = output.path("compare.png")
     with plotting.figure(path, title, rows=len(reports), size=size) as axes:

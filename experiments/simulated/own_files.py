@@ -51,8 +51,8 @@ def errors_of(name: str) -> Iterator[None]:
             where += f", line {lines[-1]}"
         if isinstance(error, OSError) and not lines:
             raise ValueError(f"{where}: {error.strerror}") from error
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{where}: {kind}{error}") from error
+        kind = "" if isinstance(error, ValueError) and str(error) else type(error).__name__
+        raise ValueError(": ".join(filter(None, (where, kind, str(error))))) from error
 
 
 def load_kernel(profile: HardwareProfile, name: str, kv_dtype: str) -> Kernel | AscendKernel:

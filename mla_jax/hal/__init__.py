@@ -63,8 +63,10 @@ def load_profile(name_or_path: str | Path) -> HardwareProfile:
         return PROFILES[str(name_or_path)]
     if Path(name_or_path).is_file():
         return read_profile(name_or_path, PROFILES)
+    missing = ", and there is no such file" if Path(name_or_path).suffix == ".json" else ""
     raise ValueError(
         f"profile = {str(name_or_path)!r}, wanted a JSON file or one of {', '.join(PROFILES)}"
+        + missing
     )
 
 

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from mla_jax.checks import require_type
 from mla_jax.hal.orders import ScheduleFn
 from mla_jax.hal.profiles.profile import HardwareProfile
 from mla_jax.hal.schedule import Access, IllegalScheduleError, ScheduleBuilder
@@ -126,8 +127,11 @@ def gpu_kernel(
         like: the kernel whose tile, instructions, division of the work and merge it has.
         changes: fields of `Kernel` that differ, such as block_kv = 32.
 
-    Raises ValueError that names the argument.
+    Raises ValueError that names the argument, and TypeError for an order that is no function. The
+    function that is returned raises TypeError for what is no profile, such as the name of one.
     """
+    if not callable(order):
+        raise TypeError(f"order must be a function from a number of KV blocks, got {order!r:.60}")
     if like not in KERNELS:
         raise ValueError(f"like = {like!r}, wanted one of {', '.join(KERNELS)}")
     for field in changes:
@@ -136,6 +140,7 @@ def gpu_kernel(
     block_kv = changes.pop("block_kv", None)
 
     def make(profile: HardwareProfile) -> Kernel:
+        require_type("profile", profile, HardwareProfile)
         kernel = KERNELS[like](profile)
         if block_kv is not None:
             kernel = with_block(kernel, block_kv)

@@ -12,7 +12,6 @@ The simulator computes the time of a schedule, the blockwise kernel executes it,
 draws it.
 """
 
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -144,10 +143,10 @@ class Schedule:
     def check(self) -> None:
         """Proves the schedule legal or raises IllegalScheduleError naming the first bad step.
 
-        Vector clocks record what certainly happened before what. Each step must wait only for
-        signals that are given, and each slot must exist. Each read must find the expected data,
-        written before it. Each write must come after everything that still needs the slot. The
-        proof is made once per schedule.
+        Vector clocks record what certainly happened before what. Each step must be of a block that
+        exists, and wait only for signals that are given. Each slot must exist. Each read must find
+        the expected data, written before it. Each write must come after everything that still needs
+        the slot. The proof is made once per schedule.
         """
         self._legal  # noqa: B018  the property raises the error
 
@@ -204,10 +203,20 @@ def _check(schedule: Schedule) -> None:
             f"{len(schedule.steps)} steps, num_blocks = {schedule.num_blocks}, period = "
             f"{schedule.period}, wanted at least 1 of each"
         )
-    times = Counter(signal for step in schedule.steps for signal in step.gives)
-    for signal, count in times.items():
-        if count > 1:
-            raise IllegalScheduleError(f"signal {signal.stage}({signal.block}) is given {count}x")
+    givers: dict[Signal, int] = {}
+    for index, step in enumerate(schedule.steps):
+        if not -1 <= step.block < schedule.num_blocks:
+            raise IllegalScheduleError(
+                f"step {index}, {step}: no such block, wanted 0 to {schedule.num_blocks - 1}, or "
+                "-1 for a step before the first"
+            )
+        for signal in step.gives:
+            first = givers.setdefault(signal, index)
+            if first != index:
+                raise IllegalScheduleError(
+                    f"step {index}, {step}: gives {signal.stage}({signal.block}), as step {first}, "
+                    f"{schedule.steps[first]} does; wanted one step of a stage per block"
+                )
     clocks = _Clocks()
     last_write: dict[tuple[str, int], tuple[int, int]] = {}
     readers: dict[tuple[str, int], list[int]] = {}

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-from mla_jax.checks import require_one_of
+from mla_jax.checks import require_one_of, require_type
 from mla_jax.hal import HardwareProfile, Problem, TilePlanError, load_profile
 from mla_jax.hal.choice import (
     MEASURED,
@@ -94,8 +94,11 @@ def choose_tiles(
 
     Raises:
         TilePlanError: no config is legal on this device; the message names the limit.
+        TypeError: an argument of another type, such as the name of a profile.
         ValueError: a problem that the simulator has no model of.
     """
+    require_type("profile", profile, HardwareProfile)
+    require_type("problem", problem, Problem)
     require_one_of("problem.kv_dtype", problem.kv_dtype, ("bf16", "fp16"))
     return _choose(profile, problem, max(*problem.kv_lens, 1), rescale)
 

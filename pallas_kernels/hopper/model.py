@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mla_jax.checks import require_one_of
+from mla_jax.checks import require_one_of, require_type
 from mla_jax.hal import HardwareProfile, Problem
 from mla_jax.hal.simulator.hopper import HopperKernel
 from mla_jax.splits.decode_plan import DecodePlan
@@ -36,8 +36,11 @@ def simulated_kernel(
         plan: with tiles; None: `plan_decode` makes it.
 
     Raises:
+        TypeError: an argument of another type, such as the name of a profile.
         ValueError: a problem that no kernel takes, such as one over an fp8 cache.
     """
+    require_type("profile", profile, HardwareProfile)
+    require_type("problem", problem, Problem)
     require_one_of("kv_dtype", problem.kv_dtype, ("bf16", "fp16", "int8"))
     if plan is None:
         plan = _plan(profile, problem, capacity or max(*problem.kv_lens, 1))

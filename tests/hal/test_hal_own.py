@@ -1,6 +1,7 @@
 """A schedule, a kernel or a device of one's own is one file, and a bad one is named in a line."""
 
 import ast
+import functools
 import json
 import re
 from pathlib import Path
@@ -15,8 +16,10 @@ from mla_jax.hal import (
     AscendKernel,
     AscendOrder,
     GpuScheduleBuilder,
+    IllegalScheduleError,
     Kernel,
     Problem,
+    Schedule,
     gpu_kernel,
     load_profile,
     simulate,
@@ -96,6 +99,21 @@ def test_the_experiments_name_a_bad_file(
     ("old", "new", "message"),
     [
         ('"warps", block)', '"wrps", block)', r"mine\.py: .*SM\(0\) on wrps: 'wrps' is not a unit"),
+        (
+            'build.store("warps")',
+            'build.store("wg0")',
+            r"mine\.py: .* units warps and wg0, wanted ",
+        ),
+        (
+            "        build.softmax",
+            "        build.softmax('warps', block)\n        build.softmax",
+            r"mine\.py: .*step \d, SM\(0\) on warps: gives SM\(0\), as step \d, SM\(0\)",
+        ),
+        (
+            "if block + STAGES < num_blocks",
+            "if True",
+            r"mine\.py: three-stages: .*LOAD_L\(3\) on load: no such block, wanted 0 to 0, or -1",
+        ),
         ("block_kv=32", "block_kv=64", r"mine\.py: H200_SXM, three_stages: shared holds 232448"),
         ("block_kv=32", "block_kv=30", r"mine\.py.*block_kv = 30, wanted .* multiple of 16"),
         ("block_kv=32", "blocks=32", r"mine\.py, line 23: 'blocks' is not a field"),
@@ -109,6 +127,7 @@ def test_the_experiments_name_a_bad_file(
         ("build.build()", "3", r"mine\.py: TypeError: an order must return a Schedule, got int"),
         ("kernel = gpu", "other = gpu", r"mine\.py: it defines neither kernel nor schedule"),
         ("kernel = gpu_kernel(three", "kernel = (4, three", r"mine\.py, line 23: .*syntax"),
+        ("STAGES = 3", "raise RuntimeError", r"mine\.py, line 5: RuntimeError$"),
         ("STAGES = 3", "raise SystemExit(3)", r"mine\.py, line 5: SystemExit: 3"),
     ],
 )
@@ -117,6 +136,26 @@ def test_a_bad_schedule_is_named(tmp_path: Path, old: str, new: str, message: st
     with pytest.raises(ValueError, match=f"^{message}") as caught:
         time_of(path)
     assert str(caught.value).count("mine.py") == 1
+
+
+def test_units_have_the_warpgroups_of_the_kernel() -> None:
+    def in_turns(groups: int, num_blocks: int) -> Schedule:
+        build = GpuScheduleBuilder("turns", num_blocks)
+        for block in range(num_blocks):
+            build.load(block)
+            build.scores("mma0", block)
+            build.softmax(f"wg{block % groups}", block)
+            build.values("mma0", "L", block)
+            build.values("mma1", "R", block)
+        build.store("wg0")
+        return build.build()
+
+    two, three = (functools.partial(in_turns, groups) for groups in (2, 3))
+    simulate(H200, CALL, gpu_kernel(two)(H200))
+    message = "turns: units wg0, wg1, wg2 need 12 warps, own has warps = 8"
+    with pytest.raises(IllegalScheduleError, match=message):
+        simulate(H200, CALL, gpu_kernel(three)(H200))
+    simulate(H200, CALL, gpu_kernel(three, warps=12)(H200))
 
 
 def test_other_files(tmp_path: Path) -> None:
@@ -197,6 +236,7 @@ NUMBER = {"value": 1.0, "unit": "s", "source": "x", "certainty": "assumed"}
         ({"family": "ascend"}, "family is 'ascend', that of H200_SXM is 'nvidia'"),
         ({"color": 3}, "'color' is not a key, wanted name, numbers, family, like"),
         ({"numbers": {"engine.fixpipe": NUMBER}}, r"mine: engine\.fixpipe is not a field"),
+        ({"numbers": {"core.clok": NUMBER}}, r"core\.clok is not .*; the nearest is core\.clock$"),
         ({"numbers": {"latency.l2": NUMBER | {"unit": "us"}}}, r"latency\.l2 has unit 'us', want"),
         ({"numbers": {"latency.l2": NUMBER}}, r"latency\.l2 = 1\.0 s, wanted at least"),
         ({"numbers": {"core.count": NUMBER | {"unit": "1", "value": 2.5}}},

@@ -128,8 +128,18 @@ def test_a_missing_field_is_named(field: str) -> None:
 
 def test_unknown_fields_families_and_names(tmp_path: Path) -> None:
     profile = PROFILES["Ascend910B1"]
-    with pytest.raises(ValueError, match=r"engine\.warp is not a field"):
+    with pytest.raises(
+        ValueError, match=r"engine\.warp is not a field.*; its fields are core\.count"
+    ):
         profile.with_values({"engine.warp": 1.0})
+    with pytest.raises(
+        ValueError, match=r"bandwith is not .*; the nearest is memory\.hbm_bandwidth"
+    ):
+        profile.with_values({"memory.hbm_bandwith": 1.0})
+    with pytest.raises(
+        ValueError, match=r"profile = 'x\.json', wanted .*, and there is no such file"
+    ):
+        load_profile("x.json")
     with pytest.raises(ValueError, match="family is 'tpu'"):
         dataclasses.replace(profile, family="tpu")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"profile = 'H300'.*H200_SXM"):

@@ -15,6 +15,7 @@ from mla_jax.hal import (
     PROFILES,
     Problem,
     fastest_tiles,
+    gpu_kernel,
     plan_tiles,
     schedule_named,
     simulate,
@@ -32,6 +33,9 @@ from mla_jax.hal.simulator.many_cores import makespan
 from mla_jax.hal.simulator.one_core import BlockTimes, StageCost, run_schedule
 from mla_jax.hal.work import split_plan_work, whole_tiles
 from mla_jax.splits.planner import plan_splits
+from pallas_kernels.hopper.choice import choose_tiles
+from pallas_kernels.hopper.model import simulated_kernel
+from pallas_kernels.hopper.prefill.model import simulated_prefill
 
 H200, TINY = PROFILES["H200_SXM"], Problem((1,), 1)
 ORDERS = sorted({**ASCEND_ORDERS, **GPU_ORDERS})
@@ -335,6 +339,13 @@ def test_bad_input_is_named(make, message: str) -> None:  # type: ignore[no-unty
         (lambda: simulate("H200", TINY, "seesaw"), "profile must be a HardwareProfile, got str"),
         (lambda: simulate(H200, None, "seesaw"), "problem must be a Problem, got NoneType"),
         (lambda: plan_tiles("H200_SXM", TINY), "profile must be a HardwareProfile, got str"),
+        (lambda: choose_tiles("H200_SXM", TINY), "profile must be a HardwareProfile, got str"),
+        (lambda: choose_tiles(H200, None), "problem must be a Problem, got NoneType"),
+        (lambda: simulated_kernel("H200_SXM", TINY), "profile must be a HardwareProfile, got str"),
+        (lambda: simulated_prefill("H200_SXM", TINY), "profile must be a HardwareProfile, got str"),
+        (lambda: gpu_kernel(len)("H200_SXM"), "profile must be a HardwareProfile, got str"),
+        (lambda: gpu_kernel(3), "order must be a function from a number of KV blocks, got 3"),
+        (lambda: simulate(H200, TINY, gpu_kernel(len)), "; call a function from a profile, as"),
         (lambda: plan_tiles(H200, None), "problem must be a Problem, got NoneType"),
         (lambda: plan_tiles(H200, TINY, block_q=1.5), "block_q must be an integer, got 1.5"),
         (lambda: fastest_tiles(H200, None, ()), "problem must be a Problem, got NoneType"),

@@ -13,7 +13,7 @@ from experiments import launch
 from experiments.simulated import foretell
 from experiments.simulated.tables.first_flashmla import first_flashmla, first_flashmla_kernel
 from experiments.simulated.tables.models import kernel_for
-from experiments.simulated.tables.predictions import predict
+from experiments.simulated.tables.predictions import predict, read_table
 from experiments.simulated.tables.prefill_model import prefill_seconds
 from mla_jax.hal import PROFILES, IllegalScheduleError, Problem, Schedule, simulate
 from mla_jax.hal.prefill_orders import two_consumers
@@ -131,6 +131,28 @@ def test_a_row_that_has_no_prediction_is_named(
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1
     assert re.search(message, error[0])
+
+
+def test_a_file_that_is_no_table_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing, odd = tmp_path / "missing.csv", tmp_path / "odd.csv"
+    odd.write_text("device;variant;us\nH200_SXM;flashmla_dense;20\n")
+    for path in (missing, odd):
+        arguments = ["--experiment=published", f"--table={path}", f"--output_dir={tmp_path}"]
+        assert launch.main(["launch", *arguments]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: --table: {missing}: No such file or directory",
+        "error: --table: odd.csv: no column of us, gb_per_s, speedup_v11_over_v0 among "
+        "device;variant;us",
+    ]
+
+
+def test_a_table_of_excel_begins_with_a_mark(tmp_path: Path) -> None:
+    rows = [row("flashmla_dense")]
+    path = write(tmp_path / "mine.csv", rows)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_table(path) == rows
 
 
 def test_prefill_has_causal_work_and_a_peak() -> None:

@@ -81,4 +81,4 @@ def test_the_text_says_what_the_chart_shows() -> None:
     assert f"the call {report.seconds * 1e6:.1f} µs" in caption(report)
     assert sum(line.startswith("unit ") for line in describe(report)) == 5
     long = simulate(PROFILES["H200_SXM"], Problem((16384,) * 132, 64), "seesaw")
-    assert "a work item of 64 KV blocks (the longest of 132 has 256)" in caption(long)
+    assert "a work item of 64 KV blocks (the longest of 132 items has 256 blocks)" in caption(long)

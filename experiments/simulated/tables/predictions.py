@@ -59,7 +59,8 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """Reads the rows of a table. Raises ValueError unless its columns are those of one."""
     if path.suffix == ".json":
         return _measured_rows(path)
-    with path.open(newline="", encoding="utf-8") as file:
+    # Excel writes a byte-order mark in front of the first column's name.
+    with path.open(newline="", encoding="utf-8-sig") as file:
         try:
             rows = list(csv.DictReader(file))
         except csv.Error as error:
@@ -69,7 +70,10 @@ def read_table(path: Path) -> list[dict[str, str]]:
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
             raise ValueError(f"{path.name}, row {number} has not one cell for each column")
-    quantity = published_quantity(rows[0])
+    try:
+        quantity = published_quantity(rows[0])
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
     for column in _NEEDED[quantity]:
         if column not in rows[0] and not (column == _KERNEL and "kernel" in rows[0]):
             also = " (or kernel)" if column == _KERNEL else ""

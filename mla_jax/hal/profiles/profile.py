@@ -6,6 +6,7 @@ times all read the same profile.
 """
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -183,7 +184,7 @@ class HardwareProfile:
         fields = FIELDS[self.family]
         for field in self.numbers:
             if field not in fields:
-                raise ValueError(f"{self.name}: {field} is not a field of family {self.family!r}")
+                raise _unknown_field(self, field)
         numbers = {}
         for field, unit in fields.items():
             if field not in self.numbers:
@@ -243,7 +244,7 @@ class HardwareProfile:
         numbers = dict(self.numbers)
         for field, value in values.items():
             if field not in numbers:
-                raise ValueError(f"{self.name}: {field} is not a field of family {self.family!r}")
+                raise _unknown_field(self, field)
             numbers[field] = Number(value, numbers[field].unit, source, "assumed")
         return dataclasses.replace(self, numbers=numbers)
 
@@ -253,6 +254,16 @@ class HardwareProfile:
             (field, n.value, n.unit, n.certainty, n.source)
             for field, n in sorted(self.numbers.items())
         ]
+
+
+def _unknown_field(profile: HardwareProfile, field: str) -> ValueError:
+    """Returns the error for a field that a family does not have, with the one that is nearest."""
+    fields = FIELDS[profile.family]
+    near = difflib.get_close_matches(str(field), fields, n=1, cutoff=0.75)
+    wanted = f"the nearest is {near[0]}" if near else f"its fields are {', '.join(fields)}"
+    return ValueError(
+        f"{profile.name}: {field} is not a field of family {profile.family!r}; {wanted}"
+    )
 
 
 def _require_text(what: str, value: Any, *, empty: bool = False) -> None:

@@ -79,6 +79,27 @@ def require_units(schedule: Schedule, pattern: str, wanted: str) -> None:
             )
 
 
+def require_warpgroups(kernel: Kernel, schedule: Schedule) -> None:
+    """Raises IllegalScheduleError for units that need more warpgroups than the kernel has.
+
+    "warps" is all of its warpgroups together, so that none of them is free beside it.
+    """
+    for cta in dict.fromkeys(unit.partition("@")[2] for unit in schedule.units):
+        units = [u.partition("@")[0] for u in schedule.units if u.partition("@")[2] == cta]
+        groups = [unit for unit in units if unit.startswith("wg")]
+        if "warps" in units and groups:
+            raise IllegalScheduleError(
+                f"{schedule.name}: units warps and {', '.join(groups)}, wanted warps, which is all "
+                "warpgroups together, or single ones"
+            )
+        for kind in (groups, [unit for unit in units if unit.startswith("mma")]):
+            if 4 * len(kind) > kernel.warps:
+                raise IllegalScheduleError(
+                    f"{schedule.name}: units {', '.join(kind)} need {4 * len(kind)} warps, "
+                    f"{kernel.name} has warps = {kernel.warps}"
+                )
+
+
 def require_data(schedule: Schedule, data: dict[str, tuple[str, str]], cta: str = "") -> None:
     """Raises IllegalScheduleError unless each step names the data that its stage works on.
 
@@ -113,6 +134,7 @@ def require_stages(schedule: Schedule, stages: Iterable[str], first: int = 0) ->
 def require_whole_on_gpu(kernel: Kernel, schedule: Schedule) -> None:
     """Raises IllegalScheduleError unless all blocks are loaded, multiplied and stored."""
     require_units(schedule, _GPU_UNITS, "load, warps, mma, mma0 to mma9, wg or wg0 to wg9")
+    require_warpgroups(kernel, schedule)
     for buffer in ("q", "kv_l", "kv_r", "S", "P", "state"):
         if schedule.buffers.get(buffer, 0) < 1:
             raise IllegalScheduleError(f"{schedule.name}: there is no buffer {buffer}, wanted one")

@@ -114,9 +114,10 @@ def simulate(
     if isinstance(kernel, AscendOrder):
         kernel = AscendKernel(kernel.name, kernel, problem.kv_dtype)
     if not isinstance(kernel, Kernel | AscendKernel | HopperKernel | HopperPrefill):
+        makes = "; call a function from a profile, as of gpu_kernel, first" * callable(kernel)
         raise TypeError(
             "kernel must be a name, a Kernel, a HopperKernel, a HopperPrefill, an AscendKernel or "
-            f"an AscendOrder, got {kernel!r:.60}"
+            f"an AscendOrder, got {kernel!r:.60}{makes}"
         )
     if isinstance(kernel, Kernel | HopperKernel | HopperPrefill):
         if profile.family != "nvidia":

@@ -67,7 +67,8 @@ def caption(report: Report) -> str:
     what = (
         f"the longest of {report.items} work items, {blocks} KV blocks"
         if shown == blocks
-        else f"a work item of {shown} KV blocks (the longest of {report.items} has {blocks})"
+        else f"a work item of {shown} KV blocks (the longest of {report.items} items has "
+        f"{blocks} blocks)"
     )
     return (
         f"{report.name}: {what}, {report.timeline.total * 1e6:.1f} µs; "

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mla_jax.checks import require_one_of
+from mla_jax.checks import require_one_of, require_type
 from mla_jax.hal import HardwareProfile, Problem
 from mla_jax.hal.simulator.hopper_prefill import HopperPrefill
 from mla_jax.hal.work import Work
@@ -34,8 +34,11 @@ def simulated_prefill(
 
     Raises:
         TilePlanError: the kernel does not fit the device.
+        TypeError: an argument of another type, such as the name of a profile.
         ValueError: a problem that the kernel does not take, such as more queries than keys.
     """
+    require_type("profile", profile, HardwareProfile)
+    require_type("problem", problem, Problem)
     require_one_of("kv_dtype", problem.kv_dtype, ("bf16", "fp16"))
     lens = tuple(query_lens or (problem.s_q,) * problem.batch)
     fits = len(lens) == problem.batch and all(
