@@ -23,10 +23,11 @@ def choices(root: Path, card: str) -> str:
         for shape, found in us.items()
     ]
     headline, made = headline_of(rows), result["made"][-1]
+    commits = ", ".join(dict.fromkeys(one["commit"] for one in result["made"]))
     caption = (
         f"Microseconds per launch. Up to {max(map(len, us.values()))} configs were timed for each "
         f"of {len(rows)} random shapes of seed {result['seed']}, on {made['gpu']}, {made['date']}, "
-        f"our code at {made['commit']}. "
+        f"our code at {commits}. "
         f"{_in_words('The choice of `tuned.json`', headline, 'chosen')} "
         f"{_in_words('That of the simulator', headline, 'simulated')}"
     )
